@@ -1,0 +1,45 @@
+"""Seeds, threads, markers and a fresh cache directory for every run; uninitialised memory reads as NaN."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+# Set before bap_kernels is imported: measured choices of another run must not decide what this one tests.
+os.environ["BAP_KERNELS_CACHE_DIR"] = tempfile.mkdtemp(prefix="bap_kernels_test_")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "large: needs gigabytes of memory; runs with BAP_KERNELS_TEST_LARGE=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_large = pytest.mark.skip(reason="large test: set BAP_KERNELS_TEST_LARGE=1 to run it")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "large" in item.keywords and os.environ.get("BAP_KERNELS_TEST_LARGE") != "1":
+            item.add_marker(no_large)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """Every ``empty`` of a floating dtype, in C++ too, is NaN while the test runs."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
