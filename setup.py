@@ -1,0 +1,61 @@
+"""Builds the extensions; the decisions are in tools/build_plan.py, the metadata in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tools import ninja_build
+from tools.build_plan import BuildError, banner, decide
+
+
+class NinjaBuild(build_ext):
+    """Carries out the plan: ninja compiles under build/, setuptools puts the libraries in place."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.distribution.ext_modules is None:
+            return
+        facts = ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
+        try:
+            self.plan = decide(os.environ, ninja_build.find_sources(), *facts)
+        except BuildError as error:
+            raise SystemExit(str(error)) from None
+        self.planned = {f"bap_kernels.{part.name}": part for part in self.plan.parts if part.built}
+        self.extensions = [extension for extension in self.extensions if extension.name in self.planned]
+
+    def run(self) -> None:
+        print(banner(self.plan), flush=True)
+        if not self.plan.sanitize:
+            super().run()
+            return
+        # Stays under build/: BAP_KERNELS_LIBRARY names it for one run, and the normal library is not replaced.
+        print(f"sanitizer library: {ninja_build.build(self.plan, self.plan.cpu, verbose=bool(self.verbose > 1))}")
+
+    def build_extension(self, ext: Extension) -> None:
+        part = self.planned[ext.name]
+        try:
+            library = ninja_build.build(self.plan, part)
+        except subprocess.CalledProcessError as error:
+            # An optional extension that fails is reported and left out; the package is still built.
+            raise CompileError(f"{ext.name}: ninja ended with status {error.returncode}, see above") from None
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("bap_kernels._C", sources=[]),
+            Extension("bap_kernels._C_cuda", sources=[], optional=True),
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -1,0 +1,1 @@
+"""Development and build helpers; not installed with the package."""
