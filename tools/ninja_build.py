@@ -87,7 +87,8 @@ def platform_facts(env: Mapping[str, str]) -> PlatformFacts:
 
 def ninja_text(plan: BuildPlan, part: Part) -> str:
     """The ninja file of one part; paths are relative to the repository, where ninja runs."""
-    lines = [_RULES]
+    # One log of commands and dependencies for each part: ninja drops the entries that its file does not name.
+    lines = [f"builddir = {_escape(plan.build_dir)}/{part.name}.log", _RULES]
     objects = []
     for unit in part.units:
         target = f"{plan.build_dir}/{part.name}.objects/{unit.source}.o"
@@ -111,9 +112,6 @@ def build(plan: BuildPlan, part: Part, verbose: bool = False) -> Path:
     script = ROOT / plan.build_dir / f"{part.name}.ninja"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(ninja_text(plan, part), encoding="utf-8")
-    # One log of commands and dependencies for each part, since ninja drops entries that its file does not name.
-    logs = f"builddir = {_escape(plan.build_dir)}/{part.name}.log\n"
-    script.write_text(logs + script.read_text(encoding="utf-8"), encoding="utf-8")
     command = [_find_ninja(), "-f", str(script.relative_to(ROOT)), "-j", str(plan.jobs), *(["-v"] if verbose else [])]
     subprocess.run(command, cwd=ROOT, check=True)
     return ROOT / library_path(plan, part)

@@ -1,0 +1,80 @@
+# Two commands do everything on a fresh machine: `make bench` and `make test`.
+#
+# Variables: VENV    the virtual environment (made when absent, reused when present)
+#            PYTHON  the interpreter that makes it
+#            PIP_ARGS  more arguments for the installation of torch, for instance
+#                      PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#            ARGS    more arguments for the command itself, for instance make test ARGS="-k gather"
+
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BENCH_OUT ?= benches/out
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+BUILD := $(BIN)/python setup.py -q build_ext --inplace
+STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
+BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)
+
+# What the short runs under a sanitizer or a forced instruction set cover.
+OP_TESTS := tests/unit/test_gathered_conv2d.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help bench test lint build sanitize clean check
+
+help: ## Show the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write its report to benches/out
+	$(BIN)/python -m benches.study --out $(BENCH_OUT) $(ARGS)
+
+test: $(STAMPS)/dev $(STAMPS)/built ## Set up and run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev ## Check style, types and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy bap_kernels benches tools setup.py conftest.py
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+build: $(STAMPS)/tools ## Build the extension in place
+	$(BUILD)
+
+sanitize: $(STAMPS)/dev ## Run the tests of the ops under AddressSanitizer and UBSan
+	BAP_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	BAP_KERNELS_LIBRARY=$(CURDIR)/build/sanitize/_C.so \
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+
+clean: ## Remove what was built; the virtual environment stays
+	rm -rf build dist *.egg-info benches/out bap_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# One clear line where something is missing that only the system can provide.
+check:
+	@sh tools/check_system.sh "$(VENV)" "$(PYTHON)"
+
+$(BIN)/python: | check
+	$(PYTHON) -m venv $(VENV)
+
+# torch and torchvision are resolved together, so that pip does not fetch two versions of torch.
+$(STAMPS)/tools: pyproject.toml | check $(BIN)/python
+	@echo "Installing torch and the build tools into $(VENV): a few minutes on the first run"
+	$(PIP) install $(PIP_ARGS) "torch>=2.11" torchvision "setuptools>=77" wheel "ninja>=1.11"
+	@mkdir -p $(@D) && touch $@
+
+# Built before pip runs, which would hide what is built and what is not; pip then finds nothing left to compile.
+$(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/tools
+	$(BUILD)
+	$(PIP) install -e '.[$(@F)]' --no-build-isolation
+	@mkdir -p $(@D) && touch $@ $(STAMPS)/built
+
+# Only what changed is compiled again.
+$(STAMPS)/built: $(BUILD_INPUTS) | $(STAMPS)/tools
+	$(BUILD)
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,30 @@
+"""Gives pytest the option ``--benchmark``: measure what is in benches/ instead of testing."""
+
+import pytest
+
+BENCH_PATHS = ["benches"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--benchmark",
+        action="store_true",
+        help="run the benchmarks of benches/ and nothing else; without it no benchmark runs",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # Runs before pytest-benchmark reads its own options in its pytest_configure.
+    option = config.option
+    has_plugin = hasattr(option, "benchmark_only")
+    wanted = option.benchmark or getattr(option, "benchmark_only", False)
+    if wanted and not has_plugin:
+        raise pytest.UsageError("--benchmark needs pytest-benchmark. Hint: pip install -e '.[bench]'")
+    if has_plugin and not option.benchmark_disable:
+        option.benchmark_only = wanted
+        option.benchmark_skip = not wanted
+    if wanted:
+        option.doctestmodules = False
+        if config.args_source != pytest.Config.ArgsSource.ARGS:
+            config.args = list(BENCH_PATHS)
