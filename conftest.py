@@ -2,8 +2,6 @@
 
 import pytest
 
-BENCH_PATHS = ["benches"]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -27,4 +25,4 @@ def pytest_configure(config: pytest.Config) -> None:
     if wanted:
         option.doctestmodules = False
         if config.args_source != pytest.Config.ArgsSource.ARGS:
-            config.args = list(BENCH_PATHS)
+            config.args = [str(config.rootpath / "benches")]

@@ -21,15 +21,14 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.distribution.ext_modules is None:
-            return
         facts = ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
         try:
             self.plan = decide(os.environ, ninja_build.find_sources(), *facts)
         except BuildError as error:
             raise SystemExit(str(error)) from None
         self.planned = {f"bap_kernels.{part.name}": part for part in self.plan.parts if part.built}
-        self.extensions = [extension for extension in self.extensions if extension.name in self.planned]
+        extensions = self.distribution.ext_modules or []
+        self.extensions = [extension for extension in extensions if extension.name in self.planned]
 
     def run(self) -> None:
         print(banner(self.plan), flush=True)

@@ -214,9 +214,7 @@ def _includes(torch: TorchFacts, platform: PlatformFacts) -> tuple[str, ...]:
     return ("-Icsrc", *(flag for directory in system if directory for flag in ("-isystem", directory)))
 
 
-def _cpu_part(
-    sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts, sanitize: Sequence[str]
-) -> Part:
+def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts, sanitize: Sequence[str]) -> Part:
     is_x86 = platform.machine.lower() in ("x86_64", "amd64")
     isas = tuple(isa for isa in ISA_FLAGS if is_x86 and isa in platform.compiled_isas)
     flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-g0"]
@@ -287,7 +285,13 @@ def _cuda_part(
             raise BuildError(f"setup: expected CUDA to be possible with `BAP_KERNELS_WITH_CUDA=1`, got: {obstacle}.")
         return Part("_C_cuda", False, obstacle)
     archs = cuda_archs(env.get("TORCH_CUDA_ARCH_LIST"), platform.nvcc_version)
-    flags = ("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=1", "-DUSE_CUDA")
+    flags: tuple[str, ...] = (
+        "-O3",
+        "-std=c++20",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+        "--threads=1",
+        "-DUSE_CUDA",
+    )
     flags += (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}")
     return Part(
         "_C_cuda",

@@ -1,0 +1,199 @@
+"""The decisions of the build, from plain facts: nothing is compiled here."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.build_plan import (
+    ISA_FLAGS,
+    BuildError,
+    BuildPlan,
+    PlatformFacts,
+    TorchFacts,
+    banner,
+    cuda_archs,
+    decide,
+    gencode_flags,
+    version_tuple,
+)
+from tools.ninja_build import ninja_text
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    "csrc/cpu/conv_kernel.cpp",
+    "csrc/cpu/microkernels/tile_avx2.cpp",
+    "csrc/cpu/microkernels/tile_avx512.cpp",
+    "csrc/cpu/microkernels/tile_avx512bf16.cpp",
+    "csrc/module.cpp",
+]
+CUDA_SOURCES = ["csrc/cuda/gather.cu", "csrc/kernels/gather_kernel.cu"]
+TORCH = TorchFacts("2.15.0+cu130", ("/torch/include",), "/torch/lib", "13.0", True, "/torch/lib/libgomp.so.1")
+PLATFORM = PlatformFacts(python_include="/py/include", cores=4, nvcc="/usr/bin/nvcc", nvcc_version=(13, 0))
+
+
+def plan(
+    env: dict[str, str] | None = None,
+    sources: list[str] | None = None,
+    torch: TorchFacts = TORCH,
+    platform: PlatformFacts = PLATFORM,
+) -> BuildPlan:
+    return decide(env or {}, [*SOURCES, *CUDA_SOURCES] if sources is None else sources, torch, platform)
+
+
+def unit_flags(made: BuildPlan) -> dict[str, tuple[str, ...]]:
+    return {unit.source: unit.flags for unit in made.cpu.units}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2.11.0a0+git1", (2, 11, 0)), ("2.9.1", (2, 9, 1)), ("13.0", (13, 0)), ("", ()), ("dev", ())],
+)
+def test_version_tuple(text: str, expected: tuple[int, ...]) -> None:
+    assert version_tuple(text) == expected
+
+
+def test_versions_compare_as_numbers() -> None:
+    with pytest.raises(BuildError, match=r"expected torch >= 2\.11, got 2\.9\.1"):
+        plan(torch=dataclasses.replace(TORCH, version="2.9.1"))
+    assert plan(torch=dataclasses.replace(TORCH, version="2.11.0a0")).cpu.built
+
+
+def test_each_microkernel_gets_its_own_flags() -> None:
+    flags = unit_flags(plan())
+    for isa, expected in ISA_FLAGS.items():
+        assert flags[f"csrc/cpu/microkernels/tile_{isa}.cpp"] == expected
+    assert flags["csrc/cpu/conv_kernel.cpp"] == ()
+    assert not any("-mavx" in flag for flag in plan().cpu.flags)
+
+
+def test_cuda_sources_stay_out_of_the_cpu_part() -> None:
+    assert not set(unit_flags(plan())) & set(CUDA_SOURCES)
+    assert [unit.source for unit in plan().cuda.units] == CUDA_SOURCES
+    assert all(unit.compiler == "nvcc" for unit in plan().cuda.units)
+
+
+def test_other_machines_have_no_microkernels() -> None:
+    made = plan(platform=dataclasses.replace(PLATFORM, machine="aarch64"))
+    assert list(unit_flags(made)) == ["csrc/cpu/conv_kernel.cpp", "csrc/module.cpp"]
+    assert made.cpu.targets == ("none",)
+    assert not any("BAP_KERNELS_HAVE" in flag for flag in made.cpu.flags)
+    assert "aarch64 has no avx2, avx512, avx512bf16" in banner(made)
+
+
+def test_instruction_sets_that_the_compiler_lacks_are_left_out() -> None:
+    made = plan(platform=dataclasses.replace(PLATFORM, compiled_isas=("avx2", "avx512")))
+    assert "csrc/cpu/microkernels/tile_avx512bf16.cpp" not in unit_flags(made)
+    assert "-DBAP_KERNELS_HAVE_AVX512=1" in made.cpu.flags
+    assert "-DBAP_KERNELS_HAVE_AVX512BF16=1" not in made.cpu.flags
+    assert "the compiler lacks avx512bf16" in banner(made)
+
+
+def test_microkernel_without_an_instruction_set_is_refused() -> None:
+    with pytest.raises(BuildError, match="expected a microkernel to end in _avx2"):
+        plan(sources=["csrc/cpu/microkernels/tile.cpp"])
+
+
+def test_links_the_openmp_runtime_of_torch() -> None:
+    assert plan().cpu.link_flags[-1] == TORCH.openmp_library
+    assert plan(torch=dataclasses.replace(TORCH, openmp_library=None)).cpu.link_flags[-1] == "-fopenmp"
+
+
+@pytest.mark.parametrize(
+    ("torch", "platform", "sources", "reason"),
+    [
+        (TORCH, PLATFORM, SOURCES, "no CUDA sources in this version"),
+        (dataclasses.replace(TORCH, cuda=None), PLATFORM, None, "is not a CUDA build"),
+        (TORCH, dataclasses.replace(PLATFORM, nvcc=None), None, "nvcc was not found"),
+        (TORCH, dataclasses.replace(PLATFORM, nvcc_version=(12, 8)), None, r"nvcc 12\.8 and torch's CUDA 13\.0"),
+    ],
+)
+def test_cuda_is_left_out_with_its_reason(
+    torch: TorchFacts, platform: PlatformFacts, sources: list[str] | None, reason: str
+) -> None:
+    made = plan(sources=sources, torch=torch, platform=platform)
+    assert made.cpu.built
+    assert not made.cuda.built
+    with pytest.raises(BuildError, match=r"BAP_KERNELS_WITH_CUDA=1`, got: .*" + reason):
+        plan({"BAP_KERNELS_WITH_CUDA": "1"}, sources, torch, platform)
+    assert made.cuda.reason in banner(made)
+
+
+@pytest.mark.parametrize(("wish", "built"), [("", True), ("auto", True), ("1", True), ("0", False)])
+def test_wish_for_cuda(wish: str, built: bool) -> None:
+    made = plan({"BAP_KERNELS_WITH_CUDA": wish})
+    assert made.cuda.built is built
+    assert ("NOT built" in banner(made)) is not built
+
+
+def test_wish_for_cuda_is_checked() -> None:
+    with pytest.raises(BuildError, match="expected `BAP_KERNELS_WITH_CUDA` to be 0, 1 or auto, got 'yes'"):
+        plan({"BAP_KERNELS_WITH_CUDA": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("requested", "nvcc", "expected"),
+    [
+        (None, (13, 0), ("8.0", "8.6", "8.9", "9.0", "10.0+PTX")),
+        (" ", (12, 6), ("8.0", "8.6", "8.9", "9.0+PTX")),
+        ("8.0;9.0a 12.0+PTX", (13, 0), ("8.0", "9.0a", "12.0+PTX")),
+    ],
+)
+def test_cuda_archs(requested: str | None, nvcc: tuple[int, ...], expected: tuple[str, ...]) -> None:
+    assert cuda_archs(requested, nvcc) == expected
+
+
+def test_cuda_archs_are_checked() -> None:
+    with pytest.raises(BuildError, match=r"expected `TORCH_CUDA_ARCH_LIST` .* got 'Ampere'"):
+        cuda_archs("Ampere", (13, 0))
+
+
+def test_gencode_adds_ptx_where_asked() -> None:
+    assert gencode_flags(("8.0", "10.0+PTX")) == (
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    )
+
+
+def test_sanitizer_build_is_separate() -> None:
+    normal, made = plan(), plan({"BAP_KERNELS_SANITIZE": "address,undefined"})
+    assert made.build_dir == "build/sanitize" != normal.build_dir
+    assert "-fsanitize=address,undefined" in made.cpu.flags
+    assert "-fsanitize=address,undefined" in made.cpu.link_flags
+    assert "-O3" not in made.cpu.flags
+    assert not made.cuda.built
+    with pytest.raises(BuildError, match="got 'thread'"):
+        plan({"BAP_KERNELS_SANITIZE": "thread"})
+
+
+@pytest.mark.parametrize(
+    ("env", "jobs"), [({}, 4), ({"MAX_JOBS": "3"}, 3), ({"MAX_JOBS": "3", "BAP_KERNELS_MAX_JOBS": "2"}, 2)]
+)
+def test_jobs(env: dict[str, str], jobs: int) -> None:
+    assert plan(env).jobs == jobs
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_jobs_are_checked(text: str) -> None:
+    with pytest.raises(BuildError, match="expected `BAP_KERNELS_MAX_JOBS` to be a positive number"):
+        plan({"BAP_KERNELS_MAX_JOBS": text})
+
+
+def test_ninja_file_names_every_object_once_and_links_it() -> None:
+    made = plan()
+    text = ninja_text(made, made.cpu)
+    for source in SOURCES:
+        assert text.count(f"_C.objects/{source}.o: cxx {source}\n") == 1
+    link = next(line for line in text.splitlines() if line.startswith(f"build {made.build_dir}/_C.so: link"))
+    assert all(f"{source}.o" in link for source in SOURCES)
+
+
+def test_importing_setup_runs_nothing() -> None:
+    command = [sys.executable, "-c", "import setup; print('imported')"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "imported\n"
