@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bap_kernels
 from bap_kernels import reference
 
 __all__ = [
@@ -20,12 +21,16 @@ __all__ = [
     "Case",
     "Sample",
     "assert_close",
+    "check_backward",
+    "check_forward",
+    "check_fused",
     "index_list",
     "lay_out",
     "make_fused",
     "make_tensors",
     "poison",
     "random_case",
+    "run",
     "unlisted",
 ]
 
@@ -276,3 +281,92 @@ def poison(sample: Sample, value: float = torch.nan) -> Sample:
     if sample.bias is not None:
         sample.bias[off_out] = value
     return sample
+
+
+def run(sample: Sample, backend: str = "auto", cache_packed: bool = False) -> Tensor:
+    """The op's result from one backend."""
+    with bap_kernels.use_backend(backend):
+        return torch.ops.bap_kernels.gathered_conv2d(*sample.args, cache_packed)
+
+
+def _assert_follows(result: Tensor, input: Tensor) -> None:
+    wanted = torch.empty_like(result, memory_format=torch.contiguous_format)
+    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        wanted = torch.empty_like(result, memory_format=torch.channels_last)
+    elif not input.is_contiguous():
+        return
+    assert result.stride() == wanted.stride(), f"expected strides {wanted.stride()}, got {result.stride()}"
+
+
+def _declined(backend: str, error: NotImplementedError) -> bool:
+    """Whether a named native backend refused a case that it does not cover; any other refusal is an error."""
+    if backend in ("auto", "aten"):
+        raise error
+    assert backend in str(error), f"expected the message to name the backend {backend}, got: {error}"
+    return True
+
+
+def check_forward(case: Case, backend: str = "auto", device: str = "cpu") -> bool:
+    """Asserts the op's values, dtype and memory format on ``case`` against both references.
+
+    Returns:
+        False where the named backend does not cover the case and said so.
+    """
+    sample = make_tensors(case)
+    expected = reference.gathered_conv2d(*sample.args)
+    assert_close(reference.conv_on_selected(*sample.args), expected, torch.float64, sample.depth)
+    sample = sample.to(device)
+    try:
+        actual = run(sample, backend)
+    except NotImplementedError as error:
+        return not _declined(backend, error)
+    assert_close(actual, expected, case.dtype, sample.depth)
+    _assert_follows(actual, sample.input)
+    return True
+
+
+def check_fused(
+    case: Case,
+    flags: Sequence[str],
+    backend: str = "auto",
+    vector_dtype: torch.dtype | None = None,
+    residual_layout: str = "contiguous",
+    device: str = "cpu",
+) -> bool:
+    """Asserts the fused op's values on ``case`` with the named flags of :func:`make_fused`; returns as check_forward."""
+    sample = make_tensors(case)
+    fused = make_fused(sample, flags, vector_dtype or case.dtype, residual_layout, case.seed)
+    expected = reference.gathered_conv2d_fused(*sample.args, **fused)
+    sample = sample.to(device)
+    fused = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in fused.items()}
+    try:
+        with bap_kernels.use_backend(backend):
+            actual = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, **fused)
+    except NotImplementedError as error:
+        return not _declined(backend, error)
+    # Scales of standard normal size can double the terms; one more rounding for each transform.
+    assert_close(actual, expected, case.dtype, 4 * sample.depth + 4)
+    _assert_follows(actual, sample.input)
+    return True
+
+
+def check_backward(case: Case, backend: str = "auto", grad_layout: str = "contiguous", device: str = "cpu") -> None:
+    """Asserts the gradients in input, weight and bias on ``case``; ``grad_layout`` is that of the result's gradient."""
+    sample = make_tensors(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    grad = torch.randn(sample.output_shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    grad = lay_out(grad, grad_layout)
+    expected = reference.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:])
+    sample, grad = sample.to(device), grad.to(device)
+    leaves = [t for t in (sample.input, sample.weight, sample.bias) if t is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with bap_kernels.use_backend(backend):
+        actual = torch.autograd.grad(
+            torch.ops.bap_kernels.gathered_conv2d(*sample.args), leaves, grad, materialize_grads=True
+        )
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    taps = sample.weight.shape[2] * sample.weight.shape[3]
+    depths = (taps * (1 if case.depthwise else sample.kept[1]), pixels, pixels)
+    for got, want, depth in zip(actual, expected, depths, strict=False):
+        assert_close(got, want, case.dtype, depth)

@@ -13,11 +13,6 @@ import pytest
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "large: needs gigabytes of memory; runs with BAP_KERNELS_TEST_LARGE=1")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_large = pytest.mark.skip(reason="large test: set BAP_KERNELS_TEST_LARGE=1 to run it")
@@ -31,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=("aten", "native", "auto"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that CPU tensors can go through."""
+    from bap_kernels import _C
+
+    reason = _C.why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""Forward of the gathered convolution on seeded random cases and on cases that hypothesis picks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bap_kernels import _C
+from bap_kernels.testing import LAYOUTS, LISTS, Case, check_forward, lay_out, make_tensors, random_case, run
+
+CHUNKS, CASES_PER_CHUNK = 12, 50
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
+    ran = 0
+    for k in range(CASES_PER_CHUNK):
+        seed = chunk * CASES_PER_CHUNK + k
+        case = random_case(random.Random(seed))
+        if backend == "native" and case.dtype not in (torch.float32, torch.bfloat16):
+            case = case.but(dtype=torch.float32)
+        try:
+            ran += check_forward(case, backend)
+        except Exception as error:
+            raise AssertionError(f"random_case(random.Random({seed})) on backend {backend}: {case}") from error
+    assert ran >= CASES_PER_CHUNK // 2
+
+
+cases = st.builds(
+    Case,
+    batch=st.integers(0, 3),
+    in_channels=st.integers(1, 40),
+    out_channels=st.integers(1, 20),
+    size=st.tuples(st.integers(3, 14), st.integers(3, 40)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    depthwise=st.booleans(),
+    in_list=st.sampled_from(LISTS),
+    out_list=st.sampled_from(LISTS),
+    layout=st.sampled_from(LAYOUTS),
+    weight_layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float64)),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+few = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@few
+@given(case=cases)
+def test_any_case_matches_the_references(backend: str, case: Case) -> None:
+    check_forward(case, backend)
+
+
+@few
+@given(case=cases, scale=st.sampled_from((0.0, -1.0, 4.0)))
+def test_result_is_linear_in_the_input(case: Case, scale: float) -> None:
+    # Powers of two leave every rounding as it was: equality is exact.
+    sample = make_tensors(case.but(bias=False))
+    before = run(sample, "aten")
+    sample.input = lay_out(sample.input * scale, case.layout)
+    assert torch.equal(run(sample, "aten"), before * scale)
+
+
+@few
+@given(case=cases, data=st.data())
+def test_result_follows_the_order_of_the_out_list(case: Case, data: st.DataObject) -> None:
+    case = case.but(depthwise=False, out_list="all")
+    sample = make_tensors(case)
+    backend = "aten" if _C.why_not("native") or case.dtype == torch.float64 else "native"
+    before = run(sample, backend)
+    order = data.draw(st.permutations(range(case.out_channels)))
+    sample.out_index = torch.tensor(order, dtype=torch.int32)
+    torch.testing.assert_close(run(sample, backend), before[:, order], rtol=1e-2, atol=1e-2)
