@@ -17,6 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)
+CPP_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # What the short runs under a sanitizer or a forced instruction set cover.
 OP_TESTS := tests/unit/test_gathered_conv2d.py
@@ -24,7 +25,7 @@ OP_TESTS := tests/unit/test_gathered_conv2d.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench test lint build sanitize clean check
+.PHONY: help bench test lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +40,12 @@ lint: $(STAMPS)/dev ## Check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy bap_kernels benches tools setup.py conftest.py
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(STAMPS)/dev ## Format Python and C++ in place
+	$(BIN)/ruff check --fix -q .
+	$(BIN)/ruff format .
+	$(CPP_FILES) | xargs $(BIN)/clang-format -i
 
 build: $(STAMPS)/tools ## Build the extension in place
 	$(BUILD)
