@@ -1,0 +1,36 @@
+"""Convolutions that read and compute only the channels that a domain keeps, as drop-in ``torch.nn`` layers."""
+
+from bap_kernels import nn
+from bap_kernels.channels import ChannelLists
+from bap_kernels.config import (
+    choices,
+    clear_choices,
+    clear_packed_cache,
+    packed_cache_info,
+    set_packed_cache_limit,
+    use_backend,
+)
+from bap_kernels.functional import gathered_conv2d
+from bap_kernels.info import info
+from bap_kernels.nn.domains import attach_, set_domain
+from bap_kernels.nn.swap import swap_
+from bap_kernels.table import ChannelTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelLists",
+    "ChannelTable",
+    "attach_",
+    "choices",
+    "clear_choices",
+    "clear_packed_cache",
+    "gathered_conv2d",
+    "info",
+    "nn",
+    "packed_cache_info",
+    "set_domain",
+    "set_packed_cache_limit",
+    "swap_",
+    "use_backend",
+]

@@ -1,0 +1,187 @@
+"""Settings: the environment variables, the choice of a backend, the packed weights and the measured choices kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bap_kernels._load import _C
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "Settings",
+    "Variable",
+    "choices",
+    "clear_choices",
+    "clear_packed_cache",
+    "packed_cache_info",
+    "read_environment",
+    "set_packed_cache_limit",
+    "settings",
+    "use_backend",
+]
+
+BACKENDS = ("auto", "native", "aten", "triton", "cuda")
+ISAS = ("avx512", "avx2", "none")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, its default as text, when it is read, and what it does."""
+
+    name: str
+    default: str
+    read: str
+    meaning: str
+
+
+ENVIRONMENT = (
+    Variable("BAP_KERNELS_ISA", "the best one here", "import", f"CPU kernels to use: {', '.join(ISAS)}"),
+    Variable("BAP_KERNELS_BACKEND", "auto", "import", f"backend to start with: {', '.join(BACKENDS)}"),
+    Variable("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels", "import", "folder of the measured choices; empty: none"),
+    Variable("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**30), "import", "most bytes of packed weights kept; 0: keep none"),
+    Variable(
+        "BAP_KERNELS_LIBRARY", "", "import", "another build of bap_kernels._C to load, such as one with sanitizers"
+    ),
+    Variable("BAP_KERNELS_WITH_CUDA", "auto", "build", "build the CUDA library: 0, 1, auto"),
+    Variable("BAP_KERNELS_MAX_JOBS", "one for each core", "build", "compilers run at once"),
+    Variable("BAP_KERNELS_SANITIZE", "", "build", "sanitizers to build a second library with"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment, read once when the package is imported."""
+
+    isa: str | None
+    backend: str
+    cache_dir: Path | None
+    packed_cache_bytes: int
+
+    @property
+    def choice_file(self) -> Path | None:
+        """File of the measured choices of ``auto``; None keeps them in memory only."""
+        return None if self.cache_dir is None else self.cache_dir / "choices-v1.tsv"
+
+
+def _one_of(environment: Mapping[str, str], name: str, values: tuple[str, ...]) -> str | None:
+    value = environment.get(name, "").strip().lower()
+    if value and value not in values:
+        raise ValueError(f"bap_kernels: expected `{name}` to be one of {', '.join(values)}, got {environment[name]!r}.")
+    return value or None
+
+
+def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Parses the variables that are read at import.
+
+    Raises:
+        ValueError: if a variable holds something else than :data:`ENVIRONMENT` allows.
+
+    Examples:
+        >>> from bap_kernels.config import read_environment
+        >>> read_environment({"BAP_KERNELS_BACKEND": "aten"}).backend
+        'aten'
+    """
+    name = "BAP_KERNELS_PACKED_CACHE_BYTES"
+    text = environment.get(name, "").strip() or str(2**30)
+    # int() alone would also take signs, underscores and digits of other scripts.
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"bap_kernels: expected `{name}` to be a number of bytes, 0 or more, got {text!r}.")
+    folder = environment.get("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels")
+    return Settings(
+        isa=_one_of(environment, "BAP_KERNELS_ISA", ISAS),
+        backend=_one_of(environment, "BAP_KERNELS_BACKEND", BACKENDS) or "auto",
+        cache_dir=Path(folder).expanduser() if folder else None,
+        packed_cache_bytes=int(text),
+    )
+
+
+class use_backend:  # noqa: N801
+    """Sets which backend computes, from now on; as a context manager, until the block ends.
+
+    ``auto`` measures once per case and takes the fastest; a named backend is used or an error says why it cannot be.
+
+    Args:
+        name: ``"auto"``, ``"native"``, ``"aten"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        ImportError: if the backend cannot run on this machine or is not built; nothing is changed then.
+
+    Examples:
+        >>> import bap_kernels as bk
+        >>> with bk.use_backend("aten"):
+        ...     print(bk.info().backend)
+        aten
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"use_backend(): expected `name` to be one of {', '.join(BACKENDS)}, got {name!r}.")
+        reason = _C.why_not(name)
+        if reason is not None:
+            raise ImportError(
+                f"use_backend(): expected `name` to be a backend that can run here, got {name!r}: {reason}. "
+                "Hint: bap_kernels.info() lists every backend."
+            )
+        self.name = name
+        self._previous = _C.get_backend()
+        _C.set_backend(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _C.set_backend(self._previous)
+
+    def __repr__(self) -> str:
+        return f"use_backend({self.name!r})"
+
+
+def packed_cache_info() -> dict[str, int]:
+    """Counts of the packed weights that layers in eval mode keep.
+
+    Returns:
+        ``bytes`` and ``entries`` now held, ``limit_bytes``, and ``hits``, ``misses`` and ``evictions`` so far.
+    """
+    return dict(_C.packed_cache_info())
+
+
+def set_packed_cache_limit(limit_bytes: int) -> None:
+    """Sets the most bytes of packed weights that are kept; the least recently used go first, and 0 keeps none.
+
+    Raises:
+        ValueError: if ``limit_bytes`` is negative.
+    """
+    if limit_bytes < 0:
+        raise ValueError(f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more, got {limit_bytes}.")
+    _C.set_packed_cache_limit(limit_bytes)
+
+
+def clear_packed_cache() -> None:
+    """Drops all packed weights; they are packed again when next needed."""
+    _C.clear_packed_cache()
+
+
+def choices() -> list[dict[str, Any]]:
+    """What ``auto`` has chosen so far, one dictionary for each case it has measured."""
+    return list(_C.choices())
+
+
+def clear_choices() -> None:
+    """Forgets what ``auto`` has measured; it measures again when next needed."""
+    _C.clear_choices()
+
+
+settings = read_environment()
+_C.set_choice_file(str(settings.choice_file or ""))
+_C.set_packed_cache_limit(settings.packed_cache_bytes)
+if settings.backend != "auto":
+    use_backend(settings.backend)

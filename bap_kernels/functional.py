@@ -1,0 +1,113 @@
+"""The functions; they settle defaults and pairs, the operators check and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+import bap_kernels._load  # noqa: F401  registers the operators
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["gathered_conv2d"]
+
+_gathered_conv2d = torch.ops.bap_kernels.gathered_conv2d.default
+
+
+def _same_padding(size: int, dilation: int) -> tuple[int, int]:
+    # As in torch.nn.functional.conv2d: an odd pixel goes to the end.
+    total = dilation * (size - 1)
+    return total // 2, total - total // 2
+
+
+def four_sided(
+    op: str,
+    padding: int | str | tuple[int, int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """Padding as (top, bottom, left, right), from what :class:`torch.nn.Conv2d` takes.
+
+    Raises:
+        ValueError: if ``padding`` is something else, or ``'same'`` with a stride other than 1.
+
+    Examples:
+        >>> from bap_kernels.functional import four_sided
+        >>> four_sided("conv", "same", kernel_size=(4, 3), stride=(1, 1), dilation=(1, 1))
+        (1, 2, 1, 1)
+    """
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        if tuple(stride) != (1, 1):
+            raise ValueError(f"{op}(): expected `stride` to be 1 with padding='same', got {tuple(stride)}.")
+        return *_same_padding(kernel_size[0], dilation[0]), *_same_padding(kernel_size[1], dilation[1])
+    if isinstance(padding, (tuple, list)) and len(padding) == 2:
+        return padding[0], padding[0], padding[1], padding[1]
+    raise ValueError(f"{op}(): expected `padding` to be an int, a pair, 'same' or 'valid', got {padding!r}.")
+
+
+def gathered_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""Convolution that reads only the channels of one list and computes only those of another.
+
+    .. math::
+        y_{n,j} = b_{o_j} + \sum_{i} w_{o_j, c_i} \ast x_{n, c_i},
+        \qquad c = \text{in\_index},\ o = \text{out\_index}
+
+    It is the convolution of *Budget-Aware Adapters for Multi-Domain Learning* (arXiv 1905.06242) for binary switches,
+    and differentiable in ``input``, ``weight`` and ``bias``; what no list names gets a gradient of zero.
+
+    Args:
+        input: (N, C_in, H, W), float32, float64, bfloat16 or float16; all channels, any strides.
+        weight: (C_out, C_in / groups, kH, kW), full size; the lists select from it.
+        bias: (C_out,), full size, or None.
+        in_index: channels to read, int32, (K_in,), without repeats, on the input's device. None reads all.
+        out_index: channels to compute, int32, (K_out,), likewise; the result follows its order. None computes all.
+        stride: rows and columns between neighbouring results, in pixels; an int or a pair.
+        padding: pixels of zeros on each side; an int, a pair, ``'valid'`` (none) or ``'same'`` (stride 1 only).
+        dilation: rows and columns between the taps, in pixels; an int or a pair.
+        groups: 1, or C_in for a depthwise convolution, whose two lists must be equal.
+
+    Shape:
+        - Output: (N, K_out, oH, oW) with oH and oW of :class:`torch.nn.Conv2d`; its memory format follows the input's.
+
+    Raises:
+        TypeError: for dtypes that do not fit each other, and lists that are not int32.
+        ValueError: for shapes and options that do not fit, and lists with repeats.
+        IndexError: for lists out of range.
+        NotImplementedError: for other groups, and for differentiating twice.
+
+    Examples:
+        >>> import torch, bap_kernels as bk
+        >>> x, w = torch.randn(2, 8, 5, 5), torch.randn(4, 8, 3, 3)
+        >>> kept = torch.tensor([1, 2, 6], dtype=torch.int32)
+        >>> y = bk.gathered_conv2d(x, w, in_index=kept, padding=1)
+        >>> y.shape
+        torch.Size([2, 4, 5, 5])
+        >>> expected = torch.nn.functional.conv2d(x[:, [1, 2, 6]], w[:, [1, 2, 6]], padding=1)
+        >>> torch.allclose(y, expected, atol=1e-5)
+        True
+    """
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
+    if isinstance(padding, int):
+        sides = (padding, padding, padding, padding)
+    elif isinstance(padding, tuple) and len(padding) == 2:
+        sides = (padding[0], padding[0], padding[1], padding[1])
+    else:
+        sides = four_sided("gathered_conv2d", padding, weight.shape[2:], strides, dilations)
+    return _gathered_conv2d(input, weight, bias, in_index, out_index, strides, sides, dilations, groups, False)

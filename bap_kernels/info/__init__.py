@@ -1,0 +1,112 @@
+"""What is installed, what it can run here and what it keeps."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bap_kernels import config
+from bap_kernels._load import _C, why_not_cuda_library
+
+__all__ = ["Info", "info"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Facts about this installation; printing it shows them as a table.
+
+    Attributes:
+        versions: of bap_kernels, torch, Python, and CUDA as torch was built for.
+        isa: the CPU kernels in use, "avx512", "avx2" or "none".
+        isa_available: those that this machine could use.
+        avx512_bf16: whether the machine has bfloat16 products.
+        threads: threads that torch computes with.
+        backend: the one set with :class:`~bap_kernels.use_backend`.
+        backends: each backend's reason why it cannot run here; None if it can.
+        cuda_library: why the CUDA library is not loaded; None if it is.
+        gpus: names of the GPUs.
+        build: compiler, flags and ISAs of the build.
+        choice_file: where ``auto`` keeps what it measured; None: in memory.
+        choice_bytes: size of that file.
+        choices: cases measured so far.
+        packed_cache: see :func:`~bap_kernels.packed_cache_info`.
+        environment: the variables that are set.
+    """
+
+    versions: dict[str, str]
+    isa: str
+    isa_available: list[str]
+    avx512_bf16: bool
+    threads: int
+    backend: str
+    backends: dict[str, str | None]
+    cuda_library: str | None
+    gpus: list[str]
+    build: dict[str, str]
+    choice_file: Path | None
+    choice_bytes: int
+    choices: int
+    packed_cache: dict[str, int]
+    environment: dict[str, str]
+
+    def __str__(self) -> str:
+        cache = self.packed_cache
+        rows = [
+            *self.versions.items(),
+            ("isa", f"{self.isa} (available: {', '.join(self.isa_available) or 'none'})"),
+            ("avx512_bf16", "yes" if self.avx512_bf16 else "no"),
+            ("threads", str(self.threads)),
+            ("gpus", ", ".join(self.gpus) or "none"),
+            ("backend", self.backend),
+            *((f"  {name}", "can run" if reason is None else reason) for name, reason in self.backends.items()),
+            ("cuda library", self.cuda_library or "loaded"),
+            ("choices", f"{self.choices} in {self.choice_file or 'memory'} ({self.choice_bytes} bytes)"),
+            ("packed weights", f"{cache['entries']} in {cache['bytes']} of {cache['limit_bytes']} bytes"),
+            *((f"build: {name}", text) for name, text in self.build.items()),
+            *self.environment.items(),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def info() -> Info:
+    """Collects versions, CPU kernels, backends with the reasons why they cannot run, and what is cached where.
+
+    Also printed by ``python -m bap_kernels.info``.
+
+    Examples:
+        >>> import bap_kernels as bk
+        >>> bk.info().backends["aten"] is None
+        True
+    """
+    # When this runs the package is imported whole; this module is imported before its version is set.
+    import bap_kernels
+
+    file = config.settings.choice_file
+    return Info(
+        versions={
+            "bap_kernels": bap_kernels.__version__,
+            "torch": torch.__version__,
+            "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+            "cuda of torch": torch.version.cuda or "none",
+        },
+        isa=_C.isa(),
+        isa_available=list(_C.isa_available()),
+        avx512_bf16=_C.has_avx512_bf16(),
+        threads=torch.get_num_threads(),
+        backend=_C.get_backend(),
+        backends={name: _C.why_not(name) for name in config.BACKENDS if name != "auto"},
+        cuda_library=why_not_cuda_library,
+        gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        build=dict(_C.build_facts()),
+        choice_file=file,
+        choice_bytes=file.stat().st_size if file is not None and file.is_file() else 0,
+        choices=len(config.choices()),
+        packed_cache=config.packed_cache_info(),
+        environment={one.name: os.environ[one.name] for one in config.ENVIRONMENT if one.name in os.environ},
+    )

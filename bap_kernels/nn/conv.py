@@ -1,0 +1,279 @@
+"""Convolution layers that read and compute only the channels of the active domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bap_kernels.channels import ChannelLists
+from bap_kernels.functional import four_sided
+
+__all__ = ["GatheredConv2d", "MaskedConv2d", "why_not"]
+
+_Layer = TypeVar("_Layer", bound="GatheredConv2d")
+
+_gathered_conv2d = torch.ops.bap_kernels.gathered_conv2d.default
+
+
+def _why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
+    if groups == 1 or groups == in_channels == out_channels:
+        return None
+    found = f"groups={groups} with {in_channels} -> {out_channels} channels"
+    return f"{found}: only 1 and depthwise (C_in == C_out) are supported"
+
+
+def why_not(conv: nn.Module) -> str | None:
+    """Why a module cannot become a gathered layer; None if it can.
+
+    Examples:
+        >>> from torch import nn
+        >>> from bap_kernels.nn.conv import why_not
+        >>> why_not(nn.Conv2d(8, 8, 3, groups=2))
+        'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'
+    """
+    if not isinstance(conv, nn.Conv2d):
+        return f"{type(conv).__name__} is no torch.nn.Conv2d"
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
+    if type(conv) not in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
+        return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
+    if conv._parameters.get("weight") is None:
+        return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
+    return _why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+
+
+class GatheredConv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` that reads and computes only listed channels; the result holds only those computed.
+
+    Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
+    in plain attributes, and follow the weight's device. In eval mode the packed weights are kept until the weight, the
+    bias or the lists change. A layer without lists is a dense convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in :class:`torch.nn.Conv2d`; ``groups`` is 1, or C_in for a depthwise layer with as many outputs.
+        channels: the lists to start with; None keeps all channels.
+
+    Attributes:
+        channels: the active :class:`~bap_kernels.ChannelLists`.
+        lists: the lists of each domain, {domain: ChannelLists}.
+
+    Shape:
+        - Input: (N, C_in, H, W) or (C_in, H, W)
+        - Output: (N, K_out, oH, oW) or (K_out, oH, oW), in the order of the out-list
+
+    Raises:
+        NotImplementedError: for other groups.
+        IndexError: if ``channels`` lists a channel that the layer does not have.
+        ValueError: if the layer is depthwise and its two lists differ.
+
+    Examples:
+        >>> import torch
+        >>> from bap_kernels import ChannelLists
+        >>> from bap_kernels.nn import GatheredConv2d
+        >>> conv = GatheredConv2d(8, 4, 3, padding=1, channels=ChannelLists(in_index=[1, 2, 6], out_index=[0, 3]))
+        >>> conv(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 2, 5, 5])
+        >>> conv
+        GatheredConv2d(8, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), reads 3/8, writes 2/4)
+    """
+
+    channels: ChannelLists
+    lists: dict[str, ChannelLists]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        channels: ChannelLists | None = None,
+    ) -> None:
+        reason = _why_not_groups(in_channels, out_channels, groups)
+        if reason is not None:
+            raise NotImplementedError(f"{type(self).__name__}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device,
+            dtype,
+        )
+        self._start_with(channels)
+
+    def _start_with(self, channels: ChannelLists | None) -> None:
+        channels = ChannelLists() if channels is None else channels
+        channels.validate_for(self)
+        self.channels = channels.to(self.weight.device)
+        self.lists = {}
+
+    @classmethod
+    def from_conv2d(cls: type[_Layer], conv: nn.Conv2d, channels: ChannelLists | None = None) -> _Layer:
+        """A layer with the parameters, the mode and the hooks of ``conv``, which it shares and does not copy.
+
+        Args:
+            conv: a :class:`torch.nn.Conv2d`, or a layer of this module, whose lists are then taken over.
+            channels: the lists to start with; None keeps all channels, or those active in ``conv``.
+
+        Raises:
+            NotImplementedError: for subclasses, parametrized layers, and groups that are not supported.
+
+        Examples:
+            >>> from torch import nn
+            >>> from bap_kernels.nn import GatheredConv2d
+            >>> conv = nn.Conv2d(8, 4, 3)
+            >>> GatheredConv2d.from_conv2d(conv).weight is conv.weight
+            True
+        """
+        reason = why_not(conv)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
+                f"cannot: {reason}."
+            )
+        layer = cls.__new__(cls)
+        # All of a module is in its dictionary. Hook tables stay shared, so that handles can still remove their hooks.
+        layer.__dict__.update(conv.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[name] = conv.__dict__[name].copy()
+        # Compiled by conv.compile() for the other class.
+        layer.__dict__.pop("_compiled_call_impl", None)
+        if isinstance(conv, GatheredConv2d):
+            layer._start_with(conv.channels if channels is None else channels)
+            layer.lists = dict(conv.lists)
+        else:
+            layer._start_with(channels)
+        return layer
+
+    def attach(self, lists: Mapping[str, ChannelLists]) -> None:
+        """Replaces the lists of all domains, and keeps all channels until :meth:`set_domain` chooses.
+
+        Args:
+            lists: {domain: ChannelLists}; they are moved to the weight's device.
+
+        Raises:
+            IndexError, ValueError: if lists do not fit the layer; nothing is changed then.
+        """
+        for one in lists.values():
+            one.validate_for(self)
+        device = self.weight.device
+        self.lists = {domain: one.to(device) for domain, one in lists.items()}
+        self.channels = ChannelLists()
+
+    def set_domain(self, name: str | None) -> None:
+        """Activates the lists of one domain; None keeps all channels.
+
+        Raises:
+            ValueError: if no lists of that name were attached.
+        """
+        if name is None:
+            self.channels = ChannelLists()
+        elif name in self.lists:
+            self.channels = self.lists[name]
+        else:
+            raise ValueError(f"set_domain(): expected `name` to be one of {list(self.lists)}, got {name!r}.")
+
+    def _gathered(self, input: Tensor) -> Tensor:
+        channels = self.channels
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            sides = (0, 0, 0, 0)
+        elif isinstance(padding, str):
+            sides = four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
+        else:
+            sides = (padding[0], padding[0], padding[1], padding[1])
+        return _gathered_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            channels.in_index,
+            channels.out_index,
+            self.stride,
+            sides,
+            self.dilation,
+            self.groups,
+            not self.training,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves the listed channels of ``input``."""
+        if input.dim() == 3:
+            return self._gathered(input.unsqueeze(0)).squeeze(0)
+        return self._gathered(input)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
+        super()._apply(fn, recurse)
+        self._follow_weight()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_weight()
+
+    def _follow_weight(self) -> None:
+        # Lists have the weight's device, and never its dtype. The active ones stay one of the domains' objects.
+        device = self.weight.device
+        moved = {id(one): one.to(device) for one in (self.channels, *self.lists.values())}
+        self.channels = moved[id(self.channels)]
+        self.lists = {domain: moved[id(one)] for domain, one in self.lists.items()}
+
+    def extra_repr(self) -> str:
+        """The dense layer's facts, then the channels read and written."""
+        K_in, K_out = self.channels.counts
+        text = super().extra_repr()
+        if K_in is not None:
+            text += f", reads {K_in}/{self.in_channels}"
+        if K_out is not None:
+            text += f", writes {K_out}/{self.out_channels}"
+        return text
+
+
+class MaskedConv2d(GatheredConv2d):
+    """:class:`GatheredConv2d` whose result has the full width, with zeros in the channels that are not listed.
+
+    It takes the place of a dense layer in any network: neither the bias nor anything else reaches the other channels.
+
+    Shape:
+        - Input: (N, C_in, H, W) or (C_in, H, W)
+        - Output: (N, C_out, oH, oW) or (C_out, oH, oW)
+
+    Examples:
+        >>> import torch
+        >>> from bap_kernels import ChannelLists
+        >>> from bap_kernels.nn import MaskedConv2d
+        >>> conv = MaskedConv2d(8, 4, 3, channels=ChannelLists(out_index=[0, 3]))
+        >>> conv(torch.randn(2, 8, 5, 5)).abs().sum((0, 2, 3)) > 0
+        tensor([ True, False, False,  True])
+    """
+
+    def _gathered(self, input: Tensor) -> Tensor:
+        compact = super()._gathered(input)
+        listed = self.channels.out_index
+        if listed is None:
+            return compact
+        N, _, H, W = compact.shape
+        if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+            full = compact.new_zeros((N, self.out_channels, H, W))
+        else:
+            full = compact.new_zeros((N, H, W, self.out_channels)).permute(0, 3, 1, 2)
+        # index_copy_ takes 64-bit indices only; the list is short.
+        return full.index_copy_(1, listed.long(), compact)

@@ -1,0 +1,146 @@
+"""Gives the layers of a model their lists, and switches between domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from bap_kernels.channels import ChannelLists
+from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.table import ChannelTable
+
+__all__ = ["attach_", "set_domain"]
+
+_DENSE = ChannelLists()
+
+
+class _Layers:
+    """The gathered layers of one model as attribute dictionaries, with what tells that the model has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        # Dictionaries, not modules: the model must not be kept alive, and assigning through nn.Module is slow.
+        self.layers = [module.__dict__ for module in modules if isinstance(module, GatheredConv2d)]
+        self.children = [(module._modules, tuple(module._modules.values())) for module in modules]
+
+    def fits(self) -> bool:
+        # Tuples compare by identity first, so this is one quick pass over the module tree.
+        return all(tuple(current.values()) == known if current else not known for current, known in self.children)
+
+
+_layers_of: WeakKeyDictionary[nn.Module, _Layers] = WeakKeyDictionary()
+
+
+def _layers(model: nn.Module) -> list[dict[str, Any]]:
+    known = _layers_of.get(model)
+    if known is None or not known.fits():
+        known = _layers_of[model] = _Layers(model)
+    return known.layers
+
+
+def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, ChannelLists]]) -> nn.Module:
+    """Gives every swapped layer its lists for every domain of a table; earlier lists go.
+
+    A layer that a domain does not name keeps all of its channels there. Until :func:`bap_kernels.set_domain` is called
+    every layer keeps all of its channels.
+
+    Args:
+        model: a model that went through :func:`bap_kernels.swap_`.
+        table: the lists, under the names of ``model.named_modules()``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if no layer was swapped, or the table names layers that are not there or were not swapped, or gives
+            a depthwise layer two different lists. Nothing is changed if an error is raised.
+        IndexError: if a list names a channel that its layer does not have.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = bk.swap_(nn.Sequential(nn.Conv2d(8, 8, 3)))
+        >>> bk.set_domain(bk.attach_(model, bk.ChannelTable.random(model, ["birds", "cars"], 0.5)), "cars")
+        >>> model
+        Sequential(
+          (0): GatheredConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), reads 4/8)
+        )
+    """
+    table = table if isinstance(table, ChannelTable) else ChannelTable(table)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: module for name, module in modules.items() if isinstance(module, GatheredConv2d)}
+    if not layers:
+        raise ValueError("attach_(): expected `model` to have swapped layers, got none. Hint: call swap_(model) first.")
+    lists: dict[GatheredConv2d, dict[str, ChannelLists]] = {
+        layer: dict.fromkeys(table, _DENSE) for layer in layers.values()
+    }
+    for domain, named in table.items():
+        given: dict[GatheredConv2d, str] = {}
+        for name, one in named.items():
+            layer = layers.get(name)
+            if layer is None:
+                raise ValueError(_unknown_layer(domain, name, modules.get(name), list(layers)))
+            one.validate_for(layer, name)
+            # A layer that is used in two places has two names.
+            if layer in given and one != lists[layer][domain]:
+                raise ValueError(
+                    f"attach_(): expected one list for the layer that is both {given[layer]!r} and {name!r}, "
+                    f"got two in domain {domain!r}."
+                )
+            given[layer] = name
+            lists[layer][domain] = one
+    for layer, domains in lists.items():
+        layer.attach(domains)
+    return model
+
+
+def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:
+    if module is None:
+        found = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
+    elif why_not(module) is None:
+        found = "which was not swapped. Hint: call swap_ on it, or leave it out of the table"
+    else:
+        found = f"which cannot be swapped: {why_not(module)}. Hint: leave it out of the table"
+    return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {found}."
+
+
+def set_domain(model: nn.Module, name: str | None) -> None:
+    """Makes every layer of a model use the lists of one domain.
+
+    Layers that no table was attached to keep the lists that they were made with.
+
+    Args:
+        model: a model that went through :func:`bap_kernels.attach_`.
+        name: the domain; None makes every layer keep all of its channels.
+
+    Raises:
+        ValueError: if the model has no lists, or none of that name. Nothing is changed then.
+        NotImplementedError: for a tensor of domain numbers.
+    """
+    # Truthiness of `lists`: a layer that was never attached to is not switched.
+    layers = [layer for layer in _layers(model) if layer["lists"]]
+    if not layers:
+        raise ValueError("set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_.")
+    if name is None:
+        active = [_DENSE] * len(layers)
+    else:
+        try:
+            active = [layer["lists"][name] for layer in layers]
+        except (KeyError, TypeError):
+            raise _refusal(layers, name) from None
+    # Past nn.Module.__setattr__, which costs a microsecond for each layer.
+    for layer, lists in zip(layers, active, strict=True):
+        layer["channels"] = lists
+
+
+def _refusal(layers: list[dict[str, Any]], name: object) -> Exception:
+    if isinstance(name, Tensor):
+        return NotImplementedError(
+            "set_domain(): expected `name` to be one domain, got a tensor; batches that mix domains are not supported. "
+            "Hint: run the samples of each domain as a batch of their own."
+        )
+    known = [domain for domain in layers[0]["lists"] if all(domain in layer["lists"] for layer in layers)]
+    return ValueError(f"set_domain(): expected `name` to be one of {known}, got {name!r}.")

@@ -1,0 +1,81 @@
+"""Replaces the dense convolutions of a model by gathered ones, in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from bap_kernels.nn.conv import GatheredConv2d, why_not
+
+__all__ = ["skipped", "swap_"]
+
+_log = logging.getLogger(__name__)
+
+
+def swap_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    layer_type: type[GatheredConv2d] = GatheredConv2d,
+) -> nn.Module:
+    """Replaces every :class:`torch.nn.Conv2d` of a model, in place, by a layer that can work on listed channels.
+
+    The new layers share the parameters of the old ones, with their mode, device, dtype and hooks, so state dicts and
+    optimisers stay as they are; until lists are chosen they compute the same. A convolution that is used in several
+    places stays one layer. Left as they are: subclasses, layers whose weight is computed (``weight_norm``, pruning and
+    the like) and groups that are not supported; :func:`bap_kernels.nn.skipped` names them with the reason, which is
+    also logged.
+
+    Args:
+        model: any module. If it is a convolution itself, the result is the new layer.
+        filter_fn: ``filter_fn(module, name) -> bool``; False leaves that convolution as it is.
+        layer_type: :class:`~bap_kernels.nn.GatheredConv2d`, or :class:`~bap_kernels.nn.MaskedConv2d` where out-lists
+            are to be used in a network that expects full width.
+
+    Returns:
+        ``model``, or the new layer.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> bk.swap_(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), lambda module, name: name != "0")
+        Sequential(
+          (0): Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+          (2): GatheredConv2d(8, 4, kernel_size=(1, 1), stride=(1, 1))
+        )
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or isinstance(module, GatheredConv2d):
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        reason = why_not(module)
+        if reason is None:
+            new[module] = layer_type.from_conv2d(module)
+        else:
+            _log.info("swap_: %r stays dense: %s", name, reason)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, key, new[child])
+    return new.get(model, model)
+
+
+def skipped(model: nn.Module) -> dict[str, str]:
+    """The convolutions that :func:`bap_kernels.swap_` cannot replace, {layer name: reason}.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> bk.nn.skipped(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2)))
+        {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
+    """
+    reasons = {
+        name: why_not(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and not isinstance(module, GatheredConv2d)
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}

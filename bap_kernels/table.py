@@ -1,0 +1,260 @@
+"""The channel lists of a whole network for all of its domains, and the file that keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from bap_kernels.channels import ChannelLists
+
+__all__ = ["ChannelTable"]
+
+_FORMAT = "bap_kernels.channel_table"
+_VERSION = 1
+_KEYS = ("in_index", "out_index")
+# Layers that read fewer channels than this are stems on images; random tables let them read all.
+_FEWEST_TO_PRUNE = 5
+
+
+def _draw(channels: int, density: float, *seed: object) -> list[int]:
+    """Draws ``density * channels`` channels, at least one; the same on every machine and with every library version."""
+    digest = hashlib.shake_256(json.dumps(seed).encode()).digest(8 * channels)
+    order = np.argsort(np.frombuffer(digest, dtype="<u8"), kind="stable")
+    kept = max(1, int(density * channels + 0.5))
+    return sorted(order[:kept].tolist())
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and isinstance(getattr(module, "channels", None), ChannelLists)
+
+
+def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The swapped layers; where there are none yet, those that have the groups to be swapped."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    swapped = {name: conv for name, conv in found.items() if _is_gathered(conv)}
+    return swapped or {
+        name: conv
+        for name, conv in found.items()
+        if conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels
+    }
+
+
+def _union(lists: list[Tensor | None]) -> Tensor | None:
+    present = [listed.cpu() for listed in lists if listed is not None]
+    if len(present) < len(lists):
+        return None
+    return torch.unique(torch.cat(present))
+
+
+class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
+    """Lists of every domain: a mapping {domain: {layer name: ChannelLists}}, in a fixed order of domains.
+
+    A layer that a domain does not name keeps all of its channels there. Tables do not change once made.
+
+    Args:
+        domains: the mapping; it is copied.
+
+    Raises:
+        TypeError: if it holds anything else than names and :class:`ChannelLists`.
+
+    Examples:
+        >>> from bap_kernels import ChannelLists, ChannelTable
+        >>> table = ChannelTable({"birds": {"conv1": ChannelLists([0, 2])}, "cars": {"conv1": ChannelLists([1, 2])}})
+        >>> list(table)
+        ['birds', 'cars']
+        >>> table.union()
+        {'conv1': ChannelLists(in_index=[0, 1, 2], out_index=None)}
+    """
+
+    def __init__(self, domains: Mapping[str, Mapping[str, ChannelLists]]) -> None:
+        if not isinstance(domains, Mapping):
+            raise TypeError(f"ChannelTable(): expected `domains` to be a mapping, got {type(domains).__name__}.")
+        for domain, layers in domains.items():
+            if not isinstance(domain, str) or not isinstance(layers, Mapping):
+                raise TypeError(
+                    "ChannelTable(): expected `domains` to map names to {layer name: ChannelLists}, "
+                    f"got {domain!r}: {type(layers).__name__}."
+                )
+            for layer, lists in layers.items():
+                if not isinstance(layer, str) or not isinstance(lists, ChannelLists):
+                    raise TypeError(
+                        f"ChannelTable(): expected domain {domain!r} to map layer names to ChannelLists, "
+                        f"got {layer!r}: {type(lists).__name__}."
+                    )
+        self._domains = {domain: dict(layers) for domain, layers in domains.items()}
+
+    def __getitem__(self, domain: str) -> Mapping[str, ChannelLists]:
+        return self._domains[domain]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._domains)
+
+    def __len__(self) -> int:
+        return len(self._domains)
+
+    def __repr__(self) -> str:
+        return f"ChannelTable(domains={list(self)}, layers={len(self.union())})"
+
+    @classmethod
+    def random(
+        cls,
+        model: nn.Module,
+        domains: int | Sequence[str],
+        density: float = 0.5,
+        seed: int = 0,
+        both: bool = False,
+    ) -> ChannelTable:
+        """Draws lists for the convolutions of a model; they depend on seed, domain, layer name and width alone.
+
+        Convolutions that read at most four channels read them all; with both lists they still write a part. Depthwise
+        convolutions get one list twice, and only with ``both``. Where layers were swapped, only those are drawn for.
+
+        Args:
+            model: gives the names and widths of the layers.
+            domains: names, or how many ("domain0", "domain1", ...).
+            density: kept share of each layer's channels, in [0, 1], rounded; at least one channel is kept.
+            seed: chooses the draw.
+            both: draw out-lists too.
+
+        Raises:
+            ValueError: if ``density`` is not in [0, 1].
+
+        Examples:
+            >>> from torch import nn
+            >>> from bap_kernels import ChannelTable
+            >>> ChannelTable.random(nn.Sequential(nn.Conv2d(8, 8, 1)), ["birds"], density=0.5)["birds"]
+            {'0': ChannelLists(in_index=[1, 3, 5, 6], out_index=None)}
+        """
+        if not 0 <= density <= 1:
+            raise ValueError(f"ChannelTable.random(): expected `density` to be in [0, 1], got {density}.")
+        if isinstance(domains, int):
+            domains = [f"domain{number}" for number in range(domains)]
+        elif isinstance(domains, str):
+            domains = [domains]
+        convolutions = _convolutions(model)
+        table: dict[str, dict[str, ChannelLists]] = {}
+        for domain in domains:
+            layers = table[domain] = {}
+            for name, conv in convolutions.items():
+                read = write = None
+                if conv.groups != 1:
+                    if both:
+                        read = write = _draw(conv.in_channels, density, seed, domain, name, "in")
+                else:
+                    if conv.in_channels >= _FEWEST_TO_PRUNE:
+                        read = _draw(conv.in_channels, density, seed, domain, name, "in")
+                    if both:
+                        write = _draw(conv.out_channels, density, seed, domain, name, "out")
+                layers[name] = ChannelLists(read, write)
+        return cls(table)
+
+    def union(self) -> dict[str, ChannelLists]:
+        """What any domain uses, {layer name: ChannelLists}: the channels that must be stored.
+
+        A layer that some domain does not name, or lists nothing for, is used whole there.
+        """
+        names = dict.fromkeys(layer for layers in self.values() for layer in layers)
+        dense = ChannelLists()
+        merged = {}
+        for name in names:
+            used = [layers.get(name, dense) for layers in self.values()]
+            merged[name] = ChannelLists(*(_union([getattr(lists, key) for lists in used]) for key in _KEYS))
+        return merged
+
+    def density(self, model: nn.Module) -> dict[str, tuple[float, float]]:
+        """Mean shares of channels read and written, {domain: (in, out)}, over the model's convolutions.
+
+        Args:
+            model: gives the layers and their widths; those that a domain does not name count as 1.
+        """
+        convolutions = _convolutions(model)
+        dense = ChannelLists()
+        shares = {}
+        for domain, layers in self.items():
+            sums = [0.0, 0.0]
+            for name, conv in convolutions.items():
+                counts = layers.get(name, dense).counts
+                for side, (kept, channels) in enumerate(
+                    zip(counts, (conv.in_channels, conv.out_channels), strict=True)
+                ):
+                    sums[side] += 1.0 if kept is None else kept / channels
+            shares[domain] = sums[0] / max(1, len(convolutions)), sums[1] / max(1, len(convolutions))
+        return shares
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table to a safetensors file, whole or not at all.
+
+        Args:
+            path: the file; an older one is replaced.
+        """
+        tensors: dict[str, Tensor] = {}
+        # Names go into one JSON text, so that any name is safe; tensors are named by number.
+        names: list[list[object]] = []
+        for domain, layers in self.items():
+            entries: list[list[object]] = []
+            for layer, lists in layers.items():
+                keys: list[str | None] = []
+                for side in _KEYS:
+                    listed = getattr(lists.to("cpu"), side)
+                    keys.append(None if listed is None else f"{len(tensors)}")
+                    if listed is not None:
+                        tensors[f"{len(tensors)}"] = listed.clone()
+                entries.append([layer, *keys])
+            names.append([domain, entries])
+        data = to_bytes(tensors, {"format": _FORMAT, "version": str(_VERSION), "table": json.dumps(names)})
+        # In the same folder, so that the last step is one rename.
+        partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ChannelTable:
+        """Reads a table that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, newer than this version, or something else than a channel table.
+
+        Examples:
+            >>> import os, tempfile
+            >>> from bap_kernels import ChannelLists, ChannelTable
+            >>> table = ChannelTable({"birds": {"conv1": ChannelLists([0, 2], [])}})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     table.save(os.path.join(folder, "table.safetensors"))
+            ...     ChannelTable.load(os.path.join(folder, "table.safetensors")) == table
+            True
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("format") != _FORMAT:
+                    raise ValueError("it holds no channel table")
+                if facts.get("version") != str(_VERSION):
+                    raise ValueError(f"its format has version {facts.get('version')}, this one reads {_VERSION}")
+                table = {
+                    domain: {
+                        layer: ChannelLists(*(None if key is None else file.get_tensor(key) for key in keys))
+                        for layer, *keys in entries
+                    }
+                    for domain, entries in json.loads(facts["table"])
+                }
+            return cls(table)
+        except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"ChannelTable.load(): expected a file that ChannelTable.save wrote, got {os.fspath(path)!r}: {error}."
+            ) from error
