@@ -10,6 +10,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+ISA ?= avx2
 BENCH_OUT ?= benches/out
 
 BIN := $(VENV)/bin
@@ -25,24 +26,29 @@ OP_TESTS := tests/unit/test_gathered_conv2d.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench test lint format build sanitize clean check
+.PHONY: help bench test test-isa setup lint format build sanitize clean check
 
 help: ## Show the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write its report to benches/out
 	$(BIN)/python -m benches.study --out $(BENCH_OUT) $(ARGS)
 
-test: $(STAMPS)/dev $(STAMPS)/built ## Set up and run all tests
+test: setup ## Set up and run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMPS)/dev ## Check style, types and formatting
+test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2 or none
+	BAP_KERNELS_ISA=$(ISA) $(BIN)/python -m pytest -q $(OP_TESTS) $(ARGS)
+
+setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
+
+lint: setup ## Check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy bap_kernels benches tools setup.py conftest.py
 	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
-format: $(STAMPS)/dev ## Format Python and C++ in place
+format: setup ## Format Python and C++ in place
 	$(BIN)/ruff check --fix -q .
 	$(BIN)/ruff format .
 	$(CPP_FILES) | xargs $(BIN)/clang-format -i
@@ -50,9 +56,9 @@ format: $(STAMPS)/dev ## Format Python and C++ in place
 build: $(STAMPS)/tools ## Build the extension in place
 	$(BUILD)
 
-sanitize: $(STAMPS)/dev ## Run the tests of the ops under AddressSanitizer and UBSan
+sanitize: setup ## Run the tests of the ops under AddressSanitizer and UBSan
 	BAP_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	LD_PRELOAD="$$($${C.PHONY:-g++} -print-file-name=libasan.so) $$($${C.PHONY:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	BAP_KERNELS_LIBRARY=$(CURDIR)/build/sanitize/_C.so \
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)

@@ -29,6 +29,8 @@ class NinjaBuild(build_ext):
         self.planned = {f"bap_kernels.{part.name}": part for part in self.plan.parts if part.built}
         extensions = self.distribution.ext_modules or []
         self.extensions = [extension for extension in extensions if extension.name in self.planned]
+        for extension in self.extensions:
+            extension.optional = self.planned[extension.name].optional
 
     def run(self) -> None:
         print(banner(self.plan), flush=True)
@@ -54,7 +56,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[
             Extension("bap_kernels._C", sources=[]),
-            Extension("bap_kernels._C_cuda", sources=[], optional=True),
+            Extension("bap_kernels._C_cuda", sources=[]),
         ],
         cmdclass={"build_ext": NinjaBuild},
     )

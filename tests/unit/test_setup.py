@@ -26,9 +26,7 @@ from tools.ninja_build import ninja_text
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     "csrc/cpu/conv_kernel.cpp",
-    "csrc/cpu/microkernels/tile_avx2.cpp",
-    "csrc/cpu/microkernels/tile_avx512.cpp",
-    "csrc/cpu/microkernels/tile_avx512bf16.cpp",
+    *(f"csrc/cpu/microkernels/tile_{isa}.cpp" for isa in ISA_FLAGS),
     "csrc/module.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/gather.cu", "csrc/kernels/gather_kernel.cu"]
@@ -128,6 +126,12 @@ def test_wish_for_cuda(wish: str, built: bool) -> None:
     made = plan({"BAP_KERNELS_WITH_CUDA": wish})
     assert made.cuda.built is built
     assert ("NOT built" in banner(made)) is not built
+
+
+def test_only_a_part_that_nobody_demanded_may_fail() -> None:
+    assert plan().cuda.optional
+    assert not plan({"BAP_KERNELS_WITH_CUDA": "1"}).cuda.optional
+    assert not plan().cpu.optional
 
 
 def test_wish_for_cuda_is_checked() -> None:
