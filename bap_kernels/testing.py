@@ -34,8 +34,8 @@ __all__ = [
     "unlisted",
 ]
 
-# dtype -> (rtol, atol for one term). Rounding of a sum of independent terms of about 1 grows with the root of their number,
-# so `assert_close` multiplies atol with it. The absolute part of the 16-bit types leaves room for operands rounded once more.
+# dtype -> (rtol, atol for one term). The rounding of a sum of independent terms of about 1 grows with the root of their
+# number: `assert_close` multiplies atol with it. That of the 16-bit types leaves room for operands rounded once more.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-11, 1e-13),
     torch.float32: (1e-5, 2e-6),
@@ -141,7 +141,7 @@ def index_list(kind: str, count: int, rng: random.Random) -> Tensor | None:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """``values`` (4-D) in another memory layout, with NaN in the memory around it; "expanded" repeats the first item."""
+    """``values`` (4-D) in another layout, with NaN in the memory around them; "expanded" repeats the first item."""
     if layout == "contiguous":
         return values.contiguous()
     if layout == "channels_last":
@@ -201,7 +201,7 @@ def make_fused(
     generator = torch.Generator().manual_seed(seed)
     k_in, k_out = sample.kept
     sizes = {"in_scale": k_in, "in_shift": k_in, "out_scale": k_out, "out_shift": k_out}
-    made: dict[str, Any] = {name: None for name in (*sizes, "residual")} | {"in_relu": False, "out_relu": False}
+    made: dict[str, Any] = dict.fromkeys((*sizes, "residual")) | {"in_relu": False, "out_relu": False}
     for flag in flags:
         if flag in sizes:
             made[flag] = torch.randn(sizes[flag], generator=generator, dtype=torch.float64).to(dtype)
@@ -333,7 +333,7 @@ def check_fused(
     residual_layout: str = "contiguous",
     device: str = "cpu",
 ) -> bool:
-    """Asserts the fused op's values on ``case`` with the named flags of :func:`make_fused`; returns as check_forward."""
+    """Asserts the fused op's values on ``case`` with the flags of :func:`make_fused`; returns as check_forward."""
     sample = make_tensors(case)
     fused = make_fused(sample, flags, vector_dtype or case.dtype, residual_layout, case.seed)
     expected = reference.gathered_conv2d_fused(*sample.args, **fused)

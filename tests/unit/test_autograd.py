@@ -1,4 +1,4 @@
-"""Gradients of the gathered convolution: against loops, autograd and finite differences; and what is not differentiable."""
+"""Gradients of the gathered convolution: against loops, autograd and finite differences."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ WRONG = {
     "in_index_large": Wrong("in_index", ints(0, 6), IndexError, "0 to 5", "got 6", on_meta=False),
     "in_index_negative": Wrong("in_index", ints(0, -1), IndexError, "0 to 5", "got -1", on_meta=False),
     "in_index_repeated": Wrong("in_index", ints(1, 3, 1), ValueError, "at most once", "channel 1", on_meta=False),
-    "in_index_repeated_sorted": Wrong("in_index", ints(1, 3, 3), ValueError, "at most once", "channel 3", on_meta=False),
+    "in_index_repeated_next": Wrong("in_index", ints(1, 3, 3), ValueError, "at most once", "channel 3", on_meta=False),
     "out_index_dtype": Wrong("out_index", ints(0, 1).float(), TypeError, "int32", "Float"),
     "out_index_2d": Wrong("out_index", ints(0, 1).view(2, 1), ValueError, "1-D", "2 dimensions"),
     "out_index_large": Wrong("out_index", ints(5), IndexError, "0 to 4", "got 5", on_meta=False),
@@ -76,7 +76,9 @@ WRONG = {
     "groups_zero": Wrong("groups", 0, ValueError, "at least 1", "got 0"),
     "groups_unsupported": Wrong("groups", 2, NotImplementedError, "depthwise", "groups=2"),
     "groups_not_depthwise": Wrong("groups", 6, NotImplementedError, "depthwise", "groups=6"),
-    "depthwise_multiplier": Wrong("weight", f32(12, 1, 3, 3), NotImplementedError, "depthwise", "C_out=12", depthwise=True),
+    "depthwise_multiplier": Wrong(
+        "weight", f32(12, 1, 3, 3), NotImplementedError, "depthwise", "C_out=12", depthwise=True
+    ),
     "depthwise_one_list": Wrong("out_index", None, ValueError, "equal `out_index`", "None", depthwise=True),
     "depthwise_lengths": Wrong("in_index", ints(0), ValueError, "equal `out_index`", "1 and", depthwise=True),
     "depthwise_lists": Wrong(
@@ -100,9 +102,7 @@ def backward(sample: Sample) -> object:
 
 CALLS: dict[str, Callable[[Sample], object]] = {
     "gathered_conv2d": lambda s: ops.gathered_conv2d(*s.args),
-    "_gathered_conv2d_fused": lambda s: ops._gathered_conv2d_fused(
-        *s.args, None, None, False, None, None, None, False
-    ),
+    "_gathered_conv2d_fused": lambda s: ops._gathered_conv2d_fused(*s.args, None, None, False, None, None, None, False),
     "gathered_conv2d_backward": backward,
 }
 

@@ -57,7 +57,10 @@ def test_layouts_of_the_input(layout: str, backend: str) -> None:
     assert check_fused(BASE.but(layout=layout), FLAGS, backend)
 
 
-@pytest.mark.parametrize("kinds", [("zero", "null"), ("null", "zero"), ("zero", "zero"), ("null", "null"), ("one", "one")])
+KINDS = (("zero", "null"), ("null", "zero"), ("zero", "zero"), ("null", "null"), ("one", "one"))
+
+
+@pytest.mark.parametrize("kinds", KINDS)
 def test_ends_of_the_lists(kinds: tuple[str, str], backend: str) -> None:
     for flags in (FLAGS, ("out_shift", "out_relu"), ("in_shift", "residual")):
         check_fused(BASE.but(in_list=kinds[0], out_list=kinds[1]), flags, backend)

@@ -1,4 +1,4 @@
-"""The ops keep the rules of torch's dispatcher, and their Meta kernels tell the truth about shapes, dtypes and strides."""
+"""The ops keep the dispatcher's rules, and their Meta kernels tell shapes, dtypes and strides as they are."""
 
 from __future__ import annotations
 
@@ -105,6 +105,8 @@ def test_export_traces_with_symbolic_sizes() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return conv(x)
 
-    program = torch.export.export(Module(), (sample.input,), dynamic_shapes=({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},))
+    program = torch.export.export(
+        Module(), (sample.input,), dynamic_shapes=({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    )
     other = torch.randn(2, 5, 9, 7)
     assert torch.equal(program.module()(other), conv(other))

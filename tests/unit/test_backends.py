@@ -1,0 +1,205 @@
+"""Choosing a backend: named, nested, unknown, unavailable; and every instruction set that this machine can run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bap_kernels
+from bap_kernels import _C, reference
+from bap_kernels.testing import Case, assert_close, make_tensors, run
+
+CASE = Case(in_channels=20, out_channels=12)
+native = pytest.mark.skipif(_C.why_not("native") is not None, reason="the native backend cannot run here")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def explain(case: Case) -> dict:
+    sample = make_tensors(case)
+    return _C.explain(*sample.args[:5], *map(list, sample.args[5:8]), sample.groups)
+
+
+def test_nested_contexts_restore() -> None:
+    start = _C.get_backend()
+    with bap_kernels.use_backend("aten"):
+        assert _C.get_backend() == "aten"
+        with bap_kernels.use_backend("auto"):
+            assert _C.get_backend() == "auto"
+            with bap_kernels.use_backend("aten"):
+                assert _C.get_backend() == "aten"
+            assert _C.get_backend() == "auto"
+        assert _C.get_backend() == "aten"
+    assert _C.get_backend() == start
+
+
+def test_exceptions_restore() -> None:
+    start = _C.get_backend()
+    with pytest.raises(KeyError), bap_kernels.use_backend("aten"):
+        raise KeyError
+    assert _C.get_backend() == start
+    with pytest.raises(TypeError), bap_kernels.use_backend("aten"):
+        torch.ops.bap_kernels.gathered_conv2d(
+            *make_tensors(CASE).args[:1],
+            torch.zeros(5, 20, 3, 3).double(),
+            None,
+            None,
+            None,
+            (1, 1),
+            (0,) * 4,
+            (1, 1),
+            1,
+        )
+    assert _C.get_backend() == start
+
+
+def test_setter_stays() -> None:
+    start = _C.get_backend()
+    try:
+        bap_kernels.use_backend("aten")
+        assert _C.get_backend() == "aten"
+    finally:
+        bap_kernels.use_backend(start)
+    assert _C.get_backend() == start
+
+
+def test_unknown_name() -> None:
+    start = _C.get_backend()
+    with pytest.raises(ValueError, match=r"use_backend\(\): expected `name` to be one of auto, .*, got 'fast'"):
+        bap_kernels.use_backend("fast")
+    assert _C.get_backend() == start
+
+
+@pytest.mark.parametrize("name", ["native", "aten", "triton", "cuda"])
+def test_named_backend_runs_or_says_why_not(name: str) -> None:
+    reason = _C.why_not(name)
+    if reason is None:
+        with bap_kernels.use_backend(name):
+            assert _C.get_backend() == name
+        return
+    assert len(reason) > 10
+    start = _C.get_backend()
+    with pytest.raises(ImportError) as caught:
+        bap_kernels.use_backend(name)
+    assert f"got '{name}'" in str(caught.value)
+    assert reason in str(caught.value)
+    assert _C.get_backend() == start
+
+
+def test_aten_and_auto_always_run() -> None:
+    assert _C.why_not("aten") is None
+    assert _C.why_not("auto") is None
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_named_backend_refuses_a_case_with_the_reason(dtype: torch.dtype) -> None:
+    case = CASE.but(dtype=dtype)
+    reason = explain(case)["why_not"]["native"]
+    with pytest.raises(NotImplementedError) as caught:
+        run(make_tensors(case), "native")
+    line = str(caught.value).splitlines()[0]
+    assert line.startswith("gathered_conv2d(): expected ")
+    assert "native" in line
+    assert reason in line
+    sample = make_tensors(case)
+    assert_close(run(sample, "auto"), reference.gathered_conv2d(*sample.args), dtype, sample.depth)
+
+
+@native
+def test_named_backend_is_the_one_that_runs() -> None:
+    sample = make_tensors(CASE)
+    for name in ("aten", "native"):
+        with bap_kernels.use_backend(name):
+            assert explain(CASE)["backend"].startswith(name)
+    assert_close(run(sample, "native"), run(sample, "aten").double(), torch.float32, sample.depth)
+
+
+def test_explain_names_the_case_and_times_every_candidate() -> None:
+    run(make_tensors(CASE))
+    facts = explain(CASE)
+    assert set(facts) >= {"case", "backend", "candidates", "why_not"}
+    assert facts["backend"] in facts["candidates"]
+    assert all(isinstance(name, str) and micros > 0 for name, micros in facts["candidates"].items())
+    assert facts["candidates"][facts["backend"]] == min(facts["candidates"].values())
+    assert "20" in facts["case"]
+
+
+ISA_PROGRAM = """
+import random, sys, torch
+import bap_kernels
+from bap_kernels import _C
+from bap_kernels.testing import Case, check_backward, check_forward, check_fused, random_case
+
+assert _C.isa() == {isa!r}, _C.isa()
+named = "native" if _C.why_not("native") is None else "aten"
+assert named == {named!r}, _C.why_not("native")
+ran = 0
+for seed in range(120):
+    case = random_case(random.Random(seed))
+    if case.dtype not in (torch.float32, torch.bfloat16):
+        case = case.but(dtype=torch.bfloat16)
+    ran += check_forward(case, named)
+    check_forward(case, "auto")
+    check_fused(case, ("in_scale", "in_relu", "out_shift", "residual", "out_relu"), named)
+check_backward(Case(), "auto")
+assert ran >= 60, ran
+print("ran", ran)
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "none"])
+def test_forced_instruction_set(isa: str) -> None:
+    available = _C.isa_available()
+    named = "aten" if isa == "none" else "native"
+    done = run_python(ISA_PROGRAM.format(isa=isa, named=named), BAP_KERNELS_ISA=isa)
+    if isa in available or isa == "none":
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "ran" in done.stdout
+    else:
+        assert done.returncode != 0
+        last = done.stderr.strip().splitlines()[-1]
+        assert "BAP_KERNELS_ISA" in last
+        assert "expected" in last
+        assert isa in last
+
+
+def test_instruction_sets_of_this_machine() -> None:
+    available = _C.isa_available()
+    assert _C.isa() in {"avx512", "avx2", "none"}
+    assert _C.isa() in (*available, "none")
+    if not os.environ.get("BAP_KERNELS_ISA"):
+        assert _C.isa() == next((isa for isa in ("avx512", "avx2") if isa in available), "none")
+    assert isinstance(_C.has_avx512_bf16(), bool)
+
+
+@pytest.mark.parametrize("name", ["BAP_KERNELS_ISA", "BAP_KERNELS_BACKEND"])
+def test_wrong_variable_is_an_error_that_names_it(name: str) -> None:
+    done = run_python("import bap_kernels", **{name: "fastest"})
+    assert done.returncode != 0
+    assert f"expected `{name}` to be one of" in done.stderr
+    assert "got 'fastest'" in done.stderr
+
+
+def test_variable_sets_the_first_backend() -> None:
+    done = run_python("import bap_kernels; print(bap_kernels._C.get_backend())", BAP_KERNELS_BACKEND="aten")
+    assert done.stdout.split() == ["aten"], done.stderr
+
+
+def test_build_facts_are_text() -> None:
+    facts = _C.build_facts()
+    assert facts
+    assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in facts.items())
