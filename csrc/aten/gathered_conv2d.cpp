@@ -1,0 +1,122 @@
+// Gathered convolution by index_select and at::convolution, and its fused prologue and epilogue by plain operators.
+#include "aten/gathered_conv2d.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "cpu/packed_cache.h"
+
+namespace bap_kernels {
+namespace {
+
+at::Tensor per_channel(const at::Tensor& v, at::ScalarType dtype) { return v.to(dtype).view({1, -1, 1, 1}); }
+
+at::Tensor select_channels(const at::Tensor& x, const at::Tensor& index, AtenRoute route) {
+  if (x.suggest_memory_format() != at::MemoryFormat::ChannelsLast) return x.index_select(1, index);
+  const at::Tensor pixels = x.permute({0, 2, 3, 1});  // index_select would return it without its memory format
+  if (route == AtenRoute::kGatherFlat && pixels.is_contiguous()) {
+    const auto n = pixels.size(0), h = pixels.size(1), w = pixels.size(2);
+    return pixels.view({n * h * w, -1}).index_select(1, index).view({n, h, w, -1}).permute({0, 3, 1, 2});
+  }
+  return pixels.index_select(3, index).permute({0, 3, 1, 2});
+}
+
+at::Tensor apply_prologue(at::Tensor x, const Fusion& f) {
+  const auto dtype = x.scalar_type();
+  x = x.to(at::toOpMathType(dtype));
+  if (has_value(f.in_scale)) x = x * per_channel(*f.in_scale, x.scalar_type());
+  if (has_value(f.in_shift)) x = x + per_channel(*f.in_shift, x.scalar_type());
+  if (f.in_relu) x = x.relu();
+  return x.to(dtype);
+}
+
+at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
+  if (!f.has_epilogue()) return y;
+  const auto dtype = y.scalar_type();
+  y = y.to(at::toOpMathType(dtype));
+  if (has_value(f.out_scale)) y = y * per_channel(*f.out_scale, y.scalar_type());
+  if (has_value(f.out_shift)) y = y + per_channel(*f.out_shift, y.scalar_type());
+  if (has_value(f.residual)) y = y + f.residual->to(y.scalar_type());
+  if (f.out_relu) y = y.relu();
+  return y.to(dtype);
+}
+
+// The listed slices of the weight, in the format that the convolution wants.
+at::Tensor listed_weight(const ConvCall& c) {
+  const auto make = [&] {
+    at::Tensor w = c.weight;
+    if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
+    if (has_value(c.in_index) && !c.shape.depthwise) w = w.index_select(1, *c.in_index);
+    return w.contiguous(c.format());
+  };
+  if (!has_value(c.in_index) && !has_value(c.out_index)) return c.weight;
+  return PackedCache::instance().get(c, PackedKind::kSliced, static_cast<int>(c.format()), make);
+}
+
+// The listed filters over all input channels, zeros where the input is not listed.
+at::Tensor zeroed_weight(const ConvCall& c) {
+  const auto make = [&] {
+    at::Tensor w = has_value(c.out_index) ? c.weight.index_select(0, *c.out_index) : c.weight;
+    at::Tensor zeroed = at::zeros_like(w);
+    zeroed.index_copy_(1, c.in_index->to(at::kLong), w.index_select(1, *c.in_index));
+    return zeroed.contiguous(c.format());
+  };
+  return PackedCache::instance().get(c, PackedKind::kZeroed, static_cast<int>(c.format()), make);
+}
+
+at::Tensor convolve(const ConvCall& c, at::Tensor x, const at::Tensor& w) {
+  std::array<int64_t, 2> padding = {c.padding[kTop], c.padding[kLeft]};
+  if (!c.symmetric_padding()) {
+    x = at::constant_pad_nd(x, {c.padding[kLeft], c.padding[kRight], c.padding[kTop], c.padding[kBottom]});
+    padding = {0, 0};
+  }
+  const at::Tensor bias = listed_bias(c);
+  return at::convolution(x, w, bias.defined() ? OptionalTensor(bias) : std::nullopt, c.stride, padding, c.dilation,
+                         /*transposed=*/false, {0, 0}, c.shape.depthwise ? c.shape.kept_in : 1);
+}
+
+}  // namespace
+
+at::Tensor listed_bias(const ConvCall& c) {
+  if (!has_value(c.bias)) return {};
+  return has_value(c.out_index) ? c.bias->index_select(0, *c.out_index) : *c.bias;
+}
+
+at::Tensor trivial_gathered_conv2d(const ConvCall& c) {
+  const auto& s = c.shape;
+  at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  const at::Tensor bias = listed_bias(c);
+  if (bias.defined()) {
+    y.copy_(bias.view({1, -1, 1, 1}));
+  } else {
+    y.zero_();
+  }
+  return apply_epilogue(y, c.fusion);
+}
+
+bool dense_route_applies(const ConvCall& c) {
+  return has_value(c.in_index) && !c.shape.depthwise && !c.fusion.has_prologue();
+}
+
+at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
+  at::Tensor y;
+  if (route == AtenRoute::kDense) {
+    y = convolve(c, c.input, zeroed_weight(c));
+    // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
+    if (at::isfinite(y.sum(at::toOpMathType(y.scalar_type()))).item<bool>()) {
+      return apply_epilogue(y, c.fusion).contiguous(c.format());
+    }
+    route = AtenRoute::kGather;
+  }
+  at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
+  if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
+  y = convolve(c, x, listed_weight(c));
+  return apply_epilogue(y, c.fusion).contiguous(c.format());
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,83 @@
+// Backward of the gathered convolution through PyTorch's convolution_backward on the listed slices.
+//   dx[:, in] = conv_backward(dy, x[:, in], w[out, in]), zeros elsewhere;  dw[out, in] likewise;  db[out] = sum dy
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "ops/conv_call.h"
+
+namespace bap_kernels {
+namespace {
+
+at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
+  return has_value(index) ? t.index_select(dim, *index) : t;
+}
+
+// `part` put back at the listed places of `whole`'s shape, zeros elsewhere.
+at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_t dim, const OptionalTensor& index) {
+  if (!has_value(index)) return part;
+  return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& in_index,
+    const OptionalTensor& out_index, c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+    int64_t groups, std::array<bool, 3> mask) {
+  const char* op = "gathered_conv2d_backward";
+  const auto s = check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation,
+                                                groups);
+  const std::array<int64_t, 4> result = {s.batch, s.kept_out, s.out_h, s.out_w};
+  TORCH_CHECK_VALUE(grad_output.sizes() == c10::IntArrayRef(result), op,
+                    "(): expected `grad_output` to have the result's shape ", c10::IntArrayRef(result), ", got ",
+                    grad_output.sizes(), ".");
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op,
+                   "(): expected `grad_output` to have the input's dtype ", input.scalar_type(), ", got ",
+                   grad_output.scalar_type(), ".");
+  check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
+
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  at::Tensor grad_input = none(), grad_weight = none(), grad_bias = none();
+  if (s.batch == 0 || s.kept_in == 0 || s.kept_out == 0) {
+    if (mask[0]) grad_input = at::zeros_like(input);
+    if (mask[1]) grad_weight = at::zeros_like(weight);
+  } else if (mask[0] || mask[1]) {
+    at::Tensor x = selected(input, 1, in_index);
+    const at::Tensor w = selected(selected(weight, 0, out_index), 1, s.depthwise ? OptionalTensor() : in_index);
+    std::array<int64_t, 2> pad = {padding[kTop], padding[kLeft]};
+    const bool symmetric = padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight];
+    if (!symmetric) {
+      x = at::constant_pad_nd(x, {padding[kLeft], padding[kRight], padding[kTop], padding[kBottom]});
+      pad = {0, 0};
+    }
+    auto [dx, dw, db] = at::convolution_backward(grad_output, x, w, std::nullopt, stride, pad, dilation, false, {0, 0},
+                                                 s.depthwise ? s.kept_in : 1, {mask[0], mask[1], false});
+    if (mask[0]) {
+      if (!symmetric) dx = dx.narrow(2, padding[kTop], s.height).narrow(3, padding[kLeft], s.width);
+      grad_input = spread(dx.contiguous(input.suggest_memory_format()), input, 1, in_index);
+    }
+    if (mask[1]) {
+      if (!s.depthwise && has_value(in_index) && has_value(out_index)) {
+        grad_weight = spread(spread(dw, weight.narrow(0, 0, s.kept_out), 1, in_index), weight, 0, out_index);
+      } else if (has_value(out_index)) {
+        grad_weight = spread(dw, weight, 0, out_index);
+      } else {
+        grad_weight = spread(dw, weight, 1, in_index);
+      }
+    }
+  }
+  if (mask[2]) {
+    const at::Tensor db = grad_output.sum({0, 2, 3});
+    grad_bias = spread(db, at::empty({s.channels_out}, db.options()), 0, out_index);
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward); }
+TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward); }
+
+}  // namespace bap_kernels

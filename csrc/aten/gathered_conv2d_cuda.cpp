@@ -1,0 +1,47 @@
+// The gathered convolution on CUDA devices: through ATen. List values are not read there, so no call waits for the GPU.
+#include <torch/library.h>
+
+#include "aten/gathered_conv2d.h"
+
+namespace bap_kernels {
+namespace {
+
+at::Tensor run_aten(const ConvCall& call) {
+  return call.trivial() ? trivial_gathered_conv2d(call) : aten_gathered_conv2d(call, AtenRoute::kGather);
+}
+
+at::Tensor gathered_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& in_index, const OptionalTensor& out_index,
+                                c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                                int64_t groups, bool cache_packed) {
+  return run_aten({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed,
+                   check_gathered_conv2d<int64_t>("gathered_conv2d", input, weight, bias, in_index, out_index, stride,
+                                                  padding, dilation, groups)});
+}
+
+at::Tensor fused_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
+                      c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
+                      const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                      const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
+                      bool out_relu, bool cache_packed) {
+  const char* op = "_gathered_conv2d_fused";
+  const auto s = check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
+                                                groups);
+  check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
+  check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
+  check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
+  check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
+  check_residual<int64_t>(op, residual, s, input);
+  return run_aten({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s,
+                   Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) {
+  m.impl("gathered_conv2d", gathered_conv2d_cuda);
+  m.impl("_gathered_conv2d_fused", fused_cuda);
+}
+
+}  // namespace bap_kernels

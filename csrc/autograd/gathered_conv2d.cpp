@@ -1,0 +1,124 @@
+// Autograd of the gathered convolution: the backward is an op of its own; differentiating that op raises.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/gathered_conv2d.h"
+
+namespace bap_kernels {
+namespace {
+
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+using ForwardSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool);
+using BackwardSchema = Triple(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                              const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
+                              std::array<bool, 3>);
+
+auto& forward_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
+                       .typed<ForwardSchema>();
+  return op;
+}
+
+auto& backward_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("bap_kernels::gathered_conv2d_backward", "")
+                       .typed<BackwardSchema>();
+  return op;
+}
+
+OptionalTensor if_defined(const Variable& v) { return v.defined() ? OptionalTensor(v) : std::nullopt; }
+
+class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
+ public:
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+                          const OptionalTensor& bias, const OptionalTensor& in_index, const OptionalTensor& out_index,
+                          SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
+                          bool cache_packed) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Variable output =
+        forward_op().call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
+    ctx->save_for_backward({input, weight, in_index.value_or(at::Tensor()), out_index.value_or(at::Tensor())});
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
+    const auto saved = ctx->get_saved_variables();
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    auto [grad_input, grad_weight, grad_bias] = backward_op().call(
+        grad_output[0], saved[0], saved[1], if_defined(saved[2]), if_defined(saved[3]),
+        ctx->saved_data["stride"].toSymIntVector(), ctx->saved_data["padding"].toSymIntVector(),
+        ctx->saved_data["dilation"].toSymIntVector(), ctx->saved_data["groups"].toSymInt(), mask);
+    variable_list grads(10);
+    if (mask[0]) grads[0] = grad_input;
+    if (mask[1]) grads[1] = grad_weight;
+    if (mask[2]) grads[2] = grad_bias;
+    return grads;
+  }
+};
+
+at::Tensor gathered_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& in_index, const OptionalTensor& out_index,
+                                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                    SymInt groups, bool cache_packed) {
+  const bool tracked = c10::GradMode::is_enabled() &&
+                       (input.requires_grad() || weight.requires_grad() || (has_value(bias) && bias->requires_grad()));
+  // Recording a node costs more than a small convolution, so it is left out when nothing asks for a gradient.
+  if (!tracked) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(input, weight, bias, in_index, out_index, stride, padding, dilation, std::move(groups),
+                             cache_packed);
+  }
+  return ForwardFunction::apply(input, weight, bias, in_index, out_index, stride, padding, dilation, groups,
+                                cache_packed);
+}
+
+class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
+ public:
+  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& input,
+                               const Variable& weight, const OptionalTensor& in_index, const OptionalTensor& out_index,
+                               SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                               const SymInt& groups, std::array<bool, 3> mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [a, b, c] = backward_op().call(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
+                                        groups, mask);
+    return {a, b, c};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "gathered_conv2d(): expected to be differentiated once, got a request for its second "
+                                "derivative. Hint: use torch.nn.functional.conv2d on index_select-ed tensors for that.");
+  }
+};
+
+Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
+                                         const at::Tensor& weight, const OptionalTensor& in_index,
+                                         const OptionalTensor& out_index, SymIntArrayRef stride,
+                                         SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                                         std::array<bool, 3> mask) {
+  auto grads = BackwardFunction::apply(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
+                                       groups, mask);
+  return {grads[0], grads[1], grads[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
+  m.impl("gathered_conv2d", gathered_conv2d_autograd);
+  m.impl("gathered_conv2d_backward", gathered_conv2d_backward_autograd);
+}
+
+}  // namespace bap_kernels

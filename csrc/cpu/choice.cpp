@@ -1,0 +1,237 @@
+// Measured choice of a backend, its file, and the user's setting.
+#include "cpu/choice.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/irange.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <mutex>
+#include <sstream>
+#include <unordered_map>
+
+#include "cpu/isa.h"
+
+namespace bap_kernels {
+namespace {
+
+// A first line that any other content of the file would not have; the version changes with the meaning of a line.
+constexpr const char* kFileHead = "bap_kernels choices v1";
+// A backend must win by this much to be preferred to one before it: less is noise.
+constexpr double kMargin = 0.97;
+constexpr int kMinRounds = 3, kMaxRounds = 15;
+constexpr double kSecondsPerCase = 0.06;
+
+double seconds_of(c10::function_ref<void(Route)> run, Route route) {
+  const auto start = std::chrono::steady_clock::now();
+  run(route);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Identifies the machine and the software that a measurement holds for.
+const std::string& fingerprint() {
+  static const std::string text = cpu_model() + "|" + isa() + "|torch " TORCH_VERSION;
+  return text;
+}
+
+// Whether memory order is the format's own, or strided in some other way.
+const char* layout_name(const ConvCall& c) {
+  if (c.format() == at::MemoryFormat::ChannelsLast) return c.input.is_contiguous(c.format()) ? "nhwc" : "nhwc-strided";
+  return c.input.is_contiguous() ? "nchw" : "nchw-strided";
+}
+
+}  // namespace
+
+const char* route_name(Route route) {
+  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "dense"};
+  return kNames[static_cast<int>(route)];
+}
+
+std::string case_key(const ConvCall& c) {
+  const auto& s = c.shape;
+  std::ostringstream key;
+  key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in << ':'
+      << (has_value(c.in_index) ? std::to_string(s.kept_in) : "all") << " k" << s.channels_out << ':'
+      << (has_value(c.out_index) ? std::to_string(s.kept_out) : "all") << ' ' << s.height << 'x' << s.width << " f"
+      << s.kernel_h << 'x' << s.kernel_w << " s" << c.stride[0] << 'x' << c.stride[1] << " p" << c.padding[0] << ','
+      << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
+      << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
+      << (c.fusion.has_epilogue() ? " post" : "") << (c.cache_packed ? " cached" : "") << " t" << at::get_num_threads();
+  return key.str();
+}
+
+namespace {
+
+// The same facts as case_key in a form that costs no allocation to build.
+struct FastKey {
+  std::array<int32_t, 28> v{};
+  bool operator==(const FastKey& o) const { return v == o.v; }
+};
+
+struct FastHash {
+  size_t operator()(const FastKey& k) const {
+    uint64_t h = 0x9e3779b97f4a7c15ull;
+    for (const int32_t x : k.v) h = (h ^ static_cast<uint32_t>(x)) * 0xff51afd7ed558ccdull, h ^= h >> 32;
+    return h;
+  }
+};
+
+FastKey fast_key(const ConvCall& c) {
+  const auto& s = c.shape;
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
+                        (has_value(c.out_index) ? 8 : 0) | (has_value(c.bias) ? 16 : 0) |
+                        (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
+                        (c.cache_packed ? 128 : 0);
+  const int64_t values[] = {s.batch,      s.channels_in, s.height,     s.width,      s.channels_out, s.kernel_h,
+                            s.kernel_w,   s.kept_in,     s.kept_out,   c.stride[0],  c.stride[1],    c.padding[0],
+                            c.padding[1], c.padding[2],  c.padding[3], c.dilation[0], c.dilation[1], c.groups,
+                            flags,        static_cast<int64_t>(c.input.scalar_type()), at::get_num_threads()};
+  FastKey key;
+  size_t i = 0;
+  for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
+  return key;
+}
+
+}  // namespace
+
+struct ChoiceTable::State {
+  std::mutex mutex;
+  std::unordered_map<FastKey, Route, FastHash> routes;
+  std::unordered_map<std::string, Choice> choices;
+  std::string path;
+  bool loaded = true;
+
+  // Reads the lines of this machine: fingerprint, case, route, microseconds, tab-separated.
+  void load() {
+    loaded = true;
+    std::ifstream file(path);
+    if (!file) return;
+    std::string line;
+    int64_t bad = 0;
+    const bool known = std::getline(file, line) && line == kFileHead;
+    while (known && std::getline(file, line)) {
+      std::istringstream fields(line);
+      std::string machine, key, route, times;
+      Choice choice{};
+      bool good = std::getline(fields, machine, '\t') && std::getline(fields, key, '\t') &&
+                  std::getline(fields, route, '\t') && std::getline(fields, times, '\t');
+      int number = -1;
+      for (const auto r : c10::irange(kRouteCount)) {
+        if (route == route_name(static_cast<Route>(r))) number = r;
+      }
+      std::istringstream numbers(times);
+      for (double& t : choice.seconds) {
+        double microseconds = 0;
+        good = good && static_cast<bool>(numbers >> microseconds) && microseconds >= 0;
+        t = microseconds * 1e-6;
+      }
+      if (!good || number < 0) {
+        ++bad;
+        continue;
+      }
+      if (machine != fingerprint()) continue;
+      choice.key = key;
+      choice.route = static_cast<Route>(number);
+      choices[key] = choice;
+    }
+    if (!known || bad > 0) {
+      TORCH_WARN("bap_kernels: expected `", path, "` to hold measured choices, got ",
+                 known ? std::to_string(bad) + " unreadable lines" : std::string("another kind of file"),
+                 "; these are ignored and measured again.");
+    }
+    if (!known) path.clear();  // not our file: it is left as it is
+  }
+
+  void append(const Choice& choice) {
+    if (path.empty()) return;
+    const bool fresh = !std::ifstream(path).good();
+    std::ostringstream line;
+    if (fresh) line << kFileHead << '\n';
+    line << fingerprint() << '\t' << choice.key << '\t' << route_name(choice.route) << '\t';
+    for (const double t : choice.seconds) line << t * 1e6 << ' ';
+    line << '\n';
+    std::ofstream file(path, std::ios::app);
+    file << line.str() << std::flush;
+    if (!file) path.clear();  // a read-only place: choices stay in memory
+  }
+};
+
+ChoiceTable::ChoiceTable() : state_(new State()) {}
+
+ChoiceTable& ChoiceTable::instance() {
+  static auto* table = new ChoiceTable();
+  return *table;
+}
+
+Route ChoiceTable::choose(const ConvCall& call, const std::vector<Route>& candidates,
+                          c10::function_ref<void(Route)> run) {
+  const FastKey fast = fast_key(call);
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    const auto found = state_->routes.find(fast);
+    if (found != state_->routes.end()) return found->second;
+    if (!state_->loaded) state_->load();
+    const auto known = state_->choices.find(case_key(call));
+    if (known != state_->choices.end() &&
+        std::find(candidates.begin(), candidates.end(), known->second.route) != candidates.end()) {
+      state_->routes[fast] = known->second.route;
+      return known->second.route;
+    }
+  }
+  Choice choice{case_key(call), candidates.front(), {}};
+  if (candidates.size() > 1) {
+    for (const Route r : candidates) run(r);  // packs weights, warms caches and thread pools
+    choice.seconds.fill(0);
+    double spent = 0;
+    for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
+      for (const Route r : candidates) {
+        const double t = seconds_of(run, r);
+        double& best = choice.seconds[static_cast<int>(r)];
+        best = round == 0 ? t : std::min(best, t);
+        spent += t;
+      }
+    }
+    for (const Route r : candidates) {
+      const double best = choice.seconds[static_cast<int>(choice.route)];
+      if (choice.seconds[static_cast<int>(r)] < best * kMargin) choice.route = r;
+    }
+  }
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->routes[fast] = choice.route;
+  state_->choices[choice.key] = choice;
+  if (candidates.size() > 1) state_->append(choice);
+  return choice.route;
+}
+
+const Choice* ChoiceTable::find(const std::string& key) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const auto found = state_->choices.find(key);
+  return found == state_->choices.end() ? nullptr : &found->second;
+}
+
+std::vector<Choice> ChoiceTable::all() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (!state_->loaded) state_->load();
+  std::vector<Choice> result;
+  for (const auto& item : state_->choices) result.push_back(item.second);
+  std::sort(result.begin(), result.end(), [](const Choice& a, const Choice& b) { return a.key < b.key; });
+  return result;
+}
+
+void ChoiceTable::clear() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->routes.clear();
+  state_->choices.clear();
+  state_->loaded = true;
+}
+
+void ChoiceTable::set_file(const std::string& path) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->path = path;
+  state_->loaded = path.empty();
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,57 @@
+// Choice of the backend by measurement: each case once, kept in memory and in a file.
+#pragma once
+
+#include <c10/util/FunctionRef.h>
+
+#include <array>
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "ops/conv_call.h"
+
+namespace bap_kernels {
+
+// What can run a call on a CPU. The order is the order of preference between equals.
+enum class Route : int { kNative, kGather, kGatherFlat, kDense };
+constexpr int kRouteCount = 4;
+const char* route_name(Route route);
+
+struct Choice {
+  std::string key;  // the case, as text: also the key in the file
+  Route route;
+  std::array<double, kRouteCount> seconds;  // fastest run of each candidate; 0 for those not measured
+};
+
+// Everything of a call that its speed depends on: shapes, lists' lengths, layout, dtype, threads, fusion, caching.
+std::string case_key(const ConvCall& call);
+
+class ChoiceTable {
+ public:
+  static ChoiceTable& instance();
+
+  // The route for `call`, measured with `run` on its first occurrence. `candidates` must not be empty.
+  Route choose(const ConvCall& call, const std::vector<Route>& candidates,
+               c10::function_ref<void(Route)> run);
+
+  // The measured choice of a case, or null.
+  const Choice* find(const std::string& key);
+
+  std::vector<Choice> all();
+  void clear();
+  // Where choices are kept between processes; empty: memory only. Unreadable lines are skipped with one warning.
+  void set_file(const std::string& path);
+
+ private:
+  struct State;
+  ChoiceTable();
+  State* state_;
+};
+
+// The backend that the user asked for: "auto", "native" or "aten" on CPUs.
+void set_backend(const std::string& name);
+std::string get_backend();
+// Null-like empty text if the backend can run on this machine at all, else the reason.
+std::string backend_why_not(const std::string& name);
+
+}  // namespace bap_kernels

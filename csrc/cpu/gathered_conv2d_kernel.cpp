@@ -1,0 +1,98 @@
+// The gathered convolution on CPUs: checks, then the backend that the user named or that measured fastest.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "aten/gathered_conv2d.h"
+#include "cpu/choice.h"
+#include "cpu/native.h"
+#include "cpu/run.h"
+
+namespace bap_kernels {
+
+std::vector<Route> candidate_routes(const ConvCall& c) {
+  std::vector<Route> routes;
+  if (native_why_not(c).empty()) routes.push_back(Route::kNative);
+  routes.push_back(Route::kGather);
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  if (has_value(c.in_index) && last && c.input.is_contiguous(c.format())) routes.push_back(Route::kGatherFlat);
+  if (dense_route_applies(c)) routes.push_back(Route::kDense);
+  return routes;
+}
+
+at::Tensor run_route(const ConvCall& c, Route route) {
+  switch (route) {
+    case Route::kNative:
+      return native_gathered_conv2d(c);
+    case Route::kGather:
+      return aten_gathered_conv2d(c, AtenRoute::kGather);
+    case Route::kGatherFlat:
+      return aten_gathered_conv2d(c, AtenRoute::kGatherFlat);
+    case Route::kDense:
+      return aten_gathered_conv2d(c, AtenRoute::kDense);
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor run_cpu(const ConvCall& c, const char* op) {
+  if (c.trivial()) return trivial_gathered_conv2d(c);
+  const std::string backend = get_backend();
+  if (backend == "aten") return run_route(c, Route::kGather);
+  if (backend == "native") {
+    const std::string reason = native_why_not(c);
+    TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), op, "(): expected a call that backend `native` can run, got one that it cannot: ",
+                                reason, ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
+    return native_gathered_conv2d(c);
+  }
+  at::Tensor result;
+  const Route route =
+      ChoiceTable::instance().choose(c, candidate_routes(c), [&](Route r) { result = run_route(c, r); });
+  return run_route(c, route);
+}
+
+namespace {
+
+at::Tensor gathered_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& in_index, const OptionalTensor& out_index,
+                               c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                               int64_t groups, bool cache_packed) {
+  const char* op = "gathered_conv2d";
+  const ConvCall call{
+      input,    weight, bias,         in_index,
+      out_index, stride, padding,     dilation,
+      groups,   cache_packed,
+      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
+  check_list_values(op, in_index, out_index, call.shape.channels_in, call.shape.channels_out, call.shape.depthwise);
+  return run_cpu(call, op);
+}
+
+at::Tensor fused_cpu(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
+                     c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
+                     const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                     const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
+                     bool out_relu, bool cache_packed) {
+  const char* op = "_gathered_conv2d_fused";
+  const ConvCall call{
+      input,    weight, bias,         in_index,
+      out_index, stride, padding,     dilation,
+      groups,   cache_packed,
+      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups),
+      Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}};
+  const auto& s = call.shape;
+  check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
+  check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
+  check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
+  check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
+  check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
+  check_residual<int64_t>(op, residual, s, input);
+  return run_cpu(call, op);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) {
+  m.impl("gathered_conv2d", gathered_conv2d_cpu);
+  m.impl("_gathered_conv2d_fused", fused_cpu);
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,95 @@
+// Choice of the instruction set at run time.
+#include "cpu/isa.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+
+namespace bap_kernels {
+namespace {
+
+bool cpu_has(const char* name) {
+#if defined(__x86_64__)
+  const std::string isa = name;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+bool usable(const std::string& isa) {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa == "avx512") return cpu_has("avx512");
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa == "avx2" || isa == "avx512_emulated") return cpu_has("avx2");
+#endif
+  return isa == "none";
+}
+
+std::string choose() {
+  const char* forced = std::getenv("BAP_KERNELS_ISA");
+  if (forced == nullptr || *forced == '\0') return isa_available().front();
+  const std::string isa = forced;
+  TORCH_CHECK_VALUE(isa == "avx512" || isa == "avx2" || isa == "none" || isa == "avx512_emulated",
+                    "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa, ".");
+  TORCH_CHECK_NOT_IMPLEMENTED(usable(isa), "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ",
+                              isa, ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
+  return isa;
+}
+
+}  // namespace
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> found;
+  for (const char* name : {"avx512", "avx2", "none"}) {
+    if (usable(name)) found.emplace_back(name);
+  }
+  return found;
+}
+
+const std::string& isa() {
+  static const std::string chosen = choose();
+  return chosen;
+}
+
+bool isa_has_bfloat16_pairs() { return isa_tiles(/*pairs=*/true) != nullptr; }
+
+const micro::KernelTable* isa_tiles(bool pairs) {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa() == "avx512") {
+    if (!pairs) return micro::table_avx512();
+#if defined(BAP_KERNELS_HAVE_AVX512BF16)
+    return cpu_has("avx512bf16") ? micro::table_avx512_pairs() : nullptr;
+#else
+    return nullptr;
+#endif
+  }
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa() == "avx512_emulated") return pairs ? micro::table_avx512_emulated_pairs() : micro::table_avx512_emulated();
+  if (isa() == "avx2") return pairs ? nullptr : micro::table_avx2();
+#endif
+  return nullptr;
+}
+
+std::string cpu_model() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.rfind("model name", 0) == 0) {
+      std::string name = line.substr(std::min(line.size(), line.find(':') + 2));
+      std::replace(name.begin(), name.end(), '\t', ' ');
+      return name;
+    }
+  }
+  return "unknown CPU";
+}
+
+}  // namespace bap_kernels

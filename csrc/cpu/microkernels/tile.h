@@ -1,0 +1,64 @@
+// Interface between the native driver and the microkernels, which are compiled once per instruction set.
+// No torch header and no std container: an inline function compiled here for AVX-512 must never be the copy that the
+// linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace bap_kernels::micro {
+
+// A run of the reduction: `count` channel units of one tap, starting at `begin` in the channel table.
+struct Segment {
+  int32_t tap, begin, count;
+};
+
+// One output tile: `rows` x (`vectors` * lanes) accumulators. The two kernels share everything but the roles:
+//   pixel_rows    rows are output pixels, lanes are output channels (channels_last results)
+//   channel_rows  rows are output channels, lanes are output pixels (contiguous results)
+struct TileArgs {
+  const float* weight;  // packed panel at the first reduction step
+  // pixel_rows: source[tap * row_stride + r] is the start of pixel r's channels; offsets[c] is unit c's place in it.
+  const float* const* source;
+  int32_t row_stride;
+  const int32_t* offsets;
+  const Segment* segments;
+  int32_t segment_count;
+  // channel_rows: panel[k * panel_stride + lane], `depth` steps.
+  const float* panel;
+  int64_t panel_stride;
+  int64_t depth;
+
+  float* partial;       // rows x (vectors * lanes) sums, contiguous, between blocks of the reduction
+  bool load_partial;    // start from `partial` instead of zero
+  bool store_partial;   // leave the sums in `partial`; nothing of what follows is used
+
+  const float* scale;   // null: 1. Per output channel, padded to whole tiles.
+  const float* shift;   // null: 0
+  void* const* out;     // start of each row in the result
+  const void* const* residual;  // null: none. Start of each row.
+  int32_t valid;        // lanes of the row that exist in the result, 1 .. vectors * lanes
+  bool relu;
+  bool bfloat16;        // element type of out and residual; else float
+};
+
+using TileKernel = void (*)(const TileArgs&);
+
+constexpr int kMaxRows = 14;
+constexpr int kMaxVectors = 2;
+
+// What one instruction set offers. kernel[rows - 1][vectors - 1]; null beyond `rows`.
+struct KernelTable {
+  int rows, lanes;  // largest tile: rows x (kMaxVectors * lanes)
+  TileKernel pixel_rows[kMaxRows][kMaxVectors];
+  TileKernel channel_rows[kMaxRows][kMaxVectors];
+};
+
+// Null where the compiler could not build the instruction set. The *_pairs tables multiply pairs of bfloat16 held in one
+// 32-bit lane. The *_emulated tables hold the AVX-512 tiles in AVX2 code, so that every machine can test them.
+const KernelTable* table_avx2();
+const KernelTable* table_avx512();
+const KernelTable* table_avx512_pairs();
+const KernelTable* table_avx512_emulated();
+const KernelTable* table_avx512_emulated_pairs();
+
+}  // namespace bap_kernels::micro

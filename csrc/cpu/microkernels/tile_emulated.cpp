@@ -1,0 +1,16 @@
+// The AVX-512 tiles compiled for AVX2: slow, for testing their logic on machines without AVX-512.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/microkernels/tile.h"
+
+namespace bap_kernels::micro {
+namespace {
+#include "cpu/microkernels/tile_kernel.h"
+constexpr KernelTable kTable = make_table<16, false, 14>();
+}  // namespace
+
+const KernelTable* table_avx512_emulated() { return &kTable; }
+
+}  // namespace bap_kernels::micro

@@ -1,0 +1,179 @@
+// The register tile of the gathered convolution, written once for every vector width.
+//   acc[r][lane] = sum over k of broadcast(r, k) * vector(k, lane);  y = relu(acc * scale + shift + residual)
+// pixel_rows broadcasts activations, found through a pixel pointer plus a channel offset: the gather is one extra
+// load per step. channel_rows broadcasts packed weights and reads activations as whole vectors.
+// Included by one source file per instruction set, inside that file's own anonymous namespace.
+// Accumulates in fp32. The order of the sum depends on the reduction alone, never on the tile's place or the threads.
+
+template <int kLanes, bool kPairs>
+struct Simd {
+  typedef float Vec __attribute__((vector_size(kLanes * 4)));
+  typedef float Loose __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+
+  static inline __attribute__((always_inline)) Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+  static inline __attribute__((always_inline)) void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+  // x - 0 is x for every x, so this is a plain broadcast.
+  static inline __attribute__((always_inline)) Vec broadcast(float s) { return s - Vec{}; }
+
+  static inline __attribute__((always_inline)) void add_product(Vec& acc, Vec a, Vec b) {
+    if constexpr (!kPairs) {
+      acc += a * b;
+    } else {
+#if defined(__AVX512BF16__)
+      if constexpr (kLanes == 16) {
+        acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+        return;
+      }
+#endif
+      const Bits ua = (Bits)a, ub = (Bits)b;
+      acc += (Vec)(ua << 16) * (Vec)(ub << 16);
+      acc += (Vec)(ua & 0xffff0000u) * (Vec)(ub & 0xffff0000u);
+    }
+  }
+};
+
+inline float from_bfloat16(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t to_bfloat16(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  if (f != f) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The tile's last step for rows that are cut short, and for bfloat16: one element at a time.
+inline void finish_row(const TileArgs& t, const float* sums, int r, bool channel_row) {
+  for (int j = 0; j < t.valid; ++j) {
+    const int c = channel_row ? r : j;
+    float v = sums[j];
+    if (t.scale) v *= t.scale[c];
+    if (t.shift) v += t.shift[c];
+    if (t.residual) {
+      v += t.bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(t.residual[r])[j])
+                      : static_cast<const float*>(t.residual[r])[j];
+    }
+    if (t.relu) v = v < 0.f ? 0.f : v;
+    if (t.bfloat16) {
+      static_cast<uint16_t*>(t.out[r])[j] = to_bfloat16(v);
+    } else {
+      static_cast<float*>(t.out[r])[j] = v;
+    }
+  }
+}
+
+template <int kLanes, bool kPairs, int kRows, int kVectors, bool kChannelRows>
+void tile_kernel(const TileArgs& t) {
+  using S = Simd<kLanes, kPairs>;
+  using Vec = typename S::Vec;
+  constexpr int kWidth = kVectors * kLanes;
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
+  }
+  if (t.load_partial) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = S::load(t.partial + r * kWidth + v * kLanes);
+    }
+  }
+
+  const float* w = t.weight;
+  if constexpr (kChannelRows) {
+    const float* x = t.panel;
+    for (int64_t k = t.depth; k > 0; --k) {
+      Vec b[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) b[v] = S::load(x + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec a = S::broadcast(w[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) S::add_product(acc[r][v], a, b[v]);
+      }
+      x += t.panel_stride;
+      w += kRows;
+    }
+  } else {
+    for (int s = 0; s < t.segment_count; ++s) {
+      const Segment& segment = t.segments[s];
+      const float* row[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) row[r] = t.source[static_cast<int64_t>(segment.tap) * t.row_stride + r];
+      const int32_t* offset = t.offsets + segment.begin;
+      const int32_t* const end = offset + segment.count;
+      for (; offset != end; ++offset) {
+        const int64_t at = *offset;
+        Vec b[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) b[v] = S::load(w + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec a = S::broadcast(row[r][at]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) S::add_product(acc[r][v], a, b[v]);
+        }
+        w += kWidth;
+      }
+    }
+  }
+
+  if (t.store_partial) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) S::store(t.partial + r * kWidth + v * kLanes, acc[r][v]);
+    }
+    return;
+  }
+  if (t.valid != kWidth || t.bfloat16) {
+    alignas(64) float sums[kRows][kWidth];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
+    }
+    for (int r = 0; r < kRows; ++r) finish_row(t, sums[r], r, kChannelRows);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* out = static_cast<float*>(t.out[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec y = acc[r][v];
+      if (t.scale) y *= kChannelRows ? S::broadcast(t.scale[r]) : S::load(t.scale + v * kLanes);
+      if (t.shift) y += kChannelRows ? S::broadcast(t.shift[r]) : S::load(t.shift + v * kLanes);
+      if (t.residual) y += S::load(static_cast<const float*>(t.residual[r]) + v * kLanes);
+      if (t.relu) y = y < Vec{} ? Vec{} : y;
+      S::store(out + v * kLanes, y);
+    }
+  }
+}
+
+template <int kLanes, bool kPairs, int kTileRows, int kRows>
+constexpr void fill_rows(KernelTable& table) {
+  table.pixel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kRows, 1, false>;
+  table.pixel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kRows, 2, false>;
+  table.channel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kRows, 1, true>;
+  table.channel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kRows, 2, true>;
+  if constexpr (kRows < kTileRows) fill_rows<kLanes, kPairs, kTileRows, kRows + 1>(table);
+}
+
+template <int kLanes, bool kPairs, int kTileRows>
+constexpr KernelTable make_table() {
+  KernelTable table{};
+  table.rows = kTileRows;
+  table.lanes = kLanes;
+  fill_rows<kLanes, kPairs, kTileRows, 1>(table);
+  return table;
+}

@@ -1,0 +1,112 @@
+// Python module bap_kernels._C: importing it registers the ops; it also holds build facts, settings and tables.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/choice.h"
+#include "cpu/isa.h"
+#include "cpu/native.h"
+#include "cpu/packed_cache.h"
+#include "cpu/run.h"
+
+namespace py = pybind11;
+
+namespace bap_kernels {
+namespace {
+
+py::dict choice_dict(const Choice& choice) {
+  py::dict times;
+  for (int r = 0; r < kRouteCount; ++r) {
+    if (choice.seconds[r] > 0) times[route_name(static_cast<Route>(r))] = choice.seconds[r] * 1e6;
+  }
+  py::dict d;
+  d["case"] = choice.key;
+  d["backend"] = route_name(choice.route);
+  d["candidates"] = times;
+  return d;
+}
+
+py::list choices() {
+  py::list list;
+  for (const Choice& choice : ChoiceTable::instance().all()) list.append(choice_dict(choice));
+  return list;
+}
+
+// What the op would do with these arguments, and why; nothing is measured.
+py::dict explain(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& in_index, const OptionalTensor& out_index, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                 bool cache_packed) {
+  const ConvCall call{input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed,
+                      check_gathered_conv2d<int64_t>("explain", input, weight, bias, in_index, out_index, stride,
+                                                     padding, dilation, groups)};
+  py::dict result;
+  const std::string key = case_key(call);
+  const Choice* known = ChoiceTable::instance().find(key);
+  if (known != nullptr) {
+    result = choice_dict(*known);
+  } else {
+    result["case"] = key;
+    result["backend"] = py::none();  // not measured yet
+    result["candidates"] = py::dict();
+  }
+  py::dict why_not;
+  const std::string native = native_why_not(call);
+  if (!native.empty()) why_not["native"] = native;
+  for (const char* name : {"triton", "cuda"}) why_not[name] = backend_why_not(name);
+  result["why_not"] = why_not;
+  return result;
+}
+
+py::dict packed_cache_info() {
+  const auto info = PackedCache::instance().info();
+  py::dict d;
+  d["bytes"] = info.bytes;
+  d["entries"] = info.entries;
+  d["limit_bytes"] = info.limit_bytes;
+  d["hits"] = info.hits;
+  d["misses"] = info.misses;
+  d["evictions"] = info.evictions;
+  return d;
+}
+
+py::dict build_facts() {
+  py::dict d;
+  d["compiler"] = BAP_KERNELS_BUILD_COMPILER;
+  d["flags"] = BAP_KERNELS_BUILD_FLAGS;
+  d["isas"] = BAP_KERNELS_BUILD_ISAS;
+  d["torch"] = BAP_KERNELS_BUILD_TORCH;
+#if defined(_OPENMP)
+  d["openmp"] = std::to_string(_OPENMP);
+#else
+  d["openmp"] = "none";
+#endif
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
+  m.def("set_backend", &set_backend, py::arg("name"));
+  m.def("get_backend", &get_backend);
+  m.def("why_not", [](const std::string& name) -> std::optional<std::string> {
+    const std::string reason = backend_why_not(name);
+    return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
+  }, py::arg("backend"));
+  m.def("isa", [] { return isa(); });
+  m.def("isa_available", &isa_available);
+  m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);
+  m.def("build_facts", &build_facts);
+  m.def("explain", &explain, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("in_index"),
+        py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+        py::arg("cache_packed") = true);
+  m.def("choices", &choices);
+  m.def("clear_choices", [] { ChoiceTable::instance().clear(); });
+  m.def("set_choice_file", [](const std::string& path) { ChoiceTable::instance().set_file(path); }, py::arg("path"));
+  m.def("packed_cache_info", &packed_cache_info);
+  m.def("set_packed_cache_limit", [](int64_t bytes) { PackedCache::instance().set_limit(bytes); }, py::arg("bytes"));
+  m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
+}
+
+}  // namespace bap_kernels

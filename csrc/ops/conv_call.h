@@ -1,0 +1,44 @@
+// One checked call of the gathered convolution, as it travels from the op to a backend.
+#pragma once
+
+#include "ops/gathered_conv2d.h"
+
+namespace bap_kernels {
+
+// What is fused around the convolution; every member may be absent.
+//   x' = relu?(in_scale * x + in_shift) on the listed channels, zero padding after it
+//   y  = relu?(out_scale * (conv(x') + bias) + out_shift + residual)
+struct Fusion {
+  OptionalTensor in_scale, in_shift;
+  bool in_relu = false;
+  OptionalTensor out_scale, out_shift, residual;
+  bool out_relu = false;
+
+  bool has_prologue() const { return in_relu || has_value(in_scale) || has_value(in_shift); }
+  bool has_epilogue() const {
+    return out_relu || has_value(out_scale) || has_value(out_shift) || has_value(residual);
+  }
+};
+
+struct ConvCall {
+  const at::Tensor& input;
+  const at::Tensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& in_index;
+  const OptionalTensor& out_index;
+  c10::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+  bool cache_packed;
+  ConvShape<int64_t> shape;
+  Fusion fusion = {};
+
+  bool symmetric_padding() const { return padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight]; }
+  int64_t taps() const { return shape.kernel_h * shape.kernel_w; }
+  at::MemoryFormat format() const { return input.suggest_memory_format(); }
+  // No arithmetic is left: the result is empty, or only the bias and what is fused.
+  bool trivial() const {
+    return shape.batch == 0 || shape.kept_out == 0 || shape.kept_in == 0 || shape.out_h == 0 || shape.out_w == 0;
+  }
+};
+
+}  // namespace bap_kernels

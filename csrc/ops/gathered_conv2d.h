@@ -1,0 +1,49 @@
+// Contract of the gathered convolution: arguments, checks and result shape, device-neutral.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <array>
+#include <optional>
+
+namespace bap_kernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Padding of the four sides, in input pixels; the op's own order.
+enum PaddingSide : int { kTop = 0, kBottom = 1, kLeft = 2, kRight = 3 };
+
+// Geometry of one call. Int is int64_t in kernels and c10::SymInt while tracing.
+template <class Int>
+struct ConvShape {
+  Int batch, channels_in, height, width;
+  Int channels_out, kernel_h, kernel_w;
+  Int kept_in, kept_out, out_h, out_w;
+  bool depthwise;
+};
+
+// Raises on any argument that breaks the contract (list values apart: see check_list_values) and returns the geometry.
+template <class Int>
+ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& in_index,
+                                     const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
+                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups);
+
+// The lists' values: in range and without repeats; for depthwise also equal. Only for CPU tensors: reading a list on a
+// GPU would stall its stream, so there the lists are checked when they are made.
+void check_list_values(const char* op, const OptionalTensor& in_index, const OptionalTensor& out_index,
+                       int64_t channels_in, int64_t channels_out, bool depthwise);
+
+// A per-channel vector of the fused op: 1-D, `length` entries, dtype float32, the input's device.
+void check_channel_vector(const char* op, const char* name, const OptionalTensor& vector, const c10::SymInt& length,
+                          const at::Tensor& input);
+
+// The fused op's residual: the result's shape, the input's dtype and device.
+template <class Int>
+void check_residual(const char* op, const OptionalTensor& residual, const ConvShape<Int>& shape,
+                    const at::Tensor& input);
+
+inline bool has_value(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+}  // namespace bap_kernels
