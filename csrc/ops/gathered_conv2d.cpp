@@ -18,7 +18,7 @@ at::Tensor empty_result(const ConvShape<SymInt>& s, const at::Tensor& input) {
 
 at::Tensor gathered_conv2d_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
-                                SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool) {
+                                SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, bool) {
   return empty_result(check_gathered_conv2d<SymInt>("gathered_conv2d", input, weight, bias, in_index, out_index, stride,
                                                     padding, dilation, groups),
                       input);
@@ -26,7 +26,7 @@ at::Tensor gathered_conv2d_meta(const at::Tensor& input, const at::Tensor& weigh
 
 at::Tensor fused_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
-                      SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
+                      SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                       const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool,
                       const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
                       bool, bool) {
@@ -45,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(const at::Tensor& g
                                                              const at::Tensor& weight, const OptionalTensor& in_index,
                                                              const OptionalTensor& out_index, SymIntArrayRef stride,
                                                              SymIntArrayRef padding, SymIntArrayRef dilation,
-                                                             const SymInt& groups, std::array<bool, 3> mask) {
+                                                             SymInt groups, std::array<bool, 3> mask) {
   check_gathered_conv2d<SymInt>("gathered_conv2d_backward", input, weight, {}, in_index, out_index, stride, padding,
                                 dilation, groups);
   const auto none = [&] { return at::empty({0}, input.options().memory_format(std::nullopt)); };
