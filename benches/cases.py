@@ -1,0 +1,182 @@
+"""The frozen cases: every distinct convolution of ResNet-50 at 224x224 and of ResNet-26 at 64x64.
+
+The table is a literal so that figures stay comparable between commits; a test derives it again from the networks.
+"""
+
+import itertools
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BATCHES = (1, 8)
+DENSITIES = (0.75, 0.5, 0.25)
+LISTS = ("in", "both")
+LAYOUTS = ("channels_last", "nchw")
+
+# Layers with fewer input channels (the stems and what follows them) are timed, but stay out of the means.
+MIN_MEAN_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution with a square kernel, padding kernel // 2, no bias and no groups.
+
+    Args:
+        network: Network in which the convolution occurs.
+        H: Height of the input.
+        W: Width of the input.
+        C_in: Input channels.
+        C_out: Output channels.
+        kernel: kH = kW.
+        stride: Stride of both axes.
+        count: How often the convolution occurs in the network.
+    """
+
+    network: str
+    H: int
+    W: int
+    C_in: int
+    C_out: int
+    kernel: int
+    stride: int
+    count: int
+
+    @property
+    def padding(self) -> int:
+        """Zero padding on every side."""
+        return self.kernel // 2
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(oH, oW)."""
+        shrink = self.kernel - 2 * self.padding
+        return (self.H - shrink) // self.stride + 1, (self.W - shrink) // self.stride + 1
+
+    @property
+    def shape(self) -> str:
+        """The case in letters, such as ``56x56-64-64-k3s1``; unique within its network."""
+        return f"{self.H}x{self.W}-{self.C_in}-{self.C_out}-k{self.kernel}s{self.stride}"
+
+
+CASES: tuple[Case, ...] = tuple(
+    Case(*row)
+    for row in (
+        ("resnet50", 224, 224, 3, 64, 7, 2, 1),
+        ("resnet50", 56, 56, 64, 64, 1, 1, 1),
+        ("resnet50", 56, 56, 64, 64, 3, 1, 3),
+        ("resnet50", 56, 56, 64, 256, 1, 1, 4),
+        ("resnet50", 56, 56, 256, 64, 1, 1, 2),
+        ("resnet50", 56, 56, 256, 128, 1, 1, 1),
+        ("resnet50", 56, 56, 128, 128, 3, 2, 1),
+        ("resnet50", 28, 28, 128, 512, 1, 1, 4),
+        ("resnet50", 56, 56, 256, 512, 1, 2, 1),
+        ("resnet50", 28, 28, 512, 128, 1, 1, 3),
+        ("resnet50", 28, 28, 128, 128, 3, 1, 3),
+        ("resnet50", 28, 28, 512, 256, 1, 1, 1),
+        ("resnet50", 28, 28, 256, 256, 3, 2, 1),
+        ("resnet50", 14, 14, 256, 1024, 1, 1, 6),
+        ("resnet50", 28, 28, 512, 1024, 1, 2, 1),
+        ("resnet50", 14, 14, 1024, 256, 1, 1, 5),
+        ("resnet50", 14, 14, 256, 256, 3, 1, 5),
+        ("resnet50", 14, 14, 1024, 512, 1, 1, 1),
+        ("resnet50", 14, 14, 512, 512, 3, 2, 1),
+        ("resnet50", 7, 7, 512, 2048, 1, 1, 3),
+        ("resnet50", 14, 14, 1024, 2048, 1, 2, 1),
+        ("resnet50", 7, 7, 2048, 512, 1, 1, 2),
+        ("resnet50", 7, 7, 512, 512, 3, 1, 2),
+        ("resnet26", 64, 64, 3, 32, 3, 1, 1),
+        ("resnet26", 64, 64, 32, 64, 3, 2, 1),
+        ("resnet26", 32, 32, 64, 64, 3, 1, 7),
+        ("resnet26", 32, 32, 64, 128, 3, 2, 1),
+        ("resnet26", 16, 16, 128, 128, 3, 1, 7),
+        ("resnet26", 16, 16, 128, 256, 3, 2, 1),
+        ("resnet26", 8, 8, 256, 256, 3, 1, 7),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case with its batch, density, kind of lists and memory format: what the peers are compared on."""
+
+    case: Case
+    batch: int
+    density: float
+    lists: str
+    layout: str
+
+    @property
+    def id(self) -> str:
+        """Name in ids and tables, such as ``resnet50-b1-56x56-64-64-k3s1-d50-in-nchw``."""
+        return (
+            f"{self.case.network}-b{self.batch}-{self.case.shape}-d{self.density * 100:.0f}-{self.lists}-{self.layout}"
+        )
+
+    @property
+    def seed(self) -> int:
+        """Seed of the lists: the same in both layouts, for both kinds of lists and for every batch."""
+        return zlib.crc32(f"{self.case.network}-{self.case.shape}-d{self.density * 100:.0f}".encode())
+
+    @property
+    def K_in(self) -> int:  # noqa: N802
+        """Input channels kept."""
+        return kept(self.case.C_in, self.density)
+
+    @property
+    def K_out(self) -> int:  # noqa: N802
+        """Output channels computed."""
+        return kept(self.case.C_out, self.density) if self.lists == "both" else self.case.C_out
+
+    def channel_lists(self) -> tuple[Tensor, Tensor | None]:
+        """Draw (in_index, out_index): sorted, unique int32; out_index is None where only the input is listed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        in_index = draw(self.case.C_in, self.K_in, generator)
+        out_index = draw(self.case.C_out, self.K_out, generator) if self.lists == "both" else None
+        return in_index, out_index
+
+
+def kept(channels: int, density: float) -> int:
+    """Channels kept at a density: at least one."""
+    return max(1, round(channels * density))
+
+
+def draw(channels: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw a sorted list of ``count`` of ``channels`` numbers, uniformly, as int32."""
+    return torch.randperm(channels, generator=generator)[:count].sort().values.int()
+
+
+def full_cells(
+    batches: Sequence[int] = BATCHES,
+    densities: Sequence[float] = DENSITIES,
+    lists: Sequence[str] = LISTS,
+    layouts: Sequence[str] = LAYOUTS,
+    cases: Iterable[Case] = CASES,
+) -> list[Cell]:
+    """Every case with every setting, settings outermost."""
+    settings = itertools.product(layouts, batches, lists, densities)
+    cases = tuple(cases)
+    return [Cell(case, batch, density, kind, layout) for layout, batch, kind, density in settings for case in cases]
+
+
+def default_cells() -> list[Cell]:
+    """Return the embedded default: batch 1 and the cases that count in the means.
+
+    Channels_last with both kinds of lists, NCHW with in-lists. The order puts what says most first, so that a study
+    whose time runs out has whole passes over the cases.
+    """
+    cases = [case for case in CASES if case.C_in >= MIN_MEAN_CHANNELS]
+    passes = (
+        ("channels_last", "in", 0.5),
+        ("channels_last", "both", 0.5),
+        ("nchw", "in", 0.5),
+        ("channels_last", "in", 0.25),
+        ("channels_last", "in", 0.75),
+        ("channels_last", "both", 0.25),
+        ("channels_last", "both", 0.75),
+        ("nchw", "in", 0.25),
+        ("nchw", "in", 0.75),
+    )
+    return [Cell(case, 1, density, kind, layout) for layout, kind, density in passes for case in cases]

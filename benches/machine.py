@@ -1,0 +1,171 @@
+"""The machine as it is measured: peak FLOP/s, copy bandwidth, and the versions that figures depend on."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.problem import cache_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "numpy", "triton", "bap_kernels")
+
+
+@dataclass(frozen=True)
+class Roof:
+    """Peaks of this machine with the threads of the study.
+
+    Args:
+        matmul_flop_per_s: Best of several matrix products.
+        register_flop_per_s: Multiply-adds in registers alone, or None where no compiler is at hand (or on a GPU).
+        bytes_per_s: Read plus written by a copy of tensors far larger than the cache.
+    """
+
+    matmul_flop_per_s: float
+    register_flop_per_s: float | None
+    bytes_per_s: float
+
+    @property
+    def flop_per_s(self) -> float:
+        """Peak used for the roof: the higher of the two."""
+        return max(self.matmul_flop_per_s, self.register_flop_per_s or 0.0)
+
+    def seconds(self, flop: float, moved: float) -> float:
+        """Least time for some work: what takes longer, computing or moving it."""
+        return max(flop / self.flop_per_s, moved / self.bytes_per_s)
+
+
+def best_rate(amount: float, run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Highest amount per second over the runs that fit into some seconds, after one to warm up."""
+    run()
+    shortest = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        shortest = min(shortest, time.perf_counter() - start)
+    return amount / shortest
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOP/s of square matrix products: one that fills the cache and one that fits into it."""
+    rates = []
+    for size in (8192,) if device.type == "cuda" else (768, 2048):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates.append(best_rate(2.0 * size**3, lambda a=a, b=b: a @ b, device, seconds / 2))  # type: ignore[misc]
+    return max(rates)
+
+
+def register_rate(threads: int, seconds: float) -> float | None:
+    """FLOP/s (fp32) of multiply-adds in registers on all threads, or None without a C++ compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fma_peak.so"
+        source = Path(__file__).with_name("fma_peak.cpp")
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(path), str(source)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return None
+        run = ctypes.CDLL(str(path)).fma_peak
+    run.restype = ctypes.c_double
+    run.argtypes = [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
+    steps = 2_000_000
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            sinks = [(ctypes.c_float * 16)() for _ in range(threads)]
+            start = time.perf_counter()
+            flop = sum(pool.map(lambda sink: run(steps, sink), sinks))
+            best = max(best, flop / (time.perf_counter() - start))
+    return best
+
+
+def copy_rate(device: torch.device, seconds: float) -> float:
+    """Bytes per second, read plus written, of copying tensors eight times the cache."""
+    numel = min(8 * cache_bytes(device), 1 << 30) // 4
+    source, target = (torch.ones(numel, device=device) for _ in range(2))
+    return best_rate(8.0 * numel, lambda: target.copy_(source), device, seconds)
+
+
+def measure_roof(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> Roof:
+    """Measure the peaks with the current number of threads."""
+    registers = None
+    if device.type == "cpu" and dtype == torch.float32:
+        registers = register_rate(torch.get_num_threads(), seconds / 3)
+    return Roof(matmul_rate(dtype, device, seconds / 3), registers, copy_rate(device, seconds / 3))
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """Commit of the checkout, with ``+`` where tracked files differ from it; ``unknown`` outside a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(device: torch.device, dtype: str, roof: Roof, build: dict[str, str], isa: str) -> dict[str, Any]:
+    """Describe machine and versions for the head of a study.
+
+    ``same`` holds what two runs must share for their rows to stand in one file.
+    """
+    same = {
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+        "pytorch_isa": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions(),
+    }
+    if device.type == "cuda":
+        same["gpu"] = torch.cuda.get_device_name(device)
+    return {
+        "same": same,
+        "cores": os.cpu_count(),
+        "cache_bytes": cache_bytes(device),
+        "system": platform.platform(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "dtype": dtype,
+        "roof": {**asdict(roof), "flop_per_s": roof.flop_per_s},
+        "build": build,
+    }

@@ -1,0 +1,138 @@
+"""From a cell to its rows: prepare the peers, check every result, time them in interleaved rounds."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benches import gate, ours, peers
+from benches.cases import Cell
+from benches.machine import Roof
+from benches.peers import Peer
+from benches.problem import NumberStore, Problem
+from benches.rows import Row, with_ratios
+from benches.timers import Spread, clock, interleave
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# At least this many rounds, whatever the budget: fewer have no median worth the name.
+MIN_ROUNDS = 5
+MAX_ROUNDS = 50
+
+
+class Bench:
+    """What all cells of one study share: device, dtype, random numbers, clock and roof.
+
+    Args:
+        device: Where to measure.
+        dtype: ``float32`` or ``bfloat16``.
+        roof: Peaks of the machine, or None to leave ``roof_share`` out.
+    """
+
+    def __init__(self, device: torch.device, dtype: str, roof: Roof | None = None) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.roof = roof
+        self.store = NumberStore(DTYPES[dtype], device)
+        self.clock = clock(device)
+        self._dense_errors: dict[tuple[str, int, str], float] = {}
+
+    def problem(self, cell: Cell) -> Problem:
+        """Make the tensors of a cell."""
+        return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
+
+    def prepare(self, name: str, problem: Problem, pool_share: float = 1.0) -> Peer:
+        """Prepare one peer or backend."""
+        if name in ours.BACKENDS:
+            return ours.prepare(name, problem)
+        return peers.prepare(name, problem, self.clock, pool_share)
+
+    def gated(self, name: str, peer: Peer, problem: Problem, reference: Tensor) -> float:
+        """Check a peer on the first input and return its largest error.
+
+        Raises:
+            WrongResultError: If the result is wrong, or ours is in another memory format than the input.
+        """
+        peer.enter()
+        result = torch.as_tensor(peer.run(peer.inputs[0]))
+        if name in ours.BACKENDS or peer.same_layout:
+            gate.check_layout(name, result, problem.cell.layout)
+        if name == "dense":
+            return self._dense_error(result, peer, problem)
+        if peer.all_outputs and problem.out_index is not None:
+            result = result.index_select(1, problem.out_index)
+        return gate.check(f"{name} on {problem.cell.id}", result, reference, peer.length)
+
+    def _dense_error(self, result: Tensor, peer: Peer, problem: Problem) -> float:
+        # The same for all densities and lists: its float64 reference is the dearest of all.
+        key = (problem.cell.case.network + problem.cell.case.shape, problem.cell.batch, problem.cell.layout)
+        if key not in self._dense_errors:
+            reference = gate.dense_reference(problem, problem.inputs[0])
+            self._dense_errors[key] = gate.check(f"dense on {problem.cell.id}", result, reference, peer.length)
+        return self._dense_errors[key]
+
+    def rows(self, cell: Cell, names: Sequence[str], seconds: float) -> list[Row]:
+        """Measure one cell.
+
+        Args:
+            cell: What to measure.
+            names: Peers and backends.
+            seconds: Time to spend, preparation and checks included; at least five rounds are made.
+
+        Raises:
+            WrongResultError: If any result is wrong; nothing of the cell is then returned.
+        """
+        start = time.perf_counter()
+        with torch.inference_mode():
+            problem = self.problem(cell)
+            names = [name for name in names if peers.applies(name, problem)]
+            share = 1 / max(1, len(names) - 1)
+            prepared = {name: self.prepare(name, problem, share) for name in names}
+            reference = gate.kept_reference(problem, problem.inputs[0])
+            errors = {name: self.gated(name, peer, problem, reference) for name, peer in prepared.items()}
+            left = seconds - (time.perf_counter() - start)
+            samples = interleave(prepared, self.clock, left, MIN_ROUNDS, MAX_ROUNDS)
+        if any(name in ours.BACKENDS for name in names):
+            ours.forget_packed()
+        return with_ratios(
+            self.row(name, prepared[name], problem, errors[name], Spread.of(samples[name])) for name in names
+        )
+
+    def row(self, name: str, peer: Peer, problem: Problem, error: float, spread: Spread) -> Row:
+        """Put one peer's figures together, without the ratios."""
+        cell = problem.cell
+        flop, moved = problem.work(dense=name == "dense")
+        return Row(
+            network=cell.case.network,
+            case=cell.case.shape,
+            cell=cell.id,
+            peer=name,
+            candidate=peer.candidate,
+            device=self.device.type,
+            dtype=self.dtype,
+            layout=cell.layout,
+            batch=cell.batch,
+            density=cell.density,
+            lists=cell.lists,
+            seed=cell.seed,
+            threads=torch.get_num_threads(),
+            inputs="rotated" if problem.rotated else "warm",
+            rounds=spread.rounds,
+            p20_s=spread.p20,
+            p50_s=spread.p50,
+            p80_s=spread.p80,
+            max_error=error,
+            C_in=cell.case.C_in,
+            C_out=cell.case.C_out,
+            H=cell.case.H,
+            W=cell.case.W,
+            kernel=cell.case.kernel,
+            stride=cell.case.stride,
+            K_in=cell.K_in,
+            K_out=cell.K_out,
+            gflop=flop * 1e-9,
+            bytes=moved,
+            flop_per_s=flop / spread.p50,
+            roof_share=self.roof.seconds(flop, moved) / spread.p50 if self.roof else None,
+        )

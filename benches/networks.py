@@ -1,0 +1,301 @@
+"""Whole networks on photographs: swapped layers against masked and dense ones, eval mode, in-lists only.
+
+Weights are random (nothing is downloaded); batch norms are calibrated on the photographs, so that activations have the
+size that they have in a trained network. Layers with at most four input channels keep all of them.
+"""
+
+import copy
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benches import gate, ours
+from benches.cases import draw, kept
+from benches.measure import DTYPES
+from benches.photographs import CROPS, batches
+from benches.problem import MEMORY_FORMATS
+from benches.resnet26 import ResNet26
+from benches.rows import Row, with_ratios
+from benches.summary import WHOLE_NETWORK
+from benches.timers import Spread, Timed, clock, interleave, nothing
+
+DOMAIN = "photographs"
+FEW_CHANNELS = 4
+MIN_ROUNDS = 3
+MAX_ROUNDS = 30
+# Share of the largest logit: rounding through fifty layers stays far below, a wrong channel in one layer is far above.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def _resnet50() -> nn.Module:
+    from torchvision.models import resnet50
+
+    return resnet50(weights=None)
+
+
+# Constructor and image size.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (_resnet50, 224), "resnet26": (ResNet26, 64)}
+
+
+@dataclass(frozen=True)
+class NetworkCell:
+    """A network with its batch, density and memory format."""
+
+    network: str
+    batch: int
+    density: float
+    layout: str
+
+    @property
+    def id(self) -> str:
+        """Name in ids and tables, such as ``resnet50-b1-network-d50-in-channels_last``."""
+        return f"{self.network}-b{self.batch}-{WHOLE_NETWORK}-d{self.density * 100:.0f}-in-{self.layout}"
+
+    @property
+    def seed(self) -> int:
+        """Seed of the lists, the same for all batches and layouts."""
+        return zlib.crc32(f"{self.network}-{WHOLE_NETWORK}-d{self.density * 100:.0f}".encode())
+
+
+def network_cells(batches: Sequence[int], densities: Sequence[float], layouts: Sequence[str]) -> list[NetworkCell]:
+    """Both networks with every setting; whole passes over the networks, what says most first."""
+    order = sorted(densities, key=lambda density: (abs(density - 0.5), density))
+    return [
+        NetworkCell(network, batch, density, layout)
+        for layout in layouts
+        for density in order
+        for batch in batches
+        for network in NETWORKS
+    ]
+
+
+class MaskedInputConv2d(nn.Module):
+    """A dense convolution of x times a mask: what stands for the lists where there is no gathered kernel."""
+
+    def __init__(self, conv: nn.Conv2d, in_index: Tensor) -> None:
+        super().__init__()
+        self.conv = conv
+        mask = torch.zeros(1, conv.in_channels, 1, 1)
+        mask[:, in_index.long()] = 1
+        self.register_buffer("mask", mask.to(conv.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply and convolve."""
+        return self.conv(x * self.get_buffer("mask"))
+
+
+def in_lists(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
+    """Draw an in-list for every convolution that reads more than a few channels."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: draw(module.in_channels, kept(module.in_channels, density), generator)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels > FEW_CHANNELS
+    }
+
+
+def mask_(model: nn.Module, lists: dict[str, Tensor]) -> nn.Module:
+    """Replace the listed convolutions by masked ones, in place."""
+    for name, in_index in lists.items():
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        conv = getattr(owner, child)
+        setattr(owner, child, MaskedInputConv2d(conv, in_index))
+    return model
+
+
+def swap_(model: nn.Module, lists: dict[str, Tensor]) -> nn.Module:
+    """Replace the convolutions by the package's layers and give them the lists, through its public names."""
+    bk = ours.package()
+    bk.swap_(model)
+    layers = [name for name, module in model.named_modules() if isinstance(module, bk.nn.GatheredConv2d)]
+    table = bk.ChannelTable({DOMAIN: {name: bk.ChannelLists(lists.get(name)) for name in layers}})
+    bk.attach_(model, table)
+    bk.set_domain(model, DOMAIN)
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def conv_flop(model: nn.Module, example: Tensor, lists: dict[str, Tensor]) -> tuple[float, float]:
+    """FLOP (2 per multiply-add) of all convolutions: (all of the work, the kept work)."""
+    full, listed = 0.0, 0.0
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+            nonlocal full, listed
+            per_channel = 2.0 * output.numel() * module.weight[0, 0].numel()
+            full += per_channel * module.in_channels
+            listed += per_channel * (len(lists[name]) if name in lists else module.in_channels)
+
+        return hook
+
+    hooks = [m.register_forward_hook(count(name)) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    model(example)
+    for hook in hooks:
+        hook.remove()
+    return full, listed
+
+
+class NetworkBench:
+    """Builds each network once, and measures cells of it.
+
+    Args:
+        device: Where to measure.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+
+    def __init__(self, device: torch.device, dtype: str) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.clock = clock(device)
+        self._models: dict[str, nn.Module] = {}
+
+    def model(self, network: str) -> nn.Module:
+        """Return the dense network in float32 on the CPU, batch norms calibrated, in eval mode."""
+        if network not in self._models:
+            build, size = NETWORKS[network]
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                model = build().train()
+                norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+                usual = [norm.momentum for norm in norms]
+                for norm in norms:
+                    norm.momentum = 1.0
+                model(batches(size, CROPS, count=1)[0])
+                for norm, momentum in zip(norms, usual, strict=True):
+                    norm.momentum = momentum
+            self._models[network] = model.eval()
+        return self._models[network]
+
+    def _placed(self, model: nn.Module, layout: str) -> nn.Module:
+        placed: Any = copy.deepcopy(model)
+        return placed.to(self.device, DTYPES[self.dtype]).to(memory_format=MEMORY_FORMATS[layout])
+
+    def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
+        """Build dense, masked and swapped networks, as named, with a pool of inputs."""
+        model = self.model(cell.network)
+        lists = in_lists(model, cell.density, cell.seed)
+        size = NETWORKS[cell.network][1]
+        inputs = [
+            x.to(self.device, DTYPES[self.dtype]).contiguous(memory_format=MEMORY_FORMATS[cell.layout])
+            for x in batches(size, cell.batch)
+        ]
+        prepared = {}
+        for name in names:
+            enter: Callable[[], None] = nothing
+            if name == "dense":
+                run = self._placed(model, cell.layout)
+            elif name == "masked":
+                run = mask_(self._placed(model, cell.layout), lists)
+            else:
+                # A network per backend, so that the packed weights of each are counted alone.
+                run = swap_(self._placed(model, cell.layout), lists)
+                enter = _enter(name)
+            prepared[name] = Timed(run, inputs, enter)
+        return prepared
+
+    def reference(self, cell: NetworkCell, x: Tensor) -> Tensor:
+        """float64 logits of the masked network for the first image of a batch."""
+        model = mask_(
+            copy.deepcopy(self.model(cell.network)).double(),
+            in_lists(self.model(cell.network), cell.density, cell.seed),
+        )
+        return model(x[:1].cpu().double())
+
+    def gated(self, name: str, timed: Timed, cell: NetworkCell, reference: Tensor, masked: Tensor | None) -> float:
+        """Check one network's logits and return their largest error.
+
+        Args:
+            name: Whose logits.
+            timed: The prepared network.
+            cell: For the message and the tolerance.
+            reference: float64 logits of the first image.
+            masked: Logits of the masked network for all images of the batch, or None if it is not at hand.
+
+        Raises:
+            WrongResultError: If they differ by more than rounding.
+        """
+        timed.enter()
+        result = torch.as_tensor(timed.run(timed.inputs[0])).double().cpu()
+        limit = TOLERANCE[self.dtype] * reference.abs().max().item()
+        pairs = [(result[:1], reference)] + ([] if masked is None else [(result, masked)])
+        errors = [(got - wanted).abs().max().item() for got, wanted in pairs]
+        if not max(errors) <= limit:
+            raise gate.WrongResultError(
+                f"gated(): expected logits of {name} on {cell.id} to be within {limit:.3g} of the masked network, "
+                f"got {max(errors):.3g}."
+            )
+        return errors[0]
+
+    def rows(self, cell: NetworkCell, names: Sequence[str], seconds: float) -> list[Row]:
+        """Measure one cell in about some seconds; the dense network is not gated, as it computes something else."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            prepared = self.prepare(cell, names)
+            inputs = next(iter(prepared.values())).inputs
+            reference = self.reference(cell, inputs[0])
+            masked = None
+            errors, held = {}, {}
+            for name, timed in prepared.items():
+                before = ours.packed_bytes() if name in ours.BACKENDS else 0
+                if name == "dense":
+                    timed.run(inputs[0])
+                    errors[name] = 0.0
+                else:
+                    errors[name] = self.gated(name, timed, cell, reference, masked)
+                if name == "masked":
+                    masked = torch.as_tensor(timed.run(inputs[0])).double().cpu()
+                packed = ours.packed_bytes() - before if name in ours.BACKENDS else 0
+                held[name] = weight_bytes(timed.run) + packed  # type: ignore[arg-type]
+            samples = interleave(prepared, self.clock, seconds - (time.perf_counter() - start), MIN_ROUNDS, MAX_ROUNDS)
+            flop = conv_flop(
+                self.model(cell.network),
+                inputs[0][:1].cpu().float(),
+                in_lists(self.model(cell.network), cell.density, cell.seed),
+            )
+        if any(name in ours.BACKENDS for name in names):
+            ours.forget_packed()
+        spreads = {name: Spread.of(samples[name]) for name in prepared}
+        return with_ratios(self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
+
+    def _row(
+        self, cell: NetworkCell, name: str, spread: Spread, error: float, held: int, flop: tuple[float, float]
+    ) -> Row:
+        work = cell.batch * flop[0 if name == "dense" else 1]
+        return Row(
+            network=cell.network,
+            case=WHOLE_NETWORK,
+            cell=cell.id,
+            peer=name,
+            candidate="",
+            device=self.device.type,
+            dtype=self.dtype,
+            layout=cell.layout,
+            batch=cell.batch,
+            density=cell.density,
+            lists="in",
+            seed=cell.seed,
+            threads=torch.get_num_threads(),
+            inputs="warm",
+            rounds=spread.rounds,
+            p20_s=spread.p20,
+            p50_s=spread.p50,
+            p80_s=spread.p80,
+            max_error=error,
+            gflop=work * 1e-9,
+            flop_per_s=work / spread.p50,
+            weight_bytes=held,
+        )
+
+
+def _enter(backend: str) -> Callable[[], None]:
+    return lambda: ours.package().use_backend(backend)

@@ -1,0 +1,81 @@
+"""The package's op under each of its backends, as layers in eval mode call it: packed weights are cached."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from benches.peers import Peer
+from benches.problem import Problem
+
+BACKENDS = ("native", "auto", "aten", "triton", "cuda")
+DEFAULT_BACKENDS = {"cpu": ("native", "auto", "aten"), "cuda": ("auto", "cuda", "triton", "aten")}
+
+
+class PackageMissingError(ImportError):
+    """The package that is to be measured cannot be imported."""
+
+
+def package() -> Any:
+    """Import the package.
+
+    Raises:
+        PackageMissingError: If it cannot be imported, with the reason and what to do.
+    """
+    try:
+        return importlib.import_module("bap_kernels")
+    except ImportError as error:
+        raise PackageMissingError(
+            f"benches: bap_kernels cannot be imported: {error}. "
+            "Hint: `--peers dense,masked,naive,best,oracle` measures PyTorch alone."
+        ) from error
+
+
+def library() -> Any:
+    """Return the compiled library: build facts, choices, caches."""
+    package()
+    return importlib.import_module("bap_kernels._load")._C
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """Backends that can run on this machine at all, in the order of the tables."""
+    why_not = library().why_not
+    return tuple(name for name in DEFAULT_BACKENDS[device.type] if why_not(name) is None)
+
+
+def fresh_choices() -> None:
+    """Let ``auto`` choose from measurements of this run alone, and leave the user's file of choices as it is."""
+    compiled = library()
+    compiled.set_choice_file("")
+    compiled.clear_choices()
+
+
+def forget_packed() -> None:
+    """Drop the packed weights of the last cell."""
+    library().clear_packed_cache()
+
+
+def prepare(backend: str, problem: Problem) -> Peer:
+    """Prepare the op under one backend; its first call packs the weight, and under ``auto`` measures and chooses."""
+    use_backend = package().use_backend
+    op = torch.ops.bap_kernels.gathered_conv2d.default
+    stride, padding = problem.conv_args
+    weight, in_index, out_index = problem.weight, problem.in_index, problem.out_index
+    strides, paddings, dilations = [stride] * 2, [padding] * 4, [1, 1]
+    peer = Peer(
+        lambda x: op(x, weight, None, in_index, out_index, strides, paddings, dilations, 1, True),
+        problem.inputs,
+        enter=lambda: use_backend(backend),
+        length=problem.sliced_weight[0].numel(),
+    )
+    peer.enter()
+    peer.run(problem.inputs[0])
+    if backend == "auto":
+        facts = library().explain(problem.inputs[0], weight, None, in_index, out_index, strides, paddings, dilations, 1)
+        peer.candidate = str(facts["backend"])
+    return peer
+
+
+def packed_bytes() -> int:
+    """Bytes that packed weights hold now."""
+    return int(library().packed_cache_info()["bytes"])

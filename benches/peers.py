@@ -1,0 +1,174 @@
+"""What the package is compared with: dense, masked, naive, best gather and oracle.
+
+Every peer is prepared outside the timing: weights are sliced, and packed where the peer can pack, for everyone alike.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benches import convs, gathers
+from benches.problem import MEMORY_FORMATS, Problem
+from benches.timers import Timed, fastest
+
+PEERS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+# oneDNN works in blocks of 8 or 16 channels: an odd count costs it as much as the next block.
+ROUNDING = 8
+
+Clock = Callable[[Callable[[Tensor], object], Tensor], float]
+
+
+@dataclass
+class Peer(Timed):
+    """A prepared peer.
+
+    Args:
+        candidate: What it chose, where it chooses.
+        all_outputs: Whether the result has all C_out channels although fewer are listed.
+        length: Products summed per element of the result, for the gate's tolerance.
+        same_layout: Whether the result must be in the cell's memory format (naive loses it, the oracle may choose).
+    """
+
+    candidate: str = ""
+    all_outputs: bool = False
+    length: int = 1
+    same_layout: bool = True
+
+
+def dense(problem: Problem) -> Peer:
+    """The full convolution."""
+    run = convs.plain(problem.weight, *problem.conv_args)
+    return Peer(run, problem.inputs, all_outputs=True, length=problem.weight[0].numel())
+
+
+def masked(problem: Problem) -> Peer:
+    """The full convolution of x times the mask; with an out-list the result is masked too."""
+    x = problem.inputs[0]
+    in_mask = torch.zeros(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
+    in_mask[:, problem.in_index.long()] = 1
+    run = convs.plain(problem.weight, *problem.conv_args)
+    length = problem.weight[0].numel()
+    if problem.out_index is None:
+        return Peer(lambda x: run(x * in_mask), problem.inputs, all_outputs=True, length=length)
+    out_mask = torch.zeros(1, len(problem.weight), 1, 1, dtype=x.dtype, device=x.device)
+    out_mask[:, problem.out_index.long()] = 1
+    return Peer(lambda x: run(x * in_mask) * out_mask, problem.inputs, all_outputs=True, length=length)
+
+
+def naive(problem: Problem) -> Peer:
+    """Run ``x.index_select(1, list)`` and a convolution with pre-sliced weight; channels_last is lost on a CPU."""
+    weight, index, (stride, padding) = problem.sliced_weight, problem.in_index, problem.conv_args
+    return Peer(
+        lambda x: F.conv2d(x.index_select(1, index), weight, None, stride, padding),
+        problem.inputs,
+        length=weight[0].numel(),
+        same_layout=False,
+    )
+
+
+def best(problem: Problem, clock: Clock) -> Peer:
+    """The fastest gather with the fastest convolution behind it, measured here for this very cell."""
+    layout, index, (stride, padding) = problem.cell.layout, problem.in_index, problem.conv_args
+    example = problem.compact(problem.inputs[0])
+    # A strided 1x1 convolution reads one pixel in stride^2; a good author gathers only those.
+    strided = problem.cell.case.kernel == 1 and stride > 1
+    if strided:
+        example = problem.compact(problem.inputs[0][:, :, ::stride, ::stride])
+        gather_of = gathers.variants(index, layout, problem.inputs[0][:, :, ::stride, ::stride])
+        gather_of = {name: gathers.subsampled(run, stride) for name, run in gather_of.items()}
+        stride = 1
+    else:
+        gather_of = gathers.variants(index, layout, example=problem.inputs[0])
+    conv_of = convs.variants(problem.sliced_weight, stride, padding, layout, example)
+    gather_name = fastest(gather_of, problem.inputs, clock)
+    gather = gather_of[gather_name]
+    whole = {name: _chain(gather, conv) for name, conv in conv_of.items()}
+    conv_name = fastest(whole, problem.inputs, clock)
+    return Peer(
+        whole[conv_name],
+        problem.inputs,
+        candidate=f"{gather_name}+{conv_name}",
+        length=problem.sliced_weight[0].numel(),
+    )
+
+
+def _chain(gather: gathers.Gather, conv: convs.Conv) -> convs.Conv:
+    return lambda x: conv(gather(x))
+
+
+def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1) -> Peer:
+    """Run PyTorch's convolution on inputs that are compact already: the better of its memory formats and of
+    ``F.conv2d`` and oneDNN with a prepacked weight.
+
+    Args:
+        problem: Tensors of the cell.
+        clock: Clock to choose with.
+        pool_share: Inputs to make, as a share of the problem's pool.
+        rounding: Channel counts are rounded up to a multiple (with channels that count for nothing).
+    """  # noqa: D205
+    stride, padding = problem.conv_args
+    K_out, K_in = problem.sliced_weight.shape[:2]
+    extra_in, extra_out = -K_in % rounding, -K_out % rounding
+    weight = F.pad(problem.sliced_weight, (0, 0, 0, 0, 0, extra_in, 0, extra_out))
+    count = max(3, math.ceil(len(problem.inputs) * pool_share))
+    variants: dict[str, tuple[convs.Conv, list[Tensor]]] = {}
+    # Few inputs are enough to choose with; the pool is made for the winner alone.
+    for layout, memory_format in MEMORY_FORMATS.items():
+        few = [_padded(problem.compact(x), extra_in, memory_format) for x in problem.inputs[:3]]
+        formatted = weight.contiguous(memory_format=memory_format)
+        variants[f"{layout}+conv2d"] = convs.plain(formatted, stride, padding), few
+        if convs.can_prepack(weight):
+            variants[f"{layout}+prepacked"] = convs.prepacked(formatted, stride, padding, few[0]), few
+    name = _fastest_on_own_inputs(variants, clock)
+    memory_format = MEMORY_FORMATS[name.split("+")[0]]
+    pool = [_padded(problem.compact(x), extra_in, memory_format) for x in problem.inputs[:count]]
+    conv = variants[name][0]
+    run = (lambda x: conv(x)[:, :K_out]) if extra_out else conv
+    return Peer(run, pool, candidate=name, length=weight[0].numel(), same_layout=False)
+
+
+def _padded(x: Tensor, extra: int, memory_format: torch.memory_format) -> Tensor:
+    # Repeated channels, not zeros: the weight that meets them is zero.
+    return (
+        torch.cat([x, *[x[:, :1]] * extra], dim=1).contiguous(memory_format=memory_format)
+        if extra
+        else x.contiguous(memory_format=memory_format)
+    )
+
+
+def _fastest_on_own_inputs(variants: dict[str, tuple[convs.Conv, list[Tensor]]], clock: Clock) -> str:
+    """Pick between functions that take inputs of different formats: each is bound to its own."""
+
+    def bind(run: convs.Conv, few: list[Tensor]) -> convs.Conv:
+        turn = iter(range(1 << 30))
+        return lambda _: run(few[next(turn) % len(few)])
+
+    bound = {name: bind(run, few) for name, (run, few) in variants.items()}
+    first = next(iter(variants.values()))[1]
+    return fastest(bound, first, clock)
+
+
+def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) -> Peer:
+    """Prepare a peer by name.
+
+    Raises:
+        ValueError: If the name is none of `PEERS`.
+    """
+    simple = {"dense": dense, "masked": masked, "naive": naive}
+    if name in simple:
+        return simple[name](problem)
+    if name == "best":
+        return best(problem, clock)
+    if name in ("oracle", "oracle8"):
+        return oracle(problem, clock, pool_share, rounding=ROUNDING if name == "oracle8" else 1)
+    raise ValueError(f"prepare(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
+
+
+def applies(name: str, problem: Problem) -> bool:
+    """Whether the peer differs from the others: oracle8 only where a channel count is no multiple of 8."""
+    cell = problem.cell
+    return name != "oracle8" or cell.K_in % ROUNDING != 0 or cell.K_out % ROUNDING != 0

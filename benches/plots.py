@@ -1,0 +1,275 @@
+"""The figures of the report, drawn from rows alone."""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benches.cases import CASES
+from benches.rows import Row
+from benches.summary import Setting, geomean, layer_rows, network_rows, settings
+
+# One colour and marker per peer in all figures; ours are strong, PyTorch's muted.
+STYLES: dict[str, dict[str, Any]] = {
+    "dense": {"color": "#4d4d4d", "marker": "s", "linestyle": "--"},
+    "masked": {"color": "#a6761d", "marker": "v", "linestyle": "--"},
+    "naive": {"color": "#e7298a", "marker": "^", "linestyle": ":"},
+    "best": {"color": "#7570b3", "marker": "D", "linestyle": ":"},
+    "oracle": {"color": "#1b9e77", "marker": "P", "linestyle": "-."},
+    "aten": {"color": "#80b1d3", "marker": "x", "linestyle": "-"},
+    "native": {"color": "#e66101", "marker": "o", "linestyle": "-"},
+    "auto": {"color": "#1f4fd8", "marker": "*", "linestyle": "-"},
+    "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
+    "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
+}
+LABELS = {"best": "best gather"}
+# Layers shown one by one: both kinds of kernel from early to late in both networks.
+SHOWN = (
+    "56x56-64-64-k3s1",
+    "56x56-256-64-k1s1",
+    "28x28-128-512-k1s1",
+    "14x14-256-256-k3s1",
+    "14x14-1024-256-k1s1",
+    "28x28-512-1024-k1s2",
+    "7x7-512-2048-k1s1",
+    "16x16-128-128-k3s1",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: file name without suffix, caption and PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def label(peer: str) -> str:
+    """Return the name of a peer in legends."""
+    return LABELS.get(peer, peer)
+
+
+def setting_title(setting: Setting, density: bool = False) -> str:
+    """Return the heading of a panel."""
+    kind = "in-list" if setting.lists == "in" else "both lists"
+    tail = f", density {setting.density:g}" if density else ""
+    return f"{setting.layout}, {kind}, batch {setting.batch}{tail}"
+
+
+def _new(columns: int, lines: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    # A figure of its own, without pyplot's global state or a display.
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(width * columns, height * lines), layout="constrained")
+    axes = canvas.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return canvas, list(axes.flat)
+
+
+def _png(canvas: Any) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _legend(canvas: Any, axes: Sequence[Any]) -> None:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        found.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    canvas.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(9, len(found)), frameon=False)
+
+
+def _panels(rows: Iterable[Row]) -> list[Setting]:
+    """Settings without their density."""
+    found = dict.fromkeys(Setting(s.layout, s.batch, s.lists, 0.0) for s in settings(rows))
+    return list(found)
+
+
+def _of_panel(rows: Iterable[Row], panel: Setting) -> list[Row]:
+    return [row for row in rows if (row.layout, row.batch, row.lists) == (panel.layout, panel.batch, panel.lists)]
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    present = {row.peer for row in rows}
+    return [peer for peer in STYLES if peer in present]
+
+
+def _density_axis(axis: Any, densities: Sequence[float]) -> None:
+    axis.set_xticks(sorted(densities), [f"{density:g}" for density in sorted(densities)])
+    axis.set_xlim(min(densities) - 0.06, max(densities) + 0.06)
+    axis.set_xlabel("density (kept / all channels)")
+
+
+def _time_axis(axis: Any, text: str, pattern: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter(pattern))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel(text)
+
+
+def mean_times(rows: Sequence[Row]) -> Figure | None:
+    """Time relative to dense against density, geometric mean over the cases: one line per peer."""
+    rows = [row for row in layer_rows(rows) if row.vs_dense]
+    panels = _panels(rows)
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    canvas, axes = _new(columns, -(-len(panels) // columns), 4.6, 4.0)
+    for axis, panel in zip(axes, panels, strict=False):
+        mine = _of_panel(rows, panel)
+        densities = sorted({row.density for row in mine})
+        for peer in _peers(mine):
+            shares: dict[float, list[float]] = {}
+            for row in mine:
+                if row.peer == peer and row.vs_dense:
+                    shares.setdefault(row.density, []).append(1 / row.vs_dense)
+            points = sorted((density, geomean(values)) for density, values in shares.items())
+            axis.plot(*zip(*points, strict=True), label=label(peer), markersize=6, linewidth=1.6, **STYLES[peer])
+        power = 1 if panel.lists == "in" else 2
+        axis.plot(
+            densities,
+            [d**power for d in densities],
+            color="#999999",
+            linewidth=5,
+            alpha=0.35,
+            label="share of the work",
+        )
+        axis.set_title(setting_title(panel), fontsize=10)
+        _density_axis(axis, densities)
+        _time_axis(axis, "time / time of dense", "{x:g}")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    _legend(canvas, axes)
+    caption = (
+        "Time against density, relative to the dense convolution of the same run "
+        "(geometric mean over the layers; lower is faster)."
+    )
+    return Figure("time_mean", caption, _png(canvas))
+
+
+def layer_times(rows: Sequence[Row]) -> list[Figure]:
+    """Milliseconds against density for some layers: one figure per layout, batch and kind of lists."""
+    rows = [row for row in layer_rows(rows) if row.case in SHOWN]
+    figures = []
+    for panel in _panels(rows):
+        mine = _of_panel(rows, panel)
+        shown = [case for case in SHOWN if any(row.case == case for row in mine)]
+        columns = min(4, len(shown))
+        canvas, axes = _new(columns, -(-len(shown) // columns), 3.6, 3.2)
+        for axis, case in zip(axes, shown, strict=False):
+            of_case = [row for row in mine if row.case == case]
+            for peer in _peers(of_case):
+                line = sorted((row.density, row) for row in of_case if row.peer == peer)
+                densities = [density for density, _ in line]
+                middle = [row.p50_s * 1e3 for _, row in line]
+                spread = [
+                    [max(0.0, m - row.p20_s * 1e3) for m, (_, row) in zip(middle, line, strict=True)],
+                    [max(0.0, row.p80_s * 1e3 - m) for m, (_, row) in zip(middle, line, strict=True)],
+                ]
+                axis.errorbar(
+                    densities,
+                    middle,
+                    spread,
+                    label=label(peer),
+                    markersize=5,
+                    linewidth=1.4,
+                    elinewidth=0.7,
+                    **STYLES[peer],
+                )
+            axis.set_title(f"{of_case[0].network} {case}", fontsize=9)
+            _density_axis(axis, sorted({row.density for row in of_case}))
+            _time_axis(axis, "time per call [ms]", "{x:g}")
+        for axis in axes[len(shown) :]:
+            axis.set_visible(False)
+        _legend(canvas, axes)
+        name = f"time_{panel.layout}_{panel.lists}_b{panel.batch}"
+        caption = (
+            f"Time against density for single layers: {setting_title(panel)}. Median with 20th and 80th percentile."
+        )
+        figures.append(Figure(name, caption, _png(canvas)))
+    return figures
+
+
+def roof_shares(rows: Sequence[Row]) -> list[Figure]:
+    """Share of the roof for every case, one figure per setting at density 0.5 (or the nearest that was timed)."""
+    rows = [row for row in layer_rows(rows) if row.roof_share]
+    figures = []
+    for panel in _panels(rows):
+        mine = _of_panel(rows, panel)
+        density = min({row.density for row in mine}, key=lambda d: abs(d - 0.5))
+        mine = [row for row in mine if row.density == density]
+        order = [f"{case.network} {case.shape}" for case in CASES]
+        names = [name for name in reversed(order) if any(f"{row.network} {row.case}" == name for row in mine)]
+        canvas, axes = _new(1, 1, 8.6, 0.9 + 0.25 * len(names))
+        for peer in _peers(mine):
+            points = [(row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.peer == peer]
+            style = {key: value for key, value in STYLES[peer].items() if key != "linestyle"}
+            size = 70 if peer in ("native", "auto") else 28
+            axes[0].scatter(*zip(*points, strict=True), label=label(peer), s=size, alpha=0.85, **style)
+        axes[0].axvline(1.0, color="#999999", linewidth=4, alpha=0.35)
+        axes[0].set_yticks(range(len(names)), names, fontsize=8)
+        axes[0].set_ylim(-0.7, len(names) - 0.3)
+        axes[0].set_xlim(left=0)
+        axes[0].set_xlabel("share of the roof (time that peak FLOP/s and copy bandwidth allow / time)")
+        axes[0].set_title(
+            setting_title(Setting(panel.layout, panel.batch, panel.lists, density), density=True), fontsize=10
+        )
+        _legend(canvas, axes)
+        name = f"roof_{panel.layout}_{panel.lists}_b{panel.batch}"
+        caption = (
+            f"Share of the roof at density {density:g}: {setting_title(panel)}. "
+            "Dense is measured by the roof of the full work."
+        )
+        figures.append(Figure(name, caption, _png(canvas)))
+    return figures
+
+
+def network_speedups(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up of whole networks over dense against density."""
+    rows = [row for row in network_rows(rows) if row.vs_dense]
+    groups = list(dict.fromkeys((row.network, row.layout, row.batch) for row in rows))
+    if not groups:
+        return None
+    columns = min(4, len(groups))
+    canvas, axes = _new(columns, -(-len(groups) // columns), 3.6, 3.4)
+    for axis, group in zip(axes, groups, strict=False):
+        mine = [row for row in rows if (row.network, row.layout, row.batch) == group]
+        densities = sorted({row.density for row in mine})
+        present = _peers(mine)
+        width = 0.8 / len(present)
+        for i, peer in enumerate(present):
+            bars = [
+                (j, row.vs_dense)
+                for j, d in enumerate(densities)
+                for row in mine
+                if row.peer == peer and row.density == d
+            ]
+            places = [j + (i - (len(present) - 1) / 2) * width for j, _ in bars]
+            drawn = axis.bar(places, [v for _, v in bars], width * 0.92, color=STYLES[peer]["color"], label=label(peer))
+            axis.bar_label(drawn, fmt="%.2f", fontsize=6, padding=1)
+        axis.axhline(1.0, color="#4d4d4d", linewidth=0.8)
+        axis.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
+        axis.set_xlabel("density (kept / all channels)")
+        axis.set_ylabel("speed-up over dense")
+        axis.set_title(f"{group[0]}, {group[1]}, batch {group[2]}", fontsize=10)
+    for axis in axes[len(groups) :]:
+        axis.set_visible(False)
+    _legend(canvas, axes)
+    return Figure(
+        "networks",
+        "Whole networks on photographs, in-lists only: speed-up over dense (higher is faster).",
+        _png(canvas),
+    )
+
+
+def draw(rows: Sequence[Row]) -> list[Figure]:
+    """Draw all figures that the rows allow."""
+    found = [mean_times(rows), network_speedups(rows), *layer_times(rows), *roof_shares(rows)]
+    return [figure for figure in found if figure is not None]

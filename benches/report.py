@@ -1,0 +1,239 @@
+"""The report of a study: tables for the screen, ``report.md``, ``report.html`` with embedded plots, JSON and CSV."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benches import summary
+from benches.plots import Figure, draw, label
+from benches.rows import Row, write_csv, write_json
+from benches.summary import BASES, Setting
+from benches.tables import BAD, GOOD, Table
+
+TITLE = "Speed-up study of bap_kernels"
+METHOD = (
+    "Every result is compared with a float64 convolution before it is timed; a wrong one stops the study.",
+    "All peers of a case are timed in interleaved rounds (A B C, A B C, ...). Times are medians, and speed-ups are "
+    "ratios of the medians of one run: above 1 is faster.",
+    "Slicing and packing of weights is outside the timing, for everyone alike.",
+    "Inputs are random (never zeros) and taken from a pool larger than the last-level cache, unless a row says warm.",
+    "Lists are random with a fixed seed per case and keep exactly density x channels.",
+    "dense: F.conv2d on all channels. masked: the input (and with an out-list the result) times the mask, dense "
+    "convolution. naive: index_select, then F.conv2d with the sliced weight; it loses channels_last on a CPU.",
+    "best gather: the fastest, per case, of several gathers that keep the memory format, followed by the fastest of "
+    "F.conv2d, oneDNN with a prepacked weight and, for 1x1, one matrix product.",
+    "oracle: PyTorch's convolution on inputs that are compact already: the better, per case, of both memory formats "
+    "and of F.conv2d and oneDNN with a prepacked weight. oracle8 is the same with channel counts rounded up to 8, "
+    "left out where they are multiples of 8 already.",
+    "native, auto, aten: the op of the package under that backend, as layers in eval mode call it. auto chooses by "
+    "measurements of its own, made before the timing.",
+    "The roof of a case is max(FLOP / peak FLOP/s, bytes / copy bandwidth) of the kept work (for dense, of all the "
+    "work), with peaks measured on the same threads. Small cases can exceed it where weights stay in the cache.",
+    f"Means are geometric, over the convolutions with at least {summary.MIN_MEAN_CHANNELS} input channels.",
+)
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2em auto;padding:0 1em}
+h1{font-size:1.7em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+th,td{padding:.2em .7em;text-align:right;border-bottom:1px solid #eee;white-space:nowrap}
+th{background:#f5f5f5;position:sticky;top:0}.l{text-align:left}.met{color:#1a7f37;font-weight:600}
+.missed{color:#c62828;font-weight:600}.scroll{overflow-x:auto}figure{margin:1.5em 0}img{max-width:100%}
+figcaption{color:#555;font-size:13px}summary{cursor:pointer;font-weight:600}
+"""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Text of a figure, a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def time_text(seconds: float) -> str:
+    """Microseconds or milliseconds, three digits."""
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+
+
+def machine_table(header: Mapping[str, Any]) -> Table:
+    """Machine, versions and peaks."""
+    same, roof = header["same"], header["roof"]
+    registers = roof["register_flop_per_s"]
+    lines = [
+        [
+            "processor",
+            f"{same['cpu']}, {header['cores']} cores, last-level cache {header['cache_bytes'] / 2**20:.0f} MiB",
+        ],
+        *([["GPU", same["gpu"]]] if "gpu" in same else []),
+        ["threads", str(same["threads"])],
+        ["instruction sets", f"bap_kernels {same['isa']}, PyTorch {same['pytorch_isa']}"],
+        ["peak, matrix product", f"{roof['matmul_flop_per_s'] * 1e-9:.1f} GFLOP/s ({header['dtype']})"],
+        ["peak, registers", f"{registers * 1e-9:.1f} GFLOP/s (float32)" if registers else "not measured"],
+        ["copy bandwidth", f"{roof['bytes_per_s'] * 1e-9:.1f} GB/s read + written"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in same["versions"].items())],
+        ["commit", same["commit"]],
+        ["system", header["system"]],
+        ["started", header["started"]],
+    ]
+    if header.get("coverage"):
+        lines.append(["measured", header["coverage"]])
+    return Table("Machine", ["", ""], lines, left=2, screen=False)
+
+
+def short(setting: Setting) -> str:
+    """Return a setting without its density, for narrow columns."""
+    return f"{setting.layout} b{setting.batch}"
+
+
+def targets_table(rows: Sequence[Row]) -> Table:
+    """Targets beside the figures."""
+    peers = summary.subjects(rows)
+    lines = []
+    for verdict in summary.verdicts(rows, peers):
+        figures = [number(verdict.figures.get(peer)) for peer in peers]
+        setting = verdict.setting
+        lines.append(
+            [
+                verdict.target.title,
+                short(setting),
+                f"{setting.density:g}",
+                str(verdict.count),
+                number(verdict.wanted),
+                *figures,
+                GOOD if verdict.met else BAD,
+            ]
+        )
+    note = f"{label(peers[-1])} decides. For every layer, the figure is the worst one." if peers else ""
+    columns = ["speed-up", "setting", "d", "layers", "wanted", *map(label, peers), "verdict"]
+    return Table("Targets", columns, lines, note, left=2)
+
+
+def means_table(rows: Sequence[Row]) -> Table:
+    """Geometric means over every base, worst case in brackets."""
+    peers = summary.subjects(rows)
+    found = {(mean.setting, mean.peer, mean.base): mean for mean in summary.means(rows, peers)}
+    lines = []
+    for setting in summary.settings(summary.layer_rows(rows)):
+        for peer in peers:
+            mine = [found.get((setting, peer, base)) for base in BASES]
+            cells = [f"{mean.geomean:.2f} ({mean.worst:.2f})" if mean else "–" for mean in mine]
+            count = max((mean.count for mean in mine if mean), default=0)
+            lines.append([short(setting), setting.lists, f"{setting.density:g}", str(count), label(peer), *cells])
+    note = "Geometric mean over the layers of the speed-up over each peer, the worst layer in brackets."
+    columns = ["setting", "lists", "d", "layers", "", *map(label, BASES)]
+    return Table("Speed-up of single layers", columns, lines, note, left=2)
+
+
+def losses_table(rows: Sequence[Row]) -> Table:
+    """Cases in which auto loses."""
+    auto = [row for row in rows if row.peer == "auto" and row.C_in is not None]
+    losses = summary.losses(rows)
+    lines = [[loss.cell, loss.candidate, label(loss.base), number(loss.speedup)] for loss in losses]
+    counts = ", ".join(f"{sum(loss.base == base for loss in losses)} to {label(base)}" for base in ("dense", "best"))
+    note = f"Of {len(auto)} cases auto loses {counts} by more than {summary.NOISE:.0%}."
+    return Table("Cases in which auto loses", ["case", "auto chose", "slower than", "speed-up"], lines, note, left=3)
+
+
+def networks_table(rows: Sequence[Row]) -> Table:
+    """Whole networks."""
+    lines = [
+        [
+            f"{row.network} b{row.batch}",
+            row.layout,
+            f"{row.density:g}",
+            row.peer,
+            time_text(row.p50_s),
+            number(row.vs_dense),
+            number(row.vs_masked),
+            f"{(row.weight_bytes or 0) / 2**20:.1f}",
+            f"{row.max_error:.0e}" if row.peer != "dense" else "–",
+        ]
+        for row in summary.network_rows(rows)
+    ]
+    note = (
+        "Photographs, in-lists only, layer by layer. MiB: parameters and packed copies. "
+        "Error: of logits, against float64 of the masked network."
+    )
+    columns = ["network", "layout", "d", "", "time", "over dense", "over masked", "MiB", "error"]
+    return Table("Whole networks", columns, lines, note, left=2)
+
+
+def overhead_table(rows: Sequence[Row]) -> Table:
+    """Time of one call."""
+    mine = summary.overhead_rows(rows)
+    lines = [[row.peer, f"{row.p50_s * 1e6:.2f}", f"{row.p20_s * 1e6:.2f}", f"{row.p80_s * 1e6:.2f}"] for row in mine]
+    note = "One pixel, without autograd, warm. Wanted: at most 5 µs. conv2d: F.conv2d on the compact tensors."
+    return Table("Time of one call", ["call", "p50 [µs]", "p20 [µs]", "p80 [µs]"], lines, note)
+
+
+def cases_table(rows: Sequence[Row]) -> Table:
+    """Every case with the time of each peer and what was chosen."""
+    rows = [row for row in rows if row.C_in is not None]
+    peers = list(dict.fromkeys(row.peer for row in rows))
+    cells: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(row.cell, {})[row.peer] = row
+    lines = []
+    for cell, found in cells.items():
+        chosen = [f"{label(peer)}: {row.candidate}" for peer, row in found.items() if row.candidate]
+        times = [f"{found[peer].p50_s * 1e6:.0f}" if peer in found else "–" for peer in peers]
+        shares = [number(found[peer].roof_share) if peer in found else "–" for peer in ("auto", "oracle")]
+        lines.append([cell, *times, *shares, "; ".join(chosen)])
+    columns = ["case", *(f"{label(peer)} [µs]" for peer in peers), "auto/roof", "oracle/roof", "chosen"]
+    return Table("Every case", columns, lines, "Medians.", screen=False)
+
+
+def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
+    """All tables that have something to say, in the order of the report."""
+    found = [
+        targets_table(rows),
+        means_table(rows),
+        losses_table(rows) if any(row.peer == "auto" and row.C_in is not None for row in rows) else None,
+        networks_table(rows),
+        overhead_table(rows),
+        machine_table(header),
+        cases_table(rows),
+    ]
+    return [table for table in found if table and (table.rows or table.title.startswith("Cases"))]
+
+
+def markdown(made: Sequence[Table], figures: Sequence[Figure]) -> str:
+    """Make ``report.md``; plots are files beside it."""
+    method = "## How it was measured\n\n" + "\n".join(f"- {line}" for line in METHOD) + "\n"
+    images = [f"![{figure.caption}](plots/{figure.name}.png)\n\n{figure.caption}\n" for figure in figures]
+    plots = ["## Plots\n", *images] if images else []
+    *most, last = [table.markdown() for table in made]
+    return "\n".join([f"# {TITLE}\n", *most, method, *plots, last])
+
+
+def page(made: Sequence[Table], figures: Sequence[Figure]) -> str:
+    """Make ``report.html``: one file that needs nothing else."""
+    images = []
+    for figure in figures:
+        caption, data = html.escape(figure.caption), base64.b64encode(figure.png).decode()
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        images.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    method = "".join(f"<li>{html.escape(line)}</li>" for line in METHOD)
+    shown = [table.html() for table in made if table.title != "Every case"]
+    every = [f"<details><summary>Every case</summary>{t.html()}</details>" for t in made if t.title == "Every case"]
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{TITLE}</title><style>{STYLE}</style>\n"
+        f"<h1>{TITLE}</h1>\n"
+        + "\n".join([*shown, "<h2>Plots</h2>", *images, f"<h2>How it was measured</h2><ul>{method}</ul>", *every])
+        + "</html>\n"
+    )
+
+
+def write(folder: Path, header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
+    """Write ``results.json``, ``results.csv``, ``report.md``, ``report.html`` and ``plots/``; return the tables."""
+    made, figures = tables(header, rows), draw(rows)
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for old in plots.glob("*.png"):
+        old.unlink()
+    for figure in figures:
+        (plots / f"{figure.name}.png").write_bytes(figure.png)
+    write_json(folder / "results.json", header, rows)
+    write_csv(folder / "results.csv", rows)
+    (folder / "report.md").write_text(markdown(made, figures))
+    (folder / "report.html").write_text(page(made, figures))
+    return made

@@ -1,0 +1,215 @@
+"""The one schema of every figure, and its three files: JSON, JSON lines and CSV.
+
+Speed-ups are ratios of medians of one interleaved run: ``vs_dense`` = dense's p50 / this peer's p50; above 1 is faster.
+"""
+
+import csv
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+# Peers that a row is divided by, where the same run timed them.
+BASES = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer on one cell. Fields that have no meaning for whole networks or for call overhead are None.
+
+    Args:
+        network: ``resnet50`` or ``resnet26``; ``overhead`` for the time of one call.
+        case: Shape in letters, ``network`` for a whole network.
+        cell: Id of what the peers of one comparison share.
+        peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8`` or a backend of the package.
+        candidate: What a peer that chooses has chosen.
+        device: ``cpu`` or the GPU's name.
+        dtype: Element type of input, weight and result.
+        layout: ``channels_last`` or ``nchw``: of the input, and of the result.
+        batch: N.
+        density: Share of the channels kept.
+        lists: ``in`` or ``both``.
+        seed: Seed of the lists.
+        threads: Threads that PyTorch and the kernels may use.
+        inputs: ``rotated`` (a pool larger than the last-level cache) or ``warm``.
+        rounds: Samples behind the percentiles.
+        p20_s: 20th percentile in seconds.
+        p50_s: Median in seconds.
+        p80_s: 80th percentile in seconds.
+        max_error: Largest absolute difference from float64.
+        gflop: Useful work, 2 per multiply-add: the kept work, and for dense all of it.
+        bytes: Input read, weight and result, each once: what is kept, and for dense all of it.
+        flop_per_s: ``gflop`` over the median.
+        roof_share: Time that the roof (peak FLOP/s, copy bandwidth) allows for this work, over the median.
+        weight_bytes: Bytes held by weights and packed weights (whole networks).
+    """
+
+    network: str
+    case: str
+    cell: str
+    peer: str
+    candidate: str
+    device: str
+    dtype: str
+    layout: str
+    batch: int
+    density: float
+    lists: str
+    seed: int
+    threads: int
+    inputs: str
+    rounds: int
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    max_error: float
+    C_in: int | None = None
+    C_out: int | None = None
+    H: int | None = None
+    W: int | None = None
+    kernel: int | None = None
+    stride: int | None = None
+    K_in: int | None = None
+    K_out: int | None = None
+    gflop: float | None = None
+    bytes: int | None = None
+    flop_per_s: float | None = None
+    roof_share: float | None = None
+    weight_bytes: int | None = None
+    vs_dense: float | None = None
+    vs_masked: float | None = None
+    vs_naive: float | None = None
+    vs_best: float | None = None
+    vs_oracle: float | None = None
+    vs_oracle8: float | None = None
+
+    def speedup(self, base: str) -> float | None:
+        """Speed-up over ``base``, or None where it was not timed."""
+        return getattr(self, f"vs_{base}")
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What makes a row the same measurement as another."""
+        return self.cell, self.peer, self.device, self.dtype, self.threads
+
+
+NAMES = tuple(field.name for field in fields(Row))
+
+
+def _kinds() -> dict[str, type]:
+    """Type of every field, without its ``| None``."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(Row).items():
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds[name] = next(option for option in options if option is not type(None))
+    return kinds
+
+
+_KINDS = _kinds()
+
+
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Fill in the speed-ups of the rows of one cell."""
+    rows = list(rows)
+    p50 = {row.peer: row.p50_s for row in rows}
+    return [
+        replace(row, **{f"vs_{base}": p50[base] / row.p50_s for base in BASES if base in p50})  # type: ignore[arg-type]
+        for row in rows
+    ]
+
+
+def from_dict(values: Mapping[str, Any]) -> Row:
+    """Read a row back; text (from CSV) is converted by the field's type, and unknown or missing fields raise.
+
+    Raises:
+        ValueError: If the fields are not those of the schema.
+    """
+    if set(values) != set(NAMES):
+        raise ValueError(
+            f"from_dict(): expected `values` to have the fields of Row, got {sorted(set(values) ^ set(NAMES))} "
+            "on one side only. Hint: the file comes from another version of the schema; run the study again."
+        )
+    typed: dict[str, Any] = {
+        name: None if value is None or (value == "" and name != "candidate") else _KINDS[name](value)
+        for name, value in values.items()
+    }
+    return Row(**typed)
+
+
+def write_json(path: Path, header: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """Write ``{"header": ..., "rows": [...]}``."""
+    path.write_text(json.dumps({"header": header, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Read what `write_json` wrote: (header, rows)."""
+    content = json.loads(path.read_text())
+    return content["header"], [from_dict(row) for row in content["rows"]]
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write one line per row, empty where a field is None."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, NAMES)
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read what `write_csv` wrote."""
+    with path.open(newline="") as file:
+        return [from_dict(row) for row in csv.DictReader(file)]
+
+
+class Journal:
+    """JSON lines that grow while a study runs: the header, then rows as they are measured.
+
+    Args:
+        path: File to write; an existing one is continued.
+        header: Written as the first line of a new file.
+
+    Raises:
+        ValueError: If the file's header differs in what makes figures comparable (``header["same"]``).
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            # An interrupted study may leave half a line: it is measured again.
+            whole = [line for line in lines if line.endswith("}")]
+            old = json.loads(whole[0])["header"] if whole else {}
+            if old.get("same") != header["same"]:
+                changed = [name for name in header["same"] if old.get("same", {}).get(name) != header["same"][name]]
+                raise ValueError(
+                    f"Journal(): expected `path` to hold rows of this build and machine, got {path} with another "
+                    f"{', '.join(changed)}. Hint: give another --out, or --fresh to start over."
+                )
+            self._keep(from_dict(json.loads(line)) for line in whole[1:])
+            path.write_text("".join(line + "\n" for line in whole))
+        else:
+            path.write_text(json.dumps({"header": dict(header)}) + "\n")
+
+    @property
+    def done(self) -> set[tuple[str, str, str, str, int]]:
+        """Keys of the rows that are there already."""
+        return {row.key for row in self.rows}
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add the rows of one cell in one write."""
+        rows = list(rows)
+        if bad := [row for row in rows if not (math.isfinite(row.p50_s) and row.p50_s > 0)]:
+            raise ValueError(f"append(): expected `p50_s` to be positive, got {bad[0].p50_s} for {bad[0].cell}.")
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        self._keep(rows)
+
+    def _keep(self, rows: Iterable[Row]) -> None:
+        # A cell that was cut off half-way is measured again as a whole: its later rows count.
+        latest = {row.key: row for row in [*self.rows, *rows]}
+        self.rows = list(latest.values())
