@@ -303,7 +303,7 @@ def _cuda_part(
         tuple(f"sm_{arch.replace('.', '')}" for arch in archs),
         units,
         (*flags, *gencode_flags(archs), *_includes(torch, platform)),
-        (f"-L{torch.lib_dir}", "-lc10", "-ltorch", "-ltorch_cpu", torch.cudart_library or "-lcudart"),
+        (f"-L{torch.lib_dir}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", torch.cudart_library or "-lcudart"),
         optional=wish == "auto",
     )
 
