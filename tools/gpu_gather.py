@@ -1,6 +1,8 @@
 """Checks and times `_channel_gather_cuda` against `index_select` on a GPU; prints one line of JSON.
 
 python -m tools.gpu_gather [--quick]
+
+The report of gpu_report.py runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -52,8 +55,8 @@ def main() -> None:
                 # The rows variant: a wider parent makes the planes' rows separate runs.
                 for name, part in (("", x), ("-sliced", x[..., 1:])):
                     torch.testing.assert_close(gather(part, index), part.index_select(1, index), rtol=0, atol=0)
-                    ours = median_us(lambda x=part, i=index: gather(x, i), rounds, flush)
-                    theirs = median_us(lambda x=part, i=index: x.index_select(1, i), rounds, flush)
+                    ours = median_us(partial(gather, part, index), rounds, flush)
+                    theirs = median_us(partial(part.index_select, 1, index), rounds, flush)
                     kind = "nhwc" if layout == torch.channels_last else "nchw"
                     key = f"{'x'.join(map(str, shape))}-{str(dtype)[6:]}-{kind}{name}"
                     ratios[key] = {"us": round(ours, 1), "index_select_us": round(theirs, 1)}

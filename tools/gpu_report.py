@@ -2,9 +2,9 @@
 
     python tools/gpu_report.py --out DIR [--quick]
 
-Needs no network. Each part runs in its own process under a time limit, so that one that fails or hangs does not take the
-others with it; without a GPU the parts that need one are reported as skipped. Leaves report.json, report.md and one log
-for each part in DIR, and prints a short table last.
+Needs no network. Each part runs in its own process under a time limit, so that one that fails or hangs does not take
+the others with it; without a GPU the parts that need one are reported as skipped. Leaves report.json, report.md and one
+log for each part in DIR, and prints a short table last.
 """
 
 from __future__ import annotations
