@@ -43,14 +43,14 @@ test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2 or none
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 
 lint: setup ## Check style, types and formatting
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy bap_kernels benches tools setup.py conftest.py
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy bap_kernels benches tools setup.py conftest.py
 	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup ## Format Python and C++ in place
-	$(BIN)/ruff check --fix -q .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix -q .
+	$(BIN)/python -m ruff format .
 	$(CPP_FILES) | xargs $(BIN)/clang-format -i
 
 build: $(STAMPS)/tools ## Build the extension in place
