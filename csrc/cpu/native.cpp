@@ -1,6 +1,167 @@
-// Stand-in.
+// The native CPU path: what it can run, and the preparation that both drivers share.
 #include "cpu/native.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/choice.h"
+#include "cpu/isa.h"
+#include "cpu/native_call.h"
+#include "cpu/packed_cache.h"
+
 namespace bap_kernels {
-std::string native_why_not(const ConvCall&) { return "native: not ready"; }
-at::Tensor native_gathered_conv2d(const ConvCall&) { return {}; }
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+const float* float_data(NativeCall& n, const OptionalTensor& t) {
+  if (!has_value(t)) return nullptr;
+  n.keep_alive.push_back(t->to(at::kFloat).contiguous());
+  return n.keep_alive.back().const_data_ptr<float>();
 }
+
+const int32_t* list_data(NativeCall& n, const OptionalTensor& list) {
+  if (!has_value(list)) return nullptr;
+  if (list->is_contiguous()) return list->const_data_ptr<int32_t>();
+  n.keep_alive.push_back(list->contiguous());
+  return n.keep_alive.back().const_data_ptr<int32_t>();
+}
+
+// scale * (sum + bias) + shift becomes scale * sum + (scale * bias + shift).
+void fold_epilogue(const ConvCall& c, NativeCall& n) {
+  const float* bias = float_data(n, c.bias);
+  const float* scale = float_data(n, c.fusion.out_scale);
+  const float* shift = float_data(n, c.fusion.out_shift);
+  const int64_t padded = round_up(n.kept_out, micro::kMaxVectors * n.tiles->lanes) + n.tiles->rows;
+  if (scale) {
+    n.scale.assign(padded, 1.f);
+    std::copy_n(scale, n.kept_out, n.scale.begin());
+  }
+  if (!bias && !shift) return;
+  n.shift.assign(padded, 0.f);
+  for (int64_t j = 0; j < n.kept_out; ++j) {
+    float v = bias ? bias[n.out_index ? n.out_index[j] : j] : 0.f;
+    if (scale) v *= scale[j];
+    n.shift[j] = v + (shift ? shift[j] : 0.f);
+  }
+}
+
+}  // namespace
+
+std::string native_why_not(const ConvCall& c) {
+  const auto dtype = c.input.scalar_type();
+  if (isa() == "none") return backend_why_not("native");
+  if (dtype != at::kFloat && dtype != at::kBFloat16) {
+    return std::string("native: no kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
+  }
+  if (c.groups != 1) return "native: no kernel for depthwise convolutions";
+  const int64_t depth = c.shape.kept_in * c.taps();
+  const int64_t largest = std::numeric_limits<int32_t>::max() / 4;
+  if (depth > largest / 1024 || c.shape.channels_in > largest || c.shape.batch * c.shape.out_h * c.shape.out_w > largest) {
+    return "native: the shape is beyond 32-bit tile arithmetic";
+  }
+  return "";
+}
+
+NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
+  NativeCall n{};
+  const auto& s = c.shape;
+  n.bfloat16 = c.input.scalar_type() == at::kBFloat16;
+  n.pairs = n.bfloat16 && isa_has_bfloat16_pairs();
+  n.tiles = isa_tiles(n.pairs);
+  n.units = n.pairs ? (s.kept_in + 1) / 2 : s.kept_in;
+  n.taps = c.taps();
+  n.depth = n.units * n.taps;
+  n.x = static_cast<const char*>(c.input.const_data_ptr());
+  n.x_stride_n = c.input.stride(0);
+  n.x_stride_c = c.input.stride(1);
+  n.x_stride_h = c.input.stride(2);
+  n.x_stride_w = c.input.stride(3);
+  n.height = s.height;
+  n.width = s.width;
+  n.kernel_w = s.kernel_w;
+  n.stride_h = c.stride[0];
+  n.stride_w = c.stride[1];
+  n.dilation_h = c.dilation[0];
+  n.dilation_w = c.dilation[1];
+  n.pad_top = c.padding[kTop];
+  n.pad_left = c.padding[kLeft];
+  n.batch = s.batch;
+  n.out_h = s.out_h;
+  n.out_w = s.out_w;
+  n.kept_in = s.kept_in;
+  n.kept_out = s.kept_out;
+  n.channels_in = s.channels_in;
+  n.in_index = list_data(n, c.in_index);
+  n.out_index = list_data(n, c.out_index);
+  const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.out_h == n.height && n.out_w == n.width;
+  if (pointwise && n.x_stride_h == n.width * n.x_stride_w) {
+    n.width = n.out_w = n.height * n.width;
+    n.height = n.out_h = 1;
+    n.x_stride_h = 0;
+  }
+  n.in_scale = float_data(n, c.fusion.in_scale);
+  n.in_shift = float_data(n, c.fusion.in_shift);
+  n.in_relu = c.fusion.in_relu;
+  n.has_prologue = c.fusion.has_prologue();
+  n.out_relu = c.fusion.out_relu;
+  fold_epilogue(c, n);
+  if (has_value(c.fusion.residual)) {
+    n.keep_alive.push_back(c.fusion.residual->contiguous(c.format()));
+    n.residual = static_cast<const char*>(n.keep_alive.back().const_data_ptr());
+  }
+  result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  n.y = static_cast<char*>(result.mutable_data_ptr());
+  n.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return n;
+}
+
+TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads) {
+  TaskGrid grid{std::max<int64_t>(1, (tiles + tiles_per_block / 2) / tiles_per_block), 1};
+  if (threads == 1) return grid;
+  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each thread.
+  if (tiles < tiles_per_block * threads / 2 && panels >= threads) {
+    grid.channel_groups = threads;
+  } else {
+    grid.pixel_blocks = std::min(tiles, round_up(grid.pixel_blocks, threads));
+  }
+  return grid;
+}
+
+float* thread_scratch(int slot, int64_t floats) {
+  struct Buffer {
+    c10::DataPtr data;
+    int64_t floats = 0;
+  };
+  thread_local Buffer buffers[4];
+  Buffer& b = buffers[slot];
+  if (b.floats < floats) {
+    b.data = c10::GetCPUAllocator()->allocate(floats * sizeof(float));  // 64-byte aligned
+    b.floats = floats;
+  }
+  return static_cast<float*>(b.data.get());
+}
+
+at::Tensor native_gathered_conv2d(const ConvCall& c) {
+  at::Tensor result;
+  const NativeCall n = prepare_native(c, result);
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  // The packed form depends on the tiles, so on the lanes' meaning too.
+  const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
+  const at::Tensor weight =
+      PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant, [&] {
+        return last ? pack_weight_pixel_rows(c, n) : pack_weight_channel_rows(c, n);
+      });
+  if (last) {
+    run_pixel_rows(n, weight.const_data_ptr<float>());
+  } else {
+    run_channel_rows(n, weight.const_data_ptr<float>());
+  }
+  return result;
+}
+
+}  // namespace bap_kernels
