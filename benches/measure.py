@@ -86,7 +86,7 @@ class Bench:
         start = time.perf_counter()
         with torch.inference_mode():
             problem = self.problem(cell)
-            names = [name for name in names if peers.applies(name, problem)]
+            names = [name for name in names if peers.applies(name, cell)]
             share = 1 / max(1, len(names) - 1)
             prepared = {name: self.prepare(name, problem, share) for name in names}
             reference = gate.kept_reference(problem, problem.inputs[0])

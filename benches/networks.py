@@ -180,15 +180,18 @@ class NetworkBench:
         placed: Any = copy.deepcopy(model)
         return placed.to(self.device, DTYPES[self.dtype]).to(memory_format=MEMORY_FORMATS[layout])
 
+    def inputs(self, cell: NetworkCell) -> list[Tensor]:
+        """Return a few batches of photographs in the cell's memory format."""
+        return [
+            x.to(self.device, DTYPES[self.dtype]).contiguous(memory_format=MEMORY_FORMATS[cell.layout])
+            for x in batches(NETWORKS[cell.network][1], cell.batch)
+        ]
+
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         """Build dense, masked and swapped networks, as named, with a pool of inputs."""
         model = self.model(cell.network)
         lists = in_lists(model, cell.density, cell.seed)
-        size = NETWORKS[cell.network][1]
-        inputs = [
-            x.to(self.device, DTYPES[self.dtype]).contiguous(memory_format=MEMORY_FORMATS[cell.layout])
-            for x in batches(size, cell.batch)
-        ]
+        inputs = self.inputs(cell)
         prepared = {}
         for name in names:
             enter: Callable[[], None] = nothing

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benches import convs, gathers
+from benches.cases import Cell
 from benches.problem import MEMORY_FORMATS, Problem
 from benches.timers import Timed, fastest
 
@@ -168,7 +169,6 @@ def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) 
     raise ValueError(f"prepare(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
 
 
-def applies(name: str, problem: Problem) -> bool:
+def applies(name: str, cell: Cell) -> bool:
     """Whether the peer differs from the others: oracle8 only where a channel count is no multiple of 8."""
-    cell = problem.cell
     return name != "oracle8" or cell.K_in % ROUNDING != 0 or cell.K_out % ROUNDING != 0

@@ -130,7 +130,14 @@ def losses_table(rows: Sequence[Row]) -> Table:
     lines = [[loss.cell, loss.candidate, label(loss.base), number(loss.speedup)] for loss in losses]
     counts = ", ".join(f"{sum(loss.base == base for loss in losses)} to {label(base)}" for base in ("dense", "best"))
     note = f"Of {len(auto)} cases auto loses {counts} by more than {summary.NOISE:.0%}."
-    return Table("Cases in which auto loses", ["case", "auto chose", "slower than", "speed-up"], lines, note, left=3)
+    return Table(
+        "Cases in which auto loses",
+        ["case", "auto chose", "slower than", "speed-up"],
+        lines,
+        note,
+        left=3,
+        screen_rows=10,
+    )
 
 
 def networks_table(rows: Sequence[Row]) -> Table:

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         # A log has no width of its own; the tables need a little more than the usual 80.
-        console = Console(width=110)
+        console = Console(width=128)
     try:
         study(parser().parse_args(arguments), console)
     except (ours.PackageMissingError, ValueError) as error:

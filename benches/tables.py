@@ -21,6 +21,8 @@ class Table:
         note: Shown below the heading.
         left: Columns aligned to the left.
         screen: Whether the table is shown on the screen too.
+        screen_rows: Rows shown there at most.
+        highlight: Cells in colour.
     """
 
     title: str
@@ -29,14 +31,17 @@ class Table:
     note: str = ""
     left: int = 1
     screen: bool = True
+    screen_rows: int = 100
     highlight: set[str] = field(default_factory=lambda: {GOOD, BAD})
 
     def rich(self) -> RichTable:
         """For the screen."""
-        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        left_out = len(self.rows) - self.screen_rows
+        note = f"{self.note} {left_out} more in the report." if left_out > 0 else self.note
+        table = RichTable(title=self.title, caption=note or None, title_justify="left", caption_justify="left")
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i < self.left else "right", no_wrap=i > 0)
-        for row in self.rows:
+            table.add_column(column, justify="left" if i < self.left else "right", no_wrap=True)
+        for row in self.rows[: self.screen_rows]:
             table.add_row(*(f"[{_COLOURS[cell]}]{cell}[/]" if cell in self.highlight else cell for cell in row))
         return table
 

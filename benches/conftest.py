@@ -1,0 +1,113 @@
+"""Fixtures of the benchmarks, and the machine's facts for ``--benchmark-json``."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benches import gate, ours
+from benches.cases import Cell
+from benches.machine import commit, cpu_model, versions
+from benches.measure import Bench
+from benches.networks import NetworkBench, NetworkCell
+from benches.problem import Problem
+from benches.timers import CpuClock, Timed
+
+CPU = torch.device("cpu")
+# The whole set has thousands of benchmarks.
+SECONDS_EACH = 0.1
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Add what the figures depend on."""
+    machine_info["bap_kernels"] = {
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+class LayerBench(Bench):
+    """A study's bench that keeps the tensors of the last cell: its peers follow one another."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, "float32")
+        self.tensors: Callable[[Cell], tuple[Problem, Tensor]] = lru_cache(maxsize=1)(self._tensors)
+
+    def _tensors(self, cell: Cell) -> tuple[Problem, Tensor]:
+        problem = self.problem(cell)
+        return problem, gate.kept_reference(problem, problem.inputs[0])
+
+
+class WholeBench(NetworkBench):
+    """A study's bench of networks that keeps the float64 logits of the last cell."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, "float32")
+        self.logits: Callable[[NetworkCell], Tensor] = lru_cache(maxsize=1)(self._logits)
+
+    def _logits(self, cell: NetworkCell) -> Tensor:
+        return self.reference(cell, self.inputs(cell)[0])
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def layer_bench() -> LayerBench:
+    """Return the bench of single layers."""
+    return LayerBench()
+
+
+@pytest.fixture(scope="session")
+def network_bench() -> WholeBench:
+    """Return the bench of whole networks."""
+    return WholeBench()
+
+
+@pytest.fixture(scope="session")
+def require_backend() -> Iterator[Callable[[str], None]]:
+    """Return a function that skips the benchmark of a backend which cannot run here, with its reason."""
+    measured: list[str] = []
+
+    def require(name: str) -> None:
+        if name not in ours.BACKENDS:
+            return
+        if not measured:
+            ours.fresh_choices()
+            measured.append(name)
+        if reason := ours.library().why_not(name):
+            pytest.skip(f"{name}: {reason}")
+
+    yield require
+    if measured:
+        ours.package().use_backend("auto")
+        ours.forget_packed()
+
+
+@pytest.fixture
+def time_in_rounds(benchmark: Any) -> Callable[[Timed], None]:
+    """Return a function that benchmarks a prepared peer in about a tenth of a second, rotating its inputs."""
+
+    def run(timed: Timed) -> None:
+        timed.enter()
+        turn = iter(range(1, 1 << 30))
+        once = CpuClock()(timed.run, timed.inputs[0])
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS_EACH / once)))
+        benchmark.pedantic(
+            timed.run,
+            setup=lambda: ((timed.inputs[next(turn) % len(timed.inputs)],), {}),
+            rounds=rounds,
+            warmup_rounds=1,
+        )
+
+    return run

@@ -1,0 +1,376 @@
+"""The speed-up study's own parts: frozen cases, rows, gate, peers, arithmetic, report and command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# Where the packages of the study are missing, there is nothing to test.
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from benches import gate, ours, peers, report, rows, study, summary, timers
+from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
+from benches.machine import Roof
+from benches.measure import Bench
+from benches.networks import MaskedInputConv2d, in_lists, mask_
+from benches.resnet26 import ResNet26
+
+CPU = torch.device("cpu")
+SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")
+PYTORCH_PEERS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+
+
+def _resnet50() -> nn.Module:
+    return pytest.importorskip("torchvision").models.resnet50(weights=None)
+
+
+@pytest.mark.parametrize(
+    ("network", "build", "size"),
+    [("resnet50", _resnet50, 224), ("resnet26", ResNet26, 64)],
+    ids=["resnet50", "resnet26"],
+)
+def test_cases_are_the_convolutions_of_the_networks(network: str, build: Callable[[], nn.Module], size: int) -> None:
+    seen: Counter[tuple[int, ...]] = Counter()
+
+    def hook(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        H, W = inputs[0].shape[2:]
+        k = conv.kernel_size[0]
+        assert conv.kernel_size == (k, k)
+        assert conv.padding == (k // 2, k // 2)
+        assert conv.dilation == (1, 1)
+        assert conv.groups == 1
+        assert conv.bias is None
+        seen[(H, W, conv.in_channels, conv.out_channels, k, conv.stride[0], *output.shape[2:])] += 1
+
+    with torch.device("meta"):
+        model = build().eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(hook)
+        model(torch.empty(1, 3, size, size))
+    frozen = {
+        (c.H, c.W, c.C_in, c.C_out, c.kernel, c.stride, *c.output_size): c.count for c in CASES if c.network == network
+    }
+    assert dict(seen) == frozen
+
+
+def test_resnet26_halves_and_widens() -> None:
+    model = ResNet26(num_classes=7).eval()
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 25
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_cells_cover_every_setting_once() -> None:
+    cells = full_cells()
+    assert len(cells) == len(CASES) * len(BATCHES) * len(DENSITIES) * len(LISTS) * len(LAYOUTS)
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert set(default_cells()) <= set(cells)
+    assert "resnet50-b1-56x56-64-64-k3s1-d50-in-nchw" in {cell.id for cell in cells}
+
+
+def test_lists_are_sorted_unique_and_fixed_by_the_case() -> None:
+    cell = replace(SMALL, lists="both", density=0.25)
+    in_index, out_index = cell.channel_lists()
+    assert in_index.dtype == torch.int32
+    assert in_index.tolist() == sorted(set(in_index.tolist()))
+    assert len(in_index) == cell.K_in == 64
+    assert out_index is not None
+    assert len(out_index) == cell.K_out == 64
+    assert torch.equal(in_index, replace(cell, lists="in", layout="nchw", batch=8).channel_lists()[0])
+    assert not torch.equal(in_index, out_index)
+
+
+def make_row(**changes: object) -> rows.Row:
+    cell = changes.pop("of", SMALL)
+    assert isinstance(cell, Cell)
+    values: dict[str, object] = {
+        "network": cell.case.network,
+        "case": cell.case.shape,
+        "cell": cell.id,
+        "peer": "auto",
+        "candidate": "",
+        "device": "cpu",
+        "dtype": "float32",
+        "layout": cell.layout,
+        "batch": cell.batch,
+        "density": cell.density,
+        "lists": cell.lists,
+        "seed": cell.seed,
+        "threads": 2,
+        "inputs": "rotated",
+        "rounds": 5,
+        "p20_s": 0.9e-3,
+        "p50_s": 1e-3,
+        "p80_s": 1.1e-3,
+        "max_error": 1e-6,
+        "C_in": cell.case.C_in,
+        "C_out": cell.case.C_out,
+        "H": cell.case.H,
+        "W": cell.case.W,
+        "kernel": cell.case.kernel,
+        "stride": cell.case.stride,
+        "K_in": cell.K_in,
+        "K_out": cell.K_out,
+        "gflop": 1.0,
+        "bytes": 10,
+        "flop_per_s": 1e12,
+        "roof_share": 0.5,
+    }
+    return rows.Row(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def synthetic(cells: list[Cell]) -> list[rows.Row]:
+    """Rows of a machine on which time is as simple as its peers' definitions."""
+    cost = {"dense": lambda c: 1.0, "masked": lambda c: 1.1, "naive": lambda c: c.density + 0.4}
+    cost |= {"best": lambda c: c.density + 0.1, "oracle": lambda c: c.density, "auto": lambda c: 0.9 * c.density}
+    cost |= {"native": lambda c: 0.8 * c.density}
+    made = []
+    for cell in cells:
+        mine = [make_row(of=cell, peer=peer, p50_s=1e-3 * of(cell)) for peer, of in cost.items()]
+        made += rows.with_ratios(mine)
+    return made
+
+
+HEADER = {
+    "same": {
+        "commit": "abc",
+        "cpu": "a | b <c>",
+        "threads": 2,
+        "isa": "avx2",
+        "pytorch_isa": "AVX2",
+        "versions": {"torch": "2"},
+    },
+    "cores": 2,
+    "cache_bytes": 2**25,
+    "system": "Linux",
+    "started": "now",
+    "dtype": "float32",
+    "roof": {"matmul_flop_per_s": 1e11, "register_flop_per_s": None, "bytes_per_s": 1e10, "flop_per_s": 1e11},
+    "build": {},
+}
+
+
+def test_rows_survive_json_and_csv(tmp_path: Path) -> None:
+    made = [*synthetic([SMALL]), make_row(C_in=None, kernel=None, roof_share=None, weight_bytes=3, candidate="a+b")]
+    rows.write_json(tmp_path / "r.json", HEADER, made)
+    rows.write_csv(tmp_path / "r.csv", made)
+    assert rows.read_json(tmp_path / "r.json") == (HEADER, made)
+    assert rows.read_csv(tmp_path / "r.csv") == made
+
+
+def test_rows_of_another_schema_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"from_dict\(\): expected `values`.*peerless"):
+        rows.from_dict({"peerless": 1})
+
+
+def test_ratios_are_medians_over_medians() -> None:
+    dense, fast = rows.with_ratios([make_row(peer="dense", p50_s=2.0), make_row(peer="native", p50_s=0.5)])
+    assert (fast.vs_dense, dense.vs_dense, fast.vs_oracle) == (4.0, 1.0, None)
+
+
+def test_journal_goes_on_and_drops_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first = rows.Journal(path, HEADER)
+    first.append([make_row(peer="dense"), make_row(peer="native")])
+    path.write_text(path.read_text()[:-40])
+    second = rows.Journal(path, HEADER)
+    assert [row.peer for row in second.rows] == ["dense"]
+    second.append([make_row(peer="dense", p50_s=7.0), make_row(peer="native")])
+    third = rows.Journal(path, HEADER)
+    assert [(row.peer, row.p50_s) for row in third.rows] == [("dense", 7.0), ("native", 1e-3)]
+    assert third.done == {row.key for row in second.rows}
+
+
+def test_journal_refuses_another_build(tmp_path: Path) -> None:
+    rows.Journal(tmp_path / "rows.jsonl", HEADER)
+    with pytest.raises(ValueError, match=r"another commit.*--out"):
+        rows.Journal(tmp_path / "rows.jsonl", {**HEADER, "same": {**HEADER["same"], "commit": "def"}})  # type: ignore[dict-item]
+
+
+def test_journal_refuses_times_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="p50_s"):
+        rows.Journal(tmp_path / "rows.jsonl", HEADER).append([make_row(p50_s=math.nan)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lists", LISTS)
+def test_peers_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
+    bench = Bench(CPU, "float32", Roof(1e11, None, 1e10))
+    for shape in ("8x8-256-256-k3s1", "7x7-512-2048-k1s1", "28x28-256-256-k3s2", "14x14-1024-2048-k1s2"):
+        case = next(case for case in CASES if case.shape == shape)
+        made = bench.rows(Cell(case, 1, 0.25, lists, layout), PYTORCH_PEERS, seconds=0)
+        assert [row.peer for row in made] == ["dense", "masked", "naive", "best", "oracle"]
+        assert all(0 < row.max_error < 1e-4 and row.p20_s <= row.p50_s <= row.p80_s for row in made)
+        assert made[0].gflop == pytest.approx(made[1].gflop * (4 if lists == "in" else 16))  # type: ignore[operator]
+        assert all(row.inputs == "rotated" and row.rounds >= 5 for row in made)
+
+
+def test_oracle8_is_padded_where_counts_are_odd() -> None:
+    stem = next(case for case in CASES if case.C_in == 3 and case.network == "resnet26")
+    made = Bench(CPU, "float32").rows(Cell(stem, 1, 0.5, "both", "nchw"), PYTORCH_PEERS, seconds=0)
+    assert [row.peer for row in made][-1] == "oracle8"
+
+
+def test_gate_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(CPU, "float32")
+    right = peers.prepare
+
+    def wrong(name: str, problem: peers.Problem, clock: peers.Clock, pool_share: float = 1.0) -> peers.Peer:
+        peer = right(name, problem, clock, pool_share)
+        if name == "naive":
+            # One channel of the list is off by one.
+            index = problem.in_index.clone()
+            index[3] = index[2] + 1 if index[3] != index[2] + 1 else index[4]
+            weight = problem.sliced_weight
+            peer.run = lambda x: torch.conv2d(x.index_select(1, index), weight, None, *problem.conv_args)
+        return peer
+
+    monkeypatch.setattr(peers, "prepare", wrong)
+    with pytest.raises(gate.WrongResultError, match="naive on resnet26-b1-8x8"):
+        bench.rows(SMALL, ("dense", "naive"), seconds=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.01])
+def test_gate_refuses_values(value: float) -> None:
+    reference = torch.ones(4, dtype=torch.float64)
+    result = torch.ones(4)
+    assert gate.check("x", result, reference, 100) == 0
+    result[2] = value
+    with pytest.raises(gate.WrongResultError):
+        gate.check("x", result, reference, 100)
+
+
+def test_gate_refuses_shapes_and_layouts() -> None:
+    with pytest.raises(gate.WrongResultError, match="shape"):
+        gate.check("x", torch.ones(2), torch.ones(3, dtype=torch.float64), 1)
+    with pytest.raises(gate.WrongResultError, match="channels_last"):
+        gate.check_layout("x", torch.ones(1, 2, 3, 3), "channels_last")
+
+
+def test_tolerance_grows_with_length_and_type() -> None:
+    assert gate.tolerance(torch.float32, 400, 1.0) == pytest.approx(2 * gate.tolerance(torch.float32, 100, 1.0))
+    assert gate.tolerance(torch.bfloat16, 100, 1.0) > 2**-8
+
+
+def test_rounds_interleave_and_rotate() -> None:
+    order: list[tuple[str, int]] = []
+    pool = [torch.tensor(i) for i in range(5)]
+
+    def entry(name: str) -> timers.Timed:
+        return timers.Timed(lambda x: order.append((name, int(x))), pool)
+
+    found = timers.interleave({"a": entry("a"), "b": entry("b")}, timers.CpuClock(), 0.0, min_rounds=3)
+    assert order == [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4), ("b", 0)]
+    assert {name: len(samples) for name, samples in found.items()} == {"a": 3, "b": 3}
+
+
+def test_spread_interpolates() -> None:
+    spread = timers.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (spread.p20, spread.p50, spread.p80) == pytest.approx((2.0, 3.5, 5.0))
+
+
+def test_means_worst_cases_and_losses() -> None:
+    cells = [cell for cell in default_cells() if cell.density == 0.5 and cell.lists == "in" and cell.layout == "nchw"][
+        :2
+    ]
+    slow = make_row(of=cells[0], peer="auto", vs_dense=1.0, vs_best=0.9, candidate="gather")
+    fast = make_row(of=cells[1], peer="auto", vs_dense=4.0, vs_best=0.96)
+    (mean,) = summary.means([slow, fast], ["auto"], ["dense"])
+    assert (mean.geomean, mean.count, mean.worst, mean.worst_case) == (pytest.approx(2.0), 2, 1.0, cells[0].id)
+    assert [(loss.cell, loss.base, loss.candidate) for loss in summary.losses([slow, fast])] == [
+        (cells[0].id, "best", "gather")
+    ]
+
+
+def test_few_channels_stay_out_of_the_means() -> None:
+    stem = Cell(next(case for case in CASES if case.C_in == 32), 1, 0.5, "in", "nchw")
+    assert summary.means([make_row(of=stem, vs_dense=9.0)], ["auto"]) == []
+
+
+def test_verdicts() -> None:
+    made = synthetic(default_cells())
+    found = {
+        (v.target.title, v.setting.layout, v.setting.density): v for v in summary.verdicts(made, ["native", "auto"])
+    }
+    over_dense = found["in over dense", "nchw", 0.5]
+    assert over_dense.figures == pytest.approx({"native": 2.5, "auto": 1 / 0.45})
+    assert over_dense.met
+    assert found["in over oracle, each", "nchw", 0.25].figures["auto"] == pytest.approx(1 / 0.9)
+    assert not found["both over dense", "channels_last", 0.25].met
+    assert found["1x1 in over naive", "channels_last", 0.25].count == sum(c.kernel == 1 and c.C_in >= 64 for c in CASES)
+    assert ("1x1 in over naive", "nchw", 0.25) not in found
+
+
+def test_report_from_rows_alone(tmp_path: Path) -> None:
+    made = synthetic(default_cells())
+    for batch in BATCHES:
+        cell = {"network": "resnet26", "case": summary.WHOLE_NETWORK, "cell": f"n{batch}", "batch": batch, "C_in": None}
+        made += rows.with_ratios([make_row(peer=peer, **cell) for peer in ("dense", "masked", "auto")])
+    made += [make_row(network=summary.OVERHEAD, case="one", cell="overhead", peer="op", C_in=None)]
+    tables = report.write(tmp_path, HEADER, made)
+    assert {table.title for table in tables} >= {"Targets", "Whole networks", "Time of one call", "Every case"}
+    page = (tmp_path / "report.html").read_text()
+    assert "a | b &lt;c&gt;" in page
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == len(list((tmp_path / "plots").glob("*.png"))) >= 6
+    text = (tmp_path / "report.md").read_text()
+    assert all((tmp_path / link).exists() for link in re.findall(r"\]\((plots/[^)]+)\)", text))
+    assert "| in over dense | nchw b1 | 0.5 | 27 | 1.90 | 2.50 | 2.22 | met |" in text
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(made)
+    assert rows.read_csv(tmp_path / "results.csv") == made
+
+
+def test_masked_network_ignores_what_is_off() -> None:
+    model = ResNet26().eval()
+    lists = in_lists(model, 0.5, seed=1)
+    assert "conv1" not in lists
+    assert len(lists["layer1.0.conv1"]) == 16
+    mask_(model, lists)
+    conv = model.layer2[0].conv1
+    assert isinstance(conv, MaskedInputConv2d)
+    x = torch.randn(1, 64, 8, 8)
+    changed = x.clone()
+    off = sorted(set(range(64)) - set(lists["layer2.0.conv1"].tolist()))
+    changed[:, off] += 1
+    assert torch.equal(conv(x), conv(changed))
+
+
+@pytest.mark.slow
+def test_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    arguments = ["--out", str(tmp_path), "--full", "--only", "resnet26-b1-8x8.*-d50-in", "--peers", "dense,best,oracle"]
+    assert study.main([*arguments, "--threads", str(before)]) == 0
+    path = tmp_path / "rows.jsonl"
+    lines = path.read_text().splitlines()
+    assert len([line for line in lines if '"C_in": 256' in line]) == 3 * len(LAYOUTS)
+    assert study.main([*arguments, "--threads", str(before)]) == 0
+    # Only the overhead is measured anew.
+    again = path.read_text().splitlines()
+    assert [line for line in again if '"C_in": 256' in line] == [line for line in lines if '"C_in": 256' in line]
+    assert "Report:" in capsys.readouterr().out
+
+
+def test_study_says_that_the_package_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise ImportError("not built")
+
+    monkeypatch.setattr(ours.importlib, "import_module", missing)
+    assert study.main(["--out", str(tmp_path)]) == 1
+    assert "bap_kernels cannot be imported: not built" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_study_names_unknown_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["--out", str(tmp_path), "--peers", "dense,fastest"]) == 1
+    assert "fastest" in capsys.readouterr().out
