@@ -1,5 +1,6 @@
 """Convolutions that read and compute only the channels that a domain keeps, as drop-in ``torch.nn`` layers."""
 
+from bap_kernels import flops as _flops  # noqa: F401  registers its formulas
 from bap_kernels import nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.config import (

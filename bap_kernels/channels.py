@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -132,6 +133,16 @@ class ChannelLists:
         object.__setattr__(self, "_host", host)
         for name, array in zip(_NAMES, host, strict=True):
             object.__setattr__(self, name, None if array is None else torch.from_numpy(array.copy()).to(device))
+        self.mark_dynamic()
+
+    def mark_dynamic(self) -> None:
+        """Tells torch.compile, where it is loaded, that lengths vary between domains, so that one graph serves all."""
+        # Loading it takes seconds, and without torch.compile nothing needs the marks.
+        mark = getattr(sys.modules.get("torch._dynamo"), "maybe_mark_dynamic", None)
+        if mark is not None:
+            for listed in (self.in_index, self.out_index):
+                if listed is not None:
+                    mark(listed, 0)
 
     @classmethod
     def _of(cls, host: tuple[np.ndarray | None, np.ndarray | None], device: torch.device) -> ChannelLists:

@@ -24,10 +24,11 @@ __all__ = [
     "set_packed_cache_limit",
     "settings",
     "use_backend",
+    "why_not",
 ]
 
 BACKENDS = ("auto", "native", "aten", "triton", "cuda")
-ISAS = ("avx512", "avx2", "none")
+ISAS = ("avx512", "avx2", "none", "avx512_emulated")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+def why_not(backend: str) -> str | None:
+    """Why a backend cannot run on this machine or is not built; None if it can run."""
+    reason = _C.why_not(backend)
+    return None if reason is None else reason.removeprefix(f"{backend}: ")
+
+
 class use_backend:  # noqa: N801
     """Sets which backend computes, from now on; as a context manager, until the block ends.
 
@@ -123,7 +130,7 @@ class use_backend:  # noqa: N801
     def __init__(self, name: str) -> None:
         if name not in BACKENDS:
             raise ValueError(f"use_backend(): expected `name` to be one of {', '.join(BACKENDS)}, got {name!r}.")
-        reason = _C.why_not(name)
+        reason = why_not(name)
         if reason is not None:
             raise ImportError(
                 f"use_backend(): expected `name` to be a backend that can run here, got {name!r}: {reason}. "

@@ -100,7 +100,7 @@ def info() -> Info:
         avx512_bf16=_C.has_avx512_bf16(),
         threads=torch.get_num_threads(),
         backend=_C.get_backend(),
-        backends={name: _C.why_not(name) for name in config.BACKENDS if name != "auto"},
+        backends={name: config.why_not(name) for name in config.BACKENDS if name != "auto"},
         cuda_library=why_not_cuda_library,
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         build=dict(_C.build_facts()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,11 +25,14 @@ class _Layers:
         modules = list(model.modules())
         # Dictionaries, not modules: the model must not be kept alive, and assigning through nn.Module is slow.
         self.layers = [module.__dict__ for module in modules if isinstance(module, GatheredConv2d)]
-        self.children = [(module._modules, tuple(module._modules.values())) for module in modules]
+        # Once for each model: lists are often made before torch.compile is loaded.
+        self.marked = False
+        self.parents = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self.leaves = [module._modules for module in modules if not module._modules]
 
     def fits(self) -> bool:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
-        return all(tuple(current.values()) == known if current else not known for current, known in self.children)
+        return not any(self.leaves) and all(tuple(children.values()) == known for children, known in self.parents)
 
 
 _layers_of: WeakKeyDictionary[nn.Module, _Layers] = WeakKeyDictionary()
@@ -38,6 +42,10 @@ def _layers(model: nn.Module) -> list[dict[str, Any]]:
     known = _layers_of.get(model)
     if known is None or not known.fits():
         known = _layers_of[model] = _Layers(model)
+    if not known.marked and "torch._dynamo" in sys.modules:
+        for lists in [one for layer in known.layers for one in layer["lists"].values()]:
+            lists.mark_dynamic()
+        known.marked = True
     return known.layers
 
 

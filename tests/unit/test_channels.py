@@ -1,0 +1,337 @@
+"""Channel lists and tables: what they accept, how they move, and the file that keeps them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import bap_kernels as bk
+from bap_kernels import ChannelLists, ChannelTable
+
+
+def _int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("made", [[0, 2, 5], (0, 2, 5), np.array([0, 2, 5]), _int32(0, 2, 5)], ids=str)
+def test_accepts_sequences_arrays_and_int32_tensors(made) -> None:
+    lists = ChannelLists(made)
+    assert lists.in_index.dtype == torch.int32
+    assert lists.in_index.tolist() == [0, 2, 5]
+    assert lists.out_index is None
+    assert lists.counts == (3, None)
+
+
+def test_none_and_an_empty_list_differ() -> None:
+    empty = ChannelLists([], None)
+    assert empty.in_index.shape == (0,)
+    assert empty.in_index.dtype == torch.int32
+    assert empty != ChannelLists()
+    assert ChannelLists([], None) != ChannelLists(None, [])
+    assert empty.counts == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.tensor([0, 1]), TypeError, r"`in_index` to be an int32 tensor, got torch.int64. Hint: .*int32"),
+        (torch.tensor([0.0]), TypeError, r"int32 tensor, got torch.float32"),
+        (torch.tensor([True, False]), TypeError, r"channel numbers, got a mask. Hint: use ChannelLists.from_mask"),
+        ([True, False], TypeError, r"sequence of ints, got bool entries. Hint: .*from_mask"),
+        ([0.5, 1.0], TypeError, r"sequence of ints, got float64"),
+        ("ab", TypeError, r"sequence of ints"),
+        (_int32(0, 1).reshape(1, 2), ValueError, r"`in_index` to be 1-D, got 2 dimensions"),
+        ([[0, 1]], ValueError, r"1-D, got 2 dimensions"),
+        ([2, 1], ValueError, r"sorted without repeats, got \[2, 1\]. Hint: sort it"),
+        (_int32(1, 1), ValueError, r"sorted without repeats, got \[1, 1\]"),
+        ([-1, 2], IndexError, r"from 0 to 2\*\*31 - 1, got -1"),
+        ([0, 2**31], IndexError, r"got 2147483648"),
+        (_int32(0, 1).to("meta"), ValueError, r"to hold values, got a tensor on the meta device. Hint"),
+    ],
+    ids=str,
+)
+def test_refuses(value, error, message) -> None:
+    with pytest.raises(error, match=message):
+        ChannelLists(value)
+    with pytest.raises(error, match=message.replace("in_index", "out_index")):
+        ChannelLists(None, value)
+
+
+def test_lists_are_frozen_copies() -> None:
+    given = _int32(0, 2)
+    lists = ChannelLists(given)
+    given[0] = 1
+    assert lists.in_index.tolist() == [0, 2]
+    with pytest.raises(AttributeError):
+        lists.in_index = given
+
+
+def test_from_mask() -> None:
+    lists = ChannelLists.from_mask(torch.tensor([True, False, True]), np.array([0.0, 1.0]))
+    assert lists == ChannelLists([0, 2], [1])
+    assert ChannelLists.from_mask([0, 0]) == ChannelLists([])
+    assert ChannelLists.from_mask() == ChannelLists()
+    with pytest.raises(ValueError, match=r"`out_mask` to hold only 0 and 1"):
+        ChannelLists.from_mask(out_mask=[0.5])
+    with pytest.raises(ValueError, match=r"`in_mask` to be 1-D, got 0"):
+        ChannelLists.from_mask(torch.tensor(True))
+
+
+def test_equality_and_hash_follow_the_values() -> None:
+    a, b = ChannelLists([0, 2], [1]), ChannelLists(_int32(0, 2), (1,))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != ChannelLists([0, 2], [0])
+    assert a != ([0, 2], [1])
+    assert len({a, b, ChannelLists([0])}) == 2
+
+
+def test_copies_and_pickles_are_equal() -> None:
+    for lists in (ChannelLists([0, 2], []), ChannelLists(), ChannelLists(None, [7])):
+        for other in (copy.deepcopy(lists), copy.copy(lists), pickle.loads(pickle.dumps(lists))):
+            assert other == lists
+            for name in ("in_index", "out_index"):
+                mine, its = getattr(lists, name), getattr(other, name)
+                assert (mine is None) == (its is None)
+                assert mine is None or torch.equal(mine, its)
+
+
+def test_values_survive_the_meta_device() -> None:
+    lists = ChannelLists([0, 2], [1])
+    assert lists.to("cpu") is lists
+    meta = lists.to("meta")
+    assert meta.in_index.is_meta
+    assert meta.out_index.is_meta
+    assert meta == lists
+    assert meta.to("cpu").in_index.tolist() == [0, 2]
+    assert pickle.loads(pickle.dumps(meta)).out_index.tolist() == [1]
+
+
+def test_not_built_on_a_default_device() -> None:
+    with torch.device("meta"):
+        assert ChannelLists([0, 2]).in_index.tolist() == [0, 2]
+
+
+def test_repr_is_short() -> None:
+    assert repr(ChannelLists([0, 2])) == "ChannelLists(in_index=[0, 2], out_index=None)"
+    assert repr(ChannelLists(range(9))) == "ChannelLists(in_index=[0, 1, ..., 8] (9 channels), out_index=None)"
+
+
+def test_validate_for() -> None:
+    conv = nn.Conv2d(8, 4, 1)
+    ChannelLists([7], [3]).validate_for(conv)
+    ChannelLists([], []).validate_for(conv)
+    with pytest.raises(IndexError, match=r"`in_index` of layer 'a.b' to hold channel numbers from 0 to 7, got 8"):
+        ChannelLists([8]).validate_for(conv, "a.b")
+    with pytest.raises(IndexError, match=r"`out_index` to hold channel numbers from 0 to 3, got 4"):
+        ChannelLists([7], [4]).validate_for(conv)
+
+
+def test_validate_for_depthwise_wants_one_list() -> None:
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    ChannelLists().validate_for(conv)
+    ChannelLists([1, 3], [1, 3]).validate_for(conv)
+    for lists in (ChannelLists([1, 3]), ChannelLists(None, [1]), ChannelLists([1, 3], [1, 4])):
+        with pytest.raises(ValueError, match=r"`out_index` to equal `in_index`, as the layer is depthwise"):
+            lists.validate_for(conv)
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.Conv2d(32, 32, 3, groups=32),
+        nn.Conv2d(32, 32, 1, groups=4),
+    )
+
+
+def test_random_draws_in_lists_except_for_the_stem() -> None:
+    table = ChannelTable.random(_model(), ["birds", "cars"], density=0.25, seed=3)
+    assert list(table) == ["birds", "cars"]
+    assert list(table["birds"]) == ["0", "2", "3"]
+    assert table["birds"]["0"] == ChannelLists()
+    assert table["birds"]["2"].counts == (4, None)
+    assert table["birds"]["3"] == ChannelLists()
+    assert table["birds"] != table["cars"]
+
+
+def test_random_both_draws_one_list_for_depthwise() -> None:
+    table = ChannelTable.random(_model(), 2, density=0.5, both=True)
+    assert list(table) == ["domain0", "domain1"]
+    assert table["domain0"]["0"].counts == (None, 8)
+    assert table["domain0"]["2"].counts == (8, 16)
+    depthwise = table["domain0"]["3"]
+    assert depthwise.counts == (16, 16)
+    assert torch.equal(depthwise.in_index, depthwise.out_index)
+
+
+def test_random_is_pinned() -> None:
+    # Written down: the lists of published measurements must come out the same everywhere.
+    lists = ChannelTable.random(_model(), "birds", density=0.25, seed=3)["birds"]["2"]
+    assert lists.in_index.tolist() == [2, 8, 9, 11]
+    assert lists == ChannelTable.random(nn.ModuleDict({"2": nn.Conv2d(16, 8, 1)}), ["birds"], 0.25, 3)["birds"]["2"]
+    assert lists != ChannelTable.random(_model(), "birds", density=0.25, seed=4)["birds"]["2"]
+
+
+def test_random_keeps_at_least_one_and_at_most_all() -> None:
+    assert ChannelTable.random(_model(), "a", density=0.0)["a"]["2"].counts == (1, None)
+    assert ChannelTable.random(_model(), "a", density=1.0)["a"]["2"].in_index.tolist() == list(range(16))
+    with pytest.raises(ValueError, match=r"`density` to be in \[0, 1\], got 1.5"):
+        ChannelTable.random(_model(), "a", density=1.5)
+
+
+def test_random_uses_all_channels_evenly() -> None:
+    domains = [f"d{number}" for number in range(400)]
+    table = ChannelTable.random(nn.Sequential(nn.Conv2d(16, 8, 1)), domains, density=0.5)
+    counts = torch.zeros(16)
+    for layers in table.values():
+        counts[layers["0"].in_index.long()] += 1
+    # 200 expected, standard deviation 10.
+    assert counts.min() > 150
+    assert counts.max() < 250
+
+
+def test_random_draws_for_swapped_layers_only() -> None:
+    model = bk.swap_(_model(), lambda module, name: name == "2")
+    assert list(ChannelTable.random(model, "a")["a"]) == ["2"]
+
+
+def test_union() -> None:
+    table = ChannelTable(
+        {
+            "a": {"x": ChannelLists([0, 2], [1]), "y": ChannelLists([1]), "z": ChannelLists([], [])},
+            "b": {"x": ChannelLists([2, 5], None), "z": ChannelLists([], [3])},
+        }
+    )
+    assert table.union() == {
+        "x": ChannelLists([0, 2, 5], None),
+        "y": ChannelLists(),
+        "z": ChannelLists([], [3]),
+    }
+
+
+def test_density() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
+    table = ChannelTable({"a": {"0": ChannelLists([0, 1], [0])}, "b": {"1": ChannelLists([], [])}})
+    assert table.density(model) == {"a": (0.625, 0.625), "b": (0.5, 0.5)}
+
+
+def test_table_is_a_mapping_that_does_not_follow_its_source() -> None:
+    source = {"a": {"x": ChannelLists([0])}}
+    table = ChannelTable(source)
+    source["a"]["y"] = ChannelLists()
+    source["b"] = {}
+    assert table == ChannelTable({"a": {"x": ChannelLists([0])}})
+    assert len(table) == 1
+    assert "b" not in table
+    assert repr(table) == "ChannelTable(domains=['a'], layers=1)"
+    assert pickle.loads(pickle.dumps(table)) == table
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], r"`domains` to be a mapping, got list"),
+        ({1: {}}, r"to map names to \{layer name: ChannelLists\}, got 1: dict"),
+        ({"a": []}, r"got 'a': list"),
+        ({"a": {"x": [0, 1]}}, r"domain 'a' to map layer names to ChannelLists, got 'x': list"),
+    ],
+)
+def test_table_refuses(value, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        ChannelTable(value)
+
+
+ODD = ChannelTable(
+    {
+        "birds/été \n": {
+            "layer1.0.conv": ChannelLists([0, 2], []),
+            "": ChannelLists(),
+            '"__metadata__"': ChannelLists([]),
+        },
+        "empty": {},
+        "": {"x": ChannelLists(None, [2**31 - 1])},
+    }
+)
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    ODD.save(path)
+    loaded = ChannelTable.load(str(path))
+    assert loaded == ODD
+    assert list(loaded) == list(ODD)
+    assert loaded["birds/été \n"][""].in_index is None
+    assert loaded["birds/été \n"]['"__metadata__"'].in_index.shape == (0,)
+
+
+def test_save_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(b"older")
+    ODD.save(path)
+    assert ChannelTable.load(path) == ODD
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_save_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.safetensors"
+    ODD.save(path)
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("bap_kernels.table.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ChannelTable({}).save(path)
+    assert ChannelTable.load(path) == ODD
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_load_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        ChannelTable.load(tmp_path / "none.safetensors")
+
+
+def _facts(**changes: str) -> dict[str, str]:
+    names = json.dumps([["a", [["x", "0", None]]]])
+    return {"format": "bap_kernels.channel_table", "version": "1", "table": names} | changes
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        ({"0": _int32(1, 2)}, None),
+        ({"0": _int32(1, 2)}, _facts(format="other")),
+        ({"0": _int32(1, 2)}, _facts(version="2")),
+        ({"0": _int32(1, 2)}, _facts(table="{")),
+        ({"0": _int32(1, 2)}, _facts(table="[1]")),
+        ({"0": _int32(2, 1)}, _facts()),
+        ({"0": torch.tensor([0.5])}, _facts()),
+        ({"1": _int32(1, 2)}, _facts()),
+        ({"0": _int32(-1, 2)}, _facts()),
+    ],
+    ids=["plain", "format", "version", "json", "structure", "unsorted", "dtype", "missing", "negative"],
+)
+def test_load_refuses_foreign_files(tmp_path: Path, tensors, facts) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file(tensors, path, facts)
+    with pytest.raises(ValueError, match=r"that ChannelTable.save wrote, got '.*foreign\.safetensors'"):
+        ChannelTable.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1], ids=["empty", "head", "header", "last byte"])
+def test_load_refuses_damaged_files(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "damaged.safetensors"
+    ODD.save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"got '.*damaged\.safetensors'"):
+        ChannelTable.load(path)

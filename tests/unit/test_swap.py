@@ -1,0 +1,359 @@
+"""swap_, attach_ and set_domain on whole models."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bap_kernels as bk
+from bap_kernels import ChannelLists, ChannelTable
+from bap_kernels.nn import GatheredConv2d, MaskedConv2d, domains
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.blocks = nn.Sequential(Block(16), Block(16, groups=16), Block(16, groups=4))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+SWAPPED = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.2.conv2"]
+
+
+def _gathered(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, GatheredConv2d)]
+
+
+def _masked_by_hand(dense: nn.Module, table: ChannelTable, domain: str) -> nn.Module:
+    """The dense model with the weights of channels that are off set to zero: inputs, then outputs with their bias."""
+    model = copy.deepcopy(dense)
+    for name, lists in table[domain].items():
+        conv = model.get_submodule(name)
+        with torch.no_grad():
+            if lists.in_index is not None and conv.groups == 1:
+                off = torch.ones(conv.in_channels, dtype=torch.bool)
+                off[lists.in_index.long()] = False
+                conv.weight[:, off] = 0
+            if lists.out_index is not None:
+                off = torch.ones(conv.out_channels, dtype=torch.bool)
+                off[lists.out_index.long()] = False
+                conv.weight[off] = 0
+                if conv.bias is not None:
+                    conv.bias[off] = 0
+    return model
+
+
+def test_swaps_what_it_can_and_computes_the_same() -> None:
+    dense = Net()
+    model = copy.deepcopy(dense)
+    assert bk.swap_(model) is model
+    assert _gathered(model) == SWAPPED
+    assert type(model.blocks[2].conv1) is nn.Conv2d
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.eval()(x), dense.eval()(x))
+    assert bk.swap_(model) is model
+    assert _gathered(model) == SWAPPED
+
+
+def test_shares_parameters_mode_device_and_dtype() -> None:
+    model = Net().double()
+    model.blocks[0].eval()
+    before = dict(model.named_parameters())
+    bk.swap_(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert model.stem.training
+    assert not model.blocks[0].conv1.training
+    meta = bk.swap_(Net().to("meta"))
+    assert meta(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 5)
+
+
+def test_checkpoints_pass_both_ways() -> None:
+    dense, model = Net().eval(), bk.swap_(Net()).eval()
+    bk.attach_(model, ChannelTable.random(model, ["a"], 0.5))
+    x = torch.randn(2, 3, 8, 8)
+    assert list(model.state_dict()) == list(dense.state_dict())
+    model.load_state_dict(dense.state_dict(), strict=True)
+    torch.testing.assert_close(model(x), dense(x))
+    other = Net().eval()
+    other.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(other(x), dense(x))
+
+
+def test_filter_gets_module_and_name() -> None:
+    model, seen = Net(), {}
+
+    def keep(module: nn.Module, name: str) -> bool:
+        seen[name] = module
+        return name.endswith("conv2")
+
+    stem = model.stem
+    bk.swap_(model, keep)
+    assert _gathered(model) == ["blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv2"]
+    assert seen["stem"] is stem
+    assert list(seen) == [*SWAPPED[:5], "blocks.2.conv1", "blocks.2.conv2"]
+
+
+def test_root_that_is_a_convolution() -> None:
+    conv = nn.Conv2d(8, 4, 3)
+    layer = bk.swap_(conv)
+    assert type(layer) is GatheredConv2d
+    assert layer.weight is conv.weight
+    bk.attach_(layer, {"a": {"": ChannelLists([1, 2])}})
+    bk.set_domain(layer, "a")
+    assert layer.channels == ChannelLists([1, 2])
+
+
+def test_shared_convolution_stays_one_layer() -> None:
+    conv = nn.Conv2d(8, 8, 1)
+    model = nn.ModuleDict({"a": conv, "b": nn.Sequential(nn.ReLU(), conv)})
+    bk.swap_(model)
+    assert type(model["a"]) is GatheredConv2d
+    assert model["b"][1] is model["a"]
+    bk.attach_(model, {"x": {"b.1": ChannelLists([3])}})
+    assert model["a"].lists == {"x": ChannelLists([3])}
+    bk.attach_(model, {"x": {"a": ChannelLists([4]), "b.1": ChannelLists([4])}})
+    assert model["a"].lists == {"x": ChannelLists([4])}
+    with pytest.raises(ValueError, match=r"one list for the layer that is both 'a' and 'b\.1', got two in domain 'x'"):
+        bk.attach_(model, {"x": {"a": ChannelLists([4]), "b.1": ChannelLists([5])}})
+
+
+class Special(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def test_what_cannot_be_swapped_is_left_alone_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(
+        Special(8, 8, 1),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+        nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 8, 1),
+    )
+    before = list(model)
+    with caplog.at_level(logging.INFO, logger="bap_kernels"):
+        bk.swap_(model)
+    assert [new is old for new, old in zip(model, before, strict=True)] == [True, True, True, True, False]
+    reasons = bk.nn.skipped(model)
+    assert list(reasons) == ["0", "1", "2", "3"]
+    for reason, word in zip(reasons.values(), ["Special", "parametrized", "no parameter", "groups=2"], strict=True):
+        assert word in reason
+        assert reason in caplog.text
+
+
+def test_masked_layers_take_out_lists_in_any_network() -> None:
+    dense = Net().eval()
+    model = bk.swap_(copy.deepcopy(dense), layer_type=MaskedConv2d)
+    assert type(model.stem) is MaskedConv2d
+    table = ChannelTable.random(model, ["a", "b"], 0.5, both=True)
+    bk.attach_(model, table)
+    x = torch.randn(2, 3, 8, 8)
+    for domain in ("a", "b", "a"):
+        bk.set_domain(model, domain)
+        torch.testing.assert_close(model(x), _masked_by_hand(dense, table, domain)(x))
+
+
+def test_each_domain_computes_with_its_own_lists() -> None:
+    dense = Net().eval()
+    model = bk.swap_(copy.deepcopy(dense))
+    table = ChannelTable.random(model, ["a", "b", "c"], 0.5)
+    assert bk.attach_(model, table) is model
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), dense(x))
+    for domain in ("a", "b", "c", "a"):
+        bk.set_domain(model, domain)
+        expected = _masked_by_hand(dense, table, domain)(x)
+        assert not torch.allclose(expected, dense(x))
+        torch.testing.assert_close(model(x), expected)
+    bk.set_domain(model, None)
+    torch.testing.assert_close(model(x), dense(x))
+
+
+def test_layers_that_a_domain_does_not_name_stay_dense() -> None:
+    model = bk.swap_(Net())
+    bk.attach_(model, {"a": {"stem": ChannelLists([0])}, "b": {"blocks.0.conv2": ChannelLists([1])}})
+    bk.set_domain(model, "a")
+    assert model.stem.channels == ChannelLists([0])
+    assert model.blocks[0].conv2.channels == ChannelLists()
+    bk.set_domain(model, "b")
+    assert model.stem.channels == ChannelLists()
+    assert model.blocks[0].conv2.channels == ChannelLists([1])
+
+
+def test_attach_replaces_what_was_there() -> None:
+    model = bk.swap_(Net())
+    bk.attach_(model, {"a": {"stem": ChannelLists([0])}})
+    bk.set_domain(model, "a")
+    bk.attach_(model, {"b": {"stem": ChannelLists([1])}})
+    assert model.stem.channels == ChannelLists()
+    bk.set_domain(model, "b")
+    assert model.stem.channels == ChannelLists([1])
+    with pytest.raises(ValueError, match=r"one of \['b'\], got 'a'"):
+        bk.set_domain(model, "a")
+
+
+@pytest.mark.parametrize(
+    ("lists", "error", "message"),
+    [
+        (
+            {"nowhere": ChannelLists()},
+            ValueError,
+            r"got 'nowhere' in domain 'd', which is not in the model. Hint: .*stem",
+        ),
+        ({"head": ChannelLists()}, ValueError, r"got 'head' in domain 'd', which cannot be swapped: Linear is no"),
+        ({"blocks.2.conv1": ChannelLists()}, ValueError, r"cannot be swapped: groups=4"),
+        ({"blocks.0.conv2": ChannelLists()}, ValueError, r"which was not swapped. Hint: call swap_ on it"),
+        ({"stem": ChannelLists([3])}, IndexError, r"`in_index` of layer 'stem' to hold .* 0 to 2, got 3"),
+        ({"blocks.1.conv1": ChannelLists([3])}, ValueError, r"`out_index` of layer 'blocks.1.conv1' to equal"),
+    ],
+    ids=["unknown", "linear", "groups", "filtered", "range", "depthwise"],
+)
+def test_attach_refuses_and_changes_nothing(lists, error, message) -> None:
+    model = bk.swap_(Net(), lambda module, name: name != "blocks.0.conv2")
+    bk.attach_(model, {"a": {"stem": ChannelLists([0])}})
+    with pytest.raises(error, match=message):
+        bk.attach_(model, {"d": {"blocks.0.conv1": ChannelLists([1]), **lists}})
+    assert model.stem.lists == {"a": ChannelLists([0])}
+    assert model.blocks[0].conv1.lists == {"a": ChannelLists()}
+
+
+def test_attach_needs_swapped_layers() -> None:
+    with pytest.raises(ValueError, match=r"`model` to have swapped layers, got none. Hint: call swap_\(model\) first"):
+        bk.attach_(Net(), {"a": {}})
+
+
+def test_set_domain_refuses_and_changes_nothing() -> None:
+    model = bk.swap_(Net())
+    with pytest.raises(ValueError, match=r"`model` to have lists, got none. Hint: call swap_, then attach_"):
+        bk.set_domain(model, "a")
+    bk.attach_(model, {"a": {"stem": ChannelLists([0])}, "b": {}})
+    bk.set_domain(model, "a")
+    with pytest.raises(ValueError, match=r"`name` to be one of \['a', 'b'\], got 'c'"):
+        bk.set_domain(model, "c")
+    with pytest.raises(NotImplementedError, match=r"got a tensor; batches that mix domains .* Hint: run the samples"):
+        bk.set_domain(model, torch.tensor([0, 1]))
+    # The last layer lacks what the first has.
+    model.blocks[2].conv2.attach({"a": ChannelLists()})
+    with pytest.raises(ValueError, match=r"one of \['a'\], got 'b'"):
+        bk.set_domain(model, "b")
+    assert model.stem.channels == ChannelLists([0])
+
+
+def test_layers_with_fixed_lists_keep_them() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), GatheredConv2d(8, 8, 1, channels=ChannelLists([5])))
+    bk.swap_(model)
+    model[0].attach({"a": ChannelLists([1])})
+    bk.set_domain(model, "a")
+    assert model[0].channels == ChannelLists([1])
+    assert model[1].channels == ChannelLists([5])
+
+
+def _attached() -> nn.Module:
+    model = bk.swap_(Net())
+    bk.attach_(model, {"a": {"blocks.0.conv2": ChannelLists([0])}, "b": {"blocks.0.conv2": ChannelLists([1])}})
+    bk.set_domain(model, "a")
+    return model
+
+
+def test_set_domain_sees_replaced_and_added_layers() -> None:
+    model = _attached()
+    fresh = bk.swap_(Block(16))
+    fresh.conv2.attach({"a": ChannelLists([2]), "b": ChannelLists([3])})
+    model.blocks[0] = fresh
+    bk.set_domain(model, "b")
+    assert fresh.conv2.channels == ChannelLists([3])
+
+    extra = GatheredConv2d(16, 16, 1)
+    extra.attach({"a": ChannelLists([4]), "b": ChannelLists([5])})
+    model.blocks[0].bn1.extra = extra
+    bk.set_domain(model, "a")
+    assert extra.channels == ChannelLists([4])
+    del model.blocks[0].bn1.extra
+    bk.set_domain(model, "b")
+    assert extra.channels == ChannelLists([4])
+
+
+def test_set_domain_sees_lists_attached_to_a_part() -> None:
+    model = _attached()
+    bk.attach_(model.blocks, {"a": {"0.conv2": ChannelLists([8])}, "b": {"0.conv2": ChannelLists([9])}})
+    bk.set_domain(model, "b")
+    assert model.blocks[0].conv2.channels == ChannelLists([9])
+
+
+def test_set_domain_walks_an_unchanged_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(domains._Layers):
+        def __init__(self, model: nn.Module) -> None:
+            made.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(domains, "_Layers", Counted)
+    model = bk.swap_(Net())
+    bk.attach_(model, {"a": {}, "b": {}})
+    for name in ("a", "b", None, "a"):
+        bk.set_domain(model, name)
+    assert made == [model]
+
+
+def test_copies_switch_on_their_own() -> None:
+    model = _attached()
+    other = copy.deepcopy(model)
+    bk.set_domain(other, "b")
+    assert model.blocks[0].conv2.channels == ChannelLists([0])
+    assert other.blocks[0].conv2.channels == ChannelLists([1])
+
+
+@pytest.mark.parametrize("root", [False, True], ids=["model", "layer"])
+def test_switching_keeps_no_model_alive(root: bool) -> None:
+    model = _attached()
+    if root:
+        model = model.blocks[0].conv2
+        bk.set_domain(model, "a")
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_moves_between_devices_keep_the_domain() -> None:
+    model = _attached()
+    model.to("meta")
+    bk.set_domain(model, "b")
+    assert model.blocks[0].conv2.channels.in_index.is_meta
+    model.to_empty(device="cpu")
+    assert model.blocks[0].conv2.channels.in_index.tolist() == [1]
+
+
+def test_training_leaves_off_weights_alone() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)))
+    bk.attach_(model, {"a": {"1": ChannelLists([1, 2, 6])}})
+    bk.set_domain(model, "a")
+    before = model[1].weight.detach().clone()
+    model(torch.rand(2, 8, 4, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    changed = (model[1].weight != before).flatten(2).any(2).any(0)
+    assert changed.nonzero().flatten().tolist() == [1, 2, 6]
