@@ -5,8 +5,8 @@
     y[n, j, oh, ow] = relu?(out_scale[j] * c + out_shift[j] + residual[n, j, oh, ow])
     with ih = oh * stride + kh * dilation - top, iw likewise from the left
 
-Without scales, shifts, residual and ReLUs this is ``gathered_conv2d``. Depthwise, one list
-for both: w[out_index[j], 0] on z[n, j]. Everything here takes the arguments of the ops (``padding`` is top, bottom, left, right); results are float64.
+Without scales, shifts, residual and ReLUs this is ``gathered_conv2d``. Depthwise, one list for both: w[out_index[j], 0]
+on z[n, j]. Everything takes the arguments of the ops (``padding`` is top, bottom, left, right) and answers in float64.
 """
 
 from __future__ import annotations

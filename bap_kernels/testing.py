@@ -38,7 +38,7 @@ __all__ = [
 # number: `assert_close` multiplies atol with it. That of the 16-bit types leaves room for operands rounded once more.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-11, 1e-13),
-    torch.float32: (1e-5, 2e-6),
+    torch.float32: (1e-5, 8e-6),
     torch.float16: (2e-3, 1e-3),
     torch.bfloat16: (1.2e-2, 6e-3),
 }
@@ -290,12 +290,10 @@ def run(sample: Sample, backend: str = "auto", cache_packed: bool = False) -> Te
 
 
 def _assert_follows(result: Tensor, input: Tensor) -> None:
-    wanted = torch.empty_like(result, memory_format=torch.contiguous_format)
-    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
-        wanted = torch.empty_like(result, memory_format=torch.channels_last)
-    elif not input.is_contiguous():
-        return
-    assert result.stride() == wanted.stride(), f"expected strides {wanted.stride()}, got {result.stride()}"
+    # Strides of an input with one channel or one pixel name two formats, and those of a strided input none.
+    formats = [f for f in (torch.contiguous_format, torch.channels_last) if input.is_contiguous(memory_format=f)]
+    follows = result.numel() == 0 or not formats or any(result.is_contiguous(memory_format=f) for f in formats)
+    assert follows, f"expected the memory format of the input's strides {input.stride()}, got {result.stride()}"
 
 
 def _declined(backend: str, error: NotImplementedError) -> bool:
@@ -367,6 +365,7 @@ def check_backward(case: Case, backend: str = "auto", grad_layout: str = "contig
         )
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     taps = sample.weight.shape[2] * sample.weight.shape[3]
-    depths = (taps * (1 if case.depthwise else sample.kept[1]), pixels, pixels)
+    # ATen adds the taps of an input's gradient in its own dtype, 16 bits or not.
+    depths = (taps * taps * (1 if case.depthwise else sample.kept[1]), pixels, pixels)
     for got, want, depth in zip(actual, expected, depths, strict=False):
         assert_close(got, want, case.dtype, depth)

@@ -96,7 +96,8 @@ def sample_with(wrong: Wrong) -> Sample:
 
 
 def backward(sample: Sample) -> object:
-    grad = torch.zeros(2, sample.kept[1] if sample.weight.dim() == 4 else 3, 7, 8, device=sample.input.device)
+    kept = sample.weight.shape[0] if sample.out_index is None else sample.out_index.numel()
+    grad = torch.zeros(2, kept, 7, 8, device=sample.input.device)
     return ops.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:], [True, True, True])
 
 
@@ -184,11 +185,11 @@ def test_wrong_vector_of_the_fused_op(name: str, device: str) -> None:
 
 FUNCTION_WRONG = {
     "padding_word": ({"padding": "full"}, ValueError, "padding", "full"),
-    "padding_same_strided": ({"padding": "same", "stride": 2}, ValueError, "padding", "same"),
+    "padding_same_strided": ({"padding": "same", "stride": 2}, ValueError, "stride", "(2, 2)"),
     "padding_negative": ({"padding": -1}, ValueError, "padding", "-1"),
     "padding_three": ({"padding": (1, 1, 1)}, ValueError, "padding", "(1, 1, 1)"),
     "stride_zero": ({"stride": 0}, ValueError, "stride", "0"),
-    "stride_three": ({"stride": (1, 1, 1)}, ValueError, "stride", "(1, 1, 1)"),
+    "stride_three": ({"stride": (1, 1, 1)}, ValueError, "stride", "3"),
     "dilation_zero": ({"dilation": (0, 1)}, ValueError, "dilation", "0, 1"),
     "groups": ({"groups": 3}, NotImplementedError, "groups", "3"),
     "in_index_large": ({"in_index": ints(6)}, IndexError, "in_index", "6"),

@@ -61,7 +61,10 @@ def meta_args(sample: Sample) -> list:
 
 def assert_same_metadata(meta: torch.Tensor, real: torch.Tensor, what: object) -> None:
     assert meta.device.type == "meta"
-    assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride()), what
+    assert (meta.shape, meta.dtype) == (real.shape, real.dtype), what
+    # The stride of an axis of one entry, or of no entries at all, reaches no memory.
+    reaching = [dim for dim, size in enumerate(real.shape) if size > 1 and real.numel() > 0]
+    assert [meta.stride(dim) for dim in reaching] == [real.stride(dim) for dim in reaching], what
 
 
 @pytest.mark.parametrize("chunk", range(4))
