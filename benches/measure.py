@@ -10,7 +10,7 @@ from benches import gate, ours, peers
 from benches.cases import Cell
 from benches.machine import Roof
 from benches.peers import Peer
-from benches.problem import NumberStore, Problem
+from benches.problem import NumberStore, Problem, normal_tensors
 from benches.rows import Row, with_ratios
 from benches.timers import Spread, clock, interleave
 
@@ -40,7 +40,8 @@ class Bench:
 
     def problem(self, cell: Cell) -> Problem:
         """Make the tensors of a cell."""
-        return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
+        with normal_tensors():
+            return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
 
     def prepare(self, name: str, problem: Problem, pool_share: float = 1.0) -> Peer:
         """Prepare one peer or backend."""

@@ -18,7 +18,7 @@ from benches import gate, ours
 from benches.cases import draw, kept
 from benches.measure import DTYPES
 from benches.photographs import CROPS, batches
-from benches.problem import MEMORY_FORMATS
+from benches.problem import MEMORY_FORMATS, normal_tensors
 from benches.resnet26 import ResNet26
 from benches.rows import Row, with_ratios
 from benches.summary import WHOLE_NETWORK
@@ -163,7 +163,7 @@ class NetworkBench:
         """Return the dense network in float32 on the CPU, batch norms calibrated, in eval mode."""
         if network not in self._models:
             build, size = NETWORKS[network]
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), normal_tensors():
                 torch.manual_seed(0)
                 model = build().train()
                 norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -189,6 +189,10 @@ class NetworkBench:
 
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         """Build dense, masked and swapped networks, as named, with a pool of inputs."""
+        with normal_tensors():
+            return self._prepare(cell, names)
+
+    def _prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         model = self.model(cell.network)
         lists = in_lists(model, cell.density, cell.seed)
         inputs = self.inputs(cell)

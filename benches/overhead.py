@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from benches import gate, ours
 from benches.cases import draw
 from benches.measure import DTYPES
+from benches.problem import normal_tensors
 from benches.rows import Row
 from benches.summary import OVERHEAD
 from benches.timers import Spread
@@ -23,7 +24,12 @@ SAMPLES = 25
 
 
 def calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = PEERS) -> dict[str, Callable[[], object]]:
-    """Build the calls of the named peers."""
+    """Build the calls of the named peers; tensors are made as a user makes them, outside inference mode."""
+    with normal_tensors():
+        return _calls(device, dtype, names)
+
+
+def _calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, CHANNELS, 1, 1, generator=generator).to(device, dtype)
     weight = torch.randn(CHANNELS, CHANNELS, 1, 1, generator=generator).to(device, dtype)

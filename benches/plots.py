@@ -76,11 +76,13 @@ def _png(canvas: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _legend(canvas: Any, axes: Sequence[Any]) -> None:
+def _legend(canvas: Any, axes: Sequence[Any], columns: int = 9) -> None:
     found: dict[str, Any] = {}
     for axis in axes:
         found.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    canvas.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(9, len(found)), frameon=False)
+    canvas.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)), frameon=False
+    )
 
 
 def _panels(rows: Iterable[Row]) -> list[Setting]:
@@ -108,7 +110,7 @@ def _time_axis(axis: Any, text: str, pattern: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axis.yaxis.set_major_formatter(StrMethodFormatter(pattern))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel(text)
@@ -221,7 +223,7 @@ def roof_shares(rows: Sequence[Row]) -> list[Figure]:
         axes[0].set_title(
             setting_title(Setting(panel.layout, panel.batch, panel.lists, density), density=True), fontsize=10
         )
-        _legend(canvas, axes)
+        _legend(canvas, axes, columns=4)
         name = f"roof_{panel.layout}_{panel.lists}_b{panel.batch}"
         caption = (
             f"Share of the roof at density {density:g}: {setting_title(panel)}. "

@@ -1,7 +1,8 @@
 """Tensors of one cell: weight, lists, and a pool of inputs larger than the last-level cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,16 @@ def cache_bytes(device: torch.device) -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Make tensors as a user's model has them, also within inference mode.
+
+    Tensors made in inference mode have no version counter, so nothing that is derived from them can be cached safely.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class NumberStore:
