@@ -220,31 +220,18 @@ def _includes(torch: TorchFacts, platform: PlatformFacts) -> tuple[str, ...]:
 def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts, sanitize: Sequence[str]) -> Part:
     is_x86 = platform.machine.lower() in ("x86_64", "amd64")
     isas = tuple(isa for isa in ISA_FLAGS if is_x86 and isa in platform.compiled_isas)
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-g0"]
+    flags = ["-O1", "-g1", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-g0"]
     flags += ["-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-DTORCH_EXTENSION_NAME=_C"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
     flags += [f"-DBAP_KERNELS_HAVE_{isa.upper()}=1" for isa in isas]
     # Undefined behaviour must end the run; vptr checks would need the type information of torch's hidden classes.
-    checks = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"] if sanitize else []
+    checks = (f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr") if sanitize else ()
     facts = (
-        f'-DBAP_KERNELS_BUILD_FLAGS="{" ".join(flags + checks)}"',
+        f'-DBAP_KERNELS_BUILD_FLAGS="{" ".join((*flags, *checks))}"',
         f'-DBAP_KERNELS_BUILD_ISAS="{",".join(isas)}"',
         f'-DBAP_KERNELS_BUILD_COMPILER="{platform.cxx_version}"',
         f'-DBAP_KERNELS_BUILD_TORCH="{torch.version}"',
     )
-    units = []
-    for source in sources:
-        path = PurePosixPath(source)
-        if path.suffix != ".cpp" or path.parts[1] in ("cuda", "kernels"):
-            continue
-        if path.parent.name != "microkernels":
-            units.append(Unit(source, flags=facts if source == "csrc/module.cpp" else ()))
-            continue
-        isa = path.stem.rpartition("_")[2]
-        if isa not in ISA_FLAGS:
-            raise BuildError(f"setup: expected a microkernel to end in _{', _'.join(ISA_FLAGS)}, got {source}.")
-        if isa in isas:
-            units.append(Unit(source, flags=ISA_FLAGS[isa]))
     missing = [isa for isa in ISA_FLAGS if isa not in isas]
     reason = "always built"
     if missing:
@@ -259,10 +246,32 @@ def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts
         True,
         reason,
         isas or ("none",),
-        tuple(units),
-        (*flags, *checks, *_includes(torch, platform)),
+        _cpu_units(sources, isas, facts, checks),
+        (*flags, *_includes(torch, platform)),
         tuple(link),
     )
+
+
+def _cpu_units(
+    sources: Sequence[str], isas: Sequence[str], facts: tuple[str, ...], checks: tuple[str, ...]
+) -> tuple[Unit, ...]:
+    units = []
+    for source in sources:
+        path = PurePosixPath(source)
+        folder = path.parts[1]
+        if path.suffix != ".cpp" or folder in ("cuda", "kernels"):
+            continue
+        flags = facts if source == "csrc/module.cpp" else ()
+        if path.parent.name == "microkernels":
+            isa = path.stem.rpartition("_")[2]
+            if isa not in ISA_FLAGS:
+                raise BuildError(f"setup: expected a microkernel to end in _{', _'.join(ISA_FLAGS)}, got {source}.")
+            if isa not in isas:
+                continue
+            flags = ISA_FLAGS[isa]
+        # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
+        units.append(Unit(source, flags=(*flags, *checks) if folder in ("cpu", "ops") else flags))
+    return tuple(units)
 
 
 def _cuda_part(

@@ -167,7 +167,11 @@ def test_gencode_adds_ptx_where_asked() -> None:
 def test_sanitizer_build_is_separate() -> None:
     normal, made = plan(), plan({"BAP_KERNELS_SANITIZE": "address,undefined"})
     assert made.build_dir == "build/sanitize" != normal.build_dir
-    assert "-fsanitize=address,undefined" in made.cpu.flags
+    flags = unit_flags(made)
+    assert "-fsanitize=address,undefined" in flags["csrc/cpu/conv_kernel.cpp"]
+    assert "-fsanitize=address,undefined" in flags["csrc/cpu/microkernels/tile_avx2.cpp"]
+    assert "-fsanitize=address,undefined" not in flags["csrc/module.cpp"]
+    assert not any("-fsanitize" in flag for unit in normal.cpu.units for flag in (*unit.flags, *normal.cpu.flags))
     assert "-fsanitize=address,undefined" in made.cpu.link_flags
     assert "-O3" not in made.cpu.flags
     assert not made.cuda.built
