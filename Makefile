@@ -58,7 +58,7 @@ build: $(STAMPS)/tools ## Build the extension in place
 
 sanitize: setup ## Run the tests of the ops under AddressSanitizer and UBSan
 	BAP_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext
-	LD_PRELOAD="$$($${C.PHONY:-g++} -print-file-name=libasan.so) $$($${C.PHONY:-g++} -print-file-name=libubsan.so)" \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	BAP_KERNELS_LIBRARY=$(CURDIR)/build/sanitize/_C.so \
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
