@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,7 +188,15 @@ def clear_choices() -> None:
     _C.clear_choices()
 
 
+def _make_folder(folder: Path) -> None:
+    # Where it cannot be made the choices stay in memory: that is no reason not to import.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 settings = read_environment()
+if settings.cache_dir is not None:
+    _make_folder(settings.cache_dir)
 _C.set_choice_file(str(settings.choice_file or ""))
 _C.set_packed_cache_limit(settings.packed_cache_bytes)
 if settings.backend != "auto":

@@ -51,7 +51,8 @@ class GatheredConv2d(nn.Conv2d):
 
     Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
     in plain attributes, and follow the weight's device. In eval mode the packed weights are kept until the weight, the
-    bias or the lists change. A layer without lists is a dense convolution.
+    bias or the lists change; like autograd, this overlooks writes through ``weight.data``, after which
+    :func:`bap_kernels.clear_packed_cache` is needed. A layer without lists is a dense convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as

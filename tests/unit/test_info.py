@@ -116,6 +116,15 @@ def test_environment_values() -> None:
     assert config.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
 
 
+def test_cache_folder_is_made_where_it_can_be(tmp_path: Path) -> None:
+    config._make_folder(tmp_path / "a" / "b")
+    config._make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    config._make_folder(tmp_path / "file" / "b")
+    assert (tmp_path / "file").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
