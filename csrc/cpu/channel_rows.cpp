@@ -20,11 +20,6 @@ constexpr int kPanelSlot = 0, kPartialSlot = 1;
 // Odd multiples of a tile: a power of two between the panel's rows would make them share few sets of the L1 cache.
 constexpr int64_t kTilesPerBlock = 7;
 
-// Consecutive output pixels of one image row.
-struct Run {
-  int64_t image, oh, ow, length, place;
-};
-
 // Copies `count` floats without reading or writing past either end; short counts are the usual ones here.
 inline void copy_floats(float* dst, const float* src, int64_t count) {
   if (count >= 4) {
@@ -37,20 +32,31 @@ inline void copy_floats(float* dst, const float* src, int64_t count) {
   for (int64_t i = 0; i < count; ++i) dst[i] = src[i];
 }
 
+// How to fill one row of the panel for a tap: the same for every channel, so it is worked out once for a block.
+struct Copy {
+  int64_t place, count;  // in the row; zeros where source < 0
+  int64_t source;        // elements from the channel's plane in the first image
+};
+
 class PanelPacker {
  public:
   PanelPacker(const NativeCall& n, int64_t begin, int64_t end) : n_(n), pixels_(end - begin) {
     const int64_t area = n.out_h * n.out_w;
-    for (int64_t p = begin; p < end;) {
-      const int64_t ow = p % n.out_w, length = std::min(n.out_w - ow, end - p);
-      runs_.push_back({p / area, p % area / n.out_w, ow, length, p - begin});
-      p += length;
+    for (int64_t tap = 0; tap < n.taps; ++tap) {
+      first_copy_.push_back(static_cast<int64_t>(copies_.size()));
+      for (int64_t p = begin; p < end;) {
+        const int64_t ow = p % n.out_w, length = std::min(n.out_w - ow, end - p);
+        add_run(tap, p / area, p % area / n.out_w, ow, length, p - begin);
+        p += length;
+      }
     }
+    first_copy_.push_back(static_cast<int64_t>(copies_.size()));
   }
 
   // Rows of units [first, last), `row` floats apart, pixels padded with zeros up to `padded`.
   void pack(int64_t first, int64_t last, int64_t padded, int64_t row, float* panel) const {
     for (int64_t unit = first; unit < last; ++unit) {
+      if (unit + kPrefetchDistance < n_.units) prefetch(unit + kPrefetchDistance);
       for (int64_t tap = 0; tap < n_.taps; ++tap, panel += row) {
         if (n_.bfloat16) {
           pack_row<c10::BFloat16>(unit, tap, panel);
@@ -63,57 +69,77 @@ class PanelPacker {
   }
 
  private:
-  template <class scalar_t>
-  void pack_row(int64_t unit, int64_t tap, float* row) const {
-    const int64_t down = tap / n_.kernel_w * n_.dilation_h - n_.pad_top;
-    const int64_t right = tap % n_.kernel_w * n_.dilation_w - n_.pad_left;
-    for (const Run& run : runs_) {
-      float* dst = row + run.place;
-      const int64_t ih = run.oh * n_.stride_h + down;
-      // The run's pixels whose tap lies inside the image: [low, high).
-      int64_t low = 0, high = 0;
-      if (ih >= 0 && ih < n_.height) {
-        const int64_t start = run.ow * n_.stride_w + right;
-        low = start >= 0 ? 0 : (-start + n_.stride_w - 1) / n_.stride_w;
-        high = n_.width - 1 - start < 0 ? 0 : (n_.width - 1 - start) / n_.stride_w + 1;
-        low = std::min(low, run.length);
-        high = std::max(low, std::min(high, run.length));
-      }
-      for (int64_t i = 0; i < low; ++i) dst[i] = 0.f;
-      if (low < high) {
-        const auto* src = reinterpret_cast<const scalar_t*>(
-            n_.pixel(run.image, ih, (run.ow + low) * n_.stride_w + right));
-        copy_run(src, unit, high - low, dst + low);
-      }
-      for (int64_t i = high; i < run.length; ++i) dst[i] = 0.f;
+  // Planes lie far apart, where no hardware prefetcher looks ahead.
+  static constexpr int64_t kPrefetchDistance = 4;
+
+  void add_run(int64_t tap, int64_t image, int64_t oh, int64_t ow, int64_t length, int64_t place) {
+    const int64_t ih = oh * n_.stride_h + tap / n_.kernel_w * n_.dilation_h - n_.pad_top;
+    const int64_t start = ow * n_.stride_w + tap % n_.kernel_w * n_.dilation_w - n_.pad_left;
+    // The run's pixels whose tap lies inside the image: [low, high).
+    int64_t low = 0, high = 0;
+    if (ih >= 0 && ih < n_.height) {
+      low = start >= 0 ? 0 : (-start + n_.stride_w - 1) / n_.stride_w;
+      high = start >= n_.width ? 0 : (n_.width - 1 - start) / n_.stride_w + 1;
+      low = std::min(low, length);
+      high = std::max(low, std::min(high, length));
+    }
+    const int64_t source = image * n_.x_stride_n + ih * n_.x_stride_h + (start + low * n_.stride_w) * n_.x_stride_w;
+    if (low > 0) copies_.push_back({place, low, -1});
+    if (high > low) copies_.push_back({place + low, high - low, source});
+    if (length > high) copies_.push_back({place + high, length - high, -1});
+  }
+
+  void prefetch(int64_t unit) const {
+    const int64_t channel = n_.channel(n_.pairs ? 2 * unit : unit), size = n_.element_size();
+    const int64_t middle = n_.taps / 2;  // its rows are those that the other taps read too
+    for (int64_t i = first_copy_[middle]; i < first_copy_[middle + 1]; ++i) {
+      const Copy& copy = copies_[i];
+      if (copy.source < 0) continue;
+      const char* at = n_.x + (copy.source + channel * n_.x_stride_c) * size;
+      const int64_t bytes = copy.count * n_.stride_w * n_.x_stride_w * size;
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
     }
   }
 
   template <class scalar_t>
-  void copy_run(const scalar_t* src, int64_t unit, int64_t count, float* dst) const {
+  void pack_row(int64_t unit, int64_t tap, float* row) const {
+    const auto* x = reinterpret_cast<const scalar_t*>(n_.x);
     const int64_t step = n_.stride_w * n_.x_stride_w;
-    if (n_.pairs) {
-      auto* halves = reinterpret_cast<c10::BFloat16*>(dst);
-      copy_channel(src, 2 * unit, count, step, [&](int64_t i, float v) { halves[2 * i] = static_cast<c10::BFloat16>(v); });
-      if (2 * unit + 1 < n_.kept_in) {
-        copy_channel(src, 2 * unit + 1, count, step,
-                     [&](int64_t i, float v) { halves[2 * i + 1] = static_cast<c10::BFloat16>(v); });
+    const bool plain = std::is_same_v<scalar_t, float> && step == 1 && !n_.has_prologue;
+    const int64_t plane = n_.channel(n_.pairs ? 0 : unit) * n_.x_stride_c;
+    for (int64_t i = first_copy_[tap]; i < first_copy_[tap + 1]; ++i) {
+      const Copy& copy = copies_[i];
+      float* dst = row + copy.place;
+      if (copy.source < 0) {
+        for (int64_t p = 0; p < copy.count; ++p) dst[p] = 0.f;
+      } else if (plain) {
+        copy_floats(dst, reinterpret_cast<const float*>(x) + plane + copy.source, copy.count);
       } else {
-        for (int64_t i = 0; i < count; ++i) halves[2 * i + 1] = c10::BFloat16(0.f);
+        convert_run(x + copy.source, unit, copy.count, step, dst);
       }
+    }
+  }
+
+  template <class scalar_t>
+  void convert_run(const scalar_t* src, int64_t unit, int64_t count, int64_t step, float* dst) const {
+    if (!n_.pairs) {
+      convert_channel(src, unit, count, step, [&](int64_t i, float v) { dst[i] = v; });
       return;
     }
-    if constexpr (std::is_same_v<scalar_t, float>) {
-      if (step == 1 && !n_.has_prologue) {
-        copy_floats(dst, src + n_.channel(unit) * n_.x_stride_c, count);
-        return;
-      }
+    auto* halves = reinterpret_cast<c10::BFloat16*>(dst);
+    const auto put = [&](int64_t half) {
+      return [=](int64_t i, float v) { halves[2 * i + half] = static_cast<c10::BFloat16>(v); };
+    };
+    convert_channel(src, 2 * unit, count, step, put(0));
+    if (2 * unit + 1 < n_.kept_in) {
+      convert_channel(src, 2 * unit + 1, count, step, put(1));
+    } else {
+      for (int64_t i = 0; i < count; ++i) halves[2 * i + 1] = c10::BFloat16(0.f);
     }
-    copy_channel(src, unit, count, step, [&](int64_t i, float v) { dst[i] = v; });
   }
 
   template <class scalar_t, class Put>
-  void copy_channel(const scalar_t* src, int64_t i, int64_t count, int64_t step, const Put& put) const {
+  void convert_channel(const scalar_t* src, int64_t i, int64_t count, int64_t step, const Put& put) const {
     src += n_.channel(i) * n_.x_stride_c;
     if (!n_.has_prologue) {
       for (int64_t p = 0; p < count; ++p) put(p, static_cast<float>(src[p * step]));
@@ -128,7 +154,8 @@ class PanelPacker {
 
   const NativeCall& n_;
   const int64_t pixels_;
-  std::vector<Run> runs_;
+  std::vector<Copy> copies_;         // grouped by tap
+  std::vector<int64_t> first_copy_;  // of each tap, and the end
 };
 
 // Moves `count` pixels, numbered through the batch from `pixel`, between a tile's row and one channel's planes.
@@ -160,14 +187,16 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const PanelPacker packer(n, begin, end);
 
-  alignas(64) char straddle_out[micro::kMaxRows][64 * micro::kMaxVectors];
-  alignas(64) char straddle_residual[micro::kMaxRows][64 * micro::kMaxVectors];
-  void* out[micro::kMaxRows];
-  const void* residual[micro::kMaxRows];
+  const int64_t full_panels = std::min(last_panel, n.kept_out / rows) - first_panel;
+  constexpr int64_t kStraddleRow = 64 * micro::kMaxVectors;
+  alignas(64) char straddle_out[micro::kMaxRows * kStraddleRow];
+  alignas(64) char straddle_residual[micro::kMaxRows * kStraddleRow];
   TileArgs t{};
   t.panel_stride = row;
-  t.out = out;
-  t.residual = n.residual ? residual : nullptr;
+  t.weight_step = rows * n.depth;
+  t.partial_step = rows * width;
+  t.channel_step = rows;
+  t.out_step = rows * area * size;
   t.relu = n.out_relu;
   t.bfloat16 = n.bfloat16;
   for (int64_t unit = 0; unit < n.units; unit += units_per_block) {
@@ -176,34 +205,49 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
     t.depth = (last_unit - unit) * n.taps;
     t.load_partial = unit > 0;
     t.store_partial = last_unit < n.units;
-    float* sums = partial;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t pixel = begin + tile * width;
       const int vectors = padded - tile * width <= lanes ? 1 : 2;
       t.valid = static_cast<int32_t>(std::min<int64_t>(vectors * lanes, end - pixel));
       t.panel = panel + tile * width;
-      const bool straddles = pixel % area + t.valid > area;  // pixels of two or more images in one tile
-      for (int64_t p = first_panel; p < last_panel; ++p) {
-        const int64_t channel = p * rows, count = std::min(rows, n.kept_out - channel);
-        t.weight = weight + channel * n.depth + unit * n.taps * count;
-        t.partial = sums;
+      const auto run = [&](int64_t first, int64_t count, int64_t tile_rows) {
+        const int64_t channel = first * rows;
+        t.tiles = static_cast<int32_t>(count);
+        t.weight = weight + channel * n.depth + unit * n.taps * tile_rows;
+        t.partial = partial + (tile * (last_panel - first_panel) + first - first_panel) * t.partial_step;
         t.scale = n.scale.empty() ? nullptr : n.scale.data() + channel;
         t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
-        const bool final = !t.store_partial;
-        for (int64_t r = 0; final && r < count; ++r) {
-          const int64_t place = ((pixel / area * n.kept_out + channel + r) * area + pixel % area) * size;
-          out[r] = straddles ? straddle_out[r] : n.y + place;
-          if (!n.residual) continue;
-          residual[r] = straddles ? straddle_residual[r] : n.residual + place;
-          if (straddles) {
-            move_pixels(n, const_cast<char*>(n.residual), channel + r, pixel, t.valid, straddle_residual[r], false);
-          }
+        const int64_t place = ((pixel / area * n.kept_out + channel) * area + pixel % area) * size;
+        t.out = n.y + place;
+        t.residual = n.residual ? n.residual + place : nullptr;
+        t.out_row_stride = area * size;
+        n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
+      };
+      // Pixels of two or more images in one tile: computed beside the result and moved into it.
+      const auto run_straddling = [&](int64_t p, int64_t tile_rows) {
+        for (int64_t r = 0; n.residual && r < tile_rows; ++r) {
+          move_pixels(n, const_cast<char*>(n.residual), p * rows + r, pixel, t.valid, straddle_residual + r * kStraddleRow,
+                      false);
         }
-        n.tiles->channel_rows[count - 1][vectors - 1](t);
-        if (straddles && final) {
-          for (int64_t r = 0; r < count; ++r) move_pixels(n, n.y, channel + r, pixel, t.valid, straddle_out[r], true);
+        t.tiles = 1;
+        t.weight = weight + p * rows * n.depth + unit * n.taps * tile_rows;
+        t.partial = partial + (tile * (last_panel - first_panel) + p - first_panel) * t.partial_step;
+        t.scale = n.scale.empty() ? nullptr : n.scale.data() + p * rows;
+        t.shift = n.shift.empty() ? nullptr : n.shift.data() + p * rows;
+        t.out = straddle_out;
+        t.residual = n.residual ? straddle_residual : nullptr;
+        t.out_row_stride = kStraddleRow;
+        n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
+        for (int64_t r = 0; r < tile_rows; ++r) {
+          move_pixels(n, n.y, p * rows + r, pixel, t.valid, straddle_out + r * kStraddleRow, true);
         }
-        if (blocked) sums += rows * width;
+      };
+      const int64_t rest = last_panel - first_panel - full_panels;  // 0 or 1: the last panel with fewer rows
+      if (pixel % area + t.valid > area && !t.store_partial) {
+        for (int64_t p = first_panel; p < last_panel; ++p) run_straddling(p, std::min(rows, n.kept_out - p * rows));
+      } else {
+        if (full_panels > 0) run(first_panel, full_panels, rows);
+        if (rest > 0) run(last_panel - 1, 1, n.kept_out - (last_panel - 1) * rows);
       }
     }
   }

@@ -191,13 +191,15 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
   float* partial =
       blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const int64_t row_bytes = n.kept_out * n.element_size();
+  const int64_t full_tiles = (end - begin) / rows, last_rows = (end - begin) % rows;
 
-  void* out[micro::kMaxRows];
-  const void* residual[micro::kMaxRows];
   TileArgs t{};
   t.row_stride = static_cast<int32_t>(rows);
+  t.source_step = n.taps * rows;
+  t.partial_step = rows * width;
+  t.out_step = rows * row_bytes;
+  t.out_row_stride = row_bytes;
   t.offsets = source.offsets();
-  t.out = out;
   t.relu = n.out_relu;
   t.bfloat16 = n.bfloat16;
   for (size_t b = 0; b < reduction.blocks.size(); ++b) {
@@ -206,7 +208,6 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
     t.segment_count = static_cast<int32_t>(block.segments);
     t.load_partial = b > 0;
     t.store_partial = b + 1 < reduction.blocks.size();
-    float* sums = partial;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t channel = panel * width;
       const int vectors = n.kept_out - channel <= lanes ? 1 : 2;
@@ -214,20 +215,17 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
       t.valid = static_cast<int32_t>(std::min<int64_t>(n.kept_out - channel, vectors * lanes));
       t.scale = n.scale.empty() ? nullptr : n.scale.data() + channel;
       t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = begin + tile * rows;
-        const int64_t count = std::min(rows, end - first);
-        t.source = table + tile * n.taps * rows;
-        t.partial = sums;
-        const int64_t place = first * row_bytes + channel * n.element_size();
-        for (int64_t r = 0; r < count; ++r) out[r] = n.y + place + r * row_bytes;
-        if (n.residual) {
-          for (int64_t r = 0; r < count; ++r) residual[r] = n.residual + place + r * row_bytes;
-          t.residual = residual;
-        }
-        n.tiles->pixel_rows[count - 1][vectors - 1](t);
-        if (blocked) sums += rows * width;
-      }
+      const auto run = [&](int64_t first, int64_t count, int64_t tile_rows) {
+        t.tiles = static_cast<int32_t>(count);
+        t.source = table + first * t.source_step;
+        t.partial = partial + ((panel - first_panel) * tiles + first) * t.partial_step;
+        const int64_t place = (begin + first * rows) * row_bytes + channel * n.element_size();
+        t.out = n.y + place;
+        t.residual = n.residual ? n.residual + place : nullptr;
+        n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
+      };
+      if (full_tiles > 0) run(0, full_tiles, rows);
+      if (last_rows > 0) run(full_tiles, 1, last_rows);
     }
   }
 }

@@ -12,13 +12,20 @@ struct Segment {
   int32_t tap, begin, count;
 };
 
-// One output tile: `rows` x (`vectors` * lanes) accumulators. The two kernels share everything but the roles:
+// A run of `tiles` output tiles, each `rows` x (`vectors` * lanes) accumulators. The two kernels share everything but
+// the roles:
 //   pixel_rows    rows are output pixels, lanes are output channels (channels_last results)
 //   channel_rows  rows are output channels, lanes are output pixels (contiguous results)
+// Every pointer moves by its step from one tile to the next; steps and strides are in the pointer's own elements, those
+// of out and residual in bytes.
 struct TileArgs {
+  int32_t tiles;
   const float* weight;  // packed panel at the first reduction step
+  int64_t weight_step;
+
   // pixel_rows: source[tap * row_stride + r] is the start of pixel r's channels; offsets[c] is unit c's place in it.
   const float* const* source;
+  int64_t source_step;
   int32_t row_stride;
   const int32_t* offsets;
   const Segment* segments;
@@ -28,17 +35,20 @@ struct TileArgs {
   int64_t panel_stride;
   int64_t depth;
 
-  float* partial;       // rows x (vectors * lanes) sums, contiguous, between blocks of the reduction
-  bool load_partial;    // start from `partial` instead of zero
-  bool store_partial;   // leave the sums in `partial`; nothing of what follows is used
+  float* partial;      // rows x (vectors * lanes) sums, contiguous, between blocks of the reduction
+  int64_t partial_step;
+  bool load_partial;   // start from `partial` instead of zero
+  bool store_partial;  // leave the sums in `partial`; nothing of what follows is used
 
-  const float* scale;   // null: 1. Per output channel, padded to whole tiles.
-  const float* shift;   // null: 0
-  void* const* out;     // start of each row in the result
-  const void* const* residual;  // null: none. Start of each row.
-  int32_t valid;        // lanes of the row that exist in the result, 1 .. vectors * lanes
+  const float* scale;  // null: 1. Per output channel, padded to whole tiles.
+  const float* shift;  // null: 0
+  int64_t channel_step;
+  char* out;             // first row in the result
+  const char* residual;  // null: none. Laid out as out.
+  int64_t out_step, out_row_stride;
+  int32_t valid;  // lanes of a row that exist in the result, 1 .. vectors * lanes
   bool relu;
-  bool bfloat16;        // element type of out and residual; else float
+  bool bfloat16;  // element type of out and residual; else float
 };
 
 using TileKernel = void (*)(const TileArgs&);

@@ -48,46 +48,60 @@ inline uint16_t to_bfloat16(float f) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// What moves from tile to tile.
+struct Place {
+  const float* weight;
+  const float* const* source;
+  float* partial;
+  const float* scale;
+  const float* shift;
+  char* out;
+  const char* residual;
+};
+
 // The tile's last step for rows that are cut short, and for bfloat16: one element at a time.
-inline void finish_row(const TileArgs& t, const float* sums, int r, bool channel_row) {
+inline void finish_row(const TileArgs& t, const Place& at, const float* sums, int r, bool channel_row) {
+  char* out = at.out + r * t.out_row_stride;
+  const char* residual = at.residual ? at.residual + r * t.out_row_stride : nullptr;
   for (int j = 0; j < t.valid; ++j) {
     const int c = channel_row ? r : j;
     float v = sums[j];
-    if (t.scale) v *= t.scale[c];
-    if (t.shift) v += t.shift[c];
-    if (t.residual) {
-      v += t.bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(t.residual[r])[j])
-                      : static_cast<const float*>(t.residual[r])[j];
+    if (at.scale) v *= at.scale[c];
+    if (at.shift) v += at.shift[c];
+    if (residual) {
+      v += t.bfloat16 ? from_bfloat16(reinterpret_cast<const uint16_t*>(residual)[j])
+                      : reinterpret_cast<const float*>(residual)[j];
     }
     if (t.relu) v = v < 0.f ? 0.f : v;
     if (t.bfloat16) {
-      static_cast<uint16_t*>(t.out[r])[j] = to_bfloat16(v);
+      reinterpret_cast<uint16_t*>(out)[j] = to_bfloat16(v);
     } else {
-      static_cast<float*>(t.out[r])[j] = v;
+      reinterpret_cast<float*>(out)[j] = v;
     }
   }
 }
 
 template <int kLanes, bool kPairs, int kRows, int kVectors, bool kChannelRows>
-void tile_kernel(const TileArgs& t) {
+inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Place& at) {
   using S = Simd<kLanes, kPairs>;
   using Vec = typename S::Vec;
   constexpr int kWidth = kVectors * kLanes;
   Vec acc[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
-  }
   if (t.load_partial) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = S::load(t.partial + r * kWidth + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = S::load(at.partial + r * kWidth + v * kLanes);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
     }
   }
 
-  const float* w = t.weight;
+  const float* w = at.weight;
   if constexpr (kChannelRows) {
     const float* x = t.panel;
     for (int64_t k = t.depth; k > 0; --k) {
@@ -108,17 +122,17 @@ void tile_kernel(const TileArgs& t) {
       const Segment& segment = t.segments[s];
       const float* row[kRows];
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) row[r] = t.source[static_cast<int64_t>(segment.tap) * t.row_stride + r];
+      for (int r = 0; r < kRows; ++r) row[r] = at.source[static_cast<int64_t>(segment.tap) * t.row_stride + r];
       const int32_t* offset = t.offsets + segment.begin;
       const int32_t* const end = offset + segment.count;
       for (; offset != end; ++offset) {
-        const int64_t at = *offset;
+        const int64_t place = *offset;
         Vec b[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) b[v] = S::load(w + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          const Vec a = S::broadcast(row[r][at]);
+          const Vec a = S::broadcast(row[r][place]);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) S::add_product(acc[r][v], a, b[v]);
         }
@@ -131,7 +145,7 @@ void tile_kernel(const TileArgs& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) S::store(t.partial + r * kWidth + v * kLanes, acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) S::store(at.partial + r * kWidth + v * kLanes, acc[r][v]);
     }
     return;
   }
@@ -142,21 +156,38 @@ void tile_kernel(const TileArgs& t) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
     }
-    for (int r = 0; r < kRows; ++r) finish_row(t, sums[r], r, kChannelRows);
+    for (int r = 0; r < kRows; ++r) finish_row(t, at, sums[r], r, kChannelRows);
     return;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    float* out = static_cast<float*>(t.out[r]);
+    float* out = reinterpret_cast<float*>(at.out + r * t.out_row_stride);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Vec y = acc[r][v];
-      if (t.scale) y *= kChannelRows ? S::broadcast(t.scale[r]) : S::load(t.scale + v * kLanes);
-      if (t.shift) y += kChannelRows ? S::broadcast(t.shift[r]) : S::load(t.shift + v * kLanes);
-      if (t.residual) y += S::load(static_cast<const float*>(t.residual[r]) + v * kLanes);
+      if (at.scale) y *= kChannelRows ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
+      if (at.shift) y += kChannelRows ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
+      if (at.residual) {
+        y += S::load(reinterpret_cast<const float*>(at.residual + r * t.out_row_stride) + v * kLanes);
+      }
       if (t.relu) y = y < Vec{} ? Vec{} : y;
       S::store(out + v * kLanes, y);
     }
+  }
+}
+
+template <int kLanes, bool kPairs, int kRows, int kVectors, bool kChannelRows>
+void tile_kernel(const TileArgs& t) {
+  Place at{t.weight, t.source, t.partial, t.scale, t.shift, t.out, t.residual};
+  for (int i = t.tiles; i > 0; --i) {
+    one_tile<kLanes, kPairs, kRows, kVectors, kChannelRows>(t, at);
+    at.weight += t.weight_step;
+    at.source += t.source_step;
+    at.partial += t.partial_step;
+    if (at.scale) at.scale += t.channel_step;
+    if (at.shift) at.shift += t.channel_step;
+    at.out += t.out_step;
+    if (at.residual) at.residual += t.out_step;
   }
 }
 
