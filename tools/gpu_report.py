@@ -161,8 +161,11 @@ def main() -> int:
     report.run("tests", tests, 180, skip=no_gpu or broken or (None if has_tests else "tests/gpu holds no tests"))
     gather = [python, "-m", "tools.gpu_gather", *quick]
     report.run("channel_gather", gather, 60, skip=no_gpu or broken, read=last_json)
-    study = [python, "-m", "benches.study", "--device", "cuda", "--out", str(out / "study"), *quick]
-    report.run("study", study, 400, skip=no_gpu or broken)
+    budget = 30 if arguments.quick else 100
+    for dtype in ("bfloat16", "float32"):
+        study = [python, "-m", "benches.study", "--device", "cuda", "--dtype", dtype, "--budget-seconds", str(budget)]
+        study += ["--out", str(out / f"study-{dtype}")]
+        report.run(f"study-{dtype}", study, 2 * budget + 60, skip=no_gpu or broken)
 
     report.write({"gpu": gpu, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")})
     return int(any(result.state == "failed" for result in report.results))
