@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,16 @@ def best_rate(amount: float, run: Callable[[], object], device: torch.device, se
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of square matrix products: one that fills the cache and one that fits into it."""
-    rates = []
-    for size in (8192,) if device.type == "cuda" else (768, 2048):
+    """FLOP/s of square matrix products: the best of several sizes, as far as each ends in time."""
+    best = 0.0
+    for size in (512, 1024, 2048) if device.type == "cpu" else (2048, 8192):
+        flop = 2.0 * size**3
+        # Types that the processor only emulates are slower by orders of magnitude.
+        if best and 3 * flop / best > seconds:
+            break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates.append(best_rate(2.0 * size**3, lambda a=a, b=b: a @ b, device, seconds / 2))  # type: ignore[misc]
-    return max(rates)
+        best = max(best, best_rate(flop, partial(torch.matmul, a, b), device, seconds / 3))
+    return best
 
 
 def register_rate(threads: int, seconds: float) -> float | None:

@@ -37,10 +37,21 @@ def library() -> Any:
     return importlib.import_module("bap_kernels._load")._C
 
 
-def available(device: torch.device) -> tuple[str, ...]:
-    """Backends that can run on this machine at all, in the order of the tables."""
-    why_not = library().why_not
-    return tuple(name for name in DEFAULT_BACKENDS[device.type] if why_not(name) is None)
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a backend cannot run convolutions of a dtype on this machine; None if it can."""
+    if reason := library().why_not(backend):
+        return str(reason)
+    x = torch.ones(1, 64, 8, 8, dtype=dtype, device=device)
+    index = torch.arange(32, dtype=torch.int32, device=device)
+    before = library().get_backend()
+    try:
+        package().use_backend(backend)
+        package().gathered_conv2d(x, torch.ones(64, 64, 3, 3, dtype=dtype, device=device), None, index)
+    except NotImplementedError as error:
+        return str(error)
+    finally:
+        package().use_backend(before)
+    return None
 
 
 def fresh_choices() -> None:
@@ -70,7 +81,7 @@ def prepare(backend: str, problem: Problem) -> Peer:
     )
     peer.enter()
     peer.run(problem.inputs[0])
-    if backend == "auto":
+    if backend == "auto" and problem.weight.device.type == "cpu":
         facts = library().explain(problem.inputs[0], weight, None, in_index, out_index, strides, paddings, dilations, 1)
         peer.candidate = str(facts["backend"])
     return peer

@@ -209,7 +209,7 @@ def roof_shares(rows: Sequence[Row]) -> list[Figure]:
         mine = [row for row in mine if row.density == density]
         order = [f"{case.network} {case.shape}" for case in CASES]
         names = [name for name in reversed(order) if any(f"{row.network} {row.case}" == name for row in mine)]
-        canvas, axes = _new(1, 1, 8.6, 0.9 + 0.25 * len(names))
+        canvas, axes = _new(1, 1, 8.6, 2.0 + 0.23 * len(names))
         for peer in _peers(mine):
             points = [(row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.peer == peer]
             style = {key: value for key, value in STYLES[peer].items() if key != "linestyle"}

@@ -50,8 +50,11 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Microseconds or milliseconds, three digits."""
-    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+    """Microseconds, milliseconds or seconds, three digits."""
+    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def machine_table(header: Mapping[str, Any]) -> Table:

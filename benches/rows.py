@@ -27,7 +27,7 @@ class Row:
         cell: Id of what the peers of one comparison share.
         peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8`` or a backend of the package.
         candidate: What a peer that chooses has chosen.
-        device: ``cpu`` or the GPU's name.
+        device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.
         layout: ``channels_last`` or ``nchw``: of the input, and of the result.
         batch: N.

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,15 @@ class Task:
         id: The cell's id.
         names: Peers that it compares.
         measure: Given seconds, returns rows.
+        network: Whole network that is measured; None for a single convolution, which is over soon.
+        batch: N.
     """
 
     id: str
     names: Sequence[str]
     measure: Callable[[float], list[Row]]
+    network: str | None = None
+    batch: int = 1
 
     def done(self, journal: Journal, device: str, dtype: str) -> bool:
         """Whether the journal has every row of it (oracle8 is not made where it equals oracle)."""
@@ -97,21 +102,27 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def peer_names(given: Sequence[str] | None, device: torch.device) -> list[str]:
-    """Return the peers to time: as given, or PyTorch's and every backend that can run.
+def peer_names(given: Sequence[str] | None, device: torch.device, dtype: torch.dtype, console: Console) -> list[str]:
+    """Return the peers to time: as given, or PyTorch's and every backend that can run; the others' reasons are shown.
 
     Raises:
         ValueError: For a name that is no peer.
+        NotImplementedError: For a named backend that cannot run.
         PackageMissingError: If the package is to be measured and cannot be imported.
     """
     known = (*PEERS, *ours.BACKENDS)
     if given is None:
-        return [*PEERS, *ours.available(device)]
+        reasons = {name: ours.why_not(name, device, dtype) for name in ours.DEFAULT_BACKENDS[device.type]}
+        for name, reason in reasons.items():
+            if reason:
+                console.print(f"Not measured: {name} ({reason})", highlight=False)
+        return [*PEERS, *(name for name, reason in reasons.items() if not reason)]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"study: expected `--peers` to be of {', '.join(known)}, got {', '.join(unknown)}.")
     names = [name for name in known if name in given]
-    if any(name in ours.BACKENDS for name in names):
-        ours.package()
+    for name in names:
+        if name in ours.BACKENDS and (reason := ours.why_not(name, device, dtype)):
+            raise NotImplementedError(f"study: expected `--peers` to be able to run here, got {name}: {reason}")
     return names
 
 
@@ -127,11 +138,7 @@ def layer_tasks(options: argparse.Namespace, bench: Bench, names: Sequence[str])
         )
     else:
         cells = default_cells()
-    return [
-        Task(cell.id, names, lambda seconds, cell=cell: bench.rows(cell, names, seconds))  # type: ignore[misc]
-        for cell in cells
-        if options.only.search(cell.id)
-    ]
+    return [Task(cell.id, names, partial(bench.rows, cell, names)) for cell in cells if options.only.search(cell.id)]
 
 
 def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Task]:
@@ -144,7 +151,7 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     compared = [name for name in names if name in wanted]
     bench = NetworkBench(torch.device(options.device), options.dtype)
     return [
-        Task(cell.id, compared, lambda seconds, cell=cell: bench.rows(cell, compared, seconds))  # type: ignore[misc]
+        Task(cell.id, compared, partial(bench.rows, cell, compared), cell.network, cell.batch)
         for cell in network_cells(options.batch or BATCHES, options.density or DENSITIES, layouts)
         if compared and options.only.search(cell.id)
     ]
@@ -177,13 +184,19 @@ def run_tasks(
     """
     bar = progress.add_task(title, total=len(tasks), what="")
     finished = 0
+    # Whole networks cannot be cut short: seconds and batch of the last run of each tell how long the next will take.
+    last: dict[str | None, tuple[float, int]] = {}
     for i, task in enumerate(tasks):
-        left = deadline - time.perf_counter()
         if not task.done(journal, device, dtype):
-            if left <= 0:
-                break
+            start = time.perf_counter()
+            left = deadline - start
+            seconds, batch = last.get(task.network, (0.0, 1)) if task.network else (0.0, 1)
+            # Half of a network's time does not grow with the batch.
+            if left <= seconds * max(1.0, task.batch / batch / 2):
+                continue
             progress.update(bar, what=task.id)
             journal.append(task.measure(min(usual_seconds, left / (len(tasks) - i))))
+            last[task.network] = time.perf_counter() - start, task.batch
         finished += 1
         progress.advance(bar)
     progress.update(bar, what="")
@@ -199,7 +212,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    names = peer_names(options.peers, device)
+    names = peer_names(options.peers, device, DTYPES[options.dtype], console)
     build, isa = {}, "none"
     if with_ours := any(name in ours.BACKENDS for name in names):
         ours.fresh_choices()
@@ -266,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=128)
     try:
         study(parser().parse_args(arguments), console)
-    except (ours.PackageMissingError, ValueError) as error:
+    except (ours.PackageMissingError, NotImplementedError, ValueError) as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return 1
     except KeyboardInterrupt:
