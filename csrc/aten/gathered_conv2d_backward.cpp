@@ -3,7 +3,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -16,10 +16,11 @@ at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& inde
   return has_value(index) ? t.index_select(dim, *index) : t;
 }
 
-// `part` put back at the listed places of `whole`'s shape, zeros elsewhere.
+// `part` put back at the listed places of `whole`'s shape, zeros elsewhere; in the strides of empty_like(whole).
 at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_t dim, const OptionalTensor& index) {
-  if (!has_value(index)) return part;
-  return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
+  if (has_value(index)) return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
+  at::Tensor like = at::empty_like(whole);
+  return like.strides() == part.strides() ? part : like.copy_(part);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
@@ -29,13 +30,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
   const char* op = "gathered_conv2d_backward";
   const auto s = check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation,
                                                 groups);
-  const std::array<int64_t, 4> result = {s.batch, s.kept_out, s.out_h, s.out_w};
-  TORCH_CHECK_VALUE(grad_output.sizes() == c10::IntArrayRef(result), op,
-                    "(): expected `grad_output` to have the result's shape ", c10::IntArrayRef(result), ", got ",
-                    grad_output.sizes(), ".");
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op,
-                   "(): expected `grad_output` to have the input's dtype ", input.scalar_type(), ", got ",
-                   grad_output.scalar_type(), ".");
+  check_grad_output<int64_t>(op, grad_output, s, input);
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
 
   const auto none = [&] { return at::empty({0}, input.options()); };
@@ -56,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
                                                  s.depthwise ? s.kept_in : 1, {mask[0], mask[1], false});
     if (mask[0]) {
       if (!symmetric) dx = dx.narrow(2, padding[kTop], s.height).narrow(3, padding[kLeft], s.width);
-      grad_input = spread(dx.contiguous(input.suggest_memory_format()), input, 1, in_index);
+      grad_input = spread(dx, input, 1, in_index);
     }
     if (mask[1]) {
       if (!s.depthwise && has_value(in_index) && has_value(out_index)) {

@@ -51,12 +51,15 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["groups"] = groups;
+    // needs_input_grad counts tensors that are there, so an absent bias would shift its place.
+    ctx->saved_data["bias"] = has_value(bias) && bias->requires_grad();
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
     const auto saved = ctx->get_saved_variables();
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      ctx->saved_data["bias"].toBool()};
     auto [grad_input, grad_weight, grad_bias] = backward_op().call(
         grad_output[0], saved[0], saved[1], if_defined(saved[2]), if_defined(saved[3]),
         ctx->saved_data["stride"].toSymIntVector(), ctx->saved_data["padding"].toSymIntVector(),

@@ -1,7 +1,7 @@
 // The user's choice of a backend.
 #include <c10/util/Exception.h>
 
-#include <mutex>
+#include <cstdlib>
 
 #include "cpu/choice.h"
 #include "cpu/isa.h"
@@ -9,8 +9,14 @@
 namespace bap_kernels {
 namespace {
 
-std::mutex backend_mutex;
-std::string backend_name = "auto";
+// Each thread's own, as grad mode and autocast are: two threads that overlap cannot restore each other's setting.
+std::string& backend_name() {
+  thread_local std::string name = [] {
+    const char* wish = std::getenv("BAP_KERNELS_BACKEND");
+    return std::string(wish != nullptr && *wish != '\0' ? wish : "auto");
+  }();
+  return name;
+}
 
 }  // namespace
 
@@ -18,9 +24,9 @@ std::string backend_why_not(const std::string& name) {
   if (name == "auto" || name == "aten") return "";
   if (name == "native") {
     if (isa() != "none") return "";
-    return "native: this CPU and this build share neither AVX2 nor AVX-512 (or BAP_KERNELS_ISA=none is set)";
+    return "this CPU and this build share neither AVX2 nor AVX-512 (or BAP_KERNELS_ISA=none is set)";
   }
-  if (name == "triton" || name == "cuda") return name + ": this version has no " + name + " kernels of this op";
+  if (name == "triton" || name == "cuda") return "this version has no " + name + " kernels of this op";
   TORCH_CHECK_VALUE(false, "use_backend(): expected `name` to be auto, native, aten, triton or cuda, got ", name, ".");
 }
 
@@ -28,13 +34,9 @@ void set_backend(const std::string& name) {
   const std::string reason = backend_why_not(name);
   TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), "use_backend(): expected `name` to be a backend that can run here, got ", name,
                               " (", reason, "). Hint: bap_kernels.info() lists every backend with its reason.");
-  std::lock_guard<std::mutex> lock(backend_mutex);
-  backend_name = name;
+  backend_name() = name;
 }
 
-std::string get_backend() {
-  std::lock_guard<std::mutex> lock(backend_mutex);
-  return backend_name;
-}
+const std::string& get_backend() { return backend_name(); }
 
 }  // namespace bap_kernels

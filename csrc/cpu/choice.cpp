@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <fstream>
 #include <mutex>
 #include <sstream>
@@ -111,8 +112,10 @@ struct ChoiceTable::State {
     if (!file) return;
     std::string line;
     int64_t bad = 0;
-    const bool known = std::getline(file, line) && line == kFileHead;
+    if (!std::getline(file, line)) return;  // an empty file is a new one
+    const bool known = line == kFileHead;
     while (known && std::getline(file, line)) {
+      if (line.empty() || line == kFileHead) continue;  // two processes may have begun the file at once
       std::istringstream fields(line);
       std::string machine, key, route, times;
       Choice choice{};
@@ -147,9 +150,14 @@ struct ChoiceTable::State {
 
   void append(const Choice& choice) {
     if (path.empty()) return;
-    const bool fresh = !std::ifstream(path).good();
+    std::error_code ignored;
+    std::filesystem::create_directories(std::filesystem::path(path).parent_path(), ignored);
+    std::ifstream before(path, std::ios::ate | std::ios::binary);
+    const std::streamoff size = before ? static_cast<std::streamoff>(before.tellg()) : 0;
     std::ostringstream line;
-    if (fresh) line << kFileHead << '\n';
+    if (size == 0) line << kFileHead << '\n';
+    // A line that was cut short by a crash must not swallow this one.
+    if (size > 0 && (before.seekg(size - 1), before.get() != '\n')) line << '\n';
     line << fingerprint() << '\t' << choice.key << '\t' << route_name(choice.route) << '\t';
     for (const double t : choice.seconds) line << t * 1e6 << ' ';
     line << '\n';

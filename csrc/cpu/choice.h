@@ -48,9 +48,9 @@ class ChoiceTable {
   State* state_;
 };
 
-// The backend that the user asked for: "auto", "native" or "aten" on CPUs.
+// The backend that the calling thread asked for: "auto", "native" or "aten" on CPUs. BAP_KERNELS_BACKEND is the default.
 void set_backend(const std::string& name);
-std::string get_backend();
+const std::string& get_backend();
 // Null-like empty text if the backend can run on this machine at all, else the reason.
 std::string backend_why_not(const std::string& name);
 

@@ -35,7 +35,7 @@ at::Tensor run_route(const ConvCall& c, Route route) {
 
 at::Tensor run_cpu(const ConvCall& c, const char* op) {
   if (c.trivial()) return trivial_gathered_conv2d(c);
-  const std::string backend = get_backend();
+  const std::string& backend = get_backend();
   if (backend == "aten") return run_route(c, Route::kGather);
   if (backend == "native") {
     const std::string reason = native_why_not(c);

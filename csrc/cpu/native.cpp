@@ -56,13 +56,13 @@ std::string native_why_not(const ConvCall& c) {
   const auto dtype = c.input.scalar_type();
   if (isa() == "none") return backend_why_not("native");
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
-    return std::string("native: no kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
+    return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
   }
-  if (c.groups != 1) return "native: no kernel for depthwise convolutions";
+  if (c.groups != 1) return "no native kernel for depthwise convolutions";
   const int64_t depth = c.shape.kept_in * c.taps();
   const int64_t largest = std::numeric_limits<int32_t>::max() / 4;
   if (depth > largest / 1024 || c.shape.channels_in > largest || c.shape.batch * c.shape.out_h * c.shape.out_w > largest) {
-    return "native: the shape is beyond 32-bit tile arithmetic";
+    return "the shape is beyond 32-bit tile arithmetic";
   }
   return "";
 }

@@ -46,8 +46,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(const at::Tensor& g
                                                              const OptionalTensor& out_index, SymIntArrayRef stride,
                                                              SymIntArrayRef padding, SymIntArrayRef dilation,
                                                              SymInt groups, std::array<bool, 3> mask) {
-  check_gathered_conv2d<SymInt>("gathered_conv2d_backward", input, weight, {}, in_index, out_index, stride, padding,
-                                dilation, groups);
+  const char* op = "gathered_conv2d_backward";
+  const auto s =
+      check_gathered_conv2d<SymInt>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
+  check_grad_output<SymInt>(op, grad_output, s, input);
   const auto none = [&] { return at::empty({0}, input.options().memory_format(std::nullopt)); };
   return {mask[0] ? at::empty_like(input) : none(), mask[1] ? at::empty_like(weight) : none(),
           mask[2] ? at::empty_symint({weight.sym_size(0)}, weight.options().memory_format(std::nullopt)) : none()};

@@ -44,6 +44,11 @@ template <class Int>
 void check_residual(const char* op, const OptionalTensor& residual, const ConvShape<Int>& shape,
                     const at::Tensor& input);
 
+// The backward's grad_output: the result's shape, the input's dtype and device.
+template <class Int>
+void check_grad_output(const char* op, const at::Tensor& grad_output, const ConvShape<Int>& shape,
+                       const at::Tensor& input);
+
 inline bool has_value(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
 }  // namespace bap_kernels

@@ -168,20 +168,36 @@ void check_channel_vector(const char* op, const char* name, const OptionalTensor
                     "` to have one entry for each of the ", length, " listed channels, got ", vector->sym_sizes(), ".");
 }
 
+namespace {
+
+template <class Int>
+void check_like_result(const char* op, const char* name, const at::Tensor& t, const ConvShape<Int>& s,
+                       const at::Tensor& input) {
+  TORCH_CHECK_TYPE(t.scalar_type() == input.scalar_type(), op, "(): expected `", name, "` to have the input's dtype ",
+                   input.scalar_type(), ", got ", t.scalar_type(), ".");
+  TORCH_CHECK_VALUE(t.device() == input.device(), op, "(): expected `", name, "` to be on the input's device ",
+                    input.device(), ", got ", t.device(), ".");
+  const std::array<Int, 4> shape = {s.batch, s.kept_out, s.out_h, s.out_w};
+  TORCH_CHECK_VALUE(sizes_of<Int>(t).equals(shape), op, "(): expected `", name, "` to have the result's shape ",
+                    c10::ArrayRef<Int>(shape), ", got ", sizes_of<Int>(t), ".");
+}
+
+}  // namespace
+
 template <class Int>
 void check_residual(const char* op, const OptionalTensor& residual, const ConvShape<Int>& s, const at::Tensor& input) {
-  if (!has_value(residual)) return;
-  TORCH_CHECK_TYPE(residual->scalar_type() == input.scalar_type(), op,
-                   "(): expected `residual` to have the input's dtype ", input.scalar_type(), ", got ",
-                   residual->scalar_type(), ".");
-  TORCH_CHECK_VALUE(residual->device() == input.device(), op, "(): expected `residual` to be on the input's device ",
-                    input.device(), ", got ", residual->device(), ".");
-  const std::array<Int, 4> shape = {s.batch, s.kept_out, s.out_h, s.out_w};
-  TORCH_CHECK_VALUE(sizes_of<Int>(*residual).equals(shape), op, "(): expected `residual` to have the result's shape ",
-                    c10::ArrayRef<Int>(shape), ", got ", sizes_of<Int>(*residual), ".");
+  if (has_value(residual)) check_like_result(op, "residual", *residual, s, input);
+}
+
+template <class Int>
+void check_grad_output(const char* op, const at::Tensor& grad_output, const ConvShape<Int>& s,
+                       const at::Tensor& input) {
+  check_like_result(op, "grad_output", grad_output, s, input);
 }
 
 template void check_residual(const char*, const OptionalTensor&, const ConvShape<int64_t>&, const at::Tensor&);
 template void check_residual(const char*, const OptionalTensor&, const ConvShape<c10::SymInt>&, const at::Tensor&);
+template void check_grad_output(const char*, const at::Tensor&, const ConvShape<int64_t>&, const at::Tensor&);
+template void check_grad_output(const char*, const at::Tensor&, const ConvShape<c10::SymInt>&, const at::Tensor&);
 
 }  // namespace bap_kernels
