@@ -57,7 +57,7 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def machine_table(header: Mapping[str, Any]) -> Table:
+def machine_table(header: Mapping[str, Any], rows: Sequence[Row]) -> Table:
     """Machine, versions and peaks."""
     same, roof = header["same"], header["roof"]
     registers = roof["register_flop_per_s"]
@@ -76,6 +76,7 @@ def machine_table(header: Mapping[str, Any]) -> Table:
         ["commit", same["commit"]],
         ["system", header["system"]],
         ["started", header["started"]],
+        ["steadiness", f"median of p80 / p20 over all rows {summary.unsteadiness(rows):.2f}"],
     ]
     if header.get("coverage"):
         lines.append(["measured", header["coverage"]])
@@ -200,7 +201,7 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
         losses_table(rows) if any(row.peer == "auto" and row.C_in is not None for row in rows) else None,
         networks_table(rows),
         overhead_table(rows),
-        machine_table(header),
+        machine_table(header, rows),
         cases_table(rows),
     ]
     return [table for table in found if table and (table.rows or table.title.startswith("Cases"))]

@@ -1,6 +1,7 @@
 """What the rows say together: geometric means of speed-ups, worst cases, losses of ``auto``, and the targets."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from benches.rows import Row
 BASES = ("dense", "masked", "naive", "best", "oracle")
 # A loss within this share is noise.
 NOISE = 0.05
+# Above this unsteadiness other work has disturbed the study: long calls suffer more than short ones.
+BUSY = 1.3
 WHOLE_NETWORK = "network"
 OVERHEAD = "overhead"
 
@@ -142,6 +145,11 @@ def network_rows(rows: Iterable[Row]) -> list[Row]:
 def overhead_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows of call overhead."""
     return [row for row in rows if row.network == OVERHEAD]
+
+
+def unsteadiness(rows: Iterable[Row]) -> float:
+    """Median over all rows of p80 / p20: near 1 on a quiet machine."""
+    return statistics.median([row.p80_s / row.p20_s for row in rows] or [1.0])
 
 
 def setting_of(row: Row) -> Setting:

@@ -292,6 +292,11 @@ def test_means_worst_cases_and_losses() -> None:
     ]
 
 
+def test_unsteadiness_is_the_median_spread() -> None:
+    made = [make_row(p20_s=1.0, p80_s=spread) for spread in (1.1, 9.0, 1.2)]
+    assert summary.unsteadiness(made) == pytest.approx(1.2)
+
+
 def test_few_channels_stay_out_of_the_means() -> None:
     stem = Cell(next(case for case in CASES if case.C_in == 32), 1, 0.5, "in", "nchw")
     assert summary.means([make_row(of=stem, vs_dense=9.0)], ["auto"]) == []
