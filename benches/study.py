@@ -27,7 +27,7 @@ from benches.overhead import PEERS as OVERHEAD_PEERS
 from benches.overhead import measure_overhead
 from benches.peers import PEERS
 from benches.rows import Journal, Row
-from benches.summary import OVERHEAD
+from benches.summary import BUSY, OVERHEAD, unsteadiness
 
 BUDGET_SECONDS = 140.0
 # Kept free for plots and files.
@@ -266,6 +266,10 @@ def study(options: argparse.Namespace, console: Console) -> None:
     console.print(f"Measured {header['coverage']}.")
     if layers_done < len(layers) or networks_done < len(networks):
         console.print("The time ran out; a larger --budget-seconds, or --full, measures the rest.")
+    if (spread := unsteadiness(journal.rows)) > BUSY:
+        console.print(
+            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the figures.[/]"
+        )
     console.print(
         f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, rows.jsonl, plots/)"
     )
