@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 BASE = Case(in_channels=19, out_channels=13, size=(13, 17))
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+named_backends = pytest.mark.parametrize("backend", ["aten", "native"], indirect=True)
 
 
 def same(kernel: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -72,6 +73,7 @@ def test_axis(name: str, backend: str) -> None:
     assert ran or AXES[name].depthwise or AXES[name].dtype not in NATIVE_DTYPES
 
 
+@named_backends
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
@@ -90,6 +92,7 @@ def test_every_width_and_number_of_channels(
             assert_close(run(sample, backend), expected, dtype, sample.depth)
 
 
+@named_backends
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize(
     ("in_channels", "out_channels", "size", "kernel", "stride"),

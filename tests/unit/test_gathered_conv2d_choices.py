@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from bap_kernels import _C, config, reference
-from bap_kernels.testing import Case, assert_close, make_tensors, run
+from bap_kernels.testing import Case, assert_close, make_tensors, poison, run
 
 CASE = Case(1, 40, 30, (12, 13), seed=3)
 PROGRAM = """
@@ -107,6 +106,44 @@ def test_named_backends_and_trivial_cases_measure_nothing() -> None:
     run(make_tensors(CASE.but(in_list="zero")))
     run(make_tensors(CASE.but(out_list="zero")))
     assert _C.choices() == []
+
+
+ROUTE_CASES = {
+    "3x3": CASE,
+    "1x1": CASE.but(kernel=(1, 1), padding=(0, 0, 0, 0)),
+    "strided": CASE.but(stride=(2, 1), padding=(1, 0, 2, 1), kernel=(3, 2)),
+    "dilated": CASE.but(dilation=(2, 3), padding=(2, 2, 3, 3)),
+    "bfloat16": CASE.but(dtype=torch.bfloat16),
+    "all_outputs": CASE.but(out_list="null", bias=False),
+    "shuffled": CASE.but(in_list="shuffled", out_list="shuffled", batch=3),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced_last"])
+@pytest.mark.parametrize("name", ROUTE_CASES)
+def test_every_candidate_is_right(name: str, layout: str, tmp_path: Path) -> None:
+    # A table that names each candidate as the fastest makes `auto` take it, also where it would lose.
+    path, case = tmp_path / "choices.tsv", ROUTE_CASES[name].but(layout=layout)
+    sample = make_tensors(case)
+    expected = reference.gathered_conv2d(*sample.args)
+    _C.set_choice_file(str(path))
+    run(sample)
+    candidates = list(_C.choices()[0]["candidates"])
+    assert {"gather", "dense"} <= set(candidates)
+    head, line = path.read_text().splitlines()
+    machine, key, _, times = line.split("\t")
+    for route in candidates:
+        path.write_text(f"{head}\n{machine}\t{key}\t{route}\t{times}\n")
+        assert [choice["backend"] for choice in reread(path)] == [route]
+        assert_close(run(sample), expected, case.dtype, sample.depth)
+        for value in (torch.nan, torch.inf):
+            y = run(poison(make_tensors(case), value))
+            assert_close(y, expected, case.dtype, sample.depth)
+            assert y.is_contiguous(memory_format=torch.channels_last) == layout.endswith("last")
+        listed = make_tensors(case)
+        listed.input[:, int(sample.in_index[0])] = torch.nan
+        assert run(listed)[:, :, 1:-1, 1:-1].isnan().all()
+        assert [choice["backend"] for choice in _C.choices()] == [route]
 
 
 def test_clear_forgets() -> None:

@@ -17,9 +17,10 @@ CHUNKS, CASES_PER_CHUNK = 12, 50
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
+    # "auto" measures every new case, and runs what the named backends run.
+    seeds = range(chunk * CASES_PER_CHUNK, (chunk + 1) * CASES_PER_CHUNK, 2 if backend == "auto" else 1)
     ran = 0
-    for k in range(CASES_PER_CHUNK):
-        seed = chunk * CASES_PER_CHUNK + k
+    for seed in seeds:
         case = random_case(random.Random(seed))
         if backend == "native" and case.dtype not in (torch.float32, torch.bfloat16):
             case = case.but(dtype=torch.float32)
@@ -27,7 +28,7 @@ def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
             ran += check_forward(case, backend)
         except Exception as error:
             raise AssertionError(f"random_case(random.Random({seed})) on backend {backend}: {case}") from error
-    assert ran >= CASES_PER_CHUNK // 2
+    assert ran >= len(seeds) // 2
 
 
 cases = st.builds(

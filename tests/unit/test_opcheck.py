@@ -49,7 +49,7 @@ def test_opcheck_fused(name: str, flags: tuple[str, ...]) -> None:
 
 
 def on_meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    # Tensor.to() would make sliced and expanded tensors dense.
+    # Tensor.to() would make expanded tensors dense.
     if tensor is None:
         return None
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
