@@ -56,7 +56,8 @@ class PanelPacker {
   // Rows of units [first, last), `row` floats apart, pixels padded with zeros up to `padded`.
   void pack(int64_t first, int64_t last, int64_t padded, int64_t row, float* panel) const {
     for (int64_t unit = first; unit < last; ++unit) {
-      if (unit + kPrefetchDistance < n_.units) prefetch(unit + kPrefetchDistance);
+      static const int64_t kPD = tune("PD", kPrefetchDistance);
+      if (kPD && unit + kPD < n_.units) prefetch(unit + kPD, 0);
       for (int64_t tap = 0; tap < n_.taps; ++tap, panel += row) {
         if (n_.bfloat16) {
           pack_row<c10::BFloat16>(unit, tap, panel);
@@ -68,10 +69,20 @@ class PanelPacker {
     }
   }
 
- private:
-  // Planes lie far apart, where no hardware prefetcher looks ahead.
   static constexpr int64_t kPrefetchDistance = 4;
+  void prefetch(int64_t unit, int64_t shift) const {
+    const int64_t channel = n_.channel(n_.pairs ? 2 * unit : unit), size = n_.element_size();
+    const int64_t middle = n_.taps / 2;  // its rows are those that the other taps read too
+    for (int64_t i = first_copy_[middle]; i < first_copy_[middle + 1]; ++i) {
+      const Copy& copy = copies_[i];
+      if (copy.source < 0) continue;
+      const char* at = n_.x + (copy.source + shift * n_.stride_w * n_.x_stride_w + channel * n_.x_stride_c) * size;
+      const int64_t bytes = copy.count * n_.stride_w * n_.x_stride_w * size;
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+    }
+  }
 
+ private:
   void add_run(int64_t tap, int64_t image, int64_t oh, int64_t ow, int64_t length, int64_t place) {
     const int64_t ih = oh * n_.stride_h + tap / n_.kernel_w * n_.dilation_h - n_.pad_top;
     const int64_t start = ow * n_.stride_w + tap % n_.kernel_w * n_.dilation_w - n_.pad_left;
@@ -87,18 +98,6 @@ class PanelPacker {
     if (low > 0) copies_.push_back({place, low, -1});
     if (high > low) copies_.push_back({place + low, high - low, source});
     if (length > high) copies_.push_back({place + high, length - high, -1});
-  }
-
-  void prefetch(int64_t unit) const {
-    const int64_t channel = n_.channel(n_.pairs ? 2 * unit : unit), size = n_.element_size();
-    const int64_t middle = n_.taps / 2;  // its rows are those that the other taps read too
-    for (int64_t i = first_copy_[middle]; i < first_copy_[middle + 1]; ++i) {
-      const Copy& copy = copies_[i];
-      if (copy.source < 0) continue;
-      const char* at = n_.x + (copy.source + channel * n_.x_stride_c) * size;
-      const int64_t bytes = copy.count * n_.stride_w * n_.x_stride_w * size;
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
-    }
   }
 
   template <class scalar_t>
@@ -181,7 +180,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   const int64_t padded = (end - begin + lanes - 1) / lanes * lanes;
   const int64_t tiles = (padded + width - 1) / width;
   const int64_t row = (tiles % 2 ? tiles : tiles + 1) * width;
-  const int64_t units_per_block = std::max<int64_t>(1, kReductionBlock / n.taps);
+  const int64_t units_per_block = std::max<int64_t>(1, tune("KRB", kReductionBlock) / n.taps);
   const bool blocked = n.units > units_per_block;
   float* panel = thread_scratch(kPanelSlot, std::min(units_per_block, n.units) * n.taps * row);
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
@@ -210,6 +209,14 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
       const int vectors = padded - tile * width <= lanes ? 1 : 2;
       t.valid = static_cast<int32_t>(std::min<int64_t>(vectors * lanes, end - pixel));
       t.panel = panel + tile * width;
+      // While this tile is computed, a share of what will be packed next comes closer.
+      static const int64_t kNX = tune("NX", 1);
+      const bool more = last_unit < n.units;
+      const int64_t next = more ? last_unit : 0, next_end = std::min(n.units, next + units_per_block);
+      if (kNX && (more || end < n.pixels())) {
+        const int64_t from = next + (next_end - next) * tile / tiles, to = next + (next_end - next) * (tile + 1) / tiles;
+        for (int64_t u = from; u < to; ++u) packer.prefetch(u, more ? 0 : end - begin);
+      }
       const auto run = [&](int64_t first, int64_t count, int64_t tile_rows) {
         const int64_t channel = first * rows;
         t.tiles = static_cast<int32_t>(count);
@@ -258,7 +265,8 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
 void run_channel_rows(const NativeCall& n, const float* weight) {
   const int64_t width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + width - 1) / width, panels = (n.kept_out + n.tiles->rows - 1) / n.tiles->rows;
-  const TaskGrid grid = make_task_grid(tiles, panels, kTilesPerBlock, n.threads);
+  static const int64_t kTB = tune("TB", kTilesPerBlock);
+  const TaskGrid grid = make_task_grid(tiles, panels, kTB, n.threads);
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;

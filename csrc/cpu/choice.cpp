@@ -14,6 +14,7 @@
 #include <unordered_map>
 
 #include "cpu/isa.h"
+#include "cpu/run.h"
 
 namespace bap_kernels {
 namespace {
@@ -174,13 +175,14 @@ ChoiceTable& ChoiceTable::instance() {
   return *table;
 }
 
-Route ChoiceTable::choose(const ConvCall& call, const std::vector<Route>& candidates,
-                          c10::function_ref<void(Route)> run) {
+Route ChoiceTable::choose(const ConvCall& call, c10::function_ref<void(Route)> run) {
   const FastKey fast = fast_key(call);
+  std::vector<Route> candidates;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     const auto found = state_->routes.find(fast);
     if (found != state_->routes.end()) return found->second;
+    candidates = candidate_routes(call);
     if (!state_->loaded) state_->load();
     const auto known = state_->choices.find(case_key(call));
     if (known != state_->choices.end() &&

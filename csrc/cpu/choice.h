@@ -30,9 +30,8 @@ class ChoiceTable {
  public:
   static ChoiceTable& instance();
 
-  // The route for `call`, measured with `run` on its first occurrence. `candidates` must not be empty.
-  Route choose(const ConvCall& call, const std::vector<Route>& candidates,
-               c10::function_ref<void(Route)> run);
+  // The route for `call`, measured with `run` on its first occurrence among candidate_routes(call).
+  Route choose(const ConvCall& call, c10::function_ref<void(Route)> run);
 
   // The measured choice of a case, or null.
   const Choice* find(const std::string& key);

@@ -44,8 +44,7 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
     return native_gathered_conv2d(c);
   }
   at::Tensor result;
-  const Route route =
-      ChoiceTable::instance().choose(c, candidate_routes(c), [&](Route r) { result = run_route(c, r); });
+  const Route route = ChoiceTable::instance().choose(c, [&](Route r) { result = run_route(c, r); });
   return run_route(c, route);
 }
 

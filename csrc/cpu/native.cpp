@@ -16,6 +16,9 @@
 namespace bap_kernels {
 namespace {
 
+// Below this a second thread costs more to wake than it saves.
+constexpr int64_t kProductsPerThread = 200'000;
+
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 const float* float_data(NativeCall& n, const OptionalTensor& t) {
@@ -67,6 +70,11 @@ std::string native_why_not(const ConvCall& c) {
   return "";
 }
 
+int64_t tune(const char* name, int64_t value) {
+  const char* s = std::getenv(name);
+  return s ? std::atoll(s) : value;
+}
+
 NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   NativeCall n{};
   const auto& s = c.shape;
@@ -116,7 +124,8 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   }
   result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
   n.y = static_cast<char*>(result.mutable_data_ptr());
-  n.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t products = n.pixels() * n.kept_out * n.kept_in * n.taps;
+  n.threads = products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
   return n;
 }
 

@@ -9,6 +9,7 @@
 
 namespace bap_kernels {
 
+int64_t tune(const char* name, int64_t value);
 // Steps of the reduction that one pass over the weights covers: a weight panel of this depth stays in the L1 cache.
 constexpr int64_t kReductionBlock = 256;
 

@@ -34,7 +34,8 @@ struct Reduction {
       for (int64_t begin = 0; begin < n.units;) {
         if (room == 0) {
           blocks.push_back({static_cast<int64_t>(segments.size()), 0, step});
-          room = kReductionBlock;
+          static const int64_t kRB = tune("KRB", kReductionBlock);
+          room = kRB;
         }
         const int64_t count = std::min(room, n.units - begin);
         segments.push_back({static_cast<int32_t>(tap), static_cast<int32_t>(begin), static_cast<int32_t>(count)});
@@ -50,7 +51,7 @@ struct Reduction {
 // Where the kernel finds a pixel's channels: in x itself, or in rows packed for a block of output pixels.
 class Source {
  public:
-  explicit Source(const NativeCall& n) : n_(n), direct_(!n.bfloat16 && !n.has_prologue && n.x_stride_c == 1) {}
+  explicit Source(const NativeCall& n) : n_(n), direct_(!(tune("PACK", 0) && n.taps > 1) && !n.bfloat16 && !n.has_prologue && n.x_stride_c == 1) {}
 
   // Offsets of the channel units from a pixel's pointer.
   const int32_t* offsets() const { return direct_ && n_.in_index ? n_.in_index : counting(n_.units); }
@@ -58,36 +59,51 @@ class Source {
   // Prepares the output pixels [begin, end) and fills table[tile][tap][row].
   void pointers(int64_t begin, int64_t end, int64_t rows, const float** table) {
     const float* const zeros = zero_pixel(direct_ ? n_.channels_in : n_.units);
-    const bool packed = !direct_;
-    if (packed) pack_block(begin, end);
-    const int64_t taps = n_.taps, kernel_h = taps / n_.kernel_w;
-    int64_t image = begin / (n_.out_h * n_.out_w), at = begin % (n_.out_h * n_.out_w);
-    int64_t oh = at / n_.out_w, ow = at % n_.out_w;
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t local = p - begin;
-      const float** slot = table + local / rows * taps * rows + local % rows;
-      for (int64_t kh = 0; kh < kernel_h; ++kh) {
-        const int64_t ih = oh * n_.stride_h - n_.pad_top + kh * n_.dilation_h;
-        const bool inside_h = ih >= 0 && ih < n_.height;
-        for (int64_t kw = 0; kw < n_.kernel_w; ++kw, slot += rows) {
-          const int64_t iw = ow * n_.stride_w - n_.pad_left + kw * n_.dilation_w;
-          if (!inside_h || iw < 0 || iw >= n_.width) {
-            *slot = zeros;
-          } else if (packed) {
-            *slot = packed_pixel(image, ih, iw, local);
-          } else {
-            *slot = reinterpret_cast<const float*>(n_.pixel(image, ih, iw));
-          }
+    if (!direct_) pack_block(begin, end);
+    const int64_t area = n_.out_h * n_.out_w;
+    int64_t image = begin / area, oh = begin % area / n_.out_w, ow = begin % n_.out_w;
+    for (int64_t tile = begin; tile < end; tile += rows, table += n_.taps * rows) {
+      for (int64_t r = 0; r < std::min(rows, end - tile); ++r) {
+        if (n_.taps == 1) {
+          table[r] = tap_pointer(image, oh * n_.stride_h - n_.pad_top, ow * n_.stride_w - n_.pad_left, tile - begin + r,
+                                 zeros);
+        } else {
+          fill_taps(image, oh, ow, tile - begin + r, zeros, rows, table + r);
         }
-      }
-      if (++ow == n_.out_w) {
-        ow = 0;
-        if (++oh == n_.out_h) oh = 0, ++image;
+        if (++ow == n_.out_w) {
+          ow = 0;
+          if (++oh == n_.out_h) oh = 0, ++image;
+        }
       }
     }
   }
 
+  // Asks for the channels of a tile's pixels; of no use where several taps share them.
+  void prefetch(const float* const* tile, int64_t rows) const {
+    if (!direct_ || n_.taps != 1) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < n_.channels_in; c += 16) __builtin_prefetch(tile[r] + c);
+    }
+  }
+
  private:
+  const float* tap_pointer(int64_t image, int64_t ih, int64_t iw, int64_t local, const float* zeros) const {
+    if (ih < 0 || ih >= n_.height || iw < 0 || iw >= n_.width) return zeros;
+    return direct_ ? reinterpret_cast<const float*>(n_.pixel(image, ih, iw)) : packed_pixel(image, ih, iw, local);
+  }
+
+  void fill_taps(int64_t image, int64_t oh, int64_t ow, int64_t local, const float* zeros, int64_t rows,
+                 const float** slot) const {
+    const int64_t kernel_h = n_.taps / n_.kernel_w;
+    int64_t ih = oh * n_.stride_h - n_.pad_top;
+    for (int64_t kh = 0; kh < kernel_h; ++kh, ih += n_.dilation_h) {
+      int64_t iw = ow * n_.stride_w - n_.pad_left;
+      for (int64_t kw = 0; kw < n_.kernel_w; ++kw, iw += n_.dilation_w, slot += rows) {
+        *slot = tap_pointer(image, ih, iw, local, zeros);
+      }
+    }
+  }
+
   static const int32_t* counting(int64_t count) {
     thread_local std::vector<int32_t> numbers;
     while (static_cast<int64_t>(numbers.size()) < count) numbers.push_back(static_cast<int32_t>(numbers.size()));
@@ -183,7 +199,8 @@ class Source {
 void run_task(const NativeCall& n, const Reduction& reduction, const float* weight, int64_t begin, int64_t end,
               int64_t first_panel, int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
-  const int64_t tiles = (end - begin + rows - 1) / rows;
+  const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
+  static const int64_t kWeightsNear = tune("WNEAR", 192) * 1024;
   Source source(n);
   auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * n.taps * rows * 2));
   source.pointers(begin, end, rows, table);
@@ -195,9 +212,6 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
 
   TileArgs t{};
   t.row_stride = static_cast<int32_t>(rows);
-  t.source_step = n.taps * rows;
-  t.partial_step = rows * width;
-  t.out_step = rows * row_bytes;
   t.out_row_stride = row_bytes;
   t.offsets = source.offsets();
   t.relu = n.out_relu;
@@ -208,24 +222,42 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
     t.segment_count = static_cast<int32_t>(block.segments);
     t.load_partial = b > 0;
     t.store_partial = b + 1 < reduction.blocks.size();
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    // `count` tiles from (tile, panel) on, the next tile or the next panel each time.
+    const auto run = [&](int64_t tile, int64_t tile_rows, int64_t panel, int64_t count, bool along_panels) {
       const int64_t channel = panel * width;
       const int vectors = n.kept_out - channel <= lanes ? 1 : 2;
+      t.tiles = static_cast<int32_t>(count);
       t.weight = weight + channel * n.depth + block.first_step * vectors * lanes;
       t.valid = static_cast<int32_t>(std::min<int64_t>(n.kept_out - channel, vectors * lanes));
       t.scale = n.scale.empty() ? nullptr : n.scale.data() + channel;
       t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
-      const auto run = [&](int64_t first, int64_t count, int64_t tile_rows) {
-        t.tiles = static_cast<int32_t>(count);
-        t.source = table + first * t.source_step;
-        t.partial = partial + ((panel - first_panel) * tiles + first) * t.partial_step;
-        const int64_t place = (begin + first * rows) * row_bytes + channel * n.element_size();
-        t.out = n.y + place;
-        t.residual = n.residual ? n.residual + place : nullptr;
-        n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
-      };
-      if (full_tiles > 0) run(0, full_tiles, rows);
-      if (last_rows > 0) run(full_tiles, 1, last_rows);
+      t.source = table + tile * n.taps * rows;
+      t.partial = partial + (tile * panels + panel - first_panel) * rows * width;
+      const int64_t place = (begin + tile * rows) * row_bytes + channel * n.element_size();
+      t.out = n.y + place;
+      t.residual = n.residual ? n.residual + place : nullptr;
+      t.weight_step = along_panels ? width * n.depth : 0;
+      t.source_step = along_panels ? 0 : n.taps * rows;
+      t.partial_step = (along_panels ? 1 : panels) * rows * width;
+      t.channel_step = along_panels ? width : 0;
+      t.out_step = along_panels ? width * n.element_size() : rows * row_bytes;
+      n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
+    };
+    const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
+    const bool panels_inside = kReductionBlock * panels * width * int64_t{4} <= kWeightsNear;
+    if (panels_inside) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
+        static const int64_t kPF = tune("PF", 1);
+        if (kPF && b == 0 && tile + 1 < full_tiles) source.prefetch(table + (tile + 1) * n.taps * rows, rows);
+        if (full_panels > 0) run(tile, tile_rows, first_panel, full_panels, true);
+        if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
+      }
+    } else {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        if (full_tiles > 0) run(0, rows, panel, full_tiles, false);
+        if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
+      }
     }
   }
 }

@@ -87,6 +87,11 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
   using Vec = typename S::Vec;
   constexpr int kWidth = kVectors * kLanes;
   Vec acc[kRows][kVectors];
+  if (!t.store_partial) {
+    // The result's lines are fetched while the sums are built, so that the stores at the end do not wait for them.
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.out + r * t.out_row_stride, 1);
+  }
   if (t.load_partial) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -157,6 +162,16 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
       for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
     }
     for (int r = 0; r < kRows; ++r) finish_row(t, at, sums[r], r, kChannelRows);
+    return;
+  }
+  if (!at.scale && !at.shift && !at.residual && !t.relu) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        S::store(reinterpret_cast<float*>(at.out + r * t.out_row_stride) + v * kLanes, acc[r][v]);
+      }
+    }
     return;
   }
 #pragma GCC unroll 16
