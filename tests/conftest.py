@@ -13,6 +13,11 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    # Small cases lose time on many threads, much of it where other programs run too. Tests of threads set their own.
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_large = pytest.mark.skip(reason="large test: set BAP_KERNELS_TEST_LARGE=1 to run it")

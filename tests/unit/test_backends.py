@@ -140,7 +140,7 @@ assert _C.isa() == {isa!r}, _C.isa()
 named = "native" if _C.why_not("native") is None else "aten"
 assert named == {named!r}, _C.why_not("native")
 ran = 0
-for seed in range(60):
+for seed in range(30):
     case = random_case(random.Random(seed))
     if case.dtype not in (torch.float32, torch.bfloat16):
         case = case.but(dtype=torch.bfloat16)
@@ -148,7 +148,7 @@ for seed in range(60):
     check_forward(case, "auto")
     check_fused(case, ("in_scale", "in_relu", "out_shift", "residual", "out_relu"), named)
 check_backward(Case(), "auto")
-assert ran >= 30, ran
+assert ran >= 15, ran
 print("ran", ran)
 """
 

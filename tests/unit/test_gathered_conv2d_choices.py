@@ -234,7 +234,6 @@ def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
         (machine, case, route, "-1 -2 -3 -4"),
         (machine, case, route),
         (machine,),
-        ("",),
     ):
         path.write_text(head + "\n" + "\t".join(fields) + "\n")
         _C.clear_choices()

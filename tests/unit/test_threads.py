@@ -134,6 +134,20 @@ def test_python_threads_at_once_with_one_weight_and_many_lists() -> None:
         _C.set_packed_cache_limit(before)
 
 
+def test_python_threads_at_once_on_different_backends() -> None:
+    names = [name for name in ("auto", "aten", "native") if _C.why_not(name) is None]
+    sample = make_tensors(CASES["3x3"].but(size=(9, 10)))
+    expected = reference.conv_on_selected(*sample.args)
+
+    def job(name: str) -> None:
+        for _ in range(10):
+            assert_close(run(sample, name, cache_packed=True), expected, torch.float32, sample.depth)
+
+    before = _C.get_backend()
+    hammer([lambda n=n: job(n) for n in names * 4])
+    assert _C.get_backend() == before
+
+
 def test_contexts_of_two_python_threads_may_overlap() -> None:
     before = _C.get_backend()
     inside, outside = threading.Event(), threading.Event()
