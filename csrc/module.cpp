@@ -37,7 +37,16 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
                  const OptionalTensor& in_index, const OptionalTensor& out_index, const std::vector<int64_t>& stride,
                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                  bool cache_packed) {
-  const ConvCall call{input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed,
+  const ConvCall call{input,
+                      weight,
+                      bias,
+                      in_index,
+                      out_index,
+                      stride,
+                      padding,
+                      dilation,
+                      groups,
+                      cache_packed,
                       check_gathered_conv2d<int64_t>("explain", input, weight, bias, in_index, out_index, stride,
                                                      padding, dilation, groups)};
   py::dict result;
@@ -90,10 +99,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
-  m.def("why_not", [](const std::string& name) -> std::optional<std::string> {
-    const std::string reason = backend_why_not(name);
-    return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
-  }, py::arg("backend"));
+  m.def(
+      "why_not",
+      [](const std::string& name) -> std::optional<std::string> {
+        const std::string reason = backend_why_not(name);
+        return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
+      },
+      py::arg("backend"));
   m.def("isa", [] { return isa(); });
   m.def("isa_available", &isa_available);
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);

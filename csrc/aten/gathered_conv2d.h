@@ -6,9 +6,9 @@
 namespace bap_kernels {
 
 enum class AtenRoute {
-  kGather,       // select the listed channels, then a convolution with the listed weight slices
-  kGatherFlat,   // the same, selecting from a channels_last input as a matrix of pixels x channels
-  kDense,        // the full input with zeros in the weight of unlisted channels
+  kGather,      // select the listed channels, then a convolution with the listed weight slices
+  kGatherFlat,  // the same, selecting from a channels_last input as a matrix of pixels x channels
+  kDense,       // the full input with zeros in the weight of unlisted channels
 };
 
 // `conv` and everything fused around it. kDense must not be asked for when `dense_route_applies` is false.

@@ -28,8 +28,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
     const OptionalTensor& out_index, c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
     int64_t groups, std::array<bool, 3> mask) {
   const char* op = "gathered_conv2d_backward";
-  const auto s = check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation,
-                                                groups);
+  const auto s =
+      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
 

@@ -26,8 +26,8 @@ at::Tensor fused_cuda(const at::Tensor& input, const at::Tensor& weight, const O
                       const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
                       bool out_relu, bool cache_packed) {
   const char* op = "_gathered_conv2d_fused";
-  const auto s = check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
-                                                groups);
+  const auto s =
+      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
   check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
   check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
   check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);

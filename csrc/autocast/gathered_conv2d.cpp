@@ -17,11 +17,11 @@ at::Tensor gathered_conv2d_autocast(const at::Tensor& input, const at::Tensor& w
                                     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                     SymInt groups, bool cache_packed) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
-                                         SymIntArrayRef, SymInt, bool)>();
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                            const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool)>();
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
   return op.call(at::autocast::cached_cast(dtype, input, kDevice), at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), in_index, out_index, stride, padding, dilation,

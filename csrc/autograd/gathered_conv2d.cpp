@@ -22,9 +22,8 @@ using BackwardSchema = Triple(const at::Tensor&, const at::Tensor&, const at::Te
                               std::array<bool, 3>);
 
 auto& forward_op() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
-                       .typed<ForwardSchema>();
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::gathered_conv2d", "").typed<ForwardSchema>();
   return op;
 }
 
@@ -60,10 +59,10 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const auto saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       ctx->saved_data["bias"].toBool()};
-    auto [grad_input, grad_weight, grad_bias] = backward_op().call(
-        grad_output[0], saved[0], saved[1], if_defined(saved[2]), if_defined(saved[3]),
-        ctx->saved_data["stride"].toSymIntVector(), ctx->saved_data["padding"].toSymIntVector(),
-        ctx->saved_data["dilation"].toSymIntVector(), ctx->saved_data["groups"].toSymInt(), mask);
+    auto [grad_input, grad_weight, grad_bias] =
+        backward_op().call(grad_output[0], saved[0], saved[1], if_defined(saved[2]), if_defined(saved[3]),
+                           ctx->saved_data["stride"].toSymIntVector(), ctx->saved_data["padding"].toSymIntVector(),
+                           ctx->saved_data["dilation"].toSymIntVector(), ctx->saved_data["groups"].toSymInt(), mask);
     variable_list grads(10);
     if (mask[0]) grads[0] = grad_input;
     if (mask[1]) grads[1] = grad_weight;
@@ -95,25 +94,25 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
                                SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                const SymInt& groups, std::array<bool, 3> mask) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [a, b, c] = backward_op().call(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                        groups, mask);
+    auto [a, b, c] =
+        backward_op().call(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
     return {a, b, c};
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "gathered_conv2d(): expected to be differentiated once, got a request for its second "
-                                "derivative. Hint: use torch.nn.functional.conv2d on index_select-ed tensors for that.");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "gathered_conv2d(): expected to be differentiated once, got a request for its second "
+        "derivative. Hint: use torch.nn.functional.conv2d on index_select-ed tensors for that.");
   }
 };
 
 Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                                          const at::Tensor& weight, const OptionalTensor& in_index,
-                                         const OptionalTensor& out_index, SymIntArrayRef stride,
-                                         SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
-                                         std::array<bool, 3> mask) {
-  auto grads = BackwardFunction::apply(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                       groups, mask);
+                                         const OptionalTensor& out_index, SymIntArrayRef stride, SymIntArrayRef padding,
+                                         SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
+  auto grads =
+      BackwardFunction::apply(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
   return {grads[0], grads[1], grads[2]};
 }
 

@@ -32,8 +32,8 @@ std::string backend_why_not(const std::string& name) {
 
 void set_backend(const std::string& name) {
   const std::string reason = backend_why_not(name);
-  TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), "use_backend(): expected `name` to be a backend that can run here, got ", name,
-                              " (", reason, "). Hint: bap_kernels.info() lists every backend with its reason.");
+  TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), "use_backend(): expected `name` to be a backend that can run here, got ",
+                              name, " (", reason, "). Hint: bap_kernels.info() lists every backend with its reason.");
   backend_name() = name;
 }
 

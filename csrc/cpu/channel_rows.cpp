@@ -17,8 +17,11 @@ namespace {
 using micro::TileArgs;
 
 constexpr int kPanelSlot = 0, kPartialSlot = 1;
-// Odd multiples of a tile: a power of two between the panel's rows would make them share few sets of the L1 cache.
-constexpr int64_t kTilesPerBlock = 7;
+// A block's panel stays in the L2 cache beside the weights that stream through it.
+constexpr int64_t kPanelBytes = 200 * 1024;
+constexpr int64_t kPrefetchDistance = 4;  // channels
+// More prefetches than a core tracks at once would stall it.
+constexpr int64_t kLinesAtOnce = 64;
 
 // Copies `count` floats without reading or writing past either end; short counts are the usual ones here.
 inline void copy_floats(float* dst, const float* src, int64_t count) {
@@ -56,8 +59,7 @@ class PanelPacker {
   // Rows of units [first, last), `row` floats apart, pixels padded with zeros up to `padded`.
   void pack(int64_t first, int64_t last, int64_t padded, int64_t row, float* panel) const {
     for (int64_t unit = first; unit < last; ++unit) {
-      static const int64_t kPD = tune("PD", kPrefetchDistance);
-      if (kPD && unit + kPD < n_.units) prefetch(unit + kPD, 0);
+      if (unit + kPrefetchDistance < last) prefetch(unit + kPrefetchDistance, 0);
       for (int64_t tap = 0; tap < n_.taps; ++tap, panel += row) {
         if (n_.bfloat16) {
           pack_row<c10::BFloat16>(unit, tap, panel);
@@ -69,7 +71,7 @@ class PanelPacker {
     }
   }
 
-  static constexpr int64_t kPrefetchDistance = 4;
+  // Asks for a unit's rows, `shift` output pixels further on; planes lie where no hardware prefetcher looks ahead.
   void prefetch(int64_t unit, int64_t shift) const {
     const int64_t channel = n_.channel(n_.pairs ? 2 * unit : unit), size = n_.element_size();
     const int64_t middle = n_.taps / 2;  // its rows are those that the other taps read too
@@ -158,7 +160,8 @@ class PanelPacker {
 };
 
 // Moves `count` pixels, numbered through the batch from `pixel`, between a tile's row and one channel's planes.
-void move_pixels(const NativeCall& n, char* planes, int64_t channel, int64_t pixel, int64_t count, char* row, bool out) {
+void move_pixels(const NativeCall& n, char* planes, int64_t channel, int64_t pixel, int64_t count, char* row,
+                 bool out) {
   const int64_t area = n.out_h * n.out_w, size = n.element_size();
   for (int64_t done = 0; done < count;) {
     const int64_t at = pixel + done, length = std::min(count - done, area - at % area);
@@ -179,12 +182,14 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   const int64_t area = n.out_h * n.out_w, size = n.element_size();
   const int64_t padded = (end - begin + lanes - 1) / lanes * lanes;
   const int64_t tiles = (padded + width - 1) / width;
+  // Odd multiples of a tile: a power of two between the panel's rows would leave them few sets of the L1 cache.
   const int64_t row = (tiles % 2 ? tiles : tiles + 1) * width;
-  const int64_t units_per_block = std::max<int64_t>(1, tune("KRB", kReductionBlock) / n.taps);
+  const int64_t units_per_block = std::max<int64_t>(1, kReductionBlock / n.taps);
   const bool blocked = n.units > units_per_block;
   float* panel = thread_scratch(kPanelSlot, std::min(units_per_block, n.units) * n.taps * row);
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const PanelPacker packer(n, begin, end);
+  const int64_t lines_per_unit = (end - begin) * n.stride_w * size / 64 + 1;
 
   const int64_t full_panels = std::min(last_panel, n.kept_out / rows) - first_panel;
   constexpr int64_t kStraddleRow = 64 * micro::kMaxVectors;
@@ -202,6 +207,8 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
     const int64_t last_unit = std::min(n.units, unit + units_per_block);
     packer.pack(unit, last_unit, padded, row, panel);
     t.depth = (last_unit - unit) * n.taps;
+    const bool more = last_unit < n.units, another = more || end < n.pixels();
+    const int64_t next = more ? last_unit : 0, next_end = another ? std::min(n.units, next + units_per_block) : next;
     t.load_partial = unit > 0;
     t.store_partial = last_unit < n.units;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -209,14 +216,6 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
       const int vectors = padded - tile * width <= lanes ? 1 : 2;
       t.valid = static_cast<int32_t>(std::min<int64_t>(vectors * lanes, end - pixel));
       t.panel = panel + tile * width;
-      // While this tile is computed, a share of what will be packed next comes closer.
-      static const int64_t kNX = tune("NX", 1);
-      const bool more = last_unit < n.units;
-      const int64_t next = more ? last_unit : 0, next_end = std::min(n.units, next + units_per_block);
-      if (kNX && (more || end < n.pixels())) {
-        const int64_t from = next + (next_end - next) * tile / tiles, to = next + (next_end - next) * (tile + 1) / tiles;
-        for (int64_t u = from; u < to; ++u) packer.prefetch(u, more ? 0 : end - begin);
-      }
       const auto run = [&](int64_t first, int64_t count, int64_t tile_rows) {
         const int64_t channel = first * rows;
         t.tiles = static_cast<int32_t>(count);
@@ -233,8 +232,8 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
       // Pixels of two or more images in one tile: computed beside the result and moved into it.
       const auto run_straddling = [&](int64_t p, int64_t tile_rows) {
         for (int64_t r = 0; n.residual && r < tile_rows; ++r) {
-          move_pixels(n, const_cast<char*>(n.residual), p * rows + r, pixel, t.valid, straddle_residual + r * kStraddleRow,
-                      false);
+          move_pixels(n, const_cast<char*>(n.residual), p * rows + r, pixel, t.valid,
+                      straddle_residual + r * kStraddleRow, false);
         }
         t.tiles = 1;
         t.weight = weight + p * rows * n.depth + unit * n.taps * tile_rows;
@@ -253,7 +252,17 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
       if (pixel % area + t.valid > area && !t.store_partial) {
         for (int64_t p = first_panel; p < last_panel; ++p) run_straddling(p, std::min(rows, n.kept_out - p * rows));
       } else {
-        if (full_panels > 0) run(first_panel, full_panels, rows);
+        // While a tile is computed, its share of what will be packed next comes closer, a few lines at a time.
+        const int64_t from = next + (next_end - next) * tile / tiles,
+                      to = next + (next_end - next) * (tile + 1) / tiles;
+        const int64_t chunks = std::max<int64_t>(1, std::min(full_panels, (to - from) * lines_per_unit / kLinesAtOnce));
+        for (int64_t c = 0; c < chunks; ++c) {
+          for (int64_t u = from + (to - from) * c / chunks; u < from + (to - from) * (c + 1) / chunks; ++u) {
+            packer.prefetch(u, more ? 0 : end - begin);
+          }
+          const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
+          if (q > p) run(first_panel + p, q - p, rows);
+        }
         if (rest > 0) run(last_panel - 1, 1, n.kept_out - (last_panel - 1) * rows);
       }
     }
@@ -265,8 +274,9 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
 void run_channel_rows(const NativeCall& n, const float* weight) {
   const int64_t width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + width - 1) / width, panels = (n.kept_out + n.tiles->rows - 1) / n.tiles->rows;
-  static const int64_t kTB = tune("TB", kTilesPerBlock);
-  const TaskGrid grid = make_task_grid(tiles, panels, kTB, n.threads);
+  const int64_t tiles_per_block =
+      std::clamp<int64_t>(kPanelBytes / (std::min(n.depth, kReductionBlock) * width * 4), 5, 31);
+  const TaskGrid grid = make_task_grid(tiles, panels, tiles_per_block, n.threads);
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;

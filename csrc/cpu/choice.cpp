@@ -54,8 +54,8 @@ const char* route_name(Route route) {
 std::string case_key(const ConvCall& c) {
   const auto& s = c.shape;
   std::ostringstream key;
-  key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in << ':'
-      << (has_value(c.in_index) ? std::to_string(s.kept_in) : "all") << " k" << s.channels_out << ':'
+  key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in
+      << ':' << (has_value(c.in_index) ? std::to_string(s.kept_in) : "all") << " k" << s.channels_out << ':'
       << (has_value(c.out_index) ? std::to_string(s.kept_out) : "all") << ' ' << s.height << 'x' << s.width << " f"
       << s.kernel_h << 'x' << s.kernel_w << " s" << c.stride[0] << 'x' << c.stride[1] << " p" << c.padding[0] << ','
       << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
@@ -87,10 +87,27 @@ FastKey fast_key(const ConvCall& c) {
                         (has_value(c.out_index) ? 8 : 0) | (has_value(c.bias) ? 16 : 0) |
                         (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
                         (c.cache_packed ? 128 : 0);
-  const int64_t values[] = {s.batch,      s.channels_in, s.height,     s.width,      s.channels_out, s.kernel_h,
-                            s.kernel_w,   s.kept_in,     s.kept_out,   c.stride[0],  c.stride[1],    c.padding[0],
-                            c.padding[1], c.padding[2],  c.padding[3], c.dilation[0], c.dilation[1], c.groups,
-                            flags,        static_cast<int64_t>(c.input.scalar_type()), at::get_num_threads()};
+  const int64_t values[] = {s.batch,
+                            s.channels_in,
+                            s.height,
+                            s.width,
+                            s.channels_out,
+                            s.kernel_h,
+                            s.kernel_w,
+                            s.kept_in,
+                            s.kept_out,
+                            c.stride[0],
+                            c.stride[1],
+                            c.padding[0],
+                            c.padding[1],
+                            c.padding[2],
+                            c.padding[3],
+                            c.dilation[0],
+                            c.dilation[1],
+                            c.groups,
+                            flags,
+                            static_cast<int64_t>(c.input.scalar_type()),
+                            at::get_num_threads()};
   FastKey key;
   size_t i = 0;
   for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);

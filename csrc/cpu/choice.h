@@ -47,7 +47,8 @@ class ChoiceTable {
   State* state_;
 };
 
-// The backend that the calling thread asked for: "auto", "native" or "aten" on CPUs. BAP_KERNELS_BACKEND is the default.
+// The backend that the calling thread asked for: "auto", "native" or "aten" on CPUs. BAP_KERNELS_BACKEND is the
+// default.
 void set_backend(const std::string& name);
 const std::string& get_backend();
 // Null-like empty text if the backend can run on this machine at all, else the reason.

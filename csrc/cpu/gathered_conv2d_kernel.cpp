@@ -39,8 +39,9 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
   if (backend == "aten") return run_route(c, Route::kGather);
   if (backend == "native") {
     const std::string reason = native_why_not(c);
-    TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), op, "(): expected a call that backend `native` can run, got one that it cannot: ",
-                                reason, ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
+    TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), op,
+                                "(): expected a call that backend `native` can run, got one that it cannot: ", reason,
+                                ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
     return native_gathered_conv2d(c);
   }
   at::Tensor result;
@@ -51,14 +52,20 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
 namespace {
 
 at::Tensor gathered_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& in_index, const OptionalTensor& out_index,
-                               c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
-                               int64_t groups, bool cache_packed) {
+                               const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
+                               c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups, bool cache_packed) {
   const char* op = "gathered_conv2d";
   const ConvCall call{
-      input,    weight, bias,         in_index,
-      out_index, stride, padding,     dilation,
-      groups,   cache_packed,
+      input,
+      weight,
+      bias,
+      in_index,
+      out_index,
+      stride,
+      padding,
+      dilation,
+      groups,
+      cache_packed,
       check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
   check_list_values(op, in_index, out_index, call.shape.channels_in, call.shape.channels_out, call.shape.depthwise);
   return run_cpu(call, op);
@@ -72,9 +79,16 @@ at::Tensor fused_cpu(const at::Tensor& input, const at::Tensor& weight, const Op
                      bool out_relu, bool cache_packed) {
   const char* op = "_gathered_conv2d_fused";
   const ConvCall call{
-      input,    weight, bias,         in_index,
-      out_index, stride, padding,     dilation,
-      groups,   cache_packed,
+      input,
+      weight,
+      bias,
+      in_index,
+      out_index,
+      stride,
+      padding,
+      dilation,
+      groups,
+      cache_packed,
       check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups),
       Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}};
   const auto& s = call.shape;

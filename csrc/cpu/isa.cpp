@@ -39,9 +39,12 @@ std::string choose() {
   if (forced == nullptr || *forced == '\0') return isa_available().front();
   const std::string isa = forced;
   TORCH_CHECK_VALUE(isa == "avx512" || isa == "avx2" || isa == "none" || isa == "avx512_emulated",
-                    "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa, ".");
-  TORCH_CHECK_NOT_IMPLEMENTED(usable(isa), "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ",
-                              isa, ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
+                    "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa,
+                    ".");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      usable(isa),
+      "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ", isa,
+      ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
   return isa;
 }
 

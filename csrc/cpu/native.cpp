@@ -64,15 +64,11 @@ std::string native_why_not(const ConvCall& c) {
   if (c.groups != 1) return "no native kernel for depthwise convolutions";
   const int64_t depth = c.shape.kept_in * c.taps();
   const int64_t largest = std::numeric_limits<int32_t>::max() / 4;
-  if (depth > largest / 1024 || c.shape.channels_in > largest || c.shape.batch * c.shape.out_h * c.shape.out_w > largest) {
+  if (depth > largest / 1024 || c.shape.channels_in > largest ||
+      c.shape.batch * c.shape.out_h * c.shape.out_w > largest) {
     return "the shape is beyond 32-bit tile arithmetic";
   }
   return "";
-}
-
-int64_t tune(const char* name, int64_t value) {
-  const char* s = std::getenv(name);
-  return s ? std::atoll(s) : value;
 }
 
 NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
@@ -132,7 +128,8 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
 TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads) {
   TaskGrid grid{std::max<int64_t>(1, (tiles + tiles_per_block / 2) / tiles_per_block), 1};
   if (threads == 1) return grid;
-  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each thread.
+  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each
+  // thread.
   if (tiles < tiles_per_block * threads / 2 && panels >= threads) {
     grid.channel_groups = threads;
   } else {
@@ -162,9 +159,8 @@ at::Tensor native_gathered_conv2d(const ConvCall& c) {
   // The packed form depends on the tiles, so on the lanes' meaning too.
   const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
   const at::Tensor weight =
-      PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant, [&] {
-        return last ? pack_weight_pixel_rows(c, n) : pack_weight_channel_rows(c, n);
-      });
+      PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
+                                  [&] { return last ? pack_weight_pixel_rows(c, n) : pack_weight_channel_rows(c, n); });
   if (last) {
     run_pixel_rows(n, weight.const_data_ptr<float>());
   } else {

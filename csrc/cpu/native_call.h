@@ -9,15 +9,14 @@
 
 namespace bap_kernels {
 
-int64_t tune(const char* name, int64_t value);
 // Steps of the reduction that one pass over the weights covers: a weight panel of this depth stays in the L1 cache.
 constexpr int64_t kReductionBlock = 256;
 
 struct NativeCall {
   const micro::KernelTable* tiles;
-  bool bfloat16;  // element type of input, weight, residual and result; else float
-  bool pairs;     // two channels in each 32-bit lane, multiplied by the *_pairs tiles
-  int64_t units;  // listed input channels in lanes: kept_in, or half of it rounded up
+  bool bfloat16;        // element type of input, weight, residual and result; else float
+  bool pairs;           // two channels in each 32-bit lane, multiplied by the *_pairs tiles
+  int64_t units;        // listed input channels in lanes: kept_in, or half of it rounded up
   int64_t taps, depth;  // depth = units * taps
 
   // Input: strides in elements. A 1x1 convolution over whole planes is seen as one row of H * W pixels.
@@ -52,6 +51,7 @@ struct NativeCall {
   }
 };
 
+// Allocates `result` in the call's memory format and fills in everything else.
 NativeCall prepare_native(const ConvCall& call, at::Tensor& result);
 
 // Packed weights, [panel][reduction step][lane or row] in 32-bit lanes; see pack_weights.cpp for the two orders.

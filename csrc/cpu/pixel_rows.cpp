@@ -19,6 +19,10 @@ using micro::TileArgs;
 
 constexpr int kPointerSlot = 0, kPartialSlot = 1, kPanelSlot = 2, kZeroSlot = 3;
 constexpr int64_t kPixelsPerBlock = 120;
+// Weights of one reduction block up to this size stay in the L2 cache, so a tile can visit all of them in turn.
+constexpr int64_t kWeightsNear = 192 * 1024;
+// More prefetches than a core tracks at once would stall it.
+constexpr int64_t kLinesAtOnce = 16;
 
 // The reduction cut into blocks of at most kReductionBlock steps, each a run of segments.
 struct Reduction {
@@ -34,8 +38,7 @@ struct Reduction {
       for (int64_t begin = 0; begin < n.units;) {
         if (room == 0) {
           blocks.push_back({static_cast<int64_t>(segments.size()), 0, step});
-          static const int64_t kRB = tune("KRB", kReductionBlock);
-          room = kRB;
+          room = kReductionBlock;
         }
         const int64_t count = std::min(room, n.units - begin);
         segments.push_back({static_cast<int32_t>(tap), static_cast<int32_t>(begin), static_cast<int32_t>(count)});
@@ -51,7 +54,7 @@ struct Reduction {
 // Where the kernel finds a pixel's channels: in x itself, or in rows packed for a block of output pixels.
 class Source {
  public:
-  explicit Source(const NativeCall& n) : n_(n), direct_(!(tune("PACK", 0) && n.taps > 1) && !n.bfloat16 && !n.has_prologue && n.x_stride_c == 1) {}
+  explicit Source(const NativeCall& n) : n_(n), direct_(!n.bfloat16 && !n.has_prologue && n.x_stride_c == 1) {}
 
   // Offsets of the channel units from a pixel's pointer.
   const int32_t* offsets() const { return direct_ && n_.in_index ? n_.in_index : counting(n_.units); }
@@ -78,10 +81,13 @@ class Source {
     }
   }
 
-  // Asks for the channels of a tile's pixels; of no use where several taps share them.
-  void prefetch(const float* const* tile, int64_t rows) const {
+  // Cache lines to ask for ahead of a tile; none where several taps share them or a thread packs them first.
+  int64_t lines(int64_t rows) const { return direct_ && n_.taps == 1 ? rows * (n_.channels_in / 16 + 1) : 0; }
+
+  // Asks for the channels of the tile's pixels [first, last).
+  void prefetch(const float* const* tile, int64_t first, int64_t last) const {
     if (!direct_ || n_.taps != 1) return;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = first; r < last; ++r) {
       for (int64_t c = 0; c < n_.channels_in; c += 16) __builtin_prefetch(tile[r] + c);
     }
   }
@@ -200,13 +206,11 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
               int64_t first_panel, int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
-  static const int64_t kWeightsNear = tune("WNEAR", 192) * 1024;
   Source source(n);
   auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * n.taps * rows * 2));
   source.pointers(begin, end, rows, table);
   const bool blocked = reduction.blocks.size() > 1;
-  float* partial =
-      blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
+  float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const int64_t row_bytes = n.kept_out * n.element_size();
   const int64_t full_tiles = (end - begin) / rows, last_rows = (end - begin) % rows;
 
@@ -248,9 +252,16 @@ void run_task(const NativeCall& n, const Reduction& reduction, const float* weig
     if (panels_inside) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
-        static const int64_t kPF = tune("PF", 1);
-        if (kPF && b == 0 && tile + 1 < full_tiles) source.prefetch(table + (tile + 1) * n.taps * rows, rows);
-        if (full_panels > 0) run(tile, tile_rows, first_panel, full_panels, true);
+        // While a tile is computed, the next one's pixels come closer, a few lines at a time.
+        const bool ahead = b == 0 && tile + 1 < full_tiles;
+        const float* const* next = table + (tile + 1) * n.taps * rows;
+        const int64_t chunks =
+            ahead ? std::max<int64_t>(1, std::min(full_panels, source.lines(rows) / kLinesAtOnce)) : 1;
+        for (int64_t c = 0; c < chunks; ++c) {
+          if (ahead) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
+          const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
+          if (q > p) run(tile, tile_rows, first_panel + p, q - p, true);
+        }
         if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
       }
     } else {

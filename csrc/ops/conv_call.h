@@ -15,9 +15,7 @@ struct Fusion {
   bool out_relu = false;
 
   bool has_prologue() const { return in_relu || has_value(in_scale) || has_value(in_shift); }
-  bool has_epilogue() const {
-    return out_relu || has_value(out_scale) || has_value(out_shift) || has_value(residual);
-  }
+  bool has_epilogue() const { return out_relu || has_value(out_scale) || has_value(out_shift) || has_value(residual); }
 };
 
 struct ConvCall {

@@ -80,8 +80,9 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
                                      c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups) {
   TORCH_CHECK_VALUE(input.dim() == 4, op, "(): expected `input` to have the shape (N, C_in, H, W), got ", input.dim(),
                     " dimensions. Hint: add a batch axis with input.unsqueeze(0).");
-  TORCH_CHECK_VALUE(weight.dim() == 4, op, "(): expected `weight` to have the shape (C_out, C_in / groups, kH, kW), got ",
-                    weight.dim(), " dimensions.");
+  TORCH_CHECK_VALUE(weight.dim() == 4, op,
+                    "(): expected `weight` to have the shape (C_out, C_in / groups, kH, kW), got ", weight.dim(),
+                    " dimensions.");
   const auto dtype = input.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
                    "(): expected `input` to be float32, float64, bfloat16 or float16, got ", dtype, ".");
@@ -98,21 +99,22 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   const auto x = sizes_of<Int>(input);
   const auto w = sizes_of<Int>(weight);
   ConvShape<Int> s{x[0], x[1], x[2], x[3], w[0], w[2], w[3], x[1], w[0], 0, 0, false};
-  TORCH_CHECK_VALUE(s.kernel_h >= 1 && s.kernel_w >= 1, op, "(): expected `weight` to have a kernel of at least 1 x 1, got ",
-                    s.kernel_h, " x ", s.kernel_w, ".");
+  TORCH_CHECK_VALUE(s.kernel_h >= 1 && s.kernel_w >= 1, op,
+                    "(): expected `weight` to have a kernel of at least 1 x 1, got ", s.kernel_h, " x ", s.kernel_w,
+                    ".");
   TORCH_CHECK_VALUE(groups >= 1, op, "(): expected `groups` to be at least 1, got ", groups, ".");
   if (groups != 1) {
     s.depthwise = groups == s.channels_in && s.channels_out == s.channels_in && w[1] == 1;
-    TORCH_CHECK_NOT_IMPLEMENTED(s.depthwise, op, "(): expected `groups` to be 1, or C_in with C_out == C_in (depthwise), got groups=",
-                                groups, " with C_in=", s.channels_in, " and C_out=", s.channels_out,
-                                ". Hint: keep torch.nn.Conv2d for this layer.");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        s.depthwise, op, "(): expected `groups` to be 1, or C_in with C_out == C_in (depthwise), got groups=", groups,
+        " with C_in=", s.channels_in, " and C_out=", s.channels_out, ". Hint: keep torch.nn.Conv2d for this layer.");
   } else {
     TORCH_CHECK_VALUE(w[1] == s.channels_in, op, "(): expected `weight` to have the input's C_in=", s.channels_in,
                       " channels in dimension 1, got ", w[1], ". Hint: weight is full-size; the list selects from it.");
   }
   if (has_value(bias)) {
-    TORCH_CHECK_TYPE(bias->scalar_type() == dtype, op, "(): expected `bias` to have the input's dtype ", dtype, ", got ",
-                     bias->scalar_type(), ".");
+    TORCH_CHECK_TYPE(bias->scalar_type() == dtype, op, "(): expected `bias` to have the input's dtype ", dtype,
+                     ", got ", bias->scalar_type(), ".");
     TORCH_CHECK_VALUE(bias->device() == input.device(), op, "(): expected `bias` to be on the input's device ",
                       input.device(), ", got ", bias->device(), ".");
     TORCH_CHECK_VALUE(bias->dim() == 1 && sizes_of<Int>(*bias)[0] == s.channels_out, op,
@@ -131,7 +133,8 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   s.out_w = out_length<Int>(s.width, padding[kLeft] + padding[kRight], s.kernel_w, dilation[1], stride[1]);
   const bool fits = s.height + padding[kTop] + padding[kBottom] >= dilation[0] * (s.kernel_h - 1) + 1 &&
                     s.width + padding[kLeft] + padding[kRight] >= dilation[1] * (s.kernel_w - 1) + 1;
-  TORCH_CHECK_VALUE(fits, op, "(): expected `input` with its padding to be at least as large as the dilated kernel, got input ",
+  TORCH_CHECK_VALUE(fits, op,
+                    "(): expected `input` with its padding to be at least as large as the dilated kernel, got input ",
                     s.height, " x ", s.width, ", padding ", padding, ", kernel ", s.kernel_h, " x ", s.kernel_w,
                     ", dilation ", dilation, ".");
   return s;
@@ -161,7 +164,8 @@ void check_channel_vector(const char* op, const char* name, const OptionalTensor
                           const at::Tensor& input) {
   if (!has_value(vector)) return;
   TORCH_CHECK_TYPE(vector->scalar_type() == at::kFloat || vector->scalar_type() == input.scalar_type(), op,
-                   "(): expected `", name, "` to be float32 or to have the input's dtype, got ", vector->scalar_type(), ".");
+                   "(): expected `", name, "` to be float32 or to have the input's dtype, got ", vector->scalar_type(),
+                   ".");
   TORCH_CHECK_VALUE(vector->device() == input.device(), op, "(): expected `", name, "` to be on the input's device ",
                     input.device(), ", got ", vector->device(), ".");
   TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == length, op, "(): expected `", name,

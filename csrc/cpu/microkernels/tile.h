@@ -35,7 +35,7 @@ struct TileArgs {
   int64_t panel_stride;
   int64_t depth;
 
-  float* partial;      // rows x (vectors * lanes) sums, contiguous, between blocks of the reduction
+  float* partial;  // rows x (vectors * lanes) sums, contiguous, between blocks of the reduction
   int64_t partial_step;
   bool load_partial;   // start from `partial` instead of zero
   bool store_partial;  // leave the sums in `partial`; nothing of what follows is used
@@ -63,8 +63,8 @@ struct KernelTable {
   TileKernel channel_rows[kMaxRows][kMaxVectors];
 };
 
-// Null where the compiler could not build the instruction set. The *_pairs tables multiply pairs of bfloat16 held in one
-// 32-bit lane. The *_emulated tables hold the AVX-512 tiles in AVX2 code, so that every machine can test them.
+// Null where the compiler could not build the instruction set. The *_pairs tables multiply pairs of bfloat16 held in
+// one 32-bit lane. The *_emulated tables hold the AVX-512 tiles in AVX2 code, so that every machine can test them.
 const KernelTable* table_avx2();
 const KernelTable* table_avx512();
 const KernelTable* table_avx512_pairs();
