@@ -59,29 +59,34 @@ struct Place {
   const char* residual;
 };
 
-// The tile's last step for rows that are cut short, and for bfloat16: one element at a time.
-inline void finish_row(const TileArgs& t, const Place& at, const float* sums, int r, bool channel_row) {
-  char* out = at.out + r * t.out_row_stride;
-  const char* residual = at.residual ? at.residual + r * t.out_row_stride : nullptr;
-  for (int j = 0; j < t.valid; ++j) {
-    const int c = channel_row ? r : j;
-    float v = sums[j];
-    if (at.scale) v *= at.scale[c];
-    if (at.shift) v += at.shift[c];
-    if (residual) {
-      v += t.bfloat16 ? from_bfloat16(reinterpret_cast<const uint16_t*>(residual)[j])
-                      : reinterpret_cast<const float*>(residual)[j];
-    }
-    if (t.relu) v = v < 0.f ? 0.f : v;
-    if (t.bfloat16) {
-      reinterpret_cast<uint16_t*>(out)[j] = to_bfloat16(v);
-    } else {
-      reinterpret_cast<float*>(out)[j] = v;
+// The last step of a tile whose sums have left the registers: of rows that are cut short, of bfloat16 results, and of
+// the smaller tiles, where it is one function for all sizes.
+template <int kWidth>
+__attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, const float* sums, int rows,
+                                           bool channel_rows) {
+  for (int r = 0; r < rows; ++r, sums += kWidth) {
+    char* out = at.out + r * t.out_row_stride;
+    const char* residual = at.residual ? at.residual + r * t.out_row_stride : nullptr;
+    for (int j = 0; j < t.valid; ++j) {
+      const int c = channel_rows ? r : j;
+      float v = sums[j];
+      if (at.scale) v *= at.scale[c];
+      if (at.shift) v += at.shift[c];
+      if (residual) {
+        v += t.bfloat16 ? from_bfloat16(reinterpret_cast<const uint16_t*>(residual)[j])
+                        : reinterpret_cast<const float*>(residual)[j];
+      }
+      if (t.relu) v = v < 0.f ? 0.f : v;
+      if (t.bfloat16) {
+        reinterpret_cast<uint16_t*>(out)[j] = to_bfloat16(v);
+      } else {
+        reinterpret_cast<float*>(out)[j] = v;
+      }
     }
   }
 }
 
-template <int kLanes, bool kPairs, int kRows, int kVectors, bool kChannelRows>
+template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kChannelRows>
 inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Place& at) {
   using S = Simd<kLanes, kPairs>;
   using Vec = typename S::Vec;
@@ -154,17 +159,8 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
     }
     return;
   }
-  if (t.valid != kWidth || t.bfloat16) {
-    alignas(64) float sums[kRows][kWidth];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
-    }
-    for (int r = 0; r < kRows; ++r) finish_row(t, at, sums[r], r, kChannelRows);
-    return;
-  }
-  if (!at.scale && !at.shift && !at.residual && !t.relu) {
+  const bool whole = t.valid == kWidth && !t.bfloat16;
+  if (whole && !at.scale && !at.shift && !at.residual && !t.relu) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -174,28 +170,41 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
     }
     return;
   }
+  // Only the largest tile finishes in registers: unrolled for every size this would be most of the code.
+  if constexpr (kRows == kTileRows && kVectors == kMaxVectors) {
+    if (whole) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* out = reinterpret_cast<float*>(at.out + r * t.out_row_stride);
+      for (int r = 0; r < kRows; ++r) {
+        float* out = reinterpret_cast<float*>(at.out + r * t.out_row_stride);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Vec y = acc[r][v];
-      if (at.scale) y *= kChannelRows ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
-      if (at.shift) y += kChannelRows ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
-      if (at.residual) {
-        y += S::load(reinterpret_cast<const float*>(at.residual + r * t.out_row_stride) + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) {
+          Vec y = acc[r][v];
+          if (at.scale) y *= kChannelRows ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
+          if (at.shift) y += kChannelRows ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
+          if (at.residual) {
+            y += S::load(reinterpret_cast<const float*>(at.residual + r * t.out_row_stride) + v * kLanes);
+          }
+          if (t.relu) y = y < Vec{} ? Vec{} : y;
+          S::store(out + v * kLanes, y);
+        }
       }
-      if (t.relu) y = y < Vec{} ? Vec{} : y;
-      S::store(out + v * kLanes, y);
+      return;
     }
   }
+  alignas(64) float sums[kRows][kWidth];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
+  }
+  finish_rows<kWidth>(t, at, &sums[0][0], kRows, kChannelRows);
 }
 
-template <int kLanes, bool kPairs, int kRows, int kVectors, bool kChannelRows>
+template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kChannelRows>
 void tile_kernel(const TileArgs& t) {
   Place at{t.weight, t.source, t.partial, t.scale, t.shift, t.out, t.residual};
   for (int i = t.tiles; i > 0; --i) {
-    one_tile<kLanes, kPairs, kRows, kVectors, kChannelRows>(t, at);
+    one_tile<kLanes, kPairs, kTileRows, kRows, kVectors, kChannelRows>(t, at);
     at.weight += t.weight_step;
     at.source += t.source_step;
     at.partial += t.partial_step;
@@ -208,10 +217,10 @@ void tile_kernel(const TileArgs& t) {
 
 template <int kLanes, bool kPairs, int kTileRows, int kRows>
 constexpr void fill_rows(KernelTable& table) {
-  table.pixel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kRows, 1, false>;
-  table.pixel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kRows, 2, false>;
-  table.channel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kRows, 1, true>;
-  table.channel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kRows, 2, true>;
+  table.pixel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, false>;
+  table.pixel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, false>;
+  table.channel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, true>;
+  table.channel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, true>;
   if constexpr (kRows < kTileRows) fill_rows<kLanes, kPairs, kTileRows, kRows + 1>(table);
 }
 
