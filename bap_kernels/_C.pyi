@@ -6,6 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
+def gathered_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    stride_h: int,
+    stride_w: int,
+    pad_top: int,
+    pad_bottom: int,
+    pad_left: int,
+    pad_right: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    cache_packed: bool,
+    /,
+) -> Tensor: ...
 def set_backend(name: str) -> None: ...
 def get_backend() -> str: ...
 def why_not(backend: str) -> str | None: ...

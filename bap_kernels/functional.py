@@ -7,14 +7,41 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import bap_kernels._load  # noqa: F401  registers the operators
+from bap_kernels._load import _C
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["gathered_conv2d"]
 
-_gathered_conv2d = torch.ops.bap_kernels.gathered_conv2d.default
+_operator = torch.ops.bap_kernels.gathered_conv2d.default
+
+
+def call_gathered_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    stride: Sequence[int],
+    padding: tuple[int, int, int, int],
+    dilation: Sequence[int],
+    groups: int,
+    cache_packed: bool,
+) -> Tensor:
+    """Calls the operator ``bap_kernels::gathered_conv2d`` by the cheapest way that the caller's context allows.
+
+    Tracers and overrides see ``torch.ops``; plain eager code takes a binding of the same dispatcher entry that costs
+    a few microseconds less. Arguments as :func:`gathered_conv2d`, with pairs and four sides settled.
+    """
+    if not (torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, weight)):
+        try:
+            return _C.gathered_conv2d(
+                input, weight, bias, in_index, out_index, *stride, *padding, *dilation, groups, cache_packed
+            )
+        except TypeError:
+            pass  # the operator's own message names the argument
+    return _operator(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed)
 
 
 def _same_padding(size: int, dilation: int) -> tuple[int, int]:
@@ -110,4 +137,4 @@ def gathered_conv2d(
         sides = (padding[0], padding[0], padding[1], padding[1])
     else:
         sides = four_sided("gathered_conv2d", padding, weight.shape[2:], strides, dilations)
-    return _gathered_conv2d(input, weight, bias, in_index, out_index, strides, sides, dilations, groups, False)
+    return call_gathered_conv2d(input, weight, bias, in_index, out_index, strides, sides, dilations, groups, False)

@@ -1,6 +1,8 @@
 // Python module bap_kernels._C: importing it registers the ops; it also holds build facts, settings and tables.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/choice.h"
@@ -13,6 +15,23 @@ namespace py = pybind11;
 
 namespace bap_kernels {
 namespace {
+
+// The op by a direct call of the dispatcher: every key and mode below Python sees it, and converting plain integers is
+// cheaper than the generic conversion of torch.ops, which costs more than a small convolution.
+at::Tensor call_gathered_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
+                                int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
+                                int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                                bool cache_packed) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
+                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                         const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef,
+                                         c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt, bool)>();
+  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
+  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
+  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
+}
 
 py::dict choice_dict(const Choice& choice) {
   py::dict times;
@@ -97,6 +116,7 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
+  m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(call_gathered_conv2d));
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def(

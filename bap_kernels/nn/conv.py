@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import four_sided
+from bap_kernels.functional import call_gathered_conv2d, four_sided
 
 __all__ = ["GatheredConv2d", "MaskedConv2d", "why_not"]
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
-_gathered_conv2d = torch.ops.bap_kernels.gathered_conv2d.default
 
 
 def _why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
@@ -202,7 +201,7 @@ class GatheredConv2d(nn.Conv2d):
             sides = four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
         else:
             sides = (padding[0], padding[0], padding[1], padding[1])
-        return _gathered_conv2d(
+        return call_gathered_conv2d(
             input,
             self.weight,
             self.bias,

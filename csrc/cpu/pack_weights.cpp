@@ -12,10 +12,7 @@
 namespace bap_kernels {
 namespace {
 
-struct Panels {
-  bool channel_rows;
-  int64_t width, count;  // full panels' lanes or rows; number of panels
-};
+constexpr int64_t kFloatsPerThread = 32 * 1024;
 
 int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
   if (channel_rows) return std::min<int64_t>(n.tiles->rows, n.kept_out - panel * n.tiles->rows);
@@ -56,7 +53,9 @@ at::Tensor pack(const ConvCall& c, const NativeCall& n, bool channel_rows) {
   const int64_t floats = ((panels - 1) * full + panel_width(n, channel_rows, panels - 1)) * n.depth;
   at::Tensor packed = at::zeros({floats}, c.weight.options().dtype(at::kFloat));
   float* dst = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  // Small weights are packed sooner than a second thread wakes.
+  const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * n.depth));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if (n.bfloat16) {
         pack_panel<c10::BFloat16>(c, n, channel_rows, p, dst + p * full * n.depth);
