@@ -37,7 +37,7 @@ bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write 
 test: setup ## Set up and run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2 or none
+test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
 	BAP_KERNELS_ISA=$(ISA) $(BIN)/python -m pytest -q $(OP_TESTS) $(ARGS)
 
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development

@@ -12,17 +12,9 @@ def gathered_conv2d(
     bias: Tensor | None,
     in_index: Tensor | None,
     out_index: Tensor | None,
-    stride_h: int,
-    stride_w: int,
-    pad_top: int,
-    pad_bottom: int,
-    pad_left: int,
-    pad_right: int,
-    dilation_h: int,
-    dilation_w: int,
-    groups: int,
-    cache_packed: bool,
     /,
+    # stride (2), padding (4), dilation (2), groups, cache_packed
+    *geometry: int,
 ) -> Tensor: ...
 def set_backend(name: str) -> None: ...
 def get_backend() -> str: ...
