@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import bap_kernels
 from bap_kernels import _C
 from bap_kernels.testing import LAYOUTS, LISTS, Case, check_forward, lay_out, make_tensors, random_case, run
 
@@ -89,3 +91,35 @@ def test_result_follows_the_order_of_the_out_list(case: Case, data: st.DataObjec
     order = data.draw(st.permutations(range(case.out_channels)))
     sample.out_index = torch.tensor(order, dtype=torch.int32)
     torch.testing.assert_close(run(sample, backend), before[:, order], rtol=1e-2, atol=1e-2)
+
+
+def test_function_equals_the_op() -> None:
+    for seed in range(7000, 7080):
+        case = random_case(random.Random(seed))
+        sides = case.padding[::2]
+        case = case.but(padding=(sides[0], sides[0], sides[1], sides[1]))
+        if min(make_tensors(case).output_shape[2:]) < 1:
+            continue
+        sample = make_tensors(case)
+        leaves = [t.requires_grad_() for t in sample.args[:3] if t is not None]
+        expected = run(sample, "aten")
+        with bap_kernels.use_backend("aten"):
+            actual = bap_kernels.gathered_conv2d(*sample.args[:6], sides, *sample.args[7:])
+        assert torch.equal(actual, expected), (seed, case)
+        grad = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, leaves, grad)
+        for got, want in zip(torch.autograd.grad(actual, leaves, grad), wanted, strict=True):
+            assert torch.equal(got, want), (seed, case)
+
+
+def test_function_is_seen_by_modes() -> None:
+    sample = make_tensors(Case())
+    args = (*sample.args[:6], 1, *sample.args[7:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bap_kernels.gathered_conv2d(*args).dtype == torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = bap_kernels.gathered_conv2d(*args)
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == sample.output_shape
+    meta = bap_kernels.gathered_conv2d(*sample.to("meta").args[:6], 1)
+    assert (meta.device.type, meta.shape) == ("meta", sample.output_shape)
