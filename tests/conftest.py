@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Iterator
 
 # Set before bap_kernels is imported: measured choices of another run must not decide what this one tests.
-os.environ["BAP_KERNELS_CACHE_DIR"] = tempfile.mkdtemp(prefix="bap_kernels_test_")
+_CACHE = tempfile.TemporaryDirectory(prefix="bap_kernels_test_")
+os.environ["BAP_KERNELS_CACHE_DIR"] = _CACHE.name
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_configure() -> None:
