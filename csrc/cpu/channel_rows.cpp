@@ -9,11 +9,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/microkernels/copy.h"
 #include "cpu/native_call.h"
 
 namespace bap_kernels {
 namespace {
 
+using micro::Copy;
 using micro::TileArgs;
 
 constexpr int kPanelSlot = 0, kPartialSlot = 1;
@@ -23,24 +25,7 @@ constexpr int64_t kPrefetchDistance = 4;  // channels
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 64;
 
-// Copies `count` floats without reading or writing past either end; short counts are the usual ones here.
-inline void copy_floats(float* dst, const float* src, int64_t count) {
-  if (count >= 4) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) std::memcpy(dst + i, src + i, 32);
-    if (i + 4 <= count) std::memcpy(dst + i, src + i, 16), i += 4;
-    if (i < count) std::memcpy(dst + count - 4, src + count - 4, 16);  // overlaps what is already there
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) dst[i] = src[i];
-}
-
-// How to fill one row of the panel for a tap: the same for every channel, so it is worked out once for a block.
-struct Copy {
-  int64_t place, count;  // in the row; zeros where source < 0
-  int64_t source;        // elements from the channel's plane in the first image
-};
-
+// Fills the rows of a block's panel. How to fill a row is the same for every channel, so it is worked out once.
 class PanelPacker {
  public:
   PanelPacker(const NativeCall& n, int64_t begin, int64_t end) : n_(n), pixels_(end - begin) {
@@ -61,11 +46,7 @@ class PanelPacker {
     for (int64_t unit = first; unit < last; ++unit) {
       if (unit + kPrefetchDistance < last) prefetch(unit + kPrefetchDistance, 0);
       for (int64_t tap = 0; tap < n_.taps; ++tap, panel += row) {
-        if (n_.bfloat16) {
-          pack_row<c10::BFloat16>(unit, tap, panel);
-        } else {
-          pack_row<float>(unit, tap, panel);
-        }
+        pack_row(unit, tap, panel);
         std::fill(panel + pixels_, panel + padded, 0.f);
       }
     }
@@ -102,21 +83,27 @@ class PanelPacker {
     if (length > high) copies_.push_back({place + high, length - high, -1});
   }
 
-  template <class scalar_t>
   void pack_row(int64_t unit, int64_t tap, float* row) const {
-    const auto* x = reinterpret_cast<const scalar_t*>(n_.x);
-    const int64_t step = n_.stride_w * n_.x_stride_w;
-    const bool plain = std::is_same_v<scalar_t, float> && step == 1 && !n_.has_prologue;
-    const int64_t plane = n_.channel(n_.pairs ? 0 : unit) * n_.x_stride_c;
-    for (int64_t i = first_copy_[tap]; i < first_copy_[tap + 1]; ++i) {
-      const Copy& copy = copies_[i];
-      float* dst = row + copy.place;
-      if (copy.source < 0) {
-        for (int64_t p = 0; p < copy.count; ++p) dst[p] = 0.f;
-      } else if (plain) {
-        copy_floats(dst, reinterpret_cast<const float*>(x) + plane + copy.source, copy.count);
+    const Copy* copies = copies_.data() + first_copy_[tap];
+    const int64_t count = first_copy_[tap + 1] - first_copy_[tap], step = n_.stride_w * n_.x_stride_w;
+    if (n_.bfloat16) {
+      convert_runs(copies, count, reinterpret_cast<const c10::BFloat16*>(n_.x), unit, step, row);
+    } else if (n_.has_prologue) {
+      convert_runs(copies, count, reinterpret_cast<const float*>(n_.x), unit, step, row);
+    } else {
+      const float* plane = reinterpret_cast<const float*>(n_.x) + n_.channel(unit) * n_.x_stride_c;
+      micro::copy_runs_avx2(copies, count, plane, step, row);
+    }
+  }
+
+  template <class scalar_t>
+  void convert_runs(const Copy* copies, int64_t count, const scalar_t* x, int64_t unit, int64_t step,
+                    float* row) const {
+    for (const Copy* copy = copies; copy != copies + count; ++copy) {
+      if (copy->source < 0) {
+        std::fill(row + copy->place, row + copy->place + copy->count, 0.f);
       } else {
-        convert_run(x + copy.source, unit, copy.count, step, dst);
+        convert_run(x + copy->source, unit, copy->count, step, row + copy->place);
       }
     }
   }
