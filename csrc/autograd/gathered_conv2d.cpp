@@ -116,9 +116,35 @@ Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at
   return {grads[0], grads[1], grads[2]};
 }
 
+using FusedSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
+                               const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
+                               const OptionalTensor&, const OptionalTensor&, bool, bool);
+
+at::Tensor fused_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
+                          SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                          const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                          const OptionalTensor& out_scale, const OptionalTensor& out_shift,
+                          const OptionalTensor& residual, bool out_relu, bool cache_packed) {
+  bool tracked = input.requires_grad() || weight.requires_grad();
+  for (const OptionalTensor* t : {&bias, &in_scale, &in_shift, &out_scale, &out_shift, &residual}) {
+    tracked = tracked || (has_value(*t) && (*t)->requires_grad());
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(!(tracked && c10::GradMode::is_enabled()),
+                              "_gathered_conv2d_fused(): expected tensors that need no gradient, got one with "
+                              "requires_grad=True. Hint: it serves inference; call it under torch.no_grad().");
+  at::AutoDispatchBelowADInplaceOrView below;
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused", "").typed<FusedSchema>();
+  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, std::move(groups), in_scale,
+                 in_shift, in_relu, out_scale, out_shift, residual, out_relu, cache_packed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
+  m.impl("_gathered_conv2d_fused", fused_autograd);
   m.impl("gathered_conv2d", gathered_conv2d_autograd);
   m.impl("gathered_conv2d_backward", gathered_conv2d_backward_autograd);
 }

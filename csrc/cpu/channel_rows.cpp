@@ -171,7 +171,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   const int64_t tiles = (padded + width - 1) / width;
   // Odd multiples of a tile: a power of two between the panel's rows would leave them few sets of the L1 cache.
   const int64_t row = (tiles % 2 ? tiles : tiles + 1) * width;
-  const int64_t units_per_block = std::max<int64_t>(1, kReductionBlock / n.taps);
+  const int64_t units_per_block = reduction_block(n.depth, n.taps) / n.taps;
   const bool blocked = n.units > units_per_block;
   float* panel = thread_scratch(kPanelSlot, std::min(units_per_block, n.units) * n.taps * row);
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;

@@ -1,6 +1,7 @@
 // A call prepared for the native kernels: geometry in element strides, listed channels, folded epilogue.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -9,8 +10,16 @@
 
 namespace bap_kernels {
 
-// Steps of the reduction that one pass over the weights covers: a weight panel of this depth stays in the L1 cache.
-constexpr int64_t kReductionBlock = 256;
+// Most steps of the reduction in one pass over the weights: a weight panel of this depth stays in the L1 cache.
+constexpr int64_t kReductionBlock = 320;
+
+// Steps of each pass when `depth` steps, `grain` at a time, are shared out evenly: a short last pass would cost as much
+// around its loops as in them.
+inline int64_t reduction_block(int64_t depth, int64_t grain) {
+  const int64_t passes = std::max<int64_t>(1, (depth + kReductionBlock - 1) / kReductionBlock);
+  const int64_t grains = (depth + grain - 1) / grain;
+  return (grains + passes - 1) / passes * grain;
+}
 
 struct NativeCall {
   const micro::KernelTable* tiles;

@@ -25,7 +25,7 @@ constexpr int64_t kWeightsNear = 192 * 1024;
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 16;
 
-// The reduction cut into blocks of at most kReductionBlock steps, each a run of segments.
+// The reduction cut into blocks of about equal length, each a run of segments.
 struct Reduction {
   struct Block {
     int64_t first_segment, segments, first_step;
@@ -34,12 +34,13 @@ struct Reduction {
   std::vector<Block> blocks;
 
   explicit Reduction(const PixelAccess& access) {
+    const int64_t most = reduction_block(access.runs * access.steps, 1);
     int64_t step = 0, room = 0;
     for (int64_t run = 0; run < access.runs; ++run) {
       for (int64_t begin = 0; begin < access.steps;) {
         if (room == 0) {
           blocks.push_back({static_cast<int64_t>(segments.size()), 0, step});
-          room = kReductionBlock;
+          room = most;
         }
         const int64_t count = std::min(room, access.steps - begin);
         segments.push_back({static_cast<int32_t>(run), static_cast<int32_t>(begin), static_cast<int32_t>(count)});

@@ -379,3 +379,11 @@ def test_study_says_that_the_package_is_missing(
 def test_study_names_unknown_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["--out", str(tmp_path), "--peers", "dense,fastest"]) == 1
     assert "fastest" in capsys.readouterr().out
+
+
+def test_a_loss_of_auto_is_one_beyond_noise() -> None:
+    from benches.measure import seems_to_lose
+
+    assert seems_to_lose({"auto": [1.2, 1.2], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
+    assert not seems_to_lose({"auto": [1.04, 1.04], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
+    assert not seems_to_lose({"native": [3.0], "dense": [1.0]})
