@@ -131,7 +131,7 @@ def test_packed_weights_are_shared_between_transforms() -> None:
 def test_the_fused_op_refuses_what_needs_a_gradient() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 1, 1, requires_grad=True)
     args = (None, None, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, None, None, False, None, None, None, True)
-    with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused\(\): expected tensors that need no gradient"):
+    with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused\(\): expected tensors that need"):
         torch.ops.bap_kernels._gathered_conv2d_fused(x, w, *args)
     with torch.no_grad():
         y = torch.ops.bap_kernels._gathered_conv2d_fused(x, w, *args)
