@@ -67,7 +67,8 @@ class Bench:
         """
         peer.enter()
         result = torch.as_tensor(peer.run(peer.inputs[0]))
-        if name in ours.BACKENDS or peer.same_layout:
+        # A compact tensor of one channel is in both memory formats, and PyTorch answers in the other one.
+        if name in ours.BACKENDS or (peer.same_layout and problem.cell.K_in > 1):
             gate.check_layout(name, result, problem.cell.layout)
         if name == "dense":
             return self._dense_error(result, peer, problem)
