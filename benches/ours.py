@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benches.peers import Peer
-from benches.problem import Problem
+from benches.problem import Problem, normal_tensors
 
 BACKENDS = ("native", "auto", "aten", "triton", "cuda")
 DEFAULT_BACKENDS = {"cpu": ("native", "auto", "aten"), "cuda": ("auto", "cuda", "triton", "aten")}
@@ -71,7 +71,10 @@ def prepare(backend: str, problem: Problem) -> Peer:
     use_backend = package().use_backend
     op = torch.ops.bap_kernels.gathered_conv2d.default
     stride, padding = problem.conv_args
-    weight, in_index, out_index = problem.weight, problem.in_index, problem.out_index
+    in_index, out_index = problem.in_index, problem.out_index
+    with normal_tensors():
+        # Its own: packed weights that another backend has just read would be found in the cache.
+        weight = problem.weight.clone()
     strides, paddings, dilations = [stride] * 2, [padding] * 4, [1, 1]
     peer = Peer(
         lambda x: op(x, weight, None, in_index, out_index, strides, paddings, dilations, 1, True),

@@ -85,7 +85,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 50,
 ) -> dict[str, list[float]]:
-    """Time in rounds A B C, A B C, ... so that a disturbance falls on all alike.
+    """Time in rounds A B C, B C A, ... so that a disturbance falls on all alike, and none always follows the same one.
 
     Each call takes the next input of its pool, so that no peer finds in the cache the input that another has just read.
 
@@ -103,8 +103,11 @@ def interleave(
     start = time.perf_counter()
     # By pool, not by peer: peers that share a pool go through it together.
     taken: dict[int, int] = {}
+    names = list(timed)
     for done in range(1, max_rounds + 1):
-        for name, entry in timed.items():
+        first = (done - 1) % len(names)
+        for name in names[first:] + names[:first]:
+            entry = timed[name]
             position = taken.get(id(entry.inputs), 0)
             taken[id(entry.inputs)] = position + 1
             entry.enter()

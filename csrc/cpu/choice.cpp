@@ -22,8 +22,8 @@ namespace {
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
 constexpr const char* kFileHead = "bap_kernels choices v1";
 // A backend must win by this much to be preferred to one before it: less is noise.
-constexpr double kMargin = 0.97;
-constexpr int kMinRounds = 3, kMaxRounds = 15;
+constexpr double kMargin = 0.95;
+constexpr int kMinRounds = 5, kMaxRounds = 15;
 constexpr double kSecondsPerCase = 0.06;
 
 double seconds_of(c10::function_ref<void(Route)> run, Route route) {
