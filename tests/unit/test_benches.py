@@ -270,7 +270,7 @@ def test_rounds_interleave_and_rotate() -> None:
         return timers.Timed(lambda x: order.append((name, int(x))), pool)
 
     found = timers.interleave({"a": entry("a"), "b": entry("b")}, timers.CpuClock(), 0.0, min_rounds=3)
-    assert order == [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4), ("b", 0)]
+    assert order == [("a", 0), ("b", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 0)]
     assert {name: len(samples) for name, samples in found.items()} == {"a": 3, "b": 3}
 
 
