@@ -17,7 +17,6 @@ __all__ = ["GatheredConv2d", "MaskedConv2d", "why_not"]
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
 
-
 def _why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
     if groups == 1 or groups == in_channels == out_channels:
         return None
