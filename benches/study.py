@@ -29,7 +29,7 @@ from benches.peers import PEERS
 from benches.rows import Journal, Row
 from benches.summary import BUSY, OVERHEAD, unsteadiness
 
-BUDGET_SECONDS = 140.0
+BUDGET_SECONDS = 110.0
 # Kept free for plots and files.
 REPORT_SECONDS = 9.0
 # Share of the budget that whole networks get.
