@@ -1,5 +1,4 @@
 // The gathered convolution on CPUs: checks, then the backend that the user named or that measured fastest.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
@@ -44,9 +43,7 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
                                 ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
     return native_gathered_conv2d(c);
   }
-  at::Tensor result;
-  const Route route = ChoiceTable::instance().choose(c, [&](Route r) { result = run_route(c, r); });
-  return run_route(c, route);
+  return run_route(c, ChoiceTable::instance().choose(c, [&](Route r) { run_route(c, r); }));
 }
 
 namespace {
