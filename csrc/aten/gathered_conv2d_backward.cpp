@@ -7,7 +7,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "ops/conv_call.h"
+#include "aten/gathered_conv2d_backward.h"
 
 namespace bap_kernels {
 namespace {
@@ -23,16 +23,13 @@ at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_t dim, 
   return like.strides() == part.strides() ? part : like.copy_(part);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& in_index,
-    const OptionalTensor& out_index, c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
-    int64_t groups, std::array<bool, 3> mask) {
-  const char* op = "gathered_conv2d_backward";
-  const auto s =
-      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
-  check_grad_output<int64_t>(op, grad_output, s, input);
-  check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
+}  // namespace
 
+GradientTriple aten_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& weight, const OptionalTensor& in_index,
+                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
+                                             c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                                             const ConvShape<int64_t>& s, std::array<bool, 3> mask) {
   const auto none = [&] { return at::empty({0}, input.options()); };
   at::Tensor grad_input = none(), grad_weight = none(), grad_bias = none();
   if (s.batch == 0 || s.kept_in == 0 || s.kept_out == 0) {
@@ -63,16 +60,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gathered_conv2d_backward(
       }
     }
   }
-  if (mask[2]) {
-    const at::Tensor db = grad_output.sum({0, 2, 3});
-    grad_bias = spread(db, at::empty({s.channels_out}, db.options()), 0, out_index);
-  }
+  if (mask[2]) grad_bias = listed_bias_gradient(grad_output, out_index, s);
   return {grad_input, grad_weight, grad_bias};
+}
+
+at::Tensor listed_bias_gradient(const at::Tensor& grad_output, const OptionalTensor& out_index,
+                                const ConvShape<int64_t>& s) {
+  const at::Tensor db = grad_output.sum({0, 2, 3});
+  return spread(db, at::empty({s.channels_out}, db.options()), 0, out_index);
+}
+
+namespace {
+
+GradientTriple gathered_conv2d_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& weight, const OptionalTensor& in_index,
+                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
+                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
+                                             std::array<bool, 3> mask) {
+  const char* op = "gathered_conv2d_backward";
+  const auto s =
+      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
+  check_grad_output<int64_t>(op, grad_output, s, input);
+  return aten_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, s,
+                                       mask);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward); }
-TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward); }
+TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward_cuda); }
 
 }  // namespace bap_kernels

@@ -149,7 +149,7 @@ class PanelPacker {
 // Moves `count` pixels, numbered through the batch from `pixel`, between a tile's row and one channel's planes.
 void move_pixels(const NativeCall& n, char* planes, int64_t channel, int64_t pixel, int64_t count, char* row,
                  bool out) {
-  const int64_t area = n.out_h * n.out_w, size = n.element_size();
+  const int64_t area = n.out_h * n.out_w, size = n.out_size();
   for (int64_t done = 0; done < count;) {
     const int64_t at = pixel + done, length = std::min(count - done, area - at % area);
     char* plane = planes + ((at / area * n.kept_out + channel) * area + at % area) * size;
@@ -166,7 +166,7 @@ void move_pixels(const NativeCall& n, char* planes, int64_t channel, int64_t pix
 void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t end, int64_t first_panel,
               int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
-  const int64_t area = n.out_h * n.out_w, size = n.element_size();
+  const int64_t area = n.out_h * n.out_w, size = n.out_size();
   const int64_t padded = (end - begin + lanes - 1) / lanes * lanes;
   const int64_t tiles = (padded + width - 1) / width;
   // Odd multiples of a tile: a power of two between the panel's rows would leave them few sets of the L1 cache.
@@ -176,7 +176,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   float* panel = thread_scratch(kPanelSlot, std::min(units_per_block, n.units) * n.taps * row);
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const PanelPacker packer(n, begin, end);
-  const int64_t lines_per_unit = (end - begin) * n.stride_w * size / 64 + 1;
+  const int64_t lines_per_unit = (end - begin) * n.stride_w * n.element_size() / 64 + 1;
 
   const int64_t full_panels = std::min(last_panel, n.kept_out / rows) - first_panel;
   constexpr int64_t kStraddleRow = 64 * micro::kMaxVectors;
@@ -189,7 +189,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   t.channel_step = rows;
   t.out_step = rows * area * size;
   t.relu = n.out_relu;
-  t.bfloat16 = n.bfloat16;
+  t.bfloat16 = n.out_bfloat16;
   for (int64_t unit = 0; unit < n.units; unit += units_per_block) {
     const int64_t last_unit = std::min(n.units, unit + units_per_block);
     packer.pack(unit, last_unit, padded, row, panel);

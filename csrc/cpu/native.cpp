@@ -74,7 +74,7 @@ std::string native_why_not(const ConvCall& c) {
 NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   NativeCall n{};
   const auto& s = c.shape;
-  n.bfloat16 = c.input.scalar_type() == at::kBFloat16;
+  n.bfloat16 = n.out_bfloat16 = c.input.scalar_type() == at::kBFloat16;
   n.pairs = n.bfloat16 && isa_has_bfloat16_pairs();
   n.tiles = isa_tiles(n.pairs);
   n.units = n.pairs ? (s.kept_in + 1) / 2 : s.kept_in;
@@ -102,6 +102,11 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   n.channels_in = s.channels_in;
   n.in_index = list_data(n, c.in_index);
   n.out_index = list_data(n, c.out_index);
+  n.w = static_cast<const char*>(c.weight.const_data_ptr());
+  n.w_stride_out = c.weight.stride(0);
+  n.w_stride_in = c.weight.stride(1);
+  n.w_stride_h = c.weight.stride(2);
+  n.w_stride_w = c.weight.stride(3);
   const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.out_h == n.height && n.out_w == n.width;
   if (pointwise && n.x_stride_h == n.width * n.x_stride_w) {
     n.width = n.out_w = n.height * n.width;
@@ -160,7 +165,7 @@ at::Tensor native_gathered_conv2d(const ConvCall& c) {
   const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
   const at::Tensor weight =
       PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
-                                  [&] { return last ? pack_weight_pixel_rows(c, n) : pack_weight_channel_rows(c, n); });
+                                  [&] { return last ? pack_weight_pixel_rows(n) : pack_weight_channel_rows(n); });
   if (last) {
     run_pixel_rows(n, weight.const_data_ptr<float>());
   } else {

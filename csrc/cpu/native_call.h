@@ -23,7 +23,8 @@ inline int64_t reduction_block(int64_t depth, int64_t grain) {
 
 struct NativeCall {
   const micro::KernelTable* tiles;
-  bool bfloat16;        // element type of input, weight, residual and result; else float
+  bool bfloat16;        // element type of input and weight; else float
+  bool out_bfloat16;    // element type of result and residual; else float
   bool pairs;           // two channels in each 32-bit lane, multiplied by the *_pairs tiles
   int64_t units;        // listed input channels in lanes: kept_in, or half of it rounded up
   int64_t taps, depth;  // depth = units * taps
@@ -35,6 +36,12 @@ struct NativeCall {
   int64_t batch, out_h, out_w, kept_in, kept_out, channels_in;
   const int32_t* in_index;   // null: all
   const int32_t* out_index;  // null: all
+
+  // Weight: strides in elements, those of the taps may be negative. Its slices are named by in_index unless the list
+  // below says otherwise.
+  const char* w;
+  int64_t w_stride_out, w_stride_in, w_stride_h, w_stride_w;
+  const int32_t* w_in_index;
 
   // Prologue on listed channels; null where absent.
   const float* in_scale;
@@ -53,8 +60,10 @@ struct NativeCall {
   std::vector<at::Tensor> keep_alive;
 
   int64_t element_size() const { return bfloat16 ? 2 : 4; }
+  int64_t out_size() const { return out_bfloat16 ? 2 : 4; }
   int64_t pixels() const { return batch * out_h * out_w; }
   int64_t channel(int64_t i) const { return in_index ? in_index[i] : i; }
+  int64_t slice(int64_t i) const { return w_in_index ? w_in_index[i] : channel(i); }
   const char* pixel(int64_t n, int64_t ih, int64_t iw) const {
     return x + (n * x_stride_n + ih * x_stride_h + iw * x_stride_w) * element_size();
   }
@@ -64,8 +73,8 @@ struct NativeCall {
 NativeCall prepare_native(const ConvCall& call, at::Tensor& result);
 
 // Packed weights, [panel][reduction step][lane or row] in 32-bit lanes; see pack_weights.cpp for the two orders.
-at::Tensor pack_weight_pixel_rows(const ConvCall& call, const NativeCall& native);
-at::Tensor pack_weight_channel_rows(const ConvCall& call, const NativeCall& native);
+at::Tensor pack_weight_pixel_rows(const NativeCall& native);
+at::Tensor pack_weight_channel_rows(const NativeCall& native);
 
 // The two drivers: channels_last results, and contiguous results.
 void run_pixel_rows(const NativeCall& native, const float* weight);

@@ -12,6 +12,7 @@
 namespace bap_kernels {
 namespace {
 
+constexpr int64_t kMostLanes = 16;  // of any instruction set
 constexpr int64_t kFloatsPerThread = 32 * 1024;
 
 int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
@@ -20,47 +21,48 @@ int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
   return n.kept_out - panel * full <= n.tiles->lanes ? n.tiles->lanes : full;
 }
 
+// One unit after the other, all lanes of it: the filters' places in memory advance side by side, so each cache line is
+// read once and written once.
 template <class scalar_t>
-void pack_panel(const ConvCall& c, const NativeCall& n, bool channel_rows, int64_t panel, float* dst) {
+void pack_panel(const NativeCall& n, bool channel_rows, int64_t panel, float* dst) {
   const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t width = panel_width(n, channel_rows, panel);
   const int64_t first = panel * full;
   const int64_t filters = std::min(full, n.kept_out - first);
-  const auto* w = c.weight.const_data_ptr<scalar_t>();
-  const auto strides = c.weight.strides();
+  const auto* w = reinterpret_cast<const scalar_t*>(n.w);
   const int64_t unit_step = channel_rows ? n.taps : 1, tap_step = channel_rows ? 1 : n.units;
-  for (int64_t j = 0; j < filters; ++j) {
-    const auto* filter = w + (n.out_index ? n.out_index[first + j] : first + j) * strides[0];
-    for (int64_t i = 0; i < n.kept_in; ++i) {
-      const auto* slice = filter + n.channel(i) * strides[1];
-      const int64_t unit = n.pairs ? i / 2 : i;
-      for (int64_t t = 0; t < n.taps; ++t) {
-        const scalar_t value = slice[t / n.kernel_w * strides[2] + t % n.kernel_w * strides[3]];
-        const int64_t at = (unit * unit_step + t * tap_step) * width + j;
-        if (n.pairs) {
-          reinterpret_cast<c10::BFloat16*>(dst)[2 * at + i % 2] = value;
-        } else {
-          dst[at] = static_cast<float>(value);
-        }
+  int64_t filter[micro::kMaxVectors * kMostLanes];
+  for (int64_t j = 0; j < filters; ++j) filter[j] = (n.out_index ? n.out_index[first + j] : first + j) * n.w_stride_out;
+  for (int64_t i = 0; i < n.kept_in; ++i) {
+    const int64_t unit = n.pairs ? i / 2 : i;
+    for (int64_t t = 0; t < n.taps; ++t) {
+      const scalar_t* source =
+          w + n.slice(i) * n.w_stride_in + t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
+      float* lanes = dst + (unit * unit_step + t * tap_step) * width;
+      if (n.pairs) {
+        auto* halves = reinterpret_cast<c10::BFloat16*>(lanes) + i % 2;
+        for (int64_t j = 0; j < filters; ++j) halves[2 * j] = source[filter[j]];
+      } else {
+        for (int64_t j = 0; j < filters; ++j) lanes[j] = static_cast<float>(source[filter[j]]);
       }
     }
   }
 }
 
-at::Tensor pack(const ConvCall& c, const NativeCall& n, bool channel_rows) {
+at::Tensor pack(const NativeCall& n, bool channel_rows) {
   const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t panels = (n.kept_out + full - 1) / full;
   const int64_t floats = ((panels - 1) * full + panel_width(n, channel_rows, panels - 1)) * n.depth;
-  at::Tensor packed = at::zeros({floats}, c.weight.options().dtype(at::kFloat));
+  at::Tensor packed = at::zeros({floats}, at::TensorOptions().dtype(at::kFloat));
   float* dst = packed.mutable_data_ptr<float>();
   // Small weights are packed sooner than a second thread wakes.
   const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * n.depth));
   at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if (n.bfloat16) {
-        pack_panel<c10::BFloat16>(c, n, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<c10::BFloat16>(n, channel_rows, p, dst + p * full * n.depth);
       } else {
-        pack_panel<float>(c, n, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<float>(n, channel_rows, p, dst + p * full * n.depth);
       }
     }
   });
@@ -69,7 +71,7 @@ at::Tensor pack(const ConvCall& c, const NativeCall& n, bool channel_rows) {
 
 }  // namespace
 
-at::Tensor pack_weight_pixel_rows(const ConvCall& c, const NativeCall& n) { return pack(c, n, false); }
-at::Tensor pack_weight_channel_rows(const ConvCall& c, const NativeCall& n) { return pack(c, n, true); }
+at::Tensor pack_weight_pixel_rows(const NativeCall& n) { return pack(n, false); }
+at::Tensor pack_weight_channel_rows(const NativeCall& n) { return pack(n, true); }
 
 }  // namespace bap_kernels

@@ -63,7 +63,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   source.pointers(begin, end, rows, table);
   const bool blocked = reduction.blocks.size() > 1;
   float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
-  const int64_t row_bytes = n.kept_out * n.element_size();
+  const int64_t row_bytes = n.kept_out * n.out_size();
   const int64_t full_tiles = (end - begin) / rows, last_rows = (end - begin) % rows;
 
   TileArgs t{};
@@ -71,7 +71,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   t.out_row_stride = row_bytes;
   t.offsets = source.offsets();
   t.relu = n.out_relu;
-  t.bfloat16 = n.bfloat16;
+  t.bfloat16 = n.out_bfloat16;
   for (size_t b = 0; b < reduction.blocks.size(); ++b) {
     const auto& block = reduction.blocks[b];
     t.segments = reduction.segments.data() + block.first_segment;
@@ -89,14 +89,14 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
       t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
       t.source = table + tile * access.runs * rows;
       t.partial = partial + (tile * panels + panel - first_panel) * rows * width;
-      const int64_t place = (begin + tile * rows) * row_bytes + channel * n.element_size();
+      const int64_t place = (begin + tile * rows) * row_bytes + channel * n.out_size();
       t.out = n.y + place;
       t.residual = n.residual ? n.residual + place : nullptr;
       t.weight_step = along_panels ? width * n.depth : 0;
       t.source_step = along_panels ? 0 : access.runs * rows;
       t.partial_step = (along_panels ? 1 : panels) * rows * width;
       t.channel_step = along_panels ? width : 0;
-      t.out_step = along_panels ? width * n.element_size() : rows * row_bytes;
+      t.out_step = along_panels ? width * n.out_size() : rows * row_bytes;
       n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
     };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;

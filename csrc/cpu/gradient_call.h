@@ -1,0 +1,60 @@
+// One checked backward call, prepared for the native kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ops/gathered_conv2d.h"
+
+namespace bap_kernels {
+
+struct GradientCall {
+  const at::Tensor& grad_output;  // (N, K_out, oH, oW), one channel for each listed filter
+  const at::Tensor& input;
+  const at::Tensor& weight;
+  c10::IntArrayRef stride, padding, dilation;
+  ConvShape<int64_t> shape;
+  const int32_t* in_index = nullptr;   // null: all
+  const int32_t* out_index = nullptr;  // null: all
+
+  // Channels of grad_output that hold anything but zeros, and the filters that they belong to. Empty `live` with
+  // all_live set: every one.
+  bool all_live = true;
+  std::vector<int32_t> live, live_filters;
+
+  int64_t taps() const { return shape.kernel_h * shape.kernel_w; }
+  int64_t live_count() const { return all_live ? shape.kept_out : static_cast<int64_t>(live.size()); }
+  // Place in grad_output, and filter, of the j-th live channel.
+  int64_t live_channel(int64_t j) const { return all_live ? j : live[j]; }
+  int64_t live_filter(int64_t j) const {
+    if (!all_live) return live_filters[j];
+    return out_index ? out_index[j] : j;
+  }
+  bool bfloat16() const { return input.scalar_type() == at::kBFloat16; }
+};
+
+// Empty if the native backward can run the call, else the reason why not.
+std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& shape);
+
+// Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. A
+// channel is left as soon as something else is found in it, so only the zeros are read to their end.
+void find_live_channels(GradientCall& call);
+
+// Which input channels' gradients are wanted, and what becomes of them.
+struct InputGradient {
+  const int32_t* channels;  // those computed; null: all
+  int64_t count;
+  const uint32_t* keep;  // for each of them all bits set, or none where the result shall hold zeros; null: all kept
+  bool store;            // whether the gradient itself is wanted
+  bool dots;             // whether <x_c, dx_c> of the computed channels is wanted
+
+  at::Tensor grad_input;    // out: full size, zeros in channels that are not computed or not kept
+  std::vector<double> dot;  // out
+};
+
+void run_input_gradient(const GradientCall& call, InputGradient& wish);
+
+// (C_out, C_in, kH, kW), zeros outside the listed slices.
+at::Tensor native_weight_gradient(const GradientCall& call);
+
+}  // namespace bap_kernels
