@@ -41,6 +41,13 @@ struct Shape {
   int64_t group_channel(int64_t g, int64_t kept_in) const { return g * kept_in / groups; }
 };
 
+// The largest that is not above `most`, or 1. Tasks of such a number are shared out evenly by most numbers of threads.
+int64_t power_of_two(int64_t most) {
+  int64_t p = 1;
+  while (2 * p <= most) p *= 2;
+  return p;
+}
+
 Shape make_shape(const GradientCall& c) {
   Shape s{};
   const auto& geometry = c.shape;
@@ -60,9 +67,9 @@ Shape make_shape(const GradientCall& c) {
                         geometry.width * c.input.stride(3);
   s.in_place = !padded && !c.bfloat16() && reach < std::numeric_limits<int32_t>::max();
   const int64_t floats = geometry.kept_in * s.taps * s.panels * s.width;
-  s.slabs = std::clamp(std::min(s.pixels / kPixelsPerSlab, kSlabFloats / floats), int64_t{1}, kMostTasks);
-  const int64_t groups = std::min(kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup);
-  s.groups = std::clamp<int64_t>(groups, 1, geometry.kept_in);
+  s.slabs = power_of_two(std::min({s.pixels / kPixelsPerSlab, kSlabFloats / floats, kMostTasks}));
+  s.groups = power_of_two(
+      std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
   s.panel_floats = s.panels * s.rows * s.width;
   s.first_row_tile.push_back(0);
   for (int64_t g = 0; g < s.groups; ++g) {
