@@ -11,7 +11,7 @@ from bap_kernels.config import (
     set_packed_cache_limit,
     use_backend,
 )
-from bap_kernels.functional import gathered_conv2d
+from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
@@ -33,5 +33,6 @@ __all__ = [
     "set_domain",
     "set_packed_cache_limit",
     "swap_",
+    "switched_conv2d",
     "use_backend",
 ]

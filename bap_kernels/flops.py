@@ -1,4 +1,8 @@
-"""Operation counts for :class:`torch.utils.flop_counter.FlopCounterMode`: 2 for each product of kept channels."""
+"""Operation counts for :class:`torch.utils.flop_counter.FlopCounterMode`: 2 for each product of kept channels.
+
+A switch is data: channels that are on are counted by its values, and all of them where it has none (Meta and fake
+tensors). A GPU, which does not read it, computes the products of all channels whatever is counted here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 import bap_kernels._load  # noqa: F401  registers the operators
@@ -56,3 +62,55 @@ def _backward(
 ) -> int:
     # One product each for the gradients of input and weight; the bias needs none.
     return 2 * _products(input, weight, in_index, groups, grad_output) * (int(output_mask[0]) + int(output_mask[1]))
+
+
+def _kept(switch: Tensor) -> int:
+    if switch.is_meta or isinstance(switch, FakeTensor):
+        return switch.shape[0]
+    return int(switch.count_nonzero())
+
+
+def _switched_products(weight: Tensor, result: Tensor, groups: int, channels: int) -> int:
+    N, C_out, oH, oW = result.shape
+    return N * oH * oW * weight.shape[2] * weight.shape[3] * channels * (C_out if groups == 1 else 1)
+
+
+@register_flop_formula(torch.ops.bap_kernels.switched_conv2d, get_raw=True)
+def _switched_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    switch: Tensor,
+    stride: _Shape,
+    padding: _Shape,
+    dilation: _Shape,
+    groups: int,
+    *args: Any,
+    out_val: Tensor,
+    **kwargs: Any,
+) -> int:
+    return 2 * _switched_products(weight, out_val, groups, _kept(switch))
+
+
+@register_flop_formula(torch.ops.bap_kernels.switched_conv2d_backward, get_raw=True)
+def _switched_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    switch: Tensor,
+    stride: _Shape,
+    padding: _Shape,
+    dilation: _Shape,
+    groups: int,
+    off_gradient: bool,
+    output_mask: Sequence[bool],
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    kept, (of_input, of_weight, _, of_switch) = _kept(switch), output_mask
+    # The switch's gradient follows from that of input or weight where one of them is there.
+    convolutions = int(of_input) + int(of_weight)
+    channels = kept * (max(1, convolutions) if of_switch else convolutions)
+    if of_switch and off_gradient:
+        channels += switch.shape[0] - kept
+    return 2 * _switched_products(weight, grad_output, groups, channels)

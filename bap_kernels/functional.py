@@ -12,9 +12,10 @@ from bap_kernels._load import _C
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["gathered_conv2d"]
+__all__ = ["gathered_conv2d", "switched_conv2d"]
 
 _operator = torch.ops.bap_kernels.gathered_conv2d.default
+_switched_operator = torch.ops.bap_kernels.switched_conv2d.default
 
 
 def call_gathered_conv2d(
@@ -138,3 +139,69 @@ def gathered_conv2d(
     else:
         sides = four_sided("gathered_conv2d", padding, weight.shape[2:], strides, dilations)
     return call_gathered_conv2d(input, weight, bias, in_index, out_index, strides, sides, dilations, groups, False)
+
+
+def switched_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    switch: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    off_gradient: bool = True,
+) -> Tensor:
+    r"""Convolution whose input channels a vector of zeros and ones switches on and off, for training the switches.
+
+    .. math::
+        y_{n,k} = b_k + \sum_c s_c \, (w_{k,c} \ast x_{n,c}), \qquad s \in \{0, 1\}^{C_{in}}
+
+    It is the convolution that *Budget-Aware Adapters for Multi-Domain Learning* (arXiv 1905.06242) trains, and
+    differentiable in ``input``, ``weight``, ``bias`` and ``switch``. Channels that are off reach neither the result nor
+    the gradients of the other three: theirs are zero there. The gradient in ``switch`` is that of every channel, off
+    ones too, since by it they come back:
+
+    .. math::
+        \frac{\partial L}{\partial s_c} = \Big\langle x_c, \frac{\partial L}{\partial (s x)_c} \Big\rangle
+
+    Neither the product ``input * switch`` nor the gradient in it over all channels is formed on a CPU: there only
+    channels that are on are computed. On a GPU the switch is not read on the host, and all channels are.
+
+    Args:
+        input: (N, C_in, H, W), float32, float64, bfloat16 or float16; any strides.
+        weight: (C_out, C_in / groups, kH, kW).
+        bias: (C_out,), or None.
+        switch: (C_in,), zeros and ones, float32 (or float64, as the input is), on the input's device; its values are
+            checked on CPUs only.
+        stride: rows and columns between neighbouring results, in pixels; an int or a pair.
+        padding: pixels of zeros on each side; an int, a pair, ``'valid'`` (none) or ``'same'`` (stride 1 only).
+        dilation: rows and columns between the taps, in pixels; an int or a pair.
+        groups: 1, or C_in for a depthwise convolution with C_out == C_in.
+        off_gradient: whether the switch's gradient of channels that are off is computed; else it is zero.
+
+    Shape:
+        - Output: (N, C_out, oH, oW) with oH and oW of :class:`torch.nn.Conv2d`; its memory format follows the input's.
+
+    Raises:
+        TypeError: for dtypes that do not fit each other.
+        ValueError: for shapes and options that do not fit, and a switch with other values than 0 and 1.
+        NotImplementedError: for other groups, and for differentiating twice.
+
+    Examples:
+        >>> import torch, bap_kernels as bk
+        >>> x, w = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3)
+        >>> switch = torch.tensor([1.0, 0.0, 1.0, 0.0], requires_grad=True)
+        >>> y = bk.switched_conv2d(x, w, None, switch, padding=1)
+        >>> expected = torch.nn.functional.conv2d(x[:, [0, 2]], w[:, [0, 2]], padding=1)
+        >>> torch.allclose(y, expected, atol=1e-5)
+        True
+        >>> y.sum().backward()
+        >>> switch.grad.count_nonzero().item()
+        4
+    """
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
+    pair = (padding, padding) if isinstance(padding, int) else padding
+    sides = four_sided("switched_conv2d", pair, weight.shape[2:], strides, dilations)
+    return _switched_operator(input, weight, bias, switch, strides, sides, dilations, groups, off_gradient)

@@ -6,7 +6,8 @@
     with ih = oh * stride + kh * dilation - top, iw likewise from the left
 
 Without scales, shifts, residual and ReLUs this is ``gathered_conv2d``. Depthwise, one list for both: w[out_index[j], 0]
-on z[n, j]. Everything takes the arguments of the ops (``padding`` is top, bottom, left, right) and answers in float64.
+on z[n, j]. With a switch s of zeros and ones, one for each input channel, y = conv2d(x * s, w, b) is ``switched_conv2d``.
+Everything takes the arguments of the ops (``padding`` is top, bottom, left, right) and answers in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["conv_on_selected", "gathered_conv2d", "gathered_conv2d_backward", "gathered_conv2d_fused", "output_size"]
+__all__ = [
+    "conv_on_masked",
+    "conv_on_selected",
+    "gathered_conv2d",
+    "gathered_conv2d_backward",
+    "gathered_conv2d_fused",
+    "output_size",
+    "switched_conv2d",
+    "switched_conv2d_backward",
+]
 
 
 def output_size(
@@ -214,3 +224,88 @@ def conv_on_selected(
     top, bottom, left, right = padding
     x = F.pad(x, (left, right, top, bottom))
     return F.conv2d(x, w, b, tuple(stride), 0, tuple(dilation), 1 if groups == 1 else x.shape[1])
+
+
+def switched_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    switch: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Convolution of the channels that ``switch`` (C_in,) has on, by loops; all C_out channels of the result."""
+    x, w, s = _array(input), _array(weight), _array(switch)
+    size = output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    y = np.zeros((x.shape[0], w.shape[0], *size))
+    for c in np.flatnonzero(s):
+        plane, slot = _padded(x[:, c], padding), _weight_channel(groups, x.shape[1], c)
+        for k in range(w.shape[0]) if groups == 1 else [c]:
+            for kh, kw, rows, columns in _taps(w.shape[2:], size, stride, dilation):
+                y[:, k] += s[c] * plane[:, rows, columns] * w[k, slot, kh, kw]
+    if bias is not None:
+        y += _array(bias)[:, None, None]
+    return torch.from_numpy(y)
+
+
+def switched_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    switch: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    off_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the switched convolution in input, weight, bias and switch, by loops.
+
+    That of switch c is the sum over n, h, w of x[n, c, h, w] * dX[n, c, h, w], with dX the gradient in the input of the
+    convolution without switches; the others are zero where the switch is off.
+
+    Args:
+        grad_output: (N, C_out, oH, oW).
+        off_gradient: if False, the gradient of switches that are off is zero.
+
+    Returns:
+        (N, C_in, H, W), (C_out, C_in / groups, kH, kW), (C_out,) and (C_in,), float64.
+    """
+    g, x, w, s = _array(grad_output), _array(input), _array(weight), _array(switch)
+    top, _, left, _ = padding
+    height, width = x.shape[2:]
+    grad_input, grad_weight, grad_switch = np.zeros_like(x), np.zeros_like(w), np.zeros(x.shape[1])
+    for c in range(x.shape[1]):
+        plane = _padded(x[:, c], padding)
+        full, slot = np.zeros_like(plane), _weight_channel(groups, x.shape[1], c)
+        for k in range(w.shape[0]) if groups == 1 else [c]:
+            for kh, kw, rows, columns in _taps(w.shape[2:], g.shape[2:], stride, dilation):
+                full[:, rows, columns] += g[:, k] * w[k, slot, kh, kw]
+                if s[c]:
+                    grad_weight[k, slot, kh, kw] += (g[:, k] * plane[:, rows, columns]).sum()
+        full = full[:, top : top + height, left : left + width]
+        if s[c]:
+            grad_input[:, c] = full
+        if s[c] or off_gradient:
+            grad_switch[c] = (x[:, c] * full).sum()
+    gradients = (grad_input, grad_weight, g.sum((0, 2, 3)), grad_switch)
+    return tuple(torch.from_numpy(gradient) for gradient in gradients)  # type: ignore[return-value]
+
+
+def conv_on_masked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    switch: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """The switched convolution by another route: ``F.conv2d`` on ``input * switch``, in float64; differentiable."""
+    top, bottom, left, right = padding
+    x = F.pad(input.double() * switch.double().view(1, -1, 1, 1), (left, right, top, bottom))
+    b = None if bias is None else bias.double()
+    return F.conv2d(x, weight.double(), b, tuple(stride), 0, tuple(dilation), groups)

@@ -28,6 +28,7 @@ __all__ = [
     "lay_out",
     "make_fused",
     "make_tensors",
+    "moved",
     "poison",
     "random_case",
     "run",
@@ -124,16 +125,16 @@ class Sample:
         """The sample on another device, with the strides and the memory around its tensors."""
         return dataclasses.replace(
             self,
-            input=_moved(self.input, device),
-            weight=_moved(self.weight, device),
-            bias=None if self.bias is None else _moved(self.bias, device),
-            in_index=None if self.in_index is None else _moved(self.in_index, device),
-            out_index=None if self.out_index is None else _moved(self.out_index, device),
+            input=moved(self.input, device),
+            weight=moved(self.weight, device),
+            bias=None if self.bias is None else moved(self.bias, device),
+            in_index=None if self.in_index is None else moved(self.in_index, device),
+            out_index=None if self.out_index is None else moved(self.out_index, device),
         )
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    # Tensor.to() would make sliced and expanded tensors dense.
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on another device with its strides; ``Tensor.to`` would make sliced and expanded ones dense."""
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     storage = tensor.detach().as_strided((count,), (1,), 0).to(device)
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -349,7 +350,7 @@ def check_fused(
     fused = make_fused(sample, flags, vector_dtype or case.dtype, residual_layout, case.seed)
     expected = reference.gathered_conv2d_fused(*sample.args, **fused)
     sample = sample.to(device)
-    fused = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in fused.items()}
+    fused = {k: moved(v, device) if isinstance(v, Tensor) else v for k, v in fused.items()}
     try:
         with bap_kernels.use_backend(backend):
             actual = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, **fused)
@@ -368,7 +369,7 @@ def check_backward(case: Case, backend: str = "auto", grad_layout: str = "contig
     grad = torch.randn(sample.output_shape, generator=generator, dtype=torch.float64).to(case.dtype)
     grad = lay_out(grad, grad_layout)
     expected = reference.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:])
-    sample, grad = sample.to(device), _moved(grad, device)
+    sample, grad = sample.to(device), moved(grad, device)
     leaves = [t for t in (sample.input, sample.weight, sample.bias) if t is not None]
     for leaf in leaves:
         leaf.requires_grad_()

@@ -1,29 +1,16 @@
 // Backward of the gathered convolution through PyTorch's convolution_backward on the listed slices.
 //   dx[:, in] = conv_backward(dy, x[:, in], w[out, in]), zeros elsewhere;  dw[out, in] likewise;  db[out] = sum dy
+#include "aten/gathered_conv2d_backward.h"
+
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "aten/gathered_conv2d_backward.h"
+#include "aten/listed_channels.h"
 
 namespace bap_kernels {
-namespace {
-
-at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
-  return has_value(index) ? t.index_select(dim, *index) : t;
-}
-
-// `part` put back at the listed places of `whole`'s shape, zeros elsewhere; in the strides of empty_like(whole).
-at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_t dim, const OptionalTensor& index) {
-  if (has_value(index)) return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
-  at::Tensor like = at::empty_like(whole);
-  return like.strides() == part.strides() ? part : like.copy_(part);
-}
-
-}  // namespace
 
 GradientTriple aten_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                              const at::Tensor& weight, const OptionalTensor& in_index,

@@ -110,7 +110,8 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
         " with C_in=", s.channels_in, " and C_out=", s.channels_out, ". Hint: keep torch.nn.Conv2d for this layer.");
   } else {
     TORCH_CHECK_VALUE(w[1] == s.channels_in, op, "(): expected `weight` to have the input's C_in=", s.channels_in,
-                      " channels in dimension 1, got ", w[1], ". Hint: weight is full-size; the list selects from it.");
+                      " channels in dimension 1, got ", w[1],
+                      ". Hint: weight is full-size; lists and switches select from it.");
   }
   if (has_value(bias)) {
     TORCH_CHECK_TYPE(bias->scalar_type() == dtype, op, "(): expected `bias` to have the input's dtype ", dtype,
@@ -119,7 +120,7 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
                       input.device(), ", got ", bias->device(), ".");
     TORCH_CHECK_VALUE(bias->dim() == 1 && sizes_of<Int>(*bias)[0] == s.channels_out, op,
                       "(): expected `bias` to have the shape (C_out,) = (", s.channels_out, ",), got ",
-                      sizes_of<Int>(*bias), ". Hint: bias is full-size; the list selects from it.");
+                      sizes_of<Int>(*bias), ". Hint: bias is full-size; lists select from it.");
   }
   if (has_value(in_index)) s.kept_in = sizes_of<Int>(*in_index)[0];
   if (has_value(out_index)) s.kept_out = sizes_of<Int>(*out_index)[0];

@@ -1,0 +1,22 @@
+// Listed channels taken out of a tensor, and put back.
+#pragma once
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "ops/gathered_conv2d.h"
+
+namespace bap_kernels {
+
+inline at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
+  return has_value(index) ? t.index_select(dim, *index) : t;
+}
+
+// `part` put back at the listed places of `whole`'s shape, zeros elsewhere; in the strides of empty_like(whole).
+inline at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_t dim, const OptionalTensor& index) {
+  if (has_value(index)) return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
+  at::Tensor like = at::empty_like(whole);
+  return like.strides() == part.strides() ? part : like.copy_(part);
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,121 @@
+// Autograd of the switched convolution: the backward is an op of its own; differentiating that op raises.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/switched_call.h"
+
+namespace bap_kernels {
+namespace {
+
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+using ForwardSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool);
+using BackwardSchema = SwitchedGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, SwitchedMask);
+
+auto& forward_op() {
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::switched_conv2d", "").typed<ForwardSchema>();
+  return op;
+}
+
+auto& backward_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("bap_kernels::switched_conv2d_backward", "")
+                       .typed<BackwardSchema>();
+  return op;
+}
+
+class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
+ public:
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+                          const OptionalTensor& bias, const Variable& switches, SymIntArrayRef stride,
+                          SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Variable output = forward_op().call(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
+    ctx->save_for_backward({input, weight, switches});
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["off_gradient"] = off_gradient;
+    ctx->saved_data["bias"] = has_value(bias);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
+    const auto saved = ctx->get_saved_variables();
+    // needs_input_grad counts tensors that are there: an absent bias shifts the place of the switch.
+    const bool bias = ctx->saved_data["bias"].toBool();
+    const SwitchedMask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias && ctx->needs_input_grad(2),
+                               ctx->needs_input_grad(bias ? 3 : 2)};
+    auto [grad_input, grad_weight, grad_bias, grad_switch] =
+        backward_op().call(grad_output[0], saved[0], saved[1], saved[2], ctx->saved_data["stride"].toSymIntVector(),
+                           ctx->saved_data["padding"].toSymIntVector(), ctx->saved_data["dilation"].toSymIntVector(),
+                           ctx->saved_data["groups"].toSymInt(), ctx->saved_data["off_gradient"].toBool(), mask);
+    variable_list grads(9);
+    if (mask[kGradInput]) grads[0] = grad_input;
+    if (mask[kGradWeight]) grads[1] = grad_weight;
+    if (mask[kGradBias]) grads[2] = grad_bias;
+    if (mask[kGradSwitch]) grads[3] = grad_switch;
+    return grads;
+  }
+};
+
+at::Tensor switched_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                    const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
+                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient) {
+  const bool tracked =
+      c10::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || switches.requires_grad() ||
+                                      (has_value(bias) && bias->requires_grad()));
+  if (!tracked) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(input, weight, bias, switches, stride, padding, dilation, std::move(groups), off_gradient);
+  }
+  return ForwardFunction::apply(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
+}
+
+class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
+ public:
+  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& input,
+                               const Variable& weight, const Variable& switches, SymIntArrayRef stride,
+                               SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
+                               SwitchedMask mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [a, b, c, d] =
+        backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, groups, off_gradient, mask);
+    return {a, b, c, d};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "switched_conv2d(): expected to be differentiated once, got a request for its second derivative. Hint: use "
+        "torch.nn.functional.conv2d on the input times the switch for that.");
+  }
+};
+
+SwitchedGradients switched_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
+                                                    const at::Tensor& weight, const at::Tensor& switches,
+                                                    SymIntArrayRef stride, SymIntArrayRef padding,
+                                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient,
+                                                    SwitchedMask mask) {
+  auto grads = BackwardFunction::apply(grad_output, input, weight, switches, stride, padding, dilation, groups,
+                                       off_gradient, mask);
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
+  m.impl("switched_conv2d", switched_conv2d_autograd);
+  m.impl("switched_conv2d_backward", switched_conv2d_backward_autograd);
+}
+
+}  // namespace bap_kernels
