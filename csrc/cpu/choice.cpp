@@ -9,6 +9,7 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <mutex>
 #include <sstream>
 #include <unordered_map>
@@ -23,12 +24,16 @@ namespace {
 
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
 constexpr const char* kFileHead = "bap_kernels choices v2";
+// Measured before a route was added: begun anew.
+constexpr const char* kOldFileHead = "bap_kernels choices v1";
 // A backend must win by this much to be preferred to one before it: less is noise.
-constexpr double kMargin = 0.95;
-constexpr int kMinRounds = 5, kMaxRounds = 15;
-constexpr double kSecondsPerCase = 0.06;
-// Inputs that measuring goes through: more than an L2 cache holds, and few enough to copy in about a millisecond.
-constexpr int64_t kPoolBytes = int64_t{8} << 20, kMostInputs = 64;
+constexpr double kMargin = 0.97;
+// What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
+constexpr double kHopeless = 1.25;
+constexpr int kMinRounds = 4, kMaxRounds = 25;
+constexpr double kSecondsPerCase = 0.05;
+// Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
+constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
 
 using Run = c10::function_ref<void(const ConvCall&, Route)>;
 
@@ -45,40 +50,38 @@ std::vector<at::Tensor> input_pool(const at::Tensor& input) {
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(input.nbytes()));
   // A copy of a tensor with gaps would lie otherwise in memory.
   if (!input.is_non_overlapping_and_dense()) return pool;
-  static const int64_t poolb = getenv("BAPPOOL") ? atoll(getenv("BAPPOOL")) : kPoolBytes;
-  const int64_t count = std::min(kMostInputs, (poolb + bytes - 1) / bytes);
+  const int64_t count = std::min(kMostInputs, (kPoolBytes + bytes - 1) / bytes);
   while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
   return pool;
 }
 
 // Fastest run of each candidate, in seconds; 0 for the other routes.
-std::array<double, kRouteCount> measure(const ConvCall& c, const std::vector<Route>& candidates, Run run) {
+std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> candidates, Run run) {
   std::array<double, kRouteCount> seconds{};
   const std::vector<at::Tensor> inputs = input_pool(c.input);
   size_t turn = 0;
-  const auto next = [&] {
-    return ConvCall{inputs[turn++ % inputs.size()],
-                    c.weight,
-                    c.bias,
-                    c.in_index,
-                    c.out_index,
-                    c.stride,
-                    c.padding,
-                    c.dilation,
-                    c.groups,
-                    c.cache_packed,
-                    c.shape,
-                    c.fusion};
+  const auto timed = [&](Route r) {
+    const at::Tensor& input = inputs[turn++ % inputs.size()];
+    return seconds_of(run,
+                      {input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups,
+                       c.cache_packed, c.shape, c.fusion},
+                      r);
   };
   for (const Route r : candidates) run(c, r);  // packs weights, warms caches and thread pools
   double spent = 0;
   for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
+    double fastest = std::numeric_limits<double>::max();
     for (const Route r : candidates) {
-      const double t = seconds_of(run, next(), r);
+      const double t = timed(r);
       double& best = seconds[static_cast<int>(r)];
       best = round == 0 ? t : std::min(best, t);
+      fastest = std::min(fastest, best);
       spent += t;
     }
+    if (round + 1 < kMinRounds) continue;
+    const auto hopeless = [&](Route r) { return seconds[static_cast<int>(r)] > kHopeless * fastest; };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), hopeless), candidates.end());
+    if (candidates.size() == 1) break;
   }
   return seconds;
 }
@@ -183,6 +186,11 @@ struct ChoiceTable::State {
     std::string line;
     int64_t bad = 0;
     if (!std::getline(file, line)) return;  // an empty file is a new one
+    if (line == kOldFileHead) {
+      file.close();
+      std::ofstream(path, std::ios::trunc).flush();
+      return;
+    }
     const bool known = line == kFileHead;
     while (known && std::getline(file, line)) {
       if (line.empty() || line == kFileHead) continue;  // two processes may have begun the file at once
