@@ -68,7 +68,7 @@ class Settings:
     @property
     def choice_file(self) -> Path | None:
         """File of the measured choices of ``auto``; None keeps them in memory only."""
-        return None if self.cache_dir is None else self.cache_dir / "choices-v1.tsv"
+        return None if self.cache_dir is None else self.cache_dir / "choices-v2.tsv"
 
 
 def _one_of(environment: Mapping[str, str], name: str, values: tuple[str, ...]) -> str | None:

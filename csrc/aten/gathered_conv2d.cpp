@@ -9,7 +9,9 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "aten/packed_convolution.h"
 #include "cpu/packed_cache.h"
+#include "cpu/pixel_gather.h"
 
 namespace bap_kernels {
 namespace {
@@ -18,6 +20,7 @@ at::Tensor per_channel(const at::Tensor& v, at::ScalarType dtype) { return v.to(
 
 at::Tensor select_channels(const at::Tensor& x, const at::Tensor& index, AtenRoute route) {
   if (x.suggest_memory_format() != at::MemoryFormat::ChannelsLast) return x.index_select(1, index);
+  if (route == AtenRoute::kGatherPacked && gather_pixels_applies(x)) return gather_pixels(x, index);
   const at::Tensor pixels = x.permute({0, 2, 3, 1});  // index_select would return it without its memory format
   if (route == AtenRoute::kGatherFlat && pixels.is_contiguous()) {
     const auto n = pixels.size(0), h = pixels.size(1), w = pixels.size(2);
@@ -47,15 +50,17 @@ at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
 }
 
 // The listed slices of the weight, in the format that the convolution wants.
+at::Tensor slice_weight(const ConvCall& c) {
+  at::Tensor w = c.weight;
+  if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
+  if (has_value(c.in_index) && !c.shape.depthwise) w = w.index_select(1, *c.in_index);
+  return w.contiguous(c.format());
+}
+
 at::Tensor listed_weight(const ConvCall& c) {
-  const auto make = [&] {
-    at::Tensor w = c.weight;
-    if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
-    if (has_value(c.in_index) && !c.shape.depthwise) w = w.index_select(1, *c.in_index);
-    return w.contiguous(c.format());
-  };
   if (!has_value(c.in_index) && !has_value(c.out_index)) return c.weight;
-  return PackedCache::instance().get(c, PackedKind::kSliced, static_cast<int>(c.format()), make);
+  return PackedCache::instance().get(c, PackedKind::kSliced, static_cast<int>(c.format()),
+                                     [&] { return slice_weight(c); });
 }
 
 // The listed filters over all input channels, zeros where the input is not listed.
@@ -69,12 +74,15 @@ at::Tensor zeroed_weight(const ConvCall& c) {
   return PackedCache::instance().get(c, PackedKind::kZeroed, static_cast<int>(c.format()), make);
 }
 
+// The padding that is left for the convolution; what it cannot do is added to `x`.
+std::array<int64_t, 2> pad_unevenly(const ConvCall& c, at::Tensor& x) {
+  if (c.symmetric_padding()) return {c.padding[kTop], c.padding[kLeft]};
+  x = at::constant_pad_nd(x, {c.padding[kLeft], c.padding[kRight], c.padding[kTop], c.padding[kBottom]});
+  return {0, 0};
+}
+
 at::Tensor convolve(const ConvCall& c, at::Tensor x, const at::Tensor& w) {
-  std::array<int64_t, 2> padding = {c.padding[kTop], c.padding[kLeft]};
-  if (!c.symmetric_padding()) {
-    x = at::constant_pad_nd(x, {c.padding[kLeft], c.padding[kRight], c.padding[kTop], c.padding[kBottom]});
-    padding = {0, 0};
-  }
+  const auto padding = pad_unevenly(c, x);
   const at::Tensor bias = listed_bias(c);
   return at::convolution(x, w, bias.defined() ? OptionalTensor(bias) : std::nullopt, c.stride, padding, c.dilation,
                          /*transposed=*/false, {0, 0}, c.shape.depthwise ? c.shape.kept_in : 1);
@@ -105,6 +113,8 @@ bool dense_route_applies(const ConvCall& c) {
 
 at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
   at::Tensor y;
+  // What applied when the case was measured need not hold for this call: oneDNN may have been switched off since.
+  if (route == AtenRoute::kGatherPacked && !packed_convolution_applies(c)) route = AtenRoute::kGather;
   if (route == AtenRoute::kDense) {
     y = convolve(c, c.input, zeroed_weight(c));
     // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
@@ -115,7 +125,12 @@ at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
   }
   at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
   if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
-  y = convolve(c, x, listed_weight(c));
+  if (route == AtenRoute::kGatherPacked) {
+    const auto padding = pad_unevenly(c, x);
+    y = packed_convolution(c, x, padding, listed_bias(c), [&] { return slice_weight(c); });
+  } else {
+    y = convolve(c, x, listed_weight(c));
+  }
   return apply_epilogue(y, c.fusion).contiguous(c.format());
 }
 

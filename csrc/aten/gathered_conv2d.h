@@ -6,12 +6,14 @@
 namespace bap_kernels {
 
 enum class AtenRoute {
-  kGather,      // select the listed channels, then a convolution with the listed weight slices
-  kGatherFlat,  // the same, selecting from a channels_last input as a matrix of pixels x channels
-  kDense,       // the full input with zeros in the weight of unlisted channels
+  kGather,        // select the listed channels, then a convolution with the listed weight slices
+  kGatherFlat,    // the same, selecting from a channels_last input as a matrix of pixels x channels
+  kGatherPacked,  // the same on a CPU, with oneDNN's own order of the weight slices, made beforehand
+  kDense,         // the full input with zeros in the weight of unlisted channels
 };
 
-// `conv` and everything fused around it. kDense must not be asked for when `dense_route_applies` is false.
+// `conv` and everything fused around it. kDense must not be asked for when `dense_route_applies` is false; where
+// `packed_convolution_applies` is, kGatherPacked does what kGather does.
 at::Tensor aten_gathered_conv2d(const ConvCall& call, AtenRoute route);
 
 // A dense route exists where leaving the input whole costs less than gathering can: groups == 1 and an in-list.

@@ -9,27 +9,81 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <mutex>
 #include <sstream>
 #include <unordered_map>
 
+#include "aten/packed_convolution.h"
 #include "cpu/isa.h"
+#include "cpu/packed_cache.h"
 #include "cpu/run.h"
 
 namespace bap_kernels {
 namespace {
 
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
-constexpr const char* kFileHead = "bap_kernels choices v1";
+constexpr const char* kFileHead = "bap_kernels choices v2";
+// Measured before a route was added: begun anew.
+constexpr const char* kOldFileHead = "bap_kernels choices v1";
 // A backend must win by this much to be preferred to one before it: less is noise.
-constexpr double kMargin = 0.95;
-constexpr int kMinRounds = 5, kMaxRounds = 15;
-constexpr double kSecondsPerCase = 0.06;
+constexpr double kMargin = 0.97;
+// What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
+constexpr double kHopeless = 1.25;
+constexpr int kMinRounds = 4, kMaxRounds = 25;
+constexpr double kSecondsPerCase = 0.05;
+// Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
+constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
 
-double seconds_of(c10::function_ref<void(Route)> run, Route route) {
+using Run = c10::function_ref<void(const ConvCall&, Route)>;
+
+double seconds_of(Run run, const ConvCall& call, Route route) {
   const auto start = std::chrono::steady_clock::now();
-  run(route);
+  run(call, route);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The input and copies of it, to be used in turn: within a network a layer finds its input in an outer cache at best,
+// but the second candidate to read one tensor would find it in the inner ones.
+std::vector<at::Tensor> input_pool(const at::Tensor& input) {
+  std::vector<at::Tensor> pool = {input};
+  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(input.nbytes()));
+  // A copy of a tensor with gaps would lie otherwise in memory.
+  if (!input.is_non_overlapping_and_dense()) return pool;
+  const int64_t count = std::min(kMostInputs, (kPoolBytes + bytes - 1) / bytes);
+  while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
+  return pool;
+}
+
+// Fastest run of each candidate, in seconds; 0 for the other routes.
+std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> candidates, Run run) {
+  std::array<double, kRouteCount> seconds{};
+  const std::vector<at::Tensor> inputs = input_pool(c.input);
+  size_t turn = 0;
+  const auto timed = [&](Route r) {
+    const at::Tensor& input = inputs[turn++ % inputs.size()];
+    return seconds_of(run,
+                      {input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups,
+                       c.cache_packed, c.shape, c.fusion},
+                      r);
+  };
+  for (const Route r : candidates) run(c, r);  // packs weights, warms caches and thread pools
+  double spent = 0;
+  for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
+    double fastest = std::numeric_limits<double>::max();
+    for (const Route r : candidates) {
+      const double t = timed(r);
+      double& best = seconds[static_cast<int>(r)];
+      best = round == 0 ? t : std::min(best, t);
+      fastest = std::min(fastest, best);
+      spent += t;
+    }
+    if (round + 1 < kMinRounds) continue;
+    const auto hopeless = [&](Route r) { return seconds[static_cast<int>(r)] > kHopeless * fastest; };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), hopeless), candidates.end());
+    if (candidates.size() == 1) break;
+  }
+  return seconds;
 }
 
 // Identifies the machine and the software that a measurement holds for.
@@ -47,7 +101,7 @@ const char* layout_name(const ConvCall& c) {
 }  // namespace
 
 const char* route_name(Route route) {
-  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "dense"};
+  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "gather_packed", "dense"};
   return kNames[static_cast<int>(route)];
 }
 
@@ -60,7 +114,8 @@ std::string case_key(const ConvCall& c) {
       << s.kernel_h << 'x' << s.kernel_w << " s" << c.stride[0] << 'x' << c.stride[1] << " p" << c.padding[0] << ','
       << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
       << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
-      << (c.fusion.has_epilogue() ? " post" : "") << (c.cache_packed ? " cached" : "") << " t" << at::get_num_threads();
+      << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
+      << (onednn_enabled() ? "" : " no-onednn") << " t" << at::get_num_threads();
   return key.str();
 }
 
@@ -86,7 +141,7 @@ FastKey fast_key(const ConvCall& c) {
   const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
                         (has_value(c.out_index) ? 8 : 0) | (has_value(c.bias) ? 16 : 0) |
                         (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
-                        (c.cache_packed ? 128 : 0);
+                        (PackedCache::keeps(c) ? 128 : 0) | (onednn_enabled() ? 256 : 0);
   const int64_t values[] = {s.batch,
                             s.channels_in,
                             s.height,
@@ -131,6 +186,11 @@ struct ChoiceTable::State {
     std::string line;
     int64_t bad = 0;
     if (!std::getline(file, line)) return;  // an empty file is a new one
+    if (line == kOldFileHead) {
+      file.close();
+      std::ofstream(path, std::ios::trunc).flush();
+      return;
+    }
     const bool known = line == kFileHead;
     while (known && std::getline(file, line)) {
       if (line.empty() || line == kFileHead) continue;  // two processes may have begun the file at once
@@ -192,7 +252,7 @@ ChoiceTable& ChoiceTable::instance() {
   return *table;
 }
 
-Route ChoiceTable::choose(const ConvCall& call, c10::function_ref<void(Route)> run) {
+Route ChoiceTable::choose(const ConvCall& call, c10::function_ref<void(const ConvCall&, Route)> run) {
   const FastKey fast = fast_key(call);
   std::vector<Route> candidates;
   {
@@ -210,17 +270,7 @@ Route ChoiceTable::choose(const ConvCall& call, c10::function_ref<void(Route)> r
   }
   Choice choice{case_key(call), candidates.front(), {}};
   if (candidates.size() > 1) {
-    for (const Route r : candidates) run(r);  // packs weights, warms caches and thread pools
-    choice.seconds.fill(0);
-    double spent = 0;
-    for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
-      for (const Route r : candidates) {
-        const double t = seconds_of(run, r);
-        double& best = choice.seconds[static_cast<int>(r)];
-        best = round == 0 ? t : std::min(best, t);
-        spent += t;
-      }
-    }
+    choice.seconds = measure(call, candidates, run);
     for (const Route r : candidates) {
       const double best = choice.seconds[static_cast<int>(choice.route)];
       if (choice.seconds[static_cast<int>(r)] < best * kMargin) choice.route = r;

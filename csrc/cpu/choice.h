@@ -13,8 +13,8 @@
 namespace bap_kernels {
 
 // What can run a call on a CPU. The order is the order of preference between equals.
-enum class Route : int { kNative, kGather, kGatherFlat, kDense };
-constexpr int kRouteCount = 4;
+enum class Route : int { kNative, kGather, kGatherFlat, kGatherPacked, kDense };
+constexpr int kRouteCount = 5;
 const char* route_name(Route route);
 
 struct Choice {
@@ -31,7 +31,7 @@ class ChoiceTable {
   static ChoiceTable& instance();
 
   // The route for `call`, measured with `run` on its first occurrence among candidate_routes(call).
-  Route choose(const ConvCall& call, c10::function_ref<void(Route)> run);
+  Route choose(const ConvCall& call, c10::function_ref<void(const ConvCall&, Route)> run);
 
   // The measured choice of a case, or null.
   const Choice* find(const std::string& key);

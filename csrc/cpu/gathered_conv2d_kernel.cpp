@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
+#include "aten/packed_convolution.h"
 #include "cpu/choice.h"
 #include "cpu/native.h"
 #include "cpu/run.h"
@@ -14,6 +15,7 @@ std::vector<Route> candidate_routes(const ConvCall& c) {
   routes.push_back(Route::kGather);
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   if (has_value(c.in_index) && last && c.input.is_contiguous(c.format())) routes.push_back(Route::kGatherFlat);
+  if (packed_convolution_applies(c)) routes.push_back(Route::kGatherPacked);
   if (dense_route_applies(c)) routes.push_back(Route::kDense);
   return routes;
 }
@@ -26,6 +28,8 @@ at::Tensor run_route(const ConvCall& c, Route route) {
       return aten_gathered_conv2d(c, AtenRoute::kGather);
     case Route::kGatherFlat:
       return aten_gathered_conv2d(c, AtenRoute::kGatherFlat);
+    case Route::kGatherPacked:
+      return aten_gathered_conv2d(c, AtenRoute::kGatherPacked);
     case Route::kDense:
       return aten_gathered_conv2d(c, AtenRoute::kDense);
   }
@@ -43,7 +47,7 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
                                 ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
     return native_gathered_conv2d(c);
   }
-  return run_route(c, ChoiceTable::instance().choose(c, [&](Route r) { run_route(c, r); }));
+  return run_route(c, ChoiceTable::instance().choose(c, [](const ConvCall& call, Route r) { run_route(call, r); }));
 }
 
 namespace {

@@ -1,7 +1,10 @@
 // The cache of packed weights.
 #include "cpu/packed_cache.h"
 
+#include <ATen/core/grad_mode.h>
 #include <c10/util/hash.h>
+
+#include "aten/packed_convolution.h"
 
 namespace bap_kernels {
 namespace {
@@ -30,8 +33,12 @@ bool PackedCache::Source::holds(const at::Tensor& t) const {
          version == static_cast<uint32_t>(t._version());
 }
 
+bool PackedCache::keeps(const ConvCall& c) {
+  return c.cache_packed && has_version(c.weight) && has_version(c.in_index) && has_version(c.out_index);
+}
+
 at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make) {
-  if (!c.cache_packed || !has_version(c.weight) || !has_version(c.in_index) || !has_version(c.out_index)) return make();
+  if (!keeps(c)) return make();
   const Key key{c.weight.unsafeGetTensorImpl(), identity(c.in_index), identity(c.out_index), static_cast<int>(kind),
                 variant};
   const auto holds = [&](const Entry& e) {
@@ -57,11 +64,14 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   if (has_value(c.in_index)) entry.sources.emplace_back(*c.in_index);
   if (has_value(c.out_index)) entry.sources.emplace_back(*c.out_index);
   {
-    // Kept across inference and training alike, so it must be an ordinary tensor.
+    // Kept across inference and training alike, so it must be an ordinary tensor; and one without a graph, which would
+    // keep the weight alive.
     c10::InferenceMode ordinary(false);
+    at::NoGradGuard no_grad;
     entry.packed = make();
   }
-  entry.bytes = static_cast<int64_t>(entry.packed.storage().nbytes());
+  entry.bytes = entry.packed.has_storage() ? static_cast<int64_t>(entry.packed.storage().nbytes())
+                                           : reordered_bytes(entry.packed);
   const at::Tensor packed = entry.packed;
   std::lock_guard<std::mutex> lock(mutex_);
   const auto stale = index_.find(key);

@@ -13,13 +13,16 @@
 
 namespace bap_kernels {
 
-enum class PackedKind : int { kSliced, kZeroed, kPixelRows, kChannelRows };
+enum class PackedKind : int { kSliced, kZeroed, kReordered, kPixelRows, kChannelRows };
 
 // Least recently used first out. An entry belongs to one weight and its lists by identity, and is valid only while the
 // weight's version counter and storage are those it was packed from; entries of dead tensors are dropped.
 class PackedCache {
  public:
   static PackedCache& instance();
+
+  // Whether the call asks for caching and changes of its weight and lists could be seen.
+  static bool keeps(const ConvCall& call);
 
   // The packed form of the call's weight: from the cache where the call asks for caching, else made anew.
   at::Tensor get(const ConvCall& call, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make);

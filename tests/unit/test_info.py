@@ -46,10 +46,10 @@ def test_info_names_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_info_counts_the_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "choices-v1.tsv").write_bytes(b"12345")
+    (tmp_path / "choices-v2.tsv").write_bytes(b"12345")
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=tmp_path))
     assert bk.info().choice_bytes == 5
-    assert str(tmp_path / "choices-v1.tsv") in str(bk.info())
+    assert str(tmp_path / "choices-v2.tsv") in str(bk.info())
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=None))
     assert bk.info().choice_file is None
     assert bk.info().choice_bytes == 0
@@ -112,7 +112,7 @@ def test_environment_values() -> None:
         }
     )
     assert settings == config.Settings("avx2", "aten", Path("/somewhere"), 0)
-    assert settings.choice_file == Path("/somewhere/choices-v1.tsv")
+    assert settings.choice_file == Path("/somewhere/choices-v2.tsv")
     assert config.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
 
 
