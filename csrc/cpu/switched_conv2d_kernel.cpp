@@ -26,33 +26,8 @@ at::Tensor switched_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
   return widened_result(call, lists, run_cpu(call.on(lists.on), op));
 }
 
-SwitchedGradients switched_conv2d_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                                               const at::Tensor& weight, const at::Tensor& switches,
-                                               c10::IntArrayRef stride, c10::IntArrayRef padding,
-                                               c10::IntArrayRef dilation, int64_t groups, bool off_gradient,
-                                               SwitchedMask mask) {
-  const char* op = "switched_conv2d_backward";
-  const OptionalTensor no_bias;
-  const SwitchedCall call{
-      input,
-      weight,
-      no_bias,
-      switches,
-      stride,
-      padding,
-      dilation,
-      groups,
-      off_gradient,
-      check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups)};
-  check_grad_output<int64_t>(op, grad_output, call.shape, input);
-  return listed_switched_conv2d_backward(call, read_switch(op, switches), grad_output, mask);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) {
-  m.impl("switched_conv2d", switched_conv2d_cpu);
-  m.impl("switched_conv2d_backward", switched_conv2d_backward_cpu);
-}
+TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { m.impl("switched_conv2d", switched_conv2d_cpu); }
 
 }  // namespace bap_kernels
