@@ -10,8 +10,6 @@
 namespace bap_kernels {
 namespace {
 
-const int32_t* list_data(const OptionalTensor& list) { return list ? list->const_data_ptr<int32_t>() : nullptr; }
-
 OptionalTensor contiguous(const OptionalTensor& list) {
   return has_value(list) ? OptionalTensor(list->contiguous()) : std::nullopt;
 }
@@ -21,7 +19,7 @@ GradientTriple native_backward(const at::Tensor& grad_output, const at::Tensor& 
                                c10::IntArrayRef padding, c10::IntArrayRef dilation, const ConvShape<int64_t>& s,
                                std::array<bool, 3> mask) {
   const OptionalTensor in_list = contiguous(in_index), out_list = contiguous(out_index);
-  GradientCall call{grad_output, input, weight, stride, padding, dilation, s, list_data(in_list), list_data(out_list)};
+  GradientCall call{grad_output, input, weight, stride, padding, dilation, s, list_pointer(in_list), list_pointer(out_list)};
   if (mask[0] || mask[1]) find_live_channels(call);
   const auto none = [&] { return at::empty({0}, input.options()); };
   GradientTriple grads{none(), none(), none()};
@@ -46,8 +44,9 @@ GradientTriple gathered_conv2d_backward_cpu(const at::Tensor& grad_output, const
   check_grad_output<int64_t>(op, grad_output, s, input);
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
   const std::string& backend = get_backend();
+  const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
   const std::string reason = backend == "aten" ? "" : native_gradient_why_not(input, s);
-  TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty(), op,
+  TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty() || trivial, op,
                               "(): expected a call that backend `native` can run, got one that it cannot: ", reason,
                               ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
   const auto run = backend == "aten" || !reason.empty() ? aten_gathered_conv2d_backward : native_backward;

@@ -33,6 +33,13 @@ struct GradientCall {
   bool bfloat16() const { return input.scalar_type() == at::kBFloat16; }
 };
 
+// Null for all channels, which an empty list must not be.
+inline const int32_t* list_pointer(const OptionalTensor& list) {
+  static const int32_t nothing = 0;
+  if (!has_value(list)) return nullptr;
+  return list->numel() > 0 ? list->const_data_ptr<int32_t>() : &nothing;
+}
+
 // Empty if the native backward can run the call, else the reason why not.
 std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& shape);
 

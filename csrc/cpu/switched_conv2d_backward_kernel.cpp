@@ -25,7 +25,7 @@ struct SwitchedWish {
     wish.count = c.shape.channels_in;
     if (!has_value(lists.on)) return;
     if (!(wish.dots && c.off_gradient)) {
-      wish.channels = lists.on->const_data_ptr<int32_t>();
+      wish.channels = list_pointer(lists.on);
       wish.count = lists.on->size(0);
       return;
     }
@@ -45,7 +45,7 @@ struct SwitchedWish {
 
 SwitchedGradients native_backward(const SwitchedCall& c, const SwitchLists& lists, const at::Tensor& grad_output,
                                   SwitchedMask mask) {
-  const int32_t* on = has_value(lists.on) ? lists.on->const_data_ptr<int32_t>() : nullptr;
+  const int32_t* on = list_pointer(lists.on);
   GradientCall call{grad_output, c.input, c.weight, c.stride, c.padding, c.dilation, c.shape, on};
   if (on) call.shape.kept_in = lists.on->size(0);
   if (mask[kGradInput] || mask[kGradWeight] || mask[kGradSwitch]) find_live_channels(call);
@@ -83,8 +83,11 @@ SwitchedGradients switched_conv2d_backward_cpu(const at::Tensor& grad_output, co
   check_grad_output<int64_t>(op, grad_output, call.shape, input);
   const SwitchLists lists = read_switch(op, switches);
   const std::string& backend = get_backend();
+  // As in the forward, a call that is answered without a convolution is no backend's.
+  const bool trivial = call.trivial() || lists.off.size(0) == call.shape.channels_in;
   std::string reason;
   if (backend != "aten") reason = native_gradient_why_not(input, call.shape);
+  if (trivial && !reason.empty()) return listed_switched_conv2d_backward(call, lists, grad_output, mask);
   TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty(), op,
                               "(): expected a call that backend `native` can run, got one that it cannot: ", reason,
                               ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
