@@ -87,7 +87,7 @@ def best(problem: Problem, clock: Clock) -> Peer:
     conv_of = convs.variants(problem.sliced_weight, stride, padding, layout, example)
     gather_name = fastest(gather_of, problem.inputs, clock)
     gather = gather_of[gather_name]
-    whole = {name: _chain(gather, conv) for name, conv in conv_of.items()}
+    whole = {name: _chain(gather, conv, MEMORY_FORMATS[layout]) for name, conv in conv_of.items()}
     conv_name = fastest(whole, problem.inputs, clock)
     return Peer(
         whole[conv_name],
@@ -97,8 +97,9 @@ def best(problem: Problem, clock: Clock) -> Peer:
     )
 
 
-def _chain(gather: gathers.Gather, conv: convs.Conv) -> convs.Conv:
-    return lambda x: conv(gather(x))
+def _chain(gather: gathers.Gather, conv: convs.Conv, memory_format: torch.memory_format) -> convs.Conv:
+    # A compact tensor of one channel is in both memory formats, and PyTorch would answer in the other one.
+    return lambda x: conv(gather(x)).contiguous(memory_format=memory_format)
 
 
 def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1) -> Peer:

@@ -49,7 +49,7 @@ at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
   return y.to(dtype);
 }
 
-// The listed slices of the weight, in the format that the convolution wants.
+// The listed slices of the weight, in the call's format.
 at::Tensor slice_weight(const ConvCall& c) {
   at::Tensor w = c.weight;
   if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
@@ -113,8 +113,6 @@ bool dense_route_applies(const ConvCall& c) {
 
 at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
   at::Tensor y;
-  // What applied when the case was measured need not hold for this call: oneDNN may have been switched off since.
-  if (route == AtenRoute::kGatherPacked && !packed_convolution_applies(c)) route = AtenRoute::kGather;
   if (route == AtenRoute::kDense) {
     y = convolve(c, c.input, zeroed_weight(c));
     // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.

@@ -12,8 +12,8 @@ enum class AtenRoute {
   kDense,         // the full input with zeros in the weight of unlisted channels
 };
 
-// `conv` and everything fused around it. kDense must not be asked for when `dense_route_applies` is false; where
-// `packed_convolution_applies` is, kGatherPacked does what kGather does.
+// `conv` and everything fused around it. kDense must not be asked for when `dense_route_applies` is false, nor
+// kGatherPacked when `packed_convolution_applies` is.
 at::Tensor aten_gathered_conv2d(const ConvCall& call, AtenRoute route);
 
 // A dense route exists where leaving the input whole costs less than gathering can: groups == 1 and an in-list.

@@ -78,8 +78,9 @@ at::Tensor packed_convolution(const ConvCall& c, const at::Tensor& x, c10::IntAr
     return reorder_op()->call(slice(), padding, c.stride, c.dilation, groups, c10::OptionalIntArrayRef(x.sizes()));
   };
   const at::Tensor packed = PackedCache::instance().get(c, PackedKind::kReordered, variant(x, c, padding), make);
-  return pointwise_op()->call(x, packed, bias.defined() ? OptionalTensor(bias) : std::nullopt, padding, c.stride,
-                              c.dilation, groups, "none", Scalars(), "");
+  // A bias with gaps would be read as if it had none.
+  const auto listed = bias.defined() ? OptionalTensor(bias.contiguous()) : std::nullopt;
+  return pointwise_op()->call(x, packed, listed, padding, c.stride, c.dilation, groups, "none", Scalars(), "");
 }
 
 int64_t reordered_bytes(const at::Tensor& packed) {

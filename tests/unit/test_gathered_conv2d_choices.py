@@ -195,7 +195,7 @@ def test_corrupt_table_does_not_stop_a_new_process(tmp_path: Path) -> None:
 CORRUPT = {
     "garbage": b"garbage\n",
     "binary": b"\x00\xff\n\t" * 500,
-    "later_version": b"bap_kernels choices v999\nmachine\tcase\tnative\t1 2 3 4\n",
+    "later_version": b"bap_kernels choices v999\nmachine\tcase\tnative\t1 2 3 4 5\n",
     "one_long_line": b"x" * 1_000_000,
 }
 
@@ -222,6 +222,22 @@ def test_empty_table_is_a_fresh_one(tmp_path: Path) -> None:
     assert_same_table(reread(path), before)
 
 
+@pytest.mark.filterwarnings("error")
+def test_table_of_the_version_before_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    run(make_tensors(CASE))
+    _, line = path.read_text().splitlines()
+    machine, case, _, _ = line.split("\t")
+    path.write_text(f"bap_kernels choices v1\n{machine}\t{case}\tdense\t4 3 2 1\n")
+    assert reread(path) == []
+    run(make_tensors(CASE))
+    written = _C.choices()
+    assert len(written) == 1
+    assert "\t4 3 2 1" not in path.read_text()
+    assert_same_table(reread(path), written)
+
+
 def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
@@ -230,8 +246,9 @@ def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
     machine, case, route, times = line.split("\t")
     for fields in (
         (machine, case, "fastest", times),
-        (machine, case, route, "1 2 x 4"),
-        (machine, case, route, "-1 -2 -3 -4"),
+        (machine, case, route, "1 2 x 4 5"),
+        (machine, case, route, "1 2 3 4"),
+        (machine, case, route, "-1 -2 -3 -4 -5"),
         (machine, case, route),
         (machine,),
     ):
