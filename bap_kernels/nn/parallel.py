@@ -104,7 +104,8 @@ class DomainParallel(nn.Module):
             for p in inner.parameters(recurse=False)
         }
         self._synchronising = self._synchronise_next = True
-        self._waiting: list[nn.Parameter] = []
+        self._waiting: set[nn.Parameter] = set()
+        self._queued = False
         for p in own.values():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._got_gradient)
@@ -113,8 +114,8 @@ class DomainParallel(nn.Module):
         """Calls the model."""
         # Decided here and not in the backward, as DistributedDataParallel does.
         self._synchronise_next = self._synchronising
-        # A backward that raised may have left some.
-        self._waiting = []
+        # A backward that raised may have left it.
+        self._queued = False
         return (self.module if self._ddp is None else self._ddp)(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -146,17 +147,18 @@ class DomainParallel(nn.Module):
                     tensor.copy_(value.view(tensor.shape))
 
     def _got_gradient(self, parameter: Tensor) -> None:
-        if not self._synchronise_next:
-            return
         assert isinstance(parameter, nn.Parameter)
-        if not self._waiting:
+        # Without synchronisation it waits: the next one may be in a backward of another domain.
+        self._waiting.add(parameter)
+        if self._synchronise_next and not self._queued:
+            self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._waiting.append(parameter)
 
     def _finish(self) -> None:
         # Hooks may fire in another order on another process.
-        used = sorted(set(self._waiting), key=self._number.__getitem__)
-        self._waiting = []
+        used = sorted((p for p in self._waiting if p.grad is not None), key=self._number.__getitem__)
+        self._waiting.clear()
+        self._queued = False
         if self.check:
             self._compare(used)
         layers = dict.fromkeys(self._layer_of[p] for p in used)
