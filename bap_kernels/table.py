@@ -36,10 +36,15 @@ def _is_gathered(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and isinstance(getattr(module, "channels", None), ChannelLists)
 
 
+def _is_switched(module: nn.Module) -> bool:
+    # Layers are above this module: `channels(domain)` is what tells them.
+    return isinstance(module, nn.Conv2d) and callable(getattr(module, "channels", None))
+
+
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The swapped layers; where there are none yet, those that have the groups to be swapped."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    swapped = {name: conv for name, conv in found.items() if _is_gathered(conv)}
+    swapped = {name: conv for name, conv in found.items() if _is_gathered(conv) or _is_switched(conv)}
     return swapped or {
         name: conv
         for name, conv in found.items()
@@ -155,6 +160,49 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                         write = _draw(conv.out_channels, density, seed, domain, name, "out")
                 layers[name] = ChannelLists(read, write)
         return cls(table)
+
+    @classmethod
+    def from_switches(cls, model: nn.Module) -> ChannelTable:
+        """The channels that a trained model's switches leave on, for every domain, as in-lists.
+
+        Depthwise layers are left out: their results in channels that are off are the bias, which no list expresses.
+
+        Args:
+            model: a model with :class:`bap_kernels.nn.SwitchedConv2d` layers, such as :func:`bap_kernels.nn.switch_`
+                makes.
+
+        Raises:
+            ValueError: if it has none, or they do not all have the same domains.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> import bap_kernels as bk
+            >>> model = bk.nn.switch_(nn.Sequential(nn.Conv2d(4, 8, 3)), ["birds"])
+            >>> with torch.no_grad():
+            ...     model[0].domains["birds"].score[1] = 0
+            >>> bk.ChannelTable.from_switches(model)["birds"]
+            {'0': ChannelLists(in_index=[0, 2, 3], out_index=None)}
+        """
+        layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_switched(module)}
+        if not layers:
+            raise ValueError(
+                "ChannelTable.from_switches(): expected `model` to have switched layers, got none. "
+                "Hint: call nn.switch_(model, domains) before training."
+            )
+        domains: list[list[str]] = [list(module.domains) for module in layers.values()]
+        for name, its in zip(layers, domains, strict=True):
+            if sorted(its) != sorted(domains[0]):
+                raise ValueError(
+                    f"ChannelTable.from_switches(): expected all layers to have the domains {domains[0]}, "
+                    f"got {its} for {name!r}."
+                )
+        return cls(
+            {
+                domain: {name: module.channels(domain) for name, module in layers.items() if module.groups == 1}
+                for domain in domains[0]
+            }
+        )
 
     def union(self) -> dict[str, ChannelLists]:
         """What any domain uses, {layer name: ChannelLists}: the channels that must be stored.

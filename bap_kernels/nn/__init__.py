@@ -1,6 +1,30 @@
-"""Layers that work on the channels of the active domain."""
+"""Layers that work on the channels of the active domain, and what trains them."""
 
+from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.convert import add_domain_, switch_
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
+from bap_kernels.nn.parallel import DomainParallel
+from bap_kernels.nn.per_domain import domain_layers, domain_parameters
+from bap_kernels.nn.recalibrate import recalibrate_bn
+from bap_kernels.nn.recompute import recompute, recompute_
 from bap_kernels.nn.swap import skipped
+from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["GatheredConv2d", "MaskedConv2d", "skipped"]
+__all__ = [
+    "ChannelSwitch",
+    "DomainBatchNorm2d",
+    "DomainLinear",
+    "DomainParallel",
+    "GatheredConv2d",
+    "MaskedConv2d",
+    "SwitchedConv2d",
+    "add_domain_",
+    "domain_layers",
+    "domain_parameters",
+    "recalibrate_bn",
+    "recompute",
+    "recompute_",
+    "skipped",
+    "switch_",
+]

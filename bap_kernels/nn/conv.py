@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
 
-__all__ = ["GatheredConv2d", "MaskedConv2d", "why_not"]
+__all__ = ["GatheredConv2d", "MaskedConv2d", "take_over", "why_not", "why_not_groups"]
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
 
-def _why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
+def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
+    """Why a convolution with these groups is not supported; None if it is."""
     if groups == 1 or groups == in_channels == out_channels:
         return None
     found = f"groups={groups} with {in_channels} -> {out_channels} channels"
@@ -41,7 +42,17 @@ def why_not(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
     if conv._parameters.get("weight") is None:
         return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
-    return _why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+    return why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+
+
+def take_over(layer: nn.Module, conv: nn.Module) -> None:
+    """Makes ``layer``, an object without state, share all that ``conv`` has, under tables of its own."""
+    # All of a module is in its dictionary. Hook tables stay shared, so that handles can still remove their hooks.
+    layer.__dict__.update(conv.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        layer.__dict__[name] = conv.__dict__[name].copy()
+    # Compiled by conv.compile() for the other class.
+    layer.__dict__.pop("_compiled_call_impl", None)
 
 
 class GatheredConv2d(nn.Conv2d):
@@ -100,7 +111,7 @@ class GatheredConv2d(nn.Conv2d):
         *,
         channels: ChannelLists | None = None,
     ) -> None:
-        reason = _why_not_groups(in_channels, out_channels, groups)
+        reason = why_not_groups(in_channels, out_channels, groups)
         if reason is not None:
             raise NotImplementedError(f"{type(self).__name__}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
         super().__init__(
@@ -149,12 +160,7 @@ class GatheredConv2d(nn.Conv2d):
                 f"cannot: {reason}."
             )
         layer = cls.__new__(cls)
-        # All of a module is in its dictionary. Hook tables stay shared, so that handles can still remove their hooks.
-        layer.__dict__.update(conv.__dict__)
-        for name in ("_parameters", "_buffers", "_modules"):
-            layer.__dict__[name] = conv.__dict__[name].copy()
-        # Compiled by conv.compile() for the other class.
-        layer.__dict__.pop("_compiled_call_impl", None)
+        take_over(layer, conv)
         if isinstance(conv, GatheredConv2d):
             layer._start_with(conv.channels if channels is None else channels)
             layer.lists = dict(conv.lists)

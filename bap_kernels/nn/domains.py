@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.table import ChannelTable
 
 __all__ = ["attach_", "set_domain"]
@@ -19,34 +20,61 @@ _DENSE = ChannelLists()
 
 
 class _Layers:
-    """The gathered layers of one model as attribute dictionaries, with what tells that the model has changed."""
+    """The layers of one model that depend on the domain, with what tells that the model has changed.
+
+    Dictionaries stand for modules: the model must not be kept alive, and assigning through nn.Module is slow.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        # Dictionaries, not modules: the model must not be kept alive, and assigning through nn.Module is slow.
-        self.layers = [module.__dict__ for module in modules if isinstance(module, GatheredConv2d)]
+        # Attributes of gathered layers.
+        self.gathered: list[dict[str, Any]] = []
+        # Attributes of layers with one module per domain, those modules by domain, and whether None is a domain.
+        self.owning: list[tuple[dict[str, Any], dict[Any, Any], bool]] = []
+        self.parents: list[tuple[dict[str, Any], tuple[nn.Module | None, ...]]] = []
+        self.leaves: list[dict[str, Any]] = []
         # Once for each model: lists are often made before torch.compile is loaded.
         self.marked = False
-        self.parents = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
-        self.leaves = [module._modules for module in modules if not module._modules]
+        seen: set[nn.Module] = set()
+        waiting = [model]
+        while waiting:
+            module = waiting.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            children = module._modules
+            if isinstance(module, GatheredConv2d):
+                self.gathered.append(module.__dict__)
+            if isinstance(module, PerDomain):
+                self.owning.append((module.__dict__, module.domains._modules, module._without_domain_allowed))
+            if children:
+                self.parents.append((children, tuple(children.values())))
+            else:
+                self.leaves.append(children)
+            # What is inside a domain's module cannot depend on the domain, and there may be very many of them.
+            if not isinstance(module, PerDomain):
+                waiting += [child for child in children.values() if child is not None]
 
     def fits(self) -> bool:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
         return not any(self.leaves) and all(tuple(children.values()) == known for children, known in self.parents)
 
+    def mark_dynamic(self) -> None:
+        """Tells torch.compile which sizes vary between domains."""
+        for lists in [one for layer in self.gathered for one in layer["lists"].values()]:
+            lists.mark_dynamic()
+        self.marked = True
+
 
 _layers_of: WeakKeyDictionary[nn.Module, _Layers] = WeakKeyDictionary()
 
 
-def _layers(model: nn.Module) -> list[dict[str, Any]]:
+def _layers(model: nn.Module) -> _Layers:
     known = _layers_of.get(model)
     if known is None or not known.fits():
         known = _layers_of[model] = _Layers(model)
     if not known.marked and "torch._dynamo" in sys.modules:
-        for lists in [one for layer in known.layers for one in layer["lists"].values()]:
-            lists.mark_dynamic()
-        known.marked = True
-    return known.layers
+        known.mark_dynamic()
+    return known
 
 
 def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, ChannelLists]]) -> nn.Module:
@@ -116,39 +144,52 @@ def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list
 
 
 def set_domain(model: nn.Module, name: str | None) -> None:
-    """Makes every layer of a model use the lists of one domain.
+    """Makes every layer of a model work for one domain: its lists, switches, batch norm and classifier.
 
-    Layers that no table was attached to keep the lists that they were made with.
+    Gathered layers that no table was attached to keep the lists that they were made with.
 
     Args:
-        model: a model that went through :func:`bap_kernels.attach_`.
-        name: the domain; None makes every layer keep all of its channels.
+        model: a model that went through :func:`bap_kernels.attach_` or :func:`bap_kernels.nn.switch_`.
+        name: the domain; None makes every convolution keep all of its channels, and is refused by a model with layers
+            that need a domain, which are batch norm and classifiers.
 
     Raises:
-        ValueError: if the model has no lists, or none of that name. Nothing is changed then.
+        ValueError: if no layer depends on the domain, or one does not have that domain. Nothing is changed then.
         NotImplementedError: for a tensor of domain numbers.
     """
+    layers = _layers(model)
+    owning = layers.owning
     # Truthiness of `lists`: a layer that was never attached to is not switched.
-    layers = [layer for layer in _layers(model) if layer["lists"]]
-    if not layers:
-        raise ValueError("set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_.")
-    if name is None:
-        active = [_DENSE] * len(layers)
-    else:
-        try:
-            active = [layer["lists"][name] for layer in layers]
-        except (KeyError, TypeError):
-            raise _refusal(layers, name) from None
+    gathered = [layer for layer in layers.gathered if layer["lists"]]
+    if not (gathered or owning):
+        raise ValueError(
+            "set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_; or nn.switch_."
+        )
+    try:
+        if name is None:
+            # Where None will not do it is looked up, and refused as a name is.
+            active: list[Any] = [None if optional else modules[name] for _, modules, optional in owning]
+            lists = [_DENSE] * len(gathered)
+        else:
+            active = [modules[name] for _, modules, _ in owning]
+            lists = [layer["lists"][name] for layer in gathered]
+    except (KeyError, TypeError):
+        raise _refusal(gathered, owning, name) from None
     # Past nn.Module.__setattr__, which costs a microsecond for each layer.
-    for layer, lists in zip(layers, active, strict=True):
-        layer["channels"] = lists
+    for layer, one in zip(gathered, lists, strict=True):
+        layer["channels"] = one
+    for (attributes, _, _), module in zip(owning, active, strict=True):
+        attributes["_active"] = module
 
 
-def _refusal(layers: list[dict[str, Any]], name: object) -> Exception:
+def _refusal(
+    gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]], name: object
+) -> Exception:
     if isinstance(name, Tensor):
         return NotImplementedError(
             "set_domain(): expected `name` to be one domain, got a tensor; batches that mix domains are not supported. "
             "Hint: run the samples of each domain as a batch of their own."
         )
-    known = [domain for domain in layers[0]["lists"] if all(domain in layer["lists"] for layer in layers)]
+    tables: list[dict[str, Any]] = [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
+    known = [domain for domain in tables[0] if all(domain in table for table in tables)]
     return ValueError(f"set_domain(): expected `name` to be one of {known}, got {name!r}.")

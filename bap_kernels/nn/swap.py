@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["skipped", "swap_"]
+__all__ = ["replace_", "skipped", "swap_"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,9 +24,10 @@ def swap_(
 
     The new layers share the parameters of the old ones, with their mode, device, dtype and hooks, so state dicts and
     optimisers stay as they are; until lists are chosen they compute the same. A convolution that is used in several
-    places stays one layer. Left as they are: subclasses, layers whose weight is computed (``weight_norm``, pruning and
-    the like) and groups that are not supported; :func:`bap_kernels.nn.skipped` names them with the reason, which is
-    also logged.
+    places stays one layer. A :class:`~bap_kernels.nn.SwitchedConv2d` becomes a layer with the lists of all its domains,
+    as its scores are now, so that a trained model needs no :func:`bap_kernels.attach_`. Left as they are: subclasses,
+    layers whose weight is computed (``weight_norm``, pruning and the like) and groups that are not supported;
+    :func:`bap_kernels.nn.skipped` names them with the reason, which is also logged.
 
     Args:
         model: any module. If it is a convolution itself, the result is the new layer.
@@ -52,16 +54,33 @@ def swap_(
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = why_not(module)
-        if reason is None:
+        reason = _why_not(module)
+        if reason is None and isinstance(module, SwitchedConv2d):
+            new[module] = module.to_gathered(layer_type)
+        elif reason is None:
             new[module] = layer_type.from_conv2d(module)
         else:
             _log.info("swap_: %r stays dense: %s", name, reason)
+    return replace_(model, new)
+
+
+def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts new modules in the places of old ones, {old: new}, wherever they stand in a model.
+
+    Returns:
+        ``model``, or what replaces it.
+    """
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
-            if child in new:
+            if child is not None and child in new:
                 setattr(parent, key, new[child])
     return new.get(model, model)
+
+
+def _why_not(conv: nn.Conv2d) -> str | None:
+    if isinstance(conv, SwitchedConv2d):
+        return "a depthwise layer with switches writes its bias to channels that are off" if conv.groups != 1 else None
+    return why_not(conv)
 
 
 def skipped(model: nn.Module) -> dict[str, str]:
@@ -74,7 +93,7 @@ def skipped(model: nn.Module) -> dict[str, str]:
         {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
     """
     reasons = {
-        name: why_not(module)
+        name: _why_not(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and not isinstance(module, GatheredConv2d)
     }

@@ -1,0 +1,143 @@
+"""Turns a plain network into one that trains switches, batch norm and classifiers for several domains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
+from bap_kernels.nn.per_domain import checked_names, domain_layers
+from bap_kernels.nn.swap import replace_
+from bap_kernels.nn.switched import SwitchedConv2d
+
+__all__ = ["add_domain_", "switch_"]
+
+_log = logging.getLogger(__name__)
+
+
+def switch_(
+    model: nn.Module,
+    domains: Iterable[str],
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    threshold: float = 5e-3,
+    initial: float = 1e-2,
+    ste_every: int = 1,
+    heads: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """Gives a plain model switches, batch norm and, if wanted, a classifier for every domain, in place.
+
+    :class:`torch.nn.Conv2d` becomes :class:`~bap_kernels.nn.SwitchedConv2d` and shares its parameters with the layer
+    that it replaces; :class:`torch.nn.BatchNorm2d` becomes :class:`~bap_kernels.nn.DomainBatchNorm2d`, every domain
+    starting from its parameters and statistics. A layer that is used in several places stays one. Convolutions that
+    cannot be switched stay as they are; :func:`bap_kernels.nn.skipped` names them with the reason.
+
+    A checkpoint of the plain model still loads strictly, before or after: it sets what is shared, and the batch norm of
+    every domain. Choose a domain with :func:`bap_kernels.set_domain` before the first forward.
+
+    Args:
+        model: any module. If it is itself a layer to be replaced, the result is the new layer.
+        domains: names of the domains.
+        filter_fn: ``filter_fn(module, name) -> bool``, asked for convolutions and batch norms; False leaves that layer
+            as it is, shared by all domains and without switches.
+        threshold, initial, ste_every: as in :class:`~bap_kernels.nn.SwitchedConv2d`.
+        heads: {domain: number of classes}: the last :class:`torch.nn.Linear` becomes a
+            :class:`~bap_kernels.nn.DomainLinear`. None leaves it as it is.
+
+    Returns:
+        ``model``, or the new layer.
+
+    Raises:
+        ValueError: for names that cannot be used, for ``heads`` of other domains, or if there is no linear layer for
+            them, or nothing to replace. Nothing is changed then.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+        >>> model = bk.nn.switch_(plain, ["birds", "cars"], heads={"birds": 200, "cars": 196})
+        >>> bk.set_domain(model, "cars")
+        >>> model(torch.randn(2, 3, 3, 3)).shape
+        torch.Size([2, 196])
+    """
+    names = checked_names("switch_", domains)
+    new: dict[nn.Module, nn.Module] = {}
+    linear: nn.Linear | None = None
+    inside = {module for _, layer in domain_layers(model) for module in layer.domains.modules()}
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if type(module) is nn.Linear:
+            linear = module
+        plain_conv = isinstance(module, nn.Conv2d) and not isinstance(module, (GatheredConv2d, SwitchedConv2d))
+        if not (plain_conv or type(module) is nn.BatchNorm2d):
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        if isinstance(module, nn.BatchNorm2d):
+            new[module] = DomainBatchNorm2d.from_batch_norm2d(module, names)
+        elif (reason := why_not(module)) is None:
+            assert isinstance(module, nn.Conv2d)
+            new[module] = SwitchedConv2d.from_conv2d(module, names, threshold, initial, ste_every)
+        else:
+            _log.info("switch_: %r stays dense: %s", name, reason)
+    if heads is not None:
+        if set(heads) != set(names):
+            raise ValueError(f"switch_(): expected `heads` to name the domains {names}, got {list(heads)}.")
+        if linear is None:
+            raise ValueError(
+                "switch_(): expected `model` to have a torch.nn.Linear for `heads`, got none. "
+                "Hint: put a bap_kernels.nn.DomainLinear where the classifier is."
+            )
+        new[linear] = DomainLinear.from_linear(linear, {name: heads[name] for name in names})
+    if not new:
+        raise ValueError("switch_(): expected `model` to have convolutions or batch norms to replace, got none.")
+    return replace_(model, new)
+
+
+def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: int | None = None) -> nn.Module:
+    """Adds a domain to every layer of a model that has domains, in place; the other domains stay as they are.
+
+    The new parameters must be given to the optimiser; :func:`bap_kernels.nn.domain_parameters` names them.
+
+    Args:
+        model: a model that went through :func:`switch_`, or has such layers.
+        name: the new domain.
+        like: the domain whose scores, batch norm and statistics the new one starts from; None starts with all channels
+            on and new batch norms.
+        classes: outputs of the new domain's classifier, where the model has a :class:`~bap_kernels.nn.DomainLinear`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if the name cannot be used or is taken, ``like`` is unknown, or ``classes`` is missing or useless.
+            Nothing is changed then.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = bk.nn.switch_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["birds"])
+        >>> bk.set_domain(bk.nn.add_domain_(model, "cars", like="birds"), "cars")
+    """
+    layers = [layer for _, layer in domain_layers(model)]
+    if not layers:
+        raise ValueError("add_domain_(): expected `model` to have layers with domains, got none. Hint: call switch_.")
+    for layer in layers:
+        checked_names("add_domain_", [*layer.domains, name])
+        if like is not None and like not in layer.domains:
+            raise ValueError(f"add_domain_(): expected `like` to be one of {list(layer.domains)}, got {like!r}.")
+    has_head = any(isinstance(layer, DomainLinear) for layer in layers)
+    if has_head != (classes is not None):
+        wanted = "a number, as the model has a DomainLinear" if has_head else "None, as the model has no DomainLinear"
+        raise ValueError(f"add_domain_(): expected `classes` to be {wanted}, got {classes}.")
+    for layer in layers:
+        if isinstance(layer, DomainLinear):
+            assert classes is not None
+            layer.add_domain(name, classes)
+        elif isinstance(layer, (SwitchedConv2d, DomainBatchNorm2d)):
+            layer.add_domain(name, like)
+    return model

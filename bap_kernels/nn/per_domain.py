@@ -1,0 +1,158 @@
+"""What layers with one set of parameters per domain have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["PerDomain", "checked_names", "domain_layers", "domain_parameters"]
+
+# Names that a torch.nn.ModuleDict would refuse, as it has attributes of that name.
+_RESERVED = frozenset(dir(nn.ModuleDict()))
+
+
+def _reason_against(name: object) -> str | None:
+    if not isinstance(name, str):
+        return "a name is text"
+    if not name or "." in name:
+        return "a name is part of the keys of the state: it is not empty and has no dot. Hint: use '-' or '_'"
+    if name in _RESERVED:
+        return "torch.nn.ModuleDict has an attribute of that name. Hint: choose another one"
+    return None
+
+
+def checked_names(where: str, names: Iterable[str]) -> list[str]:
+    """The names of a layer's domains as a list: at least one, text, not empty, without dots, no repeats.
+
+    Raises:
+        ValueError: if one cannot be used.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"{where}(): expected `domains` to be several names, got {names!r}. Hint: pass [{names!r}].")
+    listed: list[str] = []
+    for name in names:
+        reason = "it was given twice" if name in listed else _reason_against(name)
+        if reason is not None:
+            raise ValueError(f"{where}(): expected `domains` to be usable names, got {name!r}: {reason}.")
+        listed.append(name)
+    if not listed:
+        raise ValueError(f"{where}(): expected `domains` to be at least one name, got none.")
+    return listed
+
+
+class PerDomain(nn.Module):
+    """Base of the layers that hold one module per domain, in :attr:`domains`, and use that of the active domain.
+
+    The active module is kept outside the module tree, which names it once, under its domain. Held as an object and not
+    looked up by name, it lets torch.compile serve all domains with one graph.
+
+    Attributes:
+        domains: a :class:`torch.nn.ModuleDict`, {domain: module}.
+    """
+
+    domains: nn.ModuleDict
+    # In the instance's dictionary, past nn.Module.__setattr__.
+    _active: nn.Module | None
+    _without_domain_allowed = False
+
+    def _hold(self, modules: Mapping[str, nn.Module]) -> None:
+        self.domains = nn.ModuleDict(dict(modules))
+        self.__dict__["_active"] = None
+
+    @property
+    def active(self) -> nn.Module | None:
+        """The module of the active domain, one of :attr:`domains`; None before a domain was chosen."""
+        return self._active
+
+    @property
+    def domain(self) -> str | None:
+        """The active domain; None before one was chosen."""
+        for name, module in self.domains.items():
+            if module is self._active:
+                return name
+        return None
+
+    def set_domain(self, name: str | None) -> None:
+        """Activates one domain; :func:`bap_kernels.set_domain` does that for a whole model.
+
+        Raises:
+            ValueError: if the layer has no domain of that name.
+        """
+        if name is None and self._without_domain_allowed:
+            self.__dict__["_active"] = None
+        elif isinstance(name, str) and name in self.domains:
+            self.__dict__["_active"] = self.domains[name]
+        else:
+            raise ValueError(f"set_domain(): expected `name` to be one of {list(self.domains)}, got {name!r}.")
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        checked_names(f"{type(self).__name__}.add_domain", [*self.domains, name])
+        self.domains[name] = module.train(self.training)
+
+    def _module_of(self, name: str | None) -> nn.Module:
+        """The module of a domain; None stands for the active one."""
+        if name is not None:
+            if name not in self.domains:
+                raise ValueError(
+                    f"{type(self).__name__}: expected `domain` to be one of {list(self.domains)}, got {name!r}."
+                )
+            return self.domains[name]
+        if self._active is None:
+            raise self._no_domain()
+        return self._active
+
+    def _no_domain(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}(): expected a domain to be active, got none. "
+            f"Hint: call set_domain(model, name) with one of {list(self.domains)}."
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy that torch.compile or an export made may lack it.
+        self.__dict__.setdefault("_active", None)
+
+
+def domain_layers(model: nn.Module) -> Iterator[tuple[str, PerDomain]]:
+    """The layers of a model that hold one module per domain, as (name, layer).
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = nn.Sequential(nn.ReLU(), bk.nn.DomainBatchNorm2d(4, ["birds", "cars"]))
+        >>> [name for name, layer in bk.nn.domain_layers(model)]
+        ['1']
+    """
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PerDomain))
+
+
+def domain_parameters(model: nn.Module, domain: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that belong to one domain, or to any, as (name, parameter); all others are shared.
+
+    Args:
+        model: any module.
+        domain: the domain; None gives the parameters of all of them.
+
+    Raises:
+        ValueError: if no layer has that domain.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), bk.nn.DomainBatchNorm2d(4, ["birds", "cars"]))
+        >>> [name for name, parameter in bk.nn.domain_parameters(model, "cars")]
+        ['1.domains.cars.weight', '1.domains.cars.bias']
+    """
+    known: dict[str, None] = {}
+    found = []
+    for path, layer in domain_layers(model):
+        for name, module in layer.domains.items():
+            known[name] = None
+            if domain is None or name == domain:
+                prefix = f"{path}.domains.{name}" if path else f"domains.{name}"
+                found += list(module.named_parameters(prefix))
+    if domain is not None and domain not in known:
+        raise ValueError(f"domain_parameters(): expected `domain` to be one of {list(known)}, got {domain!r}.")
+    return iter(found)

@@ -1,0 +1,106 @@
+"""Running statistics of one domain, computed anew with its current switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d
+from bap_kernels.nn.domains import set_domain
+
+__all__ = ["recalibrate_bn"]
+
+
+def _input_of(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (list, tuple)) else batch
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches: int | None = None) -> None:
+    """Computes the batch norms' running statistics of one domain anew, as means over the batches of ``loader``.
+
+    After training or projecting the switches, the statistics still follow those of earlier steps. Everything else in
+    the model is in eval mode meanwhile; parameters, the statistics of other domains and of batch norms that domains
+    share stay, and so do modes and the active domain. A batch norm that no batch reaches keeps its statistics. Every
+    batch counts alike, so leave out one that is much smaller than the others.
+
+    Args:
+        model: a model with :class:`~bap_kernels.nn.DomainBatchNorm2d` layers.
+        loader: gives batches: tensors (N, C, H, W), or tuples and lists that begin with one; they are moved to the
+            device of the model's parameters.
+        domain: the domain.
+        batches: most batches to use; None uses all.
+
+    Raises:
+        ValueError: if the model has no such layer or domain, or there is no batch. Nothing is changed if an error is
+            raised, be it by ``loader`` or the model.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = bk.nn.switch_(nn.Sequential(nn.BatchNorm2d(2)), ["birds"])
+        >>> bk.nn.recalibrate_bn(model, [torch.ones(4, 2, 3, 3), 3 * torch.ones(4, 2, 3, 3)], "birds")
+        >>> model[0].domains["birds"].running_mean
+        tensor([2., 2.])
+    """
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, DomainBatchNorm2d)]
+    if not layers:
+        raise ValueError(
+            "recalibrate_bn(): expected `model` to have DomainBatchNorm2d layers, got none. Hint: call nn.switch_."
+        )
+    modes = [(module, module.training) for module in modules]
+    # What set_domain writes: the same attributes come back below.
+    active = [
+        (module.__dict__, name, module.__dict__[name])
+        for module in modules
+        for name in ("_active", "channels")
+        if name in module.__dict__
+    ]
+    set_domain(model, domain)
+    norms = [norm for layer in layers for norm in layer.domains[domain].modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = [norm for norm in dict.fromkeys(norms) if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    done = False
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            # None is the cumulative mean.
+            norm.momentum = None
+            norm.train()
+        used = _run(model, loader, batches)
+        if used == 0:
+            raise ValueError("recalibrate_bn(): expected `loader` to give at least one batch, got none.")
+        done = True
+    finally:
+        for norm, momentum, values in zip(norms, momenta, before, strict=True):
+            norm.momentum = momentum
+            if not done or not norm.num_batches_tracked:
+                for name, value in norm.named_buffers():
+                    value.copy_(values[name])
+        for module, training in modes:
+            module.training = training
+        for attributes, name, value in active:
+            attributes[name] = value
+
+
+def _run(model: nn.Module, loader: Iterable[Any], batches: int | None) -> int:
+    first = next(model.parameters(), None)
+    used = 0
+    if batches is not None and batches <= 0:
+        return used
+    for batch in loader:
+        input = _input_of(batch)
+        if isinstance(input, Tensor) and first is not None:
+            input = input.to(first.device)
+        model(input)
+        used += 1
+        if used == batches:
+            break
+    return used

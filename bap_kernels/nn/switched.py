@@ -1,0 +1,262 @@
+"""Convolution that trains one binary switch per input channel and domain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bap_kernels.channels import ChannelLists
+from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_conv2d
+from bap_kernels.nn.channel_switch import ChannelSwitch
+from bap_kernels.nn.conv import GatheredConv2d, take_over, why_not, why_not_groups
+from bap_kernels.nn.per_domain import PerDomain, checked_names
+from bap_kernels.nn.recompute import held_input
+
+__all__ = ["SwitchedConv2d"]
+
+_Layer = TypeVar("_Layer", bound="SwitchedConv2d")
+
+
+class SwitchedConv2d(PerDomain, nn.Conv2d):
+    r""":class:`torch.nn.Conv2d` that trains, for every domain, one binary switch per input channel.
+
+    .. math:: y_k = \sum_c s_c \, (W_{kc} \ast x_c) + b_k, \qquad s_c = 1[\tilde s_c > \tau]
+
+    (*Budget-Aware Adapters for Multi-Domain Learning*, arXiv 1905.06242 [Q].) Weight and bias are shared by all
+    domains, under the keys of a dense layer; :attr:`domains` holds one :class:`ChannelSwitch` per domain, whose scores
+    are saved as ``domains.<name>.score``. Without an active domain all channels are on.
+
+    In training mode channels that are off are left out of the convolution, and their switches still get a gradient. In
+    eval mode the layer is a :class:`GatheredConv2d` on the channels that are on: as fast, with lists and packed weights
+    kept until scores or weights change; scores get no gradient then.
+
+    A dense checkpoint loads strictly: where it has no score for any domain, all scores keep their values. With scores
+    for some domains only, the others count as missing.
+
+    Freeze the shared weights with ``layer.weight.requires_grad_(False)``; their gradient is not computed then.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in :class:`torch.nn.Conv2d`; ``groups`` is 1, or C_in for a depthwise layer with as many outputs.
+        domains: names of the domains.
+        threshold: τ; a channel is on where its score is greater.
+        initial: the value of all scores to start with; the defaults of both are Piggyback's [P].
+        ste_every: channels that are off get a gradient in every ``ste_every``-th training forward of a domain only,
+            which saves time in the others.
+
+    Shape:
+        - Input: (N, C_in, H, W) or (C_in, H, W)
+        - Output: (N, C_out, oH, oW) or (C_out, oH, oW)
+
+    Raises:
+        NotImplementedError: for other groups.
+        ValueError: for names of domains that are empty, have dots or repeat, and for ``ste_every`` below 1.
+
+    Examples:
+        >>> import torch
+        >>> import bap_kernels as bk
+        >>> conv = bk.nn.SwitchedConv2d(4, 8, 3, domains=["birds", "cars"])
+        >>> conv.set_domain("birds")
+        >>> conv(torch.randn(2, 4, 5, 5)).sum().backward()
+        >>> with torch.no_grad():
+        ...     conv.domains["birds"].score[2] = 0
+        >>> conv.channels("birds"), conv.channels("cars")
+        (ChannelLists(in_index=[0, 1, 3], out_index=None), ChannelLists(in_index=[0, 1, 2, 3], out_index=None))
+    """
+
+    _active: ChannelSwitch | None
+    _without_domain_allowed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        domains: Iterable[str],
+        threshold: float = 5e-3,
+        initial: float = 1e-2,
+        ste_every: int = 1,
+    ) -> None:
+        reason = why_not_groups(in_channels, out_channels, groups)
+        if reason is not None:
+            raise NotImplementedError(f"{type(self).__name__}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
+        names = checked_names(type(self).__name__, domains)
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device,
+            dtype,
+        )
+        self._start_with(names, threshold, initial, ste_every)
+
+    def _start_with(self, names: list[str], threshold: float, initial: float, ste_every: int) -> None:
+        device = self.weight.device
+        self._hold({name: ChannelSwitch(self.in_channels, threshold, initial, ste_every, device) for name in names})
+
+    @classmethod
+    def from_conv2d(
+        cls: type[_Layer],
+        conv: nn.Conv2d,
+        domains: Iterable[str],
+        threshold: float = 5e-3,
+        initial: float = 1e-2,
+        ste_every: int = 1,
+    ) -> _Layer:
+        """A layer with the parameters, the mode and the hooks of ``conv``, which it shares and does not copy.
+
+        Args:
+            conv: a :class:`torch.nn.Conv2d`, or a gathered layer, whose lists are left behind.
+            domains, threshold, initial, ste_every: as in the constructor.
+
+        Raises:
+            NotImplementedError: for subclasses, parametrized layers, and groups that are not supported.
+
+        Examples:
+            >>> from torch import nn
+            >>> from bap_kernels.nn import SwitchedConv2d
+            >>> conv = nn.Conv2d(8, 4, 3)
+            >>> SwitchedConv2d.from_conv2d(conv, ["birds"]).weight is conv.weight
+            True
+        """
+        names = checked_names(f"{cls.__name__}.from_conv2d", domains)
+        reason = why_not(conv)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
+                f"cannot: {reason}."
+            )
+        layer = cls.__new__(cls)
+        take_over(layer, conv)
+        layer.__dict__.pop("channels", None)
+        layer.__dict__.pop("lists", None)
+        layer._start_with(names, threshold, initial, ste_every)
+        return layer
+
+    def to_gathered(self, layer_type: type[GatheredConv2d] = GatheredConv2d) -> GatheredConv2d:
+        """The layer for inference with the lists of all domains, fixed as they are now; it shares weight and bias.
+
+        Args:
+            layer_type: the class of the new layer.
+
+        Raises:
+            NotImplementedError: for depthwise layers, which write their bias to channels that are off.
+        """
+        if self.groups != 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}.to_gathered(): expected a layer with groups=1, got groups={self.groups}: a "
+                "depthwise layer writes its bias to channels that are off. Hint: keep it; in eval mode it is right."
+            )
+        layer = layer_type.__new__(layer_type)
+        take_over(layer, self)
+        for name in ("_active", "domains"):
+            layer.__dict__.pop(name, None)
+        layer._modules.pop("domains")
+        layer._start_with(None)
+        layer.attach({name: self.channels(name) for name in self.domains})
+        layer.set_domain(self.domain)
+        return layer
+
+    def add_domain(self, name: str, like: str | None = None) -> None:
+        """Adds a domain; the others stay as they are.
+
+        Args:
+            name: the new domain.
+            like: the domain to copy scores from; None starts with all scores at the initial value.
+        """
+        made = copy.deepcopy(self._switch_of(like) if like is not None else self._any())
+        made.since = 0
+        made.score.grad = None
+        if like is None:
+            made.reset_parameters()
+        self._add(name, made)
+
+    def channels(self, domain: str | None = None) -> ChannelLists:
+        """The channels that a domain reads; None stands for the active domain, and for all channels if there is none.
+
+        Raises:
+            ValueError: if the layer has no domain of that name.
+        """
+        if domain is None and self._active is None:
+            return ChannelLists()
+        return self._switch_of(domain).channels()
+
+    def switch(self, domain: str | None = None) -> Tensor:
+        """The switches of a domain, (C_in,), float32 zeros and ones, differentiable in its scores.
+
+        Raises:
+            ValueError: if the layer has no domain of that name.
+        """
+        return self._switch_of(domain)()
+
+    def _switch_of(self, domain: str | None) -> ChannelSwitch:
+        switch = self._module_of(domain)
+        assert isinstance(switch, ChannelSwitch)
+        return switch
+
+    def _any(self) -> ChannelSwitch:
+        return self._switch_of(next(iter(self.domains)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves the channels of ``input`` that are on."""
+        if input.dim() == 3:
+            return self._switched(input.unsqueeze(0)).squeeze(0)
+        return self._switched(input)
+
+    def _switched(self, input: Tensor) -> Tensor:
+        active = self._active
+        padding: Any = self.padding
+        stride: Any = self.stride
+        dilation: Any = self.dilation
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        if active is None:
+            return F.conv2d(input, self.weight, self.bias, stride, padding, dilation, self.groups)
+        # Lists are read from the scores on the host, which a traced program cannot do.
+        if not (self.training or self.groups != 1 or torch.compiler.is_compiling() or active.score.is_meta):
+            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
+            listed = active.channels().in_index
+            return call_gathered_conv2d(input, self.weight, self.bias, listed, None, stride, sides, dilation, 1, True)
+        off_gradient = active.takes_off_gradient() if self.training else True
+        with held_input(input) as held:
+            return switched_conv2d(
+                held, self.weight, self.bias, active(), stride, padding, dilation, self.groups, off_gradient
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        place = f"{prefix}domains."
+        if not any(key.startswith(place) for key in state_dict):
+            for name in self.domains:
+                switch = self._switch_of(name)
+                score = switch.score.detach()
+                # Values in place of those that a layer on the meta device lacks.
+                state_dict[f"{place}{name}.score"] = (
+                    torch.full(score.shape, float(switch.initial)) if score.is_meta else score
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The dense layer's facts, then the domains."""
+        return f"{super().extra_repr()}, domains={list(self.domains)}"
