@@ -59,15 +59,17 @@ def test_layouts_of_the_result_gradient(layout: str, grad_layout: str) -> None:
     check_backward(BASE.but(layout=layout, depthwise=True), grad_layout=grad_layout)
 
 
-@pytest.mark.parametrize("chunk", range(6))
-def test_random_cases(chunk: int) -> None:
-    for seed in range(2000 + 25 * chunk, 2025 + 25 * chunk):
+@pytest.mark.parametrize("chunk", range(12))
+@pytest.mark.parametrize("backend", ["aten", "auto"])
+def test_random_cases(chunk: int, backend: str) -> None:
+    # "auto" takes the native kernels wherever they can run.
+    for seed in range(2000 + 25 * chunk, 2025 + 25 * chunk, 2 if backend == "aten" else 1):
         rng = random.Random(seed)
         case, grad_layout = random_case(rng), rng.choice(GRAD_LAYOUTS)
         try:
-            check_backward(case, grad_layout=grad_layout)
+            check_backward(case, backend, grad_layout)
         except Exception as error:
-            raise AssertionError(f"seed {seed}, grad_output {grad_layout}: {case}") from error
+            raise AssertionError(f"seed {seed}, grad_output {grad_layout}, {backend}: {case}") from error
 
 
 def test_gradient_of_a_native_forward() -> None:
