@@ -128,6 +128,10 @@ def set_domain(model: nn.Module, name: str | None) -> None:
         ValueError: if the model has no lists, or none of that name. Nothing is changed then.
         NotImplementedError: for a tensor of domain numbers.
     """
+    switch = getattr(model, "_switch_domain", None)
+    if switch is not None:
+        switch(name)
+        return
     # Truthiness of `lists`: a layer that was never attached to is not switched.
     layers = [layer for layer in _layers(model) if layer["lists"]]
     if not layers:

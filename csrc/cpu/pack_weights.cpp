@@ -32,7 +32,7 @@ void pack_panel(const ConvCall& c, const NativeCall& n, bool channel_rows, int64
   for (int64_t j = 0; j < filters; ++j) {
     const auto* filter = w + (n.out_index ? n.out_index[first + j] : first + j) * strides[0];
     for (int64_t i = 0; i < n.kept_in; ++i) {
-      const auto* slice = filter + n.channel(i) * strides[1];
+      const auto* slice = filter + n.weight_channel(i) * strides[1];
       const int64_t unit = n.pairs ? i / 2 : i;
       for (int64_t t = 0; t < n.taps; ++t) {
         const scalar_t value = slice[t / n.kernel_w * strides[2] + t % n.kernel_w * strides[3]];
