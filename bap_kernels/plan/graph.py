@@ -110,7 +110,9 @@ class Graph:
 
 def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """A batch norm in eval mode as y = scale * x + shift; two (C,) float64 tensors."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     with torch.no_grad():
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:

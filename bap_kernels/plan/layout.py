@@ -43,7 +43,8 @@ class Chain:
 @dataclass
 class Fetch:
     """How to get channels from a stored value: ``positions`` in it, then ``fill`` constants after them, both in the
-    order of the result unless ``order`` permutes it."""
+    order of the result unless ``order`` permutes it.
+    """
 
     positions: Channels
     fill: np.ndarray

@@ -1,8 +1,8 @@
 """Which channels of each value any consumer reads, and which of them are constants.
 
-Constants go forward: a filter that a mask leaves out is zero everywhere, batch norm makes another constant of it, and so
-on; such channels are never computed. Needs go backward: a convolution needs its in-list, a sum needs of both terms what
-is needed of it, a concatenation hands each part's needs to it, an opaque step and the result need everything.
+Constants go forward: a filter that a mask leaves out is zero everywhere, batch norm makes another constant of it, and
+so on; such channels are never computed. Needs go backward: a convolution needs its in-list, a sum needs of both terms
+what is needed of it, a concatenation hands each part's needs to it, an opaque step and the result need everything.
 """
 
 from __future__ import annotations
@@ -58,13 +58,12 @@ class Liveness:
             assert known[0] is not None
             return self._through(op, [known[0]]) if op.elementwise else np.where(known[0] == 0, 0.0, np.nan)
         if op.kind == "binary":
-            assert known[0] is not None and known[-1] is not None
-            return self._through(op, [known[0], known[-1]])
+            return self._through(op, [one for one in (known[0], known[-1]) if one is not None])
         if op.kind == "cat":
             return np.concatenate([one for one in known if one is not None])
         if op.kind == "pad":
-            assert known[0] is not None and op.output.channels is not None
-            padded = np.full(op.output.channels, op.fill)
+            assert known[0] is not None
+            padded = np.full(op.output.channels or 0, op.fill)
             padded[op.before : op.before + len(known[0])] = known[0]
             return padded
         return None

@@ -1,14 +1,14 @@
 """Turns a graph with its layout into a flat list of steps.
 
-Every group of `fuse` becomes one step at the place of its last operation. A convolution reads the stored input through a
-list of places, with a second list for the weight's channels; where the input is stored as exactly its list, no list is
-left. All others are given the channels they want, by a view where these are the first ones that are stored, else by a
-gather.
+Every group of `fuse` becomes one step at the place of its last operation. A convolution reads the stored input through
+a list of places, with a second list for the weight's channels; where the input is stored as exactly its list, no list
+is left. All others are given the channels they want, by a view where these are the first ones that are stored, else by
+a gather.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from bap_kernels.functional import four_sided
 from bap_kernels.plan import steps
 from bap_kernels.plan.fuse import Group, fuse
 from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm
-from bap_kernels.plan.layout import Layout
+from bap_kernels.plan.layout import Chain, Layout
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.steps import Slot, Step
 
@@ -41,7 +41,8 @@ class _Lowering:
         self.result: Any = None
         self.slots = 0
         self.slot: dict[Value, int] = {}
-        self.buffers: dict[Any, int] = {}
+        self.buffers: dict[Chain, int] = {}
+        self.written: dict[Chain, int] = {}  # parts in the buffer
         self.fetched: dict[tuple[Value, bytes], int] = {}
 
     def new_slot(self) -> int:
@@ -138,22 +139,20 @@ class _Lowering:
             weight_index = torch.from_numpy(read.astype(np.int32)).to(self.device)
         before: tuple[Tensor | None, Tensor | None, bool] = (None, None, group.in_relu)
         if group.in_norm is not None:
-            before = (*self.vectors(group.in_norm, read), group.in_relu)
-        after = (None, None) if group.norm is None else self.vectors(group.norm, self.layout.stored[op.output])
-        reads = (x,)
+            before = (*_vectors(group.in_norm, read, conv.weight.dtype), group.in_relu)
+        after: tuple[Tensor | None, Tensor | None] = (None, None)
+        if group.norm is not None:
+            after = _vectors(group.norm, self.layout.stored[op.output], conv.weight.dtype)
+        reads: tuple[int, ...] = (x,)
         if group.residual is not None:
             reads = (x, self.fetch(group.residual, self.layout.stored[op.output], op))
-        padding = four_sided("plan", conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+        sides = cast("str | tuple[int, int]", conv.padding)
+        padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
         lists = (in_index, self.lists(written, conv.out_channels), weight_index)
         step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output])
         text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
         self.emit(step, op, note=text)
         step.name = group.conv.name
-
-    def vectors(self, norm: Op, channels: Channels) -> tuple[Tensor, Tensor]:
-        scale, shift = folded_norm(norm.module)  # type: ignore[arg-type]
-        index = torch.from_numpy(channels).to(scale.device)
-        return scale[index].float(), shift[index].float()
 
     def depthwise(self, group: Group) -> None:
         conv, op = group.conv.module, group.last
@@ -182,14 +181,13 @@ class _Lowering:
         self.emit(steps.NormStep(kept, norm.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
 
     def cat(self, op: Op) -> None:
-        chain = self.layout.chains[op]
-        out = self.slot[op.output]
-        number = chain.members.index(op)
-        begin = len(chain.members[number - 1].inputs) if number else 0
+        chain, out = self.layout.chains[op], self.slot[op.output]
+        # Shorter concatenations that nothing reads were left out.
+        begin = self.written.get(chain, 0)
         parts = [
-            (self.fetch(part, stored, op), chain.width(first), len(stored))
-            for first, (part, stored) in enumerate(zip(op.inputs, chain.stored, strict=False))
-            if first >= begin and len(stored)
+            (self.fetch(part, stored, op), chain.width(number), len(stored))
+            for number, (part, stored) in enumerate(zip(op.inputs, chain.stored, strict=False))
+            if number >= begin and len(stored)
         ]
         if len(chain.members) == 1:
             self.emit(steps.CatStep(tuple(slot for slot, _, _ in parts), out), op)
@@ -199,10 +197,8 @@ class _Lowering:
         if first:
             self.buffers[chain] = self.new_slot()
         if parts:
-            self.emit(steps.BufferStep(parts, width, first, self.buffers[chain]), op, width)
-        elif first:
-            del self.buffers[chain]
-            return
+            self.emit(steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain]), op, width)
+        self.written[chain] = len(op.inputs)
         self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out), op)
 
     def handed(self, op: Op, part: Any) -> Any:
@@ -226,8 +222,16 @@ class _Lowering:
         self.emit(steps.OpaqueStep(op.call, args, kwargs, reads, self.slot[op.output]), op, note=_named(op.call))
 
 
+def _vectors(norm: Op, channels: Channels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the listed channels; float32, as the op adds in it, except for float64."""
+    scale, shift = folded_norm(norm.module)  # type: ignore[arg-type]
+    index = torch.from_numpy(channels).to(scale.device)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    return scale[index].to(wanted), shift[index].to(wanted)
+
+
 def _named(call: Any) -> str:
-    return repr(call) if not isinstance(call, nn.Module) else type(call).__name__
+    return type(call).__name__ if isinstance(call, nn.Module) else repr(call)
 
 
 def _slots_in(part: Any) -> list[int]:

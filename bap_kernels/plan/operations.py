@@ -1,5 +1,6 @@
 """What is known about layers and functions: which of them keep channels apart, and how to call them without writing to
-their input."""
+their input.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Call", "add_names", "has_hooks", "in_place", "known_binary", "known_map", "only_passes", "out_of_place"]
+__all__ = ["Call", "has_hooks", "in_place", "known_binary", "known_layer", "known_map", "only_passes", "out_of_place"]
 
 # Each result is a function of one number.
 _ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
@@ -36,7 +37,7 @@ _ELEMENTWISE: dict[Any, str] = {
 }
 _SPATIAL = (
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate),
-    *(torch.max_pool2d, torch.adaptive_avg_pool2d if hasattr(torch, "adaptive_avg_pool2d") else F.adaptive_avg_pool2d),
+    torch.max_pool2d,
 )
 _ELEMENTWISE_METHODS = {
     **{"relu": "relu", "sigmoid": "", "tanh": "", "clamp": "", "contiguous": "", "clone": "", "neg": "", "abs": ""},
@@ -70,7 +71,6 @@ _WITHOUT_WRITING: dict[Any, Any] = {
     torch.tanh_: torch.tanh,
     torch.clamp_: torch.clamp,
 }
-add_names = ("add",)
 
 
 class Call:
@@ -81,14 +81,17 @@ class Call:
         self.args = args
         self.kwargs = kwargs
 
-    def __call__(self, *tensors: Any) -> Any:
+    def __call__(self, *tensors: Any, **kwargs: Any) -> Any:
         """Calls it on tensors."""
         if isinstance(self.target, str):
-            return getattr(tensors[0], self.target)(*tensors[1:], *self.args, **self.kwargs)
-        return self.target(*tensors, *self.args, **self.kwargs)
+            return getattr(tensors[0], self.target)(*tensors[1:], *self.args, **self.kwargs, **kwargs)
+        return self.target(*tensors, *self.args, **self.kwargs, **kwargs)
 
     def __repr__(self) -> str:
-        return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", str(self.target))
+        if isinstance(self.target, nn.Module):
+            return type(self.target).__name__
+        name = self.target if isinstance(self.target, str) else getattr(self.target, "__name__", None)
+        return name or type(self.target).__name__
 
 
 def has_hooks(module: nn.Module) -> bool:

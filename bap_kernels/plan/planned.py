@@ -71,7 +71,7 @@ class PlannedNetwork(nn.Module):
         self._example = example
         self._options = (check, tolerance, memory_format)
         self._programs: dict[str | None, tuple[Program, float | None]] = {}
-        super().train(False)
+        self.training = False
         self._program, self.max_error = self._made(domain)
 
     def _made(self, domain: str | None) -> tuple[Program, float | None]:
@@ -85,9 +85,7 @@ class PlannedNetwork(nn.Module):
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
             last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-            memory_format = (
-                torch.channels_last if last and not first.is_contiguous() else torch.contiguous_format
-            )
+            memory_format = torch.channels_last if last and not first.is_contiguous() else torch.contiguous_format
         program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device)
         if not check:
             return program, None

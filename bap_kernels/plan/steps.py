@@ -101,7 +101,7 @@ class ConvStep(Step):
         reads: tuple[int, ...],
         out: int,
     ) -> None:
-        self.parameters = conv._parameters
+        self.parameters: dict[str, Any] = conv._parameters
         self.stride, self.padding, self.dilation = tuple(conv.stride), padding, tuple(conv.dilation)
         self.in_index, self.out_index, self.weight_index = lists
         self.before, self.after = before, after
@@ -124,6 +124,7 @@ class ConvStep(Step):
 
     @property
     def kind(self) -> str:
+        """Its name in the table, with what it does."""
         parts = ["norm+" if self.before[0] is not None else "", "relu+" if self.before[2] else "", "conv"]
         parts += ["+norm" if self.after[1] is not None else "", "+add" if self.residual is not None else ""]
         return "".join(parts) + ("+relu" if self.relu else "")
@@ -134,11 +135,11 @@ class DepthwiseStep(Step):
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
         self.weight, self.bias = weight, bias
-        self.options = (conv.stride, conv.padding, conv.dilation, weight.shape[0])
+        self.options: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, weight.shape[0])
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:
-        env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)  # type: ignore[call-overload]
+        env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
 
 
 class NormStep(Step):
@@ -198,17 +199,25 @@ class BufferStep(Step):
 
     fresh = False
 
-    def __init__(self, parts: list[tuple[int, int, int]], width: int, first: bool, out: int) -> None:
+    def __init__(
+        self,
+        parts: list[tuple[int, int, int]],
+        width: int,
+        first: bool,
+        memory_format: torch.memory_format,
+        out: int,
+    ) -> None:
         self.parts, self.width, self.first = parts, width, first
+        self.memory_format = memory_format
         self.reads, self.out = tuple(slot for slot, _, _ in parts) + (() if first else (out,)), out
 
     def __call__(self, env: Env) -> None:
         if self.first:
             part = env[self.parts[0][0]]
             N, _, H, W = part.shape
-            last = part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
-            memory_format = torch.channels_last if last else torch.contiguous_format
-            env[self.out] = part.new_empty((N, self.width, H, W), memory_format=memory_format)
+            env[self.out] = torch.empty(
+                (N, self.width, H, W), dtype=part.dtype, device=part.device, memory_format=self.memory_format
+            )
         buffer = env[self.out]
         for slot, begin, count in self.parts:
             buffer.narrow(1, begin, count).copy_(env[slot])
@@ -260,6 +269,7 @@ class FetchStep(Step):
 
     @property
     def kind(self) -> str:
+        """Its name in the table, with what it does."""
         return "gather" if self.fill is None else "fill"
 
 

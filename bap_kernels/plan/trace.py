@@ -60,7 +60,9 @@ class _Tracer(fx.Tracer):
 
 def _record(op: str, model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     """The model, inside another one if it is a single layer, and its recording."""
-    root = nn.Sequential(model) if _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0 else model
+    root = (
+        nn.Sequential(model) if _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0 else model
+    )
     whole: set[nn.Module] = set()
     while True:
         tracer = _Tracer(whole)
@@ -142,7 +144,7 @@ class _Builder:
         self.graph = Graph([], expected)
 
     def add(self, node: fx.Node, **fields: Any) -> Value:
-        shape, dtype = self.facts[node]
+        shape, dtype = self.facts[node] if node.op != "output" else (None, None)
         value = Value(node.name, shape, dtype)
         op = Op(output=value, **{"name": node.name, **fields})
         for read in dict.fromkeys(op.inputs):
@@ -181,7 +183,7 @@ class _Builder:
 
     def opaque(self, node: fx.Node, name: str, target: Any, mutates: bool = False) -> None:
         def replaced(part: Any) -> Any:
-            return fx.node.map_arg(part, lambda one: self.now[one])
+            return fx.node.map_arg(part, lambda one: self.now[one])  # type: ignore[arg-type,return-value]
 
         call = Call(frozen(target, self.domain) if isinstance(target, nn.Module) else target) if target else None
         args, kwargs = tuple(_plain(replaced(node.args))), dict(_plain(replaced(node.kwargs)))
@@ -191,6 +193,8 @@ class _Builder:
 
     def known(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
         """Adds the step if there is a rule for it."""
+        if target in (torch.cat, torch.concat):
+            return self.cat(node)
         tensors = [self.now[one] for one in node.args[:2] if isinstance(one, fx.Node)]
         x = tensors[0] if tensors and isinstance(node.args[0], fx.Node) else None
         if x is None or (module is not None and has_hooks(module)):
@@ -199,8 +203,6 @@ class _Builder:
         constant = not self.values_in(rest, kwargs)
         if constant and only_passes(target, rest, kwargs, module):
             self.now[node] = x
-            return True
-        if target in (torch.cat, torch.concat) and self.cat(node):
             return True
         if x.channels is None or len(self.facts[node][0] or ()) != 4:
             return False
@@ -280,10 +282,8 @@ class _Builder:
         return True
 
     def pad(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        sides, mode, fill = (*rest, *(None, None, None)[len(rest) :])
-        sides = kwargs.get("pad", sides)
-        mode = kwargs.get("mode", mode) or "constant"
-        fill = kwargs.get("value", fill) or 0.0
+        given = dict(zip(("pad", "mode", "value"), rest, strict=False)) | kwargs
+        sides, mode, fill = given.get("pad"), given.get("mode", "constant"), given.get("value") or 0.0
         if not isinstance(sides, (list, tuple)) or any(not isinstance(side, int) for side in sides):
             return False
         if len(sides) <= 4 and (mode != "constant" or fill == 0):
@@ -342,7 +342,7 @@ def _check_mode(op: str, model: nn.Module) -> None:
 
 def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
     layers = [module for module in model.modules() if isinstance(module, GatheredConv2d) and module.lists]
-    if domain is None or all(domain in layer.lists for layer in layers) and layers:
+    if domain is None or (all(domain in layer.lists for layer in layers) and layers):
         return
     known = list(layers[0].lists) if layers else []
     hint = "" if layers else " Hint: call swap_, then attach_."
