@@ -42,8 +42,12 @@ class Chain:
 
 @dataclass
 class Fetch:
-    """How to get channels from a stored value: ``positions`` in it, then ``fill`` constants after them, both in the
-    order of the result unless ``order`` permutes it.
+    """How to get channels from a stored value.
+
+    Attributes:
+        positions: which of the stored channels.
+        fill: constants that follow them.
+        order: the places of the two in the result; None: as they are.
     """
 
     positions: Channels
@@ -95,7 +99,7 @@ class Layout:
             needed = [np.zeros(part.channels or 0, dtype=bool) for part in chain.parts]
             for op in chain.members:
                 first = 0
-                for part, need in zip(op.inputs, needed, strict=False):
+                for need in needed[: len(op.inputs)]:
                     need |= self.live[op.output][first : first + len(need)]
                     first += len(need)
             # The part's own order where it stores exactly this.

@@ -1,6 +1,4 @@
-"""What is known about layers and functions: which of them keep channels apart, and how to call them without writing to
-their input.
-"""
+"""Which layers and functions keep channels apart, and how to call them without writing to their input."""
 
 from __future__ import annotations
 
@@ -143,7 +141,7 @@ def known_layer(module: nn.Module) -> tuple[nn.Module, str, bool] | None:
     if kind in _ELEMENTWISE_LAYERS:
         if getattr(module, "inplace", False):
             module = copy.copy(module)
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
         return module, {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind, ""), True
     if kind in _SPATIAL_LAYERS and not getattr(module, "return_indices", False):
         return module, "", False

@@ -94,9 +94,9 @@ class PlannedNetwork(nn.Module):
         limit = _TOLERANCES.get(dtype, 0.0) if tolerance is None else tolerance
         if not share <= limit:
             raise RuntimeError(
-                f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, got "
-                f"{share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to rounding "
-                "needs a larger `tolerance`; else this is a defect of the plan: please report the network."
+                f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
+                f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
+                "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
             )
         return program, share
 
@@ -173,7 +173,8 @@ class PlannedNetwork(nn.Module):
         """
         if mode:
             raise ValueError(
-                "PlannedNetwork.train(): expected `mode` to be False, got True. Hint: train the model itself, then plan."
+                "PlannedNetwork.train(): expected `mode` to be False, got True. "
+                "Hint: train the model itself, then plan."
             )
         return super().train(False)
 

@@ -83,7 +83,7 @@ class InputStep(Step):
         self.reads, self.out = (slot,), slot
         self.memory_format = memory_format
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = env[self.out].contiguous(memory_format=self.memory_format)
 
 
@@ -110,7 +110,7 @@ class ConvStep(Step):
         self.residual = reads[1] if len(reads) > 1 else None
         self._plain = (*self.stride, *self.padding, *self.dilation, 1)
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         parameters = self.parameters
         weight, bias = parameters["weight"], parameters["bias"]
         residual = None if self.residual is None else env[self.residual]
@@ -138,7 +138,7 @@ class DepthwiseStep(Step):
         self.options: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, weight.shape[0])
         self.reads, self.out = (x,), out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
 
 
@@ -149,7 +149,7 @@ class NormStep(Step):
         self.vectors, self.eps = vectors, eps
         self.reads, self.out = (x,), out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         weight, bias, mean, var = self.vectors
         env[self.out] = torch.batch_norm(env[self.reads[0]], weight, bias, mean, var, False, 0.0, self.eps, False)
 
@@ -169,7 +169,7 @@ class MapStep(Step):
         if self.act:
             self.call = {"relu": torch.relu_, "relu6": _relu6_}[self.act]
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = self.call(env[self.reads[0]])
 
 
@@ -180,7 +180,7 @@ class BinaryStep(Step):
         self.call = call
         self.reads, self.out = reads, out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = self.call(env[self.reads[0]], env[self.reads[-1]])
 
 
@@ -190,7 +190,7 @@ class CatStep(Step):
     def __init__(self, reads: tuple[int, ...], out: int) -> None:
         self.reads, self.out = reads, out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = torch.cat([env[slot] for slot in self.reads], 1)
 
 
@@ -211,7 +211,7 @@ class BufferStep(Step):
         self.memory_format = memory_format
         self.reads, self.out = tuple(slot for slot, _, _ in parts) + (() if first else (out,)), out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         if self.first:
             part = env[self.parts[0][0]]
             N, _, H, W = part.shape
@@ -232,7 +232,7 @@ class ViewStep(Step):
         self.count = count
         self.reads, self.out = (x,), out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = env[self.reads[0]].narrow(1, 0, self.count)
 
 
@@ -257,7 +257,7 @@ class FetchStep(Step):
         self.index, self.fill, self.order = index, fill, order
         self.reads, self.out = (x,), out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         x = env[self.reads[0]]
         if self.index is not None:
             x = _selected(x, self.index)
@@ -282,7 +282,7 @@ class OpaqueStep(Step):
         self.call, self.args, self.kwargs = call, args, kwargs
         self.reads, self.out = reads, out
 
-    def __call__(self, env: Env) -> None:
+    def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = self.call(*put_in(self.args, env), **put_in(self.kwargs, env))
 
 

@@ -215,6 +215,16 @@ LARGE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _random_layer(kind: str, c_in: int, c_out: int, kernel: int, rng: random.Random) -> nn.Module:
+    if kind == "conv":
+        return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=rng.random() < 0.5)
+    if kind == "depthwise":
+        return nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in)
+    if kind == "pool":
+        return rng.choice((nn.AvgPool2d, nn.MaxPool2d))(3, 1, 1)
+    return nn.BatchNorm2d(c_in) if kind == "norm" else nn.ReLU(inplace=rng.random() < 0.3)
+
+
 class _Random(nn.Module):
     """Layers of a random recipe; each entry of ``recipe`` says what to do with the tensors so far."""
 
@@ -238,15 +248,8 @@ class _Random(nn.Module):
             else:
                 width = rng.choice((4, 6, 8, widths[a])) if kind == "conv" else widths[a]
                 kernel = rng.choice((1, 3))
-                layer = {
-                    "conv": lambda: nn.Conv2d(widths[a], width, kernel, padding=kernel // 2, bias=rng.random() < 0.5),
-                    "norm": lambda: nn.BatchNorm2d(width),
-                    "relu": lambda: nn.ReLU(inplace=rng.random() < 0.3),
-                    "depthwise": lambda: nn.Conv2d(width, width, 3, padding=1, groups=width),
-                    "pool": lambda: rng.choice((nn.AvgPool2d, nn.MaxPool2d))(3, 1, 1),
-                }[kind]()
                 self.recipe.append(("layer", a, len(self.layers)))
-                self.layers.append(layer)
+                self.layers.append(_random_layer(kind, widths[a], width, kernel, rng))
                 widths.append(width)
         self.tail = nn.Conv2d(widths[-1], 5, 1)
 
