@@ -15,6 +15,7 @@ from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
+from bap_kernels.plan import PlannedNetwork, plan
 from bap_kernels.table import ChannelTable
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChannelLists",
     "ChannelTable",
+    "PlannedNetwork",
     "attach_",
     "choices",
     "clear_choices",
@@ -30,6 +32,7 @@ __all__ = [
     "info",
     "nn",
     "packed_cache_info",
+    "plan",
     "set_domain",
     "set_packed_cache_limit",
     "swap_",

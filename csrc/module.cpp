@@ -33,6 +33,28 @@ at::Tensor call_gathered_conv2d(const at::Tensor& input, const at::Tensor& weigh
   return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
 }
 
+// Likewise for the fused op, at the end of the same arguments; three lists of integers as plain ones.
+at::Tensor call_gathered_conv2d_fused(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
+                                      int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
+                                      int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                                      const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                                      const OptionalTensor& out_scale, const OptionalTensor& out_shift,
+                                      const OptionalTensor& residual, bool out_relu, bool cache_packed,
+                                      const OptionalTensor& weight_index) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                            const OptionalTensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef,
+                            c10::SymInt, const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, bool, bool, const OptionalTensor&)>();
+  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
+  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
+  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, in_scale, in_shift,
+                 in_relu, out_scale, out_shift, residual, out_relu, cache_packed, weight_index);
+}
+
 py::dict choice_dict(const Choice& choice) {
   py::dict times;
   for (int r = 0; r < kRouteCount; ++r) {
@@ -117,6 +139,7 @@ py::dict build_facts() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
   m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(call_gathered_conv2d));
+  m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused));
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def(

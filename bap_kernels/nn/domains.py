@@ -157,6 +157,10 @@ def set_domain(model: nn.Module, name: str | None) -> None:
         ValueError: if no layer depends on the domain, or one does not have that domain. Nothing is changed then.
         NotImplementedError: for a tensor of domain numbers.
     """
+    switch = getattr(model, "_switch_domain", None)
+    if switch is not None:
+        switch(name)
+        return
     layers = _layers(model)
     owning = layers.owning
     # Truthiness of `lists`: a layer that was never attached to is not switched.

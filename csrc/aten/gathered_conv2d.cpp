@@ -7,7 +7,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 
 #include "aten/packed_convolution.h"
 #include "cpu/packed_cache.h"
@@ -53,12 +53,12 @@ at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
 at::Tensor slice_weight(const ConvCall& c) {
   at::Tensor w = c.weight;
   if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
-  if (has_value(c.in_index) && !c.shape.depthwise) w = w.index_select(1, *c.in_index);
+  if (has_value(c.weight_list()) && !c.shape.depthwise) w = w.index_select(1, *c.weight_list());
   return w.contiguous(c.format());
 }
 
 at::Tensor listed_weight(const ConvCall& c) {
-  if (!has_value(c.in_index) && !has_value(c.out_index)) return c.weight;
+  if (!has_value(c.weight_list()) && !has_value(c.out_index)) return c.weight;
   return PackedCache::instance().get(c, PackedKind::kSliced, static_cast<int>(c.format()),
                                      [&] { return slice_weight(c); });
 }
@@ -67,8 +67,8 @@ at::Tensor listed_weight(const ConvCall& c) {
 at::Tensor zeroed_weight(const ConvCall& c) {
   const auto make = [&] {
     at::Tensor w = has_value(c.out_index) ? c.weight.index_select(0, *c.out_index) : c.weight;
-    at::Tensor zeroed = at::zeros_like(w);
-    zeroed.index_copy_(1, c.in_index->to(at::kLong), w.index_select(1, *c.in_index));
+    at::Tensor zeroed = at::zeros({w.size(0), c.shape.channels_in, w.size(2), w.size(3)}, w.options());
+    zeroed.index_copy_(1, c.in_index->to(at::kLong), w.index_select(1, *c.weight_list()));
     return zeroed.contiguous(c.format());
   };
   return PackedCache::instance().get(c, PackedKind::kZeroed, static_cast<int>(c.format()), make);

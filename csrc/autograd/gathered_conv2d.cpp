@@ -119,14 +119,15 @@ Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at
 using FusedSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
                                const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
-                               const OptionalTensor&, const OptionalTensor&, bool, bool);
+                               const OptionalTensor&, const OptionalTensor&, bool, bool, const OptionalTensor&);
 
 at::Tensor fused_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
                           SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                           const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
                           const OptionalTensor& out_scale, const OptionalTensor& out_shift,
-                          const OptionalTensor& residual, bool out_relu, bool cache_packed) {
+                          const OptionalTensor& residual, bool out_relu, bool cache_packed,
+                          const OptionalTensor& weight_index) {
   bool tracked = input.requires_grad() || weight.requires_grad();
   for (const OptionalTensor* t : {&bias, &in_scale, &in_shift, &out_scale, &out_shift, &residual}) {
     tracked = tracked || (has_value(*t) && (*t)->requires_grad());
@@ -138,7 +139,7 @@ at::Tensor fused_autograd(const at::Tensor& input, const at::Tensor& weight, con
   static auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused", "").typed<FusedSchema>();
   return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, std::move(groups), in_scale,
-                 in_shift, in_relu, out_scale, out_shift, residual, out_relu, cache_packed);
+                 in_shift, in_relu, out_scale, out_shift, residual, out_relu, cache_packed, weight_index);
 }
 
 }  // namespace

@@ -187,7 +187,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   t.weight_step = rows * n.depth;
   t.partial_step = rows * width;
   t.channel_step = rows;
-  t.out_step = rows * area * size;
+  t.out_step = t.residual_step = rows * area * size;
   t.relu = n.out_relu;
   t.bfloat16 = n.out_bfloat16;
   for (int64_t unit = 0; unit < n.units; unit += units_per_block) {
@@ -213,7 +213,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
         const int64_t place = ((pixel / area * n.kept_out + channel) * area + pixel % area) * size;
         t.out = n.y + place;
         t.residual = n.residual ? n.residual + place : nullptr;
-        t.out_row_stride = area * size;
+        t.out_row_stride = t.residual_row_stride = area * size;
         n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
       };
       // Pixels of two or more images in one tile: computed beside the result and moved into it.
@@ -229,7 +229,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
         t.shift = n.shift.empty() ? nullptr : n.shift.data() + p * rows;
         t.out = straddle_out;
         t.residual = n.residual ? straddle_residual : nullptr;
-        t.out_row_stride = kStraddleRow;
+        t.out_row_stride = t.residual_row_stride = kStraddleRow;
         n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
         for (int64_t r = 0; r < tile_rows; ++r) {
           move_pixels(n, n.y, p * rows + r, pixel, t.valid, straddle_out + r * kStraddleRow, true);

@@ -64,7 +64,7 @@ std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> ca
     const at::Tensor& input = inputs[turn++ % inputs.size()];
     return seconds_of(run,
                       {input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups,
-                       c.cache_packed, c.shape, c.fusion},
+                       c.cache_packed, c.shape, c.fusion, c.weight_index},
                       r);
   };
   for (const Route r : candidates) run(c, r);  // packs weights, warms caches and thread pools

@@ -19,7 +19,8 @@ GradientTriple native_backward(const at::Tensor& grad_output, const at::Tensor& 
                                c10::IntArrayRef padding, c10::IntArrayRef dilation, const ConvShape<int64_t>& s,
                                std::array<bool, 3> mask) {
   const OptionalTensor in_list = contiguous(in_index), out_list = contiguous(out_index);
-  GradientCall call{grad_output, input, weight, stride, padding, dilation, s, list_pointer(in_list), list_pointer(out_list)};
+  GradientCall call{grad_output,           input, weight, stride, padding, dilation, s, list_pointer(in_list),
+                    list_pointer(out_list)};
   if (mask[0] || mask[1]) find_live_channels(call);
   const auto none = [&] { return at::empty({0}, input.options()); };
   GradientTriple grads{none(), none(), none()};

@@ -77,23 +77,25 @@ at::Tensor fused_cpu(const at::Tensor& input, const at::Tensor& weight, const Op
                      c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
                      const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
                      const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
-                     bool out_relu, bool cache_packed) {
+                     bool out_relu, bool cache_packed, const OptionalTensor& weight_index) {
   const char* op = "_gathered_conv2d_fused";
-  const ConvCall call{
-      input,
-      weight,
-      bias,
-      in_index,
-      out_index,
-      stride,
-      padding,
-      dilation,
-      groups,
-      cache_packed,
-      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups),
-      Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}};
+  const ConvCall call{input,
+                      weight,
+                      bias,
+                      in_index,
+                      out_index,
+                      stride,
+                      padding,
+                      dilation,
+                      groups,
+                      cache_packed,
+                      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding,
+                                                     dilation, groups, weight_index),
+                      Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu},
+                      weight_index};
   const auto& s = call.shape;
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
+  check_weight_index_values(op, weight_index, weight.size(1));
   check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
   check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
   check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);

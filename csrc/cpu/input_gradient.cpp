@@ -97,7 +97,7 @@ NativeCall class_call(const GradientCall& c, const InputGradient& wish, const Ph
   n.w_stride_w = -columns.tap_step * c.weight.stride(3);
   n.w = static_cast<const char*>(c.weight.const_data_ptr()) +
         (rows.first_tap * c.weight.stride(2) + columns.first_tap * c.weight.stride(3)) * n.element_size();
-  n.w_in_index = c.all_live ? c.out_index : c.live_filters.data();
+  n.weight_index = c.all_live ? c.out_index : c.live_filters.data();
   return n;
 }
 

@@ -53,6 +53,21 @@ void fold_epilogue(const ConvCall& c, NativeCall& n) {
   }
 }
 
+// Elements between neighbouring pixels where all pixels of a channels_last tensor follow each other at one distance, as
+// in the first channels of a wider tensor; else 0.
+int64_t pixel_step(const at::Tensor& t, at::MemoryFormat format) {
+  if (format != at::MemoryFormat::ChannelsLast || (t.stride(1) != 1 && t.size(1) != 1)) return 0;
+  const int64_t sizes[3] = {t.size(3), t.size(2), t.size(0)}, strides[3] = {t.stride(3), t.stride(2), t.stride(0)};
+  int64_t step = 0, pixels = 1;
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 1) continue;
+    if (step == 0) step = strides[i];
+    if (strides[i] != step * pixels) return 0;
+    pixels *= sizes[i];
+  }
+  return step;
+}
+
 }  // namespace
 
 std::string native_why_not(const ConvCall& c) {
@@ -107,6 +122,7 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   n.w_stride_in = c.weight.stride(1);
   n.w_stride_h = c.weight.stride(2);
   n.w_stride_w = c.weight.stride(3);
+  n.weight_index = list_data(n, c.weight_index);
   const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.out_h == n.height && n.out_w == n.width;
   if (pointwise && n.x_stride_h == n.width * n.x_stride_w) {
     n.width = n.out_w = n.height * n.width;
@@ -120,8 +136,10 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   n.out_relu = c.fusion.out_relu;
   fold_epilogue(c, n);
   if (has_value(c.fusion.residual)) {
-    n.keep_alive.push_back(c.fusion.residual->contiguous(c.format()));
+    int64_t step = pixel_step(*c.fusion.residual, c.format());
+    n.keep_alive.push_back(step ? *c.fusion.residual : c.fusion.residual->contiguous(c.format()));
     n.residual = static_cast<const char*>(n.keep_alive.back().const_data_ptr());
+    n.residual_pixel = (step ? step : s.kept_out) * n.element_size();
   }
   result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
   n.y = static_cast<char*>(result.mutable_data_ptr());

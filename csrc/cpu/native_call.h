@@ -37,11 +37,10 @@ struct NativeCall {
   const int32_t* in_index;   // null: all
   const int32_t* out_index;  // null: all
 
-  // Weight: strides in elements, those of the taps may be negative. Its slices are named by in_index unless the list
-  // below says otherwise.
+  // Weight: strides in elements, those of the taps may be negative.
   const char* w;
   int64_t w_stride_out, w_stride_in, w_stride_h, w_stride_w;
-  const int32_t* w_in_index;
+  const int32_t* weight_index;  // its channels where the input's are numbered otherwise; null: as in_index
 
   // Prologue on listed channels; null where absent.
   const float* in_scale;
@@ -51,7 +50,8 @@ struct NativeCall {
 
   // Epilogue: y = relu?(scale * sum + shift + residual), the bias folded into shift. Padded to whole tiles.
   std::vector<float> scale, shift;
-  const char* residual;  // same strides as y
+  const char* residual;  // same strides as y, but for the bytes from pixel to pixel of channels_last
+  int64_t residual_pixel;
   bool out_relu;
 
   char* y;  // contiguous in the call's memory format
@@ -63,7 +63,7 @@ struct NativeCall {
   int64_t out_size() const { return out_bfloat16 ? 2 : 4; }
   int64_t pixels() const { return batch * out_h * out_w; }
   int64_t channel(int64_t i) const { return in_index ? in_index[i] : i; }
-  int64_t slice(int64_t i) const { return w_in_index ? w_in_index[i] : channel(i); }
+  int64_t weight_channel(int64_t i) const { return weight_index ? weight_index[i] : channel(i); }
   const char* pixel(int64_t n, int64_t ih, int64_t iw) const {
     return x + (n * x_stride_n + ih * x_stride_h + iw * x_stride_w) * element_size();
   }

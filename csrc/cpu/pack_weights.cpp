@@ -37,7 +37,7 @@ void pack_panel(const NativeCall& n, bool channel_rows, int64_t panel, float* ds
     const int64_t unit = n.pairs ? i / 2 : i;
     for (int64_t t = 0; t < n.taps; ++t) {
       const scalar_t* source =
-          w + n.slice(i) * n.w_stride_in + t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
+          w + n.weight_channel(i) * n.w_stride_in + t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
       float* lanes = dst + (unit * unit_step + t * tap_step) * width;
       if (n.pairs) {
         auto* halves = reinterpret_cast<c10::BFloat16*>(lanes) + i % 2;

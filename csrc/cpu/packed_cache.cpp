@@ -4,6 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/hash.h>
 
+#include <array>
+
 #include "aten/packed_convolution.h"
 
 namespace bap_kernels {
@@ -22,7 +24,7 @@ PackedCache& PackedCache::instance() {
 }
 
 size_t PackedCache::KeyHash::operator()(const Key& k) const {
-  return c10::get_hash(k.weight, k.in_index, k.out_index, k.kind, k.variant);
+  return c10::get_hash(k.weight, k.in_index, k.out_index, k.weight_index, k.kind, k.variant);
 }
 
 PackedCache::Source::Source(const at::Tensor& t)
@@ -34,18 +36,21 @@ bool PackedCache::Source::holds(const at::Tensor& t) const {
 }
 
 bool PackedCache::keeps(const ConvCall& c) {
-  return c.cache_packed && has_version(c.weight) && has_version(c.in_index) && has_version(c.out_index);
+  return c.cache_packed && has_version(c.weight) && has_version(c.in_index) && has_version(c.out_index) &&
+         has_version(c.weight_index);
 }
 
 at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make) {
   if (!keeps(c)) return make();
-  const Key key{c.weight.unsafeGetTensorImpl(), identity(c.in_index), identity(c.out_index), static_cast<int>(kind),
-                variant};
+  const std::array<const OptionalTensor*, 3> lists = {&c.in_index, &c.out_index, &c.weight_index};
+  const Key key{c.weight.unsafeGetTensorImpl(), identity(c.in_index),   identity(c.out_index),
+                identity(c.weight_index),       static_cast<int>(kind), variant};
   const auto holds = [&](const Entry& e) {
     size_t i = 0;
     bool same = e.sources[i++].holds(c.weight);
-    if (has_value(c.in_index)) same = same && e.sources[i++].holds(*c.in_index);
-    if (has_value(c.out_index)) same = same && e.sources[i++].holds(*c.out_index);
+    for (const OptionalTensor* list : lists) {
+      if (has_value(*list)) same = same && e.sources[i++].holds(**list);
+    }
     return same;
   };
   {
@@ -61,8 +66,9 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   }
   Entry entry{key, {}, {}, 0};
   entry.sources.emplace_back(c.weight);  // before packing: a change meanwhile makes the entry stale, not wrong
-  if (has_value(c.in_index)) entry.sources.emplace_back(*c.in_index);
-  if (has_value(c.out_index)) entry.sources.emplace_back(*c.out_index);
+  for (const OptionalTensor* list : lists) {
+    if (has_value(*list)) entry.sources.emplace_back(**list);
+  }
   {
     // Kept across inference and training alike, so it must be an ordinary tensor; and one without a graph, which would
     // keep the weight alive.

@@ -36,11 +36,11 @@ class PackedCache {
 
  private:
   struct Key {
-    const void *weight, *in_index, *out_index;
+    const void *weight, *in_index, *out_index, *weight_index;
     int kind, variant;
     bool operator==(const Key& o) const {
-      return weight == o.weight && in_index == o.in_index && out_index == o.out_index && kind == o.kind &&
-             variant == o.variant;
+      return weight == o.weight && in_index == o.in_index && out_index == o.out_index &&
+             weight_index == o.weight_index && kind == o.kind && variant == o.variant;
     }
   };
   struct KeyHash {

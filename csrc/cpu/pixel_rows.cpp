@@ -69,6 +69,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   TileArgs t{};
   t.row_stride = static_cast<int32_t>(rows);
   t.out_row_stride = row_bytes;
+  t.residual_row_stride = n.residual_pixel;
   t.offsets = source.offsets();
   t.relu = n.out_relu;
   t.bfloat16 = n.out_bfloat16;
@@ -89,14 +90,15 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
       t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
       t.source = table + tile * access.runs * rows;
       t.partial = partial + (tile * panels + panel - first_panel) * rows * width;
-      const int64_t place = (begin + tile * rows) * row_bytes + channel * n.out_size();
-      t.out = n.y + place;
-      t.residual = n.residual ? n.residual + place : nullptr;
+      const int64_t pixel = begin + tile * rows, first_byte = channel * n.out_size();
+      t.out = n.y + pixel * row_bytes + first_byte;
+      t.residual = n.residual ? n.residual + pixel * n.residual_pixel + first_byte : nullptr;
       t.weight_step = along_panels ? width * n.depth : 0;
       t.source_step = along_panels ? 0 : access.runs * rows;
       t.partial_step = (along_panels ? 1 : panels) * rows * width;
       t.channel_step = along_panels ? width : 0;
       t.out_step = along_panels ? width * n.out_size() : rows * row_bytes;
+      t.residual_step = along_panels ? t.out_step : rows * n.residual_pixel;
       n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
     };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;

@@ -38,7 +38,8 @@ struct SwitchedWish {
   at::Tensor switch_gradient(const SwitchedCall& c) const {
     at::Tensor ds = at::zeros({c.shape.channels_in}, c.switches.options());
     auto* out = ds.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < wish.count; ++i) out[wish.channels ? wish.channels[i] : i] = static_cast<float>(wish.dot[i]);
+    for (int64_t i = 0; i < wish.count; ++i)
+      out[wish.channels ? wish.channels[i] : i] = static_cast<float>(wish.dot[i]);
     return ds;
   }
 };

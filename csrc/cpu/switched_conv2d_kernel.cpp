@@ -25,7 +25,8 @@ at::Tensor switched_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
       check_switched_conv2d<int64_t>(op, input, weight, bias, switches, stride, padding, dilation, groups)};
   const SwitchLists lists = read_switch(op, switches);
   const ConvCall on = call.on(lists.on);
-  // Switches move from step to step, and each count of channels is a case of its own: `auto` would never stop measuring.
+  // Switches move from step to step, and each count of channels is a case of its own: `auto` would never stop
+  // measuring.
   const bool native = get_backend() == "auto" && !on.trivial() && native_why_not(on).empty();
   return widened_result(call, lists, native ? run_route(on, Route::kNative) : run_cpu(on, op));
 }

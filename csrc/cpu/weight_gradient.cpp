@@ -68,8 +68,8 @@ Shape make_shape(const GradientCall& c) {
   s.in_place = !padded && !c.bfloat16() && reach < std::numeric_limits<int32_t>::max();
   const int64_t floats = geometry.kept_in * s.taps * s.panels * s.width;
   s.slabs = power_of_two(std::min({s.pixels / kPixelsPerSlab, kSlabFloats / floats, kMostTasks}));
-  s.groups = power_of_two(
-      std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
+  s.groups =
+      power_of_two(std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
   s.panel_floats = s.panels * s.rows * s.width;
   s.first_row_tile.push_back(0);
   for (int64_t g = 0; g < s.groups; ++g) {

@@ -29,6 +29,11 @@ struct ConvCall {
   bool cache_packed;
   ConvShape<int64_t> shape;
   Fusion fusion = {};
+  // Where the input holds only some of the weight's channels: the weight's channel for each one that is read.
+  OptionalTensor weight_index = {};
+
+  // The weight's channels that are read, in order; absent: all.
+  const OptionalTensor& weight_list() const { return has_value(weight_index) ? weight_index : in_index; }
 
   bool symmetric_padding() const { return padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight]; }
   int64_t taps() const { return shape.kernel_h * shape.kernel_w; }

@@ -28,10 +28,11 @@ at::Tensor fused_meta(const at::Tensor& input, const at::Tensor& weight, const O
                       const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
                       SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, const OptionalTensor& in_scale,
                       const OptionalTensor& in_shift, bool, const OptionalTensor& out_scale,
-                      const OptionalTensor& out_shift, const OptionalTensor& residual, bool, bool) {
+                      const OptionalTensor& out_shift, const OptionalTensor& residual, bool, bool,
+                      const OptionalTensor& weight_index) {
   const char* op = "_gathered_conv2d_fused";
-  const auto s =
-      check_gathered_conv2d<SymInt>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
+  const auto s = check_gathered_conv2d<SymInt>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
+                                               groups, weight_index);
   check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
   check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
   check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
@@ -67,8 +68,8 @@ TORCH_LIBRARY(bap_kernels, m) {
   m.def(
       "_gathered_conv2d_fused(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, "
       "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, Tensor? in_scale, Tensor? in_shift, "
-      "bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, bool cache_packed=False) "
-      "-> Tensor");
+      "bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, bool cache_packed=False, "
+      "Tensor? weight_index=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(bap_kernels, Meta, m) {

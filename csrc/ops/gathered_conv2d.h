@@ -24,16 +24,22 @@ struct ConvShape {
 };
 
 // Raises on any argument that breaks the contract (list values apart: see check_list_values) and returns the geometry.
+// With `weight_index` the input's channels have numbers of their own, which `in_index` selects from: the i-th channel
+// that is read meets the weight's channel weight_index[i].
 template <class Int>
 ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
                                      const OptionalTensor& bias, const OptionalTensor& in_index,
                                      const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
-                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups);
+                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
+                                     const OptionalTensor& weight_index = {});
 
 // The lists' values: in range and without repeats; for depthwise also equal. Only for CPU tensors: reading a list on a
 // GPU would stall its stream, so there the lists are checked when they are made.
 void check_list_values(const char* op, const OptionalTensor& in_index, const OptionalTensor& out_index,
                        int64_t channels_in, int64_t channels_out, bool depthwise);
+
+// Likewise for the fused op's `weight_index`.
+void check_weight_index_values(const char* op, const OptionalTensor& weight_index, int64_t weight_channels);
 
 // A per-channel vector of the fused op: 1-D, `length` entries, dtype float32, the input's device.
 void check_channel_vector(const char* op, const char* name, const OptionalTensor& vector, const c10::SymInt& length,

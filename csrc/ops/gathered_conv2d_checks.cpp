@@ -77,7 +77,8 @@ template <class Int>
 ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
                                      const OptionalTensor& bias, const OptionalTensor& in_index,
                                      const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
-                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups) {
+                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
+                                     const OptionalTensor& weight_index) {
   TORCH_CHECK_VALUE(input.dim() == 4, op, "(): expected `input` to have the shape (N, C_in, H, W), got ", input.dim(),
                     " dimensions. Hint: add a batch axis with input.unsqueeze(0).");
   TORCH_CHECK_VALUE(weight.dim() == 4, op,
@@ -95,6 +96,7 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   check_pair(op, "dilation", dilation, 2, 1);
   check_list<Int>(op, "in_index", in_index, input);
   check_list<Int>(op, "out_index", out_index, input);
+  check_list<Int>(op, "weight_index", weight_index, input);
 
   const auto x = sizes_of<Int>(input);
   const auto w = sizes_of<Int>(weight);
@@ -103,7 +105,14 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
                     "(): expected `weight` to have a kernel of at least 1 x 1, got ", s.kernel_h, " x ", s.kernel_w,
                     ".");
   TORCH_CHECK_VALUE(groups >= 1, op, "(): expected `groups` to be at least 1, got ", groups, ".");
-  if (groups != 1) {
+  if (has_value(weight_index)) {
+    TORCH_CHECK_NOT_IMPLEMENTED(groups == 1, op, "(): expected `weight_index` only with groups=1, got groups=", groups,
+                                ". Hint: select the filters of a depthwise convolution beforehand.");
+    const Int read = has_value(in_index) ? sizes_of<Int>(*in_index)[0] : s.channels_in;
+    TORCH_CHECK_VALUE(sizes_of<Int>(*weight_index)[0] == read, op,
+                      "(): expected `weight_index` to have one entry for each of the ", read,
+                      " channels that are read, got ", sizes_of<Int>(*weight_index), ".");
+  } else if (groups != 1) {
     s.depthwise = groups == s.channels_in && s.channels_out == s.channels_in && w[1] == 1;
     TORCH_CHECK_NOT_IMPLEMENTED(
         s.depthwise, op, "(): expected `groups` to be 1, or C_in with C_out == C_in (depthwise), got groups=", groups,
@@ -144,12 +153,12 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
 template ConvShape<int64_t> check_gathered_conv2d(const char*, const at::Tensor&, const at::Tensor&,
                                                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                   c10::ArrayRef<int64_t>, c10::ArrayRef<int64_t>,
-                                                  c10::ArrayRef<int64_t>, const int64_t&);
+                                                  c10::ArrayRef<int64_t>, const int64_t&, const OptionalTensor&);
 template ConvShape<c10::SymInt> check_gathered_conv2d(const char*, const at::Tensor&, const at::Tensor&,
                                                       const OptionalTensor&, const OptionalTensor&,
                                                       const OptionalTensor&, c10::ArrayRef<c10::SymInt>,
                                                       c10::ArrayRef<c10::SymInt>, c10::ArrayRef<c10::SymInt>,
-                                                      const c10::SymInt&);
+                                                      const c10::SymInt&, const OptionalTensor&);
 
 void check_list_values(const char* op, const OptionalTensor& in_index, const OptionalTensor& out_index,
                        int64_t channels_in, int64_t channels_out, bool depthwise) {
@@ -158,6 +167,12 @@ void check_list_values(const char* op, const OptionalTensor& in_index, const Opt
   if (depthwise && has_value(in_index) && in_index->is_cpu()) {
     TORCH_CHECK_VALUE(in_index->equal(*out_index), op,
                       "(): expected `in_index` to equal `out_index` for a depthwise convolution, got different lists.");
+  }
+}
+
+void check_weight_index_values(const char* op, const OptionalTensor& weight_index, int64_t weight_channels) {
+  if (has_value(weight_index) && weight_index->is_cpu()) {
+    check_range_and_repeats(op, "weight_index", *weight_index, weight_channels);
   }
 }
 

@@ -44,8 +44,8 @@ struct TileArgs {
   const float* shift;  // null: 0
   int64_t channel_step;
   char* out;             // first row in the result
-  const char* residual;  // null: none. Laid out as out.
-  int64_t out_step, out_row_stride;
+  const char* residual;  // null: none
+  int64_t out_step, out_row_stride, residual_step, residual_row_stride;
   int32_t valid;  // lanes of a row that exist in the result, 1 .. vectors * lanes
   bool relu;
   bool bfloat16;  // element type of out and residual; else float

@@ -66,7 +66,7 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
                                            bool channel_rows) {
   for (int r = 0; r < rows; ++r, sums += kWidth) {
     char* out = at.out + r * t.out_row_stride;
-    const char* residual = at.residual ? at.residual + r * t.out_row_stride : nullptr;
+    const char* residual = at.residual ? at.residual + r * t.residual_row_stride : nullptr;
     for (int j = 0; j < t.valid; ++j) {
       const int c = channel_rows ? r : j;
       float v = sums[j];
@@ -182,7 +182,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
           if (at.scale) y *= kChannelRows ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
           if (at.shift) y += kChannelRows ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
           if (at.residual) {
-            y += S::load(reinterpret_cast<const float*>(at.residual + r * t.out_row_stride) + v * kLanes);
+            y += S::load(reinterpret_cast<const float*>(at.residual + r * t.residual_row_stride) + v * kLanes);
           }
           if (t.relu) y = y < Vec{} ? Vec{} : y;
           S::store(out + v * kLanes, y);
@@ -211,7 +211,7 @@ void tile_kernel(const TileArgs& t) {
     if (at.scale) at.scale += t.channel_step;
     if (at.shift) at.shift += t.channel_step;
     at.out += t.out_step;
-    if (at.residual) at.residual += t.out_step;
+    if (at.residual) at.residual += t.residual_step;
   }
 }
 

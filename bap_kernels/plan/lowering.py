@@ -1,0 +1,264 @@
+"""Turns a graph with its layout into a flat list of steps.
+
+Every group of `fuse` becomes one step at the place of its last operation. A convolution reads the stored input through
+a list of places, with a second list for the weight's channels; where the input is stored as exactly its list, no list
+is left. All others are given the channels they want, by a view where these are the first ones that are stored, else by
+a gather.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bap_kernels.functional import four_sided
+from bap_kernels.plan import steps
+from bap_kernels.plan.fuse import Group, fuse
+from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm
+from bap_kernels.plan.layout import Chain, Layout
+from bap_kernels.plan.program import Program
+from bap_kernels.plan.steps import Slot, Step
+
+__all__ = ["lower"]
+
+
+def _list(channels: Channels, all_of: int, device: torch.device) -> Tensor | None:
+    """An int32 list; None for all channels in order."""
+    if np.array_equal(channels, np.arange(all_of)):
+        return None
+    return torch.from_numpy(channels.astype(np.int32)).to(device)
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device) -> None:
+        self.graph, self.layout = graph, layout
+        self.memory_format, self.device = memory_format, device
+        self.steps: list[Step] = []
+        self.inputs: list[int] = []
+        self.result: Any = None
+        self.slots = 0
+        self.slot: dict[Value, int] = {}
+        self.buffers: dict[Chain, int] = {}
+        self.written: dict[Chain, int] = {}  # parts in the buffer
+        self.fetched: dict[tuple[Value, bytes], int] = {}
+
+    def new_slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def emit(self, step: Step, op: Op, stored: int | None = None, note: str = "") -> None:
+        step.name, step.note = op.name, note
+        total = op.output.channels
+        count = stored if stored is not None else len(self.layout.stored.get(op.output, ()))
+        step.kept = "" if total is None else f"{count}/{total}"
+        self.steps.append(step)
+
+    def lists(self, channels: Channels, all_of: int) -> Tensor | None:
+        return _list(channels, all_of, self.device)
+
+    def fetch(self, value: Value, wanted: Channels, op: Op) -> int:
+        """The slot of a tensor with these channels."""
+        found = self.layout.fetch(value, wanted)
+        if found is None:
+            return self.slot[value]
+        key = (value, wanted.tobytes())
+        if key not in self.fetched:
+            slot, out = self.slot[value], self.new_slot()
+            stored = len(self.layout.stored[value])
+            if found.prefix and len(found.positions) < stored and found.order is None:
+                step: Step = steps.ViewStep(slot, len(found.positions), out)
+                self.emit(step, op, len(found.positions))
+                slot, out, index = out, (self.new_slot() if len(found.fill) else out), None
+            else:
+                index = self.lists(found.positions, stored)
+            if index is not None or len(found.fill) or found.order is not None:
+                zeros = len(found.fill) if not found.fill.any() else None
+                fill = zeros if zeros else (torch.from_numpy(found.fill).to(self.device) if len(found.fill) else None)
+                order = None if found.order is None else self.lists(found.order, len(found.order))
+                self.emit(steps.FetchStep(index, fill, order, slot, out), op, len(wanted))
+            self.fetched[key] = out
+        return self.fetched[key]
+
+    def whole(self, value: Value, op: Op) -> int:
+        channels = value.channels
+        return self.slot[value] if channels is None else self.fetch(value, np.arange(channels), op)
+
+    def convert(self, op: Op, group: Group | None) -> None:
+        out = op.output
+        if op.kind == "output":
+            self.result = self.handed(op, op.args[0])
+            return
+        self.slot[out] = self.new_slot()
+        if group is not None:
+            self.depthwise(group) if group.conv.kind == "depthwise" else self.conv(group)
+        elif op.kind == "input":
+            self.inputs.append(self.slot[out])
+            if out.channels is not None and out.dtype is not None and out.dtype.is_floating_point:
+                self.emit(steps.InputStep(self.slot[out], self.memory_format), op)
+        elif op.kind == "opaque":
+            self.opaque(op)
+        elif op.kind == "norm":
+            self.norm(op)
+        elif op.kind == "cat":
+            self.cat(op)
+        elif op.kind == "pad":
+            # The constants are not stored, so the input already is the result.
+            x, stored = op.inputs[0], self.layout.stored[out]
+            self.slot[out] = self.fetch(x, stored - op.before, op)
+        else:
+            reads = tuple(self.fetch(x, self.layout.stored[out], op) for x in op.inputs)
+            assert op.call is not None
+            if op.kind == "map":
+                self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_named(op.call))
+            else:
+                self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_named(op.call))
+
+    def conv(self, group: Group) -> None:
+        conv, op = group.conv.module, group.last
+        assert isinstance(conv, nn.Conv2d)
+        constant = self.layout.constant[group.source]
+        sources = group.conv.reads
+        # A zero channel adds nothing; another constant is read like any channel, for its sum ends at the borders.
+        read = sources[~(constant[sources] == 0)]
+        stored = self.layout.stored[group.source]
+        if np.isnan(constant[read]).all():
+            place = np.full(len(constant), -1)
+            place[stored] = np.arange(len(stored))
+            positions = np.sort(place[read])
+            read, width, x = stored[positions], len(stored), self.slot[group.source]
+        else:
+            x = self.fetch(group.source, read, op)
+            positions, width = np.arange(len(read)), len(read)
+        written = group.conv.writes[self.layout.stored[op.output]]
+        weight_index = self.lists(read, conv.in_channels)
+        in_index = self.lists(positions, width)
+        if weight_index is None and in_index is not None:
+            weight_index = torch.from_numpy(read.astype(np.int32)).to(self.device)
+        before: tuple[Tensor | None, Tensor | None, bool] = (None, None, group.in_relu)
+        if group.in_norm is not None:
+            before = (*_vectors(group.in_norm, read, conv.weight.dtype), group.in_relu)
+        after: tuple[Tensor | None, Tensor | None] = (None, None)
+        if group.norm is not None:
+            after = _vectors(group.norm, self.layout.stored[op.output], conv.weight.dtype)
+        reads: tuple[int, ...] = (x,)
+        if group.residual is not None:
+            reads = (x, self.fetch(group.residual, self.layout.stored[op.output], op))
+        sides = cast("str | tuple[int, int]", conv.padding)
+        padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
+        lists = (in_index, self.lists(written, conv.out_channels), weight_index)
+        step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output])
+        text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
+        self.emit(step, op, note=text)
+        step.name = group.conv.name
+
+    def depthwise(self, group: Group) -> None:
+        conv, op = group.conv.module, group.last
+        assert isinstance(conv, nn.Conv2d)
+        stored = self.layout.stored[op.output]
+        filters = torch.from_numpy(group.conv.writes[stored]).to(self.device)
+        weight = conv.weight.detach()[filters]
+        bias = None if conv.bias is None else conv.bias.detach()[filters]
+        if group.norm is not None:
+            scale, shift = folded_norm(group.norm.module)  # type: ignore[arg-type]
+            index = torch.from_numpy(stored).to(self.device)
+            scale, shift = scale[index], shift[index]
+            shift = shift if bias is None else shift + scale * bias.double()
+            weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+        x = self.fetch(group.source, group.conv.reads[stored], op)
+        step = steps.DepthwiseStep(conv, weight, bias, x, self.slot[op.output])
+        self.emit(step, op, note="+norm" if group.norm is not None else "")
+        step.name = group.conv.name
+
+    def norm(self, op: Op) -> None:
+        norm, stored = op.module, self.layout.stored[op.output]
+        assert isinstance(norm, nn.BatchNorm2d)
+        index = torch.from_numpy(stored).to(self.device)
+        vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        kept = tuple(None if one is None else one.detach()[index] for one in vectors)
+        self.emit(steps.NormStep(kept, norm.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
+
+    def cat(self, op: Op) -> None:
+        chain, out = self.layout.chains[op], self.slot[op.output]
+        # Shorter concatenations that nothing reads were left out.
+        begin = self.written.get(chain, 0)
+        parts = [
+            (self.fetch(part, stored, op), chain.width(number), len(stored))
+            for number, (part, stored) in enumerate(zip(op.inputs, chain.stored, strict=False))
+            if number >= begin and len(stored)
+        ]
+        if len(chain.members) == 1:
+            self.emit(steps.CatStep(tuple(slot for slot, _, _ in parts), out), op)
+            return
+        width = chain.width(len(chain.parts))
+        first = chain not in self.buffers
+        if first:
+            self.buffers[chain] = self.new_slot()
+        if parts:
+            self.emit(steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain]), op, width)
+        self.written[chain] = len(op.inputs)
+        self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out), op)
+
+    def handed(self, op: Op, part: Any) -> Any:
+        """Arguments with slots in the places of values, all channels in the dense network's order."""
+        if isinstance(part, Value):
+            return Slot(self.whole(part, op))
+        if isinstance(part, (list, tuple)):
+            return type(part)([self.handed(op, one) for one in part])
+        if isinstance(part, dict):
+            return {key: self.handed(op, one) for key, one in part.items()}
+        return part
+
+    def opaque(self, op: Op) -> None:
+        assert op.call is not None
+        args, kwargs = self.handed(op, op.args), self.handed(op, op.kwargs)
+        if op.mutates and args and isinstance(args[0], Slot):
+            copied = self.new_slot()
+            self.emit(steps.MapStep(torch.clone, "", args[0].number, copied), op)
+            args = (Slot(copied), *args[1:])
+        reads = tuple(_slots_in((args, kwargs)))
+        self.emit(steps.OpaqueStep(op.call, args, kwargs, reads, self.slot[op.output]), op, note=_named(op.call))
+
+
+def _vectors(norm: Op, channels: Channels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the listed channels; float32, as the op adds in it, except for float64."""
+    scale, shift = folded_norm(norm.module)  # type: ignore[arg-type]
+    index = torch.from_numpy(channels).to(scale.device)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    return scale[index].to(wanted), shift[index].to(wanted)
+
+
+def _named(call: Any) -> str:
+    return type(call).__name__ if isinstance(call, nn.Module) else repr(call)
+
+
+def _slots_in(part: Any) -> list[int]:
+    if isinstance(part, Slot):
+        return [part.number]
+    if isinstance(part, dict):
+        part = list(part.values())
+    return [slot for one in part for slot in _slots_in(one)] if isinstance(part, (list, tuple)) else []
+
+
+def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device) -> Program:
+    """The steps that compute a graph's result.
+
+    Args:
+        graph: the operations.
+        layout: what each value stores.
+        memory_format: of the inputs, which all results follow.
+        device: of lists and vectors.
+    """
+    fused = fuse(graph, layout)
+    lowering = _Lowering(graph, layout, memory_format, device)
+    # Ordinary tensors: packed weights are kept for lists whose changes could be seen.
+    with torch.inference_mode(False), torch.no_grad():
+        for op in graph.ops:
+            group = fused.get(op)
+            dead = op.output in layout.live and not layout.live[op.output].any()
+            if (op in fused and group is None) or (dead and op.kind not in ("input", "opaque")):
+                continue
+            lowering.convert(op, group)
+    return Program(lowering.steps, lowering.slots, lowering.inputs, lowering.result, _slots_in(lowering.result))

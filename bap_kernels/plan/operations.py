@@ -1,0 +1,168 @@
+"""Which layers and functions keep channels apart, and how to call them without writing to their input."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["Call", "has_hooks", "in_place", "known_binary", "known_layer", "known_map", "only_passes", "out_of_place"]
+
+# Each result is a function of one number.
+_ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Softsign),
+)
+# Each result is a function of one channel's pixels, and of zeros a zero.
+_SPATIAL_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
+)
+# In eval mode their result is their input itself.
+_PASSING_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+_ELEMENTWISE: dict[Any, str] = {
+    **{F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "", F.leaky_relu: "", F.elu: "", F.selu: ""},
+    **{F.celu: "", F.gelu: "", F.silu: "", F.mish: "", F.sigmoid: "", torch.sigmoid: "", F.tanh: "", torch.tanh: ""},
+    **{F.hardswish: "", F.hardsigmoid: "", F.softplus: "", F.logsigmoid: "", F.softsign: "", torch.clamp: ""},
+    **{torch.clone: "", torch.neg: "", torch.abs: "", torch.exp: "", torch.square: ""},
+}
+_SPATIAL = (
+    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate),
+    torch.max_pool2d,
+)
+_ELEMENTWISE_METHODS = {
+    **{"relu": "relu", "sigmoid": "", "tanh": "", "clamp": "", "contiguous": "", "clone": "", "neg": "", "abs": ""},
+    **{"exp": "", "square": ""},
+}
+_BINARY = {
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    operator.sub: "",
+    operator.isub: "",
+    torch.sub: "",
+    operator.mul: "",
+    operator.imul: "",
+    torch.mul: "",
+    torch.maximum: "",
+    torch.minimum: "",
+}
+_BINARY_METHODS = {"add": "add", "sub": "", "mul": ""}
+_WITHOUT_WRITING: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+    F.hardtanh_: F.hardtanh,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+    torch.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh,
+    torch.clamp_: torch.clamp,
+}
+
+
+class Call:
+    """A function or a method with everything but its first arguments, the tensors."""
+
+    def __init__(self, target: Callable[..., Any] | str, args: tuple[Any, ...] = (), **kwargs: Any) -> None:
+        self.target = target
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self, *tensors: Any, **kwargs: Any) -> Any:
+        """Calls it on tensors."""
+        if isinstance(self.target, str):
+            return getattr(tensors[0], self.target)(*tensors[1:], *self.args, **self.kwargs, **kwargs)
+        return self.target(*tensors, *self.args, **self.kwargs, **kwargs)
+
+    def __repr__(self) -> str:
+        if isinstance(self.target, nn.Module):
+            return type(self.target).__name__
+        name = self.target if isinstance(self.target, str) else getattr(self.target, "__name__", None)
+        return name or type(self.target).__name__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else runs when the module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def in_place(target: object, kwargs: dict[str, Any], module: nn.Module | None) -> bool:
+    """Whether a call writes to its first argument."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if isinstance(target, str):
+        return target.endswith("_") and not target.endswith("__")
+    if target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior):
+        return True
+    name = getattr(target, "__name__", "")
+    return bool(kwargs.get("inplace", False)) or (name.endswith("_") and not name.endswith("__"))
+
+
+def out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The same function without writing to its first argument, where one is known."""
+    if isinstance(target, str):
+        return (target[:-1] if target.endswith("_") and not target.endswith("__") else target), kwargs
+    return _WITHOUT_WRITING.get(target, target), {key: value for key, value in kwargs.items() if key != "inplace"}
+
+
+def known_map(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, str, bool] | None:
+    """(call, activation's name, whether elementwise) for functions and methods that keep channels apart."""
+    if isinstance(target, str):
+        if target in _ELEMENTWISE_METHODS:
+            return Call(target, args, **kwargs), _ELEMENTWISE_METHODS[target], True
+        return None
+    try:
+        if target in _ELEMENTWISE:
+            # A positional `inplace` would write; its meaning depends on the function.
+            if any(value is True for value in args):
+                return None
+            return Call(target, args, **kwargs), _ELEMENTWISE[target], True
+        if target in _SPATIAL and kwargs.get("return_indices") is not True:
+            return Call(target, args, **kwargs), "", False
+    except TypeError:  # not hashable
+        pass
+    return None
+
+
+def known_layer(module: nn.Module) -> tuple[nn.Module, str, bool] | None:
+    """(layer, activation's name, whether elementwise) for layers that keep channels apart."""
+    kind = type(module)
+    if kind in _ELEMENTWISE_LAYERS:
+        if getattr(module, "inplace", False):
+            module = copy.copy(module)
+            module.inplace = False  # type: ignore[assignment]
+        return module, {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind, ""), True
+    if kind in _SPATIAL_LAYERS and not getattr(module, "return_indices", False):
+        return module, "", False
+    return None
+
+
+def known_binary(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, str] | None:
+    """(call, name) for functions of two tensors that keep channels apart."""
+    if args or kwargs:
+        return None
+    if isinstance(target, str):
+        return (Call(target), _BINARY_METHODS[target]) if target in _BINARY_METHODS else None
+    return (Call(target), _BINARY[target]) if target in _BINARY else None
+
+
+def only_passes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> bool:
+    """Whether in eval mode the result is the first argument itself."""
+    if module is not None:
+        return type(module) in _PASSING_LAYERS
+    if target in (F.dropout, F.dropout2d, F.alpha_dropout):
+        return kwargs.get("training", args[1] if len(args) > 1 else True) is False
+    if getattr(target, "__name__", "") == "stochastic_depth":
+        return kwargs.get("training", args[2] if len(args) > 2 else True) is False
+    return False

@@ -1,0 +1,246 @@
+"""The planned network: what :func:`bap_kernels.plan` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bap_kernels.plan.layout import Layout
+from bap_kernels.plan.liveness import Liveness
+from bap_kernels.plan.lowering import lower
+from bap_kernels.plan.program import Program
+from bap_kernels.plan.trace import trace
+
+__all__ = ["PlannedNetwork", "plan"]
+
+# Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
+# layer is far above.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def _largest_error(got: Any, expected: Any) -> tuple[float, float, torch.dtype]:
+    """(largest error as a share of the largest number, the error itself, dtype) over all tensors of a result."""
+    if isinstance(expected, Tensor):
+        if got.shape != expected.shape:
+            return float("inf"), float("inf"), expected.dtype
+        if not expected.is_floating_point() or expected.numel() == 0:
+            return (0.0 if torch.equal(got, expected) else float("inf")), 0.0, torch.float64
+        error = (got.double() - expected.double()).abs().max().item()
+        if not error < float("inf"):
+            return float("inf"), error, expected.dtype
+        return error / max(expected.double().abs().max().item(), 1e-30), error, expected.dtype
+    if isinstance(expected, dict):
+        return _largest_error([got[key] for key in expected], list(expected.values()))
+    if isinstance(expected, (list, tuple)) and expected:
+        return max(_largest_error(*pair) for pair in zip(got, expected, strict=True))
+    return 0.0, 0.0, torch.float64
+
+
+class PlannedNetwork(nn.Module):
+    """A network lowered for one domain at a time: compact activations, no dead filters, everything fused.
+
+    Made by :func:`bap_kernels.plan`. The weights are the model's own parameters, read at every call; batch norms and
+    depthwise filters were copied when the plan was made, so after a change of those :meth:`remake` is needed. It serves
+    inference: no gradient flows through it, and it refuses training mode. A copy, a pickle and a move to another device
+    or dtype are made by planning again.
+
+    Attributes:
+        model: the network that was planned.
+        domain: the active domain; :func:`bap_kernels.set_domain` changes it.
+        max_error: the largest difference from the masked dense network on the example, as a share of its largest
+            number; None if it was not checked.
+    """
+
+    max_error: float | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: tuple[Any, ...],
+        domain: str | None,
+        check: bool,
+        tolerance: float | None,
+        memory_format: torch.memory_format | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.domain = domain
+        self._example = example
+        self._options = (check, tolerance, memory_format)
+        self._programs: dict[str | None, tuple[Program, float | None]] = {}
+        self.training = False
+        self._program, self.max_error = self._made(domain)
+
+    def _made(self, domain: str | None) -> tuple[Program, float | None]:
+        if domain not in self._programs:
+            self._programs[domain] = self._make(domain)
+        return self._programs[domain]
+
+    def _make(self, domain: str | None) -> tuple[Program, float | None]:
+        check, tolerance, memory_format = self._options
+        graph = trace("plan", self.model, self._example, domain)
+        first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
+        if memory_format is None:
+            last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if last and not first.is_contiguous() else torch.contiguous_format
+        program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device)
+        if not check:
+            return program, None
+        with torch.no_grad():
+            share, error, dtype = _largest_error(program.run(self._example), graph.expected)
+        limit = _TOLERANCES.get(dtype, 0.0) if tolerance is None else tolerance
+        if not share <= limit:
+            raise RuntimeError(
+                f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
+                f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
+                "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
+            )
+        return program, share
+
+    def _switch_domain(self, name: str | None) -> None:
+        """Makes another domain's plan the active one; it is made on first use and kept."""
+        self._program, self.max_error = self._made(name)
+        self.domain = name
+
+    def remake(self) -> PlannedNetwork:
+        """Makes the active plan again from the model as it is now, and forgets those of the other domains."""
+        self._programs.clear()
+        self._program, self.max_error = self._made(self.domain)
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        """Runs the active domain's plan.
+
+        Args:
+            inputs: as the model's, with any batch size; the size of images may differ from the example's where the
+                model itself is written for any.
+
+        Raises:
+            ValueError: for another number of inputs, and for inputs of another width.
+            NotImplementedError: for an input that needs a gradient.
+        """
+        if not torch.is_grad_enabled():
+            return self._run(inputs)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise NotImplementedError(
+                "PlannedNetwork(): expected inputs that need no gradient, got one with requires_grad=True. "
+                "Hint: a plan serves inference; train the model itself."
+            )
+        with torch.no_grad():
+            return self._run(inputs)
+
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
+        if len(inputs) != len(self._example):
+            raise ValueError(
+                f"PlannedNetwork(): expected {len(self._example)} inputs, as in the example, got {len(inputs)}."
+            )
+        for x, known in zip(inputs, self._example, strict=True):
+            if isinstance(known, Tensor) and known.dim() == 4 and (x.dim() != 4 or x.shape[1] != known.shape[1]):
+                raise ValueError(
+                    f"PlannedNetwork(): expected an input of shape (N, {known.shape[1]}, H, W), got {tuple(x.shape)}."
+                )
+        return self._program.run(inputs)
+
+    def peak_bytes(self, *shapes: Sequence[int]) -> int:
+        """Most bytes of activations held at once, found without running: the inputs and the results of steps.
+
+        Weights, packed weights and a kernel's own working memory are not counted.
+
+        Args:
+            shapes: the inputs' shapes; none: the example's.
+
+        Examples:
+            >>> import torch, bap_kernels as bk
+            >>> model = bk.swap_(torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1), torch.nn.Conv2d(16, 8, 1))).eval()
+            >>> bk.plan(model, torch.randn(1, 8, 5, 5)).peak_bytes()  # (8 + 16) and then (16 + 8) channels of 4 bytes
+            2400
+        """
+        example = self._example
+        if shapes:
+            first = next(x for x in example if isinstance(x, Tensor))
+            example = tuple(first.new_empty(tuple(shape)) for shape in shapes)
+        with torch.no_grad():
+            return self._program.peak_bytes(example)
+
+    def train(self, mode: bool = True) -> PlannedNetwork:
+        """Refuses training mode.
+
+        Raises:
+            ValueError: for ``mode=True``.
+        """
+        if mode:
+            raise ValueError(
+                "PlannedNetwork.train(): expected `mode` to be False, got True. "
+                "Hint: train the model itself, then plan."
+            )
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlannedNetwork:
+        super()._apply(fn, recurse)
+        self._example = tuple(fn(x) if isinstance(x, Tensor) else x for x in self._example)
+        return self.remake()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return PlannedNetwork, (self.model, self._example, self.domain, *self._options)
+
+    def __repr__(self) -> str:
+        error = "not checked" if self.max_error is None else f"largest error {self.max_error:.1e}"
+        domain = "all channels" if self.domain is None else f"domain {self.domain!r}"
+        steps = len(self._program.steps)
+        return f"PlannedNetwork({domain}, {steps} steps, {error})\n{self._program.table()}"
+
+
+def plan(
+    model: nn.Module,
+    example_input: Tensor | tuple[Any, ...],
+    domain: str | None = None,
+    *,
+    check: bool = True,
+    tolerance: float | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> PlannedNetwork:
+    """Lowers a whole network for one domain.
+
+    The model is recorded with torch.fx. From the lists of its layers it follows which channels of every tensor anything
+    reads; the plan computes and stores only these, each tensor in the order in which its reader wants it. Batch norms,
+    ReLUs and sums are done by the convolution before them, or by the one after them in networks that normalise first.
+    Operations that are not known are run as they are, on all channels. The result equals the masked dense network, in
+    which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the example.
+
+    Args:
+        model: a network in eval mode, swapped and with lists, or any other.
+        example_input: what to call it with: a tensor, or a tuple of all arguments. Kept for plans of further domains.
+        domain: whose lists, as for :func:`bap_kernels.set_domain`, which also switches a planned network; None keeps
+            all channels.
+        check: compare with the masked dense network on the example.
+        tolerance: the largest difference that passes, as a share of the largest number in the result; None: 1e-8, 1e-3,
+            0.1, 0.02 for float64, float32, bfloat16, float16.
+        memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.
+
+    Returns:
+        A :class:`PlannedNetwork`. It shares the model's parameters and is a snapshot of its batch norms.
+
+    Raises:
+        ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
+            example.
+        RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``.
+
+    Examples:
+        >>> import torch, bap_kernels as bk
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+        >>> bk.attach_(bk.swap_(model), bk.ChannelTable({"birds": {"3": bk.ChannelLists([1, 4, 5])}}))[0].training
+        False
+        >>> planned = bk.plan(model, torch.randn(1, 3, 8, 8), "birds", check=False)
+        >>> planned
+        PlannedNetwork(domain 'birds', 3 steps, not checked)
+        step  kind            layer    kept
+        0     input           input_1  3/3
+        1     conv+norm+relu  0        3/8   reads 3/3
+        2     conv            3        8/8   reads 3/8
+    """
+    example = example_input if isinstance(example_input, tuple) else (example_input,)
+    return PlannedNetwork(model, example, domain, check, tolerance, memory_format)

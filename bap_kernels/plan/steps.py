@@ -1,0 +1,301 @@
+"""The steps of a planned network: each reads slots of a list of tensors and writes one.
+
+A step is called with the list; what it needs besides was settled when the plan was made. Weights are read from the
+model's own parameters at every call, so a step holds no weights, apart from depthwise filters (folded with their
+batch norm, and small).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bap_kernels._load import _C
+
+__all__ = [
+    "BinaryStep",
+    "BufferStep",
+    "CatStep",
+    "ConvStep",
+    "DepthwiseStep",
+    "FetchStep",
+    "InputStep",
+    "MapStep",
+    "NormStep",
+    "OpaqueStep",
+    "Slot",
+    "Step",
+    "ViewStep",
+    "filled",
+]
+
+_fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
+Env = list[Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in arguments that are handed over."""
+
+    number: int
+
+
+class Step:
+    """One step.
+
+    Attributes:
+        name: the layer or traced node that it comes from.
+        reads: slots.
+        out: the slot that it writes.
+        fresh: whether the result is memory of its own, so that the next step may write into it.
+        kept: "stored/all" channels of the result, for the table.
+        note: what else the table says.
+    """
+
+    name: str = ""
+    reads: tuple[int, ...] = ()
+    out: int = -1
+    fresh: bool = True
+    kept: str = ""
+    note: str = ""
+
+    def __call__(self, env: Env) -> None:
+        """Runs it."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """Its name in the table."""
+        return type(self).__name__.removesuffix("Step").lower()
+
+
+class InputStep(Step):
+    """Brings an input into the plan's memory format."""
+
+    fresh = False
+
+    def __init__(self, slot: int, memory_format: torch.memory_format) -> None:
+        self.reads, self.out = (slot,), slot
+        self.memory_format = memory_format
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = env[self.out].contiguous(memory_format=self.memory_format)
+
+
+class ConvStep(Step):
+    """A convolution with lists and all that was fused around it."""
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        padding: tuple[int, int, int, int],
+        lists: tuple[Tensor | None, Tensor | None, Tensor | None],
+        before: tuple[Tensor | None, Tensor | None, bool],
+        after: tuple[Tensor | None, Tensor | None],
+        relu: bool,
+        reads: tuple[int, ...],
+        out: int,
+    ) -> None:
+        self.parameters: dict[str, Any] = conv._parameters
+        self.stride, self.padding, self.dilation = tuple(conv.stride), padding, tuple(conv.dilation)
+        self.in_index, self.out_index, self.weight_index = lists
+        self.before, self.after = before, after
+        self.relu = relu
+        self.reads, self.out = reads, out
+        self.residual = reads[1] if len(reads) > 1 else None
+        self._plain = (*self.stride, *self.padding, *self.dilation, 1)
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        parameters = self.parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        residual = None if self.residual is None else env[self.residual]
+        x = env[self.reads[0]]
+        lists = (self.in_index, self.out_index)
+        fusion = (*self.before, *self.after, residual, self.relu, True, self.weight_index)
+        if torch.compiler.is_compiling():
+            env[self.out] = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
+        else:
+            env[self.out] = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._plain, *fusion)
+
+    @property
+    def kind(self) -> str:
+        """Its name in the table, with what it does."""
+        parts = ["norm+" if self.before[0] is not None else "", "relu+" if self.before[2] else "", "conv"]
+        parts += ["+norm" if self.after[1] is not None else "", "+add" if self.residual is not None else ""]
+        return "".join(parts) + ("+relu" if self.relu else "")
+
+
+class DepthwiseStep(Step):
+    """A depthwise convolution of compact tensors; its filters are copies with the batch norm folded in."""
+
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
+        self.weight, self.bias = weight, bias
+        self.options: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, weight.shape[0])
+        self.reads, self.out = (x,), out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
+
+
+class NormStep(Step):
+    """A batch norm by itself, on compact vectors."""
+
+    def __init__(self, vectors: tuple[Tensor | None, ...], eps: float, x: int, out: int) -> None:
+        self.vectors, self.eps = vectors, eps
+        self.reads, self.out = (x,), out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        weight, bias, mean, var = self.vectors
+        env[self.out] = torch.batch_norm(env[self.reads[0]], weight, bias, mean, var, False, 0.0, self.eps, False)
+
+
+class MapStep(Step):
+    """An activation or a pooling."""
+
+    # Some, such as slices, return a view.
+    fresh = False
+
+    def __init__(self, call: Callable[..., Any], act: str, x: int, out: int) -> None:
+        self.call, self.act = call, act
+        self.reads, self.out = (x,), out
+
+    def reuse_input(self) -> None:
+        """Writes the result over the input, where the activation can."""
+        if self.act:
+            self.call = {"relu": torch.relu_, "relu6": _relu6_}[self.act]
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = self.call(env[self.reads[0]])
+
+
+class BinaryStep(Step):
+    """A sum or a product of two tensors."""
+
+    def __init__(self, call: Callable[..., Any], reads: tuple[int, ...], out: int) -> None:
+        self.call = call
+        self.reads, self.out = reads, out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = self.call(env[self.reads[0]], env[self.reads[-1]])
+
+
+class CatStep(Step):
+    """A concatenation by itself."""
+
+    def __init__(self, reads: tuple[int, ...], out: int) -> None:
+        self.reads, self.out = reads, out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = torch.cat([env[slot] for slot in self.reads], 1)
+
+
+class BufferStep(Step):
+    """Writes parts of a chain of concatenations into its buffer; the first such step makes the buffer."""
+
+    fresh = False
+
+    def __init__(
+        self,
+        parts: list[tuple[int, int, int]],
+        width: int,
+        first: bool,
+        memory_format: torch.memory_format,
+        out: int,
+    ) -> None:
+        self.parts, self.width, self.first = parts, width, first
+        self.memory_format = memory_format
+        self.reads, self.out = tuple(slot for slot, _, _ in parts) + (() if first else (out,)), out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        if self.first:
+            part = env[self.parts[0][0]]
+            N, _, H, W = part.shape
+            env[self.out] = torch.empty(
+                (N, self.width, H, W), dtype=part.dtype, device=part.device, memory_format=self.memory_format
+            )
+        buffer = env[self.out]
+        for slot, begin, count in self.parts:
+            buffer.narrow(1, begin, count).copy_(env[slot])
+
+
+class ViewStep(Step):
+    """The first channels of a tensor."""
+
+    fresh = False
+
+    def __init__(self, x: int, count: int, out: int) -> None:
+        self.count = count
+        self.reads, self.out = (x,), out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = env[self.reads[0]].narrow(1, 0, self.count)
+
+
+def filled(x: Tensor, fill: Tensor | int) -> Tensor:
+    """The tensor with constant channels after its own: as many zeros, or those of a vector."""
+    if isinstance(fill, int):
+        return F.pad(x, (0, 0, 0, 0, 0, fill))
+    return torch.cat([x, fill.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *x.shape[2:])], 1)
+
+
+def _selected(x: Tensor, index: Tensor) -> Tensor:
+    # index_select of a channels_last tensor would lose its memory format.
+    if x.is_contiguous() or x.stride(1) != 1:
+        return x.index_select(1, index)
+    return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
+
+
+class FetchStep(Step):
+    """Channels of a stored tensor in another selection or order, with constants where they are not stored."""
+
+    def __init__(self, index: Tensor | None, fill: Tensor | int | None, order: Tensor | None, x: int, out: int) -> None:
+        self.index, self.fill, self.order = index, fill, order
+        self.reads, self.out = (x,), out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        x = env[self.reads[0]]
+        if self.index is not None:
+            x = _selected(x, self.index)
+        if self.fill is not None:
+            x = filled(x, self.fill)
+        if self.order is not None:
+            x = _selected(x, self.order)
+        env[self.out] = x
+
+    @property
+    def kind(self) -> str:
+        """Its name in the table, with what it does."""
+        return "gather" if self.fill is None else "fill"
+
+
+class OpaqueStep(Step):
+    """Anything else, called as the model calls it."""
+
+    fresh = False
+
+    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, reads: tuple[int, ...], out: int) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+        self.reads, self.out = reads, out
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        env[self.out] = self.call(*put_in(self.args, env), **put_in(self.kwargs, env))
+
+
+def put_in(part: Any, env: Env) -> Any:
+    """Arguments with tensors in the places of slots."""
+    if isinstance(part, Slot):
+        return env[part.number]
+    if isinstance(part, (list, tuple)):
+        return type(part)([put_in(one, env) for one in part])
+    if isinstance(part, dict):
+        return {key: put_in(one, env) for key, one in part.items()}
+    return part
+
+
+def _relu6_(x: Tensor) -> Tensor:
+    return F.hardtanh_(x, 0.0, 6.0)

@@ -1,0 +1,382 @@
+"""Records a model with torch.fx, runs it once as the masked dense network, and says what each step does to channels.
+
+The masked dense network gives the meaning that every plan must keep: where a layer has an in-list, the dense layer of x
+times a mask; where it has an out-list, the result's other channels left out (`GatheredConv2d`) or zero
+(`MaskedConv2d`). What cannot be recorded or is not known becomes one opaque step, which is handed all channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from bap_kernels.channels import ChannelLists
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.operations import (
+    Call,
+    has_hooks,
+    in_place,
+    known_binary,
+    known_layer,
+    known_map,
+    only_passes,
+    out_of_place,
+)
+
+__all__ = ["lists_of", "trace"]
+
+
+def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
+    """The lists that :func:`bap_kernels.set_domain` would activate: of the domain, or those the layer was made with."""
+    if not layer.lists:
+        return layer.channels
+    return ChannelLists() if domain is None else layer.lists[domain]
+
+
+class _Tracer(fx.Tracer):
+    """Records every layer as one step; remembers the innermost module whose code cannot be recorded."""
+
+    def __init__(self, whole: set[nn.Module]) -> None:
+        super().__init__()
+        self.whole = whole
+        self.failed: nn.Module | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, GatheredConv2d) or m in self.whole
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
+
+
+def _record(op: str, model: nn.Module) -> tuple[nn.Module, fx.Graph]:
+    """The model, inside another one if it is a single layer, and its recording."""
+    root = (
+        nn.Sequential(model) if _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0 else model
+    )
+    whole: set[nn.Module] = set()
+    while True:
+        tracer = _Tracer(whole)
+        try:
+            graph = tracer.trace(root)
+        except Exception as error:
+            if tracer.failed is None or tracer.failed in whole:
+                raise ValueError(
+                    f"{op}(): expected `model` to be recordable by torch.fx, got {type(model).__name__}, whose own "
+                    f"forward is not: {error}. Hint: move what depends on values into a submodule; it is run as it is."
+                ) from error
+            whole.add(tracer.failed)
+            continue
+        return root, graph
+
+
+def _masked(layer: GatheredConv2d, lists: ChannelLists, x: Tensor) -> Tensor:
+    """The layer's meaning in PyTorch's own operations."""
+    if lists.in_index is not None:
+        mask = x.new_zeros(x.shape[-3], 1, 1)
+        mask[lists.in_index.long()] = 1
+        x = x * mask
+    y = layer._conv_forward(x, layer.weight, layer.bias)
+    if lists.out_index is None:
+        return y
+    listed = lists.out_index.long()
+    if not isinstance(layer, MaskedConv2d):
+        return y.index_select(-3, listed)
+    mask = y.new_zeros(y.shape[-3], 1, 1)
+    mask[listed] = 1
+    return y * mask
+
+
+class _MaskedDense(fx.Interpreter):
+    """Runs the recording as the masked dense network and keeps every step's shape and dtype."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, domain: str | None) -> None:
+        super().__init__(root, graph=graph)
+        self.domain = domain
+        self.facts: dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, GatheredConv2d) and not has_hooks(module):
+            return _masked(module, lists_of(module, self.domain), *args, **kwargs)
+        return frozen(module, self.domain)(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        is_tensor = isinstance(result, Tensor)
+        self.facts[n] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
+        return result
+
+
+def frozen(module: nn.Module, domain: str | None) -> nn.Module:
+    """The module with the domain's lists for good, sharing its parameters; itself where it has no lists inside."""
+    if not any(isinstance(one, GatheredConv2d) for one in module.modules()):
+        return module
+    made = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[name] = module.__dict__[name].copy()
+    if isinstance(made, GatheredConv2d):
+        made.channels, made.lists = lists_of(made, domain), {}
+    for name, child in module._modules.items():
+        if child is not None:
+            made._modules[name] = frozen(child, domain)
+    return made
+
+
+class _Builder:
+    """Turns recorded steps into operations, in order."""
+
+    def __init__(self, root: nn.Module, run: _MaskedDense, domain: str | None, expected: Any) -> None:
+        self.root = root
+        self.facts = run.facts
+        self.domain = domain
+        # Where a step writes to its input, the input's later readers are given its result.
+        self.now: dict[fx.Node, Value] = {}
+        self.graph = Graph([], expected)
+
+    def add(self, node: fx.Node, **fields: Any) -> Value:
+        shape, dtype = self.facts[node] if node.op != "output" else (None, None)
+        value = Value(node.name, shape, dtype)
+        op = Op(output=value, **{"name": node.name, **fields})
+        for read in dict.fromkeys(op.inputs):
+            read.consumers.append(op)
+        self.graph.ops.append(op)
+        self.now[node] = value
+        return value
+
+    def values_in(self, *arguments: Any) -> list[Value]:
+        found: list[Value] = []
+        fx.node.map_arg(arguments, lambda node: found.append(self.now[node]))
+        return list(dict.fromkeys(found))
+
+    def convert(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.add(node, kind="input", inputs=[])
+        elif node.op == "output":
+            self.opaque(node, "output", None)
+        elif node.op == "get_attr":
+            value: Any = self.root
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            self.add(node, kind="opaque", inputs=[], call=Call(_itself, (value,)))
+        else:
+            module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+            target: Any = str(node.target) if node.op == "call_method" else node.target
+            written = in_place(target, node.kwargs, module)
+            before = self.now.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            name = str(node.target) if module is not None else node.name
+            known = self.known(node, target, module, name)
+            if not known:
+                self.opaque(node, name, module if module is not None else target, written)
+            if written and before is not None:
+                for earlier in [one for one, value in self.now.items() if value is before]:
+                    self.now[earlier] = self.now[node]
+
+    def opaque(self, node: fx.Node, name: str, target: Any, mutates: bool = False) -> None:
+        def replaced(part: Any) -> Any:
+            return fx.node.map_arg(part, lambda one: self.now[one])  # type: ignore[arg-type,return-value]
+
+        call = Call(frozen(target, self.domain) if isinstance(target, nn.Module) else target) if target else None
+        args, kwargs = tuple(_plain(replaced(node.args))), dict(_plain(replaced(node.kwargs)))
+        kind = "output" if node.op == "output" else "opaque"
+        inputs = self.values_in(node.args, node.kwargs)
+        self.add(node, kind=kind, inputs=inputs, call=call, args=args, kwargs=kwargs, name=name, mutates=mutates)
+
+    def known(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
+        """Adds the step if there is a rule for it."""
+        if target in (torch.cat, torch.concat):
+            return self.cat(node)
+        tensors = [self.now[one] for one in node.args[:2] if isinstance(one, fx.Node)]
+        x = tensors[0] if tensors and isinstance(node.args[0], fx.Node) else None
+        if x is None or (module is not None and has_hooks(module)):
+            return False
+        rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
+        constant = not self.values_in(rest, kwargs)
+        if constant and only_passes(target, rest, kwargs, module):
+            self.now[node] = x
+            return True
+        if x.channels is None or len(self.facts[node][0] or ()) != 4:
+            return False
+        if module is not None:
+            return constant and not rest and not kwargs and self.layer(node, x, module, name)
+        target, kwargs = out_of_place(target, kwargs)
+        if not constant:
+            return self.binary(node, target, tensors, rest, kwargs)
+        if target is nn.functional.pad:
+            return self.pad(node, x, rest, kwargs)
+        if _is_spatial_slice(target, rest):
+            self.add(node, kind="map", inputs=[x], call=Call(target, rest))
+            return True
+        found = known_map(target, rest, kwargs)
+        if found is None and rest and not kwargs and isinstance(rest[0], (int, float)):
+            # A number on the other side; not for x.pow and the like, where it is known to be a sum or a product only.
+            arithmetic = known_binary(target, rest[1:], kwargs)
+            found = (Call(target, rest), "", True) if arithmetic is not None else None
+        if found is None or self.facts[node][0][1] != x.channels:  # type: ignore[index]
+            return False
+        call, act, elementwise = found
+        self.add(node, kind="map", inputs=[x], call=call, act=act, elementwise=elementwise)
+        return True
+
+    def cat(self, node: fx.Node) -> bool:
+        parts = node.args[0] if node.args else None
+        axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        if not isinstance(parts, (list, tuple)) or axis not in (1, -3):
+            return False
+        values = [self.now[one] for one in parts if isinstance(one, fx.Node)]
+        if len(values) != len(parts) or any(value.channels is None for value in values):
+            return False
+        self.add(node, kind="cat", inputs=values)
+        return True
+
+    def layer(self, node: fx.Node, x: Value, module: nn.Module, name: str) -> bool:
+        if type(module) is nn.BatchNorm2d and module.running_mean is not None and module.running_var is not None:
+            self.add(node, kind="norm", inputs=[x], module=module, name=name)
+            return True
+        if type(module) in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
+            return self.conv(node, x, module, name)  # type: ignore[arg-type]
+        found = known_layer(module)
+        if found is None:
+            return False
+        call, act, elementwise = found
+        self.add(node, kind="map", inputs=[x], call=call, name=name, act=act, elementwise=elementwise)
+        return True
+
+    def conv(self, node: fx.Node, x: Value, conv: nn.Conv2d, name: str) -> bool:
+        computed = conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv)
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups != 1
+        if computed or conv.padding_mode != "zeros" or not (conv.groups == 1 or depthwise):
+            return False
+        lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
+        sources = _numbers(lists.in_index, conv.in_channels)
+        filters = _numbers(lists.out_index, conv.out_channels)
+        if isinstance(conv, MaskedConv2d):
+            listed = filters
+            filters = np.full(conv.out_channels, -1)
+            filters[listed] = listed
+        if depthwise:
+            sources = np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else filters
+        if not (filters >= 0).any():
+            return False
+        kind = "depthwise" if depthwise else "conv"
+        self.add(node, kind=kind, inputs=[x], module=conv, name=name, sources=sources, filters=filters)
+        return True
+
+    def binary(self, node: fx.Node, target: Any, tensors: list[Value], rest: Any, kwargs: dict[str, Any]) -> bool:
+        if len(tensors) != 2 or self.values_in(rest[1:], kwargs) or tensors[1].channels is None:
+            return False
+        found = known_binary(target, rest[1:], kwargs)
+        if found is None or tensors[0].channels != tensors[1].channels:
+            return False
+        act = found[1] if tensors[0].shape == tensors[1].shape else ""
+        self.add(node, kind="binary", inputs=tensors, call=found[0], act=act)
+        return True
+
+    def pad(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = dict(zip(("pad", "mode", "value"), rest, strict=False)) | kwargs
+        sides, mode, fill = given.get("pad"), given.get("mode", "constant"), given.get("value") or 0.0
+        if not isinstance(sides, (list, tuple)) or any(not isinstance(side, int) for side in sides):
+            return False
+        if len(sides) <= 4 and (mode != "constant" or fill == 0):
+            self.add(node, kind="map", inputs=[x], call=Call(nn.functional.pad, (list(sides), mode, fill)))
+            return True
+        if len(sides) != 6 or any(sides[:4]) or mode != "constant" or min(sides[4:]) < 0:
+            return False
+        self.add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
+        return True
+
+
+def _drop_unread(graph: Graph) -> None:
+    kept = []
+    for op in reversed(graph.ops):
+        if op.output.consumers or op.kind in ("input", "opaque", "output"):
+            kept.append(op)
+        else:
+            for value in set(op.inputs):
+                value.consumers.remove(op)
+    graph.ops = kept[::-1]
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _plain(part: Any) -> Any:
+    """The same without torch.fx's own kinds of list and dictionary."""
+    if isinstance(part, (list, tuple)):
+        kept = [_plain(one) for one in part]
+        return kept if isinstance(part, list) else tuple(kept)
+    if isinstance(part, dict):
+        return {key: _plain(one) for key, one in part.items()}
+    return part
+
+
+def _is_spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
+    # x[:, :, ::2, ::2]: the shortcut of residual networks on small images.
+    if getattr(target, "__name__", "") != "getitem" or len(rest) != 1 or not isinstance(rest[0], tuple):
+        return False
+    return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
+
+
+def _numbers(listed: Tensor | None, channels: int) -> Channels:
+    return np.arange(channels) if listed is None else listed.cpu().numpy().astype(np.int64)
+
+
+def _check_mode(op: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(
+                f"{op}(): expected `model` to be in eval mode, got {name or type(model).__name__!r} in training mode. "
+                "Hint: call model.eval() first."
+            )
+
+
+def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
+    layers = [module for module in model.modules() if isinstance(module, GatheredConv2d) and module.lists]
+    if domain is None or (all(domain in layer.lists for layer in layers) and layers):
+        return
+    known = list(layers[0].lists) if layers else []
+    hint = "" if layers else " Hint: call swap_, then attach_."
+    raise ValueError(f"{op}(): expected `domain` to be one of {known}, got {domain!r}.{hint}")
+
+
+def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None) -> Graph:
+    """Records a model.
+
+    Args:
+        op: the caller's name, for messages.
+        model: in eval mode.
+        inputs: what the model is called with.
+        domain: whose lists; None keeps all channels.
+
+    Raises:
+        ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
+            inputs.
+    """
+    _check_mode(op, model)
+    _check_domain(op, model, domain)
+    root, recorded = _record(op, model)
+    run = _MaskedDense(root, recorded, domain)
+    run.extra_traceback = False
+    try:
+        with torch.no_grad():
+            expected = run.run(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
+        raise ValueError(
+            f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
+        ) from error
+    builder = _Builder(root, run, domain, expected)
+    for node in recorded.nodes:
+        builder.convert(node)
+    _drop_unread(builder.graph)
+    return builder.graph
