@@ -6,7 +6,7 @@
     with ih = oh * stride + kh * dilation - top, iw likewise from the left
 
 Without scales, shifts, residual and ReLUs this is ``gathered_conv2d``. Depthwise, one list for both: w[out_index[j], 0]
-on z[n, j]. With a switch s of zeros and ones, one for each input channel, y = conv2d(x * s, w, b) is ``switched_conv2d``.
+on z[n, j]. ``switched_conv2d`` is y = conv2d(x * s, w, b) with zeros and ones s, one for each input channel.
 Everything takes the arguments of the ops (``padding`` is top, bottom, left, right) and answers in float64.
 """
 
@@ -240,7 +240,7 @@ def switched_conv2d(
     x, w, s = _array(input), _array(weight), _array(switch)
     size = output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = np.zeros((x.shape[0], w.shape[0], *size))
-    for c in np.flatnonzero(s):
+    for c in np.flatnonzero(s).tolist():
         plane, slot = _padded(x[:, c], padding), _weight_channel(groups, x.shape[1], c)
         for k in range(w.shape[0]) if groups == 1 else [c]:
             for kh, kw, rows, columns in _taps(w.shape[2:], size, stride, dilation):

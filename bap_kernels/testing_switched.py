@@ -74,8 +74,13 @@ class SwitchedSample:
 
     def to(self, device: torch.device | str) -> SwitchedSample:
         """The sample on another device, with the strides and the memory around its tensors."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return SwitchedSample(**{k: moved(v, device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+        return dataclasses.replace(
+            self,
+            input=moved(self.input, device),
+            weight=moved(self.weight, device),
+            bias=None if self.bias is None else moved(self.bias, device),
+            switch=moved(self.switch, device),
+        )
 
 
 def make_switched(case: Case, switch_dtype: torch.dtype = torch.float32) -> SwitchedSample:
@@ -84,7 +89,8 @@ def make_switched(case: Case, switch_dtype: torch.dtype = torch.float32) -> Swit
     switch = torch.full((case.in_channels,), 1 if sample.in_index is None else 0, dtype=switch_dtype)
     if sample.in_index is not None:
         switch[sample.in_index.long()] = 1
-    return SwitchedSample(*sample.args[:3], switch, *sample.args[5:])
+    options = sample.stride, sample.padding, sample.dilation, sample.groups
+    return SwitchedSample(sample.input, sample.weight, sample.bias, switch, *options)
 
 
 def poison_switched(sample: SwitchedSample, value: float = torch.nan) -> SwitchedSample:
@@ -137,7 +143,7 @@ def expected_gradients(sample: SwitchedSample, grad: Tensor, off_gradient: bool 
     """
     leaves = [t.detach().double().requires_grad_() for t in sample.tensors]
     bias = leaves[2] if sample.bias is not None else None
-    y = reference.conv_on_masked(*leaves[:2], bias, leaves[-1], *sample.args[4:])
+    y = reference.conv_on_masked(leaves[0], leaves[1], bias, leaves[-1], *sample.args[4:])
     gradients = torch.autograd.grad(y, leaves, grad.double())
     if off_gradient:
         return gradients
@@ -150,11 +156,12 @@ def assert_gradients(sample: SwitchedSample, actual: tuple[Tensor, ...], expecte
     filters = 1 if sample.groups != 1 else sample.weight.shape[0]
     n, _, height, width = sample.output_shape
     pixels = n * height * width
-    # ATen adds the taps of an input's gradient in its own dtype, 16 bits or not.
-    depths = [taps * taps * filters, pixels, *([pixels] if sample.bias is not None else [])]
+    # ATen adds the taps of an input's gradient, and the images of a weight's, in their own dtype, 16 bits or not.
+    images = n if dtype in (torch.bfloat16, torch.float16) else 1
+    depths = [taps * taps * filters, images * pixels, *([pixels] if sample.bias is not None else [])]
     for got, want, depth in zip(actual[:-1], expected[:-1], depths, strict=True):
         assert_close(got, want, dtype, depth)
-    switch, depth = actual[-1], max(1, taps * taps * filters * pixels)
+    switch, depth = actual[-1], max(1, taps * taps * filters * images * pixels)
     assert switch.dtype == sample.switch.dtype
     # Its products have the rounding of the input's dtype, its sum that of its own.
     rtol, atol = TOLERANCES[torch.float32 if dtype == torch.float64 != switch.dtype else dtype]
@@ -188,9 +195,8 @@ def check_switched_backward(
     grad = lay_out(grad, grad_layout)
     expected = expected_gradients(sample, grad, off_gradient)
     if loops:
-        by_loops = reference.switched_conv2d_backward(grad, *sample.backward_args, off_gradient)
-        by_loops = by_loops if case.bias else (*by_loops[:2], by_loops[3])
-        for one, other in zip(by_loops, expected, strict=True):
+        by_loops = reference.switched_conv2d_backward(grad, *sample.backward_args, off_gradient)  # type: ignore[call-arg]
+        for one, other in zip(by_loops if case.bias else (*by_loops[:2], by_loops[3]), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     there, grad = sample.to(device), moved(grad, device)
     leaves = [t.requires_grad_() for t in there.tensors]

@@ -6,7 +6,8 @@
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <iomanip>
+#include <limits>
 
 #include "ops/switched_call.h"
 
@@ -20,6 +21,8 @@ ConvShape<Int> check_switched_conv2d(const char* op, const at::Tensor& input, co
                                      const OptionalTensor& bias, const at::Tensor& switches, c10::ArrayRef<Int> stride,
                                      c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups) {
   const auto s = check_gathered_conv2d<Int>(op, input, weight, bias, {}, {}, stride, padding, dilation, groups);
+  TORCH_CHECK_TYPE(switches.defined(), op, "(): expected `switch` to be a tensor, got None. Hint: use ",
+                   "torch.nn.functional.conv2d where there is nothing to switch.");
   const auto dtype = switches.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || (dtype == at::kDouble && input.scalar_type() == at::kDouble), op,
                    "(): expected `switch` to be float32, or float64 as the input is, got ", dtype,
@@ -48,8 +51,10 @@ SwitchLists read_values(const char* op, const at::Tensor& switches) {
   const int64_t n = dense.numel();
   int64_t kept = 0;
   for (const auto c : c10::irange(n)) {
-    TORCH_CHECK_VALUE(s[c] == 0 || s[c] == 1, op, "(): expected `switch` to hold zeros and ones, got ", s[c],
-                      " for channel ", c, ". Hint: compare scores with a threshold first.");
+    TORCH_CHECK_VALUE(s[c] == 0 || s[c] == 1, op, "(): expected `switch` to hold zeros and ones, got ",
+                      std::setprecision(std::numeric_limits<scalar_t>::max_digits10), s[c], " for channel ", c,
+                      ". Hint: compare scores with a threshold; hard + (score - score.detach()) keeps the values as "
+                      "they are, hard + score - score.detach() rounds them.");
     kept += s[c] == 1;
   }
   const auto list_of = [&](int64_t length, scalar_t value) {
@@ -100,11 +105,21 @@ TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
       "switched_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, SymInt[2] stride, "
       "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_switch)");
+  // The way of a GPU on any device, for tests and comparisons; without gradients of its own.
+  m.def(
+      "_switched_conv2d_masked(Tensor input, Tensor weight, Tensor? bias, Tensor switch, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient=True) -> Tensor");
+  m.def(
+      "_switched_conv2d_masked_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
+      "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_switch)");
 }
 
 TORCH_LIBRARY_IMPL(bap_kernels, Meta, m) {
   m.impl("switched_conv2d", switched_conv2d_meta);
   m.impl("switched_conv2d_backward", backward_meta);
+  m.impl("_switched_conv2d_masked", switched_conv2d_meta);
+  m.impl("_switched_conv2d_masked_backward", backward_meta);
 }
 
 }  // namespace bap_kernels
