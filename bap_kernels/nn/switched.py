@@ -36,7 +36,7 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
     kept until scores or weights change; scores get no gradient then.
 
     A dense checkpoint loads strictly: where it has no score for any domain, all scores keep their values. With scores
-    for some domains only, the others count as missing.
+    for some domains only, the others count as missing. The threshold is an option and no part of the state.
 
     Freeze the shared weights with ``layer.weight.requires_grad_(False)``; their gradient is not computed then.
 
@@ -240,7 +240,8 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             listed = active.channels().in_index
             sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
             return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
-        off_gradient = active.takes_off_gradient() if self.training else True
+        counts = self.training and torch.is_grad_enabled()
+        off_gradient = active.takes_off_gradient() if counts else True
         if not recomputes():
             return switched_conv2d(input, weight, bias, active(), stride, padding, dilation, self.groups, off_gradient)
         with held_input(input) as held:
