@@ -92,7 +92,9 @@ class ChannelSwitch(nn.Module):
         state = score.data_ptr(), score._version, self.threshold
         listed = self._listed
         if listed is None or listed[0] != state:
-            listed = self._listed = state, ChannelLists.from_mask(score.detach() > self.threshold)
+            # Tensors made in inference mode have no version, without which no packed weights are kept.
+            with torch.inference_mode(False):
+                listed = self._listed = state, ChannelLists.from_mask(score.detach() > self.threshold)
         return listed[1]
 
     def reset_parameters(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -106,13 +107,14 @@ def _check_eval(name: str) -> None:
         _close(layer(x).detach(), expected)
 
 
-def test_eval_reads_the_listed_channels_and_packs_once() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_eval_reads_the_listed_channels_and_packs_once(mode: Callable[[], AbstractContextManager]) -> None:
     if bk.info().backends["native"] is not None:
         pytest.skip("no native backend here, nothing is packed")
     layer = _layer().eval()
     x = torch.randn(2, 12, 9, 7)
     bk.clear_packed_cache()
-    with bk.use_backend("native"), torch.no_grad():
+    with bk.use_backend("native"), mode():
         layer(x)
         first = bk.packed_cache_info()
         layer(x)
