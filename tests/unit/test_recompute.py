@@ -234,6 +234,29 @@ def test_blocks_in_place() -> None:
     _same_state(model, other)
 
 
+def test_regions_in_recomputed_blocks_and_two_backwards() -> None:
+    model, other = (nn.Sequential(*pair) for pair in zip(_models(), _models(), strict=True))
+    other.load_state_dict(model.state_dict())
+    model[1].stem = other[1].stem = nn.Identity()
+    for net in model:
+        net.recomputes = False
+    for net in other:
+        net.recomputes = True
+    recompute_(other, lambda module, name: isinstance(module, Net))
+    x = torch.randn(3, 3, 9, 7, requires_grad=True)
+    inputs = []
+    for one in (model, other):
+        bk.set_domain(one, "a")
+        loss = one(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        inputs.append(x.grad)
+        x.grad = None
+    assert torch.equal(*inputs)
+    _same_gradients(model, other)
+    _same_state(model, other)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_recompute_on_their_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = recompute_(switch_(_blocks(), ["a"]), _chosen)
