@@ -187,7 +187,6 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
         """
         made = copy.deepcopy(self._switch_of(like) if like is not None else self._any())
         made.since = 0
-        made.score.grad = None
         if like is None:
             made.reset_parameters()
         self._add(name, made)
