@@ -84,13 +84,18 @@ class ChannelSwitch(nn.Module):
 
         As the packed weights do, this overlooks writes through ``score.data``, except those that move it.
         """
-        score = self.score
+        # Past nn.Module.__getattr__: an eval forward of a small layer takes only a few microseconds.
+        score = self._parameters["score"]
+        assert score is not None
         if score.is_inference():
-            return ChannelLists.from_mask(score.detach() > self.threshold)
-        state = (score.data_ptr(), score._version, self.threshold)
-        if self._listed is None or self._listed[0] != state:
-            self._listed = state, ChannelLists.from_mask(score.detach() > self.threshold)
-        return self._listed[1]
+            return ChannelLists.from_mask(score > self.threshold)
+        state = score.data_ptr(), score._version, self.threshold
+        listed = self._listed
+        if listed is None or listed[0] != state:
+            # Tensors made in inference mode have no version, without which no packed weights are kept.
+            with torch.inference_mode(False):
+                listed = self._listed = state, ChannelLists.from_mask(score.detach() > self.threshold)
+        return listed[1]
 
     def reset_parameters(self) -> None:
         """Sets all scores to :attr:`initial`."""

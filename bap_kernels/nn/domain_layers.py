@@ -111,7 +111,6 @@ class DomainBatchNorm2d(PerDomain):
         pattern = self._module_of(next(iter(self.domains)) if like is None else like)
         assert isinstance(pattern, nn.BatchNorm2d)
         made = copy.deepcopy(pattern)
-        made.zero_grad()
         if like is None:
             made.reset_parameters()
         self._add(name, made)

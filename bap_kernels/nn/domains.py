@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.per_domain import PerDomain
+from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
 
 __all__ = ["attach_", "set_domain"]
@@ -136,10 +137,10 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
 def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:
     if module is None:
         found = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
-    elif why_not(module) is None:
+    elif why_not_swapped(module) is None:
         found = "which was not swapped. Hint: call swap_ on it, or leave it out of the table"
     else:
-        found = f"which cannot be swapped: {why_not(module)}. Hint: leave it out of the table"
+        found = f"which cannot be swapped: {why_not_swapped(module)}. Hint: leave it out of the table"
     return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {found}."
 
 

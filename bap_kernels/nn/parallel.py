@@ -35,7 +35,8 @@ class DomainParallel(nn.Module):
     ``grad`` None, so that no optimiser moves them. A model whose shared parameters are all frozen, for which
     DistributedDataParallel raises, works too.
 
-    All processes must use the same domain in a step; that is checked. Call :func:`bap_kernels.set_domain` with this
+    All processes must use the same domain in a step; that is checked, but a process that uses none at all leaves the
+    others waiting. Call :func:`bap_kernels.set_domain` with this
     module or the model inside. Freeze what is to be frozen before making it.
 
     Args:

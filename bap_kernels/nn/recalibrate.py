@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d
 from bap_kernels.nn.domains import set_domain
@@ -62,7 +63,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         if name in module.__dict__
     ]
     set_domain(model, domain)
-    norms = [norm for layer in layers for norm in layer.domains[domain].modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = [norm for layer in layers for norm in layer.domains[domain].modules() if isinstance(norm, _BatchNorm)]
     norms = [norm for norm in dict.fromkeys(norms) if norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]

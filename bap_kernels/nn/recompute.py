@@ -18,9 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bap_kernels.nn.per_domain import PerDomain
 
-__all__ = ["held_input", "recompute", "recompute_"]
+__all__ = ["held_input", "recompute", "recompute_", "recomputes"]
 
 _here = threading.local()
+
+
+def recomputes() -> bool:
+    """Whether this thread is inside a region."""
+    return bool(getattr(_here, "regions", 0))
 
 
 class _Hold(torch.autograd.Function):
@@ -43,7 +48,7 @@ def held_input(input: Tensor) -> Iterator[Tensor]:
     Recomputing stops as soon as all that the backward needs is there again. An operator of a library saves after its
     forward, and would be computed again for nothing.
     """
-    if not getattr(_here, "regions", 0) or not torch.is_grad_enabled() or not input.requires_grad:
+    if not torch.is_grad_enabled() or not input.requires_grad:
         yield input
         return
     kind = input.device.type

@@ -10,7 +10,7 @@ from torch import nn
 from bap_kernels.nn.conv import GatheredConv2d, why_not
 from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["replace_", "skipped", "swap_"]
+__all__ = ["replace_", "skipped", "swap_", "why_not_swapped"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def swap_(
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = _why_not(module)
+        reason = why_not_swapped(module)
         if reason is None and isinstance(module, SwitchedConv2d):
             new[module] = module.to_gathered(layer_type)
         elif reason is None:
@@ -77,7 +77,8 @@ def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return new.get(model, model)
 
 
-def _why_not(conv: nn.Conv2d) -> str | None:
+def why_not_swapped(conv: nn.Module) -> str | None:
+    """Why :func:`swap_` leaves a module as it is; None if it replaces it."""
     if isinstance(conv, SwitchedConv2d):
         return "a depthwise layer with switches writes its bias to channels that are off" if conv.groups != 1 else None
     return why_not(conv)
@@ -93,7 +94,7 @@ def skipped(model: nn.Module) -> dict[str, str]:
         {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
     """
     reasons = {
-        name: _why_not(module)
+        name: why_not_swapped(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and not isinstance(module, GatheredConv2d)
     }

@@ -15,7 +15,7 @@ from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_co
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, take_over, why_not, why_not_groups
 from bap_kernels.nn.per_domain import PerDomain, checked_names
-from bap_kernels.nn.recompute import held_input
+from bap_kernels.nn.recompute import held_input, recomputes
 
 __all__ = ["SwitchedConv2d"]
 
@@ -36,7 +36,7 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
     kept until scores or weights change; scores get no gradient then.
 
     A dense checkpoint loads strictly: where it has no score for any domain, all scores keep their values. With scores
-    for some domains only, the others count as missing.
+    for some domains only, the others count as missing. The threshold is an option and no part of the state.
 
     Freeze the shared weights with ``layer.weight.requires_grad_(False)``; their gradient is not computed then.
 
@@ -187,7 +187,6 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
         """
         made = copy.deepcopy(self._switch_of(like) if like is not None else self._any())
         made.since = 0
-        made.score.grad = None
         if like is None:
             made.reset_parameters()
         self._add(name, made)
@@ -232,18 +231,20 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
+        weight, bias = self.weight, self.bias
         if active is None:
-            return F.conv2d(input, self.weight, self.bias, stride, padding, dilation, self.groups)
-        # Lists are read from the scores on the host, which a traced program cannot do.
-        if not (self.training or self.groups != 1 or torch.compiler.is_compiling() or active.score.is_meta):
-            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
+            return F.conv2d(input, weight, bias, stride, padding, dilation, self.groups)
+        # Lists are read from the scores on the host, which a traced program and tensors without values do not allow.
+        if not (self.training or self.groups != 1 or torch.compiler.is_compiling() or weight.is_meta):
             listed = active.channels().in_index
-            return call_gathered_conv2d(input, self.weight, self.bias, listed, None, stride, sides, dilation, 1, True)
-        off_gradient = active.takes_off_gradient() if self.training else True
+            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
+            return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
+        counts = self.training and torch.is_grad_enabled()
+        off_gradient = active.takes_off_gradient() if counts else True
+        if not recomputes():
+            return switched_conv2d(input, weight, bias, active(), stride, padding, dilation, self.groups, off_gradient)
         with held_input(input) as held:
-            return switched_conv2d(
-                held, self.weight, self.bias, active(), stride, padding, dilation, self.groups, off_gradient
-            )
+            return switched_conv2d(held, weight, bias, active(), stride, padding, dilation, self.groups, off_gradient)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         place = f"{prefix}domains."

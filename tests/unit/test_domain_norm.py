@@ -300,3 +300,15 @@ def test_recalibration_that_fails_changes_nothing(batches: int | None) -> None:
         recalibrate_bn(model, [], "c")
     with pytest.raises(ValueError, match="`model` to have DomainBatchNorm2d layers, got none"):
         recalibrate_bn(nn.Sequential(nn.BatchNorm2d(3)), [], "b")
+
+
+def test_recalibration_reaches_synchronised_batch_norm() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(bk.nn.switch_(nn.Sequential(_norm()), ["a", "b"]))
+    bk.set_domain(model, "a")
+    assert type(model[0].active) is nn.SyncBatchNorm
+    model[0].active.forward = lambda x: model[0].active.running_mean.add_(1)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(module[0].active.momentum))
+    recalibrate_bn(model, [torch.randn(2, 6, 3, 3)], "a")
+    assert seen == [None]
+    assert model[0].active.momentum == 0.3

@@ -240,6 +240,12 @@ def test_attach_refuses_and_changes_nothing(lists, error, message) -> None:
     assert model.blocks[0].conv1.lists == {"a": ChannelLists()}
 
 
+def test_attach_says_that_a_switched_layer_can_be_swapped() -> None:
+    model = bk.nn.switch_(bk.swap_(Net(), lambda module, name: name == "stem"), ["a"])
+    with pytest.raises(ValueError, match=r"got 'blocks\.0\.conv2' .* was not swapped\. Hint: call swap_ on it"):
+        bk.attach_(model, {"a": {"blocks.0.conv2": ChannelLists()}})
+
+
 def test_attach_needs_swapped_layers() -> None:
     with pytest.raises(ValueError, match=r"`model` to have swapped layers, got none. Hint: call swap_\(model\) first"):
         bk.attach_(Net(), {"a": {}})

@@ -86,6 +86,31 @@ def test_training_steps_of_twelve_domains_are_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="no such option in this torch")
+def test_forward_loss_and_backward_are_one_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    model = _model()
+    other = copy.deepcopy(model)
+    x, y = torch.randn(4, 3, 12, 11), torch.randint(0, 5, (4,))
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for name in DOMAINS[:4]:
+            for one in (model, other):
+                bk.set_domain(one, name)
+                one.zero_grad()
+            step(model, x, y)
+            F.cross_entropy(other(x), y).backward()
+            for (key, value), its in zip(model.named_parameters(), other.parameters(), strict=True):
+                assert (value.grad is None) == (its.grad is None), key
+                if value.grad is not None:
+                    torch.testing.assert_close(value.grad, its.grad, rtol=1e-4, atol=1e-5, msg=key)
+    assert counter.frame_count <= 2
+
+
 def test_frozen_backbone_is_one_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
