@@ -114,3 +114,22 @@ def _switched_backward(
     if of_switch and off_gradient:
         channels += switch.shape[0] - kept
     return 2 * _switched_products(weight, grad_output, groups, channels)
+
+
+@register_flop_formula(torch.ops.bap_kernels._gathered_conv2d_mixed, get_raw=True)
+def _mixed_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_indices: Sequence[Tensor | None],
+    counts: Sequence[int],
+    *args: Any,
+    out_val: Tensor,
+    **kwargs: Any,
+) -> int:
+    kept = sum(
+        count * (weight.shape[1] if one is None else one.shape[0])
+        for one, count in zip(in_indices, counts, strict=True)
+    )
+    _, C_out, oH, oW = out_val.shape
+    return 2 * kept * C_out * oH * oW * weight.shape[2] * weight.shape[3]

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
+from bap_kernels.nn.mixed import Runs
 
 __all__ = ["GatheredConv2d", "MaskedConv2d", "take_over", "why_not", "why_not_groups"]
+
+_mixed_operator = torch.ops.bap_kernels._gathered_conv2d_mixed.default
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
@@ -51,8 +54,9 @@ def take_over(layer: nn.Module, conv: nn.Module) -> None:
     layer.__dict__.update(conv.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[name] = conv.__dict__[name].copy()
-    # Compiled by conv.compile() for the other class.
-    layer.__dict__.pop("_compiled_call_impl", None)
+    # Compiled by conv.compile() for the other class, and the lists of a batch of its model.
+    for name in ("_compiled_call_impl", "_mixed"):
+        layer.__dict__.pop(name, None)
 
 
 class GatheredConv2d(nn.Conv2d):
@@ -94,6 +98,8 @@ class GatheredConv2d(nn.Conv2d):
 
     channels: ChannelLists
     lists: dict[str, ChannelLists]
+    # Set while a mixed batch is: the lists of its runs.
+    _mixed: Runs | None = None
 
     def __init__(
         self,
@@ -182,6 +188,7 @@ class GatheredConv2d(nn.Conv2d):
         device = self.weight.device
         self.lists = {domain: one.to(device) for domain, one in lists.items()}
         self.channels = ChannelLists()
+        self._mixed = None
 
     def set_domain(self, name: str | None) -> None:
         """Activates the lists of one domain; None keeps all channels.
@@ -195,17 +202,19 @@ class GatheredConv2d(nn.Conv2d):
             self.channels = self.lists[name]
         else:
             raise ValueError(f"set_domain(): expected `name` to be one of {list(self.lists)}, got {name!r}.")
+        self._mixed = None
 
-    def _gathered(self, input: Tensor) -> Tensor:
-        channels = self.channels
+    def _settled(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The input, and its padding on four sides."""
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            sides = (0, 0, 0, 0)
-        elif isinstance(padding, str):
-            sides = four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
-        else:
-            sides = (padding[0], padding[0], padding[1], padding[1])
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0, 0, 0)
+        if isinstance(padding, str):
+            return input, four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
+        return input, (padding[0], padding[0], padding[1], padding[1])
+
+    def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
+        input, sides = self._settled(input)
         return call_gathered_conv2d(
             input,
             self.weight,
@@ -221,9 +230,32 @@ class GatheredConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the listed channels of ``input``."""
+        if self._mixed is not None:
+            return self._gathered_mixed(input, self._mixed)
         if input.dim() == 3:
-            return self._gathered(input.unsqueeze(0)).squeeze(0)
-        return self._gathered(input)
+            return self._gathered(input.unsqueeze(0), self.channels).squeeze(0)
+        return self._gathered(input, self.channels)
+
+    def _gathered_mixed(self, input: Tensor, runs: Runs) -> Tensor:
+        # One kernel for all runs serves inference; in every other case each run is a call of its own.
+        in_indices = [lists.in_index for lists in runs.states]
+        tracked = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        alone = tracked or self.groups != 1 or torch.is_autocast_enabled(input.device.type)
+        if alone or any(lists.out_index is not None for lists in runs.states):
+            return runs.apply(self, input, self._gathered)
+        runs.batch.check(self, input)
+        input, sides = self._settled(input)
+        return _mixed_operator(
+            input,
+            self.weight,
+            self.bias,
+            in_indices,
+            runs.batch.counts,
+            self.stride,
+            sides,
+            self.dilation,
+            not self.training,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
         super()._apply(fn, recurse)
@@ -240,6 +272,8 @@ class GatheredConv2d(nn.Conv2d):
         moved = {id(one): one.to(device) for one in (self.channels, *self.lists.values())}
         self.channels = moved[id(self.channels)]
         self.lists = {domain: moved[id(one)] for domain, one in self.lists.items()}
+        if self._mixed is not None:
+            self._mixed = Runs(self._mixed.batch, [one.to(device) for one in self._mixed.states])
 
     def extra_repr(self) -> str:
         """The dense layer's facts, then the channels read and written."""
@@ -270,9 +304,9 @@ class MaskedConv2d(GatheredConv2d):
         tensor([ True, False, False,  True])
     """
 
-    def _gathered(self, input: Tensor) -> Tensor:
-        compact = super()._gathered(input)
-        listed = self.channels.out_index
+    def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
+        compact = super()._gathered(input, channels)
+        listed = channels.out_index
         if listed is None:
             return compact
         N, _, H, W = compact.shape

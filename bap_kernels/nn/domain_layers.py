@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 
 __all__ = ["DomainBatchNorm2d", "DomainLinear"]
@@ -31,6 +33,17 @@ def _spread_dense_keys(layer: PerDomain, state: dict[str, Any], prefix: str, key
             # A classifier for other classes: the domain keeps what it has.
             values = module.state_dict()
         state.update({place + key: value for key, value in values.items()})
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A batch norm with fixed statistics as y = scale * x + shift, (C,) each."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 class DomainBatchNorm2d(PerDomain):
@@ -117,10 +130,29 @@ class DomainBatchNorm2d(PerDomain):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises with the active domain's parameters and statistics."""
+        if self._mixed is not None:
+            return self._normalised_mixed(input, self._mixed)
         active = self._active
         if active is None:
             raise self._no_domain()
         return active(input)
+
+    def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
+        norms: list[nn.BatchNorm2d] = runs.states
+        fixed = all(not (norm.training or norm.running_var is None) for norm in norms)
+        if not fixed or torch.is_autocast_enabled(input.device.type):
+            return runs.apply(self, input, lambda part, norm: norm(part))
+        runs.batch.check(self, input)
+        # One scale and one shift for each sample and channel: a single pass over the batch.
+        scales, shifts = zip(*(_scale_and_shift(norm) for norm in norms), strict=True)
+        counts = torch.tensor(runs.batch.counts, device=input.device)
+        scale, shift = (
+            torch.stack(rows)
+            .repeat_interleave(counts, 0, output_size=runs.batch.size)[:, :, None, None]
+            .to(input.dtype)
+            for rows in (scales, shifts)
+        )
+        return torch.addcmul(shift, input, scale)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _spread_dense_keys(self, state_dict, prefix, _NORM_KEYS)
@@ -140,7 +172,7 @@ class DomainLinear(PerDomain):
 
     Shape:
         - Input: (*, in_features)
-        - Output: (*, out_features of the active domain)
+        - Output: (*, out_features of the active domain); of a mixed batch (N, *, the largest out_features in it)
 
     Raises:
         ValueError: for names of domains that are empty, have dots or repeat.
@@ -211,11 +243,22 @@ class DomainLinear(PerDomain):
         self._add(name, nn.Linear(self.in_features, out_features, has_bias, weight.device, weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Applies the active domain's layer."""
+        """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
+        if self._mixed is not None:
+            return self._applied_mixed(input, self._mixed)
         active = self._active
         if active is None:
             raise self._no_domain()
         return active(input)
+
+    def _applied_mixed(self, input: Tensor, runs: Runs) -> Tensor:
+        most = max(linear.out_features for linear in runs.states)
+
+        def one(part: Tensor, linear: nn.Linear) -> Tensor:
+            # No probability and never the largest: softmax and argmax are each domain's own.
+            return F.pad(linear(part), (0, most - linear.out_features), value=-torch.inf)
+
+        return runs.apply(self, input, one)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _spread_dense_keys(self, state_dict, prefix, _LINEAR_KEYS)

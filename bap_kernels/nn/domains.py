@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.nn.mixed import MixedBatch, Runs, mixed_numbers, release_, sort_batches_
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
@@ -35,6 +36,8 @@ class _Layers:
         self.leaves: list[dict[str, Any]] = []
         # Once for each model: lists are often made before torch.compile is loaded.
         self.marked = False
+        # Whether a mixed batch is set; a copy of a model may come with one.
+        self.mixed = any(module.__dict__.get("_mixed") is not None for module in model.modules())
         seen: set[nn.Module] = set()
         waiting = [model]
         while waiting:
@@ -144,32 +147,52 @@ def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list
     return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {found}."
 
 
-def set_domain(model: nn.Module, name: str | None) -> None:
-    """Makes every layer of a model work for one domain: its lists, switches, batch norm and classifier.
+def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
+    """Makes every layer of a model work for one domain, or for a batch of several: lists, switches, norm, classifier.
 
     Gathered layers that no table was attached to keep the lists that they were made with.
+
+    For a mixed batch, ``name`` holds one domain number per sample. The model then takes batches of just these samples:
+    it sorts them by domain, computes each with its domain's channels, batch norm and classifier, and gives the results
+    in the caller's order. Layers must give every domain as many channels, so out-lists need
+    :class:`~bap_kernels.nn.MaskedConv2d`; classifiers with fewer outputs than the largest are filled up with -inf.
 
     Args:
         model: a model that went through :func:`bap_kernels.attach_` or :func:`bap_kernels.nn.switch_`.
         name: the domain; None makes every convolution keep all of its channels, and is refused by a model with layers
-            that need a domain, which are batch norm and classifiers.
+            that need a domain, which are batch norm and classifiers. For a mixed batch: (N,), int64, places in the
+            order in which the table or the layers name their domains.
 
     Raises:
-        ValueError: if no layer depends on the domain, or one does not have that domain. Nothing is changed then.
-        NotImplementedError: for a tensor of domain numbers.
+        ValueError: if no layer depends on the domain, or one does not have that domain, or numbers are not 1-D.
+            Nothing is changed then.
+        TypeError: for numbers of another dtype.
+        IndexError: for numbers that no domain has.
+
+    Examples:
+        >>> import torch
+        >>> import bap_kernels as bk
+        >>> model = bk.swap_(torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3)))
+        >>> model = bk.attach_(model, bk.ChannelTable.random(model, ["birds", "cars"], 0.5)).eval()
+        >>> bk.set_domain(model, torch.tensor([1, 0, 1]))
+        >>> model(torch.randn(3, 8, 5, 5)).shape
+        torch.Size([3, 4, 3, 3])
     """
     switch = getattr(model, "_switch_domain", None)
     if switch is not None:
         switch(name)
         return
     layers = _layers(model)
-    owning = layers.owning
     # Truthiness of `lists`: a layer that was never attached to is not switched.
     gathered = [layer for layer in layers.gathered if layer["lists"]]
+    owning = layers.owning
     if not (gathered or owning):
         raise ValueError(
             "set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_; or nn.switch_."
         )
+    if isinstance(name, Tensor):
+        _set_mixed(model, gathered, owning, name)
+        return
     try:
         if name is None:
             # Where None will not do it is looked up, and refused as a name is.
@@ -180,6 +203,8 @@ def set_domain(model: nn.Module, name: str | None) -> None:
             lists = [layer["lists"][name] for layer in gathered]
     except (KeyError, TypeError):
         raise _refusal(gathered, owning, name) from None
+    if layers.mixed:
+        _end_mixed(model, layers)
     # Past nn.Module.__setattr__, which costs a microsecond for each layer.
     for layer, one in zip(gathered, lists, strict=True):
         layer["channels"] = one
@@ -187,14 +212,33 @@ def set_domain(model: nn.Module, name: str | None) -> None:
         attributes["_active"] = module
 
 
+def _set_mixed(
+    model: nn.Module,
+    gathered: list[dict[str, Any]],
+    owning: list[tuple[dict[str, Any], dict[Any, Any], bool]],
+    numbers: Tensor,
+) -> None:
+    tables: list[dict[Any, Any]] = [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
+    domains = [domain for domain in tables[0] if all(domain in table for table in tables)]
+    batch = MixedBatch(mixed_numbers(numbers, domains))
+    names = [domains[number] for number in batch.numbers]
+    release_(model)
+    for layer, table in zip([*gathered, *(attributes for attributes, _, _ in owning)], tables, strict=True):
+        layer["_mixed"] = Runs(batch, [table[name] for name in names])
+    sort_batches_(model, batch)
+    _layers(model).mixed = True
+
+
+def _end_mixed(model: nn.Module, layers: _Layers) -> None:
+    release_(model)
+    for layer in [*layers.gathered, *(attributes for attributes, _, _ in layers.owning)]:
+        layer.pop("_mixed", None)
+    layers.mixed = False
+
+
 def _refusal(
     gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]], name: object
 ) -> Exception:
-    if isinstance(name, Tensor):
-        return NotImplementedError(
-            "set_domain(): expected `name` to be one domain, got a tensor; batches that mix domains are not supported. "
-            "Hint: run the samples of each domain as a batch of their own."
-        )
     tables: list[dict[str, Any]] = [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
     known = [domain for domain in tables[0] if all(domain in table for table in tables)]
     return ValueError(f"set_domain(): expected `name` to be one of {known}, got {name!r}.")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from bap_kernels.nn.mixed import Runs
+
 __all__ = ["PerDomain", "checked_names", "domain_layers", "domain_parameters"]
 
 # Names that a torch.nn.ModuleDict would refuse, as it has attributes of that name.
@@ -55,6 +57,8 @@ class PerDomain(nn.Module):
     domains: nn.ModuleDict
     # In the instance's dictionary, past nn.Module.__setattr__.
     _active: nn.Module | None
+    # Set while a mixed batch is: the modules of its runs.
+    _mixed: Runs | None = None
     _without_domain_allowed = False
 
     def _hold(self, modules: Mapping[str, nn.Module]) -> None:
@@ -86,6 +90,7 @@ class PerDomain(nn.Module):
             self.__dict__["_active"] = self.domains[name]
         else:
             raise ValueError(f"set_domain(): expected `name` to be one of {list(self.domains)}, got {name!r}.")
+        self.__dict__["_mixed"] = None
 
     def _add(self, name: str, module: nn.Module) -> None:
         checked_names(f"{type(self).__name__}.add_domain", [*self.domains, name])

@@ -219,12 +219,13 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the channels of ``input`` that are on."""
+        if self._mixed is not None:
+            return self._mixed.apply(self, input, self._switched)
         if input.dim() == 3:
-            return self._switched(input.unsqueeze(0)).squeeze(0)
-        return self._switched(input)
+            return self._switched(input.unsqueeze(0), self._active).squeeze(0)
+        return self._switched(input, self._active)
 
-    def _switched(self, input: Tensor) -> Tensor:
-        active = self._active
+    def _switched(self, input: Tensor, active: Any) -> Tensor:
         padding: Any = self.padding
         stride: Any = self.stride
         dilation: Any = self.dilation

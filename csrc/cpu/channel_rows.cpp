@@ -4,8 +4,6 @@
 // and tap: whole runs of an image row are copied, unlisted planes are never touched. All panels of the weight then
 // read that cache-sized panel. Pixels are numbered through the whole batch, so small images share tiles.
 // Tasks are blocks of pixels x groups of weight panels. No atomics; the order of each sum is fixed by the reduction.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -258,21 +256,18 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
 
 }  // namespace
 
-void run_channel_rows(const NativeCall& n, const float* weight) {
+NativeTasks channel_rows_tasks(const NativeCall& n, const float* weight) {
   const int64_t width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + width - 1) / width, panels = (n.kept_out + n.tiles->rows - 1) / n.tiles->rows;
   const int64_t tiles_per_block =
       std::clamp<int64_t>(kPanelBytes / (std::min(n.depth, kReductionBlock) * width * 4), 5, 31);
   const TaskGrid grid = make_task_grid(tiles, panels, tiles_per_block, n.threads);
-  const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
-      run_task(n, weight, block * tiles / grid.pixel_blocks * width,
-               std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * width),
-               group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
-    }
-  };
-  at::parallel_for(0, grid.tasks(), 1, run);
+  return {grid.tasks(), [=, &n](int64_t task) {
+            const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
+            run_task(n, weight, block * tiles / grid.pixel_blocks * width,
+                     std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * width),
+                     group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
+          }};
 }
 
 }  // namespace bap_kernels

@@ -101,10 +101,6 @@ NativeCall class_call(const GradientCall& c, const InputGradient& wish, const Ph
   return n;
 }
 
-void run_class(const NativeCall& n, const at::Tensor& weight, bool last) {
-  last ? run_pixel_rows(n, weight.const_data_ptr<float>()) : run_channel_rows(n, weight.const_data_ptr<float>());
-}
-
 // Restricts a class to a chunk; `y` receives (images, rows, columns) of it.
 NativeCall chunk_call(const Class& k, const Chunk& chunk, int64_t first, int64_t rows, float* y, int threads) {
   NativeCall n = k.call;
@@ -316,7 +312,7 @@ void run_chunks(const GradientCall& c, InputGradient& wish, const std::vector<Cl
       if (place[k + 1] == place[k]) continue;
       const int64_t rows =
           (place[k + 1] - place[k]) / (chunk.last_image - chunk.first_image) / (classes[k].columns.count * wish.count);
-      run_class(chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), classes[k].weight, last);
+      run_driver(chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), classes[k].weight, last);
     }
     double* sums = wish.dots ? dots.data() + number * wish.count : nullptr;
     last ? sink.pixels(chunk, parts, sums) : sink.planes(chunk, parts, sums);
@@ -366,7 +362,7 @@ void run_input_gradient(const GradientCall& c, InputGradient& wish) {
     NativeCall n = chunk_call(classes[0], {0, s.batch, 0, s.height}, 0, s.height,
                               static_cast<float*>(wish.grad_input.mutable_data_ptr()), threads);
     n.out_bfloat16 = c.bfloat16();
-    run_class(n, classes[0].weight, last);
+    run_driver(n, classes[0].weight, last);
   } else if (c.bfloat16()) {
     run_chunks<c10::BFloat16, uint16_t>(c, wish, classes, last);
   } else {

@@ -141,7 +141,9 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
     n.residual = static_cast<const char*>(n.keep_alive.back().const_data_ptr());
     n.residual_pixel = (step ? step : s.kept_out) * n.element_size();
   }
-  result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  if (!result.defined()) {
+    result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  }
   n.y = static_cast<char*>(result.mutable_data_ptr());
   const int64_t products = n.pixels() * n.kept_out * n.kept_in * n.taps;
   n.threads = products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -175,20 +177,26 @@ float* thread_scratch(int slot, int64_t floats) {
   return static_cast<float*>(b.data.get());
 }
 
-at::Tensor native_gathered_conv2d(const ConvCall& c) {
-  at::Tensor result;
-  const NativeCall n = prepare_native(c, result);
+at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   // The packed form depends on the tiles, so on the lanes' meaning too.
   const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
-  const at::Tensor weight =
-      PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
-                                  [&] { return last ? pack_weight_pixel_rows(n) : pack_weight_channel_rows(n); });
-  if (last) {
-    run_pixel_rows(n, weight.const_data_ptr<float>());
-  } else {
-    run_channel_rows(n, weight.const_data_ptr<float>());
-  }
+  return PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
+                                     [&] { return last ? pack_weight_pixel_rows(n) : pack_weight_channel_rows(n); });
+}
+
+void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_last) {
+  const auto* w = weight.const_data_ptr<float>();
+  const NativeTasks tasks = channels_last ? pixel_rows_tasks(n, w) : channel_rows_tasks(n, w);
+  at::parallel_for(0, tasks.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) tasks.run(task);
+  });
+}
+
+at::Tensor native_gathered_conv2d(const ConvCall& c) {
+  at::Tensor result;
+  const NativeCall n = prepare_native(c, result);
+  run_driver(n, packed_weight(c, n), c.format() == at::MemoryFormat::ChannelsLast);
   return result;
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cpu/microkernels/tile.h"
@@ -69,16 +70,28 @@ struct NativeCall {
   }
 };
 
-// Allocates `result` in the call's memory format and fills in everything else.
+// Fills in everything; `result` is allocated in the call's memory format, unless it comes as a place to write to.
 NativeCall prepare_native(const ConvCall& call, at::Tensor& result);
 
 // Packed weights, [panel][reduction step][lane or row] in 32-bit lanes; see pack_weights.cpp for the two orders.
 at::Tensor pack_weight_pixel_rows(const NativeCall& native);
 at::Tensor pack_weight_channel_rows(const NativeCall& native);
 
-// The two drivers: channels_last results, and contiguous results.
-void run_pixel_rows(const NativeCall& native, const float* weight);
-void run_channel_rows(const NativeCall& native, const float* weight);
+// The work of one call, cut into tasks that may run in any order, at once or not.
+struct NativeTasks {
+  int64_t count;
+  std::function<void(int64_t)> run;
+};
+
+// The two drivers: channels_last results, and contiguous results. Tasks refer to the arguments.
+NativeTasks pixel_rows_tasks(const NativeCall& native, const float* weight);
+NativeTasks channel_rows_tasks(const NativeCall& native, const float* weight);
+
+// The call's weight as its driver wants it, from the cache where the call asks for that.
+at::Tensor packed_weight(const ConvCall& call, const NativeCall& native);
+
+// Runs the driver of channels_last results, or that of contiguous ones, on all threads.
+void run_driver(const NativeCall& native, const at::Tensor& weight, bool channels_last);
 
 // How a task grid covers tiles of pixels and panels of channels: enough tasks for all threads, weights read as seldom
 // as possible. The grid never changes the order of a sum.

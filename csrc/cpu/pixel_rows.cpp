@@ -3,8 +3,6 @@
 // A table of pointers names where each pixel's taps begin (see pixel_source.h), so stride, padding and dilation cost
 // nothing in the kernel; padded taps point at zeros.
 // Tasks are blocks of pixels x groups of weight panels. No atomics; the order of each sum is fixed by the reduction.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "cpu/native_call.h"
@@ -129,22 +127,18 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
 
 }  // namespace
 
-void run_pixel_rows(const NativeCall& n, const float* weight) {
+NativeTasks pixel_rows_tasks(const NativeCall& n, const float* weight) {
   const PixelAccess access(n);
   const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + rows - 1) / rows, panels = (n.kept_out + width - 1) / width;
   const TaskGrid grid =
       make_task_grid(tiles, panels, (access.direct ? kPixelsPerBlock : kPixelsPerPackedBlock) / rows, n.threads);
-  const Reduction reduction(access);
-  const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
-      run_task(n, access, reduction, weight, block * tiles / grid.pixel_blocks * rows,
-               std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * rows),
-               group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
-    }
-  };
-  at::parallel_for(0, grid.tasks(), 1, run);
+  return {grid.tasks(), [=, &n, reduction = Reduction(access)](int64_t task) {
+            const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
+            run_task(n, access, reduction, weight, block * tiles / grid.pixel_blocks * rows,
+                     std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * rows),
+                     group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
+          }};
 }
 
 }  // namespace bap_kernels

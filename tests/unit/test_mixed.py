@@ -1,0 +1,312 @@
+"""Batches whose samples belong to several domains: every sample gets what it gets alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.flop_counter
+from torch import Tensor, nn
+
+import bap_kernels as bk
+from bap_kernels.testing import lay_out
+
+DOMAINS = ["birds", "cars", "signs"]
+NUMBERS = torch.tensor([2, 0, 2, 1, 0, 2, 2])
+op = torch.ops.bap_kernels._gathered_conv2d_mixed
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Branchy(nn.Module):
+    """Strides, a residual sum, a 1x1 shortcut, batch norm, pooling and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(12, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 20, 3, padding="same")
+        self.shortcut = nn.Conv2d(16, 20, 1)
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.fc((self.second(x) + scale * self.shortcut(x)).mean((2, 3)))
+
+
+def gathered() -> nn.Module:
+    model = bk.swap_(Branchy())
+    return bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5, seed=3))
+
+
+def switched(heads: dict[str, int] | None = None) -> nn.Module:
+    torch.manual_seed(5)
+    model = bk.nn.switch_(Branchy(), DOMAINS, heads=heads)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("score"):
+                parameter.uniform_(-0.01, 0.02)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def alone(model: nn.Module, x: Tensor, numbers: Tensor) -> list[Tensor]:
+    """The result of every sample as a batch of its own, under its domain."""
+    results = []
+    for sample, number in zip(x, numbers.tolist(), strict=True):
+        bk.set_domain(model, DOMAINS[number])
+        results.append(model(sample.unsqueeze(0))[0])
+    return results
+
+
+@pytest.mark.parametrize("numbers", [NUMBERS, torch.tensor([1, 1]), torch.tensor([0, 1, 2]), torch.tensor([2])])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("make", [gathered, switched])
+def test_every_sample_gets_what_it_gets_alone(
+    make: Callable[[], nn.Module], layout: str, numbers: Tensor, backend: str
+) -> None:
+    torch.manual_seed(1)
+    model = make().eval()
+    x = lay_out(torch.randn(len(numbers), 12, 9, 8), layout)
+    with torch.no_grad(), bk.use_backend(backend):
+        expected = torch.stack(alone(model, x, numbers))
+        bk.set_domain(model, numbers)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x, scale=1.0), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_kernel_for_all_runs_changes_no_bit(layout: torch.memory_format, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x = torch.randn(9, 40, 17, 19).contiguous(memory_format=layout)
+    weight, bias = torch.randn(33, 40, 3, 3), torch.randn(33)
+    lists = [torch.randperm(40)[:count].sort().values.int() for count in (20, 1, 39)]
+    lists = [lists[0], None, lists[1], lists[2]]
+    options = ((2, 1), (1, 0, 2, 1), (1, 2))
+    with bk.use_backend("native"):
+        mixed = op(x, weight, bias, lists, [4, 2, 0, 3], *options)
+        parts = [
+            torch.ops.bap_kernels.gathered_conv2d(part, weight, bias, one, None, *options, 1)
+            for part, one in zip(x.split([4, 2, 0, 3]), lists, strict=True)
+        ]
+    assert torch.equal(mixed, torch.cat(parts))
+    assert mixed.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_op(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 6, 7, 8, dtype=dtype), torch.randn(4, 6, 3, 3, dtype=dtype)
+    lists = [torch.tensor([1, 4], dtype=torch.int32), torch.tensor([], dtype=torch.int32), None]
+    args = (x, weight, None, lists, [2, 1, 2], (1, 1), (1, 1, 1, 1), (1, 1))
+    torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+    y = op(*args)
+    assert not y[2].any()
+    torch.testing.assert_close(y[3:], F.conv2d(x[3:].double(), weight.double(), padding=1).to(dtype))
+    expected = F.conv2d(x[:2, [1, 4]].double(), weight[:, [1, 4]].double(), padding=1)
+    torch.testing.assert_close(y[:2], expected.to(dtype))
+    assert op(x[:0], weight, None, [], [], *args[5:]).shape == (0, 4, 7, 8)
+
+
+def test_channels_that_are_off_reach_no_sample() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)))
+    lists = {"birds": {"0": bk.ChannelLists([0, 1])}, "cars": {"0": bk.ChannelLists([2, 5])}}
+    bk.set_domain(bk.attach_(model, lists).eval(), torch.tensor([1, 0, 1]))
+    x = torch.randn(3, 8, 6, 6)
+    x[0::2, [0, 1, 3, 4, 6, 7]] = torch.nan
+    x[1, 2:] = torch.inf
+    assert bool(model(x).isfinite().all())
+
+
+def test_training_trains_every_domain() -> None:
+    model = switched().train()
+    x = torch.randn(7, 12, 9, 8)
+    copies = {number: copy.deepcopy(model) for number in range(3)}
+    bk.set_domain(model, NUMBERS)
+    y = model(x)
+    y.square().sum().backward()
+    for number, one in copies.items():
+        bk.set_domain(one, DOMAINS[number])
+        part = one(x[number == NUMBERS])
+        torch.testing.assert_close(y[number == NUMBERS], part)
+        part.square().sum().backward()
+        own = dict(bk.nn.domain_parameters(one, DOMAINS[number]))
+        for name, parameter in bk.nn.domain_parameters(model, DOMAINS[number]):
+            torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-4, atol=1e-4)
+        norm, expected = (m.norm.domains[DOMAINS[number]].running_mean for m in (model, one))
+        torch.testing.assert_close(norm, expected)
+    total = sum(one.first.weight.grad for one in copies.values())
+    torch.testing.assert_close(model.first.weight.grad, total, rtol=1e-4, atol=1e-3)
+
+
+def test_gathered_layers_train_too() -> None:
+    model = gathered().train()
+    x = torch.randn(7, 12, 9, 8, requires_grad=True)
+    bk.set_domain(model, NUMBERS)
+    model.eval()(x).sum().backward()
+    used = {number: model.first.lists[DOMAINS[number]].in_index.tolist() for number in range(3)}
+    for sample, number in enumerate(NUMBERS.tolist()):
+        got = x.grad[sample].abs().sum((1, 2)).nonzero().flatten().tolist()
+        assert got == used[number]
+
+
+def test_classifiers_of_several_sizes_are_filled_up() -> None:
+    model = switched(heads={"birds": 4, "cars": 7, "signs": 2}).eval()
+    x = torch.randn(7, 12, 9, 8)
+    with torch.no_grad():
+        expected = alone(model, x, NUMBERS)
+        bk.set_domain(model, NUMBERS)
+        y = model(x)
+    assert y.shape == (7, 7)
+    for row, want in zip(y, expected, strict=True):
+        torch.testing.assert_close(row[: len(want)], want)
+        assert bool((row[len(want) :] == -torch.inf).all())
+        torch.testing.assert_close(row.softmax(0)[: len(want)], want.softmax(0))
+
+
+def test_autocast_obeys_the_users_dtype() -> None:
+    model = gathered().eval()
+    x = torch.randn(7, 12, 9, 8)
+    bk.set_domain(model, NUMBERS)
+    with torch.no_grad():
+        full = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+
+
+def test_masked_layers_keep_the_full_width() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)), layer_type=bk.nn.MaskedConv2d)
+    lists = {"birds": {"0": bk.ChannelLists([0, 1], [2])}, "cars": {"0": bk.ChannelLists([2, 5], [0, 4])}}
+    bk.set_domain(bk.attach_(model, lists).eval(), torch.tensor([1, 0]))
+    y = model(torch.randn(2, 8, 6, 6))
+    assert y[0].abs().sum((1, 2)).nonzero().flatten().tolist() == [0, 4]
+    assert y[1].abs().sum((1, 2)).nonzero().flatten().tolist() == [2]
+
+
+def test_different_widths_are_refused() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)))
+    lists = {"birds": {"0": bk.ChannelLists(None, [2])}, "cars": {"0": bk.ChannelLists(None, [0, 4])}}
+    bk.set_domain(bk.attach_(model, lists).eval(), torch.tensor([1, 0]))
+    with pytest.raises(
+        ValueError, match=r"expected all domains of a mixed batch to give as many channels, got \[1, 2\]"
+    ):
+        model(torch.randn(2, 8, 6, 6))
+
+
+def test_one_domain_again_and_numbers_again() -> None:
+    model = gathered().eval()
+    x = torch.randn(7, 12, 9, 8)
+    with torch.no_grad():
+        bk.set_domain(model, "cars")
+        before = model(x)
+        bk.set_domain(model, NUMBERS)
+        model(x)
+        bk.set_domain(model, NUMBERS.flip(0))
+        flipped = model(x.flip(0)).flip(0)
+        bk.set_domain(model, NUMBERS)
+        assert torch.equal(model(x), flipped)
+        bk.set_domain(model, "cars")
+        assert torch.equal(model(x), before)
+        bk.set_domain(model, None)
+        assert model.first.extra_repr().count("reads") == 0
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_results_in_containers_and_copies_of_the_model() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 4, 1)
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+            y = self.conv(batch["image"])
+            return {"features": [y, y.mean((2, 3))], "total": y.sum()}
+
+    model = bk.swap_(Several())
+    bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5, seed=1)).eval()
+    x = torch.randn(7, 8, 3, 3)
+    bk.set_domain(model, NUMBERS)
+    y = model({"image": x})
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin({"image": x})["features"][1], y["features"][1])
+    bk.set_domain(twin, "birds")
+    assert not twin._forward_hooks
+    assert torch.equal(model({"image": x})["features"][0], y["features"][0])
+    torch.testing.assert_close(y["features"][0].mean((2, 3)), y["features"][1])
+    bk.set_domain(model, "signs")
+    expected = model({"image": x[:1]})["features"][0]
+    torch.testing.assert_close(y["features"][0][:1], expected)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), TypeError, "expected `name` to be int64 domain numbers, got torch.float32"),
+        (torch.tensor([[0, 1]]), ValueError, r"expected `name` to be 1-D, .* got shape \(1, 2\)"),
+        (torch.tensor([0, 3]), IndexError, "expected `name` to hold domain numbers from 0 to 2, .* got 3"),
+        (torch.tensor([-1, 0]), IndexError, "got -1"),
+    ],
+)
+def test_wrong_numbers(numbers: Tensor, error: type[Exception], message: str) -> None:
+    model = gathered().eval()
+    bk.set_domain(model, "cars")
+    with pytest.raises(error, match=message):
+        bk.set_domain(model, numbers)
+    assert model.first.channels is model.first.lists["cars"]
+    assert not model._forward_hooks
+
+
+def test_wrong_batches_and_calls_of_a_part() -> None:
+    model = gathered().eval()
+    bk.set_domain(model, NUMBERS)
+    with pytest.raises(ValueError, match="expected an input with the 7 samples of the mixed batch"):
+        model(torch.randn(6, 12, 9, 8))
+    with pytest.raises(RuntimeError, match="expected a mixed batch to come by the model"):
+        model.first(torch.randn(7, 12, 9, 8))
+    model(torch.randn(7, 12, 9, 8))
+    with pytest.raises(RuntimeError, match="expected a mixed batch to come by the model"):
+        model.first(torch.randn(7, 12, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"counts": [2]}, ValueError, "expected `counts` to have one entry for each of the 2 lists"),
+        ({"counts": [2, 2]}, ValueError, "expected `counts` to add up to the batch of 5, got 4"),
+        ({"counts": [6, -1]}, ValueError, "expected `counts` to be at least 0"),
+        ({"lists": [torch.tensor([9], dtype=torch.int32), None]}, IndexError, "channel numbers from 0 to 5, got 9"),
+        ({"lists": [torch.tensor([1]), None]}, TypeError, "expected `in_index` to be an int32 list, got Long"),
+    ],
+)
+def test_errors_of_the_op(change: dict[str, list], error: type[Exception], message: str) -> None:
+    lists, counts = change.get("lists", [None, None]), change.get("counts", [2, 3])
+    with pytest.raises(error, match=message):
+        op(torch.randn(5, 6, 7, 8), torch.randn(4, 6, 3, 3), None, lists, counts, (1, 1), (1, 1, 1, 1), (1, 1))
+
+
+def test_the_op_serves_inference_only() -> None:
+    weight = torch.randn(4, 6, 3, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="expected tensors that need no gradient"):
+        op(torch.randn(5, 6, 7, 8), weight, None, [None], [5], (1, 1), (1, 1, 1, 1), (1, 1))
+
+
+def test_flops_count_each_runs_channels() -> None:
+    lists = [torch.tensor([0, 3, 5], dtype=torch.int32), None]
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        op(torch.randn(5, 6, 7, 8), torch.randn(4, 6, 3, 3), None, lists, [2, 3], (1, 1), (1, 1, 1, 1), (1, 1))
+    assert counter.get_total_flops() == 2 * (2 * 3 + 3 * 6) * 4 * 7 * 8 * 9
