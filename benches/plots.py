@@ -57,8 +57,8 @@ def setting_title(setting: Setting, density: bool = False) -> str:
     return f"{setting.layout}, {kind}, batch {setting.batch}{tail}"
 
 
-def _new(columns: int, lines: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    # A figure of its own, without pyplot's global state or a display.
+def new_canvas(columns: int, lines: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """Make a figure with panels of one size in inches, without pyplot's global state or a display."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(width * columns, height * lines), layout="constrained")
@@ -70,13 +70,15 @@ def _new(columns: int, lines: int, width: float, height: float) -> tuple[Any, li
     return canvas, list(axes.flat)
 
 
-def _png(canvas: Any) -> bytes:
+def png_of(canvas: Any) -> bytes:
+    """Render a figure."""
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
-def _legend(canvas: Any, axes: Sequence[Any], columns: int = 9) -> None:
+def legend(canvas: Any, axes: Sequence[Any], columns: int = 9) -> None:
+    """Put one legend for all panels below a figure."""
     found: dict[str, Any] = {}
     for axis in axes:
         found.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -100,7 +102,8 @@ def _peers(rows: Iterable[Row]) -> list[str]:
     return [peer for peer in STYLES if peer in present]
 
 
-def _density_axis(axis: Any, densities: Sequence[float]) -> None:
+def density_axis(axis: Any, densities: Sequence[float]) -> None:
+    """Mark the densities on the x axis."""
     axis.set_xticks(sorted(densities), [f"{density:g}" for density in sorted(densities)])
     axis.set_xlim(min(densities) - 0.06, max(densities) + 0.06)
     axis.set_xlabel("density (kept / all channels)")
@@ -123,7 +126,7 @@ def mean_times(rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     columns = min(3, len(panels))
-    canvas, axes = _new(columns, -(-len(panels) // columns), 4.6, 4.0)
+    canvas, axes = new_canvas(columns, -(-len(panels) // columns), 4.6, 4.0)
     for axis, panel in zip(axes, panels, strict=False):
         mine = _of_panel(rows, panel)
         densities = sorted({row.density for row in mine})
@@ -144,16 +147,16 @@ def mean_times(rows: Sequence[Row]) -> Figure | None:
             label="share of the work",
         )
         axis.set_title(setting_title(panel), fontsize=10)
-        _density_axis(axis, densities)
+        density_axis(axis, densities)
         _time_axis(axis, "time / time of dense", "{x:g}")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    _legend(canvas, axes)
+    legend(canvas, axes)
     caption = (
         "Time against density, relative to the dense convolution of the same run "
         "(geometric mean over the layers; lower is faster)."
     )
-    return Figure("time_mean", caption, _png(canvas))
+    return Figure("time_mean", caption, png_of(canvas))
 
 
 def layer_times(rows: Sequence[Row]) -> list[Figure]:
@@ -164,7 +167,7 @@ def layer_times(rows: Sequence[Row]) -> list[Figure]:
         mine = _of_panel(rows, panel)
         shown = [case for case in SHOWN if any(row.case == case for row in mine)]
         columns = min(4, len(shown))
-        canvas, axes = _new(columns, -(-len(shown) // columns), 3.6, 3.2)
+        canvas, axes = new_canvas(columns, -(-len(shown) // columns), 3.6, 3.2)
         for axis, case in zip(axes, shown, strict=False):
             of_case = [row for row in mine if row.case == case]
             for peer in _peers(of_case):
@@ -186,16 +189,16 @@ def layer_times(rows: Sequence[Row]) -> list[Figure]:
                     **STYLES[peer],
                 )
             axis.set_title(f"{of_case[0].network} {case}", fontsize=9)
-            _density_axis(axis, sorted({row.density for row in of_case}))
+            density_axis(axis, sorted({row.density for row in of_case}))
             _time_axis(axis, "time per call [ms]", "{x:g}")
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
-        _legend(canvas, axes)
+        legend(canvas, axes)
         name = f"time_{panel.layout}_{panel.lists}_b{panel.batch}"
         caption = (
             f"Time against density for single layers: {setting_title(panel)}. Median with 20th and 80th percentile."
         )
-        figures.append(Figure(name, caption, _png(canvas)))
+        figures.append(Figure(name, caption, png_of(canvas)))
     return figures
 
 
@@ -209,7 +212,7 @@ def roof_shares(rows: Sequence[Row]) -> list[Figure]:
         mine = [row for row in mine if row.density == density]
         order = [f"{case.network} {case.shape}" for case in CASES]
         names = [name for name in reversed(order) if any(f"{row.network} {row.case}" == name for row in mine)]
-        canvas, axes = _new(1, 1, 8.6, 2.0 + 0.23 * len(names))
+        canvas, axes = new_canvas(1, 1, 8.6, 2.0 + 0.23 * len(names))
         for peer in _peers(mine):
             points = [(row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.peer == peer]
             style = {key: value for key, value in STYLES[peer].items() if key != "linestyle"}
@@ -223,13 +226,13 @@ def roof_shares(rows: Sequence[Row]) -> list[Figure]:
         axes[0].set_title(
             setting_title(Setting(panel.layout, panel.batch, panel.lists, density), density=True), fontsize=10
         )
-        _legend(canvas, axes, columns=4)
+        legend(canvas, axes, columns=4)
         name = f"roof_{panel.layout}_{panel.lists}_b{panel.batch}"
         caption = (
             f"Share of the roof at density {density:g}: {setting_title(panel)}. "
             "Dense is measured by the roof of the full work."
         )
-        figures.append(Figure(name, caption, _png(canvas)))
+        figures.append(Figure(name, caption, png_of(canvas)))
     return figures
 
 
@@ -240,7 +243,7 @@ def network_speedups(rows: Sequence[Row]) -> Figure | None:
     if not groups:
         return None
     columns = min(4, len(groups))
-    canvas, axes = _new(columns, -(-len(groups) // columns), 3.6, 3.4)
+    canvas, axes = new_canvas(columns, -(-len(groups) // columns), 3.6, 3.4)
     for axis, group in zip(axes, groups, strict=False):
         mine = [row for row in rows if (row.network, row.layout, row.batch) == group]
         densities = sorted({row.density for row in mine})
@@ -263,11 +266,11 @@ def network_speedups(rows: Sequence[Row]) -> Figure | None:
         axis.set_title(f"{group[0]}, {group[1]}, batch {group[2]}", fontsize=10)
     for axis in axes[len(groups) :]:
         axis.set_visible(False)
-    _legend(canvas, axes)
+    legend(canvas, axes)
     return Figure(
         "networks",
         "Whole networks on photographs, in-lists only: speed-up over dense (higher is faster).",
-        _png(canvas),
+        png_of(canvas),
     )
 
 

@@ -42,9 +42,16 @@ def normal_tensors() -> Iterator[None]:
 
 
 class NumberStore:
-    """Normal random numbers, drawn once; the inputs of all cells are views of them."""
+    """Normal random numbers, drawn once; the inputs of all cells are views of them.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        dtype: Of the numbers.
+        device: Where they are.
+        seed: Of the numbers; stores of different seeds are independent.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self._seed = seed
         self._numbers = torch.empty(0, dtype=dtype, device=device)
         self.cache_bytes = cache_bytes(device)
 
@@ -74,7 +81,7 @@ class NumberStore:
 
     def _grow(self, numel: int) -> None:
         if numel > self._numbers.numel():
-            generator = torch.Generator(self._numbers.device).manual_seed(0)
+            generator = torch.Generator(self._numbers.device).manual_seed(self._seed)
             numbers = torch.randn(numel, generator=generator, device=self._numbers.device)
             self._numbers = numbers.to(self._numbers.dtype)
 

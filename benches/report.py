@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from benches.rows import Row, write_csv, write_json
 from benches.summary import BASES, Setting
 from benches.tables import BAD, GOOD, Table
 
-TITLE = "Speed-up study of bap_kernels"
+
+@dataclass(frozen=True)
+class Text:
+    """Heading of a report, and how its figures were measured."""
+
+    title: str
+    method: Sequence[str]
+
+
 METHOD = (
     "Every result is compared with a float64 convolution before it is timed; a wrong one stops the study.",
     "All peers of a case are timed in interleaved rounds (A B C, B C A, ...). Times are medians, and speed-ups are "
@@ -33,6 +42,7 @@ METHOD = (
     "work), with peaks measured on the same threads. Small cases can exceed it where weights stay in the cache.",
     f"Means are geometric, over the convolutions with at least {summary.MIN_MEAN_CHANNELS} input channels.",
 )
+STUDY = Text("Speed-up study of bap_kernels", METHOD)
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -207,28 +217,28 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
     return [table for table in found if table and (table.rows or table.title.startswith("Cases"))]
 
 
-def markdown(made: Sequence[Table], figures: Sequence[Figure]) -> str:
+def markdown(made: Sequence[Table], figures: Sequence[Figure], text: Text = STUDY) -> str:
     """Make ``report.md``; plots are files beside it."""
-    method = "## How it was measured\n\n" + "\n".join(f"- {line}" for line in METHOD) + "\n"
+    method = "## How it was measured\n\n" + "\n".join(f"- {line}" for line in text.method) + "\n"
     images = [f"![{figure.caption}](plots/{figure.name}.png)\n\n{figure.caption}\n" for figure in figures]
     plots = ["## Plots\n", *images] if images else []
     *most, last = [table.markdown() for table in made]
-    return "\n".join([f"# {TITLE}\n", *most, method, *plots, last])
+    return "\n".join([f"# {text.title}\n", *most, method, *plots, last])
 
 
-def page(made: Sequence[Table], figures: Sequence[Figure]) -> str:
+def page(made: Sequence[Table], figures: Sequence[Figure], text: Text = STUDY) -> str:
     """Make ``report.html``: one file that needs nothing else."""
     images = []
     for figure in figures:
         caption, data = html.escape(figure.caption), base64.b64encode(figure.png).decode()
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         images.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    method = "".join(f"<li>{html.escape(line)}</li>" for line in METHOD)
+    method = "".join(f"<li>{html.escape(line)}</li>" for line in text.method)
     shown = [table.html() for table in made if table.title != "Every case"]
     every = [f"<details><summary>Every case</summary>{t.html()}</details>" for t in made if t.title == "Every case"]
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{TITLE}</title><style>{STYLE}</style>\n"
-        f"<h1>{TITLE}</h1>\n"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{text.title}</title><style>{STYLE}</style>\n"
+        f"<h1>{text.title}</h1>\n"
         + "\n".join([*shown, "<h2>Plots</h2>", *images, f"<h2>How it was measured</h2><ul>{method}</ul>", *every])
         + "</html>\n"
     )
@@ -236,7 +246,20 @@ def page(made: Sequence[Table], figures: Sequence[Figure]) -> str:
 
 def write(folder: Path, header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
     """Write ``results.json``, ``results.csv``, ``report.md``, ``report.html`` and ``plots/``; return the tables."""
-    made, figures = tables(header, rows), draw(rows)
+    made = tables(header, rows)
+    save(folder, header, rows, made, draw(rows), STUDY)
+    return made
+
+
+def save(
+    folder: Path,
+    header: Mapping[str, Any],
+    rows: Sequence[Row],
+    made: Sequence[Table],
+    figures: Sequence[Figure],
+    text: Text,
+) -> None:
+    """Write a report's files: figures and tables in all their forms."""
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.png"):
@@ -245,6 +268,5 @@ def write(folder: Path, header: Mapping[str, Any], rows: Sequence[Row]) -> list[
         (plots / f"{figure.name}.png").write_bytes(figure.png)
     write_json(folder / "results.json", header, rows)
     write_csv(folder / "results.csv", rows)
-    (folder / "report.md").write_text(markdown(made, figures))
-    (folder / "report.html").write_text(page(made, figures))
-    return made
+    (folder / "report.md").write_text(markdown(made, figures, text))
+    (folder / "report.html").write_text(page(made, figures, text))

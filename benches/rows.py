@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Row:
 
     Args:
         network: ``resnet50`` or ``resnet26``; ``overhead`` for the time of one call.
-        case: Shape in letters, ``network`` for a whole network.
+        case: Shape in letters, ``network`` for a whole network, ``step`` for a whole step of training.
         cell: Id of what the peers of one comparison share.
         peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8`` or a backend of the package.
         candidate: What a peer that chooses has chosen.
@@ -40,12 +40,19 @@ class Row:
         p20_s: 20th percentile in seconds.
         p50_s: Median in seconds.
         p80_s: 80th percentile in seconds.
-        max_error: Largest absolute difference from float64.
+        max_error: Largest absolute difference from float64; in training, of a gradient, as a share of its largest value
+            (of its norm for whole steps).
         gflop: Useful work, 2 per multiply-add: the kept work, and for dense all of it.
         bytes: Input read, weight and result, each once: what is kept, and for dense all of it.
         flop_per_s: ``gflop`` over the median.
         roof_share: Time that the roof (peak FLOP/s, copy bandwidth) allows for this work, over the median.
         weight_bytes: Bytes held by weights and packed weights (whole networks).
+        mode: ``inference``; in training ``frozen`` (no gradient in convolution weights) or ``trained``.
+        forward_s: Median of the forward alone, in seconds (training).
+        backward_s: Median of the backward alone.
+        optimiser_s: Median of the optimiser alone (whole steps).
+        saved_bytes: Bytes that autograd keeps from the forward for the backward, parameters apart.
+        peak_bytes: Most memory taken at once beyond what was there before the forward.
     """
 
     network: str
@@ -86,6 +93,12 @@ class Row:
     vs_best: float | None = None
     vs_oracle: float | None = None
     vs_oracle8: float | None = None
+    mode: str = "inference"
+    forward_s: float | None = None
+    backward_s: float | None = None
+    optimiser_s: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
 
     def speedup(self, base: str) -> float | None:
         """Speed-up over ``base``, or None where it was not timed."""
@@ -98,6 +111,7 @@ class Row:
 
 
 NAMES = tuple(field.name for field in fields(Row))
+REQUIRED = frozenset(field.name for field in fields(Row) if field.default is MISSING)
 
 
 def _kinds() -> dict[str, type]:
@@ -123,14 +137,14 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Row:
-    """Read a row back; text (from CSV) is converted by the field's type, and unknown or missing fields raise.
+    """Read a row back; text (from CSV) is converted by the field's type. Fields with a default may be missing.
 
     Raises:
         ValueError: If the fields are not those of the schema.
     """
-    if set(values) != set(NAMES):
+    if odd := (set(values) - set(NAMES)) | (REQUIRED - set(values)):
         raise ValueError(
-            f"from_dict(): expected `values` to have the fields of Row, got {sorted(set(values) ^ set(NAMES))} "
+            f"from_dict(): expected `values` to have the fields of Row, got {sorted(odd)} "
             "on one side only. Hint: the file comes from another version of the schema; run the study again."
         )
     typed: dict[str, Any] = {

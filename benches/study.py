@@ -63,18 +63,20 @@ class Task:
         return all((self.id, name, device, dtype, threads) in keys for name in self.names if name != "oracle8")
 
 
+def numbers(kind: type, allowed: Sequence[float]) -> Callable[[str], list[Any]]:
+    """Return a parser of comma-separated positive numbers; floats are shares of one, ``allowed`` are examples."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",")]
+        if any(value <= 0 or (kind is float and value > 1) for value in values):
+            raise argparse.ArgumentTypeError(f"expected positive values such as {allowed}, got {text}")
+        return values
+
+    return parse
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-
-    def numbers(kind: type, allowed: Sequence[float]) -> Callable[[str], list[Any]]:
-        def parse(text: str) -> list[Any]:
-            values = [kind(part) for part in text.split(",")]
-            if any(value <= 0 or (kind is float and value > 1) for value in values):
-                raise argparse.ArgumentTypeError(f"expected positive values such as {allowed}, got {text}")
-            return values
-
-        return parse
-
     command = argparse.ArgumentParser(prog="python -m benches.study", description=__doc__)
     command.add_argument(
         "--out", type=Path, default=Path("benches/out"), help="folder of the report (default: %(default)s)"
@@ -203,6 +205,33 @@ def run_tasks(
     return finished
 
 
+def progress_bars(console: Console) -> Progress:
+    """Return the bars that show how far a study is."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+        console=console,
+    )
+
+
+def warn_if_busy(console: Console, rows: Sequence[Row]) -> None:
+    """Say so where other work has disturbed the study."""
+    if (spread := unsteadiness(rows)) > BUSY:
+        console.print(
+            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the figures.[/]"
+        )
+
+
+def wide_console() -> Console:
+    """Return a console for the tables: a log has no width of its own, and they need a little more than the usual 80."""
+    console = Console()
+    return console if console.is_terminal else Console(width=128)
+
+
 def study(options: argparse.Namespace, console: Console) -> None:
     """Measure, then write and show the report."""
     start = time.perf_counter()
@@ -232,15 +261,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     end = far if options.full else start + options.budget_seconds - REPORT_SECONDS
     network_seconds = 0.0 if options.full or not networks else NETWORK_SHARE * (end - time.perf_counter())
     layer_seconds = FULL_LAYER_SECONDS if options.full else far
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-        console=console,
-    ) as progress:
+    with progress_bars(console) as progress:
         if (options.only.search(OVERHEAD) and not options.full) or options.full:
             journal.append(measure_overhead(device, options.dtype, OVERHEAD_PEERS if with_ours else ("conv2d",)))
         layers_done = run_tasks(
@@ -266,10 +287,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     console.print(f"Measured {header['coverage']}.")
     if layers_done < len(layers) or networks_done < len(networks):
         console.print("The time ran out; a larger --budget-seconds, or --full, measures the rest.")
-    if (spread := unsteadiness(journal.rows)) > BUSY:
-        console.print(
-            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the figures.[/]"
-        )
+    warn_if_busy(console, journal.rows)
     console.print(
         f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, rows.jsonl, plots/)"
     )
@@ -277,10 +295,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; errors that a user can mend are one line."""
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width of its own; the tables need a little more than the usual 80.
-        console = Console(width=128)
+    console = wide_console()
     try:
         study(parser().parse_args(arguments), console)
     except (ours.PackageMissingError, NotImplementedError, ValueError) as error:

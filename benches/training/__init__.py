@@ -1,0 +1,1 @@
+"""The study of training: ``python -m benches.training --out DIR``."""

@@ -1,0 +1,146 @@
+"""The study of training: ``python -m benches.training --out DIR``.
+
+Without ``--layers``, ``--steps`` or ``--curve`` it does all three. It ends when its budget is spent; the same command
+then goes on where it stopped.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benches import ours
+from benches.cases import DENSITIES, LAYOUTS
+from benches.machine import describe, measure_roof
+from benches.rows import Journal
+from benches.study import Task, numbers, progress_bars, run_tasks, warn_if_busy, wide_console
+from benches.training import curve, layers, report, steps
+from benches.training.cells import MODES, layer_cells, step_cells
+
+BUDGET_SECONDS = 600.0
+LAYER_SECONDS, STEP_SECONDS = 1.0, 8.0
+# Share of the budget that single layers get where whole steps are measured too.
+LAYER_SHARE = 0.6
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    command = argparse.ArgumentParser(prog="python -m benches.training", description=__doc__)
+    command.add_argument(
+        "--out", type=Path, default=Path("benches/out/training"), help="folder of the report (default: %(default)s)"
+    )
+    command.add_argument("--layers", action="store_true", help="forward and backward of single convolutions")
+    command.add_argument("--steps", action="store_true", help="whole steps of training")
+    command.add_argument("--curve", action="store_true", help="loss curves of a small network")
+    command.add_argument(
+        "--density", type=numbers(float, DENSITIES), default=list(DENSITIES), help="densities, such as 0.5,0.25"
+    )
+    command.add_argument(
+        "--layout", choices=(*LAYOUTS, "both"), default="both", help="memory format (default: %(default)s)"
+    )
+    command.add_argument(
+        "--mode", choices=(*MODES, "both"), default="both", help="whether weights are trained (default: %(default)s)"
+    )
+    command.add_argument("--batch", type=int, help="batch size (default: 8 for ResNet-50, 32 for ResNet-26)")
+    command.add_argument(
+        "--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells whose id matches"
+    )
+    command.add_argument("--no-peaks", action="store_true", help="leave out peaks of memory, which take their time")
+    command.add_argument(
+        "--budget-seconds", type=float, default=BUDGET_SECONDS, help="time to spend (default: %(default)s)"
+    )
+    command.add_argument("--fresh", action="store_true", help="start over")
+    command.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
+    return command
+
+
+def tasks_of(options: argparse.Namespace, layer_bench: layers.LayerBench) -> tuple[list[Task], list[Task]]:
+    """Return the single layers and the steps that the options ask for."""
+    layouts = LAYOUTS if options.layout == "both" else (options.layout,)
+    modes = MODES if options.mode == "both" else (options.mode,)
+    chosen = (layouts, options.density, modes, options.batch)
+    step_bench = steps.StepBench(peaks=not options.no_peaks)
+    single = [
+        Task(cell.id, layers.PEERS, partial(layer_bench.rows, cell, layers.PEERS))
+        for cell in layer_cells(*chosen)
+        if options.layers and options.only.search(cell.id)
+    ]
+    whole = [
+        Task(cell.id, steps.PEERS, partial(step_bench.rows, cell, steps.PEERS), "resnet26", cell.batch)
+        for cell in step_cells(*chosen)
+        if options.steps and options.only.search(cell.id)
+    ]
+    return single, whole
+
+
+def study(options: argparse.Namespace, console: Console) -> None:
+    """Measure, then write and show the report."""
+    start = time.perf_counter()
+    if not (options.layers or options.steps or options.curve):
+        options.layers = options.steps = options.curve = True
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    library = ours.library()
+    ours.package().use_backend("auto")
+    cpu = torch.device("cpu")
+    console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
+    header = describe(cpu, "float32", measure_roof(torch.float32, cpu), dict(library.build_facts()), library.isa())
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "rows.jsonl"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+        (options.out / "curve.json").unlink(missing_ok=True)
+    journal = Journal(path, header)
+    bench = layers.LayerBench(peaks=not options.no_peaks)
+    single, whole = tasks_of(options, bench)
+    curves = curve.read(options.out)
+    end = start + options.budget_seconds
+    with progress_bars(console) as progress:
+        if options.curve and not curves:
+            bar = progress.add_task("curve", total=curve.STEPS * len(curve.PEERS) * len(curve.DTYPES), what="")
+            curves = [
+                curve.train(peer, dtype, tick=lambda: progress.advance(bar))
+                for dtype in curve.DTYPES
+                for peer in curve.PEERS
+            ]
+            curve.write(options.out, curves)
+        now = time.perf_counter()
+        middle = now + (end - now) * (LAYER_SHARE if whole else 1.0)
+        try:
+            done = run_tasks(single, journal, progress, "layers", middle, LAYER_SECONDS, "float32", "cpu")
+        finally:
+            bench.close()
+        done += run_tasks(whole, journal, progress, "steps", end, STEP_SECONDS, "float32", "cpu")
+    wanted = len(single) + len(whole)
+    header["coverage"] = f"{done} of {wanted} cases in {time.perf_counter() - start:.0f} s"
+    for table in report.write(options.out, header, journal.rows, curves):
+        if table.screen:
+            console.print(table.rich())
+    if done < wanted:
+        console.print(f"The time ran out after {done} of {wanted} cases; the same command goes on from here.")
+    warn_if_busy(console, journal.rows)
+    console.print(f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, plots/)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; errors that a user can mend are one line."""
+    console = wide_console()
+    try:
+        study(parser().parse_args(arguments), console)
+    except (ours.PackageMissingError, NotImplementedError, ValueError) as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from here.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

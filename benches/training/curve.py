@@ -1,0 +1,194 @@
+"""The loss of a small network over 200 steps, with the package's layers and with masked autograd.
+
+Both start from the same weights and scores and see the same batches of scikit-learn's digits at 32x32, in float32 and
+in float64. The loss is the cross entropy plus a pressure on the share of switches that are on, so that switches turn;
+the pressure stands for no published budget. In float32 the two round differently: their losses are equal at first and
+then drift apart, since a rounding error grows from step to step and a switch may turn in another step. In float64,
+where the package goes through PyTorch's own operators, that takes far longer.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benches import ours
+from benches.training.steps import MaskedSwitchConv2d
+
+STEPS, EARLY = 200, 20
+BATCH, SIZE, CLASSES = 32, 32, 10
+RATE, MOMENTUM = 0.05, 0.9
+# Scores start around the threshold and move by this much a step, whatever their gradient (Adam).
+SCORE_RATE = 3e-4
+INITIAL, SPREAD, THRESHOLD = 1e-2, 5e-3, 5e-3
+PRESSURE = 0.3
+WIDTHS = (16, 32, 32, 64, 64)
+STRIDES = (1, 2, 1, 2, 1)
+STEM = "0"
+DOMAIN = "digits"
+PEERS = ("masked", "auto")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Curve:
+    """Losses of one peer.
+
+    Args:
+        peer: ``masked`` or ``auto``.
+        dtype: Of everything.
+        losses: Of every step, before its update.
+        density: Share of switches that are on after the last step.
+        switches: All switches after the last step.
+    """
+
+    peer: str
+    dtype: str
+    losses: list[float] = field(default_factory=list)
+    density: float = 1.0
+    switches: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """How far two curves of one dtype lie apart: largest differences of the loss, and switches that differ at last."""
+
+    dtype: str
+    early: float
+    largest: float
+    switches: int
+    all_switches: int
+    first: float
+    last: float
+    density: float
+
+
+def network() -> nn.Sequential:
+    """Five convolutions with batch norm and ReLU, and a classifier; the same weights in every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for before, width, stride in zip((1, *WIDTHS), WIDTHS, STRIDES, strict=False):
+            layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], CLASSES))
+
+
+def start_scores(channels: int, generator: torch.Generator) -> Tensor:
+    """Scores around the initial value; some lie below the threshold."""
+    return INITIAL + SPREAD * torch.randn(channels, generator=generator)
+
+
+def build(peer: str) -> nn.Sequential:
+    """One peer's network with its scores."""
+    model = network()
+    generator = torch.Generator().manual_seed(1)
+    given = {
+        name: start_scores(module.in_channels, generator)
+        for name, module in model.named_children()
+        if isinstance(module, nn.Conv2d) and name != STEM
+    }
+    if peer == "masked":
+        for name, score in given.items():
+            model[int(name)] = MaskedSwitchConv2d(model[int(name)], score)  # type: ignore[arg-type]
+        return model
+    bk = ours.package()
+    bk.nn.switch_(model, [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
+    bk.set_domain(model, DOMAIN)
+    with torch.no_grad():
+        for name, score in given.items():
+            model.get_submodule(name).domains[DOMAIN].score.copy_(score)  # type: ignore[union-attr, index]
+    return model
+
+
+def digits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All digits, (1797, 1, 32, 32), and what they are."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(found.images)[:, None] / 8 - 1
+    sized = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    return sized.to(dtype), torch.from_numpy(found.target)
+
+
+def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] = lambda: None) -> Curve:
+    """Train one peer's network.
+
+    Args:
+        peer: ``masked`` or ``auto``.
+        dtype: ``float32`` or ``float64``.
+        steps: How many.
+        tick: Called after each step.
+    """
+    model = build(peer).to(DTYPES[dtype]).train()
+    if peer == "masked":
+        # The package keeps scores in float32 whatever the model's dtype, and so does its peer.
+        for module in model:
+            if isinstance(module, MaskedSwitchConv2d):
+                module.score.data = module.score.data.float()
+    scores = [p for name, p in model.named_parameters() if name.endswith("score")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("score")]
+    optimisers = [torch.optim.SGD(others, lr=RATE, momentum=MOMENTUM), torch.optim.Adam(scores, lr=SCORE_RATE)]
+    images, labels = digits(DTYPES[dtype])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2)).repeat(-(-steps * BATCH // 1797))
+    curve = Curve(peer, dtype)
+    for step in range(steps):
+        picked = order[step * BATCH : (step + 1) * BATCH]
+        share = torch.cat([(s > THRESHOLD).to(s.dtype) + s - s.detach() for s in scores]).mean()
+        loss = F.cross_entropy(model(images[picked]), labels[picked]) + PRESSURE * share
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        curve.losses.append(loss.item())
+        tick()
+    curve.switches = (torch.cat([s.detach() for s in scores]) > THRESHOLD).tolist()
+    curve.density = sum(curve.switches) / len(curve.switches)
+    return curve
+
+
+def compare(curves: Sequence[Curve]) -> list[Comparison]:
+    """Compare both peers of every dtype that is there."""
+    found = []
+    for dtype in dict.fromkeys(curve.dtype for curve in curves):
+        mine = {curve.peer: curve for curve in curves if curve.dtype == dtype}
+        masked, auto = (mine[peer] for peer in PEERS)
+        apart = [abs(a - b) for a, b in zip(masked.losses, auto.losses, strict=True)]
+        turned = sum(a != b for a, b in zip(masked.switches, auto.switches, strict=True))
+        found.append(
+            Comparison(
+                dtype,
+                max(apart[:EARLY]),
+                max(apart),
+                turned,
+                len(auto.switches),
+                auto.losses[0],
+                auto.losses[-1],
+                auto.density,
+            )
+        )
+    return found
+
+
+def write(folder: Path, curves: Sequence[Curve]) -> None:
+    """Write ``curve.json`` (everything) and ``curve.csv`` (a line per step)."""
+    content: dict[str, Any] = {
+        "curves": [asdict(one) for one in curves],
+        "compared": [asdict(c) for c in compare(curves)],
+    }
+    (folder / "curve.json").write_text(json.dumps(content, indent=1) + "\n")
+    with (folder / "curve.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(f"{curve.peer}_{curve.dtype}" for curve in curves)])
+        writer.writerows([i, *row] for i, row in enumerate(zip(*(curve.losses for curve in curves), strict=True)))
+
+
+def read(folder: Path) -> list[Curve]:
+    """Read what `write` wrote; nothing where it wrote nothing."""
+    path = folder / "curve.json"
+    return [Curve(**one) for one in json.loads(path.read_text())["curves"]] if path.exists() else []
