@@ -46,7 +46,7 @@ setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 lint: setup ## Check style, types and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy bap_kernels benches tools setup.py conftest.py
+	$(BIN)/python -m mypy bap_kernels python/bap benches tools setup.py conftest.py
 	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup ## Format Python and C++ in place

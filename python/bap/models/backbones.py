@@ -1,0 +1,147 @@
+"""Makes backbones, loads their weights, and says which convolutions get switches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bap.models.resnet26 import ResNet26
+from bap.models.wide_resnet import WideResNet
+
+__all__ = ["MODELS", "Backbone", "build", "load_weights", "stem_and_shortcuts"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network that can be built by name.
+
+    Args:
+        make: ``make(num_classes=..., **options)``.
+        size: height and width of its usual input.
+        head: name of the last linear layer.
+        options: names of further arguments.
+    """
+
+    make: Callable[..., nn.Module]
+    size: int
+    head: str
+    options: tuple[str, ...] = ()
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    def make(num_classes: int = 1000) -> nn.Module:
+        try:
+            import torchvision
+        except ImportError as error:
+            raise ImportError(f"build(): expected torchvision for {name!r}, got {error}. Hint: pip install torchvision") from None
+        return getattr(torchvision.models, name)(weights=None, num_classes=num_classes)
+
+    return make
+
+
+def _vgg16(num_classes: int = 1000) -> nn.Module:
+    return _torchvision("vgg16")(num_classes)
+
+
+def _options(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(kind).parameters if name != "num_classes")
+
+
+MODELS: dict[str, Backbone] = {
+    "resnet26": Backbone(ResNet26, 64, "fc", _options(ResNet26)),
+    "wrn28_4": Backbone(WideResNet, 64, "fc", _options(WideResNet)),
+    "resnet50": Backbone(_torchvision("resnet50"), 224, "fc"),
+    "densenet121": Backbone(_torchvision("densenet121"), 224, "classifier"),
+    "vgg16": Backbone(_vgg16, 224, "classifier.6"),
+}
+
+
+def build(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """A new backbone with random weights.
+
+    Args:
+        name: one of :data:`MODELS`; ``resnet50``, ``densenet121`` and ``vgg16`` are torchvision's, with its key names.
+        num_classes: outputs of the classifier.
+        **options: of :class:`~bap.models.ResNet26` and :class:`~bap.models.WideResNet`, such as ``widths``.
+
+    Raises:
+        ValueError: for other names and options.
+        ImportError: if torchvision is needed and not installed.
+
+    Examples:
+        >>> from bap.models import build
+        >>> sum(p.numel() for p in build("wrn28_4", 1000).parameters())
+        6103480
+    """
+    if name not in MODELS:
+        raise ValueError(f"build(): expected `name` to be one of {list(MODELS)}, got {name!r}.")
+    backbone = MODELS[name]
+    for option in options:
+        if option not in backbone.options:
+            raise ValueError(
+                f"build(): expected options of {name!r} to be among {list(backbone.options)}, got {option!r}."
+            )
+    return backbone.make(num_classes=num_classes, **options)
+
+
+def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
+    """Loads a checkpoint of the plain backbone; the classifier only where it fits.
+
+    Args:
+        model: the plain backbone.
+        path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``.
+            ``{"state_dict": ...}`` and names that begin with ``module.`` are understood.
+        head: name of the classifier.
+
+    Returns:
+        Names of the classifier's entries that were left out.
+
+    Raises:
+        ValueError: if the file cannot be read, or lacks entries, or has others or other shapes.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Mapping[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}") from None
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    own = model.state_dict()
+    left_out = [
+        key
+        for key in own
+        if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
+    ]
+    state = {key: value for key, value in state.items() if key not in left_out}
+    missing = [key for key in own if key not in state and key not in left_out and not key.endswith("num_batches_tracked")]
+    strange = [key for key in state if key not in own or state[key].shape != own[key].shape]
+    if missing or strange:
+        raise ValueError(
+            f"load_weights(): expected {path} to hold the backbone's entries, got none for {missing[:3]} and others, "
+            f"or of other shapes, for {strange[:3]}. Hint: are the model's name and options those of the file?"
+        )
+    model.load_state_dict(state, strict=False)
+    return left_out
+
+
+def stem_and_shortcuts(model: nn.Module) -> set[str]:
+    """Names of the convolutions that read the image, and of 1×1 ones on shortcuts: options leave them unswitched [R]."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            last = name.split(".")
+            if module.in_channels == 3 or "shortcut" in last or "downsample" in last:
+                names.add(name)
+    return names
