@@ -15,7 +15,7 @@ from bap_kernels.functional import gathered_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
-from bap_kernels.plan import PlannedNetwork, plan
+from bap_kernels.plan import PlannedNetwork, plan, specialize
 from bap_kernels.table import ChannelTable
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "plan",
     "set_domain",
     "set_packed_cache_limit",
+    "specialize",
     "swap_",
     "use_backend",
 ]

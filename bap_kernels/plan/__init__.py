@@ -1,5 +1,6 @@
 """Whole networks: lowered for one domain, or made physically small."""
 
 from bap_kernels.plan.planned import PlannedNetwork, plan
+from bap_kernels.plan.specialize import specialize
 
-__all__ = ["PlannedNetwork", "plan"]
+__all__ = ["PlannedNetwork", "plan", "specialize"]

@@ -257,8 +257,9 @@ class _Builder:
         if computed or conv.padding_mode != "zeros" or not (conv.groups == 1 or depthwise):
             return False
         lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
-        sources = _numbers(lists.in_index, conv.in_channels)
-        filters = _numbers(lists.out_index, conv.out_channels)
+        listed_in, listed_out = lists._host
+        sources = _numbers(listed_in, conv.in_channels)
+        filters = _numbers(listed_out, conv.out_channels)
         if isinstance(conv, MaskedConv2d):
             listed = filters
             filters = np.full(conv.out_channels, -1)
@@ -327,8 +328,8 @@ def _is_spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
     return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
 
 
-def _numbers(listed: Tensor | None, channels: int) -> Channels:
-    return np.arange(channels) if listed is None else listed.cpu().numpy().astype(np.int64)
+def _numbers(listed: np.ndarray | None, channels: int) -> Channels:
+    return np.arange(channels) if listed is None else listed.astype(np.int64)
 
 
 def _check_mode(op: str, model: nn.Module) -> None:
