@@ -1,6 +1,7 @@
 """Whole networks: lowered for one domain, or made physically small."""
 
 from bap_kernels.plan.planned import PlannedNetwork, plan
+from bap_kernels.plan.prune import PruneReport, prune_unused_
 from bap_kernels.plan.specialize import specialize
 
-__all__ = ["PlannedNetwork", "plan", "specialize"]
+__all__ = ["PlannedNetwork", "PruneReport", "plan", "prune_unused_", "specialize"]

@@ -17,7 +17,9 @@ __all__ = ["trace_shapes"]
 _SIDES = (224, 64, 32, 299, 28)
 
 
-def trace_shapes(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | None, domain: str | None) -> Graph:
+def trace_shapes(
+    op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | None, domain: str | None, unread: bool = False
+) -> Graph:
     """A graph of the model; without an example its ``expected`` holds no data.
 
     Args:
@@ -25,12 +27,13 @@ def trace_shapes(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | 
         model: in eval mode.
         example: what to call it with; None tries one square image with as many channels as the first convolution reads.
         domain: whose lists.
+        unread: keep operations whose result nothing reads.
 
     Raises:
         ValueError: as :func:`~bap_kernels.plan.trace.trace`, and if no example was given and none fits.
     """
     if example is not None:
-        return trace(op, model, example if isinstance(example, tuple) else (example,), domain)
+        return trace(op, model, example if isinstance(example, tuple) else (example,), domain, unread)
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{op}(): expected `model` to have convolutions, got none.")
@@ -40,7 +43,7 @@ def trace_shapes(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | 
         for side in _SIDES:
             shape = (1, first.in_channels, side, side)
             try:
-                return trace(op, model, (torch.empty(shape, dtype=weight.dtype, device=weight.device),), domain)
+                return trace(op, model, (torch.empty(shape, dtype=weight.dtype, device=weight.device),), domain, unread)
             except ValueError as refused:
                 if "example_input" not in str(refused):
                     raise

@@ -350,7 +350,7 @@ def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
     raise ValueError(f"{op}(): expected `domain` to be one of {known}, got {domain!r}.{hint}")
 
 
-def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None) -> Graph:
+def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None, unread: bool = False) -> Graph:
     """Records a model.
 
     Args:
@@ -358,6 +358,7 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
         model: in eval mode.
         inputs: what the model is called with.
         domain: whose lists; None keeps all channels.
+        unread: keep operations whose result nothing reads.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
@@ -379,5 +380,6 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
     builder = _Builder(root, run, domain, expected)
     for node in recorded.nodes:
         builder.convert(node)
-    _drop_unread(builder.graph)
+    if not unread:
+        _drop_unread(builder.graph)
     return builder.graph
