@@ -15,7 +15,7 @@ from bap_kernels.functional import gathered_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
-from bap_kernels.plan import PlannedNetwork, PruneReport, plan, prune_unused_, specialize
+from bap_kernels.plan import PlannedNetwork, PruneReport, plan, prune_unused_, report, specialize
 from bap_kernels.table import ChannelTable
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "packed_cache_info",
     "plan",
     "prune_unused_",
+    "report",
     "set_domain",
     "set_packed_cache_limit",
     "specialize",

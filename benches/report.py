@@ -27,8 +27,8 @@ METHOD = (
     "oracle: PyTorch's convolution on inputs that are compact already: the better, per case, of both memory formats "
     "and of F.conv2d and oneDNN with a prepacked weight. oracle8 is the same with channel counts rounded up to 8, "
     "left out where they are multiples of 8 already.",
-    "planned, of whole networks: bk.plan, with the backend of auto. pruned: bk.specialize, the physically small network "
-    "of the domain in PyTorch's layers, eager. compiled: the same under torch.compile with frozen weights.",
+    "planned, of whole networks: bk.plan, with the backend of auto. pruned: bk.specialize, the physically small "
+    "network of the domain in PyTorch's layers, eager. compiled: the same under torch.compile with frozen weights.",
     "native, auto, aten: the op of the package under that backend, as layers in eval mode call it. auto chooses by "
     "measurements of its own, made before the timing.",
     "The roof of a case is max(FLOP / peak FLOP/s, bytes / copy bandwidth) of the kept work (for dense, of all the "

@@ -2,6 +2,16 @@
 
 from bap_kernels.plan.planned import PlannedNetwork, plan
 from bap_kernels.plan.prune import PruneReport, prune_unused_
+from bap_kernels.plan.report import LayerReport, NetworkReport, report
 from bap_kernels.plan.specialize import specialize
 
-__all__ = ["PlannedNetwork", "PruneReport", "plan", "prune_unused_", "specialize"]
+__all__ = [
+    "LayerReport",
+    "NetworkReport",
+    "PlannedNetwork",
+    "PruneReport",
+    "plan",
+    "prune_unused_",
+    "report",
+    "specialize",
+]
