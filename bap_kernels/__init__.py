@@ -15,7 +15,7 @@ from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
-from bap_kernels.plan import PlannedNetwork, plan
+from bap_kernels.plan import PlannedNetwork, PruneReport, plan, prune_unused_, report, specialize
 from bap_kernels.table import ChannelTable
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "ChannelLists",
     "ChannelTable",
     "PlannedNetwork",
+    "PruneReport",
     "attach_",
     "choices",
     "clear_choices",
@@ -33,8 +34,11 @@ __all__ = [
     "nn",
     "packed_cache_info",
     "plan",
+    "prune_unused_",
+    "report",
     "set_domain",
     "set_packed_cache_limit",
+    "specialize",
     "swap_",
     "switched_conv2d",
     "use_backend",

@@ -26,6 +26,7 @@ from benches.timers import Spread, Timed, clock, interleave, nothing
 
 DOMAIN = "photographs"
 FEW_CHANNELS = 4
+PACKING = ("planned", *ours.BACKENDS)
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 # Share of the largest logit: rounding through fifty layers stays far below, a wrong channel in one layer is far above.
@@ -38,6 +39,9 @@ def _resnet50() -> nn.Module:
     return resnet50(weights=None)
 
 
+# What there is of whole networks alone. planned: bk.plan. pruned: bk.specialize, the physically small network of one
+# domain, in PyTorch's own layers. compiled: the same under torch.compile with frozen weights.
+WHOLE = ("planned", "pruned", "compiled")
 # Constructor and image size.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (_resnet50, 224), "resnet26": (ResNet26, 64)}
 
@@ -188,7 +192,7 @@ class NetworkBench:
         ]
 
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
-        """Build dense, masked and swapped networks, as named, with a pool of inputs."""
+        """Build dense, masked, swapped and lowered networks, as named, with a pool of inputs."""
         with normal_tensors():
             return self._prepare(cell, names)
 
@@ -203,12 +207,33 @@ class NetworkBench:
                 run = self._placed(model, cell.layout)
             elif name == "masked":
                 run = mask_(self._placed(model, cell.layout), lists)
+            elif name in WHOLE:
+                run = self._lowered(name, swap_(self._placed(model, cell.layout), lists), inputs[0])
+                enter = _enter("auto") if name == "planned" else nothing
             else:
                 # A network per backend, so that the packed weights of each are counted alone.
                 run = swap_(self._placed(model, cell.layout), lists)
                 enter = _enter(name)
             prepared[name] = Timed(run, inputs, enter)
         return prepared
+
+    def _lowered(self, name: str, swapped: nn.Module, example: Tensor) -> nn.Module:
+        bk = ours.package()
+        if name == "planned":
+            ours.package().use_backend("auto")
+            # The gate checks the result; the plan's own check would run the masked network once more.
+            planned: nn.Module = bk.plan(swapped, example, DOMAIN, check=False)
+            return planned
+        small: nn.Module = bk.specialize(swapped, DOMAIN).to(memory_format=_format_of(example))
+        if name == "pruned":
+            return small
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        compiled: Any = torch.compile(small)
+        with torch.no_grad():
+            compiled(example)
+        return compiled
 
     def reference(self, cell: NetworkCell, x: Tensor) -> Tensor:
         """float64 logits of the masked network for the first image of a batch."""
@@ -253,7 +278,7 @@ class NetworkBench:
             masked = None
             errors, held = {}, {}
             for name, timed in prepared.items():
-                before = ours.packed_bytes() if name in ours.BACKENDS else 0
+                before = ours.packed_bytes() if name in PACKING else 0
                 if name == "dense":
                     timed.run(inputs[0])
                     errors[name] = 0.0
@@ -261,7 +286,7 @@ class NetworkBench:
                     errors[name] = self.gated(name, timed, cell, reference, masked)
                 if name == "masked":
                     masked = torch.as_tensor(timed.run(inputs[0])).double().cpu()
-                packed = ours.packed_bytes() - before if name in ours.BACKENDS else 0
+                packed = ours.packed_bytes() - before if name in PACKING else 0
                 held[name] = weight_bytes(timed.run) + packed  # type: ignore[arg-type]
             samples = interleave(prepared, self.clock, seconds - (time.perf_counter() - start), MIN_ROUNDS, MAX_ROUNDS)
             flop = conv_flop(
@@ -269,7 +294,7 @@ class NetworkBench:
                 inputs[0][:1].cpu().float(),
                 in_lists(self.model(cell.network), cell.density, cell.seed),
             )
-        if any(name in ours.BACKENDS for name in names):
+        if any(name in PACKING for name in names):
             ours.forget_packed()
         spreads = {name: Spread.of(samples[name]) for name in prepared}
         return with_ratios(self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
@@ -302,6 +327,11 @@ class NetworkBench:
             flop_per_s=work / spread.p50,
             weight_bytes=held,
         )
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _enter(backend: str) -> Callable[[], None]:

@@ -19,6 +19,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "aten": {"color": "#80b1d3", "marker": "x", "linestyle": "-"},
     "native": {"color": "#e66101", "marker": "o", "linestyle": "-"},
     "auto": {"color": "#1f4fd8", "marker": "*", "linestyle": "-"},
+    "planned": {"color": "#7b3294", "marker": "D", "linestyle": "-"},
+    "pruned": {"color": "#8c8c8c", "marker": "v", "linestyle": "--"},
+    "compiled": {"color": "#404040", "marker": "^", "linestyle": "--"},
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }

@@ -36,6 +36,8 @@ METHOD = (
     "oracle: PyTorch's convolution on inputs that are compact already: the better, per case, of both memory formats "
     "and of F.conv2d and oneDNN with a prepacked weight. oracle8 is the same with channel counts rounded up to 8, "
     "left out where they are multiples of 8 already.",
+    "planned, of whole networks: bk.plan, with the backend of auto. pruned: bk.specialize, the physically small "
+    "network of the domain in PyTorch's layers, eager. compiled: the same under torch.compile with frozen weights.",
     "native, auto, aten: the op of the package under that backend, as layers in eval mode call it. auto chooses by "
     "measurements of its own, made before the timing.",
     "The roof of a case is max(FLOP / peak FLOP/s, bytes / copy bandwidth) of the kept work (for dense, of all the "
@@ -156,6 +158,7 @@ def losses_table(rows: Sequence[Row]) -> Table:
 
 def networks_table(rows: Sequence[Row]) -> Table:
     """Whole networks."""
+    pruned = {row.cell: row.p50_s for row in summary.network_rows(rows) if row.peer == "pruned"}
     lines = [
         [
             f"{row.network} b{row.batch}",
@@ -165,16 +168,18 @@ def networks_table(rows: Sequence[Row]) -> Table:
             time_text(row.p50_s),
             number(row.vs_dense),
             number(row.vs_masked),
+            number(pruned[row.cell] / row.p50_s if row.cell in pruned else None),
             f"{(row.weight_bytes or 0) / 2**20:.1f}",
             f"{row.max_error:.0e}" if row.peer != "dense" else "–",
         ]
         for row in summary.network_rows(rows)
     ]
     note = (
-        "Photographs, in-lists only, layer by layer. MiB: parameters and packed copies. "
+        "Photographs, in-lists only; planned as a whole network, native and auto layer by layer. MiB: parameters and "
+        "packed copies. "
         "Error: of logits, against float64 of the masked network."
     )
-    columns = ["network", "layout", "d", "", "time", "over dense", "over masked", "MiB", "error"]
+    columns = ["network", "layout", "d", "", "time", "over dense", "over masked", "over pruned", "MiB", "error"]
     return Table("Whole networks", columns, lines, note, left=2)
 
 

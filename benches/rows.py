@@ -25,7 +25,8 @@ class Row:
         network: ``resnet50`` or ``resnet26``; ``overhead`` for the time of one call.
         case: Shape in letters, ``network`` for a whole network, ``step`` for a whole step of training.
         cell: Id of what the peers of one comparison share.
-        peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8`` or a backend of the package.
+        peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8``, a backend of the package, or
+            of whole networks ``planned``, ``pruned``, ``compiled``.
         candidate: What a peer that chooses has chosen.
         device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.

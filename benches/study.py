@@ -22,7 +22,7 @@ from benches import ours, report
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
 from benches.machine import describe, measure_roof
 from benches.measure import DTYPES, Bench
-from benches.networks import NetworkBench, network_cells
+from benches.networks import WHOLE, NetworkBench, network_cells
 from benches.overhead import PEERS as OVERHEAD_PEERS
 from benches.overhead import measure_overhead
 from benches.peers import PEERS
@@ -112,13 +112,13 @@ def peer_names(given: Sequence[str] | None, device: torch.device, dtype: torch.d
         NotImplementedError: For a named backend that cannot run.
         PackageMissingError: If the package is to be measured and cannot be imported.
     """
-    known = (*PEERS, *ours.BACKENDS)
+    known = (*PEERS, *ours.BACKENDS, *WHOLE)
     if given is None:
         reasons = {name: ours.why_not(name, device, dtype) for name in ours.DEFAULT_BACKENDS[device.type]}
         for name, reason in reasons.items():
             if reason:
                 console.print(f"Not measured: {name} ({reason})", highlight=False)
-        return [*PEERS, *(name for name, reason in reasons.items() if not reason)]
+        return [*PEERS, *(name for name, reason in reasons.items() if not reason), *WHOLE]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"study: expected `--peers` to be of {', '.join(known)}, got {', '.join(unknown)}.")
     names = [name for name in known if name in given]
@@ -149,7 +149,10 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
         return []
     default_layouts = LAYOUTS if options.full or options.layout == "both" else ("channels_last",)
     layouts = (options.layout,) if options.layout in LAYOUTS else default_layouts
-    wanted = ("dense", "masked", *(ours.BACKENDS if options.full else ("native", "auto")))
+    wanted = {"dense", "masked", "planned", "pruned", *(ours.BACKENDS if options.full else ("native", "auto"))}
+    # Compiling takes longer than all that the default study measures; to name it is to ask for it.
+    if options.full or "compiled" in (options.peers or ()):
+        wanted.add("compiled")
     compared = [name for name in names if name in wanted]
     bench = NetworkBench(torch.device(options.device), options.dtype)
     return [
@@ -243,7 +246,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     names = peer_names(options.peers, device, DTYPES[options.dtype], console)
     build, isa = {}, "none"
-    if with_ours := any(name in ours.BACKENDS for name in names):
+    if with_ours := any(name in ours.BACKENDS or name in WHOLE for name in names):
         ours.fresh_choices()
         build, isa = dict(ours.library().build_facts()), ours.library().isa()
     console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
@@ -255,7 +258,8 @@ def study(options: argparse.Namespace, console: Console) -> None:
         path.unlink(missing_ok=True)
     journal = Journal(path, header)
 
-    layers = layer_tasks(options, Bench(device, options.dtype, roof), names)
+    of_layers = [name for name in names if name not in WHOLE]
+    layers = layer_tasks(options, Bench(device, options.dtype, roof), of_layers) if of_layers else []
     networks = network_tasks(options, names)
     far = float("inf")
     end = far if options.full else start + options.budget_seconds - REPORT_SECONDS

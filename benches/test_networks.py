@@ -10,7 +10,7 @@ from benches.conftest import WholeBench
 from benches.networks import NetworkCell, network_cells
 from benches.timers import Timed
 
-PEERS = ("dense", "masked", "native", "auto", "aten")
+PEERS = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")
 NAMES = ("network", "batch", "density", "layout", "peer")
 
 

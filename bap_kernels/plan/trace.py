@@ -257,8 +257,9 @@ class _Builder:
         if computed or conv.padding_mode != "zeros" or not (conv.groups == 1 or depthwise):
             return False
         lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
-        sources = _numbers(lists.in_index, conv.in_channels)
-        filters = _numbers(lists.out_index, conv.out_channels)
+        listed_in, listed_out = lists._host
+        sources = _numbers(listed_in, conv.in_channels)
+        filters = _numbers(listed_out, conv.out_channels)
         if isinstance(conv, MaskedConv2d):
             listed = filters
             filters = np.full(conv.out_channels, -1)
@@ -327,8 +328,8 @@ def _is_spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
     return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
 
 
-def _numbers(listed: Tensor | None, channels: int) -> Channels:
-    return np.arange(channels) if listed is None else listed.cpu().numpy().astype(np.int64)
+def _numbers(listed: np.ndarray | None, channels: int) -> Channels:
+    return np.arange(channels) if listed is None else listed.astype(np.int64)
 
 
 def _check_mode(op: str, model: nn.Module) -> None:
@@ -349,7 +350,7 @@ def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
     raise ValueError(f"{op}(): expected `domain` to be one of {known}, got {domain!r}.{hint}")
 
 
-def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None) -> Graph:
+def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None, unread: bool = False) -> Graph:
     """Records a model.
 
     Args:
@@ -357,6 +358,7 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
         model: in eval mode.
         inputs: what the model is called with.
         domain: whose lists; None keeps all channels.
+        unread: keep operations whose result nothing reads.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
@@ -378,5 +380,6 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
     builder = _Builder(root, run, domain, expected)
     for node in recorded.nodes:
         builder.convert(node)
-    _drop_unread(builder.graph)
+    if not unread:
+        _drop_unread(builder.graph)
     return builder.graph

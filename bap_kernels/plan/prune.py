@@ -1,0 +1,274 @@
+"""Drops in place what no domain uses.
+
+The model keeps its own code, so tensors that it adds must stay equally wide: every channel of every value is an
+element, elements that must go together (through batch norms, activations, sums, concatenations, a layer used twice) are
+one class, and a class stays if any domain reads any of its elements. Then each convolution loses the filters of its
+result's classes that went and the slices of its input's, each batch norm their entries, and every list is renumbered.
+An input slice that no domain of this layer reads stays where another layer reads the same channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bap_kernels.channels import ChannelLists
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.plan.example import trace_shapes
+from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.liveness import Liveness
+from bap_kernels.table import ChannelTable
+
+__all__ = ["PruneReport", "prune_unused_"]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What :func:`bap_kernels.prune_unused_` dropped.
+
+    Attributes:
+        parameters: (before, after), all parameters of the model.
+        macs: (before, after), multiply-adds of all convolutions for one call of the example, all channels kept.
+        layers: {layer: ((C_out, C_in) before, (C_out, C_in) after)} of the convolutions.
+        table: the renumbered lists.
+    """
+
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    layers: dict[str, tuple[tuple[int, int], tuple[int, int]]]
+    table: ChannelTable
+
+    def __str__(self) -> str:
+        facts = [("parameters", self.parameters), ("MACs", self.macs)]
+        lines = [f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.1%})" for name, (old, new) in facts]
+        for name, (old, new) in self.layers.items():
+            if old != new:
+                lines.append(f"  {name}: {old[1]} -> {old[0]} became {new[1]} -> {new[0]} channels")
+        return "\n".join(lines)
+
+
+class _Classes:
+    """Union-find over the channels of all values."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.first: dict[Value, int] = {}
+        count = 0
+        for value in graph.values:
+            if value.channels is not None:
+                self.first[value] = count
+                count += value.channels
+        self.leader = np.arange(count)
+        self.kept = np.zeros(count, dtype=bool)
+
+    def find(self, element: int) -> int:
+        while self.leader[element] != element:
+            self.leader[element] = self.leader[self.leader[element]]
+            element = self.leader[element]
+        return element
+
+    def tie(self, a: Value, b: Value, begin: int = 0) -> None:
+        """Channel j of ``a`` goes with channel ``begin + j`` of ``b``."""
+        for channel in range(a.channels or 0):
+            self.leader[self.find(self.first[a] + channel)] = self.find(self.first[b] + begin + channel)
+
+    def keep(self, value: Value, channels: Channels | slice) -> None:
+        if value in self.first:
+            self.kept[self.first[value] + np.arange(value.channels or 0)[channels]] = True
+
+    def settle(self) -> None:
+        """Lets a class stay whole if one of its elements stays."""
+        leaders = np.array([self.find(element) for element in range(len(self.leader))], dtype=np.int64)
+        stays = np.zeros(len(leaders), dtype=bool)
+        stays[leaders[self.kept]] = True
+        self.kept = stays[leaders]
+
+    def of(self, value: Value) -> Channels:
+        """Numbers of the channels that stay."""
+        first = self.first[value]
+        return np.flatnonzero(self.kept[first : first + (value.channels or 0)])
+
+
+def _tie(classes: _Classes, op: Op) -> None:
+    out = op.output
+    if op.kind in ("norm", "map", "binary", "depthwise"):
+        for value in op.inputs:
+            classes.tie(value, out)
+    elif op.kind == "cat":
+        begin = 0
+        for value in op.inputs:
+            classes.tie(value, out, begin)
+            begin += value.channels or 0
+    elif op.kind == "pad":
+        (value,) = op.inputs
+        classes.tie(value, out, op.before)
+        # The model's code pads by a fixed number.
+        padded = np.ones(out.channels or 0, dtype=bool)
+        padded[op.before : op.before + (value.channels or 0)] = False
+        classes.keep(out, np.flatnonzero(padded))
+    elif op.kind in ("input", "opaque", "output"):
+        for value in (*op.inputs, out):
+            classes.keep(value, slice(None))
+
+
+def _classes(graphs: list[Graph]) -> _Classes:
+    graph = graphs[0]
+    classes = _Classes(graph)
+    used: dict[nn.Module, Op] = {}
+    for op in graph.ops:
+        _tie(classes, op)
+        if op.module is not None:
+            first = used.setdefault(op.module, op)
+            if first is not op:
+                classes.tie(first.inputs[0], op.inputs[0])
+                classes.tie(first.output, op.output)
+    for other in graphs:
+        # All domains have the same recording, so operations correspond by number.
+        live = Liveness(other, constants=False).live
+        for op, theirs in zip(graph.ops, other.ops, strict=True):
+            if op.output in classes.first:
+                classes.keep(op.output, np.flatnonzero(live[theirs.output]))
+    classes.settle()
+    for value in classes.first:
+        # A layer without any channel is none.
+        if len(classes.of(value)) == 0:
+            classes.keep(value, np.zeros(1, dtype=np.int64))
+            classes.settle()
+    return classes
+
+
+def _renumbered(listed: Tensor | None, kept: Channels, width: int) -> Channels | None:
+    if listed is None:
+        return None
+    place = np.full(width, -1)
+    place[kept] = np.arange(len(kept))
+    moved = place[listed.cpu().numpy()]
+    return moved[moved >= 0]
+
+
+def _slice_(module: nn.Module, name: str, index: Tensor, axis: int = 0) -> None:
+    stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for store in stores:
+        tensor = store.get(name)
+        if tensor is None:
+            continue
+        sliced = tensor.detach().index_select(axis, index.to(tensor.device))
+        is_parameter = isinstance(tensor, nn.Parameter)
+        store[name] = nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced
+
+
+def _shrink_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
+    old_in, old_out = conv.in_channels, conv.out_channels
+    _slice_(conv, "weight", torch.from_numpy(writes))
+    _slice_(conv, "bias", torch.from_numpy(writes))
+    if conv.groups == 1:
+        _slice_(conv, "weight", torch.from_numpy(reads), 1)
+    else:
+        conv.groups = len(writes)
+    conv.in_channels, conv.out_channels = len(reads), len(writes)
+    if isinstance(conv, GatheredConv2d):
+        new = {
+            id(one): ChannelLists(
+                _renumbered(one.in_index, reads, old_in), _renumbered(one.out_index, writes, old_out)
+            ).to(conv.weight.device)
+            for one in (conv.channels, *conv.lists.values())
+        }
+        conv.lists = {domain: new[id(one)] for domain, one in conv.lists.items()}
+        conv.channels = new[id(conv.channels)]
+
+
+def _check(model: nn.Module) -> list[str | None]:
+    """Refuses what cannot be dropped in place; returns the domains."""
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d)}
+    if not layers:
+        raise ValueError("prune_unused_(): expected `model` to have swapped layers, got none. Hint: call swap_ first.")
+    for name, layer in layers.items():
+        narrow = not isinstance(layer, MaskedConv2d)
+        if narrow and any(one.out_index is not None for one in (layer.channels, *layer.lists.values())):
+            raise NotImplementedError(
+                f"prune_unused_(): expected out-lists only in MaskedConv2d, got layer {name!r}, whose result has "
+                "another width in each domain. Hint: swap_(model, layer_type=MaskedConv2d)."
+            )
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and owners.setdefault(id(parameter), name) != name:
+                raise NotImplementedError(
+                    f"prune_unused_(): expected each parameter in one layer, got one in {owners[id(parameter)]!r} "
+                    f"and in {name!r}."
+                )
+    domains = list(dict.fromkeys(domain for layer in layers.values() for domain in layer.lists))
+    return [*domains] or [None]
+
+
+def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] | None = None) -> PruneReport:
+    """Drops, in place, every filter, input slice and batch-norm entry that no domain uses, and renumbers every list.
+
+    The pruning of *Budget-Aware Pruning* (arXiv 2309.11464): what is left serves all domains, each with the result that
+    it had. It follows the channels through sums, concatenations and poolings; where an operation is not known, all
+    channels around it stay. Parameters are replaced by smaller ones, so optimisers must be made anew.
+
+    Args:
+        model: a swapped network in eval mode, with the lists of all domains attached.
+        example_input: what the model is called with; only shapes matter. None tries square images without computing.
+
+    Returns:
+        A :class:`PruneReport`, which prints what went; its ``table`` holds the new lists.
+
+    Raises:
+        ValueError: if no layer was swapped, and as :func:`bap_kernels.plan`.
+        NotImplementedError: for out-lists in layers whose result is compact, and for parameters in two layers.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval())
+        >>> lists = {"birds": {"2": bk.ChannelLists([1, 4])}, "cars": {"2": bk.ChannelLists([4, 5])}}
+        >>> print(bk.prune_unused_(bk.attach_(model, lists)))
+        parameters: 276 -> 106 (38.4%)
+        MACs: 12,222,432 -> 4,583,412 (37.5%)
+          0: 3 -> 8 became 3 -> 3 channels
+          2: 8 -> 4 became 3 -> 4 channels
+        >>> model[2].lists["cars"]
+        ChannelLists(in_index=[1, 2], out_index=None)
+    """
+    domains = _check(model)
+    graphs = [trace_shapes("prune_unused_", model, example_input, domain, unread=True) for domain in domains]
+    classes = _classes(graphs)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    macs = [0, 0]
+    layers: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+    done: set[nn.Module] = set()
+    for op in graphs[0].ops:
+        if op.module is None:
+            continue
+        reads, writes = classes.of(op.inputs[0]), classes.of(op.output)
+        if isinstance(op.module, nn.Conv2d):
+            conv, shape = op.module, op.output.shape
+            assert shape is not None
+            if conv not in done:
+                old = conv.out_channels, conv.in_channels
+                _shrink_conv_(conv, reads, writes)
+                layers[op.name] = old, (len(writes), len(reads))
+            per_filter = shape[0] * shape[2] * shape[3] * conv.weight[0, 0].numel()
+            for side, (c_out, c_in) in enumerate(layers.get(op.name, ())):
+                macs[side] += per_filter * c_out * (c_in if conv.groups == 1 else 1)
+        elif op.module not in done:
+            index = torch.from_numpy(writes)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                _slice_(op.module, name, index)
+            op.module.num_features = len(writes)  # type: ignore[assignment]
+        done.add(op.module)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    gathered = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d) and one.lists}
+    table = ChannelTable(
+        {
+            domain: {name: one.lists[domain] for name, one in gathered.items()}
+            for domain in domains
+            if domain is not None
+        }
+    )
+    return PruneReport((before, after), (macs[0], macs[1]), layers, table)

@@ -1,0 +1,215 @@
+"""What each swapped layer of a network does on an example, how long it takes, and which backend does it why."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bap_kernels._load import _C
+from bap_kernels.functional import four_sided
+from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.plan.planned import PlannedNetwork
+
+__all__ = ["LayerReport", "NetworkReport", "report"]
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One call of one layer.
+
+    Attributes:
+        name: the layer's.
+        reads, writes: (kept, all) channels.
+        macs: (kept, all) multiply-adds.
+        bytes: (kept, all) bytes of the channels that are read and written and of the weight's slices.
+        seconds: median time of the layer on its input; None for a backend that cannot be timed on the host.
+        dense_seconds: of the dense convolution on the same input.
+        backend: what ran it.
+        why: how that was chosen, and why others were not.
+        limit: why it is not faster than it is; empty where it gains what its work lets it.
+    """
+
+    name: str
+    reads: tuple[int, int]
+    writes: tuple[int, int]
+    macs: tuple[int, int]
+    bytes: tuple[int, int]
+    seconds: float | None
+    dense_seconds: float | None
+    backend: str
+    why: str
+    limit: str
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """All layers, in the order in which they ran; printing it shows a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "backend", "why")]
+        for layer in self.layers:
+            faster = layer.dense_seconds / layer.seconds if layer.seconds and layer.dense_seconds else None
+            rows.append(
+                (
+                    layer.name,
+                    f"{layer.reads[0]}/{layer.reads[1]}",
+                    f"{layer.writes[0]}/{layer.writes[1]}",
+                    f"{layer.macs[0] / 1e6:.2f}",
+                    f"{layer.macs[0] / max(layer.macs[1], 1):.0%}",
+                    f"{layer.bytes[0] / 1e6:.2f}",
+                    "-" if layer.seconds is None else f"{layer.seconds * 1e3:.3f}",
+                    "-" if faster is None else f"{faster:.2f}",
+                    layer.backend,
+                    "; ".join(part for part in (layer.why, layer.limit) if part),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(9)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[9]]) for row in rows
+        ]
+        kept, whole = (sum(layer.macs[side] for layer in self.layers) for side in (0, 1))
+        lines.append(f"{len(self.layers)} layers, {kept:,} of {whole:,} MACs ({kept / max(whole, 1):.0%})")
+        return "\n".join(lines)
+
+
+def _median(run: Callable[[], Any]) -> float:
+    run()
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _why(facts: dict[str, Any]) -> tuple[str, str]:
+    """(backend, how it was chosen) from the library's own account."""
+    named = _C.get_backend()
+    reasons = [f"no {name}: {reason}" for name, reason in facts["why_not"].items() if name == "native"]
+    if named != "auto":
+        return named, "; ".join(["named by use_backend", *reasons])
+    times = {name: f"{name} {seconds:.0f}" for name, seconds in facts["candidates"].items()}
+    if facts["backend"] is None:
+        return "auto", "; ".join(["nothing to choose for an empty call", *reasons])
+    if len(times) < 2:
+        return facts["backend"], "; ".join(["the only candidate", *reasons])
+    return facts["backend"], "; ".join([f"measured in us: {', '.join(times.values())}", *reasons])
+
+
+def _limit(macs: tuple[int, int], moved: tuple[int, int], seconds: float, dense: float) -> str:
+    work, traffic = macs[0] / max(macs[1], 1), moved[0] / max(moved[1], 1)
+    if seconds <= 1.15 * work * dense:
+        return ""
+    if work == 1.0:
+        return "it keeps all of its work"
+    if traffic > 1.15 * work:
+        return f"its work falls to {work:.0%}, its bytes to {traffic:.0%} only"
+    return f"its work falls to {work:.0%}, its time to {seconds / dense:.0%}: the smaller call is less efficient"
+
+
+def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerReport:
+    lists = layer.channels
+    K_in, K_out = (all_of if kept is None else kept for kept, all_of in zip(lists.counts, _widths(layer), strict=True))
+    taps = layer.weight.shape[2] * layer.weight.shape[3]
+    pixels_in, pixels_out = x.shape[0] * x.shape[-2] * x.shape[-1], y.shape[0] * y.shape[-2] * y.shape[-1]
+    size = layer.weight.element_size()
+    macs, moved = [], []
+    for reads, writes in ((K_in, K_out), _widths(layer)):
+        per_filter = taps * (reads if layer.groups == 1 else 1)
+        macs.append(pixels_out * writes * per_filter)
+        moved.append(size * (pixels_in * reads + pixels_out * writes + writes * per_filter))
+    padding = (0, 0, 0, 0)
+    if layer.padding_mode == "zeros":
+        padding = four_sided("report", layer.padding, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
+    seconds = dense = None
+    limit = ""
+    if x.device.type == "cpu":
+        seconds = _median(lambda: layer(x))
+        dense = _median(lambda: layer._conv_forward(x, layer.weight, layer.bias))
+        limit = _limit((macs[0], macs[1]), (moved[0], moved[1]), seconds, dense)
+    facts = _C.explain(
+        x,
+        layer.weight,
+        layer.bias,
+        lists.in_index,
+        lists.out_index,
+        layer.stride,
+        padding,
+        layer.dilation,
+        layer.groups,
+    )
+    backend, why = _why(facts)
+    return LayerReport(
+        name,
+        (K_in, layer.in_channels),
+        (K_out, layer.out_channels),
+        (macs[0], macs[1]),
+        (moved[0], moved[1]),
+        seconds,
+        dense,
+        backend,
+        why,
+        limit,
+    )
+
+
+def _widths(layer: nn.Conv2d) -> tuple[int, int]:
+    return layer.in_channels, layer.out_channels
+
+
+def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> NetworkReport:
+    """Runs a network once and each of its swapped layers some times more, and says what they do.
+
+    Args:
+        model: a swapped network in eval mode, with the domain set that is to be looked at.
+        example_input: what to call it with: a tensor, or a tuple of all arguments.
+
+    Raises:
+        ValueError: if no layer was swapped, the model is in training mode, or it is a planned network, whose steps are
+            shown by printing it.
+
+    Examples:
+        >>> import torch, bap_kernels as bk
+        >>> from torch import nn
+        >>> model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).eval())
+        >>> bk.set_domain(bk.attach_(model, {"birds": {"1": bk.ChannelLists([1, 4])}}), "birds")
+        >>> [(layer.name, layer.reads, layer.macs) for layer in bk.report(model, torch.randn(1, 3, 8, 8)).layers]
+        [('0', (3, 3), (7776, 7776)), ('1', (2, 8), (288, 1152))]
+    """
+    if isinstance(model, PlannedNetwork):
+        raise ValueError(
+            "report(): expected `model` to be a network of layers, got a planned one. Hint: print(planned) shows its "
+            "steps; report its `model`."
+        )
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, GatheredConv2d)}
+    if not layers:
+        raise ValueError("report(): expected `model` to have swapped layers, got none. Hint: call swap_ first.")
+    if model.training:
+        raise ValueError("report(): expected `model` to be in eval mode, got training mode. Hint: call model.eval().")
+    seen: list[tuple[GatheredConv2d, Tensor, Tensor]] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        assert isinstance(layer, GatheredConv2d)
+        # What follows may write to it.
+        x = args[0].detach().clone(memory_format=torch.preserve_format)
+        seen.append((layer, x if x.dim() == 4 else x.unsqueeze(0), y if y.dim() == 4 else y.unsqueeze(0)))
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        return NetworkReport(tuple(_explained(layers[layer], layer, x, y) for layer, x, y in seen))

@@ -1,0 +1,259 @@
+"""A small network of PyTorch's own layers for one domain.
+
+It has the plan's layout without its fusion: every convolution keeps the listed filters and slices, every batch norm the
+stored channels, and where a tensor has several readers each takes its channels by a slice or by index_select.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.plan.example import trace_shapes
+from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.layout import Layout
+from bap_kernels.plan.liveness import Liveness
+from bap_kernels.plan.operations import Call
+
+__all__ = ["specialize"]
+
+_IN_PLACE = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A copy without the package's layers; unlisted slices are zero, for what is around them expects full width."""
+    made = copy.deepcopy(module)
+    for name, layer in list(made.named_modules()):
+        if isinstance(layer, GatheredConv2d):
+            parent, _, child = name.rpartition(".")
+            conv = _dense(layer)
+            if not name:
+                return conv
+            setattr(made.get_submodule(parent), child, conv)
+    return made
+
+
+def _dense(layer: GatheredConv2d) -> nn.Conv2d:
+    lists = layer.channels
+    weight, bias = layer.weight.detach().clone(), layer.bias
+    bias = None if bias is None else bias.detach().clone()
+    if lists.in_index is not None and layer.groups == 1:
+        unread = torch.ones(layer.in_channels, dtype=torch.bool, device=weight.device)
+        unread[lists.in_index.long()] = False
+        weight[:, unread] = 0
+    if lists.out_index is not None:
+        listed = lists.out_index.long()
+        if isinstance(layer, MaskedConv2d):
+            unwritten = torch.ones(layer.out_channels, dtype=torch.bool, device=weight.device)
+            unwritten[listed] = False
+            weight[unwritten] = 0
+            if bias is not None:
+                bias[unwritten] = 0
+        else:
+            weight, bias = weight[listed], None if bias is None else bias[listed]
+    return _conv_like(layer, weight, bias, layer.in_channels, layer.groups)
+
+
+def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int, groups: int) -> nn.Conv2d:
+    with torch.device("meta"):
+        made = nn.Conv2d(
+            reads,
+            weight.shape[0],
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            groups,
+            bias is not None,
+            conv.padding_mode,
+        )
+    made.weight = nn.Parameter(weight)
+    made.bias = None if bias is None else nn.Parameter(bias)
+    return made.eval()
+
+
+class _Specializing:
+    def __init__(self, graph: Graph, layout: Layout) -> None:
+        self.layout = layout
+        self.producer = graph.producer()
+        self.module = fx.GraphModule(nn.Module(), fx.Graph(), "Specialized")
+        self.graph = self.module.graph
+        self.node: dict[Value, Any] = {}
+        self.fetched: dict[tuple[Value, bytes], Any] = {}
+
+    def call_layer(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
+        """A step that calls a layer, under its name in the model where that is free."""
+        taken = {known for known, _ in self.module.named_modules()}
+        free, number = name, 2
+        while free in taken:
+            free, number = f"{name}_{number}", number + 1
+        self.module.add_submodule(free, layer)
+        return self.graph.call_module(free, args, kwargs)
+
+    def call(self, name: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """A step for what the traced one called."""
+        kwargs = kwargs or {}
+        if isinstance(call, Call):
+            args, kwargs, call = (*args, *call.args), {**call.kwargs, **kwargs}, call.target
+        if isinstance(call, nn.Module):
+            return self.call_layer(name, _plain(call), *args, **kwargs)
+        if isinstance(call, str):
+            return self.graph.call_method(call, args, kwargs)
+        return self.graph.call_function(call, args, kwargs)
+
+    def constant(self, tensor: Tensor) -> fx.Node:
+        name = f"_constant{len(list(self.module.named_buffers()))}"
+        self.module.register_buffer(name, tensor)
+        return self.graph.get_attr(name)
+
+    def fetch(self, value: Value, wanted: Channels) -> Any:
+        found = self.layout.fetch(value, wanted)
+        x = self.node[value]
+        if found is None:
+            return x
+        key = (value, wanted.tobytes())
+        if key not in self.fetched:
+            count, fill = len(found.positions), len(found.fill)
+            if not found.prefix:
+                x = self.graph.call_function(
+                    torch.index_select, (x, 1, self.constant(torch.from_numpy(found.positions)))
+                )
+            elif count < len(self.layout.stored[value]):
+                x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(0, count))))
+            if fill:
+                x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, fill)))
+            if found.fill.any():
+                added = torch.zeros(1, count + fill, 1, 1, dtype=value.dtype)
+                added[0, count:, 0, 0] = torch.from_numpy(found.fill).to(added.dtype)
+                x = self.graph.call_function(operator.add, (x, self.constant(added)))
+            if found.order is not None:
+                x = self.graph.call_function(torch.index_select, (x, 1, self.constant(torch.from_numpy(found.order))))
+            self.fetched[key] = x
+        return self.fetched[key]
+
+    def handed(self, part: Any) -> Any:
+        if isinstance(part, Value):
+            return self.fetch(part, np.arange(part.channels)) if part.channels is not None else self.node[part]
+        if isinstance(part, (list, tuple)):
+            return type(part)([self.handed(one) for one in part])
+        if isinstance(part, dict):
+            return {key: self.handed(one) for key, one in part.items()}
+        return part
+
+    def convert(self, op: Op) -> Any:
+        stored = self.layout.stored.get(op.output, np.arange(0))
+        if op.kind == "input":
+            return self.graph.placeholder(op.name)
+        if op.kind == "output":
+            return self.graph.output(self.handed(op.args[0]))
+        if op.kind == "opaque":
+            assert isinstance(op.call, Call)
+            if not op.inputs and op.call.args and isinstance(op.call.args[0], Tensor):
+                return self.constant(op.call.args[0].detach().clone())
+            args, kwargs = self.handed(op.args), self.handed(op.kwargs)
+            if op.mutates:
+                args = (self.graph.call_function(torch.clone, (args[0],)), *args[1:])
+            return self.call(op.name, op.call, args, kwargs)
+        if op.kind == "conv":
+            return self.conv(op, stored)
+        if op.kind == "cat":
+            chain = self.layout.chains[op]
+            pairs = zip(op.inputs, chain.stored, strict=False)
+            return self.graph.call_function(torch.cat, ([self.fetch(*pair) for pair in pairs if len(pair[1])], 1))
+        if op.kind == "pad":
+            return self.fetch(op.inputs[0], stored - op.before)
+        if op.kind == "depthwise":
+            assert isinstance(op.module, nn.Conv2d)
+            filters = torch.from_numpy(op.writes[stored])
+            bias = None if op.module.bias is None else op.module.bias.detach()[filters]
+            layer = _conv_like(op.module, op.module.weight.detach()[filters], bias, len(stored), len(stored))
+            return self.call_layer(op.name, layer, self.fetch(op.inputs[0], op.reads[stored]))
+        reads = tuple(self.fetch(value, stored) for value in op.inputs)
+        if op.kind == "norm":
+            return self.call_layer(op.name, _norm_like(op.module, stored), reads[0])
+        if op.act in _IN_PLACE and op.kind == "map":
+            alone = len(op.inputs[0].consumers) == 1 and reads[0] is self.node[op.inputs[0]]
+            if alone and self.producer[op.inputs[0]].kind in ("conv", "depthwise", "norm", "binary"):
+                return self.call_layer(op.name, _IN_PLACE[op.act](inplace=True), reads[0])
+        return self.call(op.name, op.call, reads if len(reads) > 1 or op.kind == "map" else reads * 2)
+
+    def conv(self, op: Op, stored: Channels) -> fx.Node:
+        conv, source = op.module, op.inputs[0]
+        assert isinstance(conv, nn.Conv2d)
+        constant, held = self.layout.constant[source], self.layout.stored[source]
+        # In the order in which they are stored; constants other than zero last.
+        wanted = np.zeros(len(constant), dtype=bool)
+        wanted[op.reads[~(constant[op.reads] == 0)]] = True
+        read = np.concatenate([held[wanted[held]], np.flatnonzero(wanted & ~np.isnan(constant))])
+        empty = len(read) == 0
+        read = held[:1] if empty else read
+        weight = conv.weight.detach()[torch.from_numpy(op.writes[stored])][:, torch.from_numpy(read)]
+        bias = None if conv.bias is None else conv.bias.detach()[torch.from_numpy(op.writes[stored])]
+        layer = _conv_like(conv, weight * 0 if empty else weight, bias, len(read), 1)
+        return self.call_layer(op.name, layer, self.fetch(source, read))
+
+
+def _norm_like(norm: nn.Module | None, channels: Channels) -> nn.BatchNorm2d:
+    assert isinstance(norm, nn.BatchNorm2d)
+    made = copy.copy(norm)
+    made.__dict__.update(copy.copy(norm.__dict__))
+    made._parameters, made._buffers = dict(norm._parameters), dict(norm._buffers)
+    index = torch.from_numpy(channels)
+    made.num_features = len(channels)
+    for name, parameter in norm._parameters.items():
+        if parameter is not None:
+            made._parameters[name] = nn.Parameter(parameter.detach()[index])
+    for name, buffer in norm._buffers.items():
+        if buffer is not None:
+            made._buffers[name] = buffer[index].clone() if buffer.dim() else buffer.clone()
+    return made
+
+
+def specialize(
+    model: nn.Module, domain: str | None = None, example_input: Tensor | tuple[Any, ...] | None = None
+) -> fx.GraphModule:
+    """Makes a small network of PyTorch's own layers that computes what one domain computes.
+
+    For other engines, for ``torch.export``, ONNX and ``torch.compile``. Weights are copies of the slices that are used;
+    layers keep their names. Where the plan of :func:`bap_kernels.plan` reads a tensor through a list, this network has
+    an ``index_select``.
+
+    Args:
+        model: a network in eval mode, swapped and with lists.
+        domain: whose lists; None keeps all channels.
+        example_input: what the model is called with; only shapes matter. None tries square images without computing.
+
+    Returns:
+        A ``torch.fx.GraphModule`` in eval mode.
+
+    Raises:
+        ValueError: as :func:`bap_kernels.plan`.
+
+    Examples:
+        >>> import torch, bap_kernels as bk
+        >>> from torch import nn
+        >>> model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval())
+        >>> model = bk.attach_(model, bk.ChannelTable({"birds": {"2": bk.ChannelLists([1, 4, 5])}}))
+        >>> small = bk.specialize(model, "birds")
+        >>> [tuple(p.shape) for p in small.parameters() if p.dim() == 4]
+        [(3, 3, 3, 3), (4, 3, 1, 1)]
+    """
+    graph = trace_shapes("specialize", model, example_input, domain)
+    layout = Layout(graph, Liveness(graph))
+    making = _Specializing(graph, layout)
+    with torch.no_grad():
+        for op in graph.ops:
+            live = layout.live.get(op.output)
+            if op.kind in ("input", "opaque") or live is None or live.any():
+                making.node[op.output] = making.convert(op)
+    making.graph.eliminate_dead_code()
+    making.module.delete_all_unused_submodules()
+    making.module.recompile()
+    return making.module.eval()

@@ -1,0 +1,108 @@
+"""Specialised networks equal the masked dense network, and consist of PyTorch's layers alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bap_kernels as bk
+from tests.unit.networks import LARGE, SMALL, Residual, random_network, randomise
+from tests.unit.test_plan import assert_equal, swapped
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["in", "both"])
+@pytest.mark.parametrize("network", SMALL)
+@torch.no_grad()
+def test_small_networks(network: str, both: bool) -> None:
+    for density in (1.0, 0.6, 0.2):
+        model, masked = swapped(randomise(SMALL[network]()), density, seed=3, both=both)
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        small = bk.specialize(model, "a", x)
+        assert_equal(small(x), masked(x))
+        assert not any(type(module).__module__.startswith("bap_kernels") for module in small.modules())
+        assert "bap_kernels" not in small.code
+
+
+@pytest.mark.parametrize("chunk", range(2))
+@torch.no_grad()
+def test_random_networks(chunk: int) -> None:
+    for seed in range(30 * chunk, 30 * chunk + 30):
+        model, masked = swapped(randomise(random_network(seed), seed), (0.3, 0.6, 1.0)[seed % 3], seed, seed % 2 == 1)
+        x = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
+        try:
+            assert_equal(bk.specialize(model, "a", x)(x), masked(x))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {model}") from error
+
+
+@pytest.mark.parametrize("network", LARGE)
+@torch.no_grad()
+def test_known_networks(network: str) -> None:
+    model, masked = swapped(randomise(LARGE[network]()), 0.5, 1)
+    before = copy.deepcopy(model.state_dict())
+    small = bk.specialize(model, "a")
+    x = torch.randn(2, 3, 64, 64)
+    assert_equal(small(x), masked(x))
+    parameters = [sum(p.numel() for p in one.parameters() if p.dim() == 4) for one in (small, model)]
+    assert parameters[0] < 0.65 * parameters[1]
+    small.load_state_dict({name: torch.zeros_like(value) for name, value in small.state_dict().items()})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_layers_keep_their_names() -> None:
+    model, _ = swapped(randomise(Residual()), 0.5, 0)
+    small = bk.specialize(model, "a", torch.randn(1, 3, 16, 16))
+    assert isinstance(small.get_submodule("project.0"), nn.Conv2d)
+    assert small.get_submodule("c").weight.shape == (9, 10, 3, 3)
+    assert type(small.get_submodule("na")) is nn.BatchNorm2d
+
+
+def test_export() -> None:
+    model, masked = swapped(randomise(Residual()), 0.5, 0)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        small = bk.specialize(model, "a", x)
+        program = torch.export.export(small, (x,))
+        assert_equal(program.module()(x), masked(x))
+
+
+@pytest.mark.parametrize("network", ["residual", "dense", "inverted", "resnet18"])
+def test_onnx(network: str) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, masked = swapped(randomise((SMALL | LARGE)[network]()), 0.5, 0)
+    x = torch.randn(2, 3, 32, 32)
+    small = bk.specialize(model, "a", x)
+    file = io.BytesIO()
+    torch.onnx.export(small, (x,), file, input_names=["x"], output_names=["y"], dynamo=False, opset_version=17)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(["y"], {"x": x.numpy()})
+    with torch.no_grad():
+        expected = masked(x).numpy()
+    assert np.abs(y - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+@torch.no_grad()
+def test_an_example_is_found_where_none_is_given() -> None:
+    model, masked = swapped(randomise(Residual()), 0.5, 0)
+    x = torch.randn(2, 3, 16, 16)
+    assert_equal(bk.specialize(model, "a")(x), masked(x))
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"specialize\(\): expected `model` to have convolutions, got none"):
+        bk.specialize(nn.Linear(3, 3).eval())
+    picky = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 77, 3)).eval()
+    with pytest.raises(ValueError, match=r"specialize\(\): expected `model` to take one image, got an error on every"):
+        bk.specialize(picky)
+    model, _ = swapped(randomise(Residual()), 0.5, 0)
+    with pytest.raises(ValueError, match=r"specialize\(\): expected `domain` to be one of \['a', 'b'\], got 'c'"):
+        bk.specialize(model, "c")
+    with pytest.raises(ValueError, match=r"specialize\(\): expected `model` to be in eval mode"):
+        bk.specialize(model.train(), "a")
