@@ -16,7 +16,7 @@ from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
 
-__all__ = ["attach_", "set_domain"]
+__all__ = ["attach_", "domain_names", "set_domain"]
 
 _DENSE = ChannelLists()
 
@@ -218,8 +218,8 @@ def _set_mixed(
     owning: list[tuple[dict[str, Any], dict[Any, Any], bool]],
     numbers: Tensor,
 ) -> None:
-    tables: list[dict[Any, Any]] = [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
-    domains = [domain for domain in tables[0] if all(domain in table for table in tables)]
+    tables = _tables(gathered, owning)
+    domains = _known(tables)
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
     release_(model)
@@ -239,6 +239,30 @@ def _end_mixed(model: nn.Module, layers: _Layers) -> None:
 def _refusal(
     gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]], name: object
 ) -> Exception:
-    tables: list[dict[str, Any]] = [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
-    known = [domain for domain in tables[0] if all(domain in table for table in tables)]
+    known = _known(_tables(gathered, owning))
     return ValueError(f"set_domain(): expected `name` to be one of {known}, got {name!r}.")
+
+
+def _tables(
+    gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]]
+) -> list[dict[Any, Any]]:
+    return [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
+
+
+def _known(tables: list[dict[Any, Any]]) -> list[str]:
+    return [domain for domain in tables[0] if all(domain in table for table in tables)]
+
+
+def domain_names(model: nn.Module) -> list[str]:
+    """The domains that every layer of a model knows, in the order of their numbers.
+
+    Examples:
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> from bap_kernels.nn.domains import domain_names
+        >>> domain_names(bk.nn.DomainBatchNorm2d(4, ["birds", "cars"]))
+        ['birds', 'cars']
+    """
+    layers = _layers(model)
+    tables = _tables([layer for layer in layers.gathered if layer["lists"]], layers.owning)
+    return _known(tables) if tables else []

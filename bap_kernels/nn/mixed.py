@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["MixedBatch", "Runs", "mixed_numbers", "release_", "sort_batches_"]
+__all__ = ["MixedBatch", "Runs", "joined", "mixed_numbers", "release_", "sort_batches_"]
 
 
 def mixed_numbers(numbers: Tensor, domains: Sequence[str]) -> list[int]:
@@ -95,6 +96,46 @@ class MixedBatch:
             return tensor if index is None else _taken(tensor, index.to(tensor.device))
 
         return tree_map_only(Tensor, move, values), found
+
+    def parts(self, values: Any) -> list[Any]:
+        """Sorted ``values`` cut into the runs."""
+        found = []
+        first = 0
+        for count in self.counts:
+            run = slice(first, first + count)
+
+            def cut(tensor: Tensor, run: slice = run) -> Tensor:
+                return tensor[run] if tensor.dim() > 0 and tensor.shape[0] == self.size else tensor
+
+            found.append(tree_map_only(Tensor, cut, values))
+            first += count
+        return found
+
+
+def joined(where: str, results: Sequence[Any]) -> Any:
+    """The results of several runs as one; rows that end earlier than the longest are filled up with -inf.
+
+    Raises:
+        ValueError: for results of other shapes that differ.
+    """
+    leaves, structure = zip(*(tree_flatten(result) for result in results), strict=True)
+
+    def join(parts: tuple[Any, ...]) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        widths = {part.shape[1:] for part in parts}
+        if len(widths) > 1:
+            if any(part.dim() != 2 for part in parts):
+                raise ValueError(
+                    f"{where}(): expected all domains of a mixed batch to give results of one shape, got "
+                    f"{sorted(map(tuple, widths))}."
+                )
+            most = max(part.shape[1] for part in parts)
+            # No probability and never the largest: softmax and argmax are each domain's own.
+            parts = tuple(F.pad(part, (0, most - part.shape[1]), value=-torch.inf) for part in parts)
+        return torch.cat(parts)
+
+    return tree_unflatten([join(parts) for parts in zip(*leaves, strict=True)], structure[0])
 
 
 def _taken(tensor: Tensor, index: Tensor) -> Tensor:

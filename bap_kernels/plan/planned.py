@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels.nn.domains import domain_names
+from bap_kernels.nn.mixed import MixedBatch, joined, mixed_numbers
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
@@ -49,7 +51,7 @@ class PlannedNetwork(nn.Module):
 
     Attributes:
         model: the network that was planned.
-        domain: the active domain; :func:`bap_kernels.set_domain` changes it.
+        domain: the active domain; :func:`bap_kernels.set_domain` changes it, and takes numbers for a mixed batch too.
         max_error: the largest difference from the masked dense network on the example, as a share of its largest
             number; None if it was not checked.
     """
@@ -71,6 +73,7 @@ class PlannedNetwork(nn.Module):
         self._example = example
         self._options = (check, tolerance, memory_format)
         self._programs: dict[str | None, tuple[Program, float | None]] = {}
+        self._mixed: tuple[MixedBatch, list[Program]] | None = None
         self.training = False
         self._program, self.max_error = self._made(domain)
 
@@ -100,14 +103,33 @@ class PlannedNetwork(nn.Module):
             )
         return program, share
 
-    def _switch_domain(self, name: str | None) -> None:
+    def _switch_domain(self, name: str | Tensor | None) -> None:
         """Makes another domain's plan the active one; it is made on first use and kept."""
+        if isinstance(name, Tensor):
+            domains = domain_names(self.model)
+            batch = MixedBatch(mixed_numbers(name, domains))
+            self._mixed = batch, [self._made(domains[number])[0] for number in batch.numbers]
+            return
         self._program, self.max_error = self._made(name)
         self.domain = name
+        self._mixed = None
+
+    def _run_mixed(self, inputs: tuple[Any, ...], batch: MixedBatch, programs: Sequence[Program]) -> Any:
+        inputs, found = batch.moved(inputs, batch.order)
+        if not found:
+            raise ValueError(
+                f"PlannedNetwork(): expected an input with the {batch.size} samples of the mixed batch, got none. "
+                "Hint: set_domain(planned, numbers) takes one number for each sample of the next batch."
+            )
+        results = []
+        for program, part in zip(programs, batch.parts(inputs), strict=True):
+            results.append(program.run(part))
+        return batch.moved(joined("PlannedNetwork", results), batch.back)[0]
 
     def remake(self) -> PlannedNetwork:
-        """Makes the active plan again from the model as it is now, and forgets those of the other domains."""
+        """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
         self._programs.clear()
+        self._mixed = None
         self._program, self.max_error = self._made(self.domain)
         return self
 
@@ -142,6 +164,8 @@ class PlannedNetwork(nn.Module):
                 raise ValueError(
                     f"PlannedNetwork(): expected an input of shape (N, {known.shape[1]}, H, W), got {tuple(x.shape)}."
                 )
+        if self._mixed is not None:
+            return self._run_mixed(inputs, *self._mixed)
         return self._program.run(inputs)
 
     def peak_bytes(self, *shapes: Sequence[int]) -> int:

@@ -7,7 +7,6 @@ times a mask; where it has an out-list, the result's other channels left out (`G
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from torch import Tensor, fx, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.domains import domain_names
+from bap_kernels.plan.domain_view import frozen, in_domain, lists_of
 from bap_kernels.plan.graph import Channels, Graph, Op, Value
 from bap_kernels.plan.operations import (
     Call,
@@ -28,14 +29,7 @@ from bap_kernels.plan.operations import (
     out_of_place,
 )
 
-__all__ = ["lists_of", "trace"]
-
-
-def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
-    """The lists that :func:`bap_kernels.set_domain` would activate: of the domain, or those the layer was made with."""
-    if not layer.lists:
-        return layer.channels
-    return ChannelLists() if domain is None else layer.lists[domain]
+__all__ = ["trace"]
 
 
 class _Tracer(fx.Tracer):
@@ -117,25 +111,11 @@ class _MaskedDense(fx.Interpreter):
         return result
 
 
-def frozen(module: nn.Module, domain: str | None) -> nn.Module:
-    """The module with the domain's lists for good, sharing its parameters; itself where it has no lists inside."""
-    if not any(isinstance(one, GatheredConv2d) for one in module.modules()):
-        return module
-    made = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[name] = module.__dict__[name].copy()
-    if isinstance(made, GatheredConv2d):
-        made.channels, made.lists = lists_of(made, domain), {}
-    for name, child in module._modules.items():
-        if child is not None:
-            made._modules[name] = frozen(child, domain)
-    return made
-
-
 class _Builder:
     """Turns recorded steps into operations, in order."""
 
-    def __init__(self, root: nn.Module, run: _MaskedDense, domain: str | None, expected: Any) -> None:
+    def __init__(self, root: nn.Module, run: _MaskedDense, domain: str | None, expected: Any, given: int) -> None:
+        self.given = given
         self.root = root
         self.facts = run.facts
         self.domain = domain
@@ -159,8 +139,12 @@ class _Builder:
         return list(dict.fromkeys(found))
 
     def convert(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and self.given > 0:
+            self.given -= 1
             self.add(node, kind="input", inputs=[])
+        elif node.op == "placeholder":
+            # An argument that was left out keeps its default.
+            self.add(node, kind="opaque", inputs=[], call=Call(_itself, node.args))
         elif node.op == "output":
             self.opaque(node, "output", None)
         elif node.op == "get_attr":
@@ -342,11 +326,10 @@ def _check_mode(op: str, model: nn.Module) -> None:
 
 
 def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
-    layers = [module for module in model.modules() if isinstance(module, GatheredConv2d) and module.lists]
-    if domain is None or (all(domain in layer.lists for layer in layers) and layers):
+    known = domain_names(model)
+    if domain is None or domain in known:
         return
-    known = list(layers[0].lists) if layers else []
-    hint = "" if layers else " Hint: call swap_, then attach_."
+    hint = "" if known else " Hint: call swap_, then attach_."
     raise ValueError(f"{op}(): expected `domain` to be one of {known}, got {domain!r}.{hint}")
 
 
@@ -366,7 +349,7 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
     """
     _check_mode(op, model)
     _check_domain(op, model, domain)
-    root, recorded = _record(op, model)
+    root, recorded = _record(op, in_domain(model, domain))
     run = _MaskedDense(root, recorded, domain)
     run.extra_traceback = False
     try:
@@ -377,7 +360,7 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
         raise ValueError(
             f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
         ) from error
-    builder = _Builder(root, run, domain, expected)
+    builder = _Builder(root, run, domain, expected, len(inputs))
     for node in recorded.nodes:
         builder.convert(node)
     if not unread:

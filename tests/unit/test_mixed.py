@@ -310,3 +310,22 @@ def test_flops_count_each_runs_channels() -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         op(torch.randn(5, 6, 7, 8), torch.randn(4, 6, 3, 3), None, lists, [2, 3], (1, 1), (1, 1, 1, 1), (1, 1))
     assert counter.get_total_flops() == 2 * (2 * 3 + 3 * 6) * 4 * 7 * 8 * 9
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("make", [gathered, switched, lambda: switched({"birds": 4, "cars": 7, "signs": 2})])
+def test_planned_networks_take_mixed_batches(make: Callable[[], nn.Module], layout: str) -> None:
+    model = make().eval()
+    x = lay_out(torch.randn(7, 12, 9, 8), layout)
+    with torch.no_grad():
+        expected = alone(model, x, NUMBERS)
+        planned = bk.plan(model, x[:2], "cars")
+        bk.set_domain(planned, NUMBERS)
+        y = planned(x)
+        for row, want in zip(y, expected, strict=True):
+            torch.testing.assert_close(row[: len(want)], want, rtol=1e-4, atol=1e-4)
+            assert bool((row[len(want) :] == -torch.inf).all())
+        with pytest.raises(ValueError, match="expected an input with the 7 samples"):
+            planned(x[:2])
+        bk.set_domain(planned, "signs")
+        torch.testing.assert_close(planned(x[:1])[0], expected[0], rtol=1e-4, atol=1e-4)
