@@ -5,12 +5,15 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 
 #include "cpu/choice.h"
 #include "cpu/isa.h"
 
 namespace bap_kernels {
 namespace {
+
+constexpr int64_t kRowsAtFirst = 4, kRowsPerTask = 32, kChannelsPerTask = 8;
 
 // Sign apart, a zero of either type is all bits clear.
 template <class bits_t>
@@ -33,37 +36,45 @@ bool channel_is_zero(const at::Tensor& t, int64_t channel) {
   return true;
 }
 
-// Where channels lie side by side, one pass over the pixels serves all of those still in question.
+// Where channels lie side by side: few pixels tell that most channels are not zero; if any are left, one pass over all
+// pixels collects the bits of every channel.
 template <class bits_t>
 std::vector<bool> zero_channels_of_pixels(const at::Tensor& t) {
-  constexpr bits_t kMagnitude = static_cast<bits_t>(~bits_t{0}) >> 1;
-  std::vector<int32_t> left;
-  for (int64_t c = 0; c < t.size(1); ++c) left.push_back(static_cast<int32_t>(c));
+  const int64_t channels = t.size(1), rows = t.size(0) * t.size(2);
   const auto* data = static_cast<const bits_t*>(t.const_data_ptr());
-  for (int64_t n = 0; n < t.size(0) && !left.empty(); ++n) {
-    for (int64_t h = 0; h < t.size(2) && !left.empty(); ++h) {
-      for (int64_t w = 0; w < t.size(3) && !left.empty(); ++w) {
-        const auto* pixel = data + n * t.stride(0) + h * t.stride(2) + w * t.stride(3);
-        size_t kept = 0;
-        for (const int32_t c : left) {
-          left[kept] = c;
-          kept += (pixel[c] & kMagnitude) == 0;
-        }
-        left.resize(kept);
-      }
+  std::vector<bits_t> seen(channels, 0);
+  const auto collect = [&](int64_t row, std::vector<bits_t>& bits) {
+    const auto* pixel = data + row / t.size(2) * t.stride(0) + row % t.size(2) * t.stride(2);
+    for (int64_t w = 0; w < t.size(3); ++w, pixel += t.stride(3)) {
+      for (int64_t c = 0; c < channels; ++c) bits[c] |= pixel[c];
     }
+  };
+  const auto is_zero = [](bits_t bits) { return (bits & static_cast<bits_t>(~bits_t{0}) >> 1) == 0; };
+  const auto some_zero = [&] { return std::any_of(seen.begin(), seen.end(), is_zero); };
+  int64_t row = 0;
+  for (; row < std::min(rows, kRowsAtFirst) && some_zero(); ++row) collect(row, seen);
+  if (some_zero()) {
+    std::mutex mutex;
+    at::parallel_for(row, rows, kRowsPerTask, [&](int64_t first, int64_t last) {
+      std::vector<bits_t> bits(channels, 0);
+      for (int64_t r = first; r < last; ++r) collect(r, bits);
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int64_t c = 0; c < channels; ++c) seen[c] |= bits[c];
+    });
   }
-  std::vector<bool> zero(t.size(1), false);
-  for (const int32_t c : left) zero[c] = true;
+  std::vector<bool> zero(channels);
+  std::transform(seen.begin(), seen.end(), zero.begin(), is_zero);
   return zero;
 }
 
 template <class bits_t>
 std::vector<bool> zero_channels(const at::Tensor& t) {
   if (t.stride(1) == 1 && t.size(1) > 1) return zero_channels_of_pixels<bits_t>(t);
-  std::vector<bool> zero(t.size(1));
-  for (int64_t c = 0; c < t.size(1); ++c) zero[c] = channel_is_zero<bits_t>(t, c);
-  return zero;
+  std::vector<char> zero(t.size(1));  // not bool: threads write neighbours
+  at::parallel_for(0, t.size(1), kChannelsPerTask, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) zero[c] = channel_is_zero<bits_t>(t, c);
+  });
+  return {zero.begin(), zero.end()};
 }
 
 }  // namespace

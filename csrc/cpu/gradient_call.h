@@ -43,8 +43,8 @@ inline const int32_t* list_pointer(const OptionalTensor& list) {
 // Empty if the native backward can run the call, else the reason why not.
 std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& shape);
 
-// Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. A
-// channel is left as soon as something else is found in it, so only the zeros are read to their end.
+// Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. Where
+// there are none, the first pixels tell.
 void find_live_channels(GradientCall& call);
 
 // Which input channels' gradients are wanted, and what becomes of them.
