@@ -187,7 +187,6 @@ class ChunkSink {
   }
 
   void planes(const Chunk& chunk, const std::vector<const float*>& parts, double* dots) const {
-    const auto& s = c_.shape;
     for (int64_t n = chunk.first_image; n < chunk.last_image; ++n) {
       if (dx_) {
         for (const int32_t channel : others_) clear_rows(n, channel, chunk);
@@ -200,20 +199,11 @@ class ChunkSink {
         }
         for (size_t k = 0; k < classes_.size(); ++k) {
           const Class& one = classes_[k];
-          const int64_t rows = rows_of(one, chunk), columns = one.columns.count;
-          const float* part = parts[k] + ((n - chunk.first_image) * wish_.count + i) * rows * columns;
-          const int64_t h = chunk.first_row + one.row_phase;
-          const bits_t* x = x_ + n * input_.stride(0) + channel * input_.stride(1) + h * input_.stride(2) +
-                            one.column_phase * input_.stride(3);
-          bits_t* dx = nullptr;
-          int64_t dx_h = 0, dx_w = 0;
-          if (dx_ && kept) {
-            const auto& g = wish_.grad_input;
-            dx_h = g.stride(2), dx_w = g.stride(3);
-            dx = dx_ + n * g.stride(0) + channel * g.stride(1) + h * dx_h + one.column_phase * dx_w;
-          }
-          const double sum = rows_to(part, x, dx, dx_h, dx_w, rows, columns, s.width);
+          const bool paired = pairs_with_next(k);
+          const float* odd = paired ? parts[k + 1] : nullptr;
+          const double sum = plane(chunk, n, i, channel, one, parts[k], odd, kept);
           if (wish_.dots) dots[i] += sum;
+          if (paired) ++k;
         }
       }
     }
@@ -253,19 +243,44 @@ class ChunkSink {
     }
   }
 
-  double rows_to(const float* part, const bits_t* x, bits_t* dx, int64_t dx_h, int64_t dx_w, int64_t rows,
-                 int64_t columns, int64_t width) const {
-    const int64_t x_h = input_.stride(2) * c_.stride[0], x_w = input_.stride(3) * c_.stride[1];
-    dx_h *= c_.stride[0], dx_w *= c_.stride[1];
-    if (!wish_.dots) x = nullptr;
-    if (c_.stride[0] == 1 && c_.stride[1] == 1 && (!x || x_h == width * x_w) && (!dx || dx_h == width * dx_w)) {
-      columns *= rows;
-      rows = 1;
+  // Whether the next class has the odd columns of the same rows, neighbours in memory of this one's.
+  bool pairs_with_next(size_t k) const {
+    const bool neighbours = input_.stride(3) == 1 && (!dx_ || wish_.grad_input.stride(3) == 1);
+    return c_.stride[1] == 2 && neighbours && classes_[k].column_phase == 0 && k + 1 < classes_.size() &&
+           classes_[k + 1].row_phase == classes_[k].row_phase;
+  }
+
+  // One class's pixels of one channel, those of `odd` between them: to dx, and the sum of their products with x.
+  double plane(const Chunk& chunk, int64_t n, int64_t i, int64_t channel, const Class& k, const float* part,
+               const float* odd, bool kept) const {
+    int64_t rows = rows_of(k, chunk), columns = k.columns.count;
+    const int64_t h = chunk.first_row + k.row_phase, place = (n - chunk.first_image) * wish_.count + i;
+    const int64_t odd_columns = odd ? c_.shape.width - columns : 0;
+    part += place * rows * columns;
+    if (odd) odd += place * rows * odd_columns;
+    const bits_t* x = nullptr;
+    bits_t* dx = nullptr;
+    int64_t x_h = 0, x_w = 0, dx_h = 0, dx_w = 0;
+    if (wish_.dots) {
+      x_h = input_.stride(2) * c_.stride[0], x_w = input_.stride(3) * c_.stride[1];
+      x = x_ + n * input_.stride(0) + channel * input_.stride(1) + h * input_.stride(2) +
+          k.column_phase * input_.stride(3);
     }
+    if (dx_ && kept) {
+      const auto& g = wish_.grad_input;
+      dx_h = g.stride(2) * c_.stride[0], dx_w = g.stride(3) * c_.stride[1];
+      dx = dx_ + n * g.stride(0) + channel * g.stride(1) + h * g.stride(2) + k.column_phase * g.stride(3);
+    }
+    const bool whole =
+        c_.stride[0] == 1 && c_.stride[1] == 1 && (!x || x_h == columns * x_w) && (!dx || dx_h == columns * dx_w);
+    if (whole) columns *= rows, rows = 1;
     double sum = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      sum += micro::gradient_run_avx2(part + r * columns, x ? x + r * x_h : nullptr, x_w, dx ? dx + r * dx_h : nullptr,
-                                      dx_w, columns);
+      const bits_t* x_row = x ? x + r * x_h : nullptr;
+      bits_t* dx_row = dx ? dx + r * dx_h : nullptr;
+      sum += odd ? micro::gradient_pairs_avx2(part + r * columns, odd + r * odd_columns, x_row, dx_row, columns,
+                                              odd_columns)
+                 : micro::gradient_run_avx2(part + r * columns, x_row, x_w, dx_row, dx_w, columns);
     }
     return sum;
   }

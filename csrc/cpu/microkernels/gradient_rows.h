@@ -17,4 +17,10 @@ void gradient_pixel_avx2(const float* part, const uint16_t* x, uint16_t* dx, con
 float gradient_run_avx2(const float* part, const float* x, int64_t x_step, float* dx, int64_t dx_step, int64_t n);
 float gradient_run_avx2(const float* part, const uint16_t* x, int64_t x_step, uint16_t* dx, int64_t dx_step, int64_t n);
 
+// The same for a row whose even and odd pixels come from two parts of n and n_odd = n or n - 1 pixels; neighbouring
+// pixels of x and dx are side by side.
+float gradient_pairs_avx2(const float* even, const float* odd, const float* x, float* dx, int64_t n, int64_t n_odd);
+float gradient_pairs_avx2(const float* even, const float* odd, const uint16_t* x, uint16_t* dx, int64_t n,
+                          int64_t n_odd);
+
 }  // namespace bap_kernels::micro

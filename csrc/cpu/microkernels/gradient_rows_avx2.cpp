@@ -1,6 +1,8 @@
 // AVX2: stores and sums of computed input gradients.
 #include "cpu/microkernels/gradient_rows.h"
 
+#include <immintrin.h>
+
 namespace bap_kernels::micro {
 namespace {
 
@@ -63,6 +65,30 @@ float run(const float* __restrict part, const T* __restrict x, int64_t x_step, T
   return total + sums[0];
 }
 
+template <class T>
+float pairs(const float* even, const float* odd, const T* x, T* dx, int64_t n, int64_t n_odd) {
+  constexpr int64_t kMost = 64;
+  float total = 0.f;
+  for (int64_t first = 0; first < n; first += kMost) {
+    const int64_t count = n - first < kMost ? n - first : kMost;
+    const int64_t odd_count = n_odd - first < count ? n_odd - first : count;
+    float row[2 * kMost];
+    int64_t i = 0;
+    for (; i + 8 <= odd_count; i += 8) {
+      const __m256 a = _mm256_loadu_ps(even + first + i), b = _mm256_loadu_ps(odd + first + i);
+      const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+      _mm256_storeu_ps(row + 2 * i, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(row + 2 * i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
+    for (; i < count; ++i) {
+      row[2 * i] = even[first + i];
+      if (i < odd_count) row[2 * i + 1] = odd[first + i];
+    }
+    total += run(row, x ? x + 2 * first : nullptr, 1, dx ? dx + 2 * first : nullptr, 1, count + odd_count);
+  }
+  return total;
+}
+
 }  // namespace
 
 void gradient_pixel_avx2(const float* part, const float* x, float* dx, const uint32_t* keep, float* dots, int64_t n) {
@@ -81,6 +107,15 @@ float gradient_run_avx2(const float* part, const float* x, int64_t x_step, float
 float gradient_run_avx2(const float* part, const uint16_t* x, int64_t x_step, uint16_t* dx, int64_t dx_step,
                         int64_t n) {
   return run(part, x, x_step, dx, dx_step, n);
+}
+
+float gradient_pairs_avx2(const float* even, const float* odd, const float* x, float* dx, int64_t n, int64_t n_odd) {
+  return pairs(even, odd, x, dx, n, n_odd);
+}
+
+float gradient_pairs_avx2(const float* even, const float* odd, const uint16_t* x, uint16_t* dx, int64_t n,
+                          int64_t n_odd) {
+  return pairs(even, odd, x, dx, n, n_odd);
 }
 
 }  // namespace bap_kernels::micro
