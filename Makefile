@@ -27,13 +27,16 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench test test-isa setup lint format build sanitize clean check
+.PHONY: help bench bench-training test test-isa setup lint format build sanitize clean check
 
 help: ## Show the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write its report to benches/out
 	$(BIN)/python -m benches.study --out $(BENCH_OUT) $(ARGS)
+
+bench-training: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the study of training, write its report to benches/out/training
+	$(BIN)/python -m benches.training --out $(BENCH_OUT)/training $(ARGS)
 
 test: setup ## Set up and run all tests
 	$(BIN)/python -m pytest $(ARGS)
