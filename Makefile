@@ -12,6 +12,7 @@ PIP_ARGS ?=
 ARGS ?=
 ISA ?= avx2
 BENCH_OUT ?= benches/out
+DEMO_OUT ?= demo/out
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -27,13 +28,16 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench test test-isa setup lint format build sanitize clean check
+.PHONY: help bench demo test test-isa setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write its report to benches/out
 	$(BIN)/python -m benches.study --out $(BENCH_OUT) $(ARGS)
+
+demo: setup ## Set up, train, prune and evaluate on the embedded suite, report to demo/out
+	$(BIN)/python -m bap.cli demo --out $(DEMO_OUT) $(ARGS)
 
 test: setup ## Set up and run all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap.config import Config
@@ -25,6 +25,8 @@ from bap.network import switched_network
 __all__ = ["domains_of", "load_checkpoint", "save_checkpoint", "save_domain"]
 
 _FORMAT = 1
+# Beside a pruned weight: which of its filters and input slices are there.
+_ROWS, _COLUMNS = ".kept_filters", ".kept_slices"
 
 
 def _own_state(model: nn.Module, domain: str) -> dict[str, Any]:
@@ -67,7 +69,11 @@ def save_domain(path: str | Path, model: nn.Module, domain: str, facts: Mapping[
 
 
 def save_checkpoint(
-    path: str | Path, model: nn.Module, config: Config, domains: Mapping[str, Mapping[str, Any]]
+    path: str | Path,
+    model: nn.Module,
+    config: Config,
+    domains: Mapping[str, Mapping[str, Any]],
+    kept: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes a network with its domains.
 
@@ -76,6 +82,8 @@ def save_checkpoint(
         model: as :func:`bap.network.switched_network` makes it.
         config: the settings it was made with.
         domains: {domain: facts for its domain_config.json}.
+        kept: {convolution: filters that are left} and {convolution: input slices that are left}, bool, as
+            :func:`bap.prune.prune_` found them: only these weights are written.
 
     Raises:
         FileError: if a file cannot be written.
@@ -83,9 +91,31 @@ def save_checkpoint(
     path = Path(path)
     for name, facts in domains.items():
         save_domain(path, model, name, facts)
-    write_tensors(path / "model.safetensors", _shared_state(model), {"format": _FORMAT})
+    shared = _shared_state(model)
+    if kept is not None:
+        for name in kept[0]:
+            conv = model.get_submodule(name)
+            rows, columns = kept[0][name].cpu(), kept[1][name].cpu()
+            if isinstance(conv, nn.Conv2d) and conv.groups == 1:
+                weight = shared[f"{name}.weight"].detach().cpu()
+                shared[f"{name}.weight"] = weight[rows][:, columns]
+                shared[f"{name}{_ROWS}"], shared[f"{name}{_COLUMNS}"] = rows, columns
+    write_tensors(path / "model.safetensors", shared, {"format": _FORMAT})
     # Last: a folder without it is no checkpoint.
     write_json(path / "config.json", {"format": _FORMAT, "config": config.as_dict()})
+
+
+def _widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pruned weights at full size, zeros where they were dropped."""
+    made = {key: value for key, value in state.items() if not key.endswith((_ROWS, _COLUMNS))}
+    for key in state:
+        if key.endswith(_ROWS):
+            name = key.removesuffix(_ROWS)
+            rows, columns, weight = state[key], state[f"{name}{_COLUMNS}"], state[f"{name}.weight"]
+            full = weight.new_zeros(len(rows), len(columns), *weight.shape[2:])
+            full[rows.nonzero(), columns.nonzero().T] = weight
+            made[f"{name}.weight"] = full
+    return made
 
 
 def domains_of(path: str | Path) -> list[str]:
@@ -137,7 +167,7 @@ def load_checkpoint(
     if not names:
         raise FileError(f"load_checkpoint(): expected {path} to have domains, got none.")
     model = switched_network(config, {name: len(facts[name]["classes"]) for name in names})
-    state, _ = read_tensors(path / "model.safetensors")
+    state = _widened(read_tensors(path / "model.safetensors")[0])
     for name in names:
         own, _ = read_tensors(_folder(path, name) / "domain.safetensors")
         state.update(own)
@@ -145,7 +175,9 @@ def load_checkpoint(
     wrong = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
     wrong += [key for key in state if key not in expected]
     if wrong:
-        raise FileError(f"load_checkpoint(): expected {path} to fit {config.model!r}, got one that differs in {wrong[:3]}.")
+        raise FileError(
+            f"load_checkpoint(): expected {path} to fit {config.model!r}, got one that differs in {wrong[:3]}."
+        )
     model.load_state_dict(state)
     bk.set_domain(model.eval(), names[0])
     return model, config, facts

@@ -25,7 +25,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "amp": (None, "bf16", "fp16"),
     "evaluate_on": ("val", "test"),
 }
-_POSITIVE = ("images", "epochs", "batch", "accumulate", "temperature", "multiplier_rate", "sharing_rate", "pretrain_epochs")
+_POSITIVE = (
+    "images",
+    "epochs",
+    "batch",
+    "accumulate",
+    "temperature",
+    "multiplier_rate",
+    "sharing_rate",
+    "pretrain_epochs",
+)
 
 
 @dataclass
@@ -139,7 +148,9 @@ class Config:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"Config(): expected `{name}` to be one of {list(allowed)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"Config(): expected `{name}` to be one of {list(allowed)}, got {getattr(self, name)!r}."
+                )
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Config(): expected `{name}` to be positive, got {getattr(self, name)}.")
@@ -147,9 +158,13 @@ class Config:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"Config(): expected `{name}` to be in (0, 1], got {getattr(self, name)}.")
         if self.accumulate > self.batch:
-            raise ValueError(f"Config(): expected `accumulate` to be at most `batch`, got {self.accumulate} > {self.batch}.")
+            raise ValueError(
+                f"Config(): expected `accumulate` to be at most `batch`, got {self.accumulate} > {self.batch}."
+            )
         if self.data != "embedded" and self.root is None:
-            raise ValueError(f"Config(): expected `root`, the folder of {self.data!r}, got None. Hint: --set root=FOLDER")
+            raise ValueError(
+                f"Config(): expected `root`, the folder of {self.data!r}, got None. Hint: --set root=FOLDER"
+            )
         if self.budget_ms is not None and self.measure != "time":
             raise ValueError(f"Config(): expected `measure` to be 'time' for `budget_ms`, got {self.measure!r}.")
 
@@ -169,9 +184,7 @@ def _converted(name: str, value: Any, kind: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif kind.startswith("bool") and isinstance(value, bool):
+    elif (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)) or (kind.startswith("bool") and isinstance(value, bool)):
         return value
     elif kind.startswith("str") and isinstance(value, (str, int, float)):
         return str(value)

@@ -166,7 +166,9 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
         kept = int(rows.sum())
         weights += kept * one.taps * (int(columns.sum()) if one.groups == 1 else 1) + kept * bias
     # Batch norm is kept where any domain needs the channel: the domains' tensors have one shape.
-    norms = {layer: torch.stack([live[name].norms[layer] for name in live]).any(0) for layer in live[bank.domains[0]].norms}
+    norms = {
+        layer: torch.stack([live[name].norms[layer] for name in live]).any(0) for layer in live[bank.domains[0]].norms
+    }
     own_norm = {layer: isinstance(model.get_submodule(layer), DomainBatchNorm2d) for layer in norms}
     norm_width = {layer: int(kept.sum()) if prune else kept.numel() for layer, kept in norms.items()}
     weights += sum(4 * width for layer, width in norm_width.items() if not own_norm[layer])

@@ -119,13 +119,13 @@ def predict(model: nn.Module, domain: Domain, split: str = "test", batch: int = 
     held: Any = domain.splits[split]
     ids, categories = getattr(held, "image_ids", None), getattr(held, "category_ids", None)
     if ids is None or categories is None:
-        raise ValueError(f"predict(): expected {domain.name!r} to be in the decathlon's format, got {split!r} without ids.")
+        raise ValueError(
+            f"predict(): expected {domain.name!r} to be in the decathlon's format, got {split!r} without ids."
+        )
     bk.set_domain(model, domain.name)
     device = next(model.parameters()).device
     answers: list[int] = []
     with evaluating(model):
         for x, _ in domain.batches(split, batch):
             answers += model(x.to(device)).argmax(1).tolist()
-    return [
-        {"image_id": image, "category_id": categories[answer]} for image, answer in zip(ids, answers, strict=True)
-    ]
+    return [{"image_id": image, "category_id": categories[answer]} for image, answer in zip(ids, answers, strict=True)]

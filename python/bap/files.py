@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-import torch
 from torch import Tensor
 
 __all__ = ["FileError", "read_json", "read_tensors", "remove_leftovers", "write_bytes", "write_json", "write_tensors"]

@@ -92,7 +92,9 @@ def find_live(model: nn.Module, example: Tensor, domain: str) -> Liveness:
 
         return hook
 
-    inside = {m for layer in positive.modules() if isinstance(layer, DomainBatchNorm2d) for m in layer.domains.modules()}
+    inside = {
+        m for layer in positive.modules() if isinstance(layer, DomainBatchNorm2d) for m in layer.domains.modules()
+    }
     convs, norms = [], []
     for name, module in positive.named_modules():
         if isinstance(module, nn.Conv2d):

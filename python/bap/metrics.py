@@ -39,9 +39,7 @@ SKETCH_BASELINE = {
 }
 
 
-def domain_scores(
-    accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0
-) -> dict[str, float]:
+def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0) -> dict[str, float]:
     """The summand of S of each domain.
 
     Args:

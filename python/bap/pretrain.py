@@ -34,9 +34,7 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     model = plain_network(config, len(domain.classes)).to(device).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.pretrain_lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), config.pretrain_lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for epoch in range(config.pretrain_epochs):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -50,7 +48,9 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
             total, steps = total + float(loss.detach()), steps + 1
         if progress:
             seconds = time.perf_counter() - started
-            print(f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  loss {total / steps:.3f}  {seconds:.1f} s")
+            print(
+                f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  loss {total / steps:.3f}  {seconds:.1f} s"
+            )
     model.eval()
     if path is not None:
         write_tensors(path, model.state_dict(), {"source": domain.name, "config": config.as_dict()})

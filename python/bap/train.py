@@ -67,6 +67,9 @@ class Trainer:
         resume: go on from the folder's state, if there is one.
         progress: as in :class:`bap.journal.Journal`.
         milliseconds: for the measure ``time``, see :func:`bap.timing.measure_layers`.
+        fixed_milliseconds: what the layers take without channels, for ``budget_ms``.
+        model: a network to go on with, which may have further domains: these stay as they are, and the sharing loss
+            sees them. None makes a new one.
 
     Attributes:
         model: the network.
@@ -90,6 +93,7 @@ class Trainer:
         progress: bool | None = None,
         milliseconds: Mapping[str, float] | None = None,
         fixed_milliseconds: float = 0.0,
+        model: nn.Module | None = None,
     ) -> None:
         self.config = config
         self.domains = dict(domains)
@@ -97,7 +101,8 @@ class Trainer:
         self.processes = Processes(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model = switched_network(config, {name: len(one.classes) for name, one in self.domains.items()})
+        classes = {name: len(one.classes) for name, one in self.domains.items()}
+        self.model = switched_network(config, classes) if model is None else model
         self.model.to(self.processes.device)
         self.bank = SwitchBank(self.model)
         self.size = next(iter(self.domains.values())).size
@@ -141,7 +146,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if name not in own:
                 parameter.requires_grad_(self.config.train_backbone)
-        for name in self.dense:
+        for name in self.dense | (set(self.bank.domains) - set(self.domains)):
             self._freeze(name)
 
     def _freeze(self, domain: str) -> None:
@@ -287,8 +292,8 @@ class Trainer:
         used = share(switches, self._weights)
         multiplier = self.multipliers[name]
         total = multiplier.loss(used)
-        if config.sharing is not None and len(self.multipliers) > 1:
-            others = [one for one in self.multipliers if one != name]
+        others = [one for one in self.bank.domains if one != name and one not in self.dense]
+        if config.sharing is not None and others:
             if config.relaxed:
                 rows = [self._relaxed(name), *(self._relaxed(one).detach() for one in others)]
             else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,17 @@ TINY: dict[str, Any] = {
     "threads": 1,
     "backend": "aten",
 }
+
+
+@pytest.fixture(scope="session")
+def settings() -> dict[str, Any]:
+    return TINY
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a folder, so that a test can change it."""
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
 @pytest.fixture

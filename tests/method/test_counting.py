@@ -111,7 +111,10 @@ def test_counts(kind: str) -> None:
     assert all(one.weights <= cost.weights for one in cost.domains.values())
     plain = count(model, x, prune=False)
     assert plain.weights == sum(
-        p.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d) for p in (layer.weight, layer.bias)
+        p.numel()
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+        for p in (layer.weight, layer.bias)
         if p is not None
     )
     switches = sum(SwitchBank(model).sizes)

@@ -46,9 +46,7 @@ def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
     ],
     ids=["plain", "batch-union", "backbone", "jaccard-bf16"],
 )
-def test_two_and_two_epochs_are_four(
-    tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict
-) -> None:
+def test_two_and_two_epochs_are_four(tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict) -> None:
     config = dataclasses.replace(tiny, **changes)
     whole = Trainer(config, suite, tmp_path / "whole")
     start = _state(whole)
@@ -252,9 +250,7 @@ def test_a_full_disk_is_a_clear_error(tiny: Config, suite: dict[str, Domain], tm
 
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "header", "empty"])
-def test_a_damaged_state_is_a_clear_error(
-    tiny: Config, suite: dict[str, Domain], tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_state_is_a_clear_error(tiny: Config, suite: dict[str, Domain], tmp_path: Path, damage: str) -> None:
     Trainer(tiny, suite, tmp_path).fit(until=1)
     data = bytearray((tmp_path / STATE).read_bytes())
     if damage == "short":

@@ -74,7 +74,9 @@ def _split(
     problems = []
     for one in read.get("annotations", []):
         if one["category_id"] not in categories:
-            problems.append(f"{path.name}: image {one['image_id']} has category {one['category_id']}, which is not listed")
+            problems.append(
+                f"{path.name}: image {one['image_id']} has category {one['category_id']}, which is not listed"
+            )
         elif labels.setdefault(one["image_id"], categories[one["category_id"]]) != categories[one["category_id"]]:
             problems.append(f"{path.name}: image {one['image_id']} has two categories")
     ids = [one["id"] for one in read["images"]]
@@ -112,9 +114,11 @@ def load_decathlon(
         DataError: if files are missing or broken, ids or labels do not fit, or numbers differ; problems are named.
     """
     root = Path(root)
-    names = list(domains) if domains is not None else [
-        name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()
-    ]
+    names = (
+        list(domains)
+        if domains is not None
+        else [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
+    )
     if not names:
         raise DataError(f"load_decathlon(): expected annotations of the decathlon in {root / 'annotations'}, got none.")
     made = {}

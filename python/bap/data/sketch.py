@@ -76,7 +76,9 @@ def load_sketch(
         train, test = root / name / "train", root / name / "test"
         for folder in (train, test):
             if not folder.is_dir():
-                raise DataError(f"load_sketch(): expected the folder {folder}, got none. Hint: nothing is fetched here.")
+                raise DataError(
+                    f"load_sketch(): expected the folder {folder}, got none. Hint: nothing is fetched here."
+                )
         classes = sorted(one.name for one in train.iterdir() if one.is_dir())
         others = sorted(one.name for one in test.iterdir() if one.is_dir() and one.name not in classes)
         if others:

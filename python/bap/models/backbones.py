@@ -39,7 +39,9 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
         try:
             import torchvision
         except ImportError as error:
-            raise ImportError(f"build(): expected torchvision for {name!r}, got {error}. Hint: pip install torchvision") from None
+            raise ImportError(
+                f"build(): expected torchvision for {name!r}, got {error}. Hint: pip install torchvision"
+            ) from None
         return getattr(torchvision.models, name)(weights=None, num_classes=num_classes)
 
     return make
@@ -114,18 +116,20 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}") from None
+        raise ValueError(
+            f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}"
+        ) from None
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     own = model.state_dict()
     left_out = [
-        key
-        for key in own
-        if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
+        key for key in own if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
     ]
     state = {key: value for key, value in state.items() if key not in left_out}
-    missing = [key for key in own if key not in state and key not in left_out and not key.endswith("num_batches_tracked")]
+    missing = [
+        key for key in own if key not in state and key not in left_out and not key.endswith("num_batches_tracked")
+    ]
     strange = [key for key in state if key not in own or state[key].shape != own[key].shape]
     if missing or strange:
         raise ValueError(

@@ -67,7 +67,9 @@ def draw_shape(random: np.random.Generator, label: int) -> np.ndarray:
     if filling:
         other = np.clip(colour + random.choice([-1, 1]) * random.uniform(0.25, 0.5, 3), 0, 1)
         rate = random.uniform(7, 10)
-        wave = np.sin(rate * x + random.uniform(0, 6)) * (np.sin(rate * y + random.uniform(0, 6)) if filling == 2 else 1)
+        wave = np.sin(rate * x + random.uniform(0, 6)) * (
+            np.sin(rate * y + random.uniform(0, 6)) if filling == 2 else 1
+        )
         fill = painted(fill, other, cover(-wave, 0.3))
     # Something else in the background.
     u, v = coordinates(random, np.pi, (0.1, 0.3), 0.9)
