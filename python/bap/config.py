@@ -184,7 +184,9 @@ def _converted(name: str, value: Any, kind: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)) or (kind.startswith("bool") and isinstance(value, bool)):
+    elif (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)) or (
+        kind.startswith("bool") and isinstance(value, bool)
+    ):
         return value
     elif kind.startswith("str") and isinstance(value, (str, int, float)):
         return str(value)

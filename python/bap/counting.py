@@ -64,7 +64,9 @@ def backbone_params(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             total += module.weight.numel() + (0 if module.bias is None else module.bias.numel())
         elif isinstance(module, DomainBatchNorm2d):
-            total += 4 * next(iter(module.domains.values())).num_features
+            norm = next(iter(module.domains.values()))
+            assert isinstance(norm, nn.BatchNorm2d)
+            total += 4 * norm.num_features
         elif isinstance(module, nn.BatchNorm2d) and module not in inside:
             total += 4 * module.num_features
     return total
@@ -176,10 +178,10 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     for name in bank.domains:
         macs = exact = needed = switches = 0
         for layer, one in facts.items():
-            columns = int(reads(name, layer).sum())
-            rows = int(live[name].filters[layer].sum())
-            macs += columns * one.macs_per_channel
-            each = rows * one.taps * (columns if one.groups == 1 else 1)
+            read = int(reads(name, layer).sum())
+            written = int(live[name].filters[layer].sum())
+            macs += read * one.macs_per_channel
+            each = written * one.taps * (read if one.groups == 1 else 1)
             exact += each * one.positions
             needed += each
             if layer in on[name]:

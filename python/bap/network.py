@@ -83,6 +83,7 @@ def switched_network(config: Config, classes: Mapping[str, int], **options: Any)
     assert isinstance(head, bk.nn.DomainLinear)
     for name, module in head.domains.items():
         # Other domains with as many classes by accident must not start from the source's answers.
+        assert isinstance(module, nn.Linear)
         if name != source and module.weight.shape == plain_head["weight"].shape:
             module.reset_parameters()
     return model

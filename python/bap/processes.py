@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -45,6 +46,10 @@ class Processes:
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, or :class:`bap_kernels.nn.DomainParallel` of it where there are several processes."""
         return DomainParallel(model) if self.world > 1 else model
+
+    def no_sync(self, run: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Keeps gradients apart in all but the last part of a batch."""
+        return run.no_sync() if isinstance(run, DomainParallel) else contextlib.nullcontext()
 
     def average_statistics(self, run: nn.Module, domain: str) -> None:
         """Averages running statistics of a domain over the processes."""

@@ -152,7 +152,7 @@ def prune_(
         if not change <= tolerance:
             for conv, (weight, bias) in saved.items():
                 conv.weight.copy_(weight)
-                if bias is not None:
+                if conv.bias is not None and bias is not None:
                     conv.bias.copy_(bias)
             raise PruneError(
                 f"prune_(): expected the outputs of every domain to stay within {tolerance:g}, got {change:.3g} for "

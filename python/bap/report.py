@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bap.checkpoint import load_checkpoint
 from bap.facts import SwitchBank
@@ -45,9 +46,9 @@ def plot_kept(checkpoint: str | Path, path: str | Path) -> Path:
     """
     model, _, _ = load_checkpoint(checkpoint)
     bank = SwitchBank(model)
-    masks = bank.masks().numpy()
+    masks = bank.masks()
     pyplot = _pyplot()
-    order = np.vstack([masks, masks.any(0)[None], masks.all(0)[None]]).astype(float)
+    order = torch.cat([masks, masks.any(0, keepdim=True), masks.all(0, keepdim=True)]).float().numpy()
     labels = [*bank.domains, "union", "intersection"]
     figure, axes = pyplot.subplots(figsize=(14, 0.45 * len(labels) + 1.2))
     axes.imshow(order, aspect="auto", cmap="Greens", interpolation="nearest", vmin=0, vmax=1.3)

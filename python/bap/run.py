@@ -28,7 +28,7 @@ __all__ = ["baseline_of", "results_of", "train_run"]
 
 
 def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, float]:
-    """Accuracies in per cent that scores are relative to: of a file, or the published ones; none for the embedded suite.
+    """Accuracies in per cent that scores are relative to: of a file, or published ones; none for the embedded suite.
 
     Raises:
         FileError: if the file does not hold {domain: accuracy}.

@@ -1,4 +1,4 @@
-"""The table over budgets, sharing losses and seeds on one suite, run by run, so that it can be stopped and gone on with."""
+"""The table over budgets, sharing losses and seeds of one suite; stopped, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -88,6 +88,13 @@ def study(
     return folder / "study.md"
 
 
+def _shown(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "–"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
 def study_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of means, and ± the standard deviation over the seeds where there are several."""
     cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
@@ -110,18 +117,12 @@ def study_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (beta, sharing), found in sorted(cells.items(), key=lambda item: -item[0][0]):
-
-        def show(pick: Callable[[dict[str, Any]], float], digits: int, found: list[dict[str, Any]] = found) -> str:
-            values = [pick(one) for one in found]
-            text = f"{statistics.fmean(values):.{digits}f}"
-            return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
         line = [f"{beta:g}", sharing, str(len(found))]
-        line += [show(lambda one, name=name: one["accuracy"][name], 1) for name in names]
-        line.append(show(lambda one: one["mean_accuracy"], 1))
-        line.append(show(lambda one: one["scores"]["S"], 0) if all("scores" in one for one in found) else "–")
-        line += [show(lambda one, key=key: one["cost"][key], 3) for key in ("flop", "exact_flop", "params")]
-        line += [show(lambda one, key=key: one[key], 3) for key in ("union", "intersection")]
-        line.append(show(lambda one: sum(one["projected_off"].values()), 0))
+        line += [_shown([one["accuracy"][name] for one in found], 1) for name in names]
+        line.append(_shown([one["mean_accuracy"] for one in found], 1))
+        line.append(_shown([one["scores"]["S"] for one in found if "scores" in one], 0))
+        line += [_shown([one["cost"][key] for one in found], 3) for key in ("flop", "exact_flop", "params")]
+        line += [_shown([one[key] for one in found], 3) for key in ("union", "intersection")]
+        line.append(_shown([sum(one["projected_off"].values()) for one in found], 0))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ costs. The fit is of medians, for k of 1/4, 1/2, 3/4 and all channels.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -68,10 +69,7 @@ def measure_layers(model: nn.Module, example: Tensor, rounds: int = 9, backend: 
     """
     inputs: dict[str, Tensor] = {}
     layers = dict(switched_layers(model))
-    handles = [
-        layer.register_forward_hook(partial(_keep, inputs, name))
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_hook(partial(_keep, inputs, name)) for name, layer in layers.items()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -86,16 +84,14 @@ def measure_layers(model: nn.Module, example: Tensor, rounds: int = 9, backend: 
     per_channel, fixed = {}, 0.0
     for name, x in inputs.items():
         layer = layers[name]
-        gathered = bk.nn.GatheredConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, layer.bias is not None, device=x.device, dtype=layer.weight.dtype,
-        ).eval()  # fmt: skip
+        # The layer itself, as inference has it, with lists of this measurement's own.
+        gathered = copy.deepcopy(layer).to_gathered().eval()
         width = layer.in_channels
         widths = sorted({max(1, width * part // 4) for part in (1, 2, 3, 4)})
         times = []
         for kept in widths:
             index = [round(one) for one in np.linspace(0, width - 1, kept)]
-            lists = bk.ChannelLists(sorted(set(index)), sorted(set(index)) if layer.groups > 1 else None)
+            lists = bk.ChannelLists(sorted(set(index)))
             gathered.attach({"measured": lists})
             gathered.set_domain("measured")
             if backend is None:

@@ -150,8 +150,8 @@ class Trainer:
             self._freeze(name)
 
     def _freeze(self, domain: str) -> None:
-        for _, layer in self.bank.layers:
-            layer.domains[domain].score.requires_grad_(False)
+        for switch in self.bank.of(domain):
+            switch.score.requires_grad_(False)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
@@ -265,8 +265,7 @@ class Trainer:
         parts = list(zip(x.to(device).chunk(config.accumulate), y.to(device).chunk(config.accumulate), strict=True))
         for number, (images, labels) in enumerate(parts):
             last = number == len(parts) - 1
-            no_sync = contextlib.nullcontext() if last or not hasattr(self.run, "no_sync") else self.run.no_sync()
-            with no_sync:
+            with contextlib.nullcontext() if last else self.processes.no_sync(self.run):
                 with self._autocast():
                     logits = self.run(images)
                 loss = F.cross_entropy(logits.float(), labels)

@@ -136,7 +136,10 @@ def test_augmentation_moves_and_flips() -> None:
         (lambda: embedded_suite(images=10), "`images` to be at least 100, got 10"),
         (lambda: Arrays(torch.zeros(2, 3, 8, 8), None), r"uint8, got \(2, 3, 8, 8\), torch.float32"),
         (lambda: Arrays(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3)), r"to be \(2,\), int64, got"),
-        (lambda: embedded_suite(["digits"], 100)["digits"].batches("dev", 2), "`split` of 'digits' to be one of .*'dev'"),
+        (
+            lambda: embedded_suite(["digits"], 100)["digits"].batches("dev", 2),
+            "`split` of 'digits' to be one of .*'dev'",
+        ),
     ],
 )
 def test_errors(call, message: str) -> None:

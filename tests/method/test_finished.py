@@ -33,7 +33,9 @@ import bap_kernels as bk
 def finished(tmp_path_factory: pytest.TempPathFactory, settings: dict) -> Path:
     """A finished run; tests that write take a copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    config = Config(**{**settings, "epochs": 6, "sharing": "union", "relaxed": True, "sharing_weight": 4.0, "settle": 0.7})
+    config = Config(
+        **{**settings, "epochs": 6, "sharing": "union", "relaxed": True, "sharing_weight": 4.0, "settle": 0.7}
+    )
     train_run(config, folder, baseline={"shapes": 60.0, "digits": 60.0, "glyphs": 60.0})
     return folder
 
@@ -53,9 +55,13 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert set(_codes(finished / "checkpoint")) == {
         "config.json",
         "model.safetensors",
-        *(f"domains/{name}/{file}" for name in results["accuracy"] for file in ("domain.safetensors", "domain_config.json")),
+        *(
+            f"domains/{name}/{file}"
+            for name in results["accuracy"]
+            for file in ("domain.safetensors", "domain_config.json")
+        ),
     }
-    with pytest.raises(ValueError, match="to have no run, got one. Hint: --resume"):
+    with pytest.raises(ValueError, match=r"to have no run, got one. Hint: --resume"):
         train_run(load_config(finished / "config.yaml"), finished)
 
 
@@ -86,7 +92,7 @@ def test_damaged_checkpoints_are_refused(finished: Path, copy_of, file: str) -> 
     with pytest.raises(FileError, match="got a damaged file"):
         load_checkpoint(folder, ["glyphs"])
     (folder / "config.json").unlink()
-    with pytest.raises(FileError, match="config.json to be a JSON file"):
+    with pytest.raises(FileError, match=r"config.json to be a JSON file"):
         load_checkpoint(folder)
 
 
@@ -136,7 +142,7 @@ def test_pruning_what_is_used_is_found_out(tiny: Config, monkeypatch: pytest.Mon
         return {"layer3.0.conv1": rows.index_fill(0, torch.tensor([0]), False)}, {"layer3.0.conv1": torch.ones(8) > 0}
 
     monkeypatch.setattr("bap.prune.kept_of", wrong)
-    with pytest.raises(PruneError, match="to stay within 1e-05, got .* for 'a'; nothing was changed"):
+    with pytest.raises(PruneError, match=r"to stay within 1e-05, got .* for 'a'; nothing was changed"):
         prune_(model, torch.zeros(1, 3, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -224,7 +230,9 @@ def test_train_command_with_a_file_and_overrides(tiny: Config, tmp_path: Path) -
     path.write_text(yaml.safe_dump({**tiny.as_dict(), "epochs": 1, "domains": ["digits", "signs"]}))
     weights = _run("pretrain", "-c", str(path), "-o", str(tmp_path / "source"), "-s", "pretrain_epochs=1")
     assert weights["source"] == "digits"
-    made = _run("train", "-c", str(path), "-o", str(tmp_path / "run"), "-s", "beta=0.25", "-s", f"weights={weights['weights']}")
+    made = _run(
+        "train", "-c", str(path), "-o", str(tmp_path / "run"), "-s", "beta=0.25", "-s", f"weights={weights['weights']}"
+    )
     assert made["beta"] == 0.25
     resolved = load_config(tmp_path / "run" / "config.yaml")
     assert (resolved.beta, resolved.weights, resolved.epochs) == (0.25, weights["weights"], 1)
@@ -235,7 +243,10 @@ def test_train_command_with_a_file_and_overrides(tiny: Config, tmp_path: Path) -
     [
         (["train", "-o", "{}", "-s", "beta=2"], r"bap: Config(): expected `beta` to be in (0, 1], got 2.0."),
         (["train", "-o", "{}", "-s", "betta=1"], "bap: load_config(): expected settings among"),
-        (["train", "-o", "{}", "-s", "epochs"], "bap: load_config(): expected overrides like name=value, got 'epochs'."),
+        (
+            ["train", "-o", "{}", "-s", "epochs"],
+            "bap: load_config(): expected overrides like name=value, got 'epochs'.",
+        ),
         (["train", "-o", "{}", "-s", "epochs=x"], "bap: load_config(): expected `epochs` to be int, got 'x'."),
         (["train", "-o", "{}", "-c", "{}/no.yaml"], "bap: load_config(): expected `path` to be a YAML file"),
         (["train", "-o", "{}", "-s", "data=decathlon"], "bap: Config(): expected `root`, the folder of 'decathlon'"),

@@ -133,7 +133,9 @@ def test_sketch_end_to_end(tmp_path: Path) -> None:
 
 
 def test_missing_broken_and_wrong_files_are_named(root: Path) -> None:
-    with pytest.raises(DataError, match="aircraft to be whole, got:\n  2 classes, expected 100\n  12 train images, exp"):
+    with pytest.raises(
+        DataError, match="aircraft to be whole, got:\n  2 classes, expected 100\n  12 train images, exp"
+    ):
         load_decathlon(root)
     broken = root / "data/dtd/train/0002/000001.jpg"
     assert broken.exists()
@@ -141,10 +143,10 @@ def test_missing_broken_and_wrong_files_are_named(root: Path) -> None:
     with pytest.raises(DataError, match=r"dtd \(train\) to be whole, got:\n  .*000001.jpg: cannot be decoded"):
         load_decathlon(root, ["dtd"], full=False)
     broken.write_bytes(b"")
-    with pytest.raises(DataError, match="000001.jpg: an empty file"):
+    with pytest.raises(DataError, match=r"000001.jpg: an empty file"):
         load_decathlon(root, ["dtd"], full=False)
     broken.unlink()
-    with pytest.raises(DataError, match="000001.jpg: no such file"):
+    with pytest.raises(DataError, match=r"000001.jpg: no such file"):
         load_decathlon(root, ["dtd"], full=False)
     with pytest.raises(DataError, match=r"among \['imagenet12', .*got 'mnist'"):
         load_decathlon(root, ["mnist"])
@@ -161,8 +163,10 @@ def test_missing_broken_and_wrong_files_are_named(root: Path) -> None:
         (lambda c: c["annotations"][0].update(category_id=77), "category 77, which is not listed"),
         (lambda c: c["images"][1].update(id=c["images"][0]["id"]), "1 image ids are used twice"),
         (
-            lambda c: c["annotations"].append({**c["annotations"][0], "category_id": c["categories"][0]["id"]})
-            or c["annotations"].append({**c["annotations"][0], "category_id": c["categories"][1]["id"]}),
+            lambda c: (
+                c["annotations"].append({**c["annotations"][0], "category_id": c["categories"][0]["id"]})
+                or c["annotations"].append({**c["annotations"][0], "category_id": c["categories"][1]["id"]})
+            ),
             "has two categories",
         ),
         (lambda c: c.pop("images"), "to list `images`"),
@@ -190,13 +194,13 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected folders such as"):
         load_sketch(tmp_path)
     _image(tmp_path / "flowers/train/a/1.jpg", 0, random)
-    with pytest.raises(DataError, match="expected the folder .*test, got none"):
+    with pytest.raises(DataError, match=r"expected the folder .*test, got none"):
         load_sketch(tmp_path)
     _image(tmp_path / "flowers/test/b/1.jpg", 0, random)
     with pytest.raises(DataError, match=r"got others: \['b'\]"):
         load_sketch(tmp_path)
     _image(tmp_path / "flowers/train/b/1.jpg", 0, random)
-    with pytest.raises(DataError, match="expected 102 classes in .* got 2"):
+    with pytest.raises(DataError, match=r"expected 102 classes in .* got 2"):
         load_sketch(tmp_path)
     with pytest.raises(DataError, match="a: no images"):
         load_sketch(tmp_path, full=False)

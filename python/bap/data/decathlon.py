@@ -1,4 +1,4 @@
-"""The Visual Decathlon as it lies on disk [P]:
+"""The Visual Decathlon as it lies on disk [P].
 
     <root>/annotations/<domain>_{train,val}.json, <domain>_test_stripped.json
     <root>/data/<domain>/{train,val}/0001/000001.jpg, data/<domain>/test/000001.jpg
@@ -49,8 +49,8 @@ def _annotations(path: Path) -> dict[str, Any]:
         read = read_json(path)
     except FileError as error:
         raise DataError(
-            f"load_decathlon(): expected {path}, got none that can be read: {error} Hint: the user downloads and unpacks "
-            "the benchmark; nothing is fetched here."
+            f"load_decathlon(): expected {path}, got none that can be read: {error} Hint: the user downloads and "
+            "unpacks the benchmark; nothing is fetched here."
         ) from None
     if not isinstance(read, dict) or not isinstance(read.get("images"), list) or not read["images"]:
         raise DataError(f"load_decathlon(): expected {path} to list `images`, got {str(read)[:60]}.")
@@ -70,7 +70,7 @@ def _split(
     if categories is None:
         categories = {one["id"]: label for label, one in enumerate(named)}
     names = [str(one["name"]) for one in named]
-    labels = {}
+    labels: dict[int, int] = {}
     problems = []
     for one in read.get("annotations", []):
         if one["category_id"] not in categories:

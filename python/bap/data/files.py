@@ -133,7 +133,7 @@ class ImageFiles(Split):
         pixels = np.asarray(image, dtype=np.float32)[top : top + size, left : left + size] / 255
         if flip:
             pixels = pixels[:, ::-1]
-        pixels = (pixels - np.float32(domain.mean)) / np.float32(domain.std)
+        pixels = (pixels - np.array(domain.mean, np.float32)) / np.array(domain.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def batches(

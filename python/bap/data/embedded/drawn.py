@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from bap.data.domain import random_of
@@ -97,7 +99,7 @@ def draw_glyph(random: np.random.Generator, label: int) -> np.ndarray:
     distance = np.full(x.shape, np.inf)
     for corners in _STROKES[label]:
         moved = corners + random.normal(0, 0.13, corners.shape)
-        for a, b in zip(moved[:-1], moved[1:], strict=True):
+        for a, b in pairwise(moved):
             distance = np.minimum(distance, segment_distance(x, y, a, b))
     ink = cover(distance - random.uniform(0.05, 0.12))
     paper = random.uniform(0.75, 1.0) * np.ones(3)
