@@ -12,6 +12,7 @@ PIP_ARGS ?=
 ARGS ?=
 ISA ?= avx2
 BENCH_OUT ?= benches/out
+DEMO_OUT ?= demo/out
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -27,7 +28,7 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training test test-isa setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo test test-isa setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write 
 
 bench-training: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the study of training, write its report to benches/out/training
 	$(BIN)/python -m benches.training --out $(BENCH_OUT)/training $(ARGS)
+
+demo: setup ## Set up, train, prune and evaluate on the embedded suite, report to demo/out
+	$(BIN)/python -m bap.cli demo --out $(DEMO_OUT) $(ARGS)
 
 test: setup ## Set up and run all tests
 	$(BIN)/python -m pytest $(ARGS)

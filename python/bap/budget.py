@@ -1,6 +1,6 @@
 r"""The budget: how much of the network a domain uses, the multiplier that bounds it, and the projection at the end.
 
-The share of domain d over all switches m with costs a, and the loss that bounds it by β (METHOD: BA², arXiv 1905.06242):
+The share of domain d over all switches m with costs a, and the loss that bounds it by β (BA², arXiv 1905.06242):
 
     θ̄_d = Σ_m a_m s_dm / Σ_m a_m                         [Q] for a = 1, [R] for the other measures
     L_B,d = max(0, λ_d (θ̄_d − β)),   λ_d ≥ 0              [Q]

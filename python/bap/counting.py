@@ -64,7 +64,9 @@ def backbone_params(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             total += module.weight.numel() + (0 if module.bias is None else module.bias.numel())
         elif isinstance(module, DomainBatchNorm2d):
-            total += 4 * next(iter(module.domains.values())).num_features
+            norm = next(iter(module.domains.values()))
+            assert isinstance(norm, nn.BatchNorm2d)
+            total += 4 * norm.num_features
         elif isinstance(module, nn.BatchNorm2d) and module not in inside:
             total += 4 * module.num_features
     return total
@@ -166,7 +168,9 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
         kept = int(rows.sum())
         weights += kept * one.taps * (int(columns.sum()) if one.groups == 1 else 1) + kept * bias
     # Batch norm is kept where any domain needs the channel: the domains' tensors have one shape.
-    norms = {layer: torch.stack([live[name].norms[layer] for name in live]).any(0) for layer in live[bank.domains[0]].norms}
+    norms = {
+        layer: torch.stack([live[name].norms[layer] for name in live]).any(0) for layer in live[bank.domains[0]].norms
+    }
     own_norm = {layer: isinstance(model.get_submodule(layer), DomainBatchNorm2d) for layer in norms}
     norm_width = {layer: int(kept.sum()) if prune else kept.numel() for layer, kept in norms.items()}
     weights += sum(4 * width for layer, width in norm_width.items() if not own_norm[layer])
@@ -174,10 +178,10 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     for name in bank.domains:
         macs = exact = needed = switches = 0
         for layer, one in facts.items():
-            columns = int(reads(name, layer).sum())
-            rows = int(live[name].filters[layer].sum())
-            macs += columns * one.macs_per_channel
-            each = rows * one.taps * (columns if one.groups == 1 else 1)
+            read = int(reads(name, layer).sum())
+            written = int(live[name].filters[layer].sum())
+            macs += read * one.macs_per_channel
+            each = written * one.taps * (read if one.groups == 1 else 1)
             exact += each * one.positions
             needed += each
             if layer in on[name]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bap_kernels.nn import SwitchedConv2d
+from bap_kernels.nn import ChannelSwitch, SwitchedConv2d
 
 __all__ = ["LayerFacts", "SwitchBank", "conv_facts", "switched_layers"]
 
@@ -137,18 +137,18 @@ class SwitchBank:
         """Names of the domains, in the layers' order."""
         return list(self.layers[0][1].domains)
 
+    def of(self, domain: str) -> list[ChannelSwitch]:
+        """The layers' switches of one domain."""
+        found = [layer.domains[domain] for _, layer in self.layers]
+        return [switch for switch in found if isinstance(switch, ChannelSwitch)]
+
     def thresholds(self, domain: str) -> Tensor:
         """τ of every switch, (M,), float32."""
-        return torch.cat(
-            [
-                torch.full_like(layer.domains[domain].score.detach(), layer.domains[domain].threshold)
-                for _, layer in self.layers
-            ]
-        )
+        return torch.cat([torch.full_like(switch.score.detach(), switch.threshold) for switch in self.of(domain)])
 
     def scores(self, domain: str) -> Tensor:
         """The scores of one domain, (M,), differentiable."""
-        return torch.cat([layer.domains[domain].score for _, layer in self.layers])
+        return torch.cat([switch.score for switch in self.of(domain)])
 
     def switches(self, domain: str) -> Tensor:
         """The switches of one domain, (M,), zeros and ones with the straight-through gradient."""
@@ -168,8 +168,8 @@ class SwitchBank:
     @torch.no_grad()
     def write(self, domain: str, scores: Tensor) -> None:
         """Replaces the scores of one domain by (M,) others."""
-        for (_, layer), part in zip(self.layers, scores.split(self.sizes), strict=True):
-            layer.domains[domain].score.copy_(part)
+        for switch, part in zip(self.of(domain), scores.split(self.sizes), strict=True):
+            switch.score.copy_(part)
 
     def by_layer(self, vector: Tensor) -> dict[str, Tensor]:
         """Parts of an (..., M) tensor by layer name."""

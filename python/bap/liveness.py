@@ -1,8 +1,8 @@
 """Which filters and batch-norm channels a domain needs: those that something reads.
 
-Found on a copy of the network in which every path carries a positive number: weights are positive means, batch norm adds
-one, inputs are ones. ReLU, pooling, additions and concatenations then pass every gradient, none can cancel, and the
-gradient of a layer's output is zero exactly where no path leads on: the next convolutions have that channel off, or
+Found on a copy of the network in which every path carries a positive number: weights are positive means, batch norm
+adds one, inputs are ones. ReLU, pooling, additions and concatenations then pass every gradient, none can cancel, and
+the gradient of a layer's output is zero exactly where no path leads on: the next convolutions have that channel off, or
 nothing reads theirs. So residual additions and concatenations need no rules of their own. float64 holds the products
 of the deepest networks.
 """
@@ -45,8 +45,7 @@ def _make_positive(model: nn.Module) -> None:
             if module.affine:
                 module.weight.fill_(1.0)
                 module.bias.fill_(1.0)
-            module.running_mean.zero_()
-            module.running_var.fill_(1.0)
+            module.reset_running_stats()
 
 
 def find_live(model: nn.Module, example: Tensor, domain: str) -> Liveness:
@@ -92,7 +91,9 @@ def find_live(model: nn.Module, example: Tensor, domain: str) -> Liveness:
 
         return hook
 
-    inside = {m for layer in positive.modules() if isinstance(layer, DomainBatchNorm2d) for m in layer.domains.modules()}
+    inside = {
+        m for layer in positive.modules() if isinstance(layer, DomainBatchNorm2d) for m in layer.domains.modules()
+    }
     convs, norms = [], []
     for name, module in positive.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -101,7 +102,7 @@ def find_live(model: nn.Module, example: Tensor, domain: str) -> Liveness:
             norms.append(name)
         else:
             continue
-        module.register_forward_hook(keep(name))  # type: ignore[arg-type]
+        module.register_forward_hook(keep(name))
     with torch.enable_grad(), bk.use_backend("aten"):
         result = positive(torch.ones(1, *example.shape[1:], dtype=torch.float64))
         result.sum().backward()

@@ -1,4 +1,4 @@
-r"""Scores of multi-domain learning (Visual Decathlon), from test errors E in [0, 1]:
+r"""Scores of multi-domain learning (Visual Decathlon), from test errors E in [0, 1].
 
     S = Σ_d α_d max(0, E_d^max − E_d)^γ,   γ = 2,   E_d^max = 2 E_d^base,   α_d = 1000 (E_d^max)^(−γ)      [P]
     S_O = S / FLOP,   S_P = S / Params                                                                    [Q]
@@ -39,9 +39,7 @@ SKETCH_BASELINE = {
 }
 
 
-def domain_scores(
-    accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0
-) -> dict[str, float]:
+def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0) -> dict[str, float]:
     """The summand of S of each domain.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from bap.counting import backbone_params, count
@@ -83,7 +85,7 @@ def test_dead_filters_change_nothing_and_live_ones_do(kind: str) -> None:
 
 
 def _brute(model: nn.Module, domains: str = "ab") -> int:
-    """Weights and batch-norm entries on which some domain's output depends, in a model without biases that are alone."""
+    """Weights and batch-norm entries on which the output of some domain depends."""
     total = 0
     live = {name: find_live(model, torch.zeros(1, 3, 16, 16), name) for name in domains}
     for name, layer in model.named_modules():
@@ -111,7 +113,10 @@ def test_counts(kind: str) -> None:
     assert all(one.weights <= cost.weights for one in cost.domains.values())
     plain = count(model, x, prune=False)
     assert plain.weights == sum(
-        p.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d) for p in (layer.weight, layer.bias)
+        p.numel()
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+        for p in (layer.weight, layer.bias)
         if p is not None
     )
     switches = sum(SwitchBank(model).sizes)
@@ -169,17 +174,27 @@ def test_weights_come_from_a_file_and_the_head_only_where_it_fits(tmp_path) -> N
         assert load_weights(other, tmp_path / name, "fc") == ["fc.weight", "fc.bias"]
         assert torch.equal(other.layer3[0].conv2.weight, source.layer3[0].conv2.weight)
         assert torch.equal(other.fc.weight, before)
-    with pytest.raises(ValueError, match="got none for .* or of other shapes"):
+    with pytest.raises(ValueError, match=r"got none for .* or of other shapes"):
         load_weights(build("resnet26", 5), tmp_path / "a.pth", "fc")
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"to be a checkpoint of tensors, got .*broken\.pth"):
         load_weights(source, tmp_path / "broken.pth", "fc")
 
 
+def test_names_of_older_densenet_files_are_understood(tmp_path) -> None:
+    pytest.importorskip("torchvision")
+    model = build("densenet121", 4)
+    state = model.state_dict()
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): value for key, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in older
+    torch.save(older, tmp_path / "older.pth")
+    assert load_weights(model, tmp_path / "older.pth", "classifier") == []
+
+
 def test_unknown_models_and_options_raise() -> None:
     with pytest.raises(ValueError, match=r"one of \['resnet26', .*got 'alexnet'"):
         build("alexnet", 10)
-    with pytest.raises(ValueError, match="options of 'resnet50' to be among .*got 'widths'"):
+    with pytest.raises(ValueError, match=r"options of 'resnet50' to be among .*got 'widths'"):
         build("resnet50", 10, widths=(1, 2, 3))
-    with pytest.raises(ValueError, match="6 n \\+ 4, at least 10, got 12"):
+    with pytest.raises(ValueError, match=r"6 n \+ 4, at least 10, got 12"):
         build("wrn28_4", 10, depth=12)

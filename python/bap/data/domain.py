@@ -22,7 +22,9 @@ def random_of(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
-def order_of(count: int, batch: int, shuffled: np.random.Generator | None, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+def order_of(
+    count: int, batch: int, shuffled: np.random.Generator | None, rank: int = 0, world: int = 1
+) -> list[np.ndarray]:
     """Numbers of the images of each batch.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,9 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
         try:
             import torchvision
         except ImportError as error:
-            raise ImportError(f"build(): expected torchvision for {name!r}, got {error}. Hint: pip install torchvision") from None
+            raise ImportError(
+                f"build(): expected torchvision for {name!r}, got {error}. Hint: pip install torchvision"
+            ) from None
         return getattr(torchvision.models, name)(weights=None, num_classes=num_classes)
 
     return make
@@ -90,13 +93,18 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     return backbone.make(num_classes=num_classes, **options)
 
 
+def _today(key: str) -> str:
+    """A key as models have it now: torchvision's DenseNet files say ``norm.1`` for ``norm1``."""
+    return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key.removeprefix("module."))
+
+
 def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
     """Loads a checkpoint of the plain backbone; the classifier only where it fits.
 
     Args:
         model: the plain backbone.
         path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``.
-            ``{"state_dict": ...}`` and names that begin with ``module.`` are understood.
+            ``{"state_dict": ...}``, names that begin with ``module.``, and those of older DenseNet files are understood.
         head: name of the classifier.
 
     Returns:
@@ -114,18 +122,20 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}") from None
+        raise ValueError(
+            f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}"
+        ) from None
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {_today(key): value for key, value in state.items() if isinstance(value, Tensor)}
     own = model.state_dict()
     left_out = [
-        key
-        for key in own
-        if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
+        key for key in own if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
     ]
     state = {key: value for key, value in state.items() if key not in left_out}
-    missing = [key for key in own if key not in state and key not in left_out and not key.endswith("num_batches_tracked")]
+    missing = [
+        key for key in own if key not in state and key not in left_out and not key.endswith("num_batches_tracked")
+    ]
     strange = [key for key in state if key not in own or state[key].shape != own[key].shape]
     if missing or strange:
         raise ValueError(
@@ -137,7 +147,7 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
 
 
 def stem_and_shortcuts(model: nn.Module) -> set[str]:
-    """Names of the convolutions that read the image, and of 1×1 ones on shortcuts: options leave them unswitched [R]."""
+    """Names of the convolutions that read the image, and of those on shortcuts: options leave them unswitched [R]."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["SIZE", "coordinates", "cover", "disturbed", "painted", "polygon_distance", "segment_distance", "two_colours"]
+__all__ = [
+    "SIZE",
+    "coordinates",
+    "cover",
+    "disturbed",
+    "painted",
+    "polygon_distance",
+    "segment_distance",
+    "two_colours",
+]
 
 SIZE = 32
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from bap.data.domain import random_of
@@ -67,7 +69,9 @@ def draw_shape(random: np.random.Generator, label: int) -> np.ndarray:
     if filling:
         other = np.clip(colour + random.choice([-1, 1]) * random.uniform(0.25, 0.5, 3), 0, 1)
         rate = random.uniform(7, 10)
-        wave = np.sin(rate * x + random.uniform(0, 6)) * (np.sin(rate * y + random.uniform(0, 6)) if filling == 2 else 1)
+        wave = np.sin(rate * x + random.uniform(0, 6)) * (
+            np.sin(rate * y + random.uniform(0, 6)) if filling == 2 else 1
+        )
         fill = painted(fill, other, cover(-wave, 0.3))
     # Something else in the background.
     u, v = coordinates(random, np.pi, (0.1, 0.3), 0.9)
@@ -95,7 +99,7 @@ def draw_glyph(random: np.random.Generator, label: int) -> np.ndarray:
     distance = np.full(x.shape, np.inf)
     for corners in _STROKES[label]:
         moved = corners + random.normal(0, 0.13, corners.shape)
-        for a, b in zip(moved[:-1], moved[1:], strict=True):
+        for a, b in pairwise(moved):
             distance = np.minimum(distance, segment_distance(x, y, a, b))
     ink = cover(distance - random.uniform(0.05, 0.12))
     paper = random.uniform(0.75, 1.0) * np.ones(3)

@@ -57,8 +57,8 @@ def _domain(name: str, images: int) -> Domain:
 def embedded_suite(domains: Iterable[str] = DOMAINS, images: int = 1200) -> dict[str, Domain]:
     """The embedded domains, kept in memory once they are made.
 
-    ``shapes`` (the source): 8 outlines × 3 fillings; ``digits``: scikit-learn's scans in colours; ``glyphs``: 20 signs of
-    strokes; ``textures``: 12 kinds; ``signs``: 16 kinds of traffic signs.
+    ``shapes`` (the source): 8 outlines × 3 fillings; ``digits``: scikit-learn's scans in colours; ``glyphs``: 20 signs
+    of strokes; ``textures``: 12 kinds; ``signs``: 16 kinds of traffic signs.
 
     Args:
         domains: names, of :data:`DOMAINS`.

@@ -1,0 +1,145 @@
+"""Images in files: checked before training, decoded in worker processes, augmented the same in every run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bap.data.domain import Domain, Split, order_of, random_of
+
+__all__ = ["DataError", "ImageFiles", "check_images"]
+
+
+class DataError(ValueError):
+    """The data on disk are not as their format says."""
+
+
+def _opened(path: Path) -> Any:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Odd EXIF data are no reason to warn in every epoch.
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+
+def check_images(paths: Sequence[Path], decode: int = 16, most: int = 10) -> list[str]:
+    """What is wrong with image files: missing ones, empty ones, and those of a sample that cannot be decoded.
+
+    Args:
+        paths: the files; all are looked at.
+        decode: so many, evenly spread, are decoded too; -1 decodes all.
+        most: problems that are named; the last one then says how many more there are.
+    """
+    problems = []
+    step = 1 if decode < 0 else max(1, len(paths) // max(decode, 1))
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            problems.append(f"{path}: no such file")
+        elif path.stat().st_size == 0:
+            problems.append(f"{path}: an empty file")
+        elif number % step == 0:
+            try:
+                _opened(path)
+            except (OSError, SyntaxError, ValueError) as error:
+                problems.append(f"{path}: cannot be decoded ({error})")
+    if len(problems) > most:
+        problems = [*problems[:most], f"and {len(problems) - most} more"]
+    return problems
+
+
+class _Batches(Dataset):
+    """One item is one batch, so that augmentation does not depend on which worker makes it."""
+
+    def __init__(self, split: ImageFiles, domain: Domain, order: list[np.ndarray], key: tuple[int | str, ...] | None):
+        self.split, self.domain, self.order, self.key = split, domain, order, key
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        chosen = self.order[number]
+        random = None if self.key is None else random_of(*self.key, number)
+        x = torch.stack([self.split.image(int(one), self.domain, random) for one in chosen])
+        labels = self.split.labels
+        y = torch.full((len(chosen),), -1) if labels is None else labels[torch.from_numpy(chosen)]
+        return x, y
+
+
+class ImageFiles(Split):
+    """Images in files.
+
+    Args:
+        paths: the files.
+        labels: (N,), int64, or None.
+        resize: an int resizes the shorter side, keeping the aspect; a pair is (height, width).
+        workers: processes that decode.
+        image_ids, category_ids: numbers of the images and of the classes in a benchmark's format.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Tensor | None,
+        resize: int | tuple[int, int],
+        workers: int = 0,
+        image_ids: Sequence[int] | None = None,
+        category_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.paths = list(paths)
+        self.labels = labels
+        self.resize = resize
+        self.workers = workers
+        self.image_ids = None if image_ids is None else list(image_ids)
+        self.category_ids = None if category_ids is None else list(category_ids)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, number: int, domain: Domain, random: np.random.Generator | None) -> Tensor:
+        """One normalised image, (3, size, size), cropped at random, or in the middle without ``random``.
+
+        Raises:
+            DataError: if the file cannot be decoded; it is named.
+        """
+        from PIL import Image
+
+        try:
+            image = _opened(self.paths[number])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"ImageFiles: expected {self.paths[number]} to be an image, got {error}.") from None
+        width, height = image.size
+        if isinstance(self.resize, int):
+            factor = self.resize / min(width, height)
+            width, height = max(self.resize, round(width * factor)), max(self.resize, round(height * factor))
+        else:
+            height, width = self.resize
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        size = domain.size
+        left, top = (width - size) // 2, (height - size) // 2
+        flip = False
+        if random is not None:
+            left, top = int(random.integers(0, width - size + 1)), int(random.integers(0, height - size + 1))
+            flip = domain.flip and bool(random.random() < 0.5)
+        pixels = np.asarray(image, dtype=np.float32)[top : top + size, left : left + size] / 255
+        if flip:
+            pixels = pixels[:, ::-1]
+        pixels = (pixels - np.array(domain.mean, np.float32)) / np.array(domain.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def batches(
+        self, domain: Domain, batch: int, key: tuple[int | str, ...] | None, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As in :meth:`Split.batches`."""
+        order = order_of(len(self), batch, None if key is None else random_of(*key), rank, world)
+        made = _Batches(self, domain, order, None if key is None else (*key, rank))
+        yield from DataLoader(made, batch_size=None, num_workers=self.workers)

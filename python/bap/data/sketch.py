@@ -1,0 +1,101 @@
+"""ImageNet-to-Sketch as it lies on disk [P]: image folders <root>/<name>/{train,test}/<class>/<file>.
+
+Images of the cropped sets are resized to the input's size directly; others to 256 on the shorter side, then cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bap.data.domain import Domain, Split
+from bap.data.files import DataError, ImageFiles, check_images
+
+__all__ = ["SKETCH", "load_sketch"]
+
+# Classes [P]; ImageNet, the source, is not one of the folders that are usually distributed.
+SKETCH = {
+    "imagenet": 1000,
+    "cubs_cropped": 200,
+    "stanford_cars_cropped": 196,
+    "flowers": 102,
+    "wikiart": 195,
+    "sketches": 250,
+}
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+
+
+def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], workers: int, decode: int) -> ImageFiles:
+    files: list[Path] = []
+    labels: list[int] = []
+    problems = []
+    for label, name in enumerate(classes):
+        found = sorted(one for one in (path / name).glob("*") if one.suffix.lower() in _ENDINGS)
+        if not found:
+            problems.append(f"{path / name}: no images")
+        files += found
+        labels += [label] * len(found)
+    problems = problems[:10] + check_images(files, decode)
+    if problems:
+        listed = "".join(f"\n  {one}" for one in problems)
+        raise DataError(f"load_sketch(): expected {path} to be whole, got:{listed}")
+    return ImageFiles(files, torch.tensor(labels), resize, workers)
+
+
+def load_sketch(
+    root: str | Path,
+    domains: Iterable[str] | None = None,
+    size: int | None = None,
+    workers: int = 0,
+    full: bool = True,
+    decode: int = 16,
+) -> dict[str, Domain]:
+    """The domains of ImageNet-to-Sketch, checked. ``val`` is ``test``, as the benchmark has no third split.
+
+    Args:
+        root: folder that has the folders of the domains.
+        domains: names; None takes those of the six that are there.
+        size: of the input; None is 224, cut from images whose shorter side is 256.
+        workers: processes that decode images.
+        full: whether the numbers of classes must be the published ones.
+        decode: images of each split that are decoded to check them; -1: all.
+
+    Raises:
+        DataError: if folders or images are missing or broken, or classes differ; problems are named.
+    """
+    root, size = Path(root), size or 224
+    names = list(domains) if domains is not None else [name for name in SKETCH if (root / name / "train").is_dir()]
+    if not names:
+        raise DataError(f"load_sketch(): expected folders such as {root / 'flowers' / 'train'}, got none.")
+    made = {}
+    for name in names:
+        if name not in SKETCH:
+            raise DataError(f"load_sketch(): expected `domains` to be among {list(SKETCH)}, got {name!r}.")
+        train, test = root / name / "train", root / name / "test"
+        for folder in (train, test):
+            if not folder.is_dir():
+                raise DataError(
+                    f"load_sketch(): expected the folder {folder}, got none. Hint: nothing is fetched here."
+                )
+        classes = sorted(one.name for one in train.iterdir() if one.is_dir())
+        others = sorted(one.name for one in test.iterdir() if one.is_dir() and one.name not in classes)
+        if others:
+            raise DataError(f"load_sketch(): expected {test} to have classes of {train}, got others: {others[:5]}.")
+        if full and len(classes) != SKETCH[name]:
+            raise DataError(
+                f"load_sketch(): expected {SKETCH[name]} classes in {train}, got {len(classes)}. "
+                "Hint: full=False, or --set full=false, accepts an extract."
+            )
+        resize: int | tuple[int, int] = (size, size) if "cropped" in name else round(size * 256 / 224)
+        tested = _folder(test, classes, resize, workers, decode)
+        splits: dict[str, Split] = {
+            "train": _folder(train, classes, resize, workers, decode),
+            "val": tested,
+            "test": tested,
+        }
+        made[name] = Domain(
+            name, tuple(classes), splits, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True
+        )
+    return made

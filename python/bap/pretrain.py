@@ -1,0 +1,57 @@
+"""Trains the plain backbone on the source domain, where no file has its weights."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bap.config import Config
+from bap.data import Domain
+from bap.files import write_tensors
+from bap.network import plain_network
+from bap.train import learning_rate
+
+__all__ = ["pretrain"]
+
+
+def pretrain(config: Config, domain: Domain, path: str | Path | None = None, progress: bool = False) -> nn.Module:
+    """A plain backbone, trained on one domain by SGD with a cosine schedule.
+
+    Args:
+        config: ``pretrain_epochs``, ``pretrain_lr``, ``batch``, ``seed`` and the model's settings are used.
+        domain: the source.
+        path: file for its weights, ``.safetensors``.
+        progress: prints a line per epoch.
+
+    Raises:
+        FileError: if the file cannot be written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    model = plain_network(config, len(domain.classes)).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), config.pretrain_lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for epoch in range(config.pretrain_epochs):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.pretrain_lr * learning_rate("cosine", epoch, config.pretrain_epochs)
+        total, steps = 0.0, 0
+        for x, y in domain.batches("train", config.batch, (config.seed, epoch, "pretrain")):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            loss.backward()
+            optimizer.step()
+            total, steps = total + float(loss.detach()), steps + 1
+        if progress:
+            seconds = time.perf_counter() - started
+            print(
+                f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  loss {total / steps:.3f}  {seconds:.1f} s"
+            )
+    model.eval()
+    if path is not None:
+        write_tensors(path, model.state_dict(), {"source": domain.name, "config": config.as_dict()})
+    return model

@@ -1,0 +1,276 @@
+"""After training: checkpoints by domain, pruning, new domains, reports, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from bap.adding import add_domain
+from bap.checkpoint import domains_of, load_checkpoint, save_domain
+from bap.cli import app, main
+from bap.config import Config, load_config
+from bap.counting import count
+from bap.data import Domain, embedded_suite
+from bap.evaluate import evaluate
+from bap.facts import SwitchBank
+from bap.files import FileError
+from bap.network import switched_network
+from bap.prune import PruneError, prune_
+from bap.report import make_report
+from bap.run import train_run
+from bap.study import study
+from typer.testing import CliRunner
+
+import bap_kernels as bk
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: dict) -> Path:
+    """A finished run; tests that write take a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = Config(
+        **{**settings, "epochs": 6, "sharing": "union", "relaxed": True, "sharing_weight": 4.0, "settle": 0.7}
+    )
+    train_run(config, folder, baseline={"shapes": 60.0, "digits": 60.0, "glyphs": 60.0})
+    return folder
+
+
+def _codes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["accuracy"]) == {"shapes", "digits", "glyphs"}
+    assert all(value <= 0.5 for value in results["kept"].values())
+    assert results["cost"]["params"] < results["cost"]["flop"] + 1
+    assert results["scores"]["S_O"] == pytest.approx(results["scores"]["S"] / results["cost"]["flop"])
+    assert load_config(finished / "config.yaml").sharing == "union"
+    assert set(_codes(finished / "checkpoint")) == {
+        "config.json",
+        "model.safetensors",
+        *(
+            f"domains/{name}/{file}"
+            for name in results["accuracy"]
+            for file in ("domain.safetensors", "domain_config.json")
+        ),
+    }
+    with pytest.raises(ValueError, match=r"to have no run, got one. Hint: --resume"):
+        train_run(load_config(finished / "config.yaml"), finished)
+
+
+def test_loading_one_domain_reads_no_other(finished: Path, copy_of) -> None:
+    folder = copy_of(finished / "checkpoint")
+    for file in (folder / "domains" / "digits").iterdir():
+        file.write_bytes(b"damaged")
+    whole, _, _ = load_checkpoint(finished / "checkpoint")
+    one, _, facts = load_checkpoint(folder, ["glyphs"])
+    assert list(facts) == ["glyphs"]
+    assert not [key for key in one.state_dict() if ".digits." in key or ".shapes." in key]
+    x = torch.randn(3, 3, 32, 32)
+    bk.set_domain(whole, "glyphs")
+    with bk.use_backend("aten"), torch.inference_mode():
+        assert torch.equal(one(x), whole(x))
+    with pytest.raises(FileError, match="to be a JSON file"):
+        load_checkpoint(folder, ["digits"])
+    with pytest.raises(FileError, match=r"to have one of .*got 'signs'"):
+        load_checkpoint(folder, ["signs"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "domains/glyphs/domain.safetensors"])
+def test_damaged_checkpoints_are_refused(finished: Path, copy_of, file: str) -> None:
+    folder = copy_of(finished / "checkpoint")
+    data = bytearray((folder / file).read_bytes())
+    data[-5] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(FileError, match="got a damaged file"):
+        load_checkpoint(folder, ["glyphs"])
+    (folder / "config.json").unlink()
+    with pytest.raises(FileError, match=r"config.json to be a JSON file"):
+        load_checkpoint(folder)
+
+
+def test_nothing_is_pickled(finished: Path) -> None:
+    for path in finished.rglob("*.safetensors"):
+        assert path.read_bytes()[8:9] == b"{"
+    assert not [path for path in finished.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_pruning_keeps_every_output_and_the_file_gets_smaller(finished: Path, tmp_path: Path) -> None:
+    from bap.checkpoint import save_checkpoint
+
+    model, config, facts = load_checkpoint(finished / "checkpoint")
+    x = torch.randn(4, 3, 32, 32)
+    expected = {}
+    with bk.use_backend("aten"), torch.inference_mode():
+        for name in facts:
+            bk.set_domain(model, name)
+            expected[name] = model(x).clone()
+    made = prune_(model, torch.zeros(1, 3, 32, 32))
+    assert made.largest_change <= 1e-5
+    assert made.after.weights < made.before.weights
+    assert made.after.weights == sum(
+        int((conv.weight != 0).any((2, 3)).sum()) * conv.weight[0, 0].numel()
+        for conv in model.modules()
+        if isinstance(conv, torch.nn.Conv2d)
+    )
+    assert [row["domain"] for row in made.as_rows()] == ["digits", "glyphs", "shapes", "union"]
+    save_checkpoint(tmp_path / "pruned", model, config, facts, kept=(made.rows, made.columns))
+    loaded, _, _ = load_checkpoint(tmp_path / "pruned")
+    with bk.use_backend("aten"), torch.inference_mode():
+        for name, value in expected.items():
+            bk.set_domain(loaded, name)
+            torch.testing.assert_close(loaded(x), value, rtol=1e-5, atol=1e-6)
+    small, large = (path / "model.safetensors" for path in (tmp_path / "pruned", finished / "checkpoint"))
+    assert small.stat().st_size < large.stat().st_size
+    assert count(loaded, torch.zeros(1, 3, 32, 32)).as_dict() == made.after.as_dict()
+
+
+def test_pruning_what_is_used_is_found_out(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = switched_network(tiny, {"a": 3, "b": 2}).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def wrong(*_: object) -> tuple[dict, dict]:
+        weight = model.layer3[0].conv1.weight
+        rows = torch.ones(len(weight), dtype=torch.bool)
+        return {"layer3.0.conv1": rows.index_fill(0, torch.tensor([0]), False)}, {"layer3.0.conv1": torch.ones(8) > 0}
+
+    monkeypatch.setattr("bap.prune.kept_of", wrong)
+    with pytest.raises(PruneError, match=r"to stay within 1e-05, got .* for 'a'; nothing was changed"):
+        prune_(model, torch.zeros(1, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_new_domain_leaves_the_others_untouched(finished: Path, copy_of) -> None:
+    folder = copy_of(finished / "checkpoint")
+    before = _codes(folder)
+    data = embedded_suite(["textures"], 100)["textures"]
+    facts = add_domain(folder, "textures", {"epochs": 3, "batch": 16}, data=data, progress=False)
+    after = _codes(folder)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {f"domains/textures/{n}" for n in ("domain.safetensors", "domain_config.json")}
+    assert domains_of(folder) == ["digits", "glyphs", "shapes", "textures"]
+    assert facts["kept"] <= 0.5
+    model, _, _ = load_checkpoint(folder, ["textures"])
+    with bk.use_backend("aten"):
+        assert evaluate(model, data).percent == facts["accuracy"]
+    with pytest.raises(ValueError, match="to be new, got 'textures'"):
+        add_domain(folder, "textures", data=data)
+    with pytest.raises(ValueError, match="`train_backbone` to be off"):
+        add_domain(folder, "signs", {"train_backbone": True}, data=data)
+
+
+def test_names_that_are_no_folders_are_refused(tiny: Config, tmp_path: Path) -> None:
+    model = switched_network(tiny, {"a": 3})
+    for name in ("../a", "/a", "a/b"):
+        with pytest.raises(ValueError, match="it is the name of a folder"):
+            save_domain(tmp_path, model, name, {})
+    with pytest.raises(ValueError, match="to have the domain 'b'"):
+        save_domain(tmp_path, model, "b", {})
+
+
+def test_report(finished: Path, tmp_path: Path) -> None:
+    path = make_report([finished], tmp_path / "report")
+    text = path.read_text()
+    assert "| run | 0.5 | union |" in text
+    for picture in ("kept.png", "curves.png", "accuracy_budget.png"):
+        assert f"]({picture})" in text
+        assert (path.parent / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_study_goes_on_where_it_stopped(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny, epochs=1, pretrain_epochs=1, domains=["shapes", "digits"])
+    said: list[str] = []
+    study(config, tmp_path, (0.5,), (None,), (0, 1), True, said.append)
+    assert len(said) == 2
+    path = study(config, tmp_path, (0.5,), (None, "int"), (0, 1), True, said.append)
+    assert len(said) == 4
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| 0.5 | none | 2 | ")
+    assert lines[3].startswith("| 0.5 | int | 2 | ")
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert [(row["seed"], row["sharing"]) for row in rows] == [(0, None), (0, "int"), (1, None), (1, "int")]
+    mean = sum(row["mean_accuracy"] for row in rows if row["sharing"] == "int") / 2
+    assert f"| {mean:.1f} ± " in lines[3]
+
+
+def _run(*arguments: str) -> dict:
+    made = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    return json.loads(made.stdout)
+
+
+def test_commands(finished: Path, copy_of, tmp_path: Path) -> None:
+    folder = copy_of(finished / "checkpoint")
+    found = _run("eval", str(folder), "--domain", "digits", "--split", "val")
+    assert list(found["accuracy"]) == ["digits"]
+    assert found["split"] == "val"
+    about = _run("info", str(folder))
+    assert {row["domain"] for row in about["domains"]} == {"digits", "glyphs", "shapes"}
+    assert about["cost"]["params"] > 0
+    pruned = _run("prune", str(folder), "--out", str(tmp_path / "pruned"))
+    assert pruned["after"]["weights"] < pruned["before"]["weights"]
+    assert pruned["flops"] == 2 * round(pruned["after"]["flop"] * pruned["after"]["backbone_macs"])
+    assert _run("eval", str(tmp_path / "pruned"), "-d", "digits", "--split", "val") == found
+    (tmp_path / "a.json").write_text(json.dumps({"aircraft": 60.34, "svhn": 96.55}))
+    assert _run("scores", str(tmp_path / "a.json"), "--flop", "0.5")["S_O"] == 1000
+    assert _run("add-domain", str(folder), "signs", "-s", "epochs=1", "-s", "batch=16")["kept"] <= 0.5
+    assert "report.md" in _run("report", str(finished), "--out", str(tmp_path / "report"))["report"]
+
+
+def test_train_command_with_a_file_and_overrides(tiny: Config, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny.as_dict(), "epochs": 1, "domains": ["digits", "signs"]}))
+    weights = _run("pretrain", "-c", str(path), "-o", str(tmp_path / "source"), "-s", "pretrain_epochs=1")
+    assert weights["source"] == "digits"
+    made = _run(
+        "train", "-c", str(path), "-o", str(tmp_path / "run"), "-s", "beta=0.25", "-s", f"weights={weights['weights']}"
+    )
+    assert made["beta"] == 0.25
+    resolved = load_config(tmp_path / "run" / "config.yaml")
+    assert (resolved.beta, resolved.weights, resolved.epochs) == (0.25, weights["weights"], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "-o", "{}", "-s", "beta=2"], r"bap: Config(): expected `beta` to be in (0, 1], got 2.0."),
+        (["train", "-o", "{}", "-s", "betta=1"], "bap: load_config(): expected settings among"),
+        (
+            ["train", "-o", "{}", "-s", "epochs"],
+            "bap: load_config(): expected overrides like name=value, got 'epochs'.",
+        ),
+        (["train", "-o", "{}", "-s", "epochs=x"], "bap: load_config(): expected `epochs` to be int, got 'x'."),
+        (["train", "-o", "{}", "-c", "{}/no.yaml"], "bap: load_config(): expected `path` to be a YAML file"),
+        (["train", "-o", "{}", "-s", "data=decathlon"], "bap: Config(): expected `root`, the folder of 'decathlon'"),
+        (["eval", "{}/none"], "bap: read_json(): expected {}/none/config.json to be a JSON file"),
+        (["report", "{}", "-o", "{}/r"], "bap: read_json(): expected {}/results.json to be a JSON file"),
+    ],
+)
+def test_failures_exit_with_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    filled = [one.replace("{}", str(tmp_path)) for one in arguments]
+    monkeypatch.setattr("sys.argv", ["bap", *filled])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert message.replace("{}", str(tmp_path)) in error
+    assert error.count("\n") <= 2
+
+
+def test_every_command_has_help() -> None:
+    names = ["pretrain", "train", "prune", "eval", "add-domain", "info", "scores", "report", "study", "demo"]
+    for name in names:
+        made = CliRunner().invoke(app, [name, "--help"])
+        assert made.exit_code == 0
+        assert "Usage" in made.output
+    assert SwitchBank.__doc__
