@@ -23,7 +23,7 @@ CPP_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.
 
 # What the short runs under a sanitizer or a forced instruction set cover.
 OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py gathered_conv2d_packed.py) \
-  $(addprefix tests/unit/test_,autograd.py native_backward.py switched_conv2d.py)
+  $(addprefix tests/unit/test_,autograd.py native_backward.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
