@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
     Args:
         model: the plain backbone.
         path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``.
-            ``{"state_dict": ...}``, names that begin with ``module.``, and those of older DenseNet files are understood.
+            ``{"state_dict": ...}``, names that begin with ``module.``, and older DenseNet names are understood.
         head: name of the classifier.
 
     Returns:
