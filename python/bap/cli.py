@@ -266,6 +266,19 @@ def study(
     typer.echo(path.read_text())
 
 
+@app.command("estimate")
+def estimate_command(
+    config: Config = None,
+    set_: Set = None,
+    steps: Annotated[int, typer.Option(help="Steps to measure.")] = 3,
+) -> None:
+    """Hours and memory that a recipe would take here, from measured steps; reads no data."""
+    from bap.config import load_config
+    from bap.estimate import estimate
+
+    _print(estimate(load_config(config, set_ or []), steps))
+
+
 @app.command()
 def demo(out: Out, set_: Set = None) -> None:
     """The whole story on the embedded suite: pre-train, train at half the budget, prune, evaluate, report."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import bap_kernels as bk
 from bap.checkpoint import load_checkpoint, save_checkpoint
 from bap.config import load_config
 from bap.evaluate import evaluate
@@ -18,6 +19,7 @@ from bap.prune import prune_
 from bap.report import make_report, results_table
 from bap.run import train_run
 from bap.study import pretrained
+from bap.train import backend_of
 
 __all__ = ["EMBEDDED", "run_demo"]
 
@@ -73,15 +75,14 @@ def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str]
     path, results = runs[0]
     model, _, facts = load_checkpoint(path / "checkpoint")
     size = next(iter(domains.values())).size
-    made = prune_(
-        model,
-        torch.zeros(1, 3, size, size),
-        {name: next(one.batches("test", 32))[0] for name, one in domains.items()},
-    )
+    images = {name: next(one.batches("test", 32))[0] for name, one in domains.items()}
+    with bk.use_backend(backend_of(config)):
+        made = prune_(model, torch.zeros(1, 3, size, size), images)
     own = {k: {n: v for n, v in one.items() if n not in ("format", "name")} for k, one in facts.items()}
     save_checkpoint(out / "pruned", model, config, own, kept=(made.rows, made.columns))
     pruned, _, _ = load_checkpoint(out / "pruned")
-    after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
+    with bk.use_backend(backend_of(config)):
+        after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
     report = make_report([folder for folder, _ in runs], out / "report")
     say(results_table([(folder.name, one) for folder, one in runs]))
     say(

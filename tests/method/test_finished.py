@@ -16,6 +16,8 @@ from bap.cli import app, main
 from bap.config import Config, load_config
 from bap.counting import count
 from bap.data import Domain, embedded_suite
+from bap.demo import run_demo
+from bap.estimate import estimate
 from bap.evaluate import evaluate
 from bap.facts import SwitchBank
 from bap.files import FileError
@@ -267,8 +269,48 @@ def test_failures_exit_with_one_line(
     assert error.count("\n") <= 2
 
 
+def test_estimate_multiplies_what_it_measured(tiny: Config) -> None:
+    config = dataclasses.replace(tiny, data="decathlon", root="nowhere", domains=[], size=32, batch=8, epochs=3)
+    made = estimate(config, steps=2, images={"dtd": (47, 100), "svhn": (10, 50)})
+    assert made["steps"] == 3 * (12 + 6)
+    assert made["hours"] == pytest.approx(made["steps"] * made["seconds_per_step"] / 3600)
+    assert made["peak_bytes"] > 10**7
+    with pytest.raises(ValueError, match="expected `images` for 'embedded', got None"):
+        estimate(tiny)
+
+
+def test_demo_tells_the_whole_story(tmp_path: Path) -> None:
+    small = [
+        "images=100",
+        "epochs=2",
+        "pretrain_epochs=1",
+        "model_options={widths: [8, 8, 16], blocks: [1, 1, 1]}",
+        "lr_switch=5e-3",
+        "multiplier_rate=1",
+    ]
+    said: list[str] = []
+    made = run_demo(tmp_path, small, said.append)
+    assert made["accuracy_after_pruning"] == pytest.approx(made["accuracy"], abs=2.1)
+    assert made["params"]["after"] < made["params"]["before"]
+    assert made["bytes"]["pruned"] < made["bytes"]["model"] + 20_000
+    assert "![channels](kept.png)" in Path(made["report"]).read_text()
+    assert any("pruned:" in line for line in said)
+
+
 def test_every_command_has_help() -> None:
-    names = ["pretrain", "train", "prune", "eval", "add-domain", "info", "scores", "report", "study", "demo"]
+    names = [
+        "pretrain",
+        "train",
+        "prune",
+        "eval",
+        "add-domain",
+        "info",
+        "scores",
+        "report",
+        "study",
+        "estimate",
+        "demo",
+    ]
     for name in names:
         made = CliRunner().invoke(app, [name, "--help"])
         assert made.exit_code == 0

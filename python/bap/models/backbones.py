@@ -103,8 +103,9 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
 
     Args:
         model: the plain backbone.
-        path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``; also
-            one under ``{"state_dict": ...}``, with ``module.`` before its names, or with those of older DenseNet files.
+        path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``.
+            ``{"state_dict": ...}``, names that begin with ``module.``, and older DenseNet names are understood.
+        head: name of the classifier.
 
     Returns:
         Names of the classifier's entries that were left out.
