@@ -27,10 +27,10 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench test test-isa setup lint format build sanitize clean check
+.PHONY: help bench test test-isa test-interpret compile-triton setup lint format build sanitize clean check
 
 help: ## Show the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write its report to benches/out
 	$(BIN)/python -m benches.study --out $(BENCH_OUT) $(ARGS)
@@ -40,6 +40,12 @@ test: setup ## Set up and run all tests
 
 test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
 	BAP_KERNELS_ISA=$(ISA) $(BIN)/python -m pytest -q $(OP_TESTS) $(ARGS)
+
+test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpret $(ARGS)
+
+compile-triton: setup ## Compile every configuration of the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
+	$(BIN)/python -m tools.compile_triton $(ARGS)
 
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 

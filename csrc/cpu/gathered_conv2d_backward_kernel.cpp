@@ -6,6 +6,7 @@
 #include "aten/gathered_conv2d_backward.h"
 #include "cpu/choice.h"
 #include "cpu/gradient_call.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 namespace {
@@ -19,7 +20,8 @@ GradientTriple native_backward(const at::Tensor& grad_output, const at::Tensor& 
                                c10::IntArrayRef padding, c10::IntArrayRef dilation, const ConvShape<int64_t>& s,
                                std::array<bool, 3> mask) {
   const OptionalTensor in_list = contiguous(in_index), out_list = contiguous(out_index);
-  GradientCall call{grad_output, input, weight, stride, padding, dilation, s, list_pointer(in_list), list_pointer(out_list)};
+  GradientCall call{grad_output,           input, weight, stride, padding, dilation, s, list_pointer(in_list),
+                    list_pointer(out_list)};
   if (mask[0] || mask[1]) find_live_channels(call);
   const auto none = [&] { return at::empty({0}, input.options()); };
   GradientTriple grads{none(), none(), none()};
@@ -45,6 +47,10 @@ GradientTriple gathered_conv2d_backward_cpu(const at::Tensor& grad_output, const
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
   const std::string& backend = get_backend();
   const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
+  if (backend == "triton" && !trivial) {
+    return triton_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
+                                           groups, mask);
+  }
   const std::string reason = backend == "aten" ? "" : native_gradient_why_not(input, s);
   TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty() || trivial, op,
                               "(): expected a call that backend `native` can run, got one that it cannot: ", reason,
