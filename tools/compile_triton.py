@@ -289,16 +289,14 @@ def compile_case(case: Case) -> Code:
     )
 
 
-def print_table(codes: list[Code]) -> None:
-    """Prints one line for each case."""
-    print("| kernel | sm | products | shape | tile | registers | shared | copies | instruction | blocks | occupancy |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for c in codes:
-        print(
-            f"| {c.kernel} | {c.arch} | {c.products} | {c.shape} | {c.tile} | {c.registers} | {c.shared_bytes} | "
-            f"{c.copies_16} | {c.products_found} | {c.blocks_per_processor} | {c.occupancy:.0%} |"
-            + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
-        )
+HEAD = "| kernel | sm | products | shape | tile | registers | shared | copies | instruction | blocks | occupancy |"
+
+
+def line(c: Code) -> str:
+    """A row of the table."""
+    cells = [c.kernel, c.arch, c.products, c.shape, c.tile, c.registers, c.shared_bytes, c.copies_16]
+    cells += [c.products_found, c.blocks_per_processor, f"{c.occupancy:.0%}"]
+    return f"| {' | '.join(map(str, cells))} |" + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
 
 
 def main() -> int:
@@ -311,9 +309,12 @@ def main() -> int:
     arguments = parser.parse_args()
     cases = quick_cases() if arguments.quick else table_cases(arguments.arch)
     start = time.perf_counter()
+    print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|")
+    codes = []
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        codes = list(pool.map(compile_case, cases))
-    print_table(codes)
+        for code in pool.map(compile_case, cases):
+            print(line(code), flush=True)
+            codes.append(code)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(code) for code in codes], indent=1) + "\n")
     wrong = [code for code in codes if code.wrong]

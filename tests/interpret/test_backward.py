@@ -26,22 +26,32 @@ def test_kernels_and_dtypes(kernel: tuple[int, int], layout: str, dtype: torch.d
 @pytest.mark.parametrize("stride", [(1, 2), (2, 2), (2, 3), (4, 2)])
 def test_parities(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
     for kernel, padding in (((3, 3), (1, 1, 1, 1)), ((2, 4), (0, 3, 2, 1)), ((1, 1), (0, 0, 0, 0))):
-        case = BASE.but(size=(7, 10), batch=1, kernel=kernel, padding=padding, stride=stride, dilation=dilation)
+        case = BASE.but(
+            size=(6, 7),
+            batch=1,
+            in_channels=9,
+            out_channels=17,
+            kernel=kernel,
+            padding=padding,
+            stride=stride,
+            dilation=dilation,
+        )
         check_backward(case, "triton")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("out_list", LISTS)
 @pytest.mark.parametrize("in_list", LISTS)
-def test_lists(in_list: str, out_list: str, layout: str) -> None:
+def test_lists(in_list: str, out_list: str) -> None:
+    # Each kind of list meets both layouts, on either side.
+    layout = ("contiguous", "channels_last")[(LISTS.index(in_list) + LISTS.index(out_list)) % 2]
     check_backward(POINTWISE.but(in_list=in_list, out_list=out_list, layout=layout), "triton", layout)
 
 
 @pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, grad_layout: str) -> None:
-    for case in (BASE, POINTWISE):
-        check_backward(case.but(layout=layout, weight_layout="channels_last", batch=2), "triton", grad_layout)
+    case = BASE if (LAYOUTS.index(layout) + GRAD_LAYOUTS.index(grad_layout)) % 2 else POINTWISE
+    check_backward(case.but(layout=layout, weight_layout="channels_last"), "triton", grad_layout)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
@@ -61,7 +71,7 @@ def test_results_do_not_vary() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_cases(seed: int) -> None:
     case = random_case(random.Random(seed + 500))
     least = [case.dilation[d] * (case.kernel[d] - 1) + 1 for d in (0, 1)]

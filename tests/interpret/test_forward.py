@@ -34,10 +34,11 @@ def test_layouts(layout: str, kernel: tuple[int, int]) -> None:
     runs(BASE.but(layout=layout, kernel=kernel, weight_layout="transposed"))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("out_list", LISTS)
 @pytest.mark.parametrize("in_list", LISTS)
-def test_lists(in_list: str, out_list: str, layout: str) -> None:
+def test_lists(in_list: str, out_list: str) -> None:
+    # Each kind of list meets both layouts, on either side.
+    layout = ("contiguous", "channels_last")[(LISTS.index(in_list) + LISTS.index(out_list)) % 2]
     runs(POINTWISE.but(in_list=in_list, out_list=out_list, layout=layout, bias=out_list != "null"))
 
 
@@ -92,7 +93,7 @@ def small(seed: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_cases(seed: int) -> None:
     runs(small(seed))
     assert check_fused(small(seed + 100), random.Random(seed).sample(FLAGS, 3), "triton")

@@ -75,7 +75,7 @@ def test_channels_that_are_off_reach_nothing(layout: str, value: float) -> None:
             assert_close(one, its, case.dtype, 9 * 9 * 18 * 60)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_cases(seed: int) -> None:
     rng = random.Random(seed + 900)
     case = random_case(rng)
