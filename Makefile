@@ -28,7 +28,7 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo test test-isa setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo test test-isa test-interpret compile-triton setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ test: setup ## Set up and run all tests
 
 test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
 	BAP_KERNELS_ISA=$(ISA) $(BIN)/python -m pytest -q $(OP_TESTS) $(ARGS)
+
+test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpret $(ARGS)
+
+compile-triton: setup ## Compile every configuration of the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
+	$(BIN)/python -m tools.compile_triton $(ARGS)
 
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 

@@ -1,6 +1,12 @@
 """Gives pytest the option ``--benchmark``: measure what is in benches/ instead of testing."""
 
+import importlib.util
+
 import pytest
+
+if importlib.util.find_spec("triton") is None:
+    # Their documentation's examples would be imported; builds of torch for CPUs come without Triton.
+    collect_ignore_glob = ["bap_kernels/triton/*", "tools/compile_triton.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

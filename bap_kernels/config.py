@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bap_kernels import _dispatch  # noqa: F401  knows why Triton cannot run
 from bap_kernels._load import _C
 
 __all__ = [
@@ -153,13 +155,24 @@ class use_backend:  # noqa: N801
         return f"use_backend({self.name!r})"
 
 
+def _triton_weights() -> Any:
+    """The Triton backend's own cache, where it has been used."""
+    return sys.modules.get("bap_kernels.triton.weights")
+
+
 def packed_cache_info() -> dict[str, int]:
     """Counts of the packed weights that layers in eval mode keep.
 
     Returns:
         ``bytes`` and ``entries`` now held, ``limit_bytes``, and ``hits``, ``misses`` and ``evictions`` so far.
     """
-    return dict(_C.packed_cache_info())
+    info = dict(_C.packed_cache_info())
+    weights = _triton_weights()
+    if weights is not None:
+        held, count = weights.held_bytes()
+        info["bytes"] += held
+        info["entries"] += count
+    return info
 
 
 def set_packed_cache_limit(limit_bytes: int) -> None:
@@ -171,11 +184,17 @@ def set_packed_cache_limit(limit_bytes: int) -> None:
     if limit_bytes < 0:
         raise ValueError(f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more, got {limit_bytes}.")
     _C.set_packed_cache_limit(limit_bytes)
+    weights = _triton_weights()
+    if weights is not None:
+        weights.set_limit(limit_bytes)
 
 
 def clear_packed_cache() -> None:
     """Drops all packed weights; they are packed again when next needed."""
     _C.clear_packed_cache()
+    weights = _triton_weights()
+    if weights is not None:
+        weights.clear()
 
 
 def choices() -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benches import summary
 from benches.plots import Figure, draw, label
+from benches.roofline import prediction_table
 from benches.rows import Row, write_csv, write_json
 from benches.summary import BASES, Setting
 from benches.tables import BAD, GOOD, Table
@@ -217,6 +218,7 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
         networks_table(rows),
         overhead_table(rows),
         machine_table(header, rows),
+        prediction_table(header.get("same", {}).get("gpu"), rows),
         cases_table(rows),
     ]
     return [table for table in found if table and (table.rows or table.title.startswith("Cases"))]

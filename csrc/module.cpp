@@ -1,5 +1,6 @@
 // Python module bap_kernels._C: importing it registers the ops; it also holds build facts, settings and tables.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -149,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
         return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
       },
       py::arg("backend"));
+  m.def("set_why_not", &set_why_not, py::arg("reason"));
   m.def("isa", [] { return isa(); });
   m.def("isa_available", &isa_available);
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);

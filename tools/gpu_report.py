@@ -139,11 +139,11 @@ def main() -> int:
     """Runs all parts; returns 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_report", help="folder of the report")
-    parser.add_argument("--quick", action="store_true", help="fewer cases, about two minutes instead of ten")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, about three minutes instead of ten")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    report = Report(out, 150 if arguments.quick else 570)
+    report = Report(out, 175 if arguments.quick else 590)
     python = sys.executable
     quick = ["--quick"] if arguments.quick else []
 
@@ -157,15 +157,27 @@ def main() -> int:
     broken = None if info.state == "ok" else f"bap_kernels does not load (build: {built.state})"
 
     has_tests = any((ROOT / "tests/gpu").glob("test_*.py"))
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", f"--junitxml={out / 'tests.xml'}"]
-    report.run("tests", tests, 180, skip=no_gpu or broken or (None if has_tests else "tests/gpu holds no tests"))
+    no_tests = no_gpu or broken or (None if has_tests else "tests/gpu holds no tests")
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    tests = [*pytest, "-k", "not triton", f"--junitxml={out / 'tests.xml'}"]
+    report.run("tests", tests, 120 if arguments.quick else 180, skip=no_tests)
+    # Each case is a compilation: they have a time of their own, and what is not right keeps them out of the benches.
+    chosen = "triton and (kernels_and_layouts or capture or gradients)" if arguments.quick else "triton"
+    triton_tests = [*pytest, "-x", "-k", chosen, f"--junitxml={out / 'tests-triton.xml'}"]
+    triton = report.run("tests-triton", triton_tests, 60 if arguments.quick else 180, skip=no_tests)
     gather = [python, "-m", "tools.gpu_gather", *quick]
     report.run("channel_gather", gather, 60, skip=no_gpu or broken, read=last_json)
     budget = 30 if arguments.quick else 100
     for dtype in ("bfloat16", "float32"):
         study = [python, "-m", "benches.study", "--device", "cuda", "--dtype", dtype, "--budget-seconds", str(budget)]
         study += ["--out", str(out / f"study-{dtype}")]
+        if triton.state == "failed":
+            study += ["--peers", "dense,masked,naive,best,oracle,auto,aten"]
         report.run(f"study-{dtype}", study, 2 * budget + 60, skip=no_gpu or broken)
+    # Machine code needs no GPU; it comes last, for the measurements must not lack its time.
+    compiled = [python, "-m", "tools.compile_triton", *quick, "--json", str(out / "triton-code.json")]
+    no_triton = None if facts.data.get("triton") else "Triton is not installed"
+    report.run("triton-code", compiled, 150, skip=no_triton or broken)
 
     report.write({"gpu": gpu, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")})
     return int(any(result.state == "failed" for result in report.results))

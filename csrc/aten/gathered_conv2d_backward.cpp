@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "aten/listed_channels.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 
@@ -68,6 +69,11 @@ GradientTriple gathered_conv2d_backward_cuda(const at::Tensor& grad_output, cons
   const auto s =
       check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
+  const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0;
+  if (triton_named() && !trivial) {
+    return triton_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
+                                           groups, mask);
+  }
   return aten_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, s,
                                        mask);
 }

@@ -1,22 +1,25 @@
-// The gathered convolution on CUDA devices: through ATen. List values are not read there, so no call waits for the GPU.
+// The gathered convolution on CUDA devices: through ATen, or Triton where it is named. List values are not read here.
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 namespace {
 
-at::Tensor run_aten(const ConvCall& call) {
-  return call.trivial() ? trivial_gathered_conv2d(call) : aten_gathered_conv2d(call, AtenRoute::kGather);
+at::Tensor run_cuda(const ConvCall& call, const char* op) {
+  if (call.trivial()) return trivial_gathered_conv2d(call);
+  return triton_named() ? triton_gathered_conv2d(call, op) : aten_gathered_conv2d(call, AtenRoute::kGather);
 }
 
 at::Tensor gathered_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& in_index, const OptionalTensor& out_index,
                                 c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
                                 int64_t groups, bool cache_packed) {
-  return run_aten({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed,
-                   check_gathered_conv2d<int64_t>("gathered_conv2d", input, weight, bias, in_index, out_index, stride,
-                                                  padding, dilation, groups)});
+  const char* op = "gathered_conv2d";
+  const auto s =
+      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
+  return run_cuda({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s}, op);
 }
 
 at::Tensor fused_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -33,8 +36,9 @@ at::Tensor fused_cuda(const at::Tensor& input, const at::Tensor& weight, const O
   check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
   check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
   check_residual<int64_t>(op, residual, s, input);
-  return run_aten({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s,
-                   Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}, weight_index});
+  return run_cuda({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s,
+                   Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}, weight_index},
+                  op);
 }
 
 }  // namespace

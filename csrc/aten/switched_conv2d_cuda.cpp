@@ -1,46 +1,61 @@
-// The switched convolution on CUDA devices: through ATen, with the switch never read on the host. The private ops are
-// the same on CPUs too, so that machines without a GPU can test it.
+// The switched convolution on CUDA devices: through ATen, or Triton where it is named, with the switch never read on
+// the host. The private ops are ATen's way on CPUs too, so that machines without a GPU can test it.
 #include <torch/library.h>
 
 #include "aten/switched_conv2d.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 namespace {
 
-at::Tensor switched_conv2d_masked(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                  const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                                  c10::IntArrayRef dilation, int64_t groups, bool off_gradient) {
-  return masked_switched_conv2d({input, weight, bias, switches, stride, padding, dilation, groups, off_gradient,
-                                 check_switched_conv2d<int64_t>("switched_conv2d", input, weight, bias, switches,
-                                                                stride, padding, dilation, groups)});
+at::Tensor run_masked(const SwitchedCall& call) { return masked_switched_conv2d(call); }
+
+at::Tensor run_named(const SwitchedCall& call) {
+  return triton_named() && !call.trivial() ? triton_switched_conv2d(call) : run_masked(call);
 }
 
-SwitchedGradients switched_conv2d_masked_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                  const at::Tensor& weight, const at::Tensor& switches,
-                                                  c10::IntArrayRef stride, c10::IntArrayRef padding,
-                                                  c10::IntArrayRef dilation, int64_t groups, bool off_gradient,
-                                                  SwitchedMask mask) {
+SwitchedGradients run_masked_backward(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask) {
+  return masked_switched_conv2d_backward(call, grad_output, mask);
+}
+
+SwitchedGradients run_named_backward(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask) {
+  if (triton_named() && !call.trivial()) return triton_switched_conv2d_backward(call, grad_output, mask);
+  return run_masked_backward(call, grad_output, mask);
+}
+
+template <at::Tensor (*run)(const SwitchedCall&)>
+at::Tensor checked_forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
+                           c10::IntArrayRef dilation, int64_t groups, bool off_gradient) {
+  return run({input, weight, bias, switches, stride, padding, dilation, groups, off_gradient,
+              check_switched_conv2d<int64_t>("switched_conv2d", input, weight, bias, switches, stride, padding,
+                                             dilation, groups)});
+}
+
+template <SwitchedGradients (*run)(const SwitchedCall&, const at::Tensor&, SwitchedMask)>
+SwitchedGradients checked_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                   const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
+                                   c10::IntArrayRef dilation, int64_t groups, bool off_gradient, SwitchedMask mask) {
   const char* op = "switched_conv2d_backward";
   const OptionalTensor no_bias;
   const auto s =
       check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
-  return masked_switched_conv2d_backward(
-      {input, weight, no_bias, switches, stride, padding, dilation, groups, off_gradient, s}, grad_output, mask);
+  return run({input, weight, no_bias, switches, stride, padding, dilation, groups, off_gradient, s}, grad_output, mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) {
-  m.impl("switched_conv2d", switched_conv2d_masked);
-  m.impl("switched_conv2d_backward", switched_conv2d_masked_backward);
-  m.impl("_switched_conv2d_masked", switched_conv2d_masked);
-  m.impl("_switched_conv2d_masked_backward", switched_conv2d_masked_backward);
+  m.impl("switched_conv2d", checked_forward<run_named>);
+  m.impl("switched_conv2d_backward", checked_backward<run_named_backward>);
+  m.impl("_switched_conv2d_masked", checked_forward<run_masked>);
+  m.impl("_switched_conv2d_masked_backward", checked_backward<run_masked_backward>);
 }
 
 TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) {
-  m.impl("_switched_conv2d_masked", switched_conv2d_masked);
-  m.impl("_switched_conv2d_masked_backward", switched_conv2d_masked_backward);
+  m.impl("_switched_conv2d_masked", checked_forward<run_masked>);
+  m.impl("_switched_conv2d_masked_backward", checked_backward<run_masked_backward>);
 }
 
 }  // namespace bap_kernels

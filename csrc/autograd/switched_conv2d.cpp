@@ -3,6 +3,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <optional>
+
+#include "cpu/choice.h"
 #include "ops/switched_call.h"
 
 namespace bap_kernels {
@@ -40,6 +43,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     Variable output = forward_op().call(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
     ctx->save_for_backward({input, weight, switches});
+    // The engine runs the backward of CUDA tensors in a thread of its own, which does not know the caller's backend.
+    if (input.is_cuda()) ctx->saved_data["backend"] = get_backend();
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
@@ -50,6 +55,9 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
+    std::optional<BackendScope> scope;
+    const auto named = ctx->saved_data.find("backend");
+    if (named != ctx->saved_data.end()) scope.emplace(named->second.toStringRef());
     const auto saved = ctx->get_saved_variables();
     // needs_input_grad counts tensors that are there: an absent bias shifts the place of the switch.
     const bool bias = ctx->saved_data["bias"].toBool();

@@ -2,6 +2,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#include <utility>
 
 #include "cpu/choice.h"
 #include "cpu/isa.h"
@@ -18,7 +19,20 @@ std::string& backend_name() {
   return name;
 }
 
+using WhyNot = std::function<std::string(const std::string&)>;
+
+// Never destroyed: it holds a Python function, and Python is gone before statics are.
+WhyNot*& why_not_function() {
+  static WhyNot* function = nullptr;
+  return function;
+}
+
 }  // namespace
+
+void set_why_not(WhyNot reason) { why_not_function() = new WhyNot(std::move(reason)); }
+
+BackendScope::BackendScope(std::string name) : previous_(std::exchange(backend_name(), std::move(name))) {}
+BackendScope::~BackendScope() { backend_name() = previous_; }
 
 std::string backend_why_not(const std::string& name) {
   if (name == "auto" || name == "aten") return "";
@@ -26,7 +40,8 @@ std::string backend_why_not(const std::string& name) {
     if (isa() != "none") return "";
     return "this CPU and this build share neither AVX2 nor AVX-512 (or BAP_KERNELS_ISA=none is set)";
   }
-  if (name == "triton" || name == "cuda") return "this version has no " + name + " kernels of this op";
+  if (name == "triton") return why_not_function() ? (*why_not_function())(name) : "bap_kernels._dispatch is not loaded";
+  if (name == "cuda") return "this version has no cuda kernels of this op";
   TORCH_CHECK_VALUE(false, "use_backend(): expected `name` to be auto, native, aten, triton or cuda, got ", name, ".");
 }
 

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -53,5 +54,19 @@ void set_backend(const std::string& name);
 const std::string& get_backend();
 // Null-like empty text if the backend can run on this machine at all, else the reason.
 std::string backend_why_not(const std::string& name);
+// Who knows that of backends which are not C++; called when such a backend is asked for, never before.
+void set_why_not(std::function<std::string(const std::string&)> reason);
+
+// A name for the calling thread until the scope ends, unchecked: one that another thread has set.
+class BackendScope {
+ public:
+  explicit BackendScope(std::string name);
+  ~BackendScope();
+  BackendScope(const BackendScope&) = delete;
+  BackendScope& operator=(const BackendScope&) = delete;
+
+ private:
+  std::string previous_;
+};
 
 }  // namespace bap_kernels

@@ -80,7 +80,7 @@ at::Tensor gathered_conv2d_mixed_cpu(const at::Tensor& input, const at::Tensor& 
   for (const MixedRun& run : runs) {
     const ConvCall call = mixed_run_call(run, weight, bias, stride, padding, dilation, cache_packed, shape);
     // A run of one sample may be laid out in either way, and the result has the batch's.
-    const bool native = backend != "aten" && !call.trivial() && native_why_not(call).empty() &&
+    const bool native = (backend == "auto" || backend == "native") && !call.trivial() && native_why_not(call).empty() &&
                         call.format() == format && run.output.is_contiguous(format);
     if (native) {
       calls.push_back(call);

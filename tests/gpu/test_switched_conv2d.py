@@ -34,9 +34,15 @@ def _full_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def check(case: Case, grad_layout: str = "contiguous", off_gradient: bool = True, loops: bool = False) -> None:
-    check_switched(case, "auto", "cuda")
-    check_switched_backward(case, "auto", grad_layout, off_gradient, "cuda", loops)
+def check(
+    case: Case,
+    grad_layout: str = "contiguous",
+    off_gradient: bool = True,
+    loops: bool = False,
+    backend: str = "auto",
+) -> None:
+    check_switched(case, backend, "cuda")
+    check_switched_backward(case, backend, grad_layout, off_gradient, "cuda", loops)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,79 @@
+"""Channel lists as the kernels take them: as they are, or as aligned blocks found once per list.
+
+A list is a run of aligned blocks of b channels where it is [b * c, b * c + 1, ..., b * c + b - 1] for every c of a
+shorter list. One look-up then serves b neighbouring channels, which are read in words of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["BLOCKS", "ChannelList", "block_length", "channel_list"]
+
+# Largest first: fewer look-ups.
+BLOCKS = (32, 16, 8)
+
+
+@dataclass(frozen=True)
+class ChannelList:
+    """One side's list for a kernel.
+
+    Args:
+        entries: channels, or numbers of blocks, int32 and dense; None for all channels.
+        kind: the kernels' LIST: 0 no list, 1 a channel an entry, else channels of a block.
+        length: number of channels.
+    """
+
+    entries: Tensor | None
+    kind: int
+    length: int
+
+
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def block_length(channels: list[int]) -> int:
+    """The longest of ``BLOCKS`` that a list consists of, or 1.
+
+    Examples:
+        >>> from bap_kernels.triton.lists import block_length
+        >>> block_length([16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7])
+        8
+    """
+    for b in BLOCKS:
+        starts = channels[::b]
+        whole = len(channels) > 0 and len(channels) % b == 0 and all(s % b == 0 for s in starts)
+        if whole and channels == [s + d for s in starts for d in range(b)]:
+            return b
+    return 1
+
+
+def channel_list(index: Tensor | None, channels: int, blocks: bool = True) -> ChannelList:
+    """The kernels' form of a list of the ops.
+
+    A list on a GPU is read on the host once, at its first use, which waits for the device. Lists whose changes cannot
+    be seen (inference tensors) and lists first met while a CUDA graph is captured are taken channel by channel.
+
+    Args:
+        index: int32, (K,), or None for all ``channels``.
+        blocks: if False, no blocks are looked for.
+    """
+    if index is None:
+        return ChannelList(None, 0, channels)
+    if not blocks or index.is_inference():
+        return ChannelList(index.contiguous(), 1, index.shape[0])
+    known = _found.get(index)
+    if known is not None and known[0] == index._version:
+        return known[1]
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return ChannelList(index.contiguous(), 1, index.shape[0])
+    b = block_length(index.tolist())
+    # A clone, not a view: the cache must not keep its own key alive.
+    entries = index.clone(memory_format=torch.contiguous_format) if b == 1 else (index[::b] // b).contiguous()
+    found = ChannelList(entries, b, index.shape[0])
+    _found[index] = (index._version, found)
+    return found

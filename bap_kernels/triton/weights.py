@@ -1,0 +1,138 @@
+"""Packed weights: the listed slices with the axis of the sums contiguous, and those that layers in eval mode keep."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bap_kernels._load import _C
+
+__all__ = ["ALIGNMENT", "alignment", "cached_weight", "clear", "held_bytes", "pack_weight", "set_limit"]
+
+# Elements that a row is rounded up to, so that each starts on 16 bytes and has whole words; the rest is zero.
+ALIGNMENT = 16
+
+_Key = tuple[object, ...]
+_State = tuple[int, ...]
+
+
+def pack_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None, by_input: bool = False) -> Tensor:
+    """The listed slices of a weight (C_out, C_in, kH, kW), for a kernel.
+
+    Args:
+        rows: listed filters, int32, or None.
+        columns: listed input channels, int32, or None.
+        by_input: rows of the result are input channels, else filters.
+
+    Returns:
+        (K_out, kH * kW, K_in) or, by input, (K_in, kH * kW, K_out); the last axis is rounded up with zeros.
+    """
+    w = weight if rows is None else weight.index_select(0, rows)
+    w = w if columns is None else w.index_select(1, columns)
+    w = w.permute(1, 2, 3, 0) if by_input else w.permute(0, 2, 3, 1)
+    length = w.shape[3]
+    packed = w.new_zeros((w.shape[0], w.shape[1] * w.shape[2], -(-length // ALIGNMENT) * ALIGNMENT))
+    packed.view(*w.shape[:3], -1)[..., :length] = w
+    return packed
+
+
+@dataclass(frozen=True)
+class _Entry:
+    parts: tuple[weakref.ref[Tensor], ...]
+    state: _State
+    packed: Tensor
+
+
+class _PackedWeights:
+    """Least recently used packed weights, up to a number of bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        # Re-entered where memory that is collected under it holds a key.
+        self.lock = threading.RLock()
+
+    def get(self, key: _Key, parts: tuple[Tensor, ...], state: _State) -> Tensor | None:
+        with self.lock:
+            entry = self.entries.get(key)
+            # Another tensor may have got the identity of one that is gone.
+            same = entry is not None and all(ref() is part for ref, part in zip(entry.parts, parts, strict=True))
+            if entry is None or not same or entry.state != state:
+                return None
+            self.entries.move_to_end(key)
+            return entry.packed
+
+    def put(self, key: _Key, parts: tuple[Tensor, ...], state: _State, packed: Tensor) -> None:
+        with self.lock:
+            self.drop(key)
+            if packed.nbytes > self.limit_bytes:
+                return
+            # What has gone needs no packed copy.
+            references = tuple(weakref.ref(part, lambda _: self.drop(key)) for part in parts)
+            self.entries[key] = _Entry(references, state, packed)
+            self.held_bytes += packed.nbytes
+            self.trim()
+
+    def trim(self) -> None:
+        with self.lock:
+            while self.held_bytes > self.limit_bytes:
+                self.drop(next(iter(self.entries)))
+
+    def drop(self, key: _Key) -> None:
+        with self.lock:
+            entry = self.entries.pop(key, None)
+            if entry is not None:
+                self.held_bytes -= entry.packed.nbytes
+
+
+_packed = _PackedWeights(_C.packed_cache_info()["limit_bytes"])
+
+
+def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """The packed weight by filters, kept until the weight or a list changes."""
+    parts = tuple(t for t in (weight, rows, columns) if t is not None)
+    if any(part.is_inference() for part in parts):
+        return pack_weight(weight, rows, columns)
+    key = (rows is None, columns is None, *map(id, parts))
+    # Parameters change their memory under .to() and load_state_dict(assign=True), which keep the version.
+    state = (weight.data_ptr(), *(part._version for part in parts))
+    packed = _packed.get(key, parts, state)
+    if packed is None:
+        packed = pack_weight(weight, rows, columns)
+        _packed.put(key, parts, state, packed)
+    return packed
+
+
+def clear() -> None:
+    """Drops all packed weights."""
+    with _packed.lock:
+        _packed.entries.clear()
+        _packed.held_bytes = 0
+
+
+def set_limit(limit_bytes: int) -> None:
+    """Sets the most bytes that are kept."""
+    _packed.limit_bytes = limit_bytes
+    _packed.trim()
+
+
+def held_bytes() -> tuple[int, int]:
+    """Bytes and number of the packed weights that are kept."""
+    return _packed.held_bytes, len(_packed.entries)
+
+
+def alignment(*lengths: int) -> int:
+    """The largest power of two up to ``ALIGNMENT`` that divides every length; of none, ``ALIGNMENT``.
+
+    Examples:
+        >>> from bap_kernels.triton.weights import alignment
+        >>> alignment(24, 64)
+        8
+    """
+    return math.gcd(ALIGNMENT, *lengths)

@@ -1,0 +1,200 @@
+"""Predicted times on GPUs that need not be there: bytes, FLOPs, second-level cache and launches.
+
+    python -m benches.roofline [--gpu H200] [--dtype bfloat16] [--batch 64] [--lists in]
+
+    time = launches * launch_s + max(FLOP / peak, bytes from memory / bandwidth, bytes from L2 / L2 bandwidth)
+
+for each kernel in turn. It is a floor, not a forecast: no kernel reaches all peaks, and the report shows the measured
+time beside it.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benches.cases import BATCHES, CASES, DENSITIES, Case, Cell, kept
+from benches.rows import Row
+from benches.tables import Table
+
+# What the memory hands out at a time, in bytes: a random list of a channels_last tensor touches nearly all of these.
+SECTOR_BYTES = 32
+# Tile that the prediction of L2 traffic assumes: pixels and filters.
+TILE = (128, 128)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of one GPU.
+
+    Args:
+        bytes_per_s: of the memory (datasheet).
+        l2_bytes_per_s: of the second-level cache (no datasheet states it: of the order of published measurements).
+        l2_bytes: size of that cache (datasheet).
+        flop_per_s: dense products by element type (datasheet); float32 is TF32.
+        launch_s: of a kernel in a stream that is kept full (an assumption).
+    """
+
+    bytes_per_s: float
+    l2_bytes_per_s: float
+    l2_bytes: float
+    flop_per_s: dict[str, float]
+    launch_s: float = 2e-6
+
+
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}
+GPUS: dict[str, Gpu] = {
+    "H200": Gpu(4.8e12, 7e12, 50e6, _HOPPER),
+    "H100": Gpu(3.35e12, 7e12, 50e6, _HOPPER),
+    "A100": Gpu(2.04e12, 4.5e12, 40e6, {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}),
+}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does: FLOP (2 per multiply-add), bytes from and to memory, bytes from and to L2."""
+
+    flop: float
+    moved: float
+    l2: float
+
+    def seconds(self, gpu: Gpu, dtype: str) -> float:
+        """Least time on a GPU, its launch included."""
+        limits = (self.flop / gpu.flop_per_s[dtype], self.moved / gpu.bytes_per_s, self.l2 / gpu.l2_bytes_per_s)
+        return gpu.launch_s + max(limits)
+
+
+def touched(density: float, layout: str, size: int) -> float:
+    """Share of a tensor's sectors that a random list reads.
+
+    Examples:
+        >>> from benches.roofline import touched
+        >>> touched(0.5, "nchw", 2), round(touched(0.5, "channels_last", 2), 4)
+        (0.5, 1.0)
+    """
+    return density if layout == "nchw" else 1 - (1 - density) ** (SECTOR_BYTES // size)
+
+
+def convolution(case: Case, batch: int, C_in: int, C_out: int, size: int, read: float | None = None) -> Work:
+    """One convolution of a case with so many channels.
+
+    Args:
+        size: bytes of an element.
+        read: bytes of the input that memory hands out; None: that of ``C_in`` dense channels.
+    """
+    oH, oW = case.output_size
+    pixels, depth = batch * oH * oW, C_in * case.kernel**2
+    x = batch * C_in * _met_pixels(case) * size if read is None else read
+    weight, result = C_out * depth * size, pixels * C_out * size
+    # Every tile of filters reads its pixels again, tap by tap, and every tile of pixels its weights.
+    l2 = pixels * depth * size * math.ceil(C_out / TILE[1]) + weight * math.ceil(pixels / TILE[0]) + result
+    return Work(2.0 * pixels * C_out * depth, x + weight + result, l2)
+
+
+def _met_pixels(case: Case) -> int:
+    oH, oW = case.output_size
+    # A strided 1x1 convolution skips pixels.
+    return case.H * case.W if case.kernel >= case.stride else oH * oW
+
+
+def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dtype: str, peer: str) -> list[Work]:
+    """The kernels that a peer runs.
+
+    ``dense`` and ``masked`` compute all channels; ``oracle`` finds its tensors compact; ``naive``, ``best``, ``auto``
+    and ``aten`` copy the listed channels first; ``triton`` reads planes of 1x1 convolutions where they lie, and copies
+    first what lies otherwise.
+
+    Raises:
+        ValueError: for another peer.
+    """
+    size = BYTES[dtype]
+    K_in, K_out = kept(case.C_in, density), kept(case.C_out, density) if lists == "both" else case.C_out
+    if peer in ("dense", "masked"):
+        return [convolution(case, batch, case.C_in, case.C_out, size)]
+    compact = convolution(case, batch, K_in, K_out, size)
+    if peer in ("oracle", "oracle8"):
+        return [compact]
+    whole = batch * case.C_in * _met_pixels(case) * size
+    read = whole * touched(K_in / case.C_in, layout, size)
+    if peer == "triton" and layout == "nchw" and case.kernel == 1 and case.stride == 1:
+        return [convolution(case, batch, K_in, K_out, size, read)]
+    if peer in ("naive", "best", "aten", "auto", "triton"):
+        written = batch * K_in * _met_pixels(case) * size
+        return [Work(0.0, read + written, read + written), compact]
+    raise ValueError(f"kernels(): expected `peer` to be one that is modelled, got {peer!r}.")
+
+
+def predicted(row: Row, gpu: str) -> float | None:
+    """Predicted seconds of a row's layer on a GPU, or None for what is not modelled (networks, other peers)."""
+    if row.C_in is None or row.dtype not in BYTES:
+        return None
+    H, W, C_in, C_out, kernel, stride = (
+        int(each or 0) for each in (row.H, row.W, row.C_in, row.C_out, row.kernel, row.stride)
+    )
+    case = Case(row.network, H, W, C_in, C_out, kernel, stride, count=1)
+    try:
+        works = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.peer)
+    except ValueError:
+        return None
+    return sum(work.seconds(GPUS[gpu], row.dtype) for work in works)
+
+
+def known_gpu(name: str | None) -> str | None:
+    """The entry of ``GPUS`` that a device's name means, such as ``NVIDIA H200``; None where there is none.
+
+    Examples:
+        >>> from benches.roofline import known_gpu
+        >>> known_gpu("NVIDIA A100-SXM4-80GB")
+        'A100'
+    """
+    return next((key for key in GPUS if name and key in name), None)
+
+
+def prediction_table(gpu_name: str | None, rows: Sequence[Row]) -> Table | None:
+    """Predicted beside measured times of the rows of a GPU; None where there are none."""
+    gpu = known_gpu(gpu_name)
+    if gpu is None:
+        return None
+    lines = []
+    for row in rows:
+        seconds = predicted(row, gpu) if row.device == "cuda" else None
+        if seconds is not None:
+            lines.append(
+                [row.cell, row.peer, f"{seconds * 1e6:.1f}", f"{row.p50_s * 1e6:.1f}", f"{seconds / row.p50_s:.2f}"]
+            )
+    note = f"Roofline of {gpu}: bytes, FLOPs, second-level cache and launches."
+    columns = ["case", "peer", "predicted [µs]", "measured [µs]", "predicted / measured"]
+    return Table("Predicted and measured", columns, lines, note, left=2, screen=False) if lines else None
+
+
+def main() -> None:
+    """Prints the predicted times of every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="H200")
+    parser.add_argument("--dtype", choices=tuple(BYTES), default="bfloat16")
+    parser.add_argument("--batch", type=int, default=max(BATCHES))
+    parser.add_argument("--lists", choices=("in", "both"), default="in")
+    chosen = parser.parse_args()
+    peers = ("dense", "oracle", "best", "triton")
+    print("| case | d | layout | " + " | ".join(f"{peer} [µs]" for peer in peers) + " | triton over dense |")
+    print("|---|---|---|" + "---|" * (len(peers) + 1))
+    for layout in ("channels_last", "nchw"):
+        for density in DENSITIES:
+            for case in CASES:
+                cell = Cell(case, chosen.batch, density, chosen.lists, layout)
+                gpu = GPUS[chosen.gpu]
+                times = {
+                    peer: sum(
+                        work.seconds(gpu, chosen.dtype)
+                        for work in kernels(case, cell.batch, density, chosen.lists, layout, chosen.dtype, peer)
+                    )
+                    for peer in peers
+                }
+                figures = " | ".join(f"{times[peer] * 1e6:.1f}" for peer in peers)
+                ratio = times["dense"] / times["triton"]
+                print(f"| {case.network} {case.shape} | {density} | {layout} | {figures} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+// Schemas of the private ops of the Triton backend, and their callers. Results are allocated here, so that their
+// memory formats are those of every other backend.
+#include "triton/triton_ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/choice.h"
+
+namespace bap_kernels {
+namespace {
+
+using c10::IntArrayRef;
+
+template <class Schema>
+auto typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
+}  // namespace
+
+bool triton_named() { return get_backend() == "triton"; }
+
+at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), op,
+                              "(): expected an input with all of the weight's channels, got `weight_index`, for which "
+                              "there is no Triton kernel. Hint: use_backend(\"auto\") takes the ATen path.");
+  static auto op =
+      typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, const OptionalTensor&,
+                    const OptionalTensor&, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                    bool, bool, c10::string_view)>("bap_kernels::_gathered_conv2d_triton");
+  const auto& s = c.shape;
+  const Fusion& f = c.fusion;
+  at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  op.call(y, c.input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups, f.in_scale,
+          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, name);
+  return y;
+}
+
+GradientTriple triton_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                               const at::Tensor& weight, const OptionalTensor& in_index,
+                                               const OptionalTensor& out_index, IntArrayRef stride, IntArrayRef padding,
+                                               IntArrayRef dilation, int64_t groups, std::array<bool, 3> mask) {
+  static auto op =
+      typed_op<GradientTriple(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                              const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t,
+                              std::array<bool, 3>)>("bap_kernels::_gathered_conv2d_backward_triton");
+  return op.call(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
+}
+
+at::Tensor triton_switched_conv2d(const SwitchedCall& c) {
+  static auto op =
+      typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                    IntArrayRef, IntArrayRef, IntArrayRef, int64_t)>("bap_kernels::_switched_conv2d_triton");
+  const auto& s = c.shape;
+  at::Tensor y = at::empty({s.batch, s.channels_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  op.call(y, c.input, c.weight, c.bias, c.switches, c.stride, c.padding, c.dilation, c.groups);
+  return y;
+}
+
+SwitchedGradients triton_switched_conv2d_backward(const SwitchedCall& c, const at::Tensor& grad_output,
+                                                  SwitchedMask mask) {
+  static auto op =
+      typed_op<SwitchedGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 IntArrayRef, IntArrayRef, IntArrayRef, int64_t, bool, SwitchedMask)>(
+          "bap_kernels::_switched_conv2d_backward_triton");
+  return op.call(grad_output, c.input, c.weight, c.switches, c.stride, c.padding, c.dilation, c.groups, c.off_gradient,
+                 mask);
+}
+
+TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
+  m.def(
+      "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
+      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "
+      "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
+      "bool cache_packed, str op) -> ()");
+  m.def(
+      "_gathered_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, "
+      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_switched_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor switch, "
+      "int[2] stride, int[4] padding, int[2] dilation, int groups) -> ()");
+  m.def(
+      "_switched_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
+      "int[2] stride, int[4] padding, int[2] dilation, int groups, bool off_gradient, bool[4] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,84 @@
+"""Predicted times: that they follow the formula, and stand beside measured ones in the report of a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from benches import roofline
+from benches.cases import CASES, Case
+from benches.roofline import GPUS, Gpu, Work, convolution, kernels, touched
+
+POINTWISE = Case("resnet50", 56, 56, 256, 64, 1, 1, 1)
+SQUARE = Case("resnet50", 28, 28, 256, 256, 3, 1, 1)
+
+
+def test_time_is_the_longest_of_the_limits() -> None:
+    gpu = Gpu(100.0, 200.0, 1.0, {"float32": 1000.0}, launch_s=0.5)
+    assert Work(1000, 10, 10).seconds(gpu, "float32") == 1.5
+    assert Work(10, 200, 10).seconds(gpu, "float32") == 2.5
+    assert Work(10, 10, 600).seconds(gpu, "float32") == 3.5
+
+
+def test_work_of_a_convolution() -> None:
+    work = convolution(POINTWISE, 2, 256, 64, 2)
+    pixels = 2 * 56 * 56
+    assert work.flop == 2 * pixels * 256 * 64
+    assert work.moved == 2 * (pixels * 256 + 256 * 64 + pixels * 64)
+    assert convolution(Case("n", 56, 56, 256, 64, 1, 2, 1), 2, 256, 64, 2).moved == pytest.approx(
+        2 * (pixels / 4 * 256 + 256 * 64 + pixels / 4 * 64)
+    )
+
+
+def test_random_lists_save_planes_and_no_sectors() -> None:
+    assert touched(0.25, "nchw", 2) == 0.25
+    assert touched(0.5, "channels_last", 2) > 0.9999
+    assert touched(0.25, "channels_last", 4) == pytest.approx(1 - 0.75**8)
+
+
+def test_planes_are_read_where_they_lie() -> None:
+    (one,) = kernels(POINTWISE, 8, 0.5, "in", "nchw", "bfloat16", "triton")
+    (compact,) = kernels(POINTWISE, 8, 0.5, "in", "nchw", "bfloat16", "oracle")
+    assert one == compact
+    assert len(kernels(POINTWISE, 8, 0.5, "in", "channels_last", "bfloat16", "triton")) == 2
+    assert len(kernels(SQUARE, 8, 0.5, "in", "nchw", "bfloat16", "triton")) == 2
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_order_of_the_peers(gpu: str) -> None:
+    for case in CASES:
+        for layout in ("nchw", "channels_last"):
+            seconds = {
+                peer: sum(
+                    w.seconds(GPUS[gpu], "bfloat16") for w in kernels(case, 8, 0.5, "in", layout, "bfloat16", peer)
+                )
+                for peer in ("dense", "oracle", "best", "triton")
+            }
+            assert seconds["oracle"] <= seconds["dense"]
+            assert seconds["oracle"] <= seconds["triton"] <= seconds["best"]
+
+
+def test_unknown_peers_and_gpus() -> None:
+    with pytest.raises(ValueError, match="expected `peer` to be one that is modelled, got 'cuda'"):
+        kernels(SQUARE, 1, 0.5, "in", "nchw", "bfloat16", "cuda")
+    assert roofline.known_gpu("NVIDIA GeForce RTX 3090") is None
+    assert roofline.known_gpu(None) is None
+    assert roofline.prediction_table(None, []) is None
+
+
+def test_the_report_of_a_gpu_has_predictions() -> None:
+    from benches.report import tables
+    from tests.unit.test_benches import HEADER, make_row
+
+    rows = [make_row(device="cuda", dtype="bfloat16", peer=peer, p50_s=5e-6) for peer in ("dense", "auto", "cuda")]
+    table = roofline.prediction_table("NVIDIA H200", rows)
+    assert table is not None
+    assert [line[1] for line in table.rows] == ["dense", "auto"]
+    assert all(float(line[2]) > 0 and float(line[4]) > 0 for line in table.rows)
+    titles = [each.title for each in tables({**HEADER, "same": {**HEADER["same"], "gpu": "NVIDIA H200"}}, rows) if each]
+    assert "Predicted and measured" in titles
+
+
+def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["roofline", "--gpu", "A100", "--batch", "1"])
+    roofline.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6 * len(CASES)

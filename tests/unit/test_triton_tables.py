@@ -1,0 +1,195 @@
+"""What the Triton backend decides on the host: lists, packed weights, configurations, and when it can run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bap_kernels as bk
+from bap_kernels import _C, _dispatch, config
+
+pytest.importorskip("triton")
+
+from bap_kernels.triton import configs, lists, weights
+from bap_kernels.triton.configs import ARCHITECTURES, TABLE, Config
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("b", lists.BLOCKS)
+def test_blocks_are_found(b: int) -> None:
+    channels = [b * c + d for c in (5, 0, 3) for d in range(b)]
+    assert lists.block_length(channels) == b
+    found = lists.channel_list(ints(channels), 8 * b)
+    assert (found.kind, found.length) == (b, 3 * b)
+    assert found.entries is not None
+    assert found.entries.tolist() == [5, 0, 3]
+    assert found.entries.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [[], [0], list(range(1, 9)), list(range(7)), [*range(7), 8], [7, 6, 5, 4, 3, 2, 1, 0], [*range(8), *range(9, 17)]],
+)
+def test_what_is_no_block(channels: list[int]) -> None:
+    assert lists.block_length(channels) == 1
+    found = lists.channel_list(ints(channels), 32)
+    assert (found.kind, found.length) == (1, len(channels))
+    assert found.entries is not None
+    assert found.entries.tolist() == channels
+
+
+def test_no_list_and_strided_lists() -> None:
+    assert lists.channel_list(None, 12) == lists.ChannelList(None, 0, 12)
+    stepped = torch.arange(32, dtype=torch.int32)[::3]
+    entries = lists.channel_list(stepped, 32).entries
+    assert entries is not None
+    assert entries.is_contiguous()
+    assert entries.tolist() == stepped.tolist()
+
+
+def test_a_changed_list_is_read_again_and_a_dropped_one_forgotten() -> None:
+    index = torch.arange(16, dtype=torch.int32)
+    assert lists.channel_list(index, 32).kind == 16
+    assert lists.channel_list(index, 32) is lists.channel_list(index, 32)
+    index[0] = 20
+    assert lists.channel_list(index, 32).kind == 1
+    with torch.inference_mode():
+        assert lists.channel_list(torch.arange(16, dtype=torch.int32), 32).kind == 1
+    before = len(lists._found)
+    del index
+    gc.collect()
+    assert len(lists._found) == before - 1
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+def test_packed_weight(by_input: bool) -> None:
+    weight, rows, columns = torch.randn(7, 9, 3, 2), ints([6, 1, 2]), ints([8, 0])
+    packed = weights.pack_weight(weight, rows, columns, by_input)
+    slices = weight[rows.long()][:, columns.long()]
+    slices = slices.transpose(0, 1) if by_input else slices
+    first, last = slices.shape[:2]
+    assert packed.shape == (first, 6, 16)
+    assert torch.equal(packed[:, :, :last], slices.permute(0, 2, 3, 1).reshape(first, 6, last))
+    assert not packed[:, :, last:].any()
+
+
+def test_kept_weights_go_with_their_parameters_and_keep_to_the_limit() -> None:
+    weights.clear()
+    one, two = torch.randn(16, 16, 1, 1), torch.randn(16, 16, 1, 1)
+    first = weights.cached_weight(one, None, None)
+    assert weights.cached_weight(one, None, None) is first
+    one.add_(1)
+    second = weights.cached_weight(one, None, None)
+    assert torch.equal(second[:, 0], one[:, :, 0, 0])
+    assert weights.held_bytes() == (1024, 1)
+    weights.cached_weight(two, None, ints([3]))
+    # The list is gone already, and the entry with it.
+    assert weights.held_bytes() == (1024, 1)
+    index = ints([3])
+    weights.cached_weight(two, None, index)
+    assert weights.held_bytes() == (2048, 2)
+    assert bk.packed_cache_info()["entries"] >= 2
+    limit = bk.packed_cache_info()["limit_bytes"]
+    try:
+        bk.set_packed_cache_limit(1500)
+        assert weights.held_bytes() == (1024, 1)
+        bk.set_packed_cache_limit(100)
+        assert weights.held_bytes() == (0, 0)
+        assert torch.equal(weights.cached_weight(one, None, None), second)
+        assert weights.held_bytes() == (0, 0)
+    finally:
+        bk.set_packed_cache_limit(limit)
+    weights.cached_weight(one, None, None)
+    del one
+    gc.collect()
+    assert weights.held_bytes() == (0, 0)
+    with torch.inference_mode():
+        weights.cached_weight(torch.randn(16, 16, 1, 1), None, None)
+    assert weights.held_bytes() == (0, 0)
+
+
+def test_every_shape_has_a_configuration_on_every_architecture() -> None:
+    for capability, facts in ARCHITECTURES.items():
+        for products in ("16", "tf32", "ieee"):
+            table = TABLE[facts.table, products]
+            for rows in (1, 40, 200, 3000, 200_000):
+                for columns in (1, 33, 65, 300, 4000):
+                    assert configs.choose(rows, columns, products, capability) in table.values()
+
+
+def test_tiles_grow_with_the_product() -> None:
+    areas = [c.BM * c.BN for c in (configs.choose(rows, 512, "16", 90) for rows in (49, 3136, 200_000))]
+    assert areas == sorted(areas)
+    assert areas[0] < areas[-1]
+    assert configs.choose(200_000, 32, "16", 90).BN == 32
+    assert configs.choose(64, 200_000, "16", 90).BM == 64
+
+
+def test_unknown_architectures_take_an_older_one() -> None:
+    assert configs.architecture(87).capability == 86
+    assert configs.architecture(75).capability == 80
+    assert configs.architecture(999).capability == max(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("pixels", [1, 63, 64, 6272, 100_352, 10**7])
+@pytest.mark.parametrize("tile_count", [1, 36, 1000])
+def test_chunks_cover_the_pixels(pixels: int, tile_count: int) -> None:
+    count, length = configs.chunks(pixels, tile_count, 64, 132)
+    assert length % 64 == 0
+    assert (count - 1) * length < pixels <= count * length
+    assert count * tile_count <= max(2 * 132, tile_count)
+    # The launch derives the length from the number alone.
+    assert -(-pixels // (count * 64)) * 64 * count >= pixels
+
+
+def test_override_is_undone() -> None:
+    mine = Config(16, 16, 16, 1, 1)
+    with configs.overriding(mine):
+        assert configs.choose(10, 10, "16", 90) == mine
+    assert configs.choose(10, 10, "16", 90) != mine
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        assert _dispatch.why_not_triton() == "there is no CUDA device"
+        assert config.why_not("triton") == "there is no CUDA device"
+        with pytest.raises(ImportError, match=r"got 'triton': there is no CUDA device\. Hint: bap_kernels\.info"):
+            bk.use_backend("triton")
+    monkeypatch.setattr(_dispatch, "LEAST_TRITON", (99, 0))
+    assert "is older than 99.0" in str(_dispatch.why_not_triton())
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
+    assert _C.why_not("triton") == "Triton is not installed"
+
+
+def test_calls_on_a_cpu_import_no_kernels() -> None:
+    code = """
+import sys, torch, bap_kernels as bk
+y = bk.gathered_conv2d(torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3), None, torch.tensor([0, 2], dtype=torch.int32))
+assert y.shape == (1, 3, 3, 3)
+assert not [name for name in sys.modules if name.startswith("bap_kernels.triton")]
+"""
+    environment = os.environ | {"BAP_KERNELS_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bap_kernels.triton import ops
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3)
+    reason = ops.why_not(x, w, 1, (3, 3), interpreted=False)
+    assert reason == "it computes on CUDA devices, the tensors are on cpu"
+    with pytest.raises(NotImplementedError, match=r"conv\(\): expected a call that backend `triton` can run.*on cpu"):
+        ops.refuse("conv", reason)
+    big = torch.empty(2**16, 1, 2**8, 2**8, device="meta")
+    assert ops.why_not(big, w, 1, (256, 256), True) == "the shape is beyond 32-bit tile arithmetic"
