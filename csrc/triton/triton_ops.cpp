@@ -23,7 +23,7 @@ auto typed_op(const char* name) {
 bool triton_named() { return get_backend() == "triton"; }
 
 at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), op,
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), name,
                               "(): expected an input with all of the weight's channels, got `weight_index`, for which "
                               "there is no Triton kernel. Hint: use_backend(\"auto\") takes the ATen path.");
   static auto op =
