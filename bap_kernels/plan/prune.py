@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.per_domain import domain_layers
+from bap_kernels.nn.switched import SwitchedConv2d
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.plan.graph import Channels, Graph, Op, Value
 from bap_kernels.plan.liveness import Liveness
@@ -201,6 +203,18 @@ def _check(model: nn.Module) -> list[str | None]:
                     f"and in {name!r}."
                 )
     domains = list(dict.fromkeys(domain for layer in layers.values() for domain in layer.lists))
+    for name, owner in domain_layers(model):
+        if isinstance(owner, SwitchedConv2d):
+            raise NotImplementedError(
+                f"prune_unused_(): expected layers with fixed lists, got the switched layer {name!r}. "
+                "Hint: call swap_, which gives it the lists of its switches."
+            )
+    for name, owner in domain_layers(model):
+        if set(owner.domains) != set(domains):
+            raise ValueError(
+                f"prune_unused_(): expected layer {name!r} to have the lists' domains {domains}, got "
+                f"{list(owner.domains)}."
+            )
     return [*domains] or [None]
 
 
@@ -220,7 +234,8 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
 
     Raises:
         ValueError: if no layer was swapped, and as :func:`bap_kernels.plan`.
-        NotImplementedError: for out-lists in layers whose result is compact, and for parameters in two layers.
+        NotImplementedError: for out-lists in layers whose result is compact, for parameters in two layers, and for
+            switched layers, which :func:`bap_kernels.swap_` replaces.
 
     Examples:
         >>> from torch import nn
@@ -242,7 +257,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
     macs = [0, 0]
     layers: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
     done: set[nn.Module] = set()
-    for op in graphs[0].ops:
+    for number, op in enumerate(graphs[0].ops):
         if op.module is None:
             continue
         reads, writes = classes.of(op.inputs[0]), classes.of(op.output)
@@ -256,11 +271,14 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
             per_filter = shape[0] * shape[2] * shape[3] * conv.weight[0, 0].numel()
             for side, (c_out, c_in) in enumerate(layers.get(op.name, ())):
                 macs[side] += per_filter * c_out * (c_in if conv.groups == 1 else 1)
-        elif op.module not in done:
-            index = torch.from_numpy(writes)
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                _slice_(op.module, name, index)
-            op.module.num_features = len(writes)  # type: ignore[assignment]
+        else:
+            # A batch norm per domain is another module in each domain's recording.
+            for norm in dict.fromkeys(graph.ops[number].module for graph in graphs):
+                if norm is not None and norm not in done:
+                    for name in ("weight", "bias", "running_mean", "running_var"):
+                        _slice_(norm, name, torch.from_numpy(writes))
+                    norm.num_features = len(writes)  # type: ignore[assignment]
+                    done.add(norm)
         done.add(op.module)
     after = sum(parameter.numel() for parameter in model.parameters())
     gathered = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d) and one.lists}
