@@ -12,6 +12,7 @@ import torch.utils.flop_counter
 from torch import Tensor, nn
 
 import bap_kernels as bk
+from bap_kernels import _C
 from bap_kernels.testing import lay_out
 
 DOMAINS = ["birds", "cars", "signs"]
@@ -87,6 +88,7 @@ def test_every_sample_gets_what_it_gets_alone(
         torch.testing.assert_close(model(x, scale=1.0), expected)
 
 
+@pytest.mark.skipif(bool(_C.why_not("native")), reason=str(_C.why_not("native")))
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_one_kernel_for_all_runs_changes_no_bit(layout: torch.memory_format, threads: int) -> None:
