@@ -74,6 +74,10 @@ class PlatformFacts:
     cores: int = 1
 
 
+# Precompiled for the sources that include torch.
+PRECOMPILED = "csrc/precompiled.h"
+
+
 @dataclass(frozen=True)
 class Unit:
     """One source file with the flags that only it gets."""
@@ -81,6 +85,7 @@ class Unit:
     source: str
     compiler: str = "cxx"
     flags: tuple[str, ...] = ()
+    precompiled: tuple[str, ...] | None = None  # flags of the precompiled header that it reads
 
 
 @dataclass(frozen=True)
@@ -246,14 +251,14 @@ def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts
         True,
         reason,
         isas or ("none",),
-        _cpu_units(sources, isas, facts, checks),
+        _cpu_units(sources, isas, facts, checks, "clang" not in platform.cxx_version.lower()),
         (*flags, *_includes(torch, platform)),
         tuple(link),
     )
 
 
 def _cpu_units(
-    sources: Sequence[str], isas: Sequence[str], facts: tuple[str, ...], checks: tuple[str, ...]
+    sources: Sequence[str], isas: Sequence[str], facts: tuple[str, ...], checks: tuple[str, ...], is_gcc: bool
 ) -> tuple[Unit, ...]:
     units = []
     for source in sources:
@@ -270,7 +275,9 @@ def _cpu_units(
                 continue
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
-        units.append(Unit(source, flags=(*flags, *checks) if folder in ("cpu", "ops") else flags))
+        own_checks = checks if folder in ("cpu", "ops") else ()
+        precompiled = own_checks if is_gcc and path.parent.name != "microkernels" else None
+        units.append(Unit(source, flags=(*flags, *own_checks), precompiled=precompiled))
     return tuple(units)
 
 
