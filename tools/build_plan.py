@@ -86,6 +86,7 @@ class Unit:
     compiler: str = "cxx"
     flags: tuple[str, ...] = ()
     precompiled: tuple[str, ...] | None = None  # flags of the precompiled header that it reads
+    reused: bool = False  # not compiled here: the object of the normal build is linked
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class BuildPlan:
     cxx: str
     nvcc: str | None = None
     sanitize: tuple[str, ...] = ()
+    normal_dir: str = ""  # where the build without sanitizers puts its objects
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -168,15 +170,16 @@ def decide(env: Mapping[str, str], sources: Sequence[str], torch: TorchFacts, pl
     if version_tuple(torch.version) < MIN_TORCH:
         raise BuildError(f"setup: expected torch >= {'.'.join(map(str, MIN_TORCH))}, got {torch.version}.")
     sanitize = _sanitizers(env.get("BAP_KERNELS_SANITIZE", ""))
-    directory = "sanitize" if sanitize else f"{platform.python_tag}-torch{torch.version}"
+    normal = f"{platform.python_tag}-torch{torch.version}"
     return BuildPlan(
         cpu=_cpu_part(sources, torch, platform, sanitize),
         cuda=_cuda_part(env, sources, torch, platform, sanitize),
-        build_dir=str(PurePosixPath("build", directory)),
+        build_dir=str(PurePosixPath("build", "sanitize" if sanitize else normal)),
         jobs=_jobs(env, platform.cores),
         cxx=platform.cxx,
         nvcc=platform.nvcc,
         sanitize=sanitize,
+        normal_dir=str(PurePosixPath("build", normal)),
         notes=_notes(torch, platform, sanitize),
     )
 
@@ -276,8 +279,11 @@ def _cpu_units(
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
         own_checks = checks if folder in ("cpu", "ops") else ()
-        precompiled = own_checks if is_gcc and path.parent.name != "microkernels" else None
-        units.append(Unit(source, flags=(*flags, *own_checks), precompiled=precompiled))
+        reused = bool(checks) and not own_checks and not flags
+        includes_torch = path.parent.name != "microkernels"
+        # Worth it where many sources share it.
+        precompiled = own_checks if is_gcc and includes_torch and own_checks == checks else None
+        units.append(Unit(source, flags=(*flags, *own_checks), precompiled=precompiled, reused=reused))
     return tuple(units)
 
 

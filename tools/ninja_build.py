@@ -103,8 +103,11 @@ def ninja_text(plan: BuildPlan, part: Part) -> str:
         target = f"{folder}/{Path(PRECOMPILED).name}.gch"
         lines += _edge(target, "header", PRECOMPILED, plan.cxx, (*part.flags, *header))
     for unit in part.units:
-        target = f"{plan.build_dir}/{part.name}.objects/{unit.source}.o"
+        folder = plan.normal_dir if unit.reused else plan.build_dir
+        target = f"{folder}/{part.name}.objects/{unit.source}.o"
         objects.append(target)
+        if unit.reused:
+            continue
         inputs, flags = unit.source, (*part.flags, *unit.flags)
         if unit.precompiled is not None:
             folder, name = folders[unit.precompiled], Path(PRECOMPILED).name
