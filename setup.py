@@ -21,9 +21,10 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        facts = ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
+        facts = ninja_build.find_sources(), ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
         try:
-            self.plan = decide(os.environ, ninja_build.find_sources(), *facts)
+            self.plan = decide(os.environ, *facts)
+            self.normal_plan = decide({**os.environ, "BAP_KERNELS_SANITIZE": ""}, *facts)
         except BuildError as error:
             raise SystemExit(str(error)) from None
         self.planned = {f"bap_kernels.{part.name}": part for part in self.plan.parts if part.built}
@@ -37,6 +38,8 @@ class NinjaBuild(build_ext):
         if not self.plan.sanitize:
             super().run()
             return
+        # Its objects of what has no checks are linked.
+        ninja_build.build(self.normal_plan, self.normal_plan.cpu)
         # Stays under build/: BAP_KERNELS_LIBRARY names it for one run, and the normal library is not replaced.
         print(f"sanitizer library: {ninja_build.build(self.plan, self.plan.cpu, verbose=bool(self.verbose > 1))}")
 

@@ -73,6 +73,10 @@ class PlatformFacts:
     cores: int = 1
 
 
+# Precompiled for the sources that include torch.
+PRECOMPILED = "csrc/precompiled.h"
+
+
 @dataclass(frozen=True)
 class Unit:
     """One source file with the flags that only it gets."""
@@ -80,6 +84,8 @@ class Unit:
     source: str
     compiler: str = "cxx"
     flags: tuple[str, ...] = ()
+    precompiled: tuple[str, ...] | None = None  # flags of the precompiled header that it reads
+    reused: bool = False  # not compiled here: the object of the normal build is linked
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class BuildPlan:
     cxx: str
     nvcc: str | None = None
     sanitize: tuple[str, ...] = ()
+    normal_dir: str = ""  # where the build without sanitizers puts its objects
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -162,15 +169,16 @@ def decide(env: Mapping[str, str], sources: Sequence[str], torch: TorchFacts, pl
     if version_tuple(torch.version) < MIN_TORCH:
         raise BuildError(f"setup: expected torch >= {'.'.join(map(str, MIN_TORCH))}, got {torch.version}.")
     sanitize = _sanitizers(env.get("BAP_KERNELS_SANITIZE", ""))
-    directory = "sanitize" if sanitize else f"{platform.python_tag}-torch{torch.version}"
+    normal = f"{platform.python_tag}-torch{torch.version}"
     return BuildPlan(
         cpu=_cpu_part(sources, torch, platform, sanitize),
         cuda=_cuda_part(env, sources, torch, platform, sanitize),
-        build_dir=str(PurePosixPath("build", directory)),
+        build_dir=str(PurePosixPath("build", "sanitize" if sanitize else normal)),
         jobs=_jobs(env, platform.cores),
         cxx=platform.cxx,
         nvcc=platform.nvcc,
         sanitize=sanitize,
+        normal_dir=str(PurePosixPath("build", normal)),
         notes=_notes(torch, platform, sanitize),
     )
 
@@ -245,14 +253,14 @@ def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts
         True,
         reason,
         isas or ("none",),
-        _cpu_units(sources, isas, facts, checks),
+        _cpu_units(sources, isas, facts, checks, "clang" not in platform.cxx_version.lower()),
         (*flags, *_includes(torch, platform)),
         tuple(link),
     )
 
 
 def _cpu_units(
-    sources: Sequence[str], isas: Sequence[str], facts: tuple[str, ...], checks: tuple[str, ...]
+    sources: Sequence[str], isas: Sequence[str], facts: tuple[str, ...], checks: tuple[str, ...], is_gcc: bool
 ) -> tuple[Unit, ...]:
     units = []
     for source in sources:
@@ -269,7 +277,12 @@ def _cpu_units(
                 continue
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
-        units.append(Unit(source, flags=(*flags, *checks) if folder in ("cpu", "ops") else flags))
+        own_checks = checks if folder in ("cpu", "ops") else ()
+        reused = bool(checks) and not own_checks and not flags
+        includes_torch = path.parent.name != "microkernels"
+        # Worth it where many sources share it.
+        precompiled = own_checks if is_gcc and includes_torch and own_checks == checks else None
+        units.append(Unit(source, flags=(*flags, *own_checks), precompiled=precompiled, reused=reused))
     return tuple(units)
 
 

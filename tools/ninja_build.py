@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.build_plan import ISA_FLAGS, BuildPlan, Part, PlatformFacts, TorchFacts, Unit, version_tuple
+from tools.build_plan import ISA_FLAGS, PRECOMPILED, BuildPlan, Part, PlatformFacts, TorchFacts, Unit, version_tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 _RULES = """\
@@ -24,6 +24,12 @@ ninja_required_version = 1.5
 
 rule cxx
   command = $compiler -MMD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = c++ $in
+
+rule header
+  command = $compiler -MMD -MF $out.d $flags -x c++-header $in -o $out
   depfile = $out.d
   deps = gcc
   description = c++ $in
@@ -90,10 +96,24 @@ def ninja_text(plan: BuildPlan, part: Part) -> str:
     # One log of commands and dependencies for each part: ninja drops the entries that its file does not name.
     lines = [f"builddir = {_escape(plan.build_dir)}/{part.name}.log", _RULES]
     objects = []
+    headers = dict.fromkeys(unit.precompiled for unit in part.units if unit.precompiled is not None)
+    # GCC takes the precompiled file from the first folder on its path that has one, if all flags are the same.
+    folders = {flags: f"{plan.build_dir}/{part.name}.header{number}" for number, flags in enumerate(headers)}
+    for header, folder in folders.items():
+        target = f"{folder}/{Path(PRECOMPILED).name}.gch"
+        lines += _edge(target, "header", PRECOMPILED, plan.cxx, (*part.flags, *header))
     for unit in part.units:
-        target = f"{plan.build_dir}/{part.name}.objects/{unit.source}.o"
+        folder = plan.normal_dir if unit.reused else plan.build_dir
+        target = f"{folder}/{part.name}.objects/{unit.source}.o"
         objects.append(target)
-        lines += _edge(target, unit.compiler, unit.source, _compiler(plan, unit), (*part.flags, *unit.flags))
+        if unit.reused:
+            continue
+        inputs, flags = unit.source, (*part.flags, *unit.flags)
+        if unit.precompiled is not None:
+            folder, name = folders[unit.precompiled], Path(PRECOMPILED).name
+            inputs += f" | {_escape(f'{folder}/{name}.gch')}"
+            flags = (f"-I{folder}", "-include", name, *flags)
+        lines += _edge(target, unit.compiler, inputs, _compiler(plan, unit), flags)
     lines += _edge(library_path(plan, part), "link", " ".join(map(_escape, objects)), plan.cxx, part.link_flags)
     return "\n".join(lines) + "\n"
 

@@ -142,6 +142,26 @@ def prune(
     )
 
 
+@app.command()
+def speed(
+    checkpoint: Checkpoint,
+    batch: Annotated[int, typer.Option(help="Images of a call.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Calls of which the median is taken.", min=1)] = 15,
+) -> None:
+    """Milliseconds and MiB of the physically narrow network beside the dense and the masked one, for every domain."""
+    import torch
+
+    from bap.checkpoint import load_checkpoint
+    from bap.deploy import deploy, speed_facts
+
+    model, _, facts = load_checkpoint(checkpoint)
+    size = next(iter(facts.values()))["size"]
+    example = torch.zeros(batch, 3, size, size)
+    made = speed_facts(model, deploy(model, example), example, rounds)
+    _table(f"batch {batch}", made["domains"])
+    _print(made)
+
+
 @app.command("eval")
 def evaluate_command(
     checkpoint: Checkpoint,

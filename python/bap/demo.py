@@ -13,7 +13,9 @@ import torch
 import bap_kernels as bk
 from bap.checkpoint import load_checkpoint, save_checkpoint
 from bap.config import load_config
+from bap.deploy import deploy, speed_facts, speed_table
 from bap.evaluate import evaluate
+from bap.files import write_json
 from bap.network import load_domains
 from bap.prune import prune_
 from bap.report import make_report, results_table
@@ -46,7 +48,7 @@ EMBEDDED: dict[str, Any] = {
 
 
 def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Pre-trains the source, trains jointly at β = .5 with a sharing loss and at β = 1, prunes, evaluates, reports.
+    """Pre-trains the source, trains jointly at β = .5 (sharing loss) and β = 1, prunes, evaluates, measures, reports.
 
     Args:
         out: folder for everything.
@@ -54,7 +56,7 @@ def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str]
         say: told what happens.
 
     Returns:
-        Time, accuracies before and after pruning, costs, and the path of the report.
+        Time, accuracies before and after pruning, costs, what the narrow network takes, and the path of the report.
 
     Raises:
         RuntimeError: if pruning changed the answers of a domain.
@@ -83,8 +85,12 @@ def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str]
     pruned, _, _ = load_checkpoint(out / "pruned")
     with bk.use_backend(backend_of(config)):
         after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
-    report = make_report([folder for folder, _ in runs], out / "report")
+    example = torch.zeros(8, 3, size, size)
+    served = speed_facts(model, deploy(model, example, images), example)
+    write_json(out / "speed.json", served)
+    report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
     say(results_table([(folder.name, one) for folder, one in runs]))
+    say(speed_table(served))
     say(
         f"pruned: {made.before.params:.3f} -> {made.after.params:.3f} of the backbone's parameters for {len(domains)} "
         f"domains, {made.after.flop:.3f} of its multiply-adds ({made.after.exact_flop:.3f} without dead filters); "
@@ -101,5 +107,6 @@ def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str]
             "model": (path / "checkpoint" / "model.safetensors").stat().st_size,
             "pruned": (out / "pruned" / "model.safetensors").stat().st_size,
         },
+        "served": served,
         "report": str(report),
     }

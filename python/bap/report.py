@@ -141,12 +141,13 @@ def _published(data: str) -> list[str]:
     return lines
 
 
-def make_report(folders: Sequence[str | Path], out: str | Path) -> Path:
+def make_report(folders: Sequence[str | Path], out: str | Path, served: str | None = None) -> Path:
     """Writes report.md and its pictures for one or several finished runs.
 
     Args:
         folders: of the runs; pictures of channels and curves are those of the first.
         out: folder for the report.
+        served: table of times of the pruned network, see :func:`bap.deploy.speed_table`.
 
     Returns:
         The path of report.md.
@@ -167,6 +168,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path) -> Path:
         "FLOP × leaves out filters that nothing reads. Params × is what all domains need together: shared weights left "
         "after pruning, batch norm of every domain, one bit for each switch; classifiers excluded.",
         "",
+        *(["## Time and memory as it is served", "", served, ""] if served else []),
         f"## Channels of {first.name}",
         "",
         "![channels](kept.png)",

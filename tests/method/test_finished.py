@@ -295,6 +295,8 @@ def test_demo_tells_the_whole_story(tmp_path: Path) -> None:
     assert made["bytes"]["pruned"] < made["bytes"]["model"] + 20_000
     assert "![channels](kept.png)" in Path(made["report"]).read_text()
     assert any("pruned:" in line for line in said)
+    assert made["served"]["bytes"]["after"] < made["served"]["bytes"]["before"]
+    assert "## Time and memory as it is served" in Path(made["report"]).read_text()
 
 
 def test_every_command_has_help() -> None:
@@ -302,6 +304,7 @@ def test_every_command_has_help() -> None:
         "pretrain",
         "train",
         "prune",
+        "speed",
         "eval",
         "add-domain",
         "info",

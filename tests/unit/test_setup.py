@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,10 @@ def test_sanitizer_build_is_separate() -> None:
     assert "-fsanitize=address,undefined" in made.cpu.link_flags
     assert "-O3" not in made.cpu.flags
     assert not made.cuda.built
+    glue = plan({"BAP_KERNELS_SANITIZE": "address"}, [*SOURCES, "csrc/autograd/conv.cpp"])
+    text = ninja_text(glue, glue.cpu)
+    assert "csrc/autograd/conv.cpp.o: cxx" not in text
+    assert f"{normal.build_dir}/_C.objects/csrc/autograd/conv.cpp.o" in text
     with pytest.raises(BuildError, match="got 'thread'"):
         plan({"BAP_KERNELS_SANITIZE": "thread"})
 
@@ -196,9 +201,23 @@ def test_ninja_file_names_every_object_once_and_links_it() -> None:
     made = plan()
     text = ninja_text(made, made.cpu)
     for source in SOURCES:
-        assert text.count(f"_C.objects/{source}.o: cxx {source}\n") == 1
+        assert len(re.findall(rf"_C\.objects/{re.escape(source)}\.o: cxx {re.escape(source)}(?: \| .*)?\n", text)) == 1
     link = next(line for line in text.splitlines() if line.startswith(f"build {made.build_dir}/_C.so: link"))
     assert all(f"{source}.o" in link for source in SOURCES)
+
+
+def test_torch_headers_are_compiled_once_for_each_set_of_flags() -> None:
+    made = plan()
+    text = ninja_text(made, made.cpu)
+    header = f"{made.build_dir}/_C.header0/precompiled.h.gch"
+    assert text.count(f"build {header}: header csrc/precompiled.h\n") == 1
+    assert f"csrc/module.cpp.o: cxx csrc/module.cpp | {header}\n" in text
+    for unit in made.cpu.units:
+        assert (unit.precompiled is None) == ("microkernels" in unit.source)
+    checked = plan({"BAP_KERNELS_SANITIZE": "address"})
+    assert ninja_text(checked, checked.cpu).count(": header ") == 1
+    other = plan(platform=dataclasses.replace(PLATFORM, cxx_version="Debian clang version 14.0.6"))
+    assert "precompiled" not in ninja_text(other, other.cpu)
 
 
 def test_importing_setup_runs_nothing() -> None:
