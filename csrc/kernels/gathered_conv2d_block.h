@@ -33,6 +33,8 @@ struct GatheredConv2d {
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
+  // Three products of two parts each leave no registers for the fragments of several slices.
+  static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
   static constexpr int kRowStep = kThreads / kDepthChunks;
   static constexpr int kCopiesA = Tile::kRows / kRowStep, kCopiesB = Tile::kColumns / kRowStep;
   static constexpr int kGroup = 8;
@@ -358,7 +360,7 @@ struct GatheredConv2d {
         if (step + kStages - 1 < plan.steps) copy(b, p, plan, thread, s, written * Tile::kStageBytes);
         b.commit(thread);
       });
-      BAP_UNROLL
+      BAP_UNROLL_SLICES
       for (int slice = 0; slice < kSlices; ++slice) {
         b.each([&](int thread, State& s) {
           load_fragments_a<Tile, kBytes, kPlanes>(b, thread, s, read * Tile::kStageBytes, slice);

@@ -23,6 +23,8 @@ struct WeightGradient {
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
+  // Three products of two parts each leave no registers for the fragments of several slices.
+  static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
   static constexpr int kCopiesA = Tile::kRows * kDepth / kVector / kThreads;
   static constexpr int kCopiesB = Tile::kColumns * kDepth / kVector / kThreads;
 
@@ -152,7 +154,7 @@ struct WeightGradient {
         if (step + kStages - 1 < plan.steps) copy(b, p, plan, thread, s, written * Tile::kStageBytes);
         b.commit(thread);
       });
-      BAP_UNROLL
+      BAP_UNROLL_SLICES
       for (int slice = 0; slice < kSlices; ++slice) {
         b.each([&](int thread, State& s) {
           load_fragments_a<Tile, kBytes, true>(b, thread, s, read * Tile::kStageBytes, slice);
