@@ -18,7 +18,7 @@ ldlinux=${LDLINUX:-/usr/lib/syslinux/modules/bios/ldlinux.c32}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-if [ -n "${PREBUILT:-}" ]; then cp "$PREBUILT" "$work/tile_test"; else python3 "$root/tools/tile_test.py" --static --all "$work/tile_test"; fi
+(cd "$root" && python3 -m tools.tile_test --static --all "$work/tile_test")
 
 # The guest has no other program: this one runs the test on the serial port and turns the machine off.
 cat > "$work/init.c" << 'EOF'

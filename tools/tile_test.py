@@ -1,23 +1,21 @@
 """Builds ``tests/microkernels/tile_test.cpp`` with the microkernels, flags as in the build of the package.
 
-``python tools/tile_test.py [--all] [--static] TARGET`` compiles for this machine's instruction sets, or for all.
+``python -m tools.tile_test [--all] [--static] TARGET`` compiles for this machine's instruction sets, or for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from tools.build_plan import ISA_FLAGS
 
+ROOT = Path(__file__).resolve().parent.parent
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-Wall", "-fvisibility=hidden")
 # Instruction sets as /proc/cpuinfo spells them.
 _NEEDS = {
@@ -35,23 +33,26 @@ def isas_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [isa for isa, needs in _NEEDS.items() if needs <= found]
 
 
-def build(target: Path, isas: Sequence[str], static: bool = False, cxx: str = "g++") -> None:
-    """Compiles the test with the tiles of ``isas`` and links it to ``target``."""
-    tiles = ROOT / "csrc/cpu/microkernels"
-    macros = [f"-DBAP_KERNELS_HAVE_{isa.upper()}" for isa in isas if isa != "emulated"]
-    includes = [f"-I{ROOT / 'csrc'}"]
-    jobs = [
-        (path, ISA_FLAGS[isa]) for isa in isas for path in sorted(tiles.glob("tile_*.cpp")) if path.stem.endswith(f"_{isa}")
+def build(
+    target: Path, isas: Sequence[str], static: bool = False, sources: Path = ROOT / "csrc", cxx: str = "g++"
+) -> None:
+    """Compiles the test with the tiles of ``isas`` under ``sources`` and links it to ``target``."""
+    macros = tuple(f"-DBAP_KERNELS_HAVE_{isa.upper()}" for isa in isas)
+    jobs: list[tuple[Path, tuple[str, ...]]] = [
+        (sources / "cpu/cpu_features.cpp", ()),
+        (ROOT / "tests/microkernels/tile_test.cpp", macros),
     ]
-    jobs.append((ROOT / "csrc/cpu/cpu_features.cpp", ()))
-    jobs.append((ROOT / "tests/microkernels/tile_test.cpp", tuple(macros)))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    for isa in isas:
+        tiles = sorted((sources / "cpu/microkernels").glob(f"tile_*{isa}.cpp"))
+        jobs += [(path, ISA_FLAGS[isa]) for path in tiles if path.stem.endswith(f"_{isa}")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{path.stem}.o") for path, _ in jobs]
         commands = [
-            [cxx, *_FLAGS, *includes, *flags, "-c", str(path), "-o", made]
+            [cxx, *_FLAGS, f"-I{sources}", *flags, "-c", str(path), "-o", made]
             for (path, flags), made in zip(jobs, objects, strict=True)
         ]
-        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+        for done in pool.map(lambda command: subprocess.run(command), reversed(commands)):
+            done.check_returncode()
         subprocess.run([cxx, *(["-static"] if static else []), *objects, "-o", str(target)], check=True)
 
 

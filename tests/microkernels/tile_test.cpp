@@ -352,6 +352,8 @@ std::vector<Named> tables() {
   std::vector<Named> found;
 #if defined(BAP_KERNELS_HAVE_AVX2)
   found.push_back({"avx2", "avx2", bap_kernels::micro::table_avx2(), false});
+#endif
+#if defined(BAP_KERNELS_HAVE_EMULATED)
   found.push_back({"avx512_emulated", "avx2", bap_kernels::micro::table_avx512_emulated(), false});
   found.push_back({"avx512_emulated_pairs", "avx2", bap_kernels::micro::table_avx512_emulated_pairs(), true});
 #endif
@@ -368,13 +370,10 @@ std::vector<Named> tables() {
 
 int main(int argc, char** argv) {
   int rounds = 2, status = 0;
-  std::vector<std::string> wanted;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--rounds") == 0 && i + 1 < argc) {
-      rounds = std::atoi(argv[++i]);
-    } else {
-      wanted.emplace_back(argv[i]);
-    }
+  std::vector<std::string> wanted(argv + 1, argv + argc);
+  if (wanted.size() > 1 && wanted[0] == "--rounds") {
+    rounds = std::atoi(argv[2]);
+    wanted.erase(wanted.begin(), wanted.begin() + 2);
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   for (const char* isa : {"avx2", "avx512", "avx512bf16"}) std::printf("cpu %s: %d\n", isa, bap_kernels::cpu_has(isa));

@@ -101,6 +101,10 @@ inline auto load_part(const element_t* p, int count) {
     }
   }
 #endif
+  if constexpr (kLanes == 8 && sizeof(element_t) == 4) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (typename S::Vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+  }
   alignas(64) element_t part[kLanes] = {};
   for (int i = 0; i < count; ++i) part[i] = p[i];
   return S::load(part);
