@@ -185,8 +185,8 @@ def networks_table(rows: Sequence[Row]) -> Table:
     ]
     note = (
         "Photographs, in-lists only; planned as a whole network, native and auto layer by layer. /: speed-up over that "
-        "peer, compiled being the pruned one. MiB: parameters and packed copies; what torch.compile lays out anew is not "
-        "in it. Peak: the most MiB that a forward takes besides. Error: of logits, against float64 of the masked network."
+        "peer, compiled being the pruned one. MiB: parameters and packed copies, without what torch.compile lays out "
+        "anew. Peak: most MiB that a forward takes besides. Error: of logits, against float64 of the masked network."
     )
     over = ["/ dense", "/ masked", "/ pruned", "/ compiled"]
     columns = ["network", "layout", "d", "", "time", *over, "MiB", "peak", "error"]

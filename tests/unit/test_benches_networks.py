@@ -122,9 +122,7 @@ def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> No
 
 def test_a_domain_with_wrong_logits_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_of_domains, "mask_", lambda model, lists: model)
-    with pytest.raises(
-        gate.WrongResultError, match=r"planned on tiny-b1-domains2-d50-in-nchw differs by .* in domain0"
-    ):
+    with pytest.raises(gate.WrongResultError, match=r"planned on tiny-b1-domains2-d50-in-nchw differs by"):
         timed_row(Serving(tiny, 2, 0.5, 1, "nchw", "float32"), "planned", None)
 
 
