@@ -339,3 +339,19 @@ def test_errors() -> None:
     switched.conv1 = bk.nn.GatheredConv2d.from_conv2d(switched.conv1)
     with pytest.raises(NotImplementedError, match=r"order_channels_\(\): expected layers with fixed lists, got the sw"):
         bk.order_channels_(switched)
+
+
+@torch.no_grad()
+def test_packed_weights_follow(backend: str) -> None:
+    with bk.use_backend(backend):
+        x = torch.randn(2, 3, 16, 16)
+        model = bk.swap_(randomise(Residual()))
+        bk.attach_(model, related(model, 0))
+        expected = results(model, x)
+        assert bk.order_channels_(model, x).moved > 0
+        for domain, y in results(model, x).items():
+            torch.testing.assert_close(y, expected[domain], rtol=1e-4, atol=1e-4 * expected[domain].abs().max().item())
+        for domain, y in expected.items():
+            torch.testing.assert_close(
+                bk.plan(model, x, domain)(x), y, rtol=1e-4, atol=1e-4 * expected[domain].abs().max().item()
+            )
