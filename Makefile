@@ -28,7 +28,7 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo test test-isa test-interpret compile-triton setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo test test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,15 @@ test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulat
 test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpret $(ARGS)
 
+test-simulate: setup ## Run the CUDA kernels' own text on the host, on CPU tensors; needs neither nvcc nor a GPU
+	library="$$($(BIN)/python -m tools.build_simulation)" && \
+	BAP_KERNELS_CUDA_LIBRARY="$$library" $(BIN)/python -m pytest -q tests/simulate $(ARGS)
+
 compile-triton: setup ## Compile every configuration of the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
 	$(BIN)/python -m tools.compile_triton $(ARGS)
+
+compile-cuda: setup ## Compile every instance of the CUDA kernels for sm_80, sm_90a and sm_100; needs nvcc, no GPU
+	$(BIN)/python -m tools.compile_cuda $(ARGS)
 
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 

@@ -1,4 +1,4 @@
-"""The backends that are Python: when they can run, and the private ops through which calls reach them.
+"""When the GPU's backends can run, and the private ops through which calls reach those that are Python.
 
 The C++ kernels of the ops ask for the backend that the caller named and call ``bap_kernels::_*_triton`` for Triton;
 ``auto`` stays with ATen on CUDA, until results from a GPU show that the kernels are right. Triton and the kernels are
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bap_kernels._load import _C
+from bap_kernels._load import _C, cuda_library_is_simulated, why_not_cuda_library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LEAST_TRITON", "interpreting", "why_not_triton"]
+__all__ = ["LEAST_TRITON", "interpreting", "why_not_cuda", "why_not_triton"]
 
 LEAST_TRITON = (3, 6)
 
@@ -45,6 +45,17 @@ def why_not_triton() -> str | None:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, LEAST_TRITON))}"
     if interpreting():
         return None
+    return _why_not_device()
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA C++ backend cannot run here; None if it can."""
+    if why_not_cuda_library is not None:
+        return why_not_cuda_library
+    return None if cuda_library_is_simulated else _why_not_device()
+
+
+def _why_not_device() -> str | None:
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -56,7 +67,7 @@ def why_not_triton() -> str | None:
 
 
 def _reason(backend: str) -> str:
-    return why_not_triton() or ""
+    return (why_not_cuda() if backend == "cuda" else why_not_triton()) or ""
 
 
 def _refuse(op: str, input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Loads torch, then the compiled libraries; importing ``_C`` registers the operators.
 
-``BAP_KERNELS_LIBRARY`` names another build of ``_C``, such as one with sanitizers.
+``BAP_KERNELS_LIBRARY`` names another build of ``_C``, such as one with sanitizers; ``BAP_KERNELS_CUDA_LIBRARY`` one of
+``_C_cuda``, such as the simulation that tests run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,17 +20,15 @@ if TYPE_CHECKING:
 
     from bap_kernels import _C
 
-__all__ = ["_C", "why_not_cuda_library"]
+__all__ = ["_C", "cuda_library_is_simulated", "why_not_cuda_library"]
 
 _BUILD = "Hint: build it with `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace`."
 
 
-def _load_file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bap_kernels._C", path)
+def _load_file(path: str, name: str, variable: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise ImportError(
-            f"bap_kernels: expected `BAP_KERNELS_LIBRARY` to name a built extension, got {path!r}. {_BUILD}"
-        )
+        raise ImportError(f"bap_kernels: expected `{variable}` to name a built extension, got {path!r}. {_BUILD}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -43,7 +42,9 @@ def _load_file(path: str) -> ModuleType:
 def _load_library() -> ModuleType:
     path = os.environ.get("BAP_KERNELS_LIBRARY")
     try:
-        return _load_file(path) if path else importlib.import_module("bap_kernels._C")
+        if path:
+            return _load_file(path, "bap_kernels._C", "BAP_KERNELS_LIBRARY")
+        return importlib.import_module("bap_kernels._C")
     except ModuleNotFoundError as error:
         if error.name != "bap_kernels._C":
             raise
@@ -57,18 +58,21 @@ def _load_library() -> ModuleType:
         ) from error
 
 
-def _load_cuda_library() -> str | None:
-    """Loads ``_C_cuda`` where it is built; returns the reason where it is not there."""
+def _load_cuda_library() -> tuple[ModuleType | None, str | None]:
+    """Loads ``_C_cuda`` where it is built; returns it, or the reason where it is not there."""
+    path = os.environ.get("BAP_KERNELS_CUDA_LIBRARY")
+    if path:
+        return _load_file(path, "bap_kernels._C_cuda", "BAP_KERNELS_CUDA_LIBRARY"), None
     if importlib.util.find_spec("bap_kernels._C_cuda") is None:
-        return "bap_kernels._C_cuda is not built"
+        return None, "bap_kernels._C_cuda is not built"
     try:
-        importlib.import_module("bap_kernels._C_cuda")
+        return importlib.import_module("bap_kernels._C_cuda"), None
     except (ImportError, OSError) as error:
-        return f"bap_kernels._C_cuda does not load: {error}"
-    return None
+        return None, f"bap_kernels._C_cuda does not load: {error}"
 
 
 if not TYPE_CHECKING:
     _C = _load_library()
 
-why_not_cuda_library: str | None = _load_cuda_library()
+_cuda_library, why_not_cuda_library = _load_cuda_library()
+cuda_library_is_simulated = bool(getattr(_cuda_library, "simulated", 0))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("dense", "masked", "naive", "best", "oracle", "auto", "aten", "triton", "cuda")
 FACTS = """
 import json, platform, sys, torch
 cuda = torch.cuda.is_available()
@@ -135,6 +137,33 @@ def commit() -> str:
         return "unknown"
 
 
+def cuda_line(text: str) -> dict[str, Any]:
+    """What bap_kernels.info says of the backend `cuda`."""
+    lines = [line.split(None, 1) for line in text.splitlines()]
+    return {"cuda": next((line[1].strip() for line in lines if len(line) == 2 and line[0] == "cuda"), "not listed")}
+
+
+def missing_cuda(info: dict[str, Any]) -> str | None:
+    """Why the CUDA C++ kernels cannot be tested; None if they can."""
+    state = info.get("cuda", "bap_kernels does not load")
+    return None if state == "can run" else f"backend cuda: {state}"
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the PATH or where the toolkit usually is."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def run_sanitizer(report: Report, tests: list[str], skip: str | None, quick: bool) -> None:
+    """The tests of small cases under compute-sanitizer: memory first, then races in shared memory."""
+    tool = find_tool("compute-sanitizer")
+    skip = skip or (None if tool else "compute-sanitizer is not installed")
+    for check in ("memcheck",) if quick else ("memcheck", "racecheck"):
+        # Without torch's cache every tensor is an allocation of its own, whose ends the tool knows.
+        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool or "", "--tool", check, "--error-exitcode", "1"]
+        report.run(f"sanitizer-{check}", [*command, *tests], 90, skip=skip)
+
+
 def main() -> int:
     """Runs all parts; returns 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,31 +182,40 @@ def main() -> int:
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
     report.run("driver", smi, 20, skip=no_gpu)
     built = report.run("build", [python, "setup.py", "build_ext", "--inplace"], 300)
-    info = report.run("info", [python, "-m", "bap_kernels.info"], 60)
+    info = report.run("info", [python, "-m", "bap_kernels.info"], 60, read=cuda_line)
     broken = None if info.state == "ok" else f"bap_kernels does not load (build: {built.state})"
 
     has_tests = any((ROOT / "tests/gpu").glob("test_*.py"))
     no_tests = no_gpu or broken or (None if has_tests else "tests/gpu holds no tests")
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    tests = [*pytest, "-k", "not triton", f"--junitxml={out / 'tests.xml'}"]
+    tests = [*pytest, "-k", "not triton and not cuda", f"--junitxml={out / 'tests.xml'}"]
     report.run("tests", tests, 120 if arguments.quick else 180, skip=no_tests)
     # Each case is a compilation: they have a time of their own, and what is not right keeps them out of the benches.
-    chosen = "triton and (kernels_and_layouts or capture or gradients)" if arguments.quick else "triton"
+    chosen = "triton and not cuda" + (" and (kernels_and_layouts or capture or gradients)" if arguments.quick else "")
     triton_tests = [*pytest, "-x", "-k", chosen, f"--junitxml={out / 'tests-triton.xml'}"]
     triton = report.run("tests-triton", triton_tests, 60 if arguments.quick else 180, skip=no_tests)
+    cuda_tests = [*pytest, "-k", "cuda", f"--junitxml={out / 'tests-cuda.xml'}"]
+    no_cuda = no_tests or missing_cuda(info.data)
+    cuda = report.run("tests-cuda", cuda_tests, 60 if arguments.quick else 120, skip=no_cuda)
+    run_sanitizer(report, [*pytest, "-k", "sanitizer"], no_cuda, quick=arguments.quick)
     gather = [python, "-m", "tools.gpu_gather", *quick]
     report.run("channel_gather", gather, 60, skip=no_gpu or broken, read=last_json)
     budget = 30 if arguments.quick else 100
     for dtype in ("bfloat16", "float32"):
         study = [python, "-m", "benches.study", "--device", "cuda", "--dtype", dtype, "--budget-seconds", str(budget)]
         study += ["--out", str(out / f"study-{dtype}")]
-        if triton.state == "failed":
-            study += ["--peers", "dense,masked,naive,best,oracle,auto,aten"]
+        wrong = [name for name, tests in (("triton", triton), ("cuda", cuda)) if tests.state != "ok"]
+        if wrong:
+            study += ["--peers", ",".join(name for name in PEERS if name not in wrong)]
         report.run(f"study-{dtype}", study, 2 * budget + 60, skip=no_gpu or broken)
     # Machine code needs no GPU; it comes last, for the measurements must not lack its time.
     compiled = [python, "-m", "tools.compile_triton", *quick, "--json", str(out / "triton-code.json")]
     no_triton = None if facts.data.get("triton") else "Triton is not installed"
     report.run("triton-code", compiled, 150, skip=no_triton or broken)
+    found = bool(find_tool("nvcc")) and bool(find_tool("cuobjdump") or facts.data.get("triton"))
+    no_nvcc = None if found else "there is no nvcc or no cuobjdump"
+    compiled = [python, "-m", "tools.compile_cuda", *quick, "--json", str(out / "cuda-code.json")]
+    report.run("cuda-code", compiled, 150, skip=no_nvcc)
 
     report.write({"gpu": gpu, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")})
     return int(any(result.state == "failed" for result in report.results))

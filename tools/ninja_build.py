@@ -123,8 +123,8 @@ def library_path(plan: BuildPlan, part: Part) -> str:
     return f"{plan.build_dir}/{part.name}.so"
 
 
-def build(plan: BuildPlan, part: Part, verbose: bool = False) -> Path:
-    """Builds one part and returns the path of its library.
+def build(plan: BuildPlan, part: Part, verbose: bool = False, quiet: bool = False) -> Path:
+    """Builds one part and returns the path of its library; ``quiet`` leaves stdout to the caller.
 
     Raises:
         subprocess.CalledProcessError: a compiler or the linker failed.
@@ -133,7 +133,7 @@ def build(plan: BuildPlan, part: Part, verbose: bool = False) -> Path:
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(ninja_text(plan, part), encoding="utf-8")
     command = [_find_ninja(), "-f", str(script.relative_to(ROOT)), "-j", str(plan.jobs), *(["-v"] if verbose else [])]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr if quiet else None)
     return ROOT / library_path(plan, part)
 
 

@@ -1,7 +1,8 @@
-// The gathered convolution on CUDA devices: through ATen, or Triton where it is named. List values are not read here.
+// The gathered convolution on CUDA devices: through ATen, or the backend that is named. List values are not read here.
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
+#include "cuda_backend/cuda_backend.h"
 #include "triton/triton_ops.h"
 
 namespace bap_kernels {
@@ -9,6 +10,7 @@ namespace {
 
 at::Tensor run_cuda(const ConvCall& call, const char* op) {
   if (call.trivial()) return trivial_gathered_conv2d(call);
+  if (cuda_named()) return cuda_gathered_conv2d(call, op);
   return triton_named() ? triton_gathered_conv2d(call, op) : aten_gathered_conv2d(call, AtenRoute::kGather);
 }
 

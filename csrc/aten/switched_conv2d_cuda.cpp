@@ -1,8 +1,9 @@
-// The switched convolution on CUDA devices: through ATen, or Triton where it is named, with the switch never read on
+// The switched convolution on CUDA devices: through ATen, or the backend that is named, with the switch never read on
 // the host. The private ops are ATen's way on CPUs too, so that machines without a GPU can test it.
 #include <torch/library.h>
 
 #include "aten/switched_conv2d.h"
+#include "cuda_backend/cuda_backend.h"
 #include "triton/triton_ops.h"
 
 namespace bap_kernels {
@@ -11,6 +12,7 @@ namespace {
 at::Tensor run_masked(const SwitchedCall& call) { return masked_switched_conv2d(call); }
 
 at::Tensor run_named(const SwitchedCall& call) {
+  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d(call);
   return triton_named() && !call.trivial() ? triton_switched_conv2d(call) : run_masked(call);
 }
 
@@ -19,6 +21,7 @@ SwitchedGradients run_masked_backward(const SwitchedCall& call, const at::Tensor
 }
 
 SwitchedGradients run_named_backward(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask) {
+  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d_backward(call, grad_output, mask);
   if (triton_named() && !call.trivial()) return triton_switched_conv2d_backward(call, grad_output, mask);
   return run_masked_backward(call, grad_output, mask);
 }

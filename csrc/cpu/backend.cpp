@@ -40,8 +40,9 @@ std::string backend_why_not(const std::string& name) {
     if (isa() != "none") return "";
     return "this CPU and this build share neither AVX2 nor AVX-512 (or BAP_KERNELS_ISA=none is set)";
   }
-  if (name == "triton") return why_not_function() ? (*why_not_function())(name) : "bap_kernels._dispatch is not loaded";
-  if (name == "cuda") return "this version has no cuda kernels of this op";
+  if (name == "triton" || name == "cuda") {
+    return why_not_function() ? (*why_not_function())(name) : "bap_kernels._dispatch is not loaded";
+  }
   TORCH_CHECK_VALUE(false, "use_backend(): expected `name` to be auto, native, aten, triton or cuda, got ", name, ".");
 }
 

@@ -178,3 +178,16 @@ def test_named_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("BAP_KERNELS_LIBRARY", path)
     with pytest.raises(ImportError, match=rf"`BAP_KERNELS_LIBRARY` to name a built extension, got '{path}'. Hint"):
         _load._load_library()
+
+
+def test_named_cuda_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = str(tmp_path / "_C_cuda.so")
+    monkeypatch.setenv("BAP_KERNELS_CUDA_LIBRARY", path)
+    with pytest.raises(ImportError, match=rf"`BAP_KERNELS_CUDA_LIBRARY` to name a built extension, got '{path}'. Hint"):
+        _load._load_cuda_library()
+
+
+def test_cuda_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BAP_KERNELS_CUDA_LIBRARY", raising=False)
+    monkeypatch.setattr(_load.importlib.util, "find_spec", lambda name: None)
+    assert _load._load_cuda_library() == (None, "bap_kernels._C_cuda is not built")

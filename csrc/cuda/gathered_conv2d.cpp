@@ -1,0 +1,164 @@
+// Private ops of the CUDA backend over torch's stable ABI: one launch of the convolution, and of the compact copy.
+// Their arguments come from csrc/cuda_backend/, which has checked them; the stable ABI carries a message but no
+// exception type, so each error is a RuntimeError.
+#include "cuda/tensors.h"
+
+#if !defined(BAP_KERNELS_SIMULATED)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace bap_kernels {
+namespace {
+
+constexpr const char* kConv = "_gathered_conv2d_cuda";
+
+// Adds the rows of `partial` (terms, columns) into the places of `result` that the list names.
+void sum_terms(const Tensor& partial, const Tensor& result, const ListParams& list, const int32_t* used,
+               Products products, const OnDevice& on) {
+  SumPartialsParams p{};
+  p.partial = static_cast<const float*>(partial.const_data_ptr());
+  p.result = result.mutable_data_ptr();
+  p.stride_chunk = partial.size(1);
+  p.result_stride = {0, result.stride(0), 0, 0};
+  p.column_list = list;
+  p.used = used;
+  p.chunks = static_cast<int>(partial.size(0));
+  p.rows = p.taps = p.kernel_w = 1;
+  p.columns = static_cast<int>(partial.size(1));
+  p.result_is_float = result.scalar_type() == ScalarType::Float;
+  check_launch(launch_sum_partials(p, products, on.stream()), kConv, "sum_partials", partial, result);
+}
+
+int row_tile(TileShape tile) {
+  return tile == TileShape::kSmall ? SmallTile::kRows : tile == TileShape::kLarge ? LargeTile::kRows : ThinTile::kRows;
+}
+
+void conv(const OptionalStable& result, const Tensor& source, const Tensor& weight, const OptionalStable& source_list,
+          const OptionalStable& result_list, const OptionalStable& bias, const OptionalStable& scale,
+          const OptionalStable& shift, const OptionalStable& residual, const OptionalStable& depth,
+          const OptionalStable& stored, const OptionalStable& input, const OptionalStable& grad_switch,
+          const std::vector<int64_t>& list) {
+  ConvOptions o;
+  STD_TORCH_CHECK(options_of(list, o), kConv, "(): expected ", sizeof(o) / 8, " options, got ", list.size(), ".");
+  const Products products = products_of(source, o.tf32 != 0, kConv);
+  const bool planes = o.planes != 0;
+  STD_TORCH_CHECK(chunks_are_aligned(source, planes), kConv, "(): expected a source with aligned chunks.");
+  const OnDevice on(source);
+
+  ConvParams p{};
+  p.source = source.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.source_stride = strides_of(source);
+  p.stride_weight_column = weight.stride(0);
+  p.stride_weight_tap = weight.stride(1);
+  p.source_list = list_params(source_list, o.source_block);
+  p.result_list = list_params(result_list, o.result_block);
+  p.full_width = o.full_width != 0;
+  p.depth = count_pointer(depth);
+  p.stored = count_pointer(stored);
+  p.batch = static_cast<int>(source.size(0));
+  p.depth_length = static_cast<int>(o.depth_length);
+  p.columns = static_cast<int>(o.columns);
+  p.gradient = o.gradient != 0;
+  p.axis_h = o.h.axis();
+  p.axis_w = o.w.axis();
+  p.kernel_w = p.axis_w.kernel;
+  p.phases_w = p.gradient ? p.axis_w.stride : 1;
+  p.bias = vector_params(bias);
+  p.scale = vector_params(scale);
+  p.shift = vector_params(shift);
+  p.relu = o.relu != 0;
+  if (is_there(residual)) {
+    p.residual = residual->const_data_ptr();
+    p.residual_stride = strides_of(*residual);
+    p.residual_vector = chunks_are_aligned(*residual, false);
+  }
+  if (is_there(result)) {
+    p.result = result->mutable_data_ptr();
+    p.result_stride = strides_of(*result);
+    const int64_t vector = kChunkBytes / static_cast<int64_t>(source.element_size());
+    // Listed columns stand side by side where the list consists of blocks.
+    const bool together = planes || !p.full_width || p.result_list.block % vector == 0;
+    p.result_vector = together && chunks_are_aligned(*result, planes);
+  }
+
+  const auto along = [&](const ConvAxis& axis) {
+    return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
+  };
+  const int64_t pixels = along(p.axis_h) * along(p.axis_w);
+  const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
+  const int64_t rows = planes ? pixels : pixels * p.batch;
+  const TileShape tile = choose_tile(rows, p.columns, grids, processor_count(on.device()));
+
+  Tensor partial;
+  if (is_there(grad_switch)) {
+    const int64_t terms = grids * ((rows + row_tile(tile) - 1) / row_tile(tile));
+    partial = new_floats({terms, p.columns}, source);
+    p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    p.input = input->const_data_ptr();
+    p.input_stride = strides_of(*input);
+    p.reduce_off = o.reduce_off != 0;
+  }
+  check_launch(launch_gathered_conv2d(p, products, tile, planes, on.stream()), kConv, "gathered_conv2d", source,
+               weight);
+  if (is_there(grad_switch)) {
+    sum_terms(partial, *grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, products, on);
+  }
+}
+
+void pack(const Tensor& result, const Tensor& source, const OptionalStable& list, const OptionalStable& used,
+          const OptionalStable& scale, const OptionalStable& shift, const std::vector<int64_t>& options) {
+  constexpr const char* kPack = "_channel_pack_cuda";
+  PackOptions o;
+  STD_TORCH_CHECK(options_of(options, o), kPack, "(): expected ", sizeof(o) / 8, " options, got ", options.size(), ".");
+  const OnDevice on(source);
+  ChannelPackParams p{};
+  p.source = source.const_data_ptr();
+  p.result = result.mutable_data_ptr();
+  p.source_stride = strides_of(source);
+  p.list = list_params(list, o.block);
+  p.used = count_pointer(used);
+  p.batch = static_cast<int>(source.size(0));
+  p.height = static_cast<int>(source.size(2));
+  p.width = static_cast<int>(source.size(3));
+  p.length = static_cast<int>(o.length);
+  p.padded = static_cast<int>(result.size(3));
+  p.scale = vector_params(scale);
+  p.shift = vector_params(shift);
+  p.relu = o.relu != 0;
+  check_launch(launch_channel_pack(p, products_of(source, false, kPack), on.stream()), kPack, "channel_pack", source,
+               result);
+}
+
+// Whether work on the tensor's device is being captured into a graph, when no list may be read.
+bool capturing(const Tensor& t) {
+  const OnDevice on(t);
+#if defined(BAP_KERNELS_SIMULATED)
+  return false;
+#else
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(on.stream()), &status);
+  return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
+  m.def(
+      "_gathered_conv2d_cuda(Tensor(a!)? result, Tensor source, Tensor weight, Tensor? source_list, "
+      "Tensor? result_list, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? depth, "
+      "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, int[] options) -> ()");
+  m.def(
+      "_channel_pack_cuda(Tensor(a!) result, Tensor source, Tensor? list, Tensor? used, Tensor? scale, Tensor? shift, "
+      "int[] options) -> ()");
+  m.def("_capturing_cuda(Tensor t) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bap_kernels, BAP_KERNELS_DEVICE_KEY, m) {
+  m.impl("_gathered_conv2d_cuda", TORCH_BOX(&conv));
+  m.impl("_channel_pack_cuda", TORCH_BOX(&pack));
+  m.impl("_capturing_cuda", TORCH_BOX(&capturing));
+}
+
+}  // namespace bap_kernels

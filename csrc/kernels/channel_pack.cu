@@ -1,0 +1,36 @@
+// The kernels that move and add: compact copies, and sums over chunks; see channel_pack_block.h.
+#include "kernels/channel_pack_block.h"
+#include "kernels/launch.cuh"
+
+namespace bap_kernels {
+
+Status launch_channel_pack(const ChannelPackParams& p, Products products, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_blocks<ChannelPack<BFloat16Word>, 1, ChannelPack<BFloat16Word>::kSharedBytes>(p, stream);
+    case Products::kHalf:
+      return launch_blocks<ChannelPack<HalfWord>, 1, ChannelPack<HalfWord>::kSharedBytes>(p, stream);
+    default:
+      return launch_blocks<ChannelPack<float>, 1, ChannelPack<float>::kSharedBytes>(p, stream);
+  }
+}
+
+Status launch_sum_partials(const SumPartialsParams& p, Products products, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_blocks<SumPartials<BFloat16Word>, 1, 0>(p, stream);
+    case Products::kHalf:
+      return launch_blocks<SumPartials<HalfWord>, 1, 0>(p, stream);
+    default:
+      return launch_blocks<SumPartials<float>, 1, 0>(p, stream);
+  }
+}
+
+const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+int processor_count(int device) {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
+}
+
+}  // namespace bap_kernels

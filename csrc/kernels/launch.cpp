@@ -1,0 +1,32 @@
+// From a kind of products, known at run time, to the kernels that were compiled for it.
+#include "kernels/launch.h"
+
+namespace bap_kernels {
+
+Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape tile, bool planes, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_conv_of<Products::kBFloat16>(p, tile, planes, stream);
+    case Products::kHalf:
+      return launch_conv_of<Products::kHalf>(p, tile, planes, stream);
+    case Products::kTf32:
+      return launch_conv_of<Products::kTf32>(p, tile, planes, stream);
+    default:
+      return launch_conv_of<Products::kFloat32>(p, tile, planes, stream);
+  }
+}
+
+Status launch_weight_gradient(const WeightGradientParams& p, Products products, TileShape tile, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_weight_gradient_of<Products::kBFloat16>(p, tile, stream);
+    case Products::kHalf:
+      return launch_weight_gradient_of<Products::kHalf>(p, tile, stream);
+    case Products::kTf32:
+      return launch_weight_gradient_of<Products::kTf32>(p, tile, stream);
+    default:
+      return launch_weight_gradient_of<Products::kFloat32>(p, tile, stream);
+  }
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,57 @@
+// The kernels: one entry function for every block of *_block.h, and the launches of each kind of products.
+#pragma once
+
+#include "kernels/device_block.cuh"
+#include "kernels/gathered_conv2d_block.h"
+#include "kernels/launch.h"
+#include "kernels/weight_gradient_block.h"
+
+namespace bap_kernels {
+
+template <class Kernel, class Params, int kBlocks>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocks) block_kernel(const __grid_constant__ Params p) {
+  DeviceBlock<typename Kernel::State> block;
+  Kernel::run(block, p);
+}
+
+template <class Kernel, int kBlocks, int kShared, class Params>
+Status launch_blocks(const Params& p, void* stream) {
+  const auto kernel = block_kernel<Kernel, Params, kBlocks>;
+  // The attribute belongs to the current device; setting it again costs less than keeping count of devices.
+  if (kShared > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (status != cudaSuccess) return status;
+  }
+  const dim3 grid(static_cast<unsigned>(Kernel::grid_x(p)), static_cast<unsigned>(Kernel::grid_y(p)));
+  kernel<<<grid, Kernel::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+template <Products kProducts>
+Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* stream) {
+#define BAP_KERNELS_CASE(name, ...)                                                                  \
+  case TileShape::k##name:                                                                           \
+    return planes ? launch_blocks<GatheredConv2d<kProducts, name##Tile, true>, name##Tile::kBlocks,  \
+                                  name##Tile::kSharedBytes>(p, stream)                               \
+                  : launch_blocks<GatheredConv2d<kProducts, name##Tile, false>, name##Tile::kBlocks, \
+                                  name##Tile::kSharedBytes>(p, stream);
+  switch (tile) { BAP_KERNELS_TILES(BAP_KERNELS_CASE) }
+#undef BAP_KERNELS_CASE
+  return cudaErrorInvalidValue;
+}
+
+template <Products kProducts>
+Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void* stream) {
+#define BAP_KERNELS_CASE(name, ...)                                                                               \
+  case TileShape::k##name:                                                                                        \
+    return launch_blocks<WeightGradient<kProducts, name##Tile>, name##Tile::kBlocks, name##Tile::kPipelineBytes>( \
+        p, stream);
+  switch (tile) {
+    BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_CASE)
+    default:
+      return cudaErrorInvalidValue;
+  }
+#undef BAP_KERNELS_CASE
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,27 @@
+// Launches of the convolution kernels on a stream of the current device. No CUDA type appears here, so that launchers
+// can be compiled against a simulation; a status is a cudaError_t, 0 for success.
+#pragma once
+
+#include "kernels/conv_params.h"
+#include "kernels/instances.h"
+
+namespace bap_kernels {
+
+using Status = int;
+
+Status launch_gathered_conv2d(const ConvParams& params, Products products, TileShape tile, bool planes, void* stream);
+Status launch_weight_gradient(const WeightGradientParams& params, Products products, TileShape tile, void* stream);
+Status launch_sum_partials(const SumPartialsParams& params, Products products, void* stream);
+Status launch_channel_pack(const ChannelPackParams& params, Products products, void* stream);
+
+const char* status_text(Status status);
+// Streaming multiprocessors of a device.
+int processor_count(int device);
+
+// One products' part of the first two: what the file of each compiles.
+template <Products kProducts>
+Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
+template <Products kProducts>
+Status launch_weight_gradient_of(const WeightGradientParams& params, TileShape tile, void* stream);
+
+}  // namespace bap_kernels

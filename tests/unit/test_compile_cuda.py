@@ -1,0 +1,91 @@
+"""Offline compilation of the CUDA kernels: what the tool reads from the compiler, and that its checks can fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools import compile_cuda, ninja_build
+from tools.compile_cuda import Instance, examine, functions_of, instance_of, occupancy
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE, SMALL = (128, 128, 2, 4, 3, 1), (64, 64, 2, 2, 4, 2)
+CONV = Instance("conv", "bfloat16", LARGE, False)
+SASS = "LDGSTS.E.BYPASS.128 [R1] ;\nLDSM.16.M88.4 R4 ;\nHMMA.16816.F32.BF16 R8 ;\n"
+
+
+def test_checks_can_fail() -> None:
+    assert examine(CONV, "80", 128, 0, SASS).wrong == []
+    assert examine(CONV, "80", 128, 8, SASS).wrong == ["spills 8 bytes"]
+    assert examine(CONV, "80", 128, 0, SASS.replace("128", "64")).wrong == ["no LDGSTS.128"]
+    assert examine(CONV, "80", 128, 0, SASS.replace(".BF16", "")).wrong == ["no HMMA.16816.F32.BF16"]
+    assert examine(CONV, "80", 128, 0, SASS.replace("LDSM", "LDS")).wrong == ["no LDSM"]
+    small = Instance("conv", "bfloat16", SMALL, True)
+    assert examine(small, "80", 255, 0, SASS).wrong == []
+    assert examine(small, "80", 300, 0, SASS).wrong == ["a processor holds 1 blocks"]
+
+
+def test_names() -> None:
+    tile = "".join(f"Li{size}E" for size in LARGE)
+    name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8ProductsE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
+    assert instance_of(name) == Instance("conv", "float32", LARGE, True)
+    assert instance_of("_ZN12block_kernelINS_11ChannelPackINS_8HalfWordEEEEEvv") == Instance("pack", "half", (), False)
+    assert instance_of("_Z28channel_gather_planar_kernelv") is None
+
+
+def test_listing_is_split_by_function() -> None:
+    listing = "head\n\t\tFunction : f\n\tMOV ;\n\t\tFunction : g\n\tADD ;\n"
+    assert functions_of(listing) == {"f": "\tMOV ;", "g": "\tADD ;\n"}
+
+
+def test_occupancy_by_each_limit() -> None:
+    assert occupancy("90a", 8, 255, 98304) == 1
+    assert occupancy("90a", 4, 128, 65536) == 3
+    assert occupancy("80", 4, 40, 0) == 12
+
+
+def test_tiles_are_those_of_the_kernels() -> None:
+    text = (ROOT / "csrc/kernels/instances.h").read_text()
+    tiles = {
+        tuple(int(number) for number in numbers.split(","))
+        for numbers in re.findall(r"X\(\w+, (\d[\d, ]*)\)", text.split("BAP_KERNELS_WEIGHT_TILES")[0])
+    }
+    assert {LARGE, SMALL} < tiles
+    # As Tile::kSharedBytes says, which check_index compares with what every device has.
+    assert {Instance("conv", "half", tile, False).shared_bytes for tile in tiles} == {98304, 65536, 81920}
+
+
+needs_nvcc = pytest.mark.skipif(
+    ninja_build.platform_facts(os.environ).nvcc is None or compile_cuda.find_cuobjdump() is None,
+    reason="there is no nvcc or no cuobjdump",
+)
+
+
+@needs_nvcc
+def test_machine_code_of_the_small_kernels() -> None:
+    nvcc, cuobjdump = ninja_build.platform_facts(os.environ).nvcc, compile_cuda.find_cuobjdump()
+    assert nvcc is not None
+    assert cuobjdump is not None
+    codes = compile_cuda.compile_source("channel_pack", "80", nvcc, cuobjdump)
+    assert sorted((code.kernel, code.products) for code in codes) == sorted(
+        (kernel, element) for kernel in ("pack", "sum") for element in ("bfloat16", "half", "float32")
+    )
+    assert all(code.wrong == [] and 0 < code.registers < 64 for code in codes)
+
+
+def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
+    files = {path.stem for path in (ROOT / "csrc/kernels").glob("*.cu")}
+    assert files == {f"gathered_conv2d_{name}" for name in compile_cuda.SOURCES} | {"channel_pack", "channel_gather"}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
+    for header in ("gathered_conv2d_block.h", "weight_gradient_block.h", "channel_pack_block.h", "launch.h"):
+        source = tmp_path / "one.cpp"
+        source.write_text(f'#include "kernels/{header}"\n')
+        subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)], check=True)

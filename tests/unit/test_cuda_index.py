@@ -1,0 +1,41 @@
+"""Index arithmetic of the CUDA kernels, compiled for the host: csrc/simulate/check_index.cpp, one test a check."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CXX = os.environ.get("CXX") or shutil.which("g++")
+CHECKS = (
+    *("forward_axes", "gradient_axes", "tile_order", "row_places", "steps", "lists", "copies", "banks", "stages"),
+    *("conversions", "memory_rules", "instances"),
+)
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("index") / "check_index"
+    command = [*str(CXX).split(), "-std=c++20", "-O1", "-I", str(ROOT / "csrc")]
+    subprocess.run([*command, str(ROOT / "csrc/simulate/check_index.cpp"), "-o", str(path)], check=True, timeout=300)
+    return path
+
+
+def test_every_check_is_run(program: Path) -> None:
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sorted(done.stdout.split()) == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_index(program: Path, name: str) -> None:
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    if name == "instances":
+        assert int(done.stdout.split()[0]) <= 40

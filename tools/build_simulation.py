@@ -1,0 +1,52 @@
+"""Builds the simulation of the CUDA backend: its kernels' own text, run on the host and on CPU tensors.
+
+    BAP_KERNELS_CUDA_LIBRARY=$(python -m tools.build_simulation) python ...
+
+Needs g++ and torch, neither nvcc nor a GPU. Prints the path of the library, which takes the place of
+``bap_kernels._C_cuda``; with it ``use_backend("cuda")`` computes on CPU tensors, slowly. What it checks on the way is
+in csrc/simulate/simulated_block.h.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tools import ninja_build
+from tools.build_plan import TORCH_TARGET_VERSION, BuildPlan, Part, TorchFacts, Unit
+
+SOURCES = ("csrc/cuda/", "csrc/simulate/", "csrc/kernels/launch.cpp")
+# The gather has no simulation: its kernel is not written against a block.
+WITHOUT = ("csrc/cuda/channel_gather.cpp",)
+
+
+def simulation_part(sources: list[str], torch: TorchFacts, python_include: str) -> Part:
+    """The library of the simulation, as a part of a build."""
+    chosen = [source for source in sources if source.startswith(SOURCES) and source not in WITHOUT]
+    flags = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-DBAP_KERNELS_SIMULATED", "-Icsrc"]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
+    for directory in (*torch.include_dirs, python_include):
+        flags += ["-isystem", directory]
+    return Part(
+        "_C_cuda_simulated",
+        True,
+        "for tests",
+        units=tuple(Unit(source) for source in chosen),
+        flags=tuple(flags),
+        link_flags=(f"-L{torch.lib_dir}", "-ltorch", "-ltorch_cpu", "-lc10"),
+    )
+
+
+def build() -> Path:
+    """Compiles what changed and returns the library's path."""
+    torch, platform = ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
+    part = simulation_part(ninja_build.find_sources(), torch, platform.python_include)
+    none = Part("_C_cuda", False, "not asked for")
+    plan = BuildPlan(part, none, f"build/simulate-{platform.python_tag}-torch{torch.version}", 2, platform.cxx)
+    return ninja_build.build(plan, part, quiet=True)
+
+
+if __name__ == "__main__":
+    print(build())
+    sys.exit(0)

@@ -1,0 +1,256 @@
+"""Compiles the CUDA kernels for GPUs that need not be there, and checks their machine code.
+
+    python -m tools.compile_cuda [--arch 80 90a 100] [--quick] [--json FILE]
+
+Every instance is compiled by nvcc and reported as the assembler saw it. Checked: no spills and no stack; in the kernels
+that multiply, copies of 16 bytes to shared memory that run ahead (LDGSTS.128), tensor core instructions of the right
+kind (HMMA) and matrix loads (LDSM); registers and shared memory within the limits of the architecture. Prints a table
+with the predicted occupancy, and ends with status 1 where a check fails. Needs nvcc, and cuobjdump or Triton's copy of
+it; no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tools import ninja_build
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHS = ("80", "90a", "100")
+SOURCES = ("bfloat16", "half", "tf32", "float32")
+PRODUCTS = ("bfloat16", "half", "tf32", "float32")
+HMMA = {"bfloat16": "HMMA.16816.F32.BF16", "half": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
+HMMA["float32"] = HMMA["tf32"]
+# One processor: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
+REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
+SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024}
+NAMES = {"GatheredConv2d": "conv", "WeightGradient": "weight gradient", "ChannelPack": "pack", "SumPartials": "sum"}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One kernel as its mangled name tells it.
+
+    Args:
+        kernel: a value of ``NAMES``.
+        products: one of ``PRODUCTS``, or the element type of a kernel that multiplies nothing.
+        tile: rows, columns, warps along rows and columns, stages, blocks; empty where there is none.
+        planes: whether the source is planar.
+    """
+
+    kernel: str
+    products: str
+    tile: tuple[int, ...]
+    planes: bool
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.tile[2] * self.tile[3] if self.tile else 8
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of dynamic shared memory, as in csrc/kernels/tile_layout.h."""
+        if not self.tile:
+            return 64 * 65 * 4 if self.kernel == "pack" else 0
+        rows, columns, _, _, stages, _ = self.tile
+        pipeline = stages * (rows + columns) * 128
+        staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 24 * rows
+        return pipeline if self.kernel == "weight gradient" else max(pipeline, staged)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made of an instance; ``wrong`` names the checks that failed."""
+
+    kernel: str
+    arch: str
+    products: str
+    tile: str
+    layout: str
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    hmma: int
+    ldgsts_128: int
+    ldsm: int
+    blocks_per_processor: int
+    occupancy: float
+    wrong: list[str]
+
+
+def instance_of(mangled: str) -> Instance | None:
+    """The instance that a mangled name means; None for other functions.
+
+    Examples:
+        >>> from tools.compile_cuda import instance_of
+        >>> tile = "TileILi64ELi64ELi2ELi2ELi4ELi2EE"
+        >>> instance_of(f"_Z12block_kernelINS_14WeightGradientILNS_8ProductsE2ENS_4{tile}EEvT0_")
+        Instance(kernel='weight gradient', products='tf32', tile=(64, 64, 2, 2, 4, 2), planes=False)
+    """
+    found = re.search("|".join(NAMES), mangled)
+    if found is None or "block_kernel" not in mangled:
+        return None
+    products = re.search(r"ProductsE(\d)", mangled)
+    tile = re.search(r"TileI((?:Li\d+E)+)", mangled)
+    if products is None or tile is None:
+        element = "bfloat16" if "BFloat16Word" in mangled else "half" if "HalfWord" in mangled else "float32"
+        return Instance(NAMES[found.group()], element, (), False)
+    sizes = tuple(int(size) for size in re.findall(r"Li(\d+)E", tile.group(1)))
+    return Instance(NAMES[found.group()], PRODUCTS[int(products.group(1))], sizes, "Lb1E" in mangled)
+
+
+def usage_of(log: str) -> dict[str, tuple[int, int]]:
+    """Registers, and bytes of stack and spills, of each function in the assembler's report.
+
+    Examples:
+        >>> from tools.compile_cuda import usage_of
+        >>> usage_of('''ptxas info    : Compiling entry function 'f' for 'sm_80'
+        ... ptxas info    : Function properties for f
+        ...     8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+        ... ptxas info    : Used 40 registers, used 1 barriers, 36 bytes cmem[0]''')
+        {'f': (40, 16)}
+    """
+    usage = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part.split("'", 1)[0]
+        bytes_ = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if bytes_ is None or registers is None:
+            raise ValueError(f"compile_cuda: expected the assembler's report of {name}, got {part[:200]!r}.")
+        usage[name] = int(registers.group(1)), sum(map(int, bytes_.groups()))
+    return usage
+
+
+def functions_of(sass: str) -> dict[str, str]:
+    """The machine code of each function in cuobjdump's listing."""
+    parts = re.split(r"\n\s*Function : (\S+)\n", sass)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def occupancy(arch: str, warps: int, registers: int, shared_bytes: int) -> int:
+    """Blocks that one processor holds at once; registers are given out to warps in units of 256."""
+    by_registers = REGISTERS // (-(-32 * registers // 256) * 256 * warps)
+    by_shared = SHARED[arch] // (shared_bytes + RESERVED)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS)
+
+
+def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sass: str) -> Code:
+    """The row of one function, with what is wrong about it."""
+    hmma, ldgsts = sass.count("HMMA."), len(re.findall(r"LDGSTS\.\S*128", sass))
+    ldsm = sass.count("LDSM.")
+    wrong = [] if spill_bytes == 0 else [f"spills {spill_bytes} bytes"]
+    if instance.tile:
+        if not ldgsts:
+            wrong.append("no LDGSTS.128")
+        if HMMA[instance.products] not in sass:
+            wrong.append(f"no {HMMA[instance.products]}")
+        # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
+        if not ldsm and not (instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")):
+            wrong.append("no LDSM")
+    blocks = occupancy(arch, instance.warps, registers, instance.shared_bytes)
+    if blocks < (instance.tile[5] if instance.tile else 1):
+        wrong.append(f"a processor holds {blocks} blocks")
+    return Code(
+        *(instance.kernel, arch, instance.products, "x".join(map(str, instance.tile[:2])) or "-"),
+        *("planes" if instance.planes else "nhwc", registers, instance.shared_bytes, spill_bytes),
+        *(hmma, ldgsts, ldsm, blocks),
+        occupancy=blocks * instance.warps / WARPS,
+        wrong=wrong,
+    )
+
+
+def find_cuobjdump() -> str | None:
+    """The cuobjdump on the PATH, or the one of Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code]:
+    """Compiles one file for one architecture and examines its kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc, "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+        command += ["-Xptxas", "-v", f"csrc/kernels/{name}.cu", "-o", str(cubin)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"compile_cuda: nvcc failed for {name} and sm_{arch}:\n{done.stderr}")
+        # cuobjdump looks for nvdisasm on the PATH.
+        paths = os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])
+        listing = subprocess.run(
+            [cuobjdump, "-sass", str(cubin)],
+            env={**os.environ, "PATH": paths},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    sass, codes = functions_of(listing), []
+    for mangled, (registers, spills) in usage_of(done.stderr).items():
+        instance = instance_of(mangled)
+        if instance is not None:
+            codes.append(examine(instance, arch, registers, spills, sass[mangled]))
+    return codes
+
+
+HEAD = "| kernel | sm | products | tile | layout | registers | shared | spills "
+HEAD += "| HMMA | LDGSTS.128 | LDSM | blocks | occupancy |"
+
+
+def line(c: Code) -> str:
+    """A row of the table."""
+    cells = [c.kernel, c.arch, c.products, c.tile, c.layout, c.registers, c.shared_bytes, c.spill_bytes]
+    cells += [c.hmma, c.ldgsts_128, c.ldsm, c.blocks_per_processor, f"{c.occupancy:.0%}"]
+    return f"| {' | '.join(map(str, cells))} |" + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
+
+
+def main() -> int:
+    """Compiles all instances; returns 1 where a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS)
+    parser.add_argument("--quick", action="store_true", help="the kernels of bfloat16 and float32 for sm_80 alone")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers run at once")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    nvcc, cuobjdump = ninja_build.platform_facts(os.environ).nvcc, find_cuobjdump()
+    if nvcc is None or cuobjdump is None:
+        print(f"compile_cuda: expected nvcc and cuobjdump, got {nvcc} and {cuobjdump}. Hint: pip install triton")
+        return 1
+    files = ["bfloat16", "float32"] if arguments.quick else list(SOURCES)
+    names = [f"gathered_conv2d_{name}" for name in files] + ["channel_pack"]
+    archs = ["80"] if arguments.quick else arguments.arch
+    start = time.perf_counter()
+    print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|")
+    codes: list[Code] = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        tasks = [pool.submit(compile_source, name, arch, nvcc, cuobjdump) for arch in archs for name in names]
+        for task in tasks:
+            for code in task.result():
+                print(line(code), flush=True)
+                codes.append(code)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(code) for code in codes], indent=1) + "\n")
+    wrong = [code for code in codes if code.wrong]
+    print(f"\n{len(codes)} compiled, {len(wrong)} wrong, {time.perf_counter() - start:.0f} s")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
