@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }
-LABELS = {"best": "best gather", "compiled": "pruned, compiled", "compiled_dense": "dense, compiled"}
+LABELS = {"best": "best gather", "compiled_dense": "dense compiled"}
 # Layers shown one by one: both kinds of kernel from early to late in both networks.
 SHOWN = (
     "56x56-64-64-k3s1",

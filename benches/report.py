@@ -47,6 +47,8 @@ METHOD = (
     f"Means are geometric, over the convolutions with at least {summary.MIN_MEAN_CHANNELS} input channels.",
 )
 STUDY = Text("Speed-up study of bap_kernels", METHOD)
+# For a table with many columns.
+SHORT_LAYOUTS = {"channels_last": "nhwc"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -170,7 +172,7 @@ def networks_table(rows: Sequence[Row]) -> Table:
     lines = [
         [
             f"{row.network} b{row.batch}",
-            row.layout,
+            SHORT_LAYOUTS.get(row.layout, row.layout),
             f"{row.density:g}",
             label(row.peer),
             time_text(row.p50_s),
