@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)
-CPP_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # What the short runs under a sanitizer or a forced instruction set cover.
 OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py gathered_conv2d_packed.py) \

@@ -15,7 +15,16 @@ from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, set_domain
 from bap_kernels.nn.swap import swap_
-from bap_kernels.plan import PlannedNetwork, PruneReport, plan, prune_unused_, report, specialize
+from bap_kernels.plan import (
+    OrderReport,
+    PlannedNetwork,
+    PruneReport,
+    order_channels_,
+    plan,
+    prune_unused_,
+    report,
+    specialize,
+)
 from bap_kernels.table import ChannelTable
 
 __version__ = "0.1.0"
@@ -23,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChannelLists",
     "ChannelTable",
+    "OrderReport",
     "PlannedNetwork",
     "PruneReport",
     "attach_",
@@ -32,6 +42,7 @@ __all__ = [
     "gathered_conv2d",
     "info",
     "nn",
+    "order_channels_",
     "packed_cache_info",
     "plan",
     "prune_unused_",

@@ -55,6 +55,11 @@ def _resident(name: str) -> int:
     return int(found.group(1)) << 10
 
 
+def resident_bytes() -> int:
+    """Bytes of the resident set now."""
+    return _resident("VmRSS")
+
+
 def peak_bytes(run: Callable[[], object]) -> int:
     """Bytes that ``run`` takes at most beyond what is resident before; only in a process made by this module."""
     Path("/proc/self/clear_refs").write_text("5")

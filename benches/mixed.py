@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from benches.machine import commit, cpu_model, versions
-from benches.resnet26 import ResNet26
+from benches.networks import NETWORKS
 from benches.timers import CpuClock, Spread, Timed, interleave
 
 
 def _network(name: str) -> tuple[nn.Module, int]:
     torch.manual_seed(0)
-    if name == "resnet26":
-        return ResNet26(), 64
-    import torchvision
-
-    return torchvision.models.resnet50(), 224
+    build, size = NETWORKS[name]
+    return build(), size
 
 
 def _by_domain(run: Any, model: nn.Module, names: list[str], numbers: Tensor, x: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ def main() -> None:
     """Measure, print a table, and leave mixed.json in the folder of ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for mixed.json")
-    parser.add_argument("--network", choices=("resnet26", "resnet50"), default="resnet26")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet26")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--domains", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="of each domain")

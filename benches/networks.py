@@ -8,13 +8,13 @@ import copy
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benches import gate, ours
+from benches import compiled, gate, ours
 from benches.cases import draw, kept
 from benches.measure import DTYPES
 from benches.photographs import CROPS, batches
@@ -39,11 +39,37 @@ def _resnet50() -> nn.Module:
     return resnet50(weights=None)
 
 
+def _densenet121() -> nn.Module:
+    from torchvision.models import densenet121
+
+    return densenet121(weights=None)
+
+
+def _wide_resnet() -> nn.Module:
+    # The method's package: installed with the one that is measured.
+    from bap.models import WideResNet
+
+    return WideResNet(num_classes=100)
+
+
 # What there is of whole networks alone. planned: bk.plan. pruned: bk.specialize, the physically small network of one
-# domain, in PyTorch's own layers. compiled: the same under torch.compile with frozen weights.
-WHOLE = ("planned", "pruned", "compiled")
+# domain, in PyTorch's own layers. compiled, compiled_dense: pruned and dense under torch.compile with frozen weights.
+COMPILED = ("compiled", "compiled_dense")
+WHOLE = ("planned", "pruned", *COMPILED)
+# They compute all of the work, and another function than the rest.
+DENSE = ("dense", "compiled_dense")
 # Constructor and image size.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (_resnet50, 224), "resnet26": (ResNet26, 64)}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet50": (_resnet50, 224),
+    "resnet26": (ResNet26, 64),
+    "densenet121": (_densenet121, 224),
+    "wrn28_4": (_wide_resnet, 64),
+}
+# Those of the default study.
+FEW = ("resnet50", "resnet26")
+
+
+Peaks = Callable[["NetworkCell", Sequence[str], str], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -66,15 +92,17 @@ class NetworkCell:
         return zlib.crc32(f"{self.network}-{WHOLE_NETWORK}-d{self.density * 100:.0f}".encode())
 
 
-def network_cells(batches: Sequence[int], densities: Sequence[float], layouts: Sequence[str]) -> list[NetworkCell]:
-    """Both networks with every setting; whole passes over the networks, what says most first."""
+def network_cells(
+    batches: Sequence[int], densities: Sequence[float], layouts: Sequence[str], networks: Sequence[str] = FEW
+) -> list[NetworkCell]:
+    """Networks with every setting; whole passes over the networks, what says most first."""
     order = sorted(densities, key=lambda density: (abs(density - 0.5), density))
     return [
         NetworkCell(network, batch, density, layout)
         for layout in layouts
         for density in order
         for batch in batches
-        for network in NETWORKS
+        for network in networks
     ]
 
 
@@ -155,13 +183,21 @@ class NetworkBench:
     Args:
         device: Where to measure.
         dtype: ``float32`` or ``bfloat16``.
+        min_rounds: Rounds for each cell, however long they take.
+        peaks: Says the most memory that peers take on a cell, {peer: bytes}.
     """
 
-    def __init__(self, device: torch.device, dtype: str) -> None:
+    def __init__(
+        self, device: torch.device, dtype: str, min_rounds: int = MIN_ROUNDS, peaks: Peaks | None = None
+    ) -> None:
         self.device = device
         self.dtype = dtype
+        self.min_rounds = min_rounds
+        self.peaks = peaks
         self.clock = clock(device)
         self._models: dict[str, nn.Module] = {}
+        # The last one: it is the same for all densities.
+        self._compiled_dense: tuple[tuple[str, int, str], nn.Module] | None = None
 
     def model(self, network: str) -> nn.Module:
         """Return the dense network in float32 on the CPU, batch norms calibrated, in eval mode."""
@@ -180,7 +216,8 @@ class NetworkBench:
             self._models[network] = model.eval()
         return self._models[network]
 
-    def _placed(self, model: nn.Module, layout: str) -> nn.Module:
+    def placed(self, model: nn.Module, layout: str) -> nn.Module:
+        """Return a copy of a network with the bench's device and dtype, and a memory format."""
         placed: Any = copy.deepcopy(model)
         return placed.to(self.device, DTYPES[self.dtype]).to(memory_format=MEMORY_FORMATS[layout])
 
@@ -204,15 +241,17 @@ class NetworkBench:
         for name in names:
             enter: Callable[[], None] = nothing
             if name == "dense":
-                run = self._placed(model, cell.layout)
+                run = self.placed(model, cell.layout)
             elif name == "masked":
-                run = mask_(self._placed(model, cell.layout), lists)
+                run = mask_(self.placed(model, cell.layout), lists)
+            elif name == "compiled_dense":
+                run = self._dense_compiled(cell, model, inputs[0])
             elif name in WHOLE:
-                run = self._lowered(name, swap_(self._placed(model, cell.layout), lists), inputs[0])
+                run = self._lowered(name, swap_(self.placed(model, cell.layout), lists), inputs[0])
                 enter = _enter("auto") if name == "planned" else nothing
             else:
                 # A network per backend, so that the packed weights of each are counted alone.
-                run = swap_(self._placed(model, cell.layout), lists)
+                run = swap_(self.placed(model, cell.layout), lists)
                 enter = _enter(name)
             prepared[name] = Timed(run, inputs, enter)
         return prepared
@@ -225,15 +264,13 @@ class NetworkBench:
             planned: nn.Module = bk.plan(swapped, example, DOMAIN, check=False)
             return planned
         small: nn.Module = bk.specialize(swapped, DOMAIN).to(memory_format=_format_of(example))
-        if name == "pruned":
-            return small
-        import torch._inductor.config as inductor
+        return small if name == "pruned" else compiled.frozen(small, example)
 
-        inductor.freezing = True
-        compiled: Any = torch.compile(small)
-        with torch.no_grad():
-            compiled(example)
-        return compiled
+    def _dense_compiled(self, cell: NetworkCell, model: nn.Module, example: Tensor) -> nn.Module:
+        key = cell.network, cell.batch, cell.layout
+        if self._compiled_dense is None or self._compiled_dense[0] != key:
+            self._compiled_dense = key, compiled.frozen(self.placed(model, cell.layout), example)
+        return self._compiled_dense[1]
 
     def reference(self, cell: NetworkCell, x: Tensor) -> Tensor:
         """float64 logits of the masked network for the first image of a batch."""
@@ -279,7 +316,7 @@ class NetworkBench:
             errors, held = {}, {}
             for name, timed in prepared.items():
                 before = ours.packed_bytes() if name in PACKING else 0
-                if name == "dense":
+                if name in DENSE:
                     timed.run(inputs[0])
                     errors[name] = 0.0
                 else:
@@ -288,7 +325,8 @@ class NetworkBench:
                     masked = torch.as_tensor(timed.run(inputs[0])).double().cpu()
                 packed = ours.packed_bytes() - before if name in PACKING else 0
                 held[name] = weight_bytes(timed.run) + packed  # type: ignore[arg-type]
-            samples = interleave(prepared, self.clock, seconds - (time.perf_counter() - start), MIN_ROUNDS, MAX_ROUNDS)
+            left = seconds - (time.perf_counter() - start)
+            samples = interleave(prepared, self.clock, left, self.min_rounds, max(self.min_rounds, MAX_ROUNDS))
             flop = conv_flop(
                 self.model(cell.network),
                 inputs[0][:1].cpu().float(),
@@ -297,12 +335,14 @@ class NetworkBench:
         if any(name in PACKING for name in names):
             ours.forget_packed()
         spreads = {name: Spread.of(samples[name]) for name in prepared}
-        return with_ratios(self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
+        peaks = self.peaks(cell, list(prepared), self.dtype) if self.peaks else {}
+        rows = (self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
+        return with_ratios(replace(row, peak_bytes=peaks.get(row.peer)) for row in rows)
 
     def _row(
         self, cell: NetworkCell, name: str, spread: Spread, error: float, held: int, flop: tuple[float, float]
     ) -> Row:
-        work = cell.batch * flop[0 if name == "dense" else 1]
+        work = cell.batch * flop[0 if name in DENSE else 1]
         return Row(
             network=cell.network,
             case=WHOLE_NETWORK,

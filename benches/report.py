@@ -38,7 +38,8 @@ METHOD = (
     "and of F.conv2d and oneDNN with a prepacked weight. oracle8 is the same with channel counts rounded up to 8, "
     "left out where they are multiples of 8 already.",
     "planned, of whole networks: bk.plan, with the backend of auto. pruned: bk.specialize, the physically small "
-    "network of the domain in PyTorch's layers, eager. compiled: the same under torch.compile with frozen weights.",
+    "network of the domain in PyTorch's layers, eager. Compiled ones ran under torch.compile with frozen weights, made "
+    "for one shape.",
     "native, auto, aten: the op of the package under that backend, as layers in eval mode call it. auto chooses by "
     "measurements of its own, made before the timing.",
     "The roof of a case is max(FLOP / peak FLOP/s, bytes / copy bandwidth) of the kept work (for dense, of all the "
@@ -46,6 +47,8 @@ METHOD = (
     f"Means are geometric, over the convolutions with at least {summary.MIN_MEAN_CHANNELS} input channels.",
 )
 STUDY = Text("Speed-up study of bap_kernels", METHOD)
+# For a table with many columns.
+SHORT_LAYOUTS = {"channels_last": "nhwc"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -68,6 +71,11 @@ def time_text(seconds: float) -> str:
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes in MiB, a dash where there is no figure."""
+    return number(None if count is None else count / 2**20, 1)
 
 
 def machine_table(header: Mapping[str, Any], rows: Sequence[Row]) -> Table:
@@ -159,29 +167,58 @@ def losses_table(rows: Sequence[Row]) -> Table:
 
 def networks_table(rows: Sequence[Row]) -> Table:
     """Whole networks."""
-    pruned = {row.cell: row.p50_s for row in summary.network_rows(rows) if row.peer == "pruned"}
+    copies = ("pruned", "compiled")
+    times = {(row.cell, row.peer): row.p50_s for row in summary.network_rows(rows) if row.peer in copies}
     lines = [
         [
             f"{row.network} b{row.batch}",
-            row.layout,
+            SHORT_LAYOUTS.get(row.layout, row.layout),
             f"{row.density:g}",
-            row.peer,
+            label(row.peer),
             time_text(row.p50_s),
             number(row.vs_dense),
             number(row.vs_masked),
-            number(pruned[row.cell] / row.p50_s if row.cell in pruned else None),
-            f"{(row.weight_bytes or 0) / 2**20:.1f}",
-            f"{row.max_error:.0e}" if row.peer != "dense" else "–",
+            *(number(times[row.cell, copy] / row.p50_s if (row.cell, copy) in times else None) for copy in copies),
+            mebibytes(row.weight_bytes),
+            mebibytes(row.peak_bytes),
+            f"{row.max_error:.0e}" if row.max_error else "–",
         ]
         for row in summary.network_rows(rows)
     ]
     note = (
-        "Photographs, in-lists only; planned as a whole network, native and auto layer by layer. MiB: parameters and "
-        "packed copies. "
-        "Error: of logits, against float64 of the masked network."
+        "Photographs, in-lists only; planned as a whole network, native and auto layer by layer. /: speed-up over that "
+        "peer, compiled being the pruned one. MiB: parameters and packed copies, without what torch.compile lays out "
+        "anew. Peak: most MiB that a forward takes besides. Error: of logits, against float64 of the masked network."
     )
-    columns = ["network", "layout", "d", "", "time", "over dense", "over masked", "over pruned", "MiB", "error"]
+    over = ["/ dense", "/ masked", "/ pruned", "/ compiled"]
+    columns = ["network", "layout", "d", "", "time", *over, "MiB", "peak", "error"]
     return Table("Whole networks", columns, lines, note, left=2)
+
+
+def domains_table(rows: Sequence[Row]) -> Table:
+    """Networks that serve several domains."""
+    lines = [
+        [
+            f"{row.network} b{row.batch}",
+            str(row.domains),
+            f"{row.density:g}",
+            label(row.peer),
+            mebibytes(row.resident_bytes),
+            mebibytes(row.weight_bytes),
+            time_text(row.p50_s),
+            time_text(row.first_use_s or 0.0),
+            time_text(row.forward_s or 0.0),
+        ]
+        for row in rows
+        if row.case == summary.DOMAINS
+    ]
+    note = (
+        "All domains used once. Resident: growth of the process. Weights: parameters, statistics and packed copies. "
+        "Switch: to a domain used before. First use: a switch to a domain not used before, with its first forward; "
+        "wanted: at most two forwards. pruned: one small network for each domain."
+    )
+    columns = ["network", "domains", "d", "", "resident MiB", "weights MiB", "switch", "first use", "forward"]
+    return Table("Several domains", columns, lines, note)
 
 
 def overhead_table(rows: Sequence[Row]) -> Table:
@@ -216,6 +253,7 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
         means_table(rows),
         losses_table(rows) if any(row.peer == "auto" and row.C_in is not None for row in rows) else None,
         networks_table(rows),
+        domains_table(rows),
         overhead_table(rows),
         machine_table(header, rows),
         prediction_table(header.get("same", {}).get("gpu"), rows),

@@ -22,11 +22,12 @@ class Row:
     """One peer on one cell. Fields that have no meaning for whole networks or for call overhead are None.
 
     Args:
-        network: ``resnet50`` or ``resnet26``; ``overhead`` for the time of one call.
-        case: Shape in letters, ``network`` for a whole network, ``step`` for a whole step of training.
+        network: ``resnet50``, ``resnet26``, ``densenet121`` or ``wrn28_4``; ``overhead`` for the time of one call.
+        case: Shape in letters, ``network`` for a whole network, ``domains`` for one that serves several domains,
+            ``step`` for a whole step of training.
         cell: Id of what the peers of one comparison share.
         peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8``, a backend of the package, or
-            of whole networks ``planned``, ``pruned``, ``compiled``.
+            of whole networks ``planned``, ``pruned``, ``compiled``, ``compiled_dense``.
         candidate: What a peer that chooses has chosen.
         device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.
@@ -39,7 +40,7 @@ class Row:
         inputs: ``rotated`` (a pool larger than the last-level cache) or ``warm``.
         rounds: Samples behind the percentiles.
         p20_s: 20th percentile in seconds.
-        p50_s: Median in seconds.
+        p50_s: Median in seconds; of ``domains`` the time of a switch to a domain that was used before.
         p80_s: 80th percentile in seconds.
         max_error: Largest absolute difference from float64; in training, of a gradient, as a share of its largest value
             (of its norm for whole steps).
@@ -54,6 +55,9 @@ class Row:
         optimiser_s: Median of the optimiser alone (whole steps).
         saved_bytes: Bytes that autograd keeps from the forward for the backward, parameters apart.
         peak_bytes: Most memory taken at once beyond what was there before the forward.
+        domains: How many a network serves.
+        first_use_s: Median of a switch to a domain that was not used before, and its first forward.
+        resident_bytes: Growth of the resident set by all that serves the domains.
     """
 
     network: str
@@ -100,6 +104,9 @@ class Row:
     optimiser_s: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    domains: int | None = None
+    first_use_s: float | None = None
+    resident_bytes: int | None = None
 
     def speedup(self, base: str) -> float | None:
         """Speed-up over ``base``, or None where it was not timed."""

@@ -22,7 +22,8 @@ from benches import ours, report
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
 from benches.machine import describe, measure_roof
 from benches.measure import DTYPES, Bench
-from benches.networks import WHOLE, NetworkBench, network_cells
+from benches.network_memory import network_peaks
+from benches.networks import COMPILED, FEW, MIN_ROUNDS, NETWORKS, WHOLE, NetworkBench, network_cells
 from benches.overhead import PEERS as OVERHEAD_PEERS
 from benches.overhead import measure_overhead
 from benches.peers import PEERS
@@ -36,6 +37,8 @@ REPORT_SECONDS = 9.0
 NETWORK_SHARE = 0.3
 # Time for one cell of a full study, which has no budget.
 FULL_LAYER_SECONDS, FULL_NETWORK_SECONDS = 1.0, 6.0
+# Of whole networks in a full study; compiling takes its seconds, and three rounds are too few for a report.
+FULL_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,20 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    command.add_argument(
+        "--networks",
+        type=lambda text: text.split(","),
+        help=f"whole networks, of {','.join(NETWORKS)} (default: {','.join(FEW)}; with --full: all)",
+    )
+    command.add_argument("--no-layers", action="store_true", help="whole networks only")
+    command.add_argument(
+        "--rounds", type=int, help=f"rounds of each network (default: {MIN_ROUNDS} or more; --full: {FULL_ROUNDS})"
+    )
+    command.add_argument(
+        "--peaks",
+        action="store_true",
+        help="measure the most memory that networks take, each in a process of its own; compiled ones compile again",
+    )
     command.add_argument("--peers", type=lambda text: text.split(","), help="peers, comma-separated (default: all)")
     return command
 
@@ -130,6 +147,8 @@ def peer_names(given: Sequence[str] | None, device: torch.device, dtype: torch.d
 
 def layer_tasks(options: argparse.Namespace, bench: Bench, names: Sequence[str]) -> list[Task]:
     """Return the single convolutions that the options ask for."""
+    if options.no_layers:
+        return []
     narrowed = any(value is not None for value in (options.batch, options.density, options.layout, options.lists))
     if options.full or narrowed:
         cells = full_cells(
@@ -147,17 +166,27 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     """Return the whole networks that the options ask for."""
     if options.lists == "both":
         return []
+    networks = options.networks or (NETWORKS if options.full else FEW)
+    if unknown := [name for name in networks if name not in NETWORKS]:
+        raise ValueError(f"study: expected `--networks` to be of {', '.join(NETWORKS)}, got {', '.join(unknown)}.")
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"study: expected `--rounds` to be positive, got {options.rounds}.")
     default_layouts = LAYOUTS if options.full or options.layout == "both" else ("channels_last",)
     layouts = (options.layout,) if options.layout in LAYOUTS else default_layouts
     wanted = {"dense", "masked", "planned", "pruned", *(ours.BACKENDS if options.full else ("native", "auto"))}
     # Compiling takes longer than all that the default study measures; to name it is to ask for it.
-    if options.full or "compiled" in (options.peers or ()):
-        wanted.add("compiled")
+    wanted.update(name for name in COMPILED if options.full or name in (options.peers or ()))
     compared = [name for name in names if name in wanted]
-    bench = NetworkBench(torch.device(options.device), options.dtype)
+    rounds = options.rounds or (FULL_ROUNDS if options.full else MIN_ROUNDS)
+    peaks = network_peaks if options.peaks and options.device == "cpu" else None
+    bench = NetworkBench(torch.device(options.device), options.dtype, rounds, peaks)
+    cells = network_cells(options.batch or BATCHES, options.density or DENSITIES, layouts, list(networks))
+    if options.full:
+        # One compiled dense network serves all densities.
+        cells.sort(key=lambda cell: (cell.layout, cell.batch, cell.network))
     return [
         Task(cell.id, compared, partial(bench.rows, cell, compared), cell.network, cell.batch)
-        for cell in network_cells(options.batch or BATCHES, options.density or DENSITIES, layouts)
+        for cell in cells
         if compared and options.only.search(cell.id)
     ]
 
@@ -266,7 +295,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     network_seconds = 0.0 if options.full or not networks else NETWORK_SHARE * (end - time.perf_counter())
     layer_seconds = FULL_LAYER_SECONDS if options.full else far
     with progress_bars(console) as progress:
-        if (options.only.search(OVERHEAD) and not options.full) or options.full:
+        if options.full or (options.only.search(OVERHEAD) and not options.no_layers):
             journal.append(measure_overhead(device, options.dtype, OVERHEAD_PEERS if with_ours else ("conv2d",)))
         layers_done = run_tasks(
             layers, journal, progress, "layers", end - network_seconds, layer_seconds, options.dtype, device.type

@@ -14,6 +14,7 @@ NOISE = 0.05
 # Above this unsteadiness other work has disturbed the study: long calls suffer more than short ones.
 BUSY = 1.3
 WHOLE_NETWORK = "network"
+DOMAINS = "domains"
 OVERHEAD = "overhead"
 
 

@@ -96,7 +96,8 @@ class Graph:
     """The operations in an order in which they can run."""
 
     ops: list[Op]
-    expected: Any  # the masked dense network's result on the example
+    expected: Any  # the masked dense network's result on the example; None if it was not run
+    recording: Any = None  # what the graph was made from, for those of other domains
 
     @property
     def values(self) -> Iterator[Value]:

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Call", "has_hooks", "in_place", "known_binary", "known_layer", "known_map", "only_passes", "out_of_place"]
+__all__ = [
+    "Call",
+    "has_hooks",
+    "in_place",
+    "known_binary",
+    "known_layer",
+    "known_map",
+    "only_passes",
+    "out_of_place",
+    "spatial_slice",
+]
 
 # Each result is a function of one number.
 _ELEMENTWISE_LAYERS: tuple[type[nn.Module], ...] = (
@@ -155,6 +165,13 @@ def known_binary(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if isinstance(target, str):
         return (Call(target), _BINARY_METHODS[target]) if target in _BINARY_METHODS else None
     return (Call(target), _BINARY[target]) if target in _BINARY else None
+
+
+def spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
+    """Whether a call is x[:, :, ::2, ::2] or the like: the shortcut of residual networks on small images."""
+    if getattr(target, "__name__", "") != "getitem" or len(rest) != 1 or not isinstance(rest[0], tuple):
+        return False
+    return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
 
 
 def only_passes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> bool:

@@ -14,7 +14,7 @@ from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
 from bap_kernels.plan.program import Program
-from bap_kernels.plan.trace import trace
+from bap_kernels.plan.trace import Recording, same_widths, trace
 
 __all__ = ["PlannedNetwork", "plan"]
 
@@ -73,6 +73,7 @@ class PlannedNetwork(nn.Module):
         self._example = example
         self._options = (check, tolerance, memory_format)
         self._programs: dict[str | None, tuple[Program, float | None]] = {}
+        self._recording: Recording | None = None
         self._mixed: tuple[MixedBatch, list[Program]] | None = None
         self.training = False
         self._program, self.max_error = self._made(domain)
@@ -84,7 +85,10 @@ class PlannedNetwork(nn.Module):
 
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
         check, tolerance, memory_format = self._options
-        graph = trace("plan", self.model, self._example, domain)
+        # Without a check, one run of the model tells what the plans of all domains need to know.
+        known = None if check or not same_widths(self.model) else self._recording
+        graph = trace("plan", self.model, self._example, domain, known=known)
+        self._recording = graph.recording
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
             last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
@@ -129,6 +133,7 @@ class PlannedNetwork(nn.Module):
     def remake(self) -> PlannedNetwork:
         """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
         self._programs.clear()
+        self._recording = None
         self._mixed = None
         self._program, self.max_error = self._made(self.domain)
         return self
@@ -239,7 +244,8 @@ def plan(
         example_input: what to call it with: a tensor, or a tuple of all arguments. Kept for plans of further domains.
         domain: whose lists, as for :func:`bap_kernels.set_domain`, which also switches a planned network; None keeps
             all channels.
-        check: compare with the masked dense network on the example.
+        check: compare with the masked dense network on the example, in every domain whose plan is made. It runs both
+            networks; without it, plans of further domains are made without running anything.
         tolerance: the largest difference that passes, as a share of the largest number in the result; None: 1e-8, 1e-3,
             0.1, 0.02 for float64, float32, bfloat16, float16.
         memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.

@@ -1,10 +1,9 @@
 """Drops in place what no domain uses.
 
-The model keeps its own code, so tensors that it adds must stay equally wide: every channel of every value is an
-element, elements that must go together (through batch norms, activations, sums, concatenations, a layer used twice) are
-one class, and a class stays if any domain reads any of its elements. Then each convolution loses the filters of its
-result's classes that went and the slices of its input's, each batch norm their entries, and every list is renumbered.
-An input slice that no domain of this layer reads stays where another layer reads the same channel.
+The model keeps its own code, so tensors that it adds must stay equally wide: a class of channels that go together stays
+if any domain reads any of them. Then each convolution loses the filters of its result's classes that went and the
+slices of its input's, each batch norm their entries, and every list is renumbered. An input slice that no domain of
+this layer reads stays where another layer reads the same channel.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
-from bap_kernels.nn.per_domain import domain_layers
-from bap_kernels.nn.switched import SwitchedConv2d
+from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.plan.classes import Classes, domains_to_change, keep_unknown, tied
 from bap_kernels.plan.example import trace_shapes
-from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.graph import Channels, Graph
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.table import ChannelTable
 
@@ -53,80 +51,17 @@ class PruneReport:
         return "\n".join(lines)
 
 
-class _Classes:
-    """Union-find over the channels of all values."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.first: dict[Value, int] = {}
-        count = 0
-        for value in graph.values:
-            if value.channels is not None:
-                self.first[value] = count
-                count += value.channels
-        self.leader = np.arange(count)
-        self.kept = np.zeros(count, dtype=bool)
-
-    def find(self, element: int) -> int:
-        while self.leader[element] != element:
-            self.leader[element] = self.leader[self.leader[element]]
-            element = self.leader[element]
-        return element
-
-    def tie(self, a: Value, b: Value, begin: int = 0) -> None:
-        """Channel j of ``a`` goes with channel ``begin + j`` of ``b``."""
-        for channel in range(a.channels or 0):
-            self.leader[self.find(self.first[a] + channel)] = self.find(self.first[b] + begin + channel)
-
-    def keep(self, value: Value, channels: Channels | slice) -> None:
-        if value in self.first:
-            self.kept[self.first[value] + np.arange(value.channels or 0)[channels]] = True
-
-    def settle(self) -> None:
-        """Lets a class stay whole if one of its elements stays."""
-        leaders = np.array([self.find(element) for element in range(len(self.leader))], dtype=np.int64)
-        stays = np.zeros(len(leaders), dtype=bool)
-        stays[leaders[self.kept]] = True
-        self.kept = stays[leaders]
-
-    def of(self, value: Value) -> Channels:
-        """Numbers of the channels that stay."""
-        first = self.first[value]
-        return np.flatnonzero(self.kept[first : first + (value.channels or 0)])
-
-
-def _tie(classes: _Classes, op: Op) -> None:
-    out = op.output
-    if op.kind in ("norm", "map", "binary", "depthwise"):
-        for value in op.inputs:
-            classes.tie(value, out)
-    elif op.kind == "cat":
-        begin = 0
-        for value in op.inputs:
-            classes.tie(value, out, begin)
-            begin += value.channels or 0
-    elif op.kind == "pad":
-        (value,) = op.inputs
-        classes.tie(value, out, op.before)
-        # The model's code pads by a fixed number.
-        padded = np.ones(out.channels or 0, dtype=bool)
-        padded[op.before : op.before + (value.channels or 0)] = False
-        classes.keep(out, np.flatnonzero(padded))
-    elif op.kind in ("input", "opaque", "output"):
-        for value in (*op.inputs, out):
-            classes.keep(value, slice(None))
-
-
-def _classes(graphs: list[Graph]) -> _Classes:
+def _classes(graphs: list[Graph]) -> Classes:
     graph = graphs[0]
-    classes = _Classes(graph)
-    used: dict[nn.Module, Op] = {}
+    classes = tied(graph)
     for op in graph.ops:
-        _tie(classes, op)
-        if op.module is not None:
-            first = used.setdefault(op.module, op)
-            if first is not op:
-                classes.tie(first.inputs[0], op.inputs[0])
-                classes.tie(first.output, op.output)
+        if op.kind == "pad":
+            # The model's code pads by a fixed number.
+            (value,) = op.inputs
+            padded = np.ones(op.output.channels or 0, dtype=bool)
+            padded[op.before : op.before + (value.channels or 0)] = False
+            classes.keep(op.output, np.flatnonzero(padded))
+    keep_unknown(classes, graph)
     for other in graphs:
         # All domains have the same recording, so operations correspond by number.
         live = Liveness(other, constants=False).live
@@ -182,42 +117,6 @@ def _shrink_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
         conv.channels = new[id(conv.channels)]
 
 
-def _check(model: nn.Module) -> list[str | None]:
-    """Refuses what cannot be dropped in place; returns the domains."""
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d)}
-    if not layers:
-        raise ValueError("prune_unused_(): expected `model` to have swapped layers, got none. Hint: call swap_ first.")
-    for name, layer in layers.items():
-        narrow = not isinstance(layer, MaskedConv2d)
-        if narrow and any(one.out_index is not None for one in (layer.channels, *layer.lists.values())):
-            raise NotImplementedError(
-                f"prune_unused_(): expected out-lists only in MaskedConv2d, got layer {name!r}, whose result has "
-                "another width in each domain. Hint: swap_(model, layer_type=MaskedConv2d)."
-            )
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and owners.setdefault(id(parameter), name) != name:
-                raise NotImplementedError(
-                    f"prune_unused_(): expected each parameter in one layer, got one in {owners[id(parameter)]!r} "
-                    f"and in {name!r}."
-                )
-    domains = list(dict.fromkeys(domain for layer in layers.values() for domain in layer.lists))
-    for name, owner in domain_layers(model):
-        if isinstance(owner, SwitchedConv2d):
-            raise NotImplementedError(
-                f"prune_unused_(): expected layers with fixed lists, got the switched layer {name!r}. "
-                "Hint: call swap_, which gives it the lists of its switches."
-            )
-    for name, owner in domain_layers(model):
-        if set(owner.domains) != set(domains):
-            raise ValueError(
-                f"prune_unused_(): expected layer {name!r} to have the lists' domains {domains}, got "
-                f"{list(owner.domains)}."
-            )
-    return [*domains] or [None]
-
-
 def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] | None = None) -> PruneReport:
     """Drops, in place, every filter, input slice and batch-norm entry that no domain uses, and renumbers every list.
 
@@ -250,7 +149,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
         >>> model[2].lists["cars"]
         ChannelLists(in_index=[1, 2], out_index=None)
     """
-    domains = _check(model)
+    domains = domains_to_change("prune_unused_", model)
     graphs = [trace_shapes("prune_unused_", model, example_input, domain, unread=True) for domain in domains]
     classes = _classes(graphs)
     before = sum(parameter.numel() for parameter in model.parameters())

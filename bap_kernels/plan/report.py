@@ -15,6 +15,7 @@ from bap_kernels._load import _C
 from bap_kernels.functional import four_sided
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.plan.planned import PlannedNetwork
+from bap_kernels.plan.roof import limit_of, roof
 
 __all__ = ["LayerReport", "NetworkReport", "report"]
 
@@ -34,7 +35,9 @@ class LayerReport:
         dense_seconds: of the dense convolution on the same input.
         backend: what ran it.
         why: how that was chosen, and why others were not.
-        limit: why it is not faster than it is; empty where it gains what its work lets it.
+        limit: why it gains less over the dense convolution than its work lets it; empty where it does not.
+        roof_share: time that the machine's peaks allow for the kept work, over ``seconds``; above 1 where data stays in
+            a cache.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerReport:
     backend: str
     why: str
     limit: str
+    roof_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class NetworkReport:
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "backend", "why")]
+        rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "roof", "backend", "why")]
         for layer in self.layers:
             faster = layer.dense_seconds / layer.seconds if layer.seconds and layer.dense_seconds else None
             rows.append(
@@ -69,27 +73,30 @@ class NetworkReport:
                     f"{layer.bytes[0] / 1e6:.2f}",
                     "-" if layer.seconds is None else f"{layer.seconds * 1e3:.3f}",
                     "-" if faster is None else f"{faster:.2f}",
+                    "-" if layer.roof_share is None else f"{layer.roof_share:.0%}",
                     layer.backend,
                     "; ".join(part for part in (layer.why, layer.limit) if part),
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(9)]
+        widths = [max(len(row[column]) for row in rows) for column in range(10)]
         lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[9]]) for row in rows
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[10]]) for row in rows
         ]
         kept, whole = (sum(layer.macs[side] for layer in self.layers) for side in (0, 1))
         lines.append(f"{len(self.layers)} layers, {kept:,} of {whole:,} MACs ({kept / max(whole, 1):.0%})")
         return "\n".join(lines)
 
 
-def _median(run: Callable[[], Any]) -> float:
-    run()
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _medians(*runs: Callable[[], Any]) -> list[float]:
+    """Median times; the rounds are interleaved, so that what else the machine does falls on all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(_ROUNDS + 1):
+        for run, its in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if turn:
+                its.append(time.perf_counter() - start)
+    return [statistics.median(its) for its in times]
 
 
 def _why(facts: dict[str, Any]) -> tuple[str, str]:
@@ -106,17 +113,6 @@ def _why(facts: dict[str, Any]) -> tuple[str, str]:
     return facts["backend"], "; ".join([f"measured in us: {', '.join(times.values())}", *reasons])
 
 
-def _limit(macs: tuple[int, int], moved: tuple[int, int], seconds: float, dense: float) -> str:
-    work, traffic = macs[0] / max(macs[1], 1), moved[0] / max(moved[1], 1)
-    if seconds <= 1.15 * work * dense:
-        return ""
-    if work == 1.0:
-        return "it keeps all of its work"
-    if traffic > 1.15 * work:
-        return f"its work falls to {work:.0%}, its bytes to {traffic:.0%} only"
-    return f"its work falls to {work:.0%}, its time to {seconds / dense:.0%}: the smaller call is less efficient"
-
-
 def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerReport:
     lists = layer.channels
     K_in, K_out = (all_of if kept is None else kept for kept, all_of in zip(lists.counts, _widths(layer), strict=True))
@@ -131,12 +127,6 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
     padding = (0, 0, 0, 0)
     if layer.padding_mode == "zeros":
         padding = four_sided("report", layer.padding, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
-    seconds = dense = None
-    limit = ""
-    if x.device.type == "cpu":
-        seconds = _median(lambda: layer(x))
-        dense = _median(lambda: layer._conv_forward(x, layer.weight, layer.bias))
-        limit = _limit((macs[0], macs[1]), (moved[0], moved[1]), seconds, dense)
     facts = _C.explain(
         x,
         layer.weight,
@@ -149,6 +139,14 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
         layer.groups,
     )
     backend, why = _why(facts)
+    seconds = dense = share = None
+    limit = ""
+    if x.device.type == "cpu":
+        seconds, dense = _medians(lambda: layer(x), lambda: layer._conv_forward(x, layer.weight, layer.bias))
+        peaks = roof(x.dtype, torch.get_num_threads())
+        share = peaks.share(macs[0], moved[0], seconds)
+        sides = (macs[0], macs[1]), (moved[0], moved[1]), (seconds, dense)
+        limit = limit_of(peaks, backend, *sides, K_out, taps * (K_in if layer.groups == 1 else 1))
     return LayerReport(
         name,
         (K_in, layer.in_channels),
@@ -160,6 +158,7 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
         backend,
         why,
         limit,
+        share,
     )
 
 

@@ -7,6 +7,7 @@ times a mask; where it has an out-list, the result's other channels left out (`G
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,20 @@ from bap_kernels.plan.operations import (
     known_map,
     only_passes,
     out_of_place,
+    spatial_slice,
 )
 
-__all__ = ["trace"]
+__all__ = ["Recording", "same_widths", "trace"]
+
+_Facts = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A model's steps, and the shape and dtype of what each returned on the example."""
+
+    steps: fx.Graph
+    facts: _Facts
 
 
 class _Tracer(fx.Tracer):
@@ -52,11 +64,14 @@ class _Tracer(fx.Tracer):
             raise
 
 
+def _root(model: nn.Module) -> nn.Module:
+    single = _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0
+    return nn.Sequential(model) if single else model
+
+
 def _record(op: str, model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     """The model, inside another one if it is a single layer, and its recording."""
-    root = (
-        nn.Sequential(model) if _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0 else model
-    )
+    root = _root(model)
     whole: set[nn.Module] = set()
     while True:
         tracer = _Tracer(whole)
@@ -96,7 +111,7 @@ class _MaskedDense(fx.Interpreter):
     def __init__(self, root: nn.Module, graph: fx.Graph, domain: str | None) -> None:
         super().__init__(root, graph=graph)
         self.domain = domain
-        self.facts: dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]] = {}
+        self.facts: _Facts = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -114,14 +129,14 @@ class _MaskedDense(fx.Interpreter):
 class _Builder:
     """Turns recorded steps into operations, in order."""
 
-    def __init__(self, root: nn.Module, run: _MaskedDense, domain: str | None, expected: Any, given: int) -> None:
+    def __init__(self, root: nn.Module, known: Recording, domain: str | None, expected: Any, given: int) -> None:
         self.given = given
         self.root = root
-        self.facts = run.facts
+        self.facts = known.facts
         self.domain = domain
         # Where a step writes to its input, the input's later readers are given its result.
         self.now: dict[fx.Node, Value] = {}
-        self.graph = Graph([], expected)
+        self.graph = Graph([], expected, known)
 
     def add(self, node: fx.Node, **fields: Any) -> Value:
         shape, dtype = self.facts[node] if node.op != "output" else (None, None)
@@ -197,7 +212,7 @@ class _Builder:
             return self.binary(node, target, tensors, rest, kwargs)
         if target is nn.functional.pad:
             return self.pad(node, x, rest, kwargs)
-        if _is_spatial_slice(target, rest):
+        if spatial_slice(target, rest):
             self.add(node, kind="map", inputs=[x], call=Call(target, rest))
             return True
         found = known_map(target, rest, kwargs)
@@ -305,13 +320,6 @@ def _plain(part: Any) -> Any:
     return part
 
 
-def _is_spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
-    # x[:, :, ::2, ::2]: the shortcut of residual networks on small images.
-    if getattr(target, "__name__", "") != "getitem" or len(rest) != 1 or not isinstance(rest[0], tuple):
-        return False
-    return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
-
-
 def _numbers(listed: np.ndarray | None, channels: int) -> Channels:
     return np.arange(channels) if listed is None else listed.astype(np.int64)
 
@@ -333,7 +341,20 @@ def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
     raise ValueError(f"{op}(): expected `domain` to be one of {known}, got {domain!r}.{hint}")
 
 
-def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None, unread: bool = False) -> Graph:
+def same_widths(model: nn.Module) -> bool:
+    """Whether every tensor has as many channels in one domain as in another, so that one recording serves all."""
+    layers = [one for one in model.modules() if isinstance(one, GatheredConv2d) and not isinstance(one, MaskedConv2d)]
+    return all(one.counts[1] is None for layer in layers for one in (layer.channels, *layer.lists.values()))
+
+
+def trace(
+    op: str,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    domain: str | None,
+    unread: bool = False,
+    known: Recording | None = None,
+) -> Graph:
     """Records a model.
 
     Args:
@@ -342,6 +363,7 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
         inputs: what the model is called with.
         domain: whose lists; None keeps all channels.
         unread: keep operations whose result nothing reads.
+        known: the recording of another domain of a model with the `same_widths`; the model is not run then.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
@@ -349,19 +371,24 @@ def trace(op: str, model: nn.Module, inputs: tuple[Any, ...], domain: str | None
     """
     _check_mode(op, model)
     _check_domain(op, model, domain)
-    root, recorded = _record(op, in_domain(model, domain))
-    run = _MaskedDense(root, recorded, domain)
-    run.extra_traceback = False
-    try:
-        with torch.no_grad():
-            expected = run.run(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
-        raise ValueError(
-            f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
-        ) from error
-    builder = _Builder(root, run, domain, expected, len(inputs))
-    for node in recorded.nodes:
+    expected = None
+    if known is not None:
+        root = _root(in_domain(model, domain))
+    else:
+        root, recorded = _record(op, in_domain(model, domain))
+        run = _MaskedDense(root, recorded, domain)
+        run.extra_traceback = False
+        try:
+            with torch.no_grad():
+                expected = run.run(*inputs)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
+            raise ValueError(
+                f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
+            ) from error
+        known = Recording(recorded, run.facts)
+    builder = _Builder(root, known, domain, expected, len(inputs))
+    for node in known.steps.nodes:
         builder.convert(node)
     if not unread:
         _drop_unread(builder.graph)

@@ -84,8 +84,16 @@ class PanelPacker {
   void pack_row(int64_t unit, int64_t tap, float* row) const {
     const Copy* copies = copies_.data() + first_copy_[tap];
     const int64_t count = first_copy_[tap + 1] - first_copy_[tap], step = n_.stride_w * n_.x_stride_w;
-    if (n_.bfloat16) {
+    if (n_.bfloat16 && n_.has_prologue) {
       convert_runs(copies, count, reinterpret_cast<const c10::BFloat16*>(n_.x), unit, step, row);
+    } else if (n_.bfloat16) {
+      const auto* x = reinterpret_cast<const uint16_t*>(n_.x);
+      if (n_.pairs) {
+        const uint16_t* second = 2 * unit + 1 < n_.kept_in ? x + n_.channel(2 * unit + 1) * n_.x_stride_c : nullptr;
+        micro::pair_runs_avx2(copies, count, x + n_.channel(2 * unit) * n_.x_stride_c, second, step, row);
+      } else {
+        micro::widen_runs_avx2(copies, count, x + n_.channel(unit) * n_.x_stride_c, step, row);
+      }
     } else if (n_.has_prologue) {
       convert_runs(copies, count, reinterpret_cast<const float*>(n_.x), unit, step, row);
     } else {
@@ -94,6 +102,7 @@ class PanelPacker {
     }
   }
 
+  // With a prologue.
   template <class scalar_t>
   void convert_runs(const Copy* copies, int64_t count, const scalar_t* x, int64_t unit, int64_t step,
                     float* row) const {
@@ -127,10 +136,6 @@ class PanelPacker {
   template <class scalar_t, class Put>
   void convert_channel(const scalar_t* src, int64_t i, int64_t count, int64_t step, const Put& put) const {
     src += n_.channel(i) * n_.x_stride_c;
-    if (!n_.has_prologue) {
-      for (int64_t p = 0; p < count; ++p) put(p, static_cast<float>(src[p * step]));
-      return;
-    }
     const float scale = n_.in_scale ? n_.in_scale[i] : 1.f, shift = n_.in_shift ? n_.in_shift[i] : 0.f;
     for (int64_t p = 0; p < count; ++p) {
       const float v = static_cast<float>(src[p * step]) * scale + shift;

@@ -7,22 +7,10 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "cpu/cpu_features.h"
+
 namespace bap_kernels {
 namespace {
-
-bool cpu_has(const char* name) {
-#if defined(__x86_64__)
-  const std::string isa = name;
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa == "avx2") return avx2;
-  if (isa == "avx512") return avx512;
-  if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  return false;
-}
 
 bool usable(const std::string& isa) {
 #if defined(BAP_KERNELS_HAVE_AVX512)

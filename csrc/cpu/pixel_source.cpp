@@ -140,7 +140,11 @@ void PixelSource::pack_channels(const scalar_t* pixel, float* dst) const {
   };
   if (n_.pairs) {
     auto* halves = reinterpret_cast<c10::BFloat16*>(dst);
-    for (int64_t i = 0; i < n_.kept_in; ++i) halves[i] = static_cast<c10::BFloat16>(value(i));
+    if (!n_.has_prologue) {
+      for (int64_t i = 0; i < n_.kept_in; ++i) halves[i] = pixel[n_.channel(i) * n_.x_stride_c];
+    } else {
+      for (int64_t i = 0; i < n_.kept_in; ++i) halves[i] = static_cast<c10::BFloat16>(value(i));
+    }
     if (n_.kept_in % 2) halves[n_.kept_in] = c10::BFloat16(0.f);
   } else if (n_.has_prologue) {
     for (int64_t i = 0; i < n_.kept_in; ++i) dst[i] = value(i);

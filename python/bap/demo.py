@@ -38,11 +38,13 @@ EMBEDDED: dict[str, Any] = {
     "batch": 32,
     "round_robin": "batch",
     "schedule": "cosine",
-    "settle": 0.75,
+    "settle": 0.5,
     "multiplier_rate": 0.1,
-    "lr_switch": 1e-3,
+    "lr_switch": 2e-4,
     "lr_norm": 1e-2,
     "lr_head": 5e-2,
+    "train_backbone": True,
+    "lr_backbone": 2e-2,
     "pretrain_epochs": 20,
 }
 

@@ -255,3 +255,24 @@ def test_errors() -> None:
     ):
         bk.plan(model, x, "a", tolerance=0.0)
     assert bk.plan(model, x, "a", tolerance=0.0, check=False).max_error is None
+
+
+@torch.no_grad()
+def test_plans_of_further_domains_run_nothing_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    for both in (False, True):
+        model, masked = swapped(randomise(Residual()), 0.5, 0, both)
+        planned = bk.plan(model, x, "b", check=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "conv2d", None)
+            patch.setattr(nn.Conv2d, "_conv_forward", None)
+            bk.set_domain(planned, "a")
+        assert_equal(planned(x), masked(x))
+        assert planned.max_error is None
+    # Where widths depend on the domain, the recording of one does not serve another.
+    narrow = bk.swap_(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU()).eval())
+    lists = {"a": {"0": bk.ChannelLists(None, [0, 4])}, "b": {"0": bk.ChannelLists(None, [1, 2, 5])}}
+    planned = bk.plan(bk.attach_(narrow, lists), x, "a", check=False)
+    bk.set_domain(planned, "b")
+    bk.set_domain(narrow, "b")
+    assert_equal(planned(x), narrow(x))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import bap_kernels as bk
+from bap_kernels.plan.report import NetworkReport
+from bap_kernels.plan.roof import Roof, limit_of, roof
 from tests.unit.networks import Inverted, Residual, randomise
 from tests.unit.test_plan import swapped
 
@@ -65,3 +69,41 @@ def test_errors() -> None:
         bk.report(bk.plan(model, x, "a"), x)
     with pytest.raises(ValueError, match=r"report\(\): expected `model` to be in eval mode, got training mode"):
         bk.report(model.train(), x)
+
+
+PEAKS = Roof(1e11, 1e10, 2e-6)
+HALF = (500_000_000, 1_000_000_000)
+
+
+# Why a layer at half of its work takes 0.9 of dense's time; arithmetic alone takes 10 ms of it, the bytes 1 ms.
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "the smaller call is less efficient: 56% of the roof, dense 100%"),
+        ({"times": (11e-3, 20e-3)}, ""),
+        ({"macs": (HALF[1], HALF[1]), "times": (30e-3, 20e-3)}, "it keeps all of its work"),
+        ({"backend": "dense"}, "no way to skip channels was faster than the dense convolution"),
+        ({"macs": (5000, 10000), "times": (9e-6, 10e-6)}, "launch-bound: the smallest call takes 2 of its 9 us"),
+        ({"moved": (150_000_000, 200_000_000)}, "memory-bound: its work falls to 50%, its bytes to 75% only"),
+        # Its bytes fall as its work does, so they are not what is left.
+        ({"moved": (150_000_000, 300_000_000)}, "the smaller call is less efficient: 83% of the roof, dense 150%"),
+        ({"results": 8}, "too narrow: it writes 8 channels, fewer than a vector holds"),
+        ({"products": 3}, "too narrow: each result sums 3 products only"),
+    ],
+)
+def test_what_limits_a_layer(changes: dict[str, Any], expected: str) -> None:
+    facts = {"backend": "native", "macs": HALF, "moved": (10_000_000, 15_000_000), "times": (18e-3, 20e-3)}
+    facts |= {"results": 64, "products": 576, **changes}
+    assert limit_of(PEAKS, **facts) == expected
+
+
+def test_peaks_of_this_machine() -> None:
+    peaks = roof(torch.float32, torch.get_num_threads())
+    assert 1e8 < peaks.flop_per_s < 1e15
+    assert 1e7 < peaks.bytes_per_s < 1e13
+    assert 1e-7 < peaks.call_s < 1
+    assert roof(torch.float32, torch.get_num_threads()) is peaks
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)).eval())
+    (layer,) = bk.report(model, torch.randn(1, 8, 9, 9)).layers
+    assert layer.roof_share == pytest.approx(peaks.share(layer.macs[0], layer.bytes[0], layer.seconds))
+    assert f"{layer.roof_share:.0%}" in str(NetworkReport((layer,)))

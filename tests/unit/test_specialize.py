@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +107,14 @@ def test_errors() -> None:
         bk.specialize(model, "c")
     with pytest.raises(ValueError, match=r"specialize\(\): expected `model` to be in eval mode"):
         bk.specialize(model.train(), "a")
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path: Path) -> None:
+    model, masked = swapped(randomise(Residual()), 0.5, 0)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        program = torch.export.export(bk.specialize(model, "a", x), (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        assert_equal(loaded(x), masked(x))

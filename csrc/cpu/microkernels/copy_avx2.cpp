@@ -32,6 +32,36 @@ inline void copy_every_second(const float* src, int64_t count, float* dst) {
   for (; i < count; ++i) dst[i] = src[2 * i];
 }
 
+// A lane's bits: a bfloat16 is the upper half of its float.
+inline void put(float* lane, uint32_t lower, uint32_t upper) {
+  const uint32_t bits = upper << 16 | lower;
+  __builtin_memcpy(lane, &bits, 4);
+}
+
+inline void widen(const uint16_t* src, int64_t count, int64_t step, float* dst) {
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
+      _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+    }
+  }
+  for (; i < count; ++i) put(dst + i, 0, src[i * step]);
+}
+
+inline void pair(const uint16_t* first, const uint16_t* second, int64_t count, int64_t step, float* dst) {
+  int64_t i = 0;
+  if (step == 1 && second) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256i lower = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first + i)));
+      const __m256i upper = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(second + i)));
+      const __m256i bits = _mm256_or_si256(lower, _mm256_slli_epi32(upper, 16));
+      _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(bits));
+    }
+  }
+  for (; i < count; ++i) put(dst + i, first[i * step], second ? second[i * step] : 0);
+}
+
 }  // namespace
 
 void copy_runs_avx2(const Copy* copies, int64_t count, const float* plane, int64_t step, float* row) {
@@ -45,6 +75,29 @@ void copy_runs_avx2(const Copy* copies, int64_t count, const float* plane, int64
       copy_every_second(plane + copy->source, copy->count, dst);
     } else {
       for (int64_t i = 0; i < copy->count; ++i) dst[i] = plane[copy->source + i * step];
+    }
+  }
+}
+
+void widen_runs_avx2(const Copy* copies, int64_t count, const uint16_t* plane, int64_t step, float* row) {
+  for (const Copy* copy = copies; copy != copies + count; ++copy) {
+    float* dst = row + copy->place;
+    if (copy->source < 0) {
+      for (int64_t i = 0; i < copy->count; ++i) dst[i] = 0.f;
+    } else {
+      widen(plane + copy->source, copy->count, step, dst);
+    }
+  }
+}
+
+void pair_runs_avx2(const Copy* copies, int64_t count, const uint16_t* first, const uint16_t* second, int64_t step,
+                    float* row) {
+  for (const Copy* copy = copies; copy != copies + count; ++copy) {
+    float* dst = row + copy->place;
+    if (copy->source < 0) {
+      for (int64_t i = 0; i < copy->count; ++i) dst[i] = 0.f;
+    } else {
+      pair(first + copy->source, second ? second + copy->source : nullptr, copy->count, step, dst);
     }
   }
 }

@@ -1,7 +1,5 @@
 // AVX2: tiles of 6 x 16 fill 12 of the 16 registers; two hold the vector operand, one the broadcast.
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 #include "cpu/microkernels/tile.h"
 

@@ -1,7 +1,5 @@
 // AVX-512: tiles of 14 x 32 fill 28 of the 32 registers; two hold the vector operand, one the broadcast.
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 #include "cpu/microkernels/tile.h"
 

@@ -1,7 +1,5 @@
 // AVX512_BF16: the AVX-512 tiles over pairs of bfloat16, two products a lane and step.
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 #include "cpu/microkernels/tile.h"
 

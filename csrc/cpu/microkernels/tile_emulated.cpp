@@ -1,7 +1,5 @@
 // The AVX-512 tiles compiled for AVX2: slow, for testing their logic on machines without AVX-512.
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 #include "cpu/microkernels/tile.h"
 

@@ -5,14 +5,57 @@
 // Included by one source file per instruction set, inside that file's own anonymous namespace.
 // Accumulates in fp32. The order of the sum depends on the reduction alone, never on the tile's place or the threads.
 
-template <int kLanes, bool kPairs>
-struct Simd {
-  typedef float Vec __attribute__((vector_size(kLanes * 4)));
-  typedef float Loose __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+// Spelt out for each width: where a vector's size depends on a template argument, GCC takes its type for a scalar.
+template <int kLanes>
+struct Vectors;
 
-  static inline __attribute__((always_inline)) Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-  static inline __attribute__((always_inline)) void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+template <>
+struct Vectors<8> {
+  typedef float Vec __attribute__((vector_size(32)));
+  typedef float LooseVec __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(32)));
+  typedef uint16_t Halves __attribute__((vector_size(16)));
+  typedef uint16_t LooseHalves __attribute__((vector_size(16), aligned(2), may_alias));
+};
+
+template <>
+struct Vectors<16> {
+  typedef float Vec __attribute__((vector_size(64)));
+  typedef float LooseVec __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
+};
+
+template <int kLanes, bool kPairs>
+struct Simd : Vectors<kLanes> {
+  using typename Vectors<kLanes>::Vec;
+  using typename Vectors<kLanes>::LooseVec;
+  using typename Vectors<kLanes>::Bits;
+  using typename Vectors<kLanes>::Halves;
+  using typename Vectors<kLanes>::LooseHalves;
+
+  static inline __attribute__((always_inline)) Vec load(const float* p) {
+    return *reinterpret_cast<const LooseVec*>(p);
+  }
+  static inline __attribute__((always_inline)) void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+  static inline __attribute__((always_inline)) Halves load(const uint16_t* p) {
+    return *reinterpret_cast<const LooseHalves*>(p);
+  }
+  static inline __attribute__((always_inline)) void store(uint16_t* p, Halves v) {
+    *reinterpret_cast<LooseHalves*>(p) = v;
+  }
+
+  static inline __attribute__((always_inline)) Vec from_bfloat16(Halves v) {
+    return (Vec)(__builtin_convertvector(v, Bits) << 16);
+  }
+  // Round to nearest even; NaN stays NaN.
+  static inline __attribute__((always_inline)) Halves to_bfloat16(Vec v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((v == v ? rounded : bits | 0x400000u) >> 16, Halves);
+  }
+
   // x - 0 is x for every x, so this is a plain broadcast.
   static inline __attribute__((always_inline)) Vec broadcast(float s) { return s - Vec{}; }
 
@@ -33,21 +76,6 @@ struct Simd {
   }
 };
 
-inline float from_bfloat16(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-
-// Round to nearest even; NaN stays NaN.
-inline uint16_t to_bfloat16(float f) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, 4);
-  if (f != f) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // What moves from tile to tile.
 struct Place {
   const float* weight;
@@ -59,28 +87,80 @@ struct Place {
   const char* residual;
 };
 
+// The first `count` < kLanes elements at p, zeros behind them, and their counterpart; nothing past them is touched.
+template <int kLanes, class element_t>
+inline auto load_part(const element_t* p, int count) {
+  using S = Simd<kLanes, false>;
+#if defined(__AVX512BW__)
+  if constexpr (kLanes == 16) {
+    const auto mask = static_cast<uint16_t>((1u << count) - 1);
+    if constexpr (sizeof(element_t) == 4) {
+      return (typename S::Vec)_mm512_maskz_loadu_ps(mask, p);
+    } else {
+      return (typename S::Halves)_mm256_maskz_loadu_epi16(mask, p);
+    }
+  }
+#endif
+  if constexpr (kLanes == 8 && sizeof(element_t) == 4) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (typename S::Vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+  }
+  alignas(64) element_t part[kLanes] = {};
+  for (int i = 0; i < count; ++i) part[i] = p[i];
+  return S::load(part);
+}
+
+template <int kLanes, class element_t, class vector_t>
+inline void store_part(element_t* p, vector_t v, int count) {
+#if defined(__AVX512BW__)
+  if constexpr (kLanes == 16) {
+    const auto mask = static_cast<uint16_t>((1u << count) - 1);
+    if constexpr (sizeof(element_t) == 4) {
+      _mm512_mask_storeu_ps(p, mask, (__m512)v);
+    } else {
+      _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+    }
+    return;
+  }
+#endif
+  alignas(64) element_t part[kLanes];
+  Simd<kLanes, false>::store(part, v);
+  for (int i = 0; i < count; ++i) p[i] = part[i];
+}
+
 // The last step of a tile whose sums have left the registers: of rows that are cut short, of bfloat16 results, and of
 // the smaller tiles, where it is one function for all sizes.
-template <int kWidth>
+template <int kLanes, int kWidth>
 __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, const float* sums, int rows,
                                            bool channel_rows) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
   for (int r = 0; r < rows; ++r, sums += kWidth) {
-    char* out = at.out + r * t.out_row_stride;
-    const char* residual = at.residual ? at.residual + r * t.residual_row_stride : nullptr;
-    for (int j = 0; j < t.valid; ++j) {
-      const int c = channel_rows ? r : j;
-      float v = sums[j];
-      if (at.scale) v *= at.scale[c];
-      if (at.shift) v += at.shift[c];
-      if (residual) {
-        v += t.bfloat16 ? from_bfloat16(reinterpret_cast<const uint16_t*>(residual)[j])
-                        : reinterpret_cast<const float*>(residual)[j];
+    for (int lane = 0; lane < t.valid; lane += kLanes) {
+      const int count = t.valid - lane;
+      const int64_t place = static_cast<int64_t>(lane) * (t.bfloat16 ? 2 : 4);
+      Vec y = S::load(sums + lane);
+      if (at.scale) y *= channel_rows ? S::broadcast(at.scale[r]) : S::load(at.scale + lane);
+      if (at.shift) y += channel_rows ? S::broadcast(at.shift[r]) : S::load(at.shift + lane);
+      if (at.residual) {
+        const char* residual = at.residual + r * t.residual_row_stride + place;
+        if (t.bfloat16) {
+          const auto* p = reinterpret_cast<const uint16_t*>(residual);
+          y += S::from_bfloat16(count < kLanes ? load_part<kLanes>(p, count) : S::load(p));
+        } else {
+          const auto* p = reinterpret_cast<const float*>(residual);
+          y += count < kLanes ? load_part<kLanes>(p, count) : S::load(p);
+        }
       }
-      if (t.relu) v = v < 0.f ? 0.f : v;
+      if (t.relu) y = y < Vec{} ? Vec{} : y;
+      char* out = at.out + r * t.out_row_stride + place;
       if (t.bfloat16) {
-        reinterpret_cast<uint16_t*>(out)[j] = to_bfloat16(v);
+        const auto halves = S::to_bfloat16(y);
+        auto* p = reinterpret_cast<uint16_t*>(out);
+        count < kLanes ? store_part<kLanes>(p, halves, count) : S::store(p, halves);
       } else {
-        reinterpret_cast<float*>(out)[j] = v;
+        auto* p = reinterpret_cast<float*>(out);
+        count < kLanes ? store_part<kLanes>(p, y, count) : S::store(p, y);
       }
     }
   }
@@ -94,8 +174,12 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
   Vec acc[kRows][kVectors];
   if (!t.store_partial) {
     // The result's lines are fetched while the sums are built, so that the stores at the end do not wait for them.
+    // One for each 64 bytes of a float row; of bfloat16 rows the second is the next panel's, soon wanted too.
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.out + r * t.out_row_stride, 1);
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kWidth; line += 16) __builtin_prefetch(at.out + r * t.out_row_stride + line * 4, 1);
+    }
   }
   if (t.load_partial) {
 #pragma GCC unroll 16
@@ -197,7 +281,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
   }
-  finish_rows<kWidth>(t, at, &sums[0][0], kRows, kChannelRows);
+  finish_rows<kLanes, kWidth>(t, at, &sums[0][0], kRows, kChannelRows);
 }
 
 template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kChannelRows>

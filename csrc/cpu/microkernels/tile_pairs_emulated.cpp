@@ -1,7 +1,5 @@
 // The AVX512_BF16 tiles compiled for AVX2: slow, for testing their logic on machines without it.
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 #include "cpu/microkernels/tile.h"
 

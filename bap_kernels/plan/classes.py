@@ -1,0 +1,173 @@
+"""Which channels of a network's values go together, for what changes a model in place.
+
+Every channel of every value is an element. Elements that must go together (through batch norms, activations, sums,
+concatenations, a layer used twice) are one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from torch import Tensor, nn
+
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.per_domain import domain_layers
+from bap_kernels.nn.switched import SwitchedConv2d
+from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.operations import Call
+
+__all__ = ["Classes", "domains_to_change", "keep_unknown", "tied"]
+
+
+class Classes:
+    """Union-find over the channels of all values.
+
+    Attributes:
+        first: {value: number of its first element}, in the graph's order.
+        kept: (elements,) bool, what :meth:`keep` marked.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.first: dict[Value, int] = {}
+        count = 0
+        for value in graph.values:
+            if value.channels is not None:
+                self.first[value] = count
+                count += value.channels
+        self.leader = np.arange(count)
+        self.kept = np.zeros(count, dtype=bool)
+
+    def find(self, element: int) -> int:
+        """The element that stands for the class."""
+        while self.leader[element] != element:
+            self.leader[element] = self.leader[self.leader[element]]
+            element = self.leader[element]
+        return element
+
+    def leaders(self) -> np.ndarray:
+        """Of every element, what stands for its class."""
+        return np.array([self.find(element) for element in range(len(self.leader))], dtype=np.int64)
+
+    def tie(self, a: Value, b: Value, begin: int = 0) -> None:
+        """Channel j of ``a`` goes with channel ``begin + j`` of ``b``."""
+        for channel in range(a.channels or 0):
+            self.leader[self.find(self.first[a] + channel)] = self.find(self.first[b] + begin + channel)
+
+    def keep(self, value: Value, channels: Channels | slice) -> None:
+        """Marks channels of a value; others are no concern of this."""
+        if value in self.first:
+            self.kept[self.first[value] + np.arange(value.channels or 0)[channels]] = True
+
+    def settle(self) -> None:
+        """Marks whole classes where one of their elements is marked."""
+        leaders = self.leaders()
+        stays = np.zeros(len(leaders), dtype=bool)
+        stays[leaders[self.kept]] = True
+        self.kept = stays[leaders]
+
+    def of(self, value: Value) -> Channels:
+        """Numbers of the marked channels."""
+        first = self.first[value]
+        return np.flatnonzero(self.kept[first : first + (value.channels or 0)])
+
+
+def tied(graph: Graph) -> Classes:
+    """The classes of a network, nothing marked."""
+    classes = Classes(graph)
+    used: dict[nn.Module, Op] = {}
+    for op in graph.ops:
+        if op.kind in ("norm", "map", "binary", "depthwise"):
+            for value in op.inputs:
+                classes.tie(value, op.output)
+        elif op.kind == "cat":
+            begin = 0
+            for value in op.inputs:
+                classes.tie(value, op.output, begin)
+                begin += value.channels or 0
+        elif op.kind == "pad":
+            classes.tie(op.inputs[0], op.output, op.before)
+        if op.module is not None:
+            first = used.setdefault(op.module, op)
+            if first is not op:
+                classes.tie(first.inputs[0], op.inputs[0])
+                classes.tie(first.output, op.output)
+    return classes
+
+
+def _held_elsewhere(graph: Graph) -> set[int]:
+    """Ids of the tensors that steps without a rule hold: those of their module, or one that the model's code names."""
+    held: set[int] = set()
+    for op in graph.ops:
+        if op.kind == "opaque" and isinstance(op.call, Call):
+            if isinstance(op.call.target, nn.Module):
+                held.update(id(one) for one in (*op.call.target.parameters(), *op.call.target.buffers()))
+            held.update(id(one) for one in op.call.args if isinstance(one, Tensor))
+    return held
+
+
+def keep_unknown(classes: Classes, graph: Graph, free: Collection[Op] = ()) -> None:
+    """Marks what the model's own code decides: the channels around steps without a rule, inputs and results.
+
+    Args:
+        classes: gets the marks.
+        graph: the network.
+        free: steps without a rule around which nothing is marked.
+    """
+    held = _held_elsewhere(graph)
+    for op in graph.ops:
+        module = op.module
+        # A layer that a step without a rule has as well.
+        stores = () if module is None else (*module._parameters.values(), *module._buffers.values())
+        if (op.kind in ("input", "opaque", "output") and op not in free) or any(id(one) in held for one in stores):
+            for value in (*op.inputs, op.output):
+                classes.keep(value, slice(None))
+
+
+def domains_to_change(op: str, model: nn.Module) -> list[str | None]:
+    """The domains of a model whose channels can be dropped or moved in place; [None] if it has none.
+
+    Args:
+        op: the caller's name, for messages.
+        model: a swapped network.
+
+    Raises:
+        ValueError: if no layer was swapped, a mixed batch is set, or layers have other domains than the lists.
+        NotImplementedError: for out-lists in layers whose result is compact, for parameters in two layers, and for
+            switched layers.
+    """
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d)}
+    if not layers:
+        raise ValueError(f"{op}(): expected `model` to have swapped layers, got none. Hint: call swap_ first.")
+    if any(module.__dict__.get("_mixed") is not None for module in model.modules()):
+        raise ValueError(
+            f"{op}(): expected `model` to be set to one domain, got a mixed batch. Hint: call set_domain with a name."
+        )
+    for name, layer in layers.items():
+        narrow = not isinstance(layer, MaskedConv2d)
+        if narrow and any(one.out_index is not None for one in (layer.channels, *layer.lists.values())):
+            raise NotImplementedError(
+                f"{op}(): expected out-lists only in MaskedConv2d, got layer {name!r}, whose result has "
+                "another width in each domain. Hint: swap_(model, layer_type=MaskedConv2d)."
+            )
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and owners.setdefault(id(parameter), name) != name:
+                raise NotImplementedError(
+                    f"{op}(): expected each parameter in one layer, got one in {owners[id(parameter)]!r} "
+                    f"and in {name!r}."
+                )
+    domains = list(dict.fromkeys(domain for layer in layers.values() for domain in layer.lists))
+    for name, owner in domain_layers(model):
+        if isinstance(owner, SwitchedConv2d):
+            raise NotImplementedError(
+                f"{op}(): expected layers with fixed lists, got the switched layer {name!r}. "
+                "Hint: call swap_, which gives it the lists of its switches."
+            )
+    for name, owner in domain_layers(model):
+        if set(owner.domains) != set(domains):
+            raise ValueError(
+                f"{op}(): expected layer {name!r} to have the lists' domains {domains}, got {list(owner.domains)}."
+            )
+    return [*domains] or [None]

@@ -1,0 +1,284 @@
+"""What it takes to serve several domains: ``python -m benches.memory_of_domains [--out DIR]``.
+
+One network with the lists of all domains, planned or layer by layer, against one small network for each domain
+(``bk.specialize``). Memory is the growth of the resident set of a process of its own, after every domain was used;
+packed weights count, and so does what libraries keep for shapes that they have seen. Times are taken in this process:
+of a switch to a domain used before, and of the first use of a domain, with its forward. Every domain's logits are
+checked. Rows go to ``rows.jsonl`` and the report of the folder, beside those of a study of this build if there are any.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benches import gate, ours, report
+from benches.cases import LAYOUTS
+from benches.machine import describe, measure_roof
+from benches.measure import DTYPES
+from benches.memory import can_measure_peak, in_fresh_process, resident_bytes
+from benches.networks import NETWORKS, TOLERANCE, NetworkBench, NetworkCell, in_lists, mask_
+from benches.problem import MEMORY_FORMATS, normal_tensors
+from benches.rows import Journal, Row
+from benches.study import wide_console
+from benches.summary import DOMAINS
+from benches.tables import Table
+from benches.timers import Spread
+
+# auto: layer by layer, without a plan. pruned: a small network for each domain.
+PEERS = ("planned", "auto", "pruned")
+SWITCHES = 200
+FORWARDS = 5
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A network that serves several domains.
+
+    Args:
+        network: Of `NETWORKS`.
+        domains: How many.
+        density: Share of channels that each domain keeps.
+        batch: N.
+        layout: ``channels_last`` or ``nchw``.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+
+    network: str
+    domains: int
+    density: float
+    batch: int
+    layout: str
+    dtype: str
+
+    @property
+    def id(self) -> str:
+        """Name of the cell, such as ``resnet26-b8-domains10-d50-in-channels_last``."""
+        return f"{self.network}-b{self.batch}-{DOMAINS}{self.domains}-d{self.density * 100:.0f}-in-{self.layout}"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the domains."""
+        return [f"domain{i}" for i in range(self.domains)]
+
+    def lists(self, model: nn.Module, domain: str) -> dict[str, Tensor]:
+        """Draw the in-lists of a domain."""
+        return in_lists(model, self.density, zlib.crc32(f"{self.network}-{domain}-d{self.density * 100:.0f}".encode()))
+
+
+class Served:
+    """A peer that serves the domains of a cell one after another.
+
+    Args:
+        serving: The cell.
+        peer: Of `PEERS`.
+    """
+
+    def __init__(self, serving: Serving, peer: str) -> None:
+        self.peer, self.names = peer, serving.names
+        self.bench = NetworkBench(torch.device("cpu"), serving.dtype)
+        cell = NetworkCell(serving.network, serving.batch, serving.density, serving.layout)
+        self.inputs = self.bench.inputs(cell)
+        self.base = self.bench.model(serving.network)
+        self.serving = serving
+        self.model: Any = None
+        self.active: Any = None
+        self.small: dict[str, nn.Module] = {}
+
+    def build(self) -> None:
+        """Make the network: shared weights and lists, and the plan of the first domain or its small network."""
+        bk, serving = ours.package(), self.serving
+        with normal_tensors():
+            # As it is served: parameters of its own, apart from those of the bench.
+            self.model = bk.swap_(self.bench.placed(self.base, serving.layout))
+            lists = {name: serving.lists(self.base, name) for name in self.names}
+            bk.attach_(
+                self.model,
+                {
+                    name: {layer: bk.ChannelLists(one) for layer, one in of_domain.items()}
+                    for name, of_domain in lists.items()
+                },
+            )
+            bk.use_backend("auto")
+            if self.peer == "planned":
+                self.model = bk.plan(self.model, self.inputs[0], self.names[0], check=False)
+            self.switch(self.names[0])
+
+    def switch(self, name: str) -> None:
+        """Make a domain the active one; what it needs is made on first use."""
+        if self.peer != "pruned":
+            ours.package().set_domain(self.model, name)
+            self.active = self.model
+            return
+        if name not in self.small:
+            with normal_tensors():
+                small = ours.package().specialize(self.model, name)
+                self.small[name] = small.to(memory_format=MEMORY_FORMATS[self.serving.layout])
+        self.active = self.small[name]
+
+    def finish(self) -> None:
+        """Drop what is not needed once every domain was used."""
+        if self.peer == "pruned":
+            self.model = None
+
+    def weight_bytes(self) -> int:
+        """Bytes of parameters, statistics and packed weights, each storage once."""
+        kept = [self.model, *self.small.values()]
+        tensors = [one for model in kept if model for one in (*model.parameters(), *model.buffers())]
+        sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+        return sum(sizes.values()) + ours.packed_bytes()
+
+
+def held_bytes(serving: Serving, peer: str) -> tuple[int, int]:
+    """(growth of the resident set, bytes of weights and packed weights); only in a process of its own."""
+    ours.fresh_choices()
+    served = Served(serving, peer)
+    with torch.inference_mode():
+        # What a library takes once, whatever the network, is there before.
+        served.base(served.inputs[0][:1].to(torch.float32).contiguous())
+        before = _settled()
+        served.build()
+        for name in served.names:
+            served.switch(name)
+            served.active(served.inputs[0])
+        served.finish()
+        return max(0, _settled() - before), served.weight_bytes()
+
+
+def _settled() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
+def _reference(serving: Serving, model: nn.Module, name: str, x: Tensor) -> Tensor:
+    masked = mask_(copy.deepcopy(model).double(), serving.lists(model, name))
+    return masked(x[:1].double())
+
+
+def timed_row(serving: Serving, peer: str, held: tuple[int, int] | None) -> Row:
+    """Check every domain, then take the times.
+
+    Raises:
+        WrongResultError: If logits of a domain differ from the masked network's by more than rounding.
+    """
+    clock: Callable[[], float] = time.perf_counter
+    served = Served(serving, peer)
+    x = served.inputs[0]
+    error, first_uses, forwards, switches = 0.0, [], [], []
+    with torch.inference_mode():
+        served.build()
+        served.active(x)
+        for name in served.names:
+            start = clock()
+            served.switch(name)
+            result = torch.as_tensor(served.active(x))
+            first_uses.append(clock() - start)
+            reference = _reference(serving, served.base, name, x)
+            share = ((result[:1].double() - reference).abs().max() / reference.abs().max()).item()
+            if not share <= TOLERANCE[serving.dtype]:
+                raise gate.WrongResultError(f"timed_row(): {peer} on {serving.id} differs by {share:.1e} in {name}.")
+            error = max(error, share)
+        for turn in range(FORWARDS):
+            start = clock()
+            served.active(served.inputs[turn % len(served.inputs)])
+            forwards.append(clock() - start)
+        for turn in range(SWITCHES):
+            name = served.names[turn % len(served.names)]
+            start = clock()
+            served.switch(name)
+            switches.append(clock() - start)
+    ours.forget_packed()
+    spread = Spread.of(switches)
+    return Row(
+        network=serving.network,
+        case=DOMAINS,
+        cell=serving.id,
+        peer=peer,
+        candidate="",
+        device="cpu",
+        dtype=serving.dtype,
+        layout=serving.layout,
+        batch=serving.batch,
+        density=serving.density,
+        lists="in",
+        seed=0,
+        threads=torch.get_num_threads(),
+        inputs="warm",
+        rounds=spread.rounds,
+        p20_s=spread.p20,
+        p50_s=spread.p50,
+        p80_s=spread.p80,
+        max_error=error,
+        weight_bytes=held[1] if held else None,
+        forward_s=statistics.median(forwards),
+        domains=serving.domains,
+        # The first domain's was made with the network.
+        first_use_s=statistics.median(first_uses[1:] or first_uses),
+        resident_bytes=held[0] if held else None,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    command = argparse.ArgumentParser(
+        prog="python -m benches.memory_of_domains",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--out", type=Path, default=Path("benches/out/domains"), help="folder (default: %(default)s)")
+    command.add_argument("--network", choices=tuple(NETWORKS), default="resnet26")
+    command.add_argument("--domains", type=int, default=10)
+    command.add_argument("--density", type=float, default=0.5)
+    command.add_argument("--batch", type=int, default=8)
+    command.add_argument("--layout", choices=LAYOUTS, default="channels_last")
+    command.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    command.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write rows and report."""
+    options, console = parser().parse_args(arguments), wide_console()
+    if options.domains < 1 or options.batch < 1 or not 0 < options.density <= 1:
+        console.print("[red]memory_of_domains: expected --domains and --batch from 1 and --density in (0, 1].[/]")
+        return 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    serving = Serving(options.network, options.domains, options.density, options.batch, options.layout, options.dtype)
+    ours.fresh_choices()
+    device = torch.device("cpu")
+    roof = measure_roof(DTYPES[options.dtype], device)
+    build = dict(ours.library().build_facts())
+    header = describe(device, options.dtype, roof, build, ours.library().isa())
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        journal = Journal(options.out / "rows.jsonl", header)
+    except ValueError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return 1
+    for peer in PEERS:
+        console.print(f"{serving.id}: {peer} ...", highlight=False)
+        held = in_fresh_process(held_bytes, serving, peer) if can_measure_peak() else None
+        journal.append([timed_row(serving, peer, held)])
+    made: list[Table] = report.write(options.out, header, journal.rows)
+    for table in made:
+        if table.title == "Several domains":
+            console.print(table.rich())
+    console.print(f"Report: {options.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Benchmarks of whole networks: cells, peers, compiled networks, several domains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("torchvision")
+
+from benches import compiled, gate, memory_of_domains, networks, ours, report, rows, study
+from benches.memory_of_domains import Served, Serving, timed_row
+from benches.networks import NetworkBench, NetworkCell, network_cells
+from tests.unit.test_benches import HEADER
+
+CPU = torch.device("cpu")
+
+
+def _tiny() -> nn.Module:
+    from bap.models import ResNet26
+
+    return ResNet26(num_classes=8, widths=(16, 24, 32), blocks=(1, 1, 1))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a network that takes no time."""
+    monkeypatch.setitem(networks.NETWORKS, "tiny", (_tiny, 16))
+    yield "tiny"
+    ours.package().use_backend("auto")
+    ours.forget_packed()
+
+
+def test_cells_of_all_networks() -> None:
+    few = network_cells((1, 8), (0.5,), ("nchw",))
+    assert [cell.network for cell in few] == ["resnet50", "resnet26"] * 2
+    every = network_cells((1,), (0.75, 0.5), ("nchw",), list(networks.NETWORKS))
+    assert len({cell.id for cell in every}) == len(every) == 2 * len(networks.NETWORKS) == 8
+    assert every[0].density == 0.5
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_networks_take_their_images(network: str) -> None:
+    build, size = networks.NETWORKS[network]
+    with torch.device("meta"):
+        y = build().eval()(torch.empty(2, 3, size, size))
+    assert y.shape[0] == 2
+    assert y.dim() == 2
+
+
+def test_rows_of_a_network(tiny: str) -> None:
+    bench = NetworkBench(CPU, "float32", 4, lambda cell, names, dtype: dict.fromkeys(names, 1000))
+    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), ["dense", "masked", "planned", "pruned"], 0.0)
+    assert [row.peer for row in made] == ["dense", "masked", "planned", "pruned"]
+    assert all(row.rounds == 4 and row.peak_bytes == 1000 and row.vs_masked for row in made)
+    assert all(0 < row.max_error < 1e-3 for row in made[1:])
+    assert made[3].weight_bytes < made[0].weight_bytes  # type: ignore[operator]
+    (table,) = [one for one in report.tables(HEADER, made) if one.title == "Whole networks"]
+    assert len(table.rows) == 4
+
+
+def test_wrong_logits_are_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "mask_", lambda model, lists: model)
+    with pytest.raises(gate.WrongResultError, match="logits of planned on tiny"):
+        NetworkBench(CPU, "float32").rows(NetworkCell(tiny, 1, 0.5, "nchw"), ["planned"], 0.0)
+
+
+@pytest.mark.slow
+def test_compiled_networks(tiny: str) -> None:
+    bench = NetworkBench(CPU, "float32", 2)
+    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), ["dense", "compiled", "compiled_dense"], 0.0)
+    assert 0 < made[1].max_error < 1e-3
+    assert made[2].gflop == made[0].gflop
+    # The next density takes the same dense network.
+    kept = bench._compiled_dense
+    bench.rows(NetworkCell(tiny, 2, 0.25, "channels_last"), ["compiled_dense"], 0.0)
+    assert bench._compiled_dense is kept
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_for_one_batch_each() -> None:
+    model = _tiny().eval()
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(compiled.frozen(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("peer", memory_of_domains.PEERS)
+def test_a_network_that_serves_domains(tiny: str, peer: str) -> None:
+    serving = Serving(tiny, 3, 0.5, 2, "channels_last", "float32")
+    assert serving.id == "tiny-b2-domains3-d50-in-channels_last"
+    row = timed_row(serving, peer, (2**20, 2**19))
+    assert (row.domains, row.resident_bytes, row.weight_bytes) == (3, 2**20, 2**19)
+    assert 0 < row.max_error < 1e-3
+    assert 0 < row.p50_s < row.first_use_s  # type: ignore[operator]
+    assert row.forward_s > 0  # type: ignore[operator]
+
+
+def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> None:
+    held = {}
+    for peer in memory_of_domains.PEERS:
+        served = Served(Serving(tiny, 3, 0.5, 1, "nchw", "float32"), peer)
+        with torch.inference_mode():
+            served.build()
+            shared = served.weight_bytes()
+            for name in served.names:
+                served.switch(name)
+                served.active(served.inputs[0])
+            served.finish()
+        held[peer] = served.weight_bytes()
+        if peer == "pruned":
+            assert held[peer] < 3 * shared
+        else:
+            assert held[peer] > shared
+        ours.forget_packed()
+
+
+def test_a_domain_with_wrong_logits_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_of_domains, "mask_", lambda model, lists: model)
+    with pytest.raises(gate.WrongResultError, match=r"planned on tiny-b1-domains2-d50-in-nchw differs by"):
+        timed_row(Serving(tiny, 2, 0.5, 1, "nchw", "float32"), "planned", None)
+
+
+def test_command_of_domains(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A process of its own would not know the tiny network.
+    monkeypatch.setattr(memory_of_domains, "can_measure_peak", lambda: False)
+    monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
+    arguments = ["--out", str(tmp_path), "--network", tiny, "--domains", "2", "--batch", "1"]
+    assert memory_of_domains.main(arguments) == 0
+    assert "Several domains" in capsys.readouterr().out
+    _, made = rows.read_json(tmp_path / "results.json")
+    assert [(row.peer, row.case, row.domains) for row in made] == [(p, "domains", 2) for p in memory_of_domains.PEERS]
+    assert memory_of_domains.main([*arguments[:-1], "0"]) == 1
+    assert "expected --domains and --batch from 1" in capsys.readouterr().out
+
+
+def test_study_of_named_networks(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", str(tmp_path), "--no-layers", "--networks", tiny, "--peers", "dense,masked,planned"]
+    arguments += ["--density", "0.5", "--batch", "2", "--layout", "nchw", "--rounds", "3"]
+    assert study.main(arguments) == 0
+    _, made = rows.read_json(tmp_path / "results.json")
+    assert [row.peer for row in made] == ["dense", "masked", "planned"]
+    assert {row.cell for row in made} == {"tiny-b2-network-d50-in-nchw"}
+    assert study.main(["--out", str(tmp_path), "--no-layers", "--networks", "resnet27"]) == 1
+    assert "expected `--networks` to be of resnet50, resnet26" in capsys.readouterr().out.replace("\n", " ")
+    assert study.main([*arguments[:-1], "0"]) == 1
+    assert "expected `--rounds` to be positive, got 0" in capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""The tiles under ``csrc/cpu/microkernels``, by a program without torch: see ``tests/microkernels/tile_test.cpp``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools import tile_test
+
+# Tables of the program, and what a CPU must have for each.
+TABLES = {
+    "avx2": "avx2",
+    "avx512_emulated": "emulated",
+    "avx512_emulated_pairs": "emulated",
+    "avx512": "avx512",
+    "avx512_pairs": "avx512bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++")
+    if "avx2" not in tile_test.isas_here():
+        pytest.skip("this CPU has no AVX2")
+    return found
+
+
+@pytest.fixture(scope="module")
+def program(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tiles") / "tile_test"
+    tile_test.build(made, tile_test.isas_here(), cxx=compiler)
+    return made
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tiles_agree_with_loops(table: str, program: Path) -> None:
+    if TABLES[table] not in tile_test.isas_here():
+        pytest.skip(f"this CPU has no {TABLES[table]}; tools/emulate_avx512.sh runs these tiles in an emulator")
+    done = run(program, "--rounds", "1", table)
+    assert done.returncode == 0, done.stdout
+    assert re.search(rf"^{table}: [1-9]\d* calls: ok$", done.stdout, re.M), done.stdout
+
+
+def test_tables_that_cannot_run_are_errors(program: Path) -> None:
+    done = run(program, "avx1024")
+    assert done.returncode == 2
+    assert "avx1024: not compiled in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "status"),
+    [
+        ("rounded = bits + 0x7fff", "rounded = bits + 0x7ffe", 1),
+        ("i < count; ++i) p[i] = part[i]", "i <= count; ++i) p[i] = part[i]", -signal.SIGSEGV),
+    ],
+    ids=["rounds_down", "writes_past_the_end"],
+)
+def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    for part in ("cpu/microkernels", "cpu/cpu_features.h", "cpu/cpu_features.cpp"):
+        source = tile_test.ROOT / "csrc" / part
+        (sources / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, sources / part) if source.is_dir() else shutil.copy(source, sources / part)
+    tile = sources / "cpu/microkernels/tile_kernel.h"
+    text = tile.read_text()
+    assert text.count(right) == 1
+    tile.write_text(text.replace(right, wrong))
+    tile_test.build(tmp_path / "tile_test", ["avx2"], sources=sources, cxx=compiler)
+    done = run(tmp_path / "tile_test", "--rounds", "1", "avx2")
+    assert done.returncode == status, done.stdout
+
+
+def test_instruction_sets_are_read_as_the_system_lists_them(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: a\nflags\t\t: fpu fma avx2 avx512f avx512dq avx512vl avx512bw\n")
+    assert tile_test.isas_here(cpuinfo) == ["avx2", "emulated", "avx512"]
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f avx512_bf16\n")
+    assert tile_test.isas_here(cpuinfo) == []
+    assert tile_test.isas_here(tmp_path / "absent") == []

@@ -1,0 +1,65 @@
+"""Builds ``tests/microkernels/tile_test.cpp`` with the microkernels, flags as in the build of the package.
+
+``python -m tools.tile_test [--all] [--static] TARGET`` compiles for this machine's instruction sets, or for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tools.build_plan import ISA_FLAGS
+
+ROOT = Path(__file__).resolve().parent.parent
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-Wall", "-fvisibility=hidden")
+# Instruction sets as /proc/cpuinfo spells them.
+_NEEDS = {
+    "avx2": {"avx2", "fma"},
+    "emulated": {"avx2", "fma"},
+    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+}
+_NEEDS["avx512bf16"] = _NEEDS["avx512"] | {"avx512_bf16"}
+
+
+def isas_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The suffixes of the microkernels that this machine can execute."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return [isa for isa, needs in _NEEDS.items() if needs <= found]
+
+
+def build(
+    target: Path, isas: Sequence[str], static: bool = False, sources: Path = ROOT / "csrc", cxx: str = "g++"
+) -> None:
+    """Compiles the test with the tiles of ``isas`` under ``sources`` and links it to ``target``."""
+    macros = tuple(f"-DBAP_KERNELS_HAVE_{isa.upper()}" for isa in isas)
+    jobs: list[tuple[Path, tuple[str, ...]]] = [
+        (sources / "cpu/cpu_features.cpp", ()),
+        (ROOT / "tests/microkernels/tile_test.cpp", macros),
+    ]
+    for isa in isas:
+        tiles = sorted((sources / "cpu/microkernels").glob(f"tile_*{isa}.cpp"))
+        jobs += [(path, ISA_FLAGS[isa]) for path in tiles if path.stem.endswith(f"_{isa}")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(Path(folder) / f"{path.stem}.o") for path, _ in jobs]
+        commands = [
+            [cxx, *_FLAGS, f"-I{sources}", *flags, "-c", str(path), "-o", made]
+            for (path, flags), made in zip(jobs, objects, strict=True)
+        ]
+        for done in pool.map(lambda command: subprocess.run(command), reversed(commands)):
+            done.check_returncode()
+        subprocess.run([cxx, *(["-static"] if static else []), *objects, "-o", str(target)], check=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every instruction set that the compiler knows")
+    parser.add_argument("--static", action="store_true", help="link without shared libraries")
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    build(args.target, list(_NEEDS) if args.all else isas_here(), args.static)
