@@ -27,7 +27,7 @@ ISA_FLAGS["avx512bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
 # The AVX-512 tiles in AVX2 code, for tests: speed does not matter, compile time does.
 ISA_FLAGS["emulated"] = (*ISA_FLAGS["avx2"], "-O1", "-Wno-psabi")
 
-# Compute capabilities built by default, with the first nvcc that knows each; 8.6 and 8.9 run the code of 8.0. Code of 8.0 runs on 8.6 and 8.9, which
+# Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, which
 # have no instruction that the kernels would use besides; each more would cost a third of the build.
 DEFAULT_ARCHS: dict[str, tuple[int, int]] = {
     "8.0": (11, 0),
