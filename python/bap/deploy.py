@@ -72,13 +72,13 @@ def deploy(
         >>> import torch
         >>> from bap.config import Config
         >>> from bap.deploy import deploy, tensor_bytes
-        >>> from bap.facts import SwitchBank, switched_layers
+        >>> from bap.facts import SwitchBank
         >>> from bap.network import switched_network
         >>> config = Config(model_options={"widths": [4, 8, 8], "blocks": [1, 1, 1]})
         >>> model = switched_network(config, {"a": 3, "b": 2}).eval()
         >>> bank = SwitchBank(model)
         >>> for name in bank.domains:
-        ...     bank.write(name, torch.full((sum(bank.sizes),), 1e-2).index_fill(0, torch.arange(0, 40), 0.0))
+        ...     bank.write(name, torch.full((sum(bank.sizes),), 1e-2).index_fill(0, torch.arange(0, 34, 3), 0.0))
         >>> made = deploy(model, torch.zeros(1, 3, 32, 32))
         >>> made.bytes < tensor_bytes(model), made.largest_change < 1e-4
         (True, True)
