@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import bap_kernels
-from bap_kernels import _C, reference
+from bap_kernels import reference
 from bap_kernels.testing import (
     LAYOUTS,
     LISTS,
@@ -27,33 +27,21 @@ pytestmark = pytest.mark.gpu
 
 BASE = Case(in_channels=40, out_channels=36, size=(14, 15))
 FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
-COMPILED = "each case is a compilation of seconds: the interpreter has it"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(params=("auto", "aten", "triton", "cuda"))
-def gpu_backend(request: pytest.FixtureRequest) -> str:
-    reason = _C.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Iterator[None]:
-    # The table of tolerances is that of float32 products, not of TF32.
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+BACKENDS = ("auto", "aten", "triton", "cuda")
+KERNELS = [
+    (backend, kernel, layout)
+    for backend, kernel, layout in itertools.product(BACKENDS, ((1, 1), (3, 3), (3, 2), (5, 5)), LAYOUTS)
+    # Of Triton each case is a compilation of seconds, and the interpreter has the others.
+    if backend != "triton" or (kernel != (5, 5) and layout in ("contiguous", "channels_last", "sliced"))
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 2), (5, 5)])
-def test_kernels_and_layouts(kernel: tuple[int, int], layout: str, dtype: torch.dtype, gpu_backend: str) -> None:
-    if gpu_backend == "triton" and (kernel == (5, 5) or layout not in ("contiguous", "channels_last", "sliced")):
-        pytest.skip(COMPILED)
+@pytest.mark.parametrize(("gpu_backend", "kernel", "layout"), KERNELS, indirect=["gpu_backend"])
+def test_kernels_and_layouts(gpu_backend: str, kernel: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
     padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2)
     for stride in ((1, 1), (2, 1)):
         case = BASE.but(kernel=kernel, padding=padding, stride=stride, layout=layout, dtype=dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,15 +22,6 @@ pytestmark = pytest.mark.gpu
 op = torch.ops.bap_kernels.switched_conv2d
 BASE = Case(in_channels=40, out_channels=36, size=(14, 15))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Iterator[None]:
-    # The table of tolerances is that of float32 products, not of TF32.
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(

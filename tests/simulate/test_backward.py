@@ -1,55 +1,34 @@
-"""The gradients through the ops, on every axis of their contract, against the loops of the reference."""
+"""The contract of the gradients, those of switches, and what belongs to these kernels alone: tiles, blocks, chunks."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
 
 import bap_kernels
-from bap_kernels.testing import LAYOUTS, LISTS, Case, check_backward, make_tensors, random_case
+from bap_kernels.testing import LISTS, Case, check_backward, make_tensors
 from bap_kernels.testing_switched import check_switched, check_switched_backward
+from tests.kernel_contract import DTYPES, BackwardContract
 
 BASE = Case(in_channels=18, out_channels=20, size=(5, 6))
 WIDE = Case(in_channels=136, out_channels=144, size=(9, 9), batch=1)
 POINTWISE = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), size=(4, 8))
-GRAD_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TestBackward(BackwardContract):
+    backend = "cuda"
+    base = BASE
+    pointwise = POINTWISE
 
 
 def runs(case: Case, grad_layout: str = "contiguous") -> None:
     assert check_backward(case, "cuda", grad_layout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 2)])
-def test_kernels_and_dtypes(kernel: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
-    padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2)
-    runs(BASE.but(kernel=kernel, padding=padding, layout=layout, dtype=dtype), layout)
-
-
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_tiles(dtype: torch.dtype) -> None:
     runs(WIDE.but(dtype=dtype, layout="channels_last", in_list="all", out_list="null"), "channels_last")
-
-
-@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (2, 3)])
-@pytest.mark.parametrize("stride", [(1, 2), (2, 2), (2, 3), (4, 2)])
-def test_parities(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
-    for kernel, padding in (((3, 3), (1, 1, 1, 1)), ((2, 4), (0, 3, 2, 1)), ((1, 1), (0, 0, 0, 0))):
-        changes = {"kernel": kernel, "padding": padding, "stride": stride, "dilation": dilation}
-        runs(BASE.but(size=(6, 7), batch=1, in_channels=9, out_channels=17, **changes))
-
-
-@pytest.mark.parametrize("out_list", LISTS)
-@pytest.mark.parametrize("in_list", LISTS)
-def test_lists(in_list: str, out_list: str) -> None:
-    # Each kind of list meets both layouts, on either side.
-    layout = ("contiguous", "channels_last")[(LISTS.index(in_list) + LISTS.index(out_list)) % 2]
-    runs(POINTWISE.but(in_list=in_list, out_list=out_list, layout=layout), layout)
 
 
 @pytest.mark.parametrize("b", [8, 16])
@@ -72,18 +51,6 @@ def test_blocks(b: int) -> None:
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, grad_layout: str) -> None:
-    case = BASE if (LAYOUTS.index(layout) + GRAD_LAYOUTS.index(grad_layout)) % 2 else POINTWISE
-    runs(case.but(layout=layout, weight_layout="channels_last"), grad_layout)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_batches(batch: int) -> None:
-    runs(BASE.but(batch=batch, bias=False))
-
-
 def test_results_do_not_vary(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make_tensors(BASE.but(batch=4, size=(9, 9)))
     op = torch.ops.bap_kernels.gathered_conv2d_backward
@@ -102,20 +69,6 @@ def test_chunks_of_pixels(processors: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", processors)
     for dtype in (torch.float32, torch.bfloat16):
         runs(BASE.but(batch=5, size=(13, 11), kernel=(1, 1), padding=(0,) * 4, dtype=dtype))
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_random_cases(seed: int) -> None:
-    case = random_case(random.Random(seed + 500))
-    least = [case.dilation[d] * (case.kernel[d] - 1) + 1 for d in (0, 1)]
-    size = (min(case.size[0], least[0] + 5), min(case.size[1], least[1] + 5))
-    small = case.but(
-        dtype=torch.float32 if case.dtype == torch.float64 else case.dtype,
-        depthwise=False,
-        size=size,
-        batch=min(case.batch, 2),
-    )
-    runs(small, random.Random(seed).choice(GRAD_LAYOUTS))
 
 
 @pytest.mark.parametrize("off_gradient", [True, False])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bap_kernels import reference
+from bap_kernels import _C, reference
 from bap_kernels.testing import LISTS, Case, assert_close, check_backward, lay_out, make_tensors, random_case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -72,11 +72,8 @@ def test_random_cases(chunk: int, backend: str) -> None:
             raise AssertionError(f"seed {seed}, grad_output {grad_layout}, {backend}: {case}") from error
 
 
+@pytest.mark.skipif(_C.why_not("native") is not None, reason=f"backend native: {_C.why_not('native')}")
 def test_gradient_of_a_native_forward() -> None:
-    from bap_kernels import _C
-
-    if _C.why_not("native"):
-        pytest.skip(_C.why_not("native"))
     for layout in ("contiguous", "channels_last"):
         check_backward(BASE.but(layout=layout), "native")
 

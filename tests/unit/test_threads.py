@@ -23,6 +23,7 @@ CASES = {
     "one_image_many_channels": Case(1, 64, 257, (5, 7), out_list="null"),
     "many_images": Case(33, 20, 20, (5, 5), layout="channels_last"),
 }
+NATIVE = [("native", name) for name, case in CASES.items() if not case.depthwise]
 
 
 @pytest.fixture(autouse=True)
@@ -42,29 +43,23 @@ def with_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         torch.set_num_threads(before)
 
 
-def run_or_skip(sample: Sample, backend: str) -> torch.Tensor:
-    try:
-        return run(sample, backend)
-    except NotImplementedError as error:
-        if backend != "native":
-            raise
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_repeats_are_bit_equal(name: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("aten", name) for name in CASES] + [("auto", name) for name in CASES] + NATIVE,
+    indirect=["backend"],
+)
+def test_repeats_are_bit_equal(backend: str, name: str) -> None:
     sample = make_tensors(CASES[name])
-    first = run_or_skip(sample, backend)
+    first = run(sample, backend)
     for _ in range(5):
         assert torch.equal(run(sample, backend), first)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_number_of_threads_does_not_show(name: str, backend: str) -> None:
-    if backend != "native":
-        pytest.skip("only the native backend promises it")
+@pytest.mark.parametrize(("backend", "name"), NATIVE, indirect=["backend"])
+def test_number_of_threads_does_not_show(backend: str, name: str) -> None:
+    """Only the native backend promises it."""
     sample = make_tensors(CASES[name])
-    first = with_threads(1, lambda: run_or_skip(sample, backend))
+    first = with_threads(1, lambda: run(sample, backend))
     for count in (2, 3, 4):
         assert torch.equal(with_threads(count, lambda: run(sample, backend)), first)
 
