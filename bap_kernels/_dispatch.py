@@ -95,6 +95,7 @@ def _gathered_conv2d(
     residual: Tensor | None,
     out_relu: bool,
     cache_packed: bool,
+    weight_index: Tensor | None,
     op: str,
 ) -> None:
     from bap_kernels.triton import ops
@@ -106,6 +107,27 @@ def _gathered_conv2d(
         prologue=Prologue(in_scale, in_shift, in_relu),
         epilogue=Epilogue(bias, out_scale, out_shift, residual, out_relu),
         cache_packed=cache_packed,
+        weight_index=weight_index,
+    )
+
+
+def _gathered_conv2d_mixed(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_indices: Sequence[Tensor | None],
+    counts: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    cache_packed: bool,
+) -> None:
+    from bap_kernels.triton import mixed
+
+    _refuse("_gathered_conv2d_mixed", input, weight, 1, out.shape[2:])
+    mixed.gathered_conv2d_mixed(
+        out, input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed=cache_packed
     )
 
 
@@ -169,6 +191,7 @@ def _switched_conv2d_backward(
 _library = torch.library.Library("bap_kernels", "IMPL")
 for _key in ("CUDA", "CPU"):
     _library.impl("_gathered_conv2d_triton", _gathered_conv2d, _key)
+    _library.impl("_gathered_conv2d_mixed_triton", _gathered_conv2d_mixed, _key)
     _library.impl("_gathered_conv2d_backward_triton", _gathered_conv2d_backward, _key)
     _library.impl("_switched_conv2d_triton", _switched_conv2d, _key)
     _library.impl("_switched_conv2d_backward_triton", _switched_conv2d_backward, _key)

@@ -29,15 +29,22 @@ from torch import Tensor
 
 from bap_kernels.triton import configs, launch, launch_backward
 from bap_kernels.triton.configs import Config
-from bap_kernels.triton.launch import Epilogue, Geometry, Launch, Target
+from bap_kernels.triton.launch import Epilogue, Mixed
 from bap_kernels.triton.lists import ChannelList
+from bap_kernels.triton.recipe import Geometry, Launch, Target
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # One processor of these architectures: registers, warps and blocks; bytes of shared memory that each block reserves.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 PRODUCTS = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",)}
 # On larger tiles of small words the compiler prefers the instruction of the architecture before.
 ANY_PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
@@ -110,21 +117,27 @@ def _geometry(kernel: int, stride: int = 1) -> Geometry:
     )
 
 
-def _forward(case: Case, target: Target, kind: int, kernel: int, fused: bool = False) -> Launch:
+def _mixed() -> Mixed:
+    return Mixed(_tensor((8, 5), torch.int64), _tensor((BATCH, 2), torch.int64))
+
+
+def _forward(case: Case, target: Target, kind: int, kernel: int, fused: bool = False, mixed: bool = False) -> Launch:
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, True)
     length = WIDTH if kind == 0 else KEPT
     packed = _tensor((WIDTH, kernel**2, length), case.dtype)
     vector = _tensor((WIDTH,), torch.float32)
     epilogue = Epilogue(None, vector, vector, x, True) if fused else Epilogue()
     return launch.forward(
-        *(x, x, packed, _geometry(kernel), _list(kind, length), _list(0, WIDTH), target), epilogue=epilogue
+        *(x, x, packed, _geometry(kernel), _list(kind, length), _list(0, WIDTH), target),
+        epilogue=epilogue,
+        mixed=_mixed() if mixed else None,
     )
 
 
-def _planar(case: Case, target: Target) -> Launch:
+def _planar(case: Case, target: Target, mixed: bool = False) -> Launch:
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype)
     packed = _tensor((WIDTH, 1, KEPT), case.dtype)
-    return launch.planar(x, x, packed, _list(1, KEPT), _list(0, WIDTH), target)
+    return launch.planar(*(x, x, packed, _list(1, KEPT), _list(0, WIDTH), target), mixed=_mixed() if mixed else None)
 
 
 def _input_gradient(case: Case, target: Target, stride: int, reduce: bool = False) -> Launch:
@@ -156,7 +169,10 @@ CASES: dict[str, Callable[[Case, Target], Launch]] = {
     "fwd 3x3 blocks of 32": partial(_forward, kind=32, kernel=3),
     "fwd 1x1 blocks of 8, fused": partial(_forward, kind=8, kernel=1, fused=True),
     "fwd 3x3 channel by channel": partial(_forward, kind=1, kernel=3),
+    "fwd 3x3 blocks of 16, mixed": partial(_forward, kind=16, kernel=3, mixed=True),
+    "fwd 3x3 compact, mixed": partial(_forward, kind=0, kernel=3, mixed=True),
     "planar": _planar,
+    "planar, mixed": partial(_planar, mixed=True),
     "dgrad 3x3": partial(_input_gradient, stride=1),
     "dgrad 3x3 stride 2": partial(_input_gradient, stride=2),
     "dgrad 3x3 reduced": partial(_input_gradient, stride=1, reduce=True),
@@ -188,6 +204,7 @@ def quick_cases() -> list[Case]:
         Case("fwd 3x3 blocks of 8", 90, "16", "large"),
         Case("planar", 90, "16", "large"),
         Case("planar", 80, "tf32", "large"),
+        Case("planar, mixed", 90, "16", "small"),
         Case("dgrad 3x3 stride 2", 90, "16", "small"),
         Case("wgrad 3x3", 100, "16", "small"),
     ]
@@ -204,7 +221,7 @@ def source_of(step: Launch) -> Any:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
-    for place, (name, value) in enumerate(zip(step.kernel.arg_names, step.arguments, strict=False)):
+    for place, (name, value) in enumerate(zip(step.recipe.kernel.arg_names, step.arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -214,8 +231,8 @@ def source_of(step: Launch) -> Any:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(step.constants, "constexpr")
-    return ASTSource(step.kernel, signature, {**constants, **step.constants}, attributes)
+    signature |= dict.fromkeys(step.recipe.constants, "constexpr")
+    return ASTSource(step.recipe.kernel, signature, {**constants, **step.recipe.constants}, attributes)
 
 
 def occupancy(arch: int, warps: int, registers: int, shared_bytes: int) -> int:
@@ -272,18 +289,19 @@ def compile_case(case: Case) -> Code:
 
     start = time.perf_counter()
     step = describe(case)
-    options = {"num_warps": step.config.warps, "num_stages": step.config.stages}
+    options = {"num_warps": step.recipe.config.warps, "num_stages": step.recipe.config.stages}
     made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=options)
     ptx, usage, shared = made.asm["ptx"], resource_usage(made.asm["cubin"]), int(made.metadata.shared)
-    blocks = occupancy(case.arch, step.config.warps, usage["REG"], shared)
-    tile = f"{step.config.BM}x{step.config.BN}x{step.config.BK} w{step.config.warps} s{step.config.stages}"
+    blocks = occupancy(case.arch, step.recipe.config.warps, usage["REG"], shared)
+    config = step.recipe.config
+    tile = f"{config.BM}x{config.BN}x{config.BK} w{config.warps} s{config.stages}"
     return Code(
         *(case.kernel, case.arch, case.products, case.shape, tile, usage["REG"], shared),
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         copies_16=copies_of_16(ptx),
         products_found=next((name for name in reversed(ANY_PRODUCTS) if name in ptx), "fma"),
         blocks_per_processor=blocks,
-        occupancy=blocks * step.config.warps / WARPS,
+        occupancy=blocks * step.recipe.config.warps / WARPS,
         seconds=round(time.perf_counter() - start, 1),
         wrong=check(case, ptx, usage, shared),
     )

@@ -1,24 +1,29 @@
 """Configurations of the kernels: tiles, warps and stages by kernel, architecture, products and shape, as data.
 
-Nothing is tuned at run time: a table gives the same kernels in every run and asks no driver at import.
+A table gives the same kernels in every run and asks no driver at import. What tuning has measured here, on request,
+goes first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 __all__ = [
     "ARCHITECTURES",
     "TABLE",
     "Architecture",
     "Config",
+    "Problem",
     "architecture",
     "behind_a_list",
     "choose",
     "chunks",
     "overriding",
+    "tuned",
 ]
 
 
@@ -129,6 +134,21 @@ SUM_BLOCK = 512
 _override: list[Config] = []
 
 
+class Problem(NamedTuple):
+    """A product as tuning tells it from others: its kernel, sizes, taps and kind of list."""
+
+    kernel: str
+    rows: int
+    columns: int
+    depth: int
+    taps: int
+    kind: int
+
+
+# (compute capability, products, problem) -> configuration: what bap_kernels.triton.tuning has measured here.
+tuned: dict[tuple[int, str, Problem], Config] = {}
+
+
 def architecture(capability: int) -> Architecture:
     """The facts of a compute capability; of an unknown one, those of the nearest older one."""
     known = [each for each in ARCHITECTURES if each <= capability]
@@ -164,15 +184,25 @@ def shape_class(rows: int, columns: int, processors: int, table: dict[str, Confi
     return "small"
 
 
-def choose(rows: int, columns: int, products: str, capability: int) -> Config:
+def choose(rows: int, columns: int, products: str, capability: int, problem: Problem | None = None) -> Config:
     """The configuration of a product with a result of ``rows`` x ``columns``.
 
     Args:
         products: "16", "tf32" or "ieee".
         capability: compute capability without its point.
+        problem: what a measured choice is looked up by; None: the table decides.
     """
     if _override:
         return _override[-1]
+    if problem is not None and tuned:
+        found = tuned.get((capability, products, problem))
+        if found is not None:
+            return found
+    return _from_table(rows, columns, products, capability)
+
+
+@functools.cache
+def _from_table(rows: int, columns: int, products: str, capability: int) -> Config:
     facts = architecture(capability)
     table = TABLE[facts.table, products]
     wanted = shape_class(rows, columns, facts.processors, table)

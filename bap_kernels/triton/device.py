@@ -1,11 +1,11 @@
-"""What the kernels share on the device: channel numbers of a list, and the order of tiles."""
+"""What the kernels share on the device: channel numbers of a list, runs of a mixed batch, and the order of tiles."""
 # Triton reads types from the call, not from annotations.
 # mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl
 
-__all__ = ["listed_channels", "reaching", "swizzled_tile"]
+__all__ = ["listed_channels", "reaching", "run_of_batch", "swizzled_tile"]
 
 
 @triton.jit
@@ -39,3 +39,17 @@ def swizzled_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     rows = tl.minimum(tiles_m - first_m, GROUP_M)
     place = tile % (GROUP_M * tiles_n)
     return first_m + place % rows, place // rows
+
+
+@triton.jit
+def run_of_batch(runs, run):
+    """A domain's run of a mixed batch: the first pixel behind it, K_in, where its list and weight are, a row of w.
+
+    Offsets are in elements, from the first run's list and weight: each may have memory of its own.
+    """
+    place = runs + run * 5
+    end = tl.load(place).to(tl.int32)
+    K_in = tl.load(place + 1).to(tl.int32)
+    weight = tl.multiple_of(tl.load(place + 3), 16)
+    row = tl.multiple_of(tl.load(place + 4), 16)
+    return end, K_in, tl.load(place + 2), weight, row

@@ -6,12 +6,13 @@
     ih = oh * SH - TOP + kh * DH, iw = ow * SW - LEFT + kw * DW
 
 Block:  BM result pixels x BN computed channels; the loop runs over blocks of BK channels, inside over the taps.
-Grid:   (pixel tiles * channel tiles,), GROUP_M pixel tiles side by side.
+Grid:   (pixel tiles * channel tiles,), GROUP_M pixel tiles side by side; of a mixed batch in the order of `tiles`.
 Shared memory: num_stages tiles of x (BM x BK) and w (BK x BN), laid out by the compiler.
 Needs:  w packed (K_out, taps, K_in), channels contiguous; lists within range; kH and kW of at most 32; N * oH * oW
         below 2^31.
 Allows: any strides and int64 offsets; lists of channels or of aligned blocks; a count of channels on the device, which
-        cuts the in-list short; a full-width result, whose other channels are left alone.
+        cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch (MIXED), where
+        each domain's run of images has its list and weight, and `tiles` holds (first pixel, run) of every pixel tile.
 Accumulates in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -20,7 +21,7 @@ Accumulates in float32. No atomics: the result does not vary between runs.
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels, reaching, swizzled_tile
+from bap_kernels.triton.device import listed_channels, reaching, run_of_batch, swizzled_tile
 
 __all__ = ["gathered_conv2d_fwd_kernel"]
 
@@ -39,6 +40,8 @@ def gathered_conv2d_fwd_kernel(
     out_scale,
     out_shift,
     residual,
+    runs,
+    tiles,
     pixels,
     H,
     W,
@@ -70,6 +73,7 @@ def gathered_conv2d_fwd_kernel(
     DW: tl.constexpr,
     IN_LIST: tl.constexpr,
     OUT_LIST: tl.constexpr,
+    MIXED: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IN_SCALE: tl.constexpr,
@@ -92,8 +96,24 @@ def gathered_conv2d_fwd_kernel(
 ):
     """See the file's head. INSIDE: no tap leaves the input; ALIGN_X divides the strides of n, h and w of x."""
     TAPS: tl.constexpr = KH * KW
-    tile_m, tile_n = swizzled_tile(tl.program_id(0), tl.cdiv(pixels, BM), tl.cdiv(K_out, BN), GROUP_M)
-    m = tile_m * BM + tl.arange(0, BM)
+    if MIXED:
+        tiles_n = tl.cdiv(K_out, BN)
+        tile_n = tl.program_id(0) % tiles_n
+        tile = tiles + tl.program_id(0) // tiles_n * 2
+        start = tl.load(tile).to(tl.int32)
+        pixels, K_in, list_offset, w_offset, stride_wt = run_of_batch(runs, tl.load(tile + 1))
+        w += w_offset
+        stride_wj = stride_wt * TAPS
+        if IN_LIST == 0:
+            # A compact copy, whose channels are padded with zeros as those of the weight are.
+            K_in = stride_wt.to(tl.int32)
+        else:
+            in_list += list_offset
+            K_in = tl.multiple_of(K_in, [IN_LIST])
+    else:
+        tile_m, tile_n = swizzled_tile(tl.program_id(0), tl.cdiv(pixels, BM), tl.cdiv(K_out, BN), GROUP_M)
+        start = tile_m * BM
+    m = start + tl.arange(0, BM)
     j = tile_n * BN + tl.arange(0, BN)
     m_mask = m < pixels
     j_mask = j < K_out
@@ -129,7 +149,8 @@ def gathered_conv2d_fwd_kernel(
         w_mask = j_mask[None, :]
         if not EVEN_K:
             x_mask = x_mask & k_mask[None, :]
-            w_mask = w_mask & k_mask[:, None]
+            # Rows of w end in zeros; those of channels behind a count hold anything.
+            w_mask = w_mask & (k_mask if HAS_COUNT else k < stride_wt)[:, None]
         tap = tl.cast(kh * DH, tl.int64) * stride_xh + tl.cast(kw * DW, tl.int64) * stride_xw
         tap = tl.multiple_of(tap, [ALIGN_X])
         x_tile = tl.load(x + (rows + tap)[:, None] + channels.to(tl.int64)[None, :] * stride_xc, mask=x_mask, other=0.0)

@@ -1,7 +1,7 @@
-"""From tensors to launches: grids, strides and flags of each kernel.
+"""From tensors to launches: grids, strides and flags of the forward kernels.
 
-A builder returns a :class:`Launch`, which holds everything that the launch is made of. Running it and compiling it for
-another machine are the same description.
+A builder returns a :class:`Launch`. What does not depend on the tensors' memory is its :class:`Recipe`, made once for
+each case and kept.
 """
 
 from __future__ import annotations
@@ -9,114 +9,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bap_kernels.triton.configs import PACK, Config, behind_a_list, choose
+from bap_kernels.triton.configs import PACK, Config, Problem, behind_a_list, choose
 from bap_kernels.triton.forward import gathered_conv2d_fwd_kernel
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.pack import channel_pack_kernel
 from bap_kernels.triton.planar import gathered_conv2d_planar_fwd_kernel
+from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, ordered
 from bap_kernels.triton.weights import alignment
 
-__all__ = ["Epilogue", "Geometry", "Launch", "Prologue", "Target", "forward", "pack", "planar", "target_of"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a launch is made for.
-
-    Args:
-        capability: compute capability without its point.
-        interpreted: whether Triton's interpreter runs it; it has no bfloat16 products.
-        tf32: whether products of float32 may be rounded to TF32.
-    """
-
-    capability: int
-    interpreted: bool = False
-    tf32: bool = False
-
-    def products(self, dtype: torch.dtype) -> str:
-        """The kind of products, as in the table of configurations."""
-        return "16" if dtype.itemsize == 2 else "tf32" if self.tf32 else "ieee"
-
-    def flags(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The constants PRECISION and UPCAST."""
-        upcast = self.interpreted and dtype == torch.bfloat16
-        return {"PRECISION": "tf32" if self.tf32 else "ieee", "UPCAST": upcast}
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _tf32_allowed() -> bool:
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:
-        # The user has set it by the newer name, after which the older one cannot be read.
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
-def target_of(device: torch.device) -> Target:
-    """The target for tensors on a device; a CPU stands for the interpreter."""
-    if device.type == "cpu":
-        return Target(80, interpreted=True)
-    return Target(_capability(device), tf32=_tf32_allowed())
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel: its arguments in order, its constants and its configuration."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    config: Config = field(default=PACK)
-
-    def run(self) -> None:
-        """Runs it on the current stream of the tensors' device, which must be the current one."""
-        options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
-        self.kernel[self.grid](*self.arguments, **self.constants, **options)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes and options of a convolution; padding of the top and of the left alone, the rest follows from the sizes."""
-
-    batch: int
-    size: tuple[int, int]
-    out_size: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    @property
-    def taps(self) -> int:
-        """Number of taps, kH * kW."""
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def inside(self) -> bool:
-        """Whether no tap of any result leaves the input."""
-        return all(
-            self.padding[d] == 0
-            and (self.out_size[d] - 1) * self.stride[d] + (self.kernel[d] - 1) * self.dilation[d] < self.size[d]
-            for d in (0, 1)
-        )
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """The kernels' constants KH to DW."""
-        values = (*self.kernel, *self.stride, *self.padding, *self.dilation)
-        return dict(zip(("KH", "KW", "SH", "SW", "TOP", "LEFT", "DH", "DW"), values, strict=True))
+__all__ = ["Epilogue", "Mixed", "Prologue", "forward", "pack", "planar"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +53,19 @@ class Epilogue:
 NO_PROLOGUE, NO_EPILOGUE = Prologue(), Epilogue()
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """The runs of a mixed batch, on the device; see :func:`bap_kernels.triton.device.run_of_batch`.
+
+    Args:
+        runs: int64, (runs, 5).
+        tiles: int64, (tiles, 2): where each tile begins, a pixel or an image, and its run.
+    """
+
+    runs: Tensor
+    tiles: Tensor
+
+
 def dense_vector(vector: Tensor | None) -> Tensor | None:
     """A per-channel vector with neighbouring elements."""
     return None if vector is None else vector.contiguous()
@@ -163,24 +82,64 @@ def pixel_alignment(x: Tensor) -> int:
     return alignment(n, h, w) if c == 1 else 1
 
 
-def _fusion_flags(prologue: Prologue, epilogue: Epilogue, count: Tensor | None, full_width: bool) -> dict[str, bool]:
-    return {
-        "HAS_COUNT": count is not None,
-        "HAS_BIAS": epilogue.bias is not None,
-        "HAS_IN_SCALE": prologue.scale is not None,
-        "HAS_IN_SHIFT": prologue.shift is not None,
-        "IN_RELU": prologue.relu,
-        "HAS_OUT_SCALE": epilogue.scale is not None,
-        "HAS_OUT_SHIFT": epilogue.shift is not None,
-        "HAS_RESIDUAL": epilogue.residual is not None,
-        "OUT_RELU": epilogue.relu,
-        "FULL_WIDTH": full_width,
-    }
+def _flags(
+    prologue: Prologue, epilogue: Epilogue, mixed: Mixed | None, count: Tensor | None, full_width: bool
+) -> tuple[bool, ...]:
+    return (
+        *(mixed is not None, count is not None, epilogue.bias is not None),
+        *(prologue.scale is not None, prologue.shift is not None, prologue.relu),
+        *(epilogue.scale is not None, epilogue.shift is not None, epilogue.residual is not None, epilogue.relu),
+        full_width,
+    )
 
 
-def _vectors(prologue: Prologue, epilogue: Epilogue) -> tuple[Tensor | None, ...]:
+_FLAGS = (
+    *("MIXED", "HAS_COUNT", "HAS_BIAS", "HAS_IN_SCALE", "HAS_IN_SHIFT", "IN_RELU"),
+    *("HAS_OUT_SCALE", "HAS_OUT_SHIFT", "HAS_RESIDUAL", "OUT_RELU", "FULL_WIDTH"),
+)
+
+
+def _tensors(prologue: Prologue, epilogue: Epilogue, mixed: Mixed | None) -> tuple[Tensor | None, ...]:
     vectors = (epilogue.bias, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift)
-    return (*map(dense_vector, vectors), epilogue.residual)
+    tables = (None, None) if mixed is None else (mixed.runs, mixed.tiles)
+    return (*map(dense_vector, vectors), epilogue.residual, *tables)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_recipe(
+    config: Config,
+    target: Target,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    lists: Ints,
+    lengths: Ints,
+    flags: tuple[bool, ...],
+    strides: tuple[Ints, ...],
+    align: int,
+    entries: int | None,
+) -> Recipe:
+    pixels = geometry.batch * math.prod(geometry.out_size)
+    x, packed, y, residual = strides
+    sizes = (pixels, *geometry.size, *geometry.out_size, *lengths, *x, *packed, *y, *residual)
+    whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
+    constants = {
+        **geometry.constants,
+        **dict(zip(_FLAGS, flags, strict=True)),
+        **target.flags(dtype),
+        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "INSIDE": geometry.inside, "EVEN_K": whole, "ALIGN_X": align},
+        **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
+    }
+    grid = ((entries or -(-pixels // config.BM)) * -(-lengths[1] // config.BN),)
+    kernel = gathered_conv2d_fwd_kernel
+    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
+
+
+def forward_config(x: Tensor, geometry: Geometry, in_list: ChannelList, kept_out: int, target: Target) -> Config:
+    """The configuration that :func:`forward` takes."""
+    pixels = geometry.batch * math.prod(geometry.out_size)
+    problem = Problem("fwd", pixels, kept_out, in_list.length, geometry.taps, in_list.kind)
+    config = choose(pixels, kept_out, target.products(x.dtype), target.capability, problem)
+    return behind_a_list(config) if in_list.kind else config
 
 
 def forward(
@@ -195,33 +154,55 @@ def forward(
     epilogue: Epilogue = NO_EPILOGUE,
     count: Tensor | None = None,
     full_width: bool = False,
+    mixed: Mixed | None = None,
 ) -> Launch:
     """The implicit GEMM; see :mod:`bap_kernels.triton.forward`.
 
     Args:
         y: result, (N, K_out, oH, oW), or with ``full_width`` (N, C_out, oH, oW).
         x: (N, C_in, H, W), any strides.
-        packed: (K_out, taps, K_in rounded up), see :func:`bap_kernels.triton.weights.pack_weight`.
+        packed: (K_out, taps, K_in rounded up), see :func:`bap_kernels.triton.weights.pack_weight`; of a mixed batch
+            that of the first run.
+        in_list: of a mixed batch that of the first run, with the kind of all and the greatest length.
         count: int32, (1,), on the device: how many channels of ``in_list`` are used; None: all.
+        mixed: the runs of a mixed batch, whose tiles begin at pixels.
     """
-    pixels = geometry.batch * math.prod(geometry.out_size)
-    config = choose(pixels, out_list.length, target.products(x.dtype), target.capability)
-    config = behind_a_list(config) if in_list.kind else config
-    arguments = (
-        *(x, packed, y, in_list.entries, out_list.entries, count, *_vectors(prologue, epilogue)),
-        *(pixels, *geometry.size, *geometry.out_size, in_list.length, out_list.length),
-        *(*x.stride(), *packed.stride()[:2], *y.stride(), *strides_or_zeros(epilogue.residual)),
+    config = forward_config(x, geometry, in_list, out_list.length, target)
+    strides = (x.stride(), packed.stride()[:2], y.stride(), tuple(strides_or_zeros(epilogue.residual)))
+    recipe = _forward_recipe(
+        *(config, target, geometry, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
+        *(_flags(prologue, epilogue, mixed, count, full_width), strides, pixel_alignment(x)),
+        None if mixed is None else mixed.tiles.shape[0],
     )
+    tensors = (x, packed, y, in_list.entries, out_list.entries, count, *_tensors(prologue, epilogue, mixed))
+    return Launch(recipe, tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planar_recipe(
+    config: Config,
+    target: Target,
+    shape: Ints,
+    dtype: torch.dtype,
+    lists: Ints,
+    lengths: Ints,
+    flags: tuple[bool, ...],
+    strides: tuple[Ints, ...],
+) -> Recipe:
+    batch, _, height, width = shape
+    pixels = height * width
+    x, packed, y, residual = strides
+    whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
     constants = {
-        **geometry.constants,
-        **_fusion_flags(prologue, epilogue, count, full_width),
-        **target.flags(x.dtype),
-        **{"IN_LIST": in_list.kind, "OUT_LIST": out_list.kind, "INSIDE": geometry.inside},
-        **{"EVEN_K": count is None and in_list.length % config.BK == 0, "ALIGN_X": pixel_alignment(x)},
+        **dict(zip(_FLAGS, flags, strict=True)),
+        **target.flags(dtype),
+        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "EVEN_K": whole, "ALIGN_X": alignment(pixels, *x)},
         **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
     }
-    grid = (-(-pixels // config.BM) * -(-out_list.length // config.BN),)
-    return Launch(gathered_conv2d_fwd_kernel, grid, arguments, constants, config)
+    grid = (-(-lengths[1] // config.BM) * -(-pixels // config.BN), batch)
+    kernel = gathered_conv2d_planar_fwd_kernel
+    sizes = (pixels, width, *lengths, *x, *packed, *y, *residual)
+    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
 def planar(
@@ -235,52 +216,62 @@ def planar(
     epilogue: Epilogue = NO_EPILOGUE,
     count: Tensor | None = None,
     full_width: bool = False,
+    mixed: Mixed | None = None,
 ) -> Launch:
     """The 1x1 convolution of planes; see :mod:`bap_kernels.triton.planar`. Arguments as :func:`forward`.
 
-    ``x`` and ``y`` have their pixels one element apart, row after row.
+    ``x`` and ``y`` have their pixels one element apart, row after row; the tiles of a mixed batch are its images.
     """
     batch, _, height, width = x.shape
-    pixels = height * width
-    config = choose(out_list.length, batch * pixels, target.products(x.dtype), target.capability)
+    problem = Problem("planar", out_list.length, batch * height * width, in_list.length, 1, in_list.kind)
+    config = choose(out_list.length, batch * height * width, target.products(x.dtype), target.capability, problem)
     config = behind_a_list(config) if in_list.kind else config
-    arguments = (
-        *(x, packed, y, in_list.entries, out_list.entries, count, *_vectors(prologue, epilogue)),
-        *(pixels, width, in_list.length, out_list.length),
-        *(*x.stride()[:2], packed.stride(0), *y.stride()[:2], *strides_or_zeros(epilogue.residual)),
+    strides = (x.stride()[:2], packed.stride()[:1], y.stride()[:2], tuple(strides_or_zeros(epilogue.residual)))
+    recipe = _planar_recipe(
+        *(config, target, x.shape, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
+        *(_flags(prologue, epilogue, mixed, count, full_width), strides),
     )
+    tensors = (x, packed, y, in_list.entries, out_list.entries, count, *_tensors(prologue, epilogue, mixed))
+    return Launch(recipe, tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pack_recipe(shape: Ints, strides: Ints, padded: int, kind: int, length: int, flags: tuple[bool, ...]) -> Recipe:
+    batch, _, height, width = shape
+    pixels = height * width
+    flat = height == 1 or strides[2] == width * strides[3]
     constants = {
-        **_fusion_flags(prologue, epilogue, count, full_width),
-        **target.flags(x.dtype),
-        **{"IN_LIST": in_list.kind, "OUT_LIST": out_list.kind},
-        "EVEN_K": count is None and in_list.length % config.BK == 0,
-        "ALIGN_X": alignment(pixels, *x.stride()[:2]),
-        **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
+        **dict(zip(("MIXED", "HAS_COUNT", "HAS_SCALE", "HAS_SHIFT", "RELU"), flags, strict=True)),
+        **{"LIST": kind, "FLAT": flat, "ALIGN_X": alignment(strides[0]), "BM": PACK.BM, "BN": PACK.BN},
     }
-    grid = (-(-out_list.length // config.BM) * -(-pixels // config.BN), batch)
-    return Launch(gathered_conv2d_planar_fwd_kernel, grid, arguments, constants, config)
+    grid = (batch * -(-pixels // PACK.BM) * -(-padded // PACK.BN),)
+    sizes = (pixels, width, length, padded, *strides)
+    return Recipe(channel_pack_kernel, grid, sizes, ordered(channel_pack_kernel, constants))
 
 
 def pack(
-    y: Tensor, x: Tensor, in_list: ChannelList, prologue: Prologue = NO_PROLOGUE, count: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    in_list: ChannelList,
+    prologue: Prologue = NO_PROLOGUE,
+    count: Tensor | None = None,
+    mixed: Mixed | None = None,
 ) -> Launch:
     """The copy of listed channels; see :mod:`bap_kernels.triton.pack`.
 
     Args:
         y: dense (N, H, W, K rounded up).
         x: (N, C_in, H, W), any strides.
+        mixed: the runs of a mixed batch, whose tiles are its images; ``in_list`` is that of the first run.
     """
-    batch, _, height, width = x.shape
-    pixels, padded = height * width, y.shape[3]
-    arguments = (
-        *(x, y, in_list.entries, count, dense_vector(prologue.scale), dense_vector(prologue.shift)),
-        *(pixels, width, in_list.length, padded, *x.stride()),
+    flags = (
+        mixed is not None,
+        count is not None,
+        prologue.scale is not None,
+        prologue.shift is not None,
+        prologue.relu,
     )
-    flat = height == 1 or x.stride(2) == width * x.stride(3)
-    constants = {
-        **{"LIST": in_list.kind, "HAS_COUNT": count is not None, "HAS_SCALE": prologue.scale is not None},
-        **{"HAS_SHIFT": prologue.shift is not None, "RELU": prologue.relu, "FLAT": flat},
-        **{"ALIGN_X": alignment(x.stride(0)), "BM": PACK.BM, "BN": PACK.BN},
-    }
-    grid = (batch * -(-pixels // PACK.BM) * -(-padded // PACK.BN),)
-    return Launch(channel_pack_kernel, grid, arguments, constants)
+    recipe = _pack_recipe(x.shape, x.stride(), y.shape[3], in_list.kind, in_list.length, flags)
+    tables = (None, None) if mixed is None else (mixed.runs, mixed.tiles)
+    vectors = (dense_vector(prologue.scale), dense_vector(prologue.shift))
+    return Launch(recipe, (x, y, in_list.entries, count, *vectors, *tables))

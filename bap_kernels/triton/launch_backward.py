@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from bap_kernels.triton.configs import SUM_BLOCK, architecture, choose, chunks, tiles
+from bap_kernels.triton.configs import SUM_BLOCK, Config, architecture, choose, chunks, tiles
 from bap_kernels.triton.input_gradient import gathered_conv2d_dgrad_kernel
-from bap_kernels.triton.launch import Geometry, Launch, Target, pixel_alignment
+from bap_kernels.triton.launch import pixel_alignment
 from bap_kernels.triton.lists import ChannelList
+from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, ordered
 from bap_kernels.triton.weight_gradient import gathered_conv2d_wgrad_kernel, sum_partials_kernel
 from bap_kernels.triton.weights import alignment
 
@@ -52,24 +54,46 @@ def input_gradient(
     """
     pixels = _phase_pixels(geometry)
     config = choose(pixels, in_list.length, target.products(g.dtype), target.capability)
-    kept_out = packed.shape[2]
-    arguments = (
-        *(g, packed, x, dx, partial, in_list.entries, count, pixels, *geometry.size, *geometry.out_size),
-        *(in_list.length, g.shape[1], *g.stride(), *packed.stride()[:2]),
-        *((0, 0, 0, 0) if x is None else x.stride()),
-        *((0, 0, 0, 0) if dx is None else dx.stride()),
+    flags = (count is not None, dx is not None, partial is not None, reduce_off)
+    none = (0, 0, 0, 0)
+    strides = (
+        *(g.stride(), packed.stride()[:2]),
+        *(none if x is None else x.stride(), none if dx is None else dx.stride()),
     )
+    lengths = (in_list.length, g.shape[1], packed.shape[2])
+    recipe = _input_gradient_recipe(
+        *(config, target, geometry, g.dtype, in_list.kind, lengths, flags, strides, pixel_alignment(g))
+    )
+    return Launch(recipe, (g, packed, x, dx, partial, in_list.entries, count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _input_gradient_recipe(
+    config: Config,
+    target: Target,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    kind: int,
+    lengths: Ints,
+    flags: tuple[bool, ...],
+    strides: tuple[Ints, ...],
+    align: int,
+) -> Recipe:
+    pixels = _phase_pixels(geometry)
+    K_in, K_out, kept_out = lengths
     steps = [geometry.stride[d] // math.gcd(geometry.stride[d], geometry.dilation[d]) for d in (0, 1)]
     constants = {
         **geometry.constants,
-        **{"STEP_H": steps[0], "STEP_W": steps[1], "IN_LIST": in_list.kind, "HAS_COUNT": count is not None},
-        **{"STORE": dx is not None, "REDUCE": partial is not None, "REDUCE_OFF": reduce_off},
-        **{"EVEN_K": g.shape[1] == kept_out and kept_out % config.BK == 0, "ALIGN_G": pixel_alignment(g)},
-        **target.flags(g.dtype),
+        **dict(zip(("HAS_COUNT", "STORE", "REDUCE", "REDUCE_OFF"), flags, strict=True)),
+        **{"STEP_H": steps[0], "STEP_W": steps[1], "IN_LIST": kind, "ALIGN_G": align},
+        **{"EVEN_K": K_out == kept_out and kept_out % config.BK == 0},
+        **target.flags(dtype),
         **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
     }
-    grid = (-(-pixels // config.BM) * -(-in_list.length // config.BN), math.prod(geometry.stride))
-    return Launch(gathered_conv2d_dgrad_kernel, grid, arguments, constants, config)
+    grid = (-(-pixels // config.BM) * -(-K_in // config.BN), math.prod(geometry.stride))
+    sizes = (pixels, *geometry.size, *geometry.out_size, K_in, K_out, *(s for each in strides for s in each))
+    kernel = gathered_conv2d_dgrad_kernel
+    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
 def weight_gradient_partials(g: Tensor, geometry: Geometry, kept_out: int, kept_in: int, target: Target) -> Tensor:
@@ -99,22 +123,41 @@ def weight_gradient(
     """
     pieces, kept_out, _, kept_in = partial.shape
     config = choose(kept_out, kept_in, target.products(g.dtype), target.capability)
+    # Runs of this many channels are inside or outside as a whole.
+    aligns = (alignment(pixel_alignment(g), kept_out), alignment(pixel_alignment(x), kept_in))
+    recipe = _weight_gradient_recipe(
+        *(config, target, geometry, g.dtype, in_list.kind, (pieces, kept_out, kept_in), count is not None),
+        *((g.stride(), x.stride()), aligns),
+    )
+    return Launch(recipe, (g, x, partial, in_list.entries, count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_gradient_recipe(
+    config: Config,
+    target: Target,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    kind: int,
+    lengths: Ints,
+    has_count: bool,
+    strides: tuple[Ints, Ints],
+    aligns: Ints,
+) -> Recipe:
+    pieces, kept_out, kept_in = lengths
     pixels = geometry.batch * math.prod(geometry.out_size)
     length = -(-pixels // (pieces * config.BK)) * config.BK
-    arguments = (
-        *(g, x, partial, in_list.entries, count, pixels, length, *geometry.size, *geometry.out_size),
-        *(kept_in, kept_out, *g.stride(), *x.stride()),
-    )
     constants = {
         **geometry.constants,
-        **{"IN_LIST": in_list.kind, "HAS_COUNT": count is not None, "INSIDE": geometry.inside},
-        # Runs of this many channels are inside or outside as a whole.
-        **{"ALIGN_G": alignment(pixel_alignment(g), kept_out), "ALIGN_X": alignment(pixel_alignment(x), kept_in)},
-        **target.flags(g.dtype),
+        **{"IN_LIST": kind, "HAS_COUNT": has_count, "INSIDE": geometry.inside},
+        **{"ALIGN_G": aligns[0], "ALIGN_X": aligns[1]},
+        **target.flags(dtype),
         **{"BM": config.BM, "BN": config.BN, "BK": config.BK},
     }
     grid = (geometry.taps * tiles(kept_out, kept_in, config), pieces)
-    return Launch(gathered_conv2d_wgrad_kernel, grid, arguments, constants, config)
+    sizes = (pixels, length, *geometry.size, *geometry.out_size, kept_in, kept_out, *strides[0], *strides[1])
+    kernel = gathered_conv2d_wgrad_kernel
+    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
 def sum_partials(
@@ -130,13 +173,20 @@ def sum_partials(
     Args:
         partial: (chunks, at least K_out, taps, at least K_in).
     """
-    entries = out_list.length * geometry.taps * in_list.length
-    arguments = (
-        *(partial, out, in_list.entries, out_list.entries, count, entries, partial.shape[0], in_list.length),
-        *(*partial.stride()[:3], *out.stride()),
+    recipe = _sum_recipe(
+        *(geometry.kernel, (in_list.kind, out_list.kind), (in_list.length, out_list.length), count is not None),
+        *(partial.shape[0], (*partial.stride()[:3], *out.stride())),
     )
+    return Launch(recipe, (partial, out, in_list.entries, out_list.entries, count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum_recipe(kernel: Ints, lists: Ints, lengths: Ints, has_count: bool, pieces: int, strides: Ints) -> Recipe:
+    entries = math.prod(kernel) * math.prod(lengths)
     constants = {
-        **{"KW": geometry.kernel[1], "TAPS": geometry.taps, "IN_LIST": in_list.kind, "OUT_LIST": out_list.kind},
-        **{"HAS_COUNT": count is not None, "BLOCK": SUM_BLOCK},
+        **{"KW": kernel[1], "TAPS": math.prod(kernel), "IN_LIST": lists[0], "OUT_LIST": lists[1]},
+        **{"HAS_COUNT": has_count, "BLOCK": SUM_BLOCK},
     }
-    return Launch(sum_partials_kernel, (-(-entries // SUM_BLOCK),), arguments, constants)
+    grid = (-(-entries // SUM_BLOCK),)
+    sizes = (entries, pieces, lengths[0], *strides)
+    return Recipe(sum_partials_kernel, grid, sizes, ordered(sum_partials_kernel, constants))

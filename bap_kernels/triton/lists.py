@@ -6,13 +6,14 @@ shorter list. One look-up then serves b neighbouring channels, which are read in
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["BLOCKS", "ChannelList", "block_length", "channel_list"]
+__all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list"]
 
 # Largest first: fewer look-ups.
 BLOCKS = (32, 16, 8)
@@ -36,15 +37,21 @@ class ChannelList:
 _found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def block_length(channels: list[int]) -> int:
-    """The longest of ``BLOCKS`` that a list consists of, or 1.
+@functools.cache
+def all_channels(channels: int, device: torch.device) -> Tensor:
+    """The list of all channels, int32, for a run of a mixed batch that has none."""
+    return torch.arange(channels, dtype=torch.int32, device=device)
+
+
+def block_length(channels: list[int], most: int = max(BLOCKS)) -> int:
+    """The longest of ``BLOCKS`` up to ``most`` that a list consists of, or 1.
 
     Examples:
         >>> from bap_kernels.triton.lists import block_length
         >>> block_length([16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7])
         8
     """
-    for b in BLOCKS:
+    for b in [b for b in BLOCKS if b <= most]:
         starts = channels[::b]
         whole = len(channels) > 0 and len(channels) % b == 0 and all(s % b == 0 for s in starts)
         if whole and channels == [s + d for s in starts for d in range(b)]:
@@ -52,7 +59,7 @@ def block_length(channels: list[int]) -> int:
     return 1
 
 
-def channel_list(index: Tensor | None, channels: int, blocks: bool = True) -> ChannelList:
+def channel_list(index: Tensor | None, channels: int, blocks: bool = True, most: int = max(BLOCKS)) -> ChannelList:
     """The kernels' form of a list of the ops.
 
     A list on a GPU is read on the host once, at its first use, which waits for the device. Lists whose changes cannot
@@ -61,19 +68,20 @@ def channel_list(index: Tensor | None, channels: int, blocks: bool = True) -> Ch
     Args:
         index: int32, (K,), or None for all ``channels``.
         blocks: if False, no blocks are looked for.
+        most: channels of the longest blocks that are looked for.
     """
     if index is None:
         return ChannelList(None, 0, channels)
     if not blocks or index.is_inference():
         return ChannelList(index.contiguous(), 1, index.shape[0])
-    known = _found.get(index)
-    if known is not None and known[0] == index._version:
-        return known[1]
+    version, known = _found.get(index, (None, {}))
+    if version == index._version and most in known:
+        return known[most]
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return ChannelList(index.contiguous(), 1, index.shape[0])
-    b = block_length(index.tolist())
+    b = block_length(index.tolist(), most)
     # A clone, not a view: the cache must not keep its own key alive.
     entries = index.clone(memory_format=torch.contiguous_format) if b == 1 else (index[::b] // b).contiguous()
     found = ChannelList(entries, b, index.shape[0])
-    _found[index] = (index._version, found)
+    _found[index] = (index._version, {**(known if version == index._version else {}), most: found})
     return found

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import launch, launch_backward
-from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Geometry, Prologue, target_of
+from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Prologue
 from bap_kernels.triton.lists import ChannelList, channel_list
-from bap_kernels.triton.weights import ALIGNMENT, cached_weight, pack_weight
+from bap_kernels.triton.recipe import Geometry, target_of
+from bap_kernels.triton.weights import ALIGNMENT, cached_weight, keep_for_graphs, pack_weight
 
 __all__ = ["ROUTES", "compact", "gathered_conv2d", "gathered_conv2d_backward", "refuse"]
 
@@ -130,6 +131,7 @@ def gathered_conv2d(
     cache_packed: bool = False,
     full_width: bool = False,
     route: str | None = None,
+    weight_index: Tensor | None = None,
 ) -> None:
     """Computes the gathered convolution into ``out``.
 
@@ -138,6 +140,7 @@ def gathered_conv2d(
         count: int32, (1,): how many channels of ``in_index`` are used; None: all.
         cache_packed: whether the packed weight is kept for other calls.
         route: one of ``ROUTES``; None takes the one that suits.
+        weight_index: the weight's channel for each one that is read, where the input holds only some of them.
     """
     target = target_of(input.device)
     x, geometry = geometry_of(input, weight, out.shape[2:], stride, padding, dilation)
@@ -145,9 +148,10 @@ def gathered_conv2d(
     in_list = channel_list(in_index, input.shape[1], blocks=count is None)
     out_list = channel_list(out_index, weight.shape[0])
     route = route or route_of(x, out, geometry, in_list)
+    listed = in_list.entries
     with on_device(input):
         make = cached_weight if cache_packed else pack_weight
-        packed = make(weight, out_index, in_index)
+        packed = make(weight, out_index, in_index if weight_index is None else weight_index)
         if route == "planar":
             step = launch.planar(out, x, packed, in_list, out_list, target, prologue, epilogue, count, full_width)
         else:
@@ -158,6 +162,7 @@ def gathered_conv2d(
                 out, x, packed, geometry, in_list, out_list, target, prologue, epilogue, count, full_width
             )
         step.run()
+        keep_for_graphs(weight, packed, listed, out_list.entries)
 
 
 def _gradient_of_input(

@@ -7,7 +7,8 @@ Grid:   (N * pixel tiles * channel tiles,).
 Shared memory: one tile, where the compiler has to transpose it.
 Needs:  y (N, H * W, K_pad) dense; lists within range.
 Allows: any strides of x, int64 offsets; lists of channels or of aligned blocks; a count of channels on the device:
-        tiles beyond it are not written.
+        tiles beyond it are not written; a mixed batch (MIXED), where each domain's run of images has its list, and
+        `tiles` holds (image, run) of every image: tiles beyond a run's own channels, rounded up, are not written.
 Computes in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -16,7 +17,7 @@ Computes in float32. No atomics: the result does not vary between runs.
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels
+from bap_kernels.triton.device import listed_channels, run_of_batch
 
 __all__ = ["channel_pack_kernel"]
 
@@ -29,6 +30,8 @@ def channel_pack_kernel(
     count,
     scale,
     shift,
+    runs,
+    tiles,
     pixels,
     W,
     K,
@@ -38,6 +41,7 @@ def channel_pack_kernel(
     stride_xh,
     stride_xw,
     LIST: tl.constexpr,
+    MIXED: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -54,6 +58,13 @@ def channel_pack_kernel(
     i = tile % tiles_n * BN + tl.arange(0, BN)
     p = tile // tiles_n % tiles_m * BM + tl.arange(0, BM)
     n = (tile // (tiles_n * tiles_m)).to(tl.int64)
+    if MIXED:
+        entry = tiles + n * 2
+        n = tl.load(entry)
+        _, K, list_offset, _, row = run_of_batch(runs, tl.load(entry + 1))
+        in_list += list_offset
+        if tile % tiles_n * BN >= row:
+            return
     if HAS_COUNT:
         K = tl.load(count)
         if tile % tiles_n * BN >= K:

@@ -13,7 +13,8 @@ Grid:   (channel tiles * pixel tiles, N), GROUP_M channel tiles side by side. N 
 Shared memory: num_stages tiles of w (BM x BK) and x (BK x BN), laid out by the compiler.
 Needs:  pixels of x and y one element apart; w packed (K_out, K_in), channels contiguous; lists within range.
 Allows: any strides of planes and images, int64 offsets; any strides of the residual; a count of channels on the device,
-        which cuts the in-list short; a full-width result, whose other channels are left alone.
+        which cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch (MIXED),
+        where each domain's run of images has its list and weight, and `tiles` holds (image, run) of every image.
 Accumulates in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -22,7 +23,7 @@ Accumulates in float32. No atomics: the result does not vary between runs.
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels, swizzled_tile
+from bap_kernels.triton.device import listed_channels, run_of_batch, swizzled_tile
 
 __all__ = ["gathered_conv2d_planar_fwd_kernel"]
 
@@ -41,6 +42,8 @@ def gathered_conv2d_planar_fwd_kernel(
     out_scale,
     out_shift,
     residual,
+    runs,
+    tiles,
     pixels,
     W,
     K_in,
@@ -56,6 +59,7 @@ def gathered_conv2d_planar_fwd_kernel(
     stride_rw,
     IN_LIST: tl.constexpr,
     OUT_LIST: tl.constexpr,
+    MIXED: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IN_SCALE: tl.constexpr,
@@ -77,7 +81,14 @@ def gathered_conv2d_planar_fwd_kernel(
 ):
     """See the file's head. ALIGN_X divides the strides of n and c of x, and the pixels of a plane."""
     tile_m, tile_n = swizzled_tile(tl.program_id(0), tl.cdiv(K_out, BM), tl.cdiv(pixels, BN), GROUP_M)
-    n = tl.program_id(1).to(tl.int64)
+    if MIXED:
+        tile = tiles + tl.program_id(1) * 2
+        n = tl.load(tile)
+        _, K_in, list_offset, w_offset, stride_wj = run_of_batch(runs, tl.load(tile + 1))
+        w += w_offset
+        in_list += list_offset
+    else:
+        n = tl.program_id(1).to(tl.int64)
     j = tile_m * BM + tl.arange(0, BM)
     p = tile_n * BN + tl.arange(0, BN)
     j_mask = j < K_out
@@ -97,7 +108,8 @@ def gathered_conv2d_planar_fwd_kernel(
         w_mask = j_mask[:, None]
         if not EVEN_K:
             x_mask = x_mask & k_mask[:, None]
-            w_mask = w_mask & k_mask[None, :]
+            # Rows of w end in zeros; those of channels behind a count hold anything.
+            w_mask = w_mask & (k_mask if HAS_COUNT else k < stride_wj)[None, :]
         planes = tl.multiple_of(channels.to(tl.int64) * stride_xc, [ALIGN_X])
         x_tile = tl.load(x_image + planes[:, None] + p[None, :], mask=x_mask, other=0.0)
         w_tile = tl.load(w_rows[:, None] + k[None, :], mask=w_mask, other=0.0)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import launch_backward, ops
-from bap_kernels.triton.launch import Epilogue, Geometry, target_of
+from bap_kernels.triton.launch import Epilogue
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.ops import Pair
+from bap_kernels.triton.recipe import Geometry, target_of
 from bap_kernels.triton.weights import pack_weight
 
 __all__ = ["switched_conv2d", "switched_conv2d_backward"]

@@ -8,11 +8,22 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bap_kernels._load import _C
 
-__all__ = ["ALIGNMENT", "alignment", "cached_weight", "clear", "held_bytes", "pack_weight", "set_limit"]
+__all__ = [
+    "ALIGNMENT",
+    "alignment",
+    "cached_weight",
+    "clear",
+    "held_bytes",
+    "keep_for_graphs",
+    "pack_weight",
+    "set_limit",
+]
 
 # Elements that a row is rounded up to, so that each starts on 16 bytes and has whole words; the rest is zero.
 ALIGNMENT = 16
@@ -109,8 +120,22 @@ def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -
     return packed
 
 
+_of_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep_for_graphs(weight: Tensor, *parts: Tensor | None) -> None:
+    """While a CUDA graph is captured, keeps what its kernels read for as long as the weight lives.
+
+    The graph holds addresses alone: what the caches dropped, for room or because the weight changed, would be memory of
+    somebody else. A graph goes on with the weights that it was captured with.
+    """
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        held = _of_graphs.setdefault(weight, {})
+        held.update({id(part): part for part in parts if part is not None})
+
+
 def clear() -> None:
-    """Drops all packed weights."""
+    """Drops all packed weights, other than those of captured graphs."""
     with _packed.lock:
         _packed.entries.clear()
         _packed.held_bytes = 0

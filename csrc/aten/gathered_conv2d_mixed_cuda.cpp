@@ -1,4 +1,5 @@
-// The gathered convolution of mixed batches on CUDA devices: run by run, through ATen.
+// The gathered convolution of mixed batches on CUDA devices: run by run through ATen, or all at once by Triton where it
+// is named.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/irange.h>
@@ -6,6 +7,7 @@
 
 #include "aten/gathered_conv2d.h"
 #include "ops/mixed_call.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 namespace {
@@ -16,6 +18,10 @@ at::Tensor gathered_conv2d_mixed_cuda(const at::Tensor& input, const at::Tensor&
                                       bool cache_packed) {
   const auto shape = check_gathered_conv2d_mixed<int64_t>("_gathered_conv2d_mixed", input, weight, bias, in_indices,
                                                           counts, stride, padding, dilation);
+  if (triton_named()) {
+    return triton_gathered_conv2d_mixed(input, weight, bias, in_indices, counts, stride, padding, dilation,
+                                        cache_packed, shape);
+  }
   std::vector<at::Tensor> parts;
   int64_t first = 0;
   for (const auto i : c10::irange(counts.size())) {

@@ -15,6 +15,7 @@
 #include "cpu/native_call.h"
 #include "cpu/run.h"
 #include "ops/mixed_call.h"
+#include "triton/triton_ops.h"
 
 namespace bap_kernels {
 namespace {
@@ -73,6 +74,10 @@ at::Tensor gathered_conv2d_mixed_cpu(const at::Tensor& input, const at::Tensor& 
     check_list_values(op, list, {}, shape.channels_in, shape.channels_out, false);
     if (counts[i] > 0) runs.push_back({input.narrow(0, first, counts[i]), output.narrow(0, first, counts[i]), list});
     first += counts[i];
+  }
+  if (triton_named()) {
+    return triton_gathered_conv2d_mixed(input, weight, bias, in_indices, counts, stride, padding, dilation,
+                                        cache_packed, shape);
   }
   std::vector<ConvCall> calls;
   std::vector<at::Tensor> outputs;

@@ -23,19 +23,17 @@ auto typed_op(const char* name) {
 bool triton_named() { return get_backend() == "triton"; }
 
 at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), name,
-                              "(): expected an input with all of the weight's channels, got `weight_index`, for which "
-                              "there is no Triton kernel. Hint: use_backend(\"auto\") takes the ATen path.");
   static auto op =
       typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, const OptionalTensor&,
                     const OptionalTensor&, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    bool, bool, c10::string_view)>("bap_kernels::_gathered_conv2d_triton");
+                    bool, bool, const OptionalTensor&, c10::string_view)>("bap_kernels::_gathered_conv2d_triton");
   const auto& s = c.shape;
   const Fusion& f = c.fusion;
   at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
   op.call(y, c.input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups, f.in_scale,
-          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, name);
+          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, c.weight_index,
+          name);
   return y;
 }
 
@@ -48,6 +46,21 @@ GradientTriple triton_gathered_conv2d_backward(const at::Tensor& grad_output, co
                               const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t,
                               std::array<bool, 3>)>("bap_kernels::_gathered_conv2d_backward_triton");
   return op.call(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
+}
+
+at::Tensor triton_gathered_conv2d_mixed(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensorList& in_indices, IntArrayRef counts, IntArrayRef stride,
+                                        IntArrayRef padding, IntArrayRef dilation, bool cache_packed,
+                                        const ConvShape<int64_t>& s) {
+  static auto op = typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                 const OptionalTensorList&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>(
+      "bap_kernels::_gathered_conv2d_mixed_triton");
+  const auto options = input.options().memory_format(input.suggest_memory_format());
+  at::Tensor y = at::empty({s.batch, s.channels_out, s.out_h, s.out_w}, options);
+  if (y.numel() > 0) {
+    op.call(y, input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed);
+  }
+  return y;
 }
 
 at::Tensor triton_switched_conv2d(const SwitchedCall& c) {
@@ -75,7 +88,10 @@ TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
       "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
       "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "
       "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
-      "bool cache_packed, str op) -> ()");
+      "bool cache_packed, Tensor? weight_index, str op) -> ()");
+  m.def(
+      "_gathered_conv2d_mixed_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, "
+      "Tensor?[] in_indices, int[] counts, int[2] stride, int[4] padding, int[2] dilation, bool cache_packed) -> ()");
   m.def(
       "_gathered_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, "
       "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, bool[3] output_mask) "

@@ -1,0 +1,167 @@
+"""The gathered convolution of a mixed batch: one launch for the runs of all domains, the heaviest tiles first.
+
+Each run keeps its list and its packed weight in memory of its own; a table on the device says where they lie, as
+offsets from those of one run, and which run each tile belongs to. The table is made on the host from lengths alone and
+kept, so that a batch of the same make-up copies nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bap_kernels.triton import launch, ops
+from bap_kernels.triton.launch import Epilogue, Mixed
+from bap_kernels.triton.lists import ChannelList, all_channels, channel_list
+from bap_kernels.triton.ops import Pair
+from bap_kernels.triton.recipe import target_of
+from bap_kernels.triton.weights import ALIGNMENT, cached_weight, keep_for_graphs, pack_weight
+
+__all__ = ["gathered_conv2d_mixed"]
+
+
+class _Run(NamedTuple):
+    """One run as the table has it: images, channels, and offsets in elements of its list and weight."""
+
+    first: int
+    images: int
+    kept: int
+    list_offset: int
+    weight_offset: int
+
+    @property
+    def row(self) -> int:
+        """Length of a row of the packed weight."""
+        return -(-self.kept // ALIGNMENT) * ALIGNMENT
+
+
+def _tiles(runs: Sequence[_Run], pixels: int, step: int) -> Iterator[tuple[int, int]]:
+    """Where each tile begins, and its run, those of the longest lists first; ``step`` 0: the tiles are images."""
+    for number in sorted(range(len(runs)), key=lambda r: -runs[r].kept):
+        run = runs[number]
+        if step == 0:
+            yield from ((image, number) for image in range(run.first, run.first + run.images))
+        else:
+            end = (run.first + run.images) * pixels
+            yield from ((start, number) for start in range(run.first * pixels, end, step))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(runs: tuple[_Run, ...], pixels: int, step: int, device: torch.device) -> Mixed:
+    facts = [((r.first + r.images) * pixels, r.kept, r.list_offset, r.weight_offset, r.row) for r in runs]
+    tiles = list(_tiles(runs, pixels, step))
+    numbers = torch.tensor([n for row in (*facts, *tiles) for n in row]).to(device, non_blocking=True)
+    return Mixed(numbers[: 5 * len(runs)].view(-1, 5), numbers[5 * len(runs) :].view(-1, 2))
+
+
+def _offset(tensor: Tensor, first: Tensor) -> int:
+    """From one tensor's memory to another's, in elements; an empty one has no memory."""
+    if tensor.numel() == 0:
+        return 0
+    distance = tensor.data_ptr() - first.data_ptr()
+    assert distance % tensor.element_size() == 0
+    return distance // tensor.element_size()
+
+
+def _common_lists(indices: Sequence[Tensor], channels: int) -> list[ChannelList]:
+    """The lists as blocks of one length, the longest that all consist of."""
+    lists = [channel_list(index, channels) for index in indices]
+    kind = min((each.kind for each in lists if each.length > 0), default=1)
+    lists = [channel_list(index, channels, most=kind) for index in indices]
+    if any(each.kind != kind for each in lists if each.length > 0):
+        # Lists first met while a graph is captured are not read.
+        lists = [channel_list(index, channels, blocks=False) for index in indices]
+    return lists
+
+
+def gathered_conv2d_mixed(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_indices: Sequence[Tensor | None],
+    counts: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    cache_packed: bool = False,
+    route: str | None = None,
+) -> None:
+    """Computes the gathered convolution of every run into ``out``.
+
+    Args:
+        out: (N, C_out, oH, oW).
+        in_indices: int32, (K_in,), one for each run, or None for all channels.
+        counts: images of each run.
+        route: as for :func:`bap_kernels.triton.ops.gathered_conv2d`.
+    """
+    kept = [(index, count) for index, count in zip(in_indices, counts, strict=True) if count > 0]
+    if all(index is None for index, _ in kept):
+        ops.gathered_conv2d(
+            *(out, input, weight, None, None, stride, padding, dilation),
+            epilogue=Epilogue(bias),
+            cache_packed=cache_packed,
+            route=route,
+        )
+        return
+    target = target_of(input.device)
+    x, geometry = ops.geometry_of(input, weight, out.shape[2:], stride, padding, dilation)
+    with ops.on_device(input):
+        channels = input.shape[1]
+        indices = [all_channels(channels, input.device) if index is None else index for index, _ in kept]
+        make = cached_weight if cache_packed else pack_weight
+        weights = [
+            make(weight, None, None if given is None else index)
+            for index, (given, _) in zip(indices, kept, strict=True)
+        ]
+        lists = _common_lists(indices, channels)
+        if not any(each.length for each in lists):
+            out.copy_(out.new_zeros(()) if bias is None else bias[:, None, None])
+            return
+        # Offsets count from tensors that have memory.
+        lead = max(range(len(kept)), key=lambda r: lists[r].length)
+        entries, packed = lists[lead].entries, weights[lead]
+        assert entries is not None
+        runs, first = [], 0
+        for (_, number), each, w in zip(kept, lists, weights, strict=True):
+            assert each.entries is not None
+            runs.append(_Run(first, number, each.length, _offset(each.entries, entries), _offset(w, packed)))
+            first += number
+        longest = ChannelList(entries, lists[lead].kind, lists[lead].length)
+        route = route or ops.route_of(x, out, geometry, longest)
+        every_filter = ChannelList(None, 0, weight.shape[0])
+        table = functools.partial(_table, tuple(runs), device=input.device)
+        used = [packed, entries, *weights, *(each.entries for each in lists)]
+        if route == "planar":
+            images = table(math.prod(geometry.size), 0)
+            step = launch.planar(
+                *(out, x, packed, longest, every_filter, target), epilogue=Epilogue(bias), mixed=images
+            )
+            used += [images.runs, images.tiles]
+        else:
+            if route == "packed":
+                images = table(math.prod(geometry.size), 0)
+                x, longest = _compact(x, longest, images)
+                used += [images.runs, images.tiles]
+            config = launch.forward_config(x, geometry, longest, weight.shape[0], target)
+            tiles = table(math.prod(geometry.out_size), config.BM)
+            step = launch.forward(
+                *(out, x, packed, geometry, longest, every_filter, target), epilogue=Epilogue(bias), mixed=tiles
+            )
+            used += [tiles.runs, tiles.tiles]
+        step.run()
+        keep_for_graphs(weight, *used)
+
+
+def _compact(input: Tensor, longest: ChannelList, images: Mixed) -> tuple[Tensor, ChannelList]:
+    """As :func:`bap_kernels.triton.ops.compact`, as wide as the longest list; shorter ones leave channels unwritten."""
+    batch, _, height, width = input.shape
+    padded = -(-longest.length // ALIGNMENT) * ALIGNMENT
+    copy = input.new_empty((batch, height, width, padded))
+    launch.pack(copy, input, longest, mixed=images).run()
+    return copy.permute(0, 3, 1, 2), ChannelList(None, 0, padded)

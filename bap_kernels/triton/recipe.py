@@ -1,0 +1,156 @@
+"""What a launch is made of: the machine, the convolution's sizes, a recipe and tensors.
+
+Running a launch and compiling it for another machine are the same description.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bap_kernels.triton.configs import PACK, Config
+
+__all__ = ["Geometry", "Ints", "Launch", "Recipe", "Target", "ordered", "target_of"]
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch is made for.
+
+    Args:
+        capability: compute capability without its point.
+        interpreted: whether Triton's interpreter runs it; it has no bfloat16 products.
+        tf32: whether products of float32 may be rounded to TF32.
+    """
+
+    capability: int
+    interpreted: bool = False
+    tf32: bool = False
+
+    def products(self, dtype: torch.dtype) -> str:
+        """The kind of products, as in the table of configurations."""
+        return "16" if dtype.itemsize == 2 else "tf32" if self.tf32 else "ieee"
+
+    def flags(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The constants PRECISION and UPCAST."""
+        upcast = self.interpreted and dtype == torch.bfloat16
+        return {"PRECISION": "tf32" if self.tf32 else "ieee", "UPCAST": upcast}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _tf32_allowed() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        # The user has set it by the newer name, after which the older one cannot be read.
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def target_of(device: torch.device) -> Target:
+    """The target for tensors on a device; a CPU stands for the interpreter."""
+    if device.type == "cpu":
+        return Target(80, interpreted=True)
+    return Target(_capability(device), tf32=_tf32_allowed())
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A launch without its tensors: grid, the sizes and strides that follow the tensors, constants, configuration.
+
+    Args:
+        compiled: machine code by device and by what the tensors' memory decides of it.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    config: Config = PACK
+    compiled: dict[tuple, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: a recipe and its tensors in order, None for those that its flags leave out."""
+
+    recipe: Recipe
+    tensors: tuple[Tensor | None, ...]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernel's arguments in order, without its constants."""
+        return (*self.tensors, *self.recipe.sizes)
+
+    def run(self) -> None:
+        """Runs it on the current stream of the tensors' device, which must be the current one.
+
+        Triton looks at every argument of every launch to find the machine code; here it is asked once for each recipe
+        and each pattern of types and of pointers that are multiples of 16 bytes, the only things that can differ.
+        """
+        recipe, first = self.recipe, self.tensors[0]
+        assert first is not None
+        if not first.is_cuda:
+            self._run_by_triton()
+            return
+        key = (first.device.index, *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in self.tensors])
+        code = recipe.compiled.get(key)
+        if code is None:
+            recipe.compiled[key] = self._run_by_triton()
+        else:
+            code[(*recipe.grid, 1, 1)[:3]](*self.tensors, *recipe.sizes, *recipe.constants.values())
+
+    def _run_by_triton(self) -> Any:
+        recipe = self.recipe
+        options = {"num_warps": recipe.config.warps, "num_stages": recipe.config.stages}
+        return recipe.kernel[recipe.grid](*self.arguments, **recipe.constants, **options)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and options of a convolution; padding of the top and of the left alone, the rest follows from the sizes."""
+
+    batch: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def taps(self) -> int:
+        """Number of taps, kH * kW."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def inside(self) -> bool:
+        """Whether no tap of any result leaves the input."""
+        return all(
+            self.padding[d] == 0
+            and (self.out_size[d] - 1) * self.stride[d] + (self.kernel[d] - 1) * self.dilation[d] < self.size[d]
+            for d in (0, 1)
+        )
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' constants KH to DW."""
+        values = (*self.kernel, *self.stride, *self.padding, *self.dilation)
+        return dict(zip(("KH", "KW", "SH", "SW", "TOP", "LEFT", "DH", "DW"), values, strict=True))
+
+
+def ordered(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants in the order of the kernel's arguments, in which compiled code takes them."""
+    last = kernel.arg_names[-len(constants) :]
+    assert sorted(last) == sorted(constants), f"{sorted(last)} are not {sorted(constants)}"
+    return {name: constants[name] for name in last}
