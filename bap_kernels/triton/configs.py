@@ -226,6 +226,7 @@ def chunks(pixels: int, tile_count: int, depth: int, processors: int) -> tuple[i
     return -(-pixels // length), length
 
 
+@functools.cache
 def behind_a_list(config: Config) -> Config:
     """The configuration for loads whose address comes from another load.
 

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bap_kernels._dispatch import interpreting
 from bap_kernels.triton.configs import PACK, Config
 
 __all__ = ["Geometry", "Ints", "Launch", "Recipe", "Target", "ordered", "target_of"]
 
 Ints = tuple[int, ...]
+# As Triton decided when the kernels were defined.
+_INTERPRETED = interpreting()
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,18 @@ class Launch:
         """
         recipe, first = self.recipe, self.tensors[0]
         assert first is not None
-        if not first.is_cuda:
-            self._run_by_triton()
+        if _INTERPRETED:
+            self.run_by_triton()
             return
         key = (first.device.index, *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in self.tensors])
         code = recipe.compiled.get(key)
         if code is None:
-            recipe.compiled[key] = self._run_by_triton()
+            recipe.compiled[key] = self.run_by_triton()
         else:
             code[(*recipe.grid, 1, 1)[:3]](*self.tensors, *recipe.sizes, *recipe.constants.values())
 
-    def _run_by_triton(self) -> Any:
+    def run_by_triton(self) -> Any:
+        """Runs it as Triton launches kernels, compiling where needed; returns the machine code."""
         recipe = self.recipe
         options = {"num_warps": recipe.config.warps, "num_stages": recipe.config.stages}
         return recipe.kernel[recipe.grid](*self.arguments, **recipe.constants, **options)

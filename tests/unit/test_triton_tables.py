@@ -63,6 +63,7 @@ def test_a_changed_list_is_read_again_and_a_dropped_one_forgotten() -> None:
     assert lists.channel_list(index, 32).kind == 1
     with torch.inference_mode():
         assert lists.channel_list(torch.arange(16, dtype=torch.int32), 32).kind == 1
+    gc.collect()
     before = len(lists._found)
     del index
     gc.collect()

@@ -1,0 +1,132 @@
+"""Times the host's share of a call of the Triton backend, from its arguments to the driver; needs no GPU.
+
+    python -m tools.launch_overhead [--rounds N]
+
+A stand-in takes the driver's place: kernels are compiled, and launches end where the driver would take them. What the
+driver itself adds needs a GPU. Prints one line of JSON: microseconds of a call with prepared launches, and with
+Triton's own look at every argument of every launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bap_kernels.triton import ops
+from bap_kernels.triton.recipe import Launch
+
+ARCH = 90
+
+
+class StandIn:
+    """A driver that compiles for sm_90 and drops launches; ``launched`` holds the arguments of the last ones."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.keep = False
+        properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda *arguments: (1, 1, 32, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self) -> Any:
+        """The architecture that stands for the machine."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Makes the last step before the driver."""
+
+        def launch(*arguments: Any) -> None:
+            if self.keep:
+                self.launched.append(arguments)
+
+        return launch
+
+
+@contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """Puts a :class:`StandIn` in the driver's place."""
+    from triton.runtime import driver
+
+    before, made = driver._active, StandIn()
+    driver.set_active(made)
+    try:
+        yield made
+    finally:
+        driver._active = before
+
+
+def calls() -> dict[str, Callable[[], None]]:
+    """One call of each route, weights packed before."""
+    channels, kept = 64, 32
+    generator = torch.Generator().manual_seed(0)
+    weight = {kernel: torch.randn(channels, channels, kernel, kernel, generator=generator).half() for kernel in (1, 3)}
+    blocks = torch.cat([torch.arange(16 * b, 16 * b + 16) for b in (0, 2)]).int()
+    scattered = torch.randperm(channels, generator=generator)[:kept].sort().values.int()
+    flat = torch.randn(2, channels, 8, 8, generator=generator).half()
+    last = flat.contiguous(memory_format=torch.channels_last)
+
+    def call(x: torch.Tensor, kernel: int, index: torch.Tensor) -> Callable[[], None]:
+        out, padding = torch.empty_like(x), (kernel // 2,) * 4
+        arguments = (out, x, weight[kernel], index, None, (1, 1), padding, (1, 1))
+        return lambda: ops.gathered_conv2d(*arguments, cache_packed=True)
+
+    return {
+        "planar 1x1": call(flat, 1, scattered),
+        "3x3 over blocks": call(last, 3, blocks),
+        "3x3, copied first": call(last, 3, scattered),
+    }
+
+
+def microseconds(call: Callable[[], None], rounds: int) -> float:
+    """Median time of a call, in groups of ten."""
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        times.append((time.perf_counter() - start) / 10 * 1e6)
+    return round(statistics.median(times), 1)
+
+
+def main() -> None:
+    """Prints both times of every route."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    rounds = parser.parse_args().rounds
+    figures = {}
+    with stand_in():
+        for name, call in calls().items():
+            prepared, run = microseconds(call, rounds), Launch.run
+            Launch.run = Launch.run_by_triton  # type: ignore[method-assign]
+            try:
+                figures[name] = {"prepared_us": prepared, "triton_us": microseconds(call, rounds)}
+            finally:
+                Launch.run = run  # type: ignore[method-assign]
+    print(json.dumps({"host_microseconds_up_to_the_driver": figures}))
+
+
+if __name__ == "__main__":
+    main()
