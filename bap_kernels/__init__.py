@@ -26,6 +26,7 @@ from bap_kernels.plan import (
     specialize,
 )
 from bap_kernels.table import ChannelTable
+from bap_kernels.tune import tune
 
 __version__ = "0.1.0"
 
@@ -52,5 +53,6 @@ __all__ = [
     "specialize",
     "swap_",
     "switched_conv2d",
+    "tune",
     "use_backend",
 ]

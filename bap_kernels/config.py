@@ -48,6 +48,7 @@ ENVIRONMENT = (
     Variable("BAP_KERNELS_ISA", "the best one here", "import", f"CPU kernels to use: {', '.join(ISAS)}"),
     Variable("BAP_KERNELS_BACKEND", "auto", "import", f"backend to start with: {', '.join(BACKENDS)}"),
     Variable("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels", "import", "folder of the measured choices; empty: none"),
+    Variable("BAP_KERNELS_AUTOTUNE", "0", "import", "1: the Triton backend tunes each case at its first call"),
     Variable("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**30), "import", "most bytes of packed weights kept; 0: keep none"),
     Variable(
         "BAP_KERNELS_LIBRARY", "", "import", "another build of bap_kernels._C to load, such as one with sanitizers"
@@ -72,6 +73,7 @@ class Settings:
     backend: str
     cache_dir: Path | None
     packed_cache_bytes: int
+    autotune: bool = False
 
     @property
     def choice_file(self) -> Path | None:
@@ -108,6 +110,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         backend=_one_of(environment, "BAP_KERNELS_BACKEND", BACKENDS) or "auto",
         cache_dir=Path(folder).expanduser() if folder else None,
         packed_cache_bytes=int(text),
+        autotune=_one_of(environment, "BAP_KERNELS_AUTOTUNE", ("0", "1")) == "1",
     )
 
 

@@ -146,10 +146,10 @@ def _input_gradient(case: Case, target: Target, stride: int, reduce: bool = Fals
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, True)
     packed = _tensor((KEPT, 9, WIDTH), case.dtype)
     if not reduce:
-        return launch_backward.input_gradient(g, packed, geometry, _list(16, KEPT), target, dx=x)
+        return launch_backward.input_gradient(g, packed, geometry, _list(16, KEPT), target, case.config, dx=x)
     partial = _tensor((1024, KEPT), torch.float32)
     return launch_backward.input_gradient(
-        g, packed, geometry, _list(1, KEPT), target, x=x, partial=partial, reduce_off=True
+        g, packed, geometry, _list(1, KEPT), target, case.config, x=x, partial=partial, reduce_off=True
     )
 
 
@@ -157,8 +157,8 @@ def _weight_gradient(case: Case, target: Target, kind: int) -> Launch:
     geometry = _geometry(3)
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, True)
     length = WIDTH if kind == 0 else KEPT
-    partial = launch_backward.weight_gradient_partials(x, geometry, WIDTH, length, target)
-    return launch_backward.weight_gradient(partial, x, x, geometry, _list(kind, length), target)
+    partial = launch_backward.weight_gradient_partials(x, geometry, WIDTH, length, target, case.config)
+    return launch_backward.weight_gradient(partial, x, x, geometry, _list(kind, length), target, case.config)
 
 
 # Name -> launch. Those of STAGED must bring their operands in by copies of 16 bytes.

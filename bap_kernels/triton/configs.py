@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,6 +23,8 @@ __all__ = [
     "behind_a_list",
     "choose",
     "chunks",
+    "from_table",
+    "overridden",
     "overriding",
     "tuned",
 ]
@@ -131,11 +134,11 @@ _SMALLER = {
 PACK = Config(64, 64, 0, 4, 1)
 SUM_BLOCK = 512
 
-_override: list[Config] = []
+_override = threading.local()
 
 
 class Problem(NamedTuple):
-    """A product as tuning tells it from others: its kernel, sizes, taps and kind of list."""
+    """A product as tuning tells it from others: its kernel, sizes, taps, kind of list and parities."""
 
     kernel: str
     rows: int
@@ -143,10 +146,16 @@ class Problem(NamedTuple):
     depth: int
     taps: int
     kind: int
+    phases: int = 1
 
 
 # (compute capability, products, problem) -> configuration: what bap_kernels.triton.tuning has measured here.
 tuned: dict[tuple[int, str, Problem], Config] = {}
+
+
+def overridden() -> bool:
+    """Whether :func:`overriding` decides in this thread."""
+    return bool(getattr(_override, "stack", None))
 
 
 def architecture(capability: int) -> Architecture:
@@ -184,25 +193,22 @@ def shape_class(rows: int, columns: int, processors: int, table: dict[str, Confi
     return "small"
 
 
-def choose(rows: int, columns: int, products: str, capability: int, problem: Problem | None = None) -> Config:
-    """The configuration of a product with a result of ``rows`` x ``columns``.
+def choose(problem: Problem, products: str, capability: int) -> Config:
+    """The configuration of a product: what was measured, else what the table has for its size.
 
     Args:
         products: "16", "tf32" or "ieee".
         capability: compute capability without its point.
-        problem: what a measured choice is looked up by; None: the table decides.
     """
-    if _override:
-        return _override[-1]
-    if problem is not None and tuned:
-        found = tuned.get((capability, products, problem))
-        if found is not None:
-            return found
-    return _from_table(rows, columns, products, capability)
+    if overridden():
+        return _override.stack[-1]
+    found = tuned.get((capability, products, problem)) if tuned else None
+    return found or from_table(problem.rows, problem.columns, products, capability)
 
 
 @functools.cache
-def _from_table(rows: int, columns: int, products: str, capability: int) -> Config:
+def from_table(rows: int, columns: int, products: str, capability: int) -> Config:
+    """The table's configuration for a result of ``rows`` x ``columns``."""
     facts = architecture(capability)
     table = TABLE[facts.table, products]
     wanted = shape_class(rows, columns, facts.processors, table)
@@ -237,9 +243,11 @@ def behind_a_list(config: Config) -> Config:
 
 @contextlib.contextmanager
 def overriding(config: Config) -> Iterator[None]:
-    """Takes one configuration for every product; for tests, which want many small tiles, and for tuning."""
-    _override.append(config)
+    """Takes one configuration for every product of this thread; for tests, which want small tiles, and for tuning."""
+    if not overridden():
+        _override.stack = []
+    _override.stack.append(config)
     try:
         yield
     finally:
-        _override.pop()
+        _override.stack.pop()

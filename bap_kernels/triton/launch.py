@@ -22,7 +22,17 @@ from bap_kernels.triton.planar import gathered_conv2d_planar_fwd_kernel
 from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, ordered
 from bap_kernels.triton.weights import alignment
 
-__all__ = ["Epilogue", "Mixed", "Prologue", "forward", "pack", "planar"]
+__all__ = [
+    "Epilogue",
+    "Mixed",
+    "Prologue",
+    "config_of",
+    "forward",
+    "forward_problem",
+    "pack",
+    "planar",
+    "planar_problem",
+]
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,21 @@ def _forward_recipe(
     return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
-def forward_config(x: Tensor, geometry: Geometry, in_list: ChannelList, kept_out: int, target: Target) -> Config:
-    """The configuration that :func:`forward` takes."""
+def forward_problem(geometry: Geometry, in_list: ChannelList, kept_out: int) -> Problem:
+    """What the configuration of :func:`forward` is chosen for."""
     pixels = geometry.batch * math.prod(geometry.out_size)
-    problem = Problem("fwd", pixels, kept_out, in_list.length, geometry.taps, in_list.kind)
-    config = choose(pixels, kept_out, target.products(x.dtype), target.capability, problem)
-    return behind_a_list(config) if in_list.kind else config
+    return Problem("fwd", pixels, kept_out, in_list.length, geometry.taps, in_list.kind)
+
+
+def planar_problem(x: Tensor, in_list: ChannelList, kept_out: int) -> Problem:
+    """What the configuration of :func:`planar` is chosen for."""
+    return Problem("planar", kept_out, x.shape[0] * x.shape[2] * x.shape[3], in_list.length, 1, in_list.kind)
+
+
+def config_of(problem: Problem, dtype: torch.dtype, target: Target) -> Config:
+    """The configuration of a forward kernel."""
+    config = choose(problem, target.products(dtype), target.capability)
+    return behind_a_list(config) if problem.kind else config
 
 
 def forward(
@@ -167,7 +186,7 @@ def forward(
         count: int32, (1,), on the device: how many channels of ``in_list`` are used; None: all.
         mixed: the runs of a mixed batch, whose tiles begin at pixels.
     """
-    config = forward_config(x, geometry, in_list, out_list.length, target)
+    config = config_of(forward_problem(geometry, in_list, out_list.length), x.dtype, target)
     strides = (x.stride(), packed.stride()[:2], y.stride(), tuple(strides_or_zeros(epilogue.residual)))
     recipe = _forward_recipe(
         *(config, target, geometry, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
@@ -222,10 +241,7 @@ def planar(
 
     ``x`` and ``y`` have their pixels one element apart, row after row; the tiles of a mixed batch are its images.
     """
-    batch, _, height, width = x.shape
-    problem = Problem("planar", out_list.length, batch * height * width, in_list.length, 1, in_list.kind)
-    config = choose(out_list.length, batch * height * width, target.products(x.dtype), target.capability, problem)
-    config = behind_a_list(config) if in_list.kind else config
+    config = config_of(planar_problem(x, in_list, out_list.length), x.dtype, target)
     strides = (x.stride()[:2], packed.stride()[:1], y.stride()[:2], tuple(strides_or_zeros(epilogue.residual)))
     recipe = _planar_recipe(
         *(config, target, x.shape, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from bap_kernels.triton.configs import SUM_BLOCK, Config, architecture, choose, chunks, tiles
+from bap_kernels.triton.configs import SUM_BLOCK, Config, Problem, architecture, chunks, tiles
 from bap_kernels.triton.input_gradient import gathered_conv2d_dgrad_kernel
 from bap_kernels.triton.launch import pixel_alignment
 from bap_kernels.triton.lists import ChannelList
@@ -16,17 +16,31 @@ from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, or
 from bap_kernels.triton.weight_gradient import gathered_conv2d_wgrad_kernel, sum_partials_kernel
 from bap_kernels.triton.weights import alignment
 
-__all__ = ["input_gradient", "input_gradient_partials", "sum_partials", "weight_gradient", "weight_gradient_partials"]
+__all__ = [
+    "input_gradient",
+    "input_gradient_partials",
+    "input_gradient_problem",
+    "sum_partials",
+    "weight_gradient",
+    "weight_gradient_partials",
+    "weight_gradient_problem",
+]
 
 
 def _phase_pixels(geometry: Geometry) -> int:
     return geometry.batch * math.prod(-(-geometry.size[d] // geometry.stride[d]) for d in (0, 1))
 
 
-def input_gradient_partials(g: Tensor, geometry: Geometry, channels: int, target: Target) -> Tensor:
+def input_gradient_problem(g: Tensor, geometry: Geometry, in_list: ChannelList, reduced: bool = False) -> Problem:
+    """What the configuration of :func:`input_gradient` is chosen for."""
+    name = "dgrad reduced" if reduced else "dgrad"
+    phases = math.prod(geometry.stride)
+    return Problem(name, _phase_pixels(geometry), in_list.length, g.shape[1], geometry.taps, in_list.kind, phases)
+
+
+def input_gradient_partials(g: Tensor, geometry: Geometry, channels: int, config: Config) -> Tensor:
     """Memory for the terms of a switch's gradient: (blocks of pixels, channels), float32."""
     pixels = _phase_pixels(geometry)
-    config = choose(pixels, channels, target.products(g.dtype), target.capability)
     return g.new_empty((math.prod(geometry.stride) * -(-pixels // config.BM), channels), dtype=torch.float32)
 
 
@@ -36,6 +50,7 @@ def input_gradient(
     geometry: Geometry,
     in_list: ChannelList,
     target: Target,
+    config: Config,
     dx: Tensor | None = None,
     x: Tensor | None = None,
     partial: Tensor | None = None,
@@ -47,13 +62,12 @@ def input_gradient(
     Args:
         g: gradient of the result, (N, K_out, oH, oW), any strides.
         packed: (K_in, taps, K_out rounded up).
+        config: that of ``partial``, too.
         dx: (N, C_in, H, W), any strides; the listed channels are written. None: none is.
         x, partial: input, and memory for the terms; None: no terms.
         count: how many channels of the list are stored; None: all.
         reduce_off: whether the terms of the others are wanted.
     """
-    pixels = _phase_pixels(geometry)
-    config = choose(pixels, in_list.length, target.products(g.dtype), target.capability)
     flags = (count is not None, dx is not None, partial is not None, reduce_off)
     none = (0, 0, 0, 0)
     strides = (
@@ -96,9 +110,16 @@ def _input_gradient_recipe(
     return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
-def weight_gradient_partials(g: Tensor, geometry: Geometry, kept_out: int, kept_in: int, target: Target) -> Tensor:
+def weight_gradient_problem(geometry: Geometry, kept_out: int, in_list: ChannelList) -> Problem:
+    """What the configuration of :func:`weight_gradient` is chosen for."""
+    pixels = geometry.batch * math.prod(geometry.out_size)
+    return Problem("wgrad", kept_out, in_list.length, pixels, geometry.taps, in_list.kind)
+
+
+def weight_gradient_partials(
+    g: Tensor, geometry: Geometry, kept_out: int, kept_in: int, target: Target, config: Config
+) -> Tensor:
     """Memory for the sums over chunks of pixels: (chunks, K_out, taps, K_in), float32."""
-    config = choose(kept_out, kept_in, target.products(g.dtype), target.capability)
     tile_count = geometry.taps * tiles(kept_out, kept_in, config)
     pixels = geometry.batch * math.prod(geometry.out_size)
     count, _ = chunks(pixels, tile_count, config.BK, architecture(target.capability).processors)
@@ -112,6 +133,7 @@ def weight_gradient(
     geometry: Geometry,
     in_list: ChannelList,
     target: Target,
+    config: Config,
     count: Tensor | None = None,
 ) -> Launch:
     """The sums over chunks of pixels; see :mod:`bap_kernels.triton.weight_gradient`.
@@ -119,10 +141,10 @@ def weight_gradient(
     Args:
         g: (N, K_out, oH, oW), any strides.
         x: (N, C_in, H, W), any strides.
+        config: that of ``partial``, too.
         count: how many channels of the list are used; None: all.
     """
     pieces, kept_out, _, kept_in = partial.shape
-    config = choose(kept_out, kept_in, target.products(g.dtype), target.capability)
     # Runs of this many channels are inside or outside as a whole.
     aligns = (alignment(pixel_alignment(g), kept_out), alignment(pixel_alignment(x), kept_in))
     recipe = _weight_gradient_recipe(

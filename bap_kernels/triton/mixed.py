@@ -148,7 +148,7 @@ def gathered_conv2d_mixed(
                 images = table(math.prod(geometry.size), 0)
                 x, longest = _compact(x, longest, images)
                 used += [images.runs, images.tiles]
-            config = launch.forward_config(x, geometry, longest, weight.shape[0], target)
+            config = launch.config_of(launch.forward_problem(geometry, longest, weight.shape[0]), x.dtype, target)
             tiles = table(math.prod(geometry.out_size), config.BM)
             step = launch.forward(
                 *(out, x, packed, geometry, longest, every_filter, target), epilogue=Epilogue(bias), mixed=tiles

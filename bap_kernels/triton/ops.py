@@ -8,6 +8,7 @@ NHWC tensor.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import launch, launch_backward
+from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Prologue
 from bap_kernels.triton.lists import ChannelList, channel_list
-from bap_kernels.triton.recipe import Geometry, target_of
+from bap_kernels.triton.recipe import Geometry, Launch, target_of
+from bap_kernels.triton.tuning import tune_case
 from bap_kernels.triton.weights import ALIGNMENT, cached_weight, keep_for_graphs, pack_weight
 
 __all__ = ["ROUTES", "compact", "gathered_conv2d", "gathered_conv2d_backward", "refuse"]
@@ -152,16 +155,18 @@ def gathered_conv2d(
     with on_device(input):
         make = cached_weight if cache_packed else pack_weight
         packed = make(weight, out_index, in_index if weight_index is None else weight_index)
+        if route == "packed":
+            x, in_list = compact(x, in_list, prologue, count)
+            prologue = NO_PROLOGUE
+        fused = (prologue, epilogue, count, full_width)
         if route == "planar":
-            step = launch.planar(out, x, packed, in_list, out_list, target, prologue, epilogue, count, full_width)
+            problem = launch.planar_problem(x, in_list, out_list.length)
+            step = functools.partial(launch.planar, out, x, packed, in_list, out_list, target, *fused)
         else:
-            if route == "packed":
-                x, in_list = compact(x, in_list, prologue, count)
-                prologue = NO_PROLOGUE
-            step = launch.forward(
-                out, x, packed, geometry, in_list, out_list, target, prologue, epilogue, count, full_width
-            )
-        step.run()
+            problem = launch.forward_problem(geometry, in_list, out_list.length)
+            step = functools.partial(launch.forward, out, x, packed, geometry, in_list, out_list, target, *fused)
+        tune_case(problem, x.dtype, target, x.device, step)
+        step().run()
         keep_for_graphs(weight, packed, listed, out_list.entries)
 
 
@@ -173,12 +178,21 @@ def _gradient_of_input(
     packed = pack_weight(weight, out_index, in_index, by_input=True)
     dx = torch.empty_like(input) if in_index is None else torch.zeros_like(input)
     if pointwise(geometry) and is_planar(g) and is_planar(dx) and geometry.batch < 2**16:
-        all_filters = ChannelList(None, 0, g.shape[1])
-        launch.planar(dx, g, packed, all_filters, in_list, target, full_width=True).run()
+        every = ChannelList(None, 0, g.shape[1])
+        step = functools.partial(launch.planar, dx, g, packed, every, in_list, target, full_width=True)
+        tune_case(launch.planar_problem(g, every, in_list.length), g.dtype, target, g.device, step)
+        step().run()
         return dx
     if g.stride(1) != 1:
         g, _ = compact(g, ChannelList(None, 0, g.shape[1]))
-    launch_backward.input_gradient(g, packed, geometry, in_list, target, dx=dx).run()
+    problem = launch_backward.input_gradient_problem(g, geometry, in_list)
+
+    def made() -> Launch:
+        config = choose(problem, target.products(g.dtype), target.capability)
+        return launch_backward.input_gradient(g, packed, geometry, in_list, target, config, dx=dx)
+
+    tune_case(problem, g.dtype, target, g.device, made)
+    made().run()
     return dx
 
 
@@ -208,8 +222,16 @@ def gradient_of_weight(
     if not direct:
         x, read = compact(input, in_list, count=count)
     # Rounded up where they are compact copies: the rest holds zeros and is not added.
-    partial = launch_backward.weight_gradient_partials(g, geometry, g.shape[1], read.length, target)
-    launch_backward.weight_gradient(partial, g, x, geometry, read, target, count).run()
+    problem = launch_backward.weight_gradient_problem(geometry, g.shape[1], read)
+
+    def made() -> tuple[Tensor, Launch]:
+        config = choose(problem, target.products(g.dtype), target.capability)
+        partial = launch_backward.weight_gradient_partials(g, geometry, g.shape[1], read.length, target, config)
+        return partial, launch_backward.weight_gradient(partial, g, x, geometry, read, target, config, count)
+
+    tune_case(problem, g.dtype, target, g.device, lambda: made()[1])
+    partial, step = made()
+    step.run()
     launch_backward.sum_partials(dw, partial, geometry, in_list, out_list, count).run()
     return dw
 

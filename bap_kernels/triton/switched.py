@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import launch_backward, ops
+from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import Epilogue
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.ops import Pair
-from bap_kernels.triton.recipe import Geometry, target_of
+from bap_kernels.triton.recipe import Geometry, Launch, target_of
+from bap_kernels.triton.tuning import tune_case
 from bap_kernels.triton.weights import pack_weight
 
 __all__ = ["switched_conv2d", "switched_conv2d_backward"]
@@ -77,20 +79,25 @@ def switched_conv2d_backward(
             g, _ = ops.compact(g, ChannelList(None, 0, g.shape[1]))
         if mask[0] or mask[3]:
             packed = pack_weight(weight, None, order, by_input=True)
+            problem = launch_backward.input_gradient_problem(g, geometry, ordered, reduced=mask[3])
             dx = torch.zeros_like(input) if mask[0] else none
-            partial = launch_backward.input_gradient_partials(g, geometry, channels, target) if mask[3] else None
-            launch_backward.input_gradient(
-                g,
-                packed,
-                geometry,
-                ordered,
-                target,
-                dx=dx if mask[0] else None,
-                x=input if mask[3] else None,
-                partial=partial,
-                count=count,
-                reduce_off=mask[3] and off_gradient,
-            ).run()
+
+            def made() -> tuple[Tensor | None, Launch]:
+                config = choose(problem, target.products(g.dtype), target.capability)
+                partial = launch_backward.input_gradient_partials(g, geometry, channels, config) if mask[3] else None
+                step = launch_backward.input_gradient(
+                    *(g, packed, geometry, ordered, target, config),
+                    dx=dx if mask[0] else None,
+                    x=input if mask[3] else None,
+                    partial=partial,
+                    count=count,
+                    reduce_off=mask[3] and off_gradient,
+                )
+                return partial, step
+
+            tune_case(problem, g.dtype, target, g.device, lambda: made()[1])
+            partial, step = made()
+            step.run()
             if partial is not None:
                 ds = torch.zeros_like(switch)
                 _sum_terms(ds, partial, ordered, None if off_gradient else count)

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bap_kernels import _C, _dispatch, config
 pytest.importorskip("triton")
 
 from bap_kernels.triton import configs, lists, weights
-from bap_kernels.triton.configs import ARCHITECTURES, TABLE, Config
+from bap_kernels.triton.configs import ARCHITECTURES, TABLE, Config, Problem
 
 
 def ints(values: list[int]) -> torch.Tensor:
@@ -123,15 +124,15 @@ def test_every_shape_has_a_configuration_on_every_architecture() -> None:
             table = TABLE[facts.table, products]
             for rows in (1, 40, 200, 3000, 200_000):
                 for columns in (1, 33, 65, 300, 4000):
-                    assert configs.choose(rows, columns, products, capability) in table.values()
+                    assert configs.from_table(rows, columns, products, capability) in table.values()
 
 
 def test_tiles_grow_with_the_product() -> None:
-    areas = [c.BM * c.BN for c in (configs.choose(rows, 512, "16", 90) for rows in (49, 3136, 200_000))]
+    areas = [c.BM * c.BN for c in (configs.from_table(rows, 512, "16", 90) for rows in (49, 3136, 200_000))]
     assert areas == sorted(areas)
     assert areas[0] < areas[-1]
-    assert configs.choose(200_000, 32, "16", 90).BN == 32
-    assert configs.choose(64, 200_000, "16", 90).BM == 64
+    assert configs.from_table(200_000, 32, "16", 90).BN == 32
+    assert configs.from_table(64, 200_000, "16", 90).BM == 64
 
 
 def test_unknown_architectures_take_an_older_one() -> None:
@@ -153,9 +154,22 @@ def test_chunks_cover_the_pixels(pixels: int, tile_count: int) -> None:
 
 def test_override_is_undone() -> None:
     mine = Config(16, 16, 16, 1, 1)
+    problem = Problem("fwd", 10, 10, 10, 1, 0)
     with configs.overriding(mine):
-        assert configs.choose(10, 10, "16", 90) == mine
-    assert configs.choose(10, 10, "16", 90) != mine
+        assert configs.choose(problem, "16", 90) == mine
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(configs.choose, problem, "16", 90).result() != mine
+    assert configs.choose(problem, "16", 90) == configs.from_table(10, 10, "16", 90) != mine
+
+
+def test_what_was_measured_goes_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, mine = Problem("fwd", 10, 10, 10, 1, 0), Config(16, 16, 16, 1, 1)
+    monkeypatch.setitem(configs.tuned, (90, "16", problem), mine)
+    assert configs.choose(problem, "16", 90) == mine
+    for other in (problem._replace(depth=11), problem._replace(kernel="planar"), problem._replace(kind=8)):
+        assert configs.choose(other, "16", 90) != mine
+    assert configs.choose(problem, "16", 80) != mine
+    assert configs.choose(problem, "tf32", 90) != mine
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
