@@ -56,6 +56,7 @@ class MixedBatch:
         counts: samples of each of them, in that order.
         order: the samples sorted by domain, int64, (N,); None where they are sorted already.
         back: the inverse of ``order``.
+        copies: ``order`` (False) and ``back`` (True) on other devices; a CUDA graph cannot capture such a copy.
         entered: how many calls of the model are under way, each of which has sorted its batch.
     """
 
@@ -66,6 +67,7 @@ class MixedBatch:
         self.entered = 0
         self.order: Tensor | None = None
         self.back: Tensor | None = None
+        self.copies: dict[tuple[bool, torch.device], Tensor] = {}
         if list(numbers) != sorted(numbers):
             self.order = torch.tensor(sorted(range(self.size), key=lambda sample: numbers[sample]))
             self.back = torch.empty_like(self.order)
@@ -93,9 +95,18 @@ class MixedBatch:
             if tensor.dim() == 0 or tensor.shape[0] != self.size:
                 return tensor
             found += 1
-            return tensor if index is None else _taken(tensor, index.to(tensor.device))
+            return tensor if index is None else _taken(tensor, self.on(index, tensor.device))
 
         return tree_map_only(Tensor, move, values), found
+
+    def on(self, index: Tensor, device: torch.device) -> Tensor:
+        """``order`` or ``back`` on a device, copied once."""
+        if index.device == device:
+            return index
+        key = (index is self.back, device)
+        if key not in self.copies:
+            self.copies[key] = index.to(device)
+        return self.copies[key]
 
     def parts(self, values: Any) -> list[Any]:
         """Sorted ``values`` cut into the runs."""

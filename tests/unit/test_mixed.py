@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels import _C
+from bap_kernels.nn.mixed import MixedBatch
 from bap_kernels.testing import lay_out
 
 DOMAINS = ["birds", "cars", "signs"]
@@ -331,3 +332,16 @@ def test_planned_networks_take_mixed_batches(make: Callable[[], nn.Module], layo
             planned(x[:2])
         bk.set_domain(planned, "signs")
         torch.testing.assert_close(planned(x[:1])[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_is_copied_to_a_device_once() -> None:
+    batch = MixedBatch([1, 0, 1])
+    x = torch.randn(3, 8, 6, 6)
+    (sorted_x,), _ = batch.moved((x,), batch.order)
+    assert torch.equal(sorted_x, x[[1, 0, 2]])
+    assert batch.copies == {}
+    there = torch.empty(3, 8, 6, 6, device="meta")
+    for _ in range(2):
+        for index in (batch.order, batch.back):
+            assert batch.moved((there,), index)[0][0].device.type == "meta"
+    assert len(batch.copies) == 2
