@@ -23,9 +23,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run one test of N, always the same ones: a sample, for slow builds such as one with sanitizers",
     )
+    parser.addoption(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="run the I-th of N parts of the tests, always the same ones: for processes that run side by side",
+    )
 
 
+def _part(text: str) -> tuple[int, int]:
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise ValueError(f"--part: expected I/N with I from 1 to N, got {text!r}.")
+    return int(which), int(of)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    which, of = config.option.part
+    if of > 1:
+        # By place among those that -k has left, so that the parts are alike.
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != which - 1])
+        items[:] = items[which - 1 :: of]
     every = config.option.every
     if every > 1:
         left_out = [item for item in items if zlib.crc32(item.nodeid.encode()) % every]

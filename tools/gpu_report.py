@@ -3,8 +3,9 @@
     python tools/gpu_report.py --out DIR [--quick]
 
 Needs no network. Each part runs in its own process under a time limit, so that one that fails or hangs does not take
-the others with it; without a GPU the parts that need one are reported as skipped. Leaves report.json, report.md and one
-log for each part in DIR, and prints a short table last.
+the others with it; without a GPU the parts that need one are reported as skipped. The tests run side by side, before
+anything is timed. Leaves report.json, report.md, the studies' reports and plots, and one log for each part in DIR, and
+prints a short table last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,24 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Part:
+    """A command of the report.
+
+    Args:
+        skip: why it cannot run here; None if it can.
+        read: turns its output into data for the report.
+        environment: variables that it gets where the user has not set them.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: float
+    skip: str | None = None
+    read: Callable[[str], dict[str, Any]] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
 class Report:
     """Runs parts one after the other within a common budget of time and collects their results."""
 
@@ -59,39 +79,39 @@ class Report:
         self.deadline = time.monotonic() + budget_s
         self.results: list[Result] = []
 
-    def run(
-        self,
-        part: str,
-        command: list[str],
-        limit_s: float,
-        skip: str | None = None,
-        read: Callable[[str], dict[str, Any]] | None = None,
-    ) -> Result:
-        """Runs ``command`` from the repository; ``read`` turns its output into data for the report."""
-        result = Result(part, "skipped", skip or "")
-        self.results.append(result)
-        limit_s = min(limit_s, self.deadline - time.monotonic())
-        if skip is None and limit_s < 5:
+    def run(self, part: Part) -> Result:
+        """Runs one part."""
+        return self.run_together([part])[0]
+
+    def run_together(self, parts: Sequence[Part]) -> list[Result]:
+        """Runs parts side by side, from the repository; their results stand in the order of the parts."""
+        results = [Result(part.name, "skipped", part.skip or "") for part in parts]
+        self.results += results
+        with ThreadPoolExecutor(max(1, len(parts))) as pool:
+            list(pool.map(self._run, parts, results))
+        return results
+
+    def _run(self, part: Part, result: Result) -> None:
+        limit_s = min(part.limit_s, self.deadline - time.monotonic())
+        if part.skip is None and limit_s < 5:
             result.reason = "no time was left for it"
-        elif skip is None:
+        elif part.skip is None:
             start = time.monotonic()
             try:
-                self._execute(result, command, limit_s, read)
+                self._execute(result, part, limit_s)
             except (OSError, ValueError) as error:
                 result.state, result.reason = "failed", f"{type(error).__name__}: {error}"
             result.seconds = round(time.monotonic() - start, 1)
         print(f"{result.part}: {result.state} {result.reason}", flush=True)
-        return result
 
-    def _execute(
-        self, result: Result, command: list[str], limit_s: float, read: Callable[[str], dict[str, Any]] | None
-    ) -> None:
+    def _execute(self, result: Result, part: Part, limit_s: float) -> None:
         log = self.out / f"{result.part}.log"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment = {**part.environment, **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with log.open("w", encoding="utf-8") as stream:
             try:
                 done = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=limit_s
+                    part.command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=limit_s
                 )
             except subprocess.TimeoutExpired:
                 result.state, result.reason = "failed", f"ran past {limit_s:.0f} s, see {log.name}"
@@ -100,7 +120,7 @@ class Report:
         lines = [line for line in text.splitlines() if line.strip()]
         if done.returncode == 0:
             result.state = "ok"
-            result.data = read(text) if read else {"last_line": lines[-1] if lines else ""}
+            result.data = part.read(text) if part.read else {"last_line": lines[-1] if lines else ""}
         else:
             result.state = "failed"
             result.reason = f"status {done.returncode}: {lines[-1][:200] if lines else 'no output'}, see {log.name}"
@@ -116,6 +136,11 @@ class Report:
             table.append(f"| {result.part} | {result.state} | {result.seconds} | {remarks.replace('|', '/')} |")
         facts = "\n".join(f"- {key}: {value}" for key, value in head.items())
         markdown = f"# GPU report\n\n{facts}\n\n" + "\n".join(table) + "\n"
+        networks = self.out / "networks.md"
+        if networks.exists():
+            markdown += "\n## Networks, mixed batches, training\n\n" + networks.read_text(encoding="utf-8")
+        for study in sorted(self.out.glob("study-*/report.md")):
+            markdown += f"\n[{study.parent.name}]({study.relative_to(self.out)})\n"
         (self.out / "report.md").write_text(markdown, encoding="utf-8")
         print("\n" + "\n".join(table))
 
@@ -154,14 +179,91 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def run_sanitizer(report: Report, tests: list[str], skip: str | None, quick: bool) -> None:
+def built_already() -> str | None:
+    """Why nothing has to be compiled: the libraries are younger than all that they are made of."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    sources += [ROOT / "setup.py", ROOT / "tools/build_plan.py", ROOT / "tools/ninja_build.py"]
+    libraries = [path for pattern in ("_C.*.so", "_C_cuda.*.so") for path in (ROOT / "bap_kernels").glob(pattern)]
+    wanted = 2 if find_tool("nvcc") else 1
+    if len(libraries) < wanted or min(p.stat().st_mtime for p in libraries) < max(p.stat().st_mtime for p in sources):
+        return None
+    return "the libraries are younger than their sources"
+
+
+def test_parts(out: Path, backend: str, skip: str | None, quick: bool, processes: int) -> list[Part]:
+    """The GPU tests of a backend, the one that decides about its benches first; "" stands for PyTorch's own ways."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    chosen = {"": "not triton and not cuda", "triton": "triton and not cuda", "cuda": "cuda and not sanitizer"}[backend]
+    name = f"tests-{backend}" if backend else "tests"
+    limit_s = 60 if quick else 150
+    if not backend:
+        return [Part(name, [*command, "-k", chosen, f"--junitxml={out / name}.xml"], limit_s, skip)]
+    decisive = "(kernels_and_layouts or large_tiles or blocks)"
+    parts = []
+    for kind, which in (("gate", decisive), ("rest", f"not {decisive}")):
+        for i in range(1, processes + 1):
+            one = f"{name}-{kind}" + (f"-{i}" if processes > 1 else "")
+            keywords = ["-k", f"{chosen} and {which}", "--part", f"{i}/{processes}", f"--junitxml={out / one}.xml"]
+            parts.append(Part(one, [*command, *keywords], limit_s, skip))
+    return parts
+
+
+def run_tests(report: Report, skip: str | None, no_cuda: str | None, quick: bool) -> list[str]:
+    """Runs the GPU tests side by side; returns the backends whose forward is wrong."""
+    # Of Triton each case is a compilation.
+    processes = max(1, min(4, (os.cpu_count() or 1) // 4))
+    parts = [
+        *test_parts(report.out, "triton", skip, quick, processes),
+        *test_parts(report.out, "cuda", no_cuda, quick, 1),
+        *test_parts(report.out, "", skip, quick, 1),
+    ]
+    results = report.run_together(parts)
+    gates = [result for result in results if "-gate" in result.part]
+    return sorted({result.part.split("-")[1] for result in gates if result.state != "ok"})
+
+
+def run_sanitizer(report: Report, skip: str | None, quick: bool) -> None:
     """The tests of small cases under compute-sanitizer: memory first, then races in shared memory."""
     tool = find_tool("compute-sanitizer")
     skip = skip or (None if tool else "compute-sanitizer is not installed")
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "-k", "sanitizer"]
     for check in ("memcheck",) if quick else ("memcheck", "racecheck"):
+        command = [tool or "", "--tool", check, "--error-exitcode", "1", *tests]
         # Without torch's cache every tensor is an allocation of its own, whose ends the tool knows.
-        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool or "", "--tool", check, "--error-exitcode", "1"]
-        report.run(f"sanitizer-{check}", [*command, *tests], 90, skip=skip)
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        report.run(Part(f"sanitizer-{check}", command, 60, skip, environment=alone))
+
+
+def run_benches(report: Report, skip: str | None, wrong: Sequence[str], quick: bool) -> None:
+    """Everything that is timed, one after the other."""
+    python, out = sys.executable, report.out
+    short = ["--quick"] if quick else []
+    budget = 20 if quick else 60
+    peers = ["--peers", ",".join(name for name in PEERS if name not in wrong)] if wrong else []
+
+    def study(dtype: str, seconds: int) -> None:
+        command = [
+            python,
+            "-m",
+            "benches.study",
+            "--device",
+            "cuda",
+            "--dtype",
+            dtype,
+            "--budget-seconds",
+            str(seconds),
+        ]
+        command += ["--out", str(out / f"study-{dtype}"), *peers]
+        report.run(Part(f"study-{dtype}", command, 2 * seconds + 40, skip))
+
+    study("bfloat16", budget)
+    networks = [python, "-m", "tools.gpu_networks", *short, "--budget-seconds", str(budget)]
+    networks += ["--json", str(out / "networks.json"), "--markdown", str(out / "networks.md")]
+    report.run(Part("networks", networks, 2 * budget + 20, skip, last_json))
+    overhead = [python, "-m", "tools.launch_overhead", "--device", "cuda"]
+    report.run(Part("launch-overhead", overhead, 40, skip, last_json))
+    report.run(Part("channel_gather", [python, "-m", "tools.gpu_gather", *short], 30, skip, last_json))
+    study("float32", budget // 2)
 
 
 def main() -> int:
@@ -176,46 +278,32 @@ def main() -> int:
     python = sys.executable
     quick = ["--quick"] if arguments.quick else []
 
-    facts = report.run("machine", [python, "-c", FACTS], 60, read=last_json)
+    facts = report.run(Part("machine", [python, "-c", FACTS], 60, read=last_json))
     gpu = facts.data.get("gpu")
     no_gpu = None if gpu else "no CUDA device here" if facts.state == "ok" else "torch does not run here"
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
-    report.run("driver", smi, 20, skip=no_gpu)
-    built = report.run("build", [python, "setup.py", "build_ext", "--inplace"], 300)
-    info = report.run("info", [python, "-m", "bap_kernels.info"], 60, read=cuda_line)
+    report.run(Part("driver", smi, 20, no_gpu))
+    capability = facts.data.get("capability")
+    # The machine's own architecture alone: the others take their time to compile.
+    own = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)} if capability else {}
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    built = report.run(Part("build", build, 90 if arguments.quick else 240, built_already(), environment=own))
+    info = report.run(Part("info", [python, "-m", "bap_kernels.info"], 60, read=cuda_line))
     broken = None if info.state == "ok" else f"bap_kernels does not load (build: {built.state})"
 
-    has_tests = any((ROOT / "tests/gpu").glob("test_*.py"))
-    no_tests = no_gpu or broken or (None if has_tests else "tests/gpu holds no tests")
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    tests = [*pytest, "-k", "not triton and not cuda", f"--junitxml={out / 'tests.xml'}"]
-    report.run("tests", tests, 120 if arguments.quick else 180, skip=no_tests)
-    # Each case is a compilation: they have a time of their own, and what is not right keeps them out of the benches.
-    chosen = "triton and not cuda" + (" and (kernels_and_layouts or capture or gradients)" if arguments.quick else "")
-    triton_tests = [*pytest, "-x", "-k", chosen, f"--junitxml={out / 'tests-triton.xml'}"]
-    triton = report.run("tests-triton", triton_tests, 60 if arguments.quick else 180, skip=no_tests)
-    cuda_tests = [*pytest, "-k", "cuda", f"--junitxml={out / 'tests-cuda.xml'}"]
-    no_cuda = no_tests or missing_cuda(info.data)
-    cuda = report.run("tests-cuda", cuda_tests, 60 if arguments.quick else 120, skip=no_cuda)
-    run_sanitizer(report, [*pytest, "-k", "sanitizer"], no_cuda, quick=arguments.quick)
-    gather = [python, "-m", "tools.gpu_gather", *quick]
-    report.run("channel_gather", gather, 60, skip=no_gpu or broken, read=last_json)
-    budget = 30 if arguments.quick else 100
-    for dtype in ("bfloat16", "float32"):
-        study = [python, "-m", "benches.study", "--device", "cuda", "--dtype", dtype, "--budget-seconds", str(budget)]
-        study += ["--out", str(out / f"study-{dtype}")]
-        wrong = [name for name, tests in (("triton", triton), ("cuda", cuda)) if tests.state != "ok"]
-        if wrong:
-            study += ["--peers", ",".join(name for name in PEERS if name not in wrong)]
-        report.run(f"study-{dtype}", study, 2 * budget + 60, skip=no_gpu or broken)
+    no_kernels = no_gpu or broken
+    no_cuda = no_kernels or missing_cuda(info.data)
+    wrong = run_tests(report, no_kernels, no_cuda, arguments.quick)
+    run_benches(report, no_kernels, wrong, arguments.quick)
+    run_sanitizer(report, no_cuda, arguments.quick)
     # Machine code needs no GPU; it comes last, for the measurements must not lack its time.
     compiled = [python, "-m", "tools.compile_triton", *quick, "--json", str(out / "triton-code.json")]
     no_triton = None if facts.data.get("triton") else "Triton is not installed"
-    report.run("triton-code", compiled, 150, skip=no_triton or broken)
+    report.run(Part("triton-code", compiled, 150, no_triton or broken))
     found = bool(find_tool("nvcc")) and bool(find_tool("cuobjdump") or facts.data.get("triton"))
     no_nvcc = None if found else "there is no nvcc or no cuobjdump"
     compiled = [python, "-m", "tools.compile_cuda", *quick, "--json", str(out / "cuda-code.json")]
-    report.run("cuda-code", compiled, 150, skip=no_nvcc)
+    report.run(Part("cuda-code", compiled, 150, no_nvcc))
 
     report.write({"gpu": gpu, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")})
     return int(any(result.state == "failed" for result in report.results))

@@ -1,15 +1,16 @@
 """Times the host's share of a call of the Triton backend, from its arguments to the driver; needs no GPU.
 
-    python -m tools.launch_overhead [--rounds N]
+    python -m tools.launch_overhead [--rounds N] [--device cuda]
 
 A stand-in takes the driver's place: kernels are compiled, and launches end where the driver would take them. What the
-driver itself adds needs a GPU. Prints one line of JSON: microseconds of a call with prepared launches, and with
-Triton's own look at every argument of every launch.
+driver itself adds needs a GPU, and ``--device cuda``. Prints one line of JSON: microseconds of a call with prepared
+launches, and with Triton's own look at every argument of every launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -76,7 +77,7 @@ def stand_in() -> Iterator[StandIn]:
         driver._active = before
 
 
-def calls() -> dict[str, Callable[[], None]]:
+def calls(device: str = "cpu") -> dict[str, Callable[[], None]]:
     """One call of each route, weights packed before."""
     channels, kept = 64, 32
     generator = torch.Generator().manual_seed(0)
@@ -87,8 +88,9 @@ def calls() -> dict[str, Callable[[], None]]:
     last = flat.contiguous(memory_format=torch.channels_last)
 
     def call(x: torch.Tensor, kernel: int, index: torch.Tensor) -> Callable[[], None]:
+        x, w, index = (each.to(device) for each in (x, weight[kernel], index))
         out, padding = torch.empty_like(x), (kernel // 2,) * 4
-        arguments = (out, x, weight[kernel], index, None, (1, 1), padding, (1, 1))
+        arguments = (out, x, w, index, None, (1, 1), padding, (1, 1))
         return lambda: ops.gathered_conv2d(*arguments, cache_packed=True)
 
     return {
@@ -99,11 +101,13 @@ def calls() -> dict[str, Callable[[], None]]:
 
 
 def microseconds(call: Callable[[], None], rounds: int) -> float:
-    """Median time of a call, in groups of ten."""
+    """Median time of a call, in groups of ten; a GPU has done its work before each group."""
     for _ in range(20):
         call()
     times = []
     for _ in range(rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):
             call()
@@ -115,17 +119,19 @@ def main() -> None:
     """Prints both times of every route."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
-    rounds = parser.parse_args().rounds
-    figures = {}
-    with stand_in():
-        for name, call in calls().items():
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    rounds, figures = options.rounds, {}
+    with stand_in() if options.device == "cpu" else contextlib.nullcontext():
+        for name, call in calls(options.device).items():
             prepared, run = microseconds(call, rounds), Launch.run
             Launch.run = Launch.run_by_triton  # type: ignore[method-assign]
             try:
                 figures[name] = {"prepared_us": prepared, "triton_us": microseconds(call, rounds)}
             finally:
                 Launch.run = run  # type: ignore[method-assign]
-    print(json.dumps({"host_microseconds_up_to_the_driver": figures}))
+    reach = "up_to_the_driver" if options.device == "cpu" else "of_a_call"
+    print(json.dumps({f"host_microseconds_{reach}": figures}))
 
 
 if __name__ == "__main__":

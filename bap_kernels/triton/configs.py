@@ -99,7 +99,7 @@ _TF32 = {
     "medium": Config(64, 128, 32, 4, 3),
     "small": Config(64, 64, 32, 4, 4),
     "narrow": Config(128, 64, 32, 4, 3),
-    "thin": Config(128, 32, 32, 4, 4),
+    "thin": Config(128, 32, 32, 8, 3),
 }
 _TF32_SMALL = {
     "large": Config(64, 128, 32, 4, 3),

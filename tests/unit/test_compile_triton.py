@@ -32,6 +32,12 @@ def test_checks_can_fail() -> None:
     assert check(CASE, PTX.replace("wgmma", "fma"), GOOD, 1000) == ["no wgmma.mma_async"]
     assert check(CASE, PTX, {**GOOD, "LOCAL": 8}, 1000) == ["spills 8 bytes"]
     assert check(CASE, PTX, GOOD, 10**6)[0] == f"1000000 bytes of shared memory of {227 * 1024}"
+    turned = Case("wgrad 3x3", 90, "tf32", "large")
+    assert check(turned, PTX.replace("0x10", "0x4"), GOOD, 1000) == []
+    old = dataclasses.replace(turned, arch=80)
+    assert check(old, "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;\nmma.sync", GOOD, 1000) == [
+        "no copy of 16 bytes"
+    ]
     assert check(dataclasses.replace(CASE, kernel="fwd 3x3 channel by channel"), "wgmma.mma_async", GOOD, 0) == []
 
 

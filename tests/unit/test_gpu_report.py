@@ -1,0 +1,101 @@
+"""The report of a GPU: parts that fail, hang or cannot run, what is left on disk, and the rehearsal without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import gpu_report
+from tools.gpu_report import Part, Report
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, 60)
+    parts = [
+        Part("fine", python("print('{\"cases\": 3}')"), 30, read=gpu_report.last_json),
+        Part("failing", python("print('why'); raise SystemExit(3)"), 30),
+        Part("hanging", python("import time; time.sleep(60)"), 5.5),
+        Part("left out", python("print(1)"), 30, skip="no CUDA device here"),
+        Part("silent", python("print('no JSON')"), 30, read=gpu_report.last_json),
+        Part("missing", ["/nowhere/program"], 30),
+        Part("told", python("import os; print(os.environ['SOME_SETTING'])"), 30, environment={"SOME_SETTING": "7"}),
+    ]
+    results = {result.part: result for result in report.run_together(parts)}
+    assert [result.part for result in report.results] == [part.name for part in parts]
+    assert (results["fine"].state, results["fine"].data) == ("ok", {"cases": 3})
+    assert (results["failing"].state, results["failing"].reason) == ("failed", "status 3: why, see failing.log")
+    assert results["hanging"].state == "failed"
+    assert results["hanging"].reason.startswith("ran past 6 s") or results["hanging"].reason.startswith("ran past 5 s")
+    assert (results["left out"].state, results["left out"].reason) == ("skipped", "no CUDA device here")
+    assert "expected a line of JSON" in results["silent"].reason
+    assert results["missing"].reason.startswith("FileNotFoundError")
+    assert results["told"].data == {"last_line": "7"}
+    (tmp_path / "networks.md").write_text("| a row |\n")
+    report.write({"gpu": None})
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [part["state"] for part in written["parts"]] == [result.state for result in report.results]
+    assert "| a row |" in (tmp_path / "report.md").read_text()
+    assert "| failing | failed |" in capsys.readouterr().out
+
+
+def test_what_no_time_is_left_for_is_skipped(tmp_path: Path) -> None:
+    result = Report(tmp_path, 1).run(Part("late", python("print(1)"), 30))
+    assert (result.state, result.reason) == ("skipped", "no time was left for it")
+
+
+def collected(*options: str) -> set[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_the_gpu_tests_are_divided_and_none_is_left_out(tmp_path: Path) -> None:
+    everything = collected("tests/gpu")
+    parts = [
+        *gpu_report.test_parts(tmp_path, "triton", None, False, 2),
+        *gpu_report.test_parts(tmp_path, "cuda", None, False, 1),
+        *gpu_report.test_parts(tmp_path, "", None, False, 1),
+    ]
+    chosen = [collected(*part.command[6:]) for part in parts]
+    assert all(chosen)
+    assert sum(map(len, chosen)) == len(set().union(*chosen))
+    sanitized = {test for test in everything if "sanitizer" in test}
+    assert set().union(*chosen) == everything - sanitized
+    assert len(sanitized) == 1
+    gates = [tests for part, tests in zip(parts, chosen, strict=True) if "triton-gate" in part.name]
+    assert abs(len(gates[0]) - len(gates[1])) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "/"])
+def test_wrong_parts(text: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/gpu", "--part", text]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert "--part" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
+@pytest.mark.slow
+def test_rehearsal_of_the_networks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu_networks", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(
+        [*command, "--markdown", str(tmp_path / "rows.md")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["part"] for row in rows} == {"network", "mixed", "training"}
+    assert not [row for row in rows if "failed" in row]
+    assert all(row["p50_s"] > 0 for row in rows)
+    assert gpu_report.last_json(done.stdout)["failed"] == 0
+    assert "| planned, auto |" in (tmp_path / "rows.md").read_text()
