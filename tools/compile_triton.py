@@ -292,8 +292,7 @@ def compile_case(case: Case) -> Code:
 
     start = time.perf_counter()
     step = describe(case)
-    options = {"num_warps": step.recipe.config.warps, "num_stages": step.recipe.config.stages}
-    made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=options)
+    made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=step.recipe.options)
     ptx, usage, shared = made.asm["ptx"], resource_usage(made.asm["cubin"]), int(made.metadata.shared)
     blocks = occupancy(case.arch, step.recipe.config.warps, usage["REG"], shared)
     config = step.recipe.config
