@@ -11,9 +11,11 @@ prints a short table last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -109,21 +111,32 @@ class Report:
         environment = {**part.environment, **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with log.open("w", encoding="utf-8") as stream:
+            # A session of its own: what a command has started must not run on beside the parts that follow.
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                done = subprocess.run(
-                    part.command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=limit_s
-                )
+                status = process.wait(limit_s)
             except subprocess.TimeoutExpired:
                 result.state, result.reason = "failed", f"ran past {limit_s:.0f} s, see {log.name}"
                 return
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         text = log.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        if done.returncode == 0:
+        if status == 0:
             result.state = "ok"
             result.data = part.read(text) if part.read else {"last_line": lines[-1] if lines else ""}
         else:
             result.state = "failed"
-            result.reason = f"status {done.returncode}: {lines[-1][:200] if lines else 'no output'}, see {log.name}"
+            result.reason = f"status {status}: {lines[-1][:200] if lines else 'no output'}, see {log.name}"
 
     def write(self, head: dict[str, Any]) -> None:
         """Writes report.json and report.md and prints the table."""

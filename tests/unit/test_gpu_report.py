@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: p
     parts = [
         Part("fine", python("print('{\"cases\": 3}')"), 30, read=gpu_report.last_json),
         Part("failing", python("print('why'); raise SystemExit(3)"), 30),
-        Part("hanging", python("import time; time.sleep(60)"), 5.5),
+        Part("hanging", ["sh", "-c", f"(sleep 7; touch {tmp_path}/child) & wait"], 5.5),
         Part("left out", python("print(1)"), 30, skip="no CUDA device here"),
         Part("silent", python("print('no JSON')"), 30, read=gpu_report.last_json),
         Part("missing", ["/nowhere/program"], 30),
@@ -37,6 +38,8 @@ def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: p
     assert (results["failing"].state, results["failing"].reason) == ("failed", "status 3: why, see failing.log")
     assert results["hanging"].state == "failed"
     assert results["hanging"].reason.startswith("ran past 6 s") or results["hanging"].reason.startswith("ran past 5 s")
+    time.sleep(2.5)
+    assert not (tmp_path / "child").exists(), "what it had started ran on"
     assert (results["left out"].state, results["left out"].reason) == ("skipped", "no CUDA device here")
     assert "expected a line of JSON" in results["silent"].reason
     assert results["missing"].reason.startswith("FileNotFoundError")
