@@ -17,9 +17,7 @@ from rich.console import Console
 
 from benches import ours
 from benches.cases import DENSITIES, LAYOUTS
-from benches.machine import describe, measure_roof
-from benches.rows import Journal
-from benches.study import Task, numbers, progress_bars, run_tasks, warn_if_busy, wide_console
+from benches.running import Task, begin, command_line, finish, numbers, progress_bars, run_tasks
 from benches.training import curve, layers, report, steps
 from benches.training.cells import MODES, layer_cells, step_cells
 
@@ -84,19 +82,10 @@ def study(options: argparse.Namespace, console: Console) -> None:
     start = time.perf_counter()
     if not (options.layers or options.steps or options.curve):
         options.layers = options.steps = options.curve = True
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    library = ours.library()
     ours.package().use_backend("auto")
-    cpu = torch.device("cpu")
-    console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
-    header = describe(cpu, "float32", measure_roof(torch.float32, cpu), dict(library.build_facts()), library.isa())
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.jsonl"
+    header, _, journal = begin(options, console, torch.device("cpu"), "float32", options.fresh)
     if options.fresh:
-        path.unlink(missing_ok=True)
         (options.out / "curve.json").unlink(missing_ok=True)
-    journal = Journal(path, header)
     bench = layers.LayerBench(peaks=not options.no_peaks)
     single, whole = tasks_of(options, bench)
     curves = curve.read(options.out)
@@ -119,27 +108,14 @@ def study(options: argparse.Namespace, console: Console) -> None:
         done += run_tasks(whole, journal, progress, "steps", end, STEP_SECONDS, "float32", "cpu")
     wanted = len(single) + len(whole)
     header["coverage"] = f"{done} of {wanted} cases in {time.perf_counter() - start:.0f} s"
-    for table in report.write(options.out, header, journal.rows, curves):
-        if table.screen:
-            console.print(table.rich())
+    finish(options.out, console, report.write(options.out, header, journal.rows, curves), journal.rows)
     if done < wanted:
         console.print(f"The time ran out after {done} of {wanted} cases; the same command goes on from here.")
-    warn_if_busy(console, journal.rows)
-    console.print(f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, plots/)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; errors that a user can mend are one line."""
-    console = wide_console()
-    try:
-        study(parser().parse_args(arguments), console)
-    except (ours.PackageMissingError, NotImplementedError, ValueError) as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from here.")
-        return 130
-    return 0
+    return command_line(study, parser(), arguments, "; the same command goes on from here")
 
 
 if __name__ == "__main__":
