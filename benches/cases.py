@@ -7,6 +7,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,23 @@ class Cell:
         return (
             f"{self.case.network}-b{self.batch}-{self.case.shape}-d{self.density * 100:.0f}-{self.lists}-{self.layout}"
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What rows say of the convolution, by field."""
+        case = self.case
+        return {
+            "network": case.network,
+            "case": case.shape,
+            "C_in": case.C_in,
+            "C_out": case.C_out,
+            "H": case.H,
+            "W": case.W,
+            "kernel": case.kernel,
+            "stride": case.stride,
+            "K_in": self.K_in,
+            "K_out": self.K_out,
+        }
 
     @property
     def seed(self) -> int:

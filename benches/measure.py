@@ -12,7 +12,7 @@ from benches.cases import Cell
 from benches.machine import Roof
 from benches.peers import Peer
 from benches.problem import NumberStore, Problem, normal_tensors
-from benches.rows import Row, with_ratios
+from benches.rows import Row, row_of, with_ratios
 from benches.summary import NOISE
 from benches.timers import Spread, clock, interleave
 
@@ -118,36 +118,17 @@ class Bench:
         """Put one peer's figures together, without the ratios."""
         cell = problem.cell
         flop, moved = problem.work(dense=name == "dense")
-        return Row(
-            network=cell.case.network,
-            case=cell.case.shape,
-            cell=cell.id,
+        return row_of(
+            cell,
+            spread,
+            flop,
+            **cell.facts,
             peer=name,
             candidate=peer.candidate,
             device=self.device.type,
             dtype=self.dtype,
-            layout=cell.layout,
-            batch=cell.batch,
-            density=cell.density,
-            lists=cell.lists,
-            seed=cell.seed,
-            threads=torch.get_num_threads(),
             inputs="rotated" if problem.rotated else "warm",
-            rounds=spread.rounds,
-            p20_s=spread.p20,
-            p50_s=spread.p50,
-            p80_s=spread.p80,
             max_error=error,
-            C_in=cell.case.C_in,
-            C_out=cell.case.C_out,
-            H=cell.case.H,
-            W=cell.case.W,
-            kernel=cell.case.kernel,
-            stride=cell.case.stride,
-            K_in=cell.K_in,
-            K_out=cell.K_out,
-            gflop=flop * 1e-9,
             bytes=moved,
-            flop_per_s=flop / spread.p50,
             roof_share=self.roof.seconds(flop, moved) / spread.p50 if self.roof else None,
         )

@@ -18,20 +18,20 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from benches import gate, ours, report
 from benches.cases import LAYOUTS
-from benches.machine import describe, measure_roof
 from benches.measure import DTYPES
 from benches.memory import can_measure_peak, in_fresh_process, resident_bytes
 from benches.networks import NETWORKS, TOLERANCE, NetworkBench, NetworkCell, in_lists, mask_
 from benches.problem import MEMORY_FORMATS, normal_tensors
-from benches.rows import Journal, Row
-from benches.study import wide_console
+from benches.rows import Row, row_of
+from benches.running import begin, command_line, finish
 from benches.summary import DOMAINS
 from benches.tables import Table
 from benches.timers import Spread
@@ -61,6 +61,8 @@ class Serving:
     batch: int
     layout: str
     dtype: str
+    lists: ClassVar[str] = "in"
+    seed: ClassVar[int] = 0
 
     @property
     def id(self) -> str:
@@ -72,7 +74,7 @@ class Serving:
         """Names of the domains."""
         return [f"domain{i}" for i in range(self.domains)]
 
-    def lists(self, model: nn.Module, domain: str) -> dict[str, Tensor]:
+    def drawn(self, model: nn.Module, domain: str) -> dict[str, Tensor]:
         """Draw the in-lists of a domain."""
         return in_lists(model, self.density, zlib.crc32(f"{self.network}-{domain}-d{self.density * 100:.0f}".encode()))
 
@@ -102,7 +104,7 @@ class Served:
         with normal_tensors():
             # As it is served: parameters of its own, apart from those of the bench.
             self.model = bk.swap_(self.bench.placed(self.base, serving.layout))
-            lists = {name: serving.lists(self.base, name) for name in self.names}
+            lists = {name: serving.drawn(self.base, name) for name in self.names}
             bk.attach_(
                 self.model,
                 {
@@ -163,7 +165,7 @@ def _settled() -> int:
 
 
 def _reference(serving: Serving, model: nn.Module, name: str, x: Tensor) -> Tensor:
-    masked = mask_(copy.deepcopy(model).double(), serving.lists(model, name))
+    masked = mask_(copy.deepcopy(model).double(), serving.drawn(model, name))
     return masked(x[:1].double())
 
 
@@ -200,26 +202,13 @@ def timed_row(serving: Serving, peer: str, held: tuple[int, int] | None) -> Row:
             served.switch(name)
             switches.append(clock() - start)
     ours.forget_packed()
-    spread = Spread.of(switches)
-    return Row(
+    return row_of(
+        serving,
+        Spread.of(switches),
         network=serving.network,
         case=DOMAINS,
-        cell=serving.id,
         peer=peer,
-        candidate="",
-        device="cpu",
         dtype=serving.dtype,
-        layout=serving.layout,
-        batch=serving.batch,
-        density=serving.density,
-        lists="in",
-        seed=0,
-        threads=torch.get_num_threads(),
-        inputs="warm",
-        rounds=spread.rounds,
-        p20_s=spread.p20,
-        p50_s=spread.p50,
-        p80_s=spread.p80,
         max_error=error,
         weight_bytes=held[1] if held else None,
         forward_s=statistics.median(forwards),
@@ -248,36 +237,31 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write rows and report."""
-    options, console = parser().parse_args(arguments), wide_console()
+def study(options: argparse.Namespace, console: Console) -> None:
+    """Measure, print the table, and write rows and report.
+
+    Raises:
+        ValueError: For an option that is out of range.
+    """
     if options.domains < 1 or options.batch < 1 or not 0 < options.density <= 1:
-        console.print("[red]memory_of_domains: expected --domains and --batch from 1 and --density in (0, 1].[/]")
-        return 1
-    if options.threads:
-        torch.set_num_threads(options.threads)
+        raise ValueError(
+            "memory_of_domains: expected --domains and --batch from 1 and --density in (0, 1], "
+            f"got {options.domains}, {options.batch} and {options.density}."
+        )
     serving = Serving(options.network, options.domains, options.density, options.batch, options.layout, options.dtype)
     ours.fresh_choices()
-    device = torch.device("cpu")
-    roof = measure_roof(DTYPES[options.dtype], device)
-    build = dict(ours.library().build_facts())
-    header = describe(device, options.dtype, roof, build, ours.library().isa())
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        journal = Journal(options.out / "rows.jsonl", header)
-    except ValueError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        return 1
+    header, _, journal = begin(options, console, torch.device("cpu"), options.dtype)
     for peer in PEERS:
         console.print(f"{serving.id}: {peer} ...", highlight=False)
         held = in_fresh_process(held_bytes, serving, peer) if can_measure_peak() else None
         journal.append([timed_row(serving, peer, held)])
-    made: list[Table] = report.write(options.out, header, journal.rows)
-    for table in made:
-        if table.title == "Several domains":
-            console.print(table.rich())
-    console.print(f"Report: {options.out / 'report.html'}")
-    return 0
+    tables: list[Table] = report.write(options.out, header, journal.rows)
+    finish(options.out, console, [table for table in tables if table.title == "Several domains"], journal.rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; errors that a user can mend are one line."""
+    return command_line(study, parser(), arguments)
 
 
 if __name__ == "__main__":

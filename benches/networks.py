@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from benches.cases import draw, kept
 from benches.measure import DTYPES
 from benches.photographs import CROPS, batches
 from benches.problem import MEMORY_FORMATS, normal_tensors
-from benches.resnet26 import ResNet26
-from benches.rows import Row, with_ratios
+from benches.rows import Row, row_of, with_ratios
 from benches.summary import WHOLE_NETWORK
 from benches.timers import Spread, Timed, clock, interleave, nothing
 
 DOMAIN = "photographs"
 FEW_CHANNELS = 4
+# Of the networks that have no fixed number.
+CLASSES = 100
 PACKING = ("planned", *ours.BACKENDS)
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
@@ -33,23 +34,24 @@ MAX_ROUNDS = 30
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def _resnet50() -> nn.Module:
-    from torchvision.models import resnet50
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from torchvision import models
 
-    return resnet50(weights=None)
+        return models.get_model(name, weights=None)
 
-
-def _densenet121() -> nn.Module:
-    from torchvision.models import densenet121
-
-    return densenet121(weights=None)
+    return make
 
 
-def _wide_resnet() -> nn.Module:
-    # The method's package: installed with the one that is measured.
-    from bap.models import WideResNet
+def _of_the_method(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        # The method's package: installed with the one that is measured.
+        from bap import models
 
-    return WideResNet(num_classes=100)
+        made: nn.Module = getattr(models, name)(num_classes=CLASSES)
+        return made
+
+    return make
 
 
 # What there is of whole networks alone. planned: bk.plan. pruned: bk.specialize, the physically small network of one
@@ -60,10 +62,10 @@ WHOLE = ("planned", "pruned", *COMPILED)
 DENSE = ("dense", "compiled_dense")
 # Constructor and image size.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet50": (_resnet50, 224),
-    "resnet26": (ResNet26, 64),
-    "densenet121": (_densenet121, 224),
-    "wrn28_4": (_wide_resnet, 64),
+    "resnet50": (_torchvision("resnet50"), 224),
+    "resnet26": (_of_the_method("ResNet26"), 64),
+    "densenet121": (_torchvision("densenet121"), 224),
+    "wrn28_4": (_of_the_method("WideResNet"), 64),
 }
 # Those of the default study.
 FEW = ("resnet50", "resnet26")
@@ -80,6 +82,7 @@ class NetworkCell:
     batch: int
     density: float
     layout: str
+    lists: ClassVar[str] = "in"
 
     @property
     def id(self) -> str:
@@ -342,29 +345,16 @@ class NetworkBench:
     def _row(
         self, cell: NetworkCell, name: str, spread: Spread, error: float, held: int, flop: tuple[float, float]
     ) -> Row:
-        work = cell.batch * flop[0 if name in DENSE else 1]
-        return Row(
+        return row_of(
+            cell,
+            spread,
+            cell.batch * flop[0 if name in DENSE else 1],
             network=cell.network,
             case=WHOLE_NETWORK,
-            cell=cell.id,
             peer=name,
-            candidate="",
             device=self.device.type,
             dtype=self.dtype,
-            layout=cell.layout,
-            batch=cell.batch,
-            density=cell.density,
-            lists="in",
-            seed=cell.seed,
-            threads=torch.get_num_threads(),
-            inputs="warm",
-            rounds=spread.rounds,
-            p20_s=spread.p20,
-            p50_s=spread.p50,
-            p80_s=spread.p80,
             max_error=error,
-            gflop=work * 1e-9,
-            flop_per_s=work / spread.p50,
             weight_bytes=held,
         )
 

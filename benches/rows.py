@@ -11,7 +11,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+
+from benches.timers import Spread
 
 # Peers that a row is divided by, where the same run timed them.
 BASES = ("dense", "masked", "naive", "best", "oracle", "oracle8")
@@ -132,6 +136,61 @@ def _kinds() -> dict[str, type]:
 
 
 _KINDS = _kinds()
+
+
+class Setting(Protocol):
+    """What cells of all kinds have."""
+
+    @property
+    def id(self) -> str:
+        """Name in ids and tables."""
+
+    @property
+    def batch(self) -> int:
+        """N."""
+
+    @property
+    def density(self) -> float:
+        """Share of the channels kept."""
+
+    @property
+    def lists(self) -> str:
+        """``in`` or ``both``."""
+
+    @property
+    def layout(self) -> str:
+        """``channels_last`` or ``nchw``."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the lists."""
+
+
+def row_of(setting: Setting, spread: Spread, flop: float | None = None, **fields: Any) -> Row:
+    """Put one peer's figures together, without the ratios.
+
+    Args:
+        setting: What was measured.
+        spread: Its timings.
+        flop: Useful work.
+        fields: The other fields of `Row`; by default float32 on the CPU, one input, and no candidates.
+    """
+    usual: dict[str, Any] = {"cell": setting.id, "candidate": "", "device": "cpu", "dtype": "float32", "inputs": "warm"}
+    if flop is not None:
+        usual |= {"gflop": flop * 1e-9, "flop_per_s": flop / spread.p50}
+    return Row(
+        layout=setting.layout,
+        batch=setting.batch,
+        density=setting.density,
+        lists=setting.lists,
+        seed=setting.seed,
+        threads=torch.get_num_threads(),
+        rounds=spread.rounds,
+        p20_s=spread.p20,
+        p50_s=spread.p50,
+        p80_s=spread.p80,
+        **(usual | fields),
+    )
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:

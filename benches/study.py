@@ -8,27 +8,23 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benches import ours, report
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
-from benches.machine import describe, measure_roof
 from benches.measure import DTYPES, Bench
 from benches.network_memory import network_peaks
 from benches.networks import COMPILED, FEW, MIN_ROUNDS, NETWORKS, WHOLE, NetworkBench, network_cells
 from benches.overhead import PEERS as OVERHEAD_PEERS
 from benches.overhead import measure_overhead
 from benches.peers import PEERS
-from benches.rows import Journal, Row
-from benches.summary import BUSY, OVERHEAD, unsteadiness
+from benches.running import Task, begin, command_line, finish, numbers, progress_bars, run_tasks
+from benches.summary import OVERHEAD
 
 BUDGET_SECONDS = 110.0
 # Kept free for plots and files.
@@ -39,43 +35,6 @@ NETWORK_SHARE = 0.3
 FULL_LAYER_SECONDS, FULL_NETWORK_SECONDS = 1.0, 6.0
 # Of whole networks in a full study; compiling takes its seconds, and three rounds are too few for a report.
 FULL_ROUNDS = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """One cell to measure.
-
-    Args:
-        id: The cell's id.
-        names: Peers that it compares.
-        measure: Given seconds, returns rows.
-        network: Whole network that is measured; None for a single convolution, which is over soon.
-        batch: N.
-    """
-
-    id: str
-    names: Sequence[str]
-    measure: Callable[[float], list[Row]]
-    network: str | None = None
-    batch: int = 1
-
-    def done(self, journal: Journal, device: str, dtype: str) -> bool:
-        """Whether the journal has every row of it (oracle8 is not made where it equals oracle)."""
-        keys = journal.done
-        threads = torch.get_num_threads()
-        return all((self.id, name, device, dtype, threads) in keys for name in self.names if name != "oracle8")
-
-
-def numbers(kind: type, allowed: Sequence[float]) -> Callable[[str], list[Any]]:
-    """Return a parser of comma-separated positive numbers; floats are shares of one, ``allowed`` are examples."""
-
-    def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
-        if any(value <= 0 or (kind is float and value > 1) for value in values):
-            raise argparse.ArgumentTypeError(f"expected positive values such as {allowed}, got {text}")
-        return values
-
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,101 +150,19 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     ]
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    journal: Journal,
-    progress: Progress,
-    title: str,
-    deadline: float,
-    usual_seconds: float,
-    dtype: str,
-    device: str,
-) -> int:
-    """Measure tasks until the deadline, each with its part of the time that is left.
-
-    Args:
-        tasks: In order of importance.
-        journal: Gets the rows.
-        progress: Shows how far it is.
-        title: Name of the bar.
-        deadline: `time.perf_counter` at which no further task is begun.
-        usual_seconds: Time for one task where the deadline is far.
-        dtype: For finding what is done already.
-        device: Likewise.
-
-    Returns:
-        How many tasks have rows now.
-    """
-    bar = progress.add_task(title, total=len(tasks), what="")
-    finished = 0
-    # Whole networks cannot be cut short: seconds and batch of the last run of each tell how long the next will take.
-    last: dict[str | None, tuple[float, int]] = {}
-    for i, task in enumerate(tasks):
-        if not task.done(journal, device, dtype):
-            start = time.perf_counter()
-            left = deadline - start
-            seconds, batch = last.get(task.network, (0.0, 1)) if task.network else (0.0, 1)
-            # Half of a network's time does not grow with the batch.
-            if left <= seconds * max(1.0, task.batch / batch / 2):
-                continue
-            progress.update(bar, what=task.id)
-            journal.append(task.measure(min(usual_seconds, left / (len(tasks) - i))))
-            last[task.network] = time.perf_counter() - start, task.batch
-        finished += 1
-        progress.advance(bar)
-    progress.update(bar, what="")
-    return finished
-
-
-def progress_bars(console: Console) -> Progress:
-    """Return the bars that show how far a study is."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-        console=console,
-    )
-
-
-def warn_if_busy(console: Console, rows: Sequence[Row]) -> None:
-    """Say so where other work has disturbed the study."""
-    if (spread := unsteadiness(rows)) > BUSY:
-        console.print(
-            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the figures.[/]"
-        )
-
-
-def wide_console() -> Console:
-    """Return a console for the tables: a log has no width of its own, and they need a little more than the usual 80."""
-    console = Console()
-    return console if console.is_terminal else Console(width=128)
-
-
 def study(options: argparse.Namespace, console: Console) -> None:
     """Measure, then write and show the report."""
     start = time.perf_counter()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     names = peer_names(options.peers, device, DTYPES[options.dtype], console)
-    build, isa = {}, "none"
-    if with_ours := any(name in ours.BACKENDS or name in WHOLE for name in names):
+    with_ours = any(name in ours.BACKENDS or name in WHOLE for name in names)
+    if with_ours:
         ours.fresh_choices()
-        build, isa = dict(ours.library().build_facts()), ours.library().isa()
-    console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
-    roof = measure_roof(DTYPES[options.dtype], device)
-    header = describe(device, options.dtype, roof, build, isa)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.jsonl"
-    if options.fresh or not options.full:
-        path.unlink(missing_ok=True)
-    journal = Journal(path, header)
+    fresh = options.fresh or not options.full
+    header, roof, journal = begin(options, console, device, options.dtype, fresh, with_ours)
 
     of_layers = [name for name in names if name not in WHOLE]
     layers = layer_tasks(options, Bench(device, options.dtype, roof), of_layers) if of_layers else []
@@ -314,30 +191,15 @@ def study(options: argparse.Namespace, console: Console) -> None:
         f"{layers_done} of {len(layers)} layer cases and {networks_done} of {len(networks)} network cases "
         f"in {time.perf_counter() - start:.0f} s"
     )
-    for table in report.write(options.out, header, journal.rows):
-        if table.screen:
-            console.print(table.rich())
+    finish(options.out, console, report.write(options.out, header, journal.rows), journal.rows)
     console.print(f"Measured {header['coverage']}.")
     if layers_done < len(layers) or networks_done < len(networks):
         console.print("The time ran out; a larger --budget-seconds, or --full, measures the rest.")
-    warn_if_busy(console, journal.rows)
-    console.print(
-        f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, rows.jsonl, plots/)"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; errors that a user can mend are one line."""
-    console = wide_console()
-    try:
-        study(parser().parse_args(arguments), console)
-    except (ours.PackageMissingError, NotImplementedError, ValueError) as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted; with --full, the same command goes on from here.")
-        return 130
-    return 0
+    return command_line(study, parser(), arguments, "; with --full, the same command goes on from here")
 
 
 if __name__ == "__main__":

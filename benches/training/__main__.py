@@ -1,7 +1,7 @@
 """The study of training: ``python -m benches.training --out DIR``.
 
-Without ``--layers``, ``--steps`` or ``--curve`` it does all three. It ends when its budget is spent; the same command
-then goes on where it stopped.
+Without ``--layers``, ``--steps``, ``--parts`` or ``--curve`` it does all of them. It ends when its budget is spent; the
+same command then goes on where it stopped.
 """
 
 import argparse
@@ -17,10 +17,8 @@ from rich.console import Console
 
 from benches import ours
 from benches.cases import DENSITIES, LAYOUTS
-from benches.machine import describe, measure_roof
-from benches.rows import Journal
-from benches.study import Task, numbers, progress_bars, run_tasks, warn_if_busy, wide_console
-from benches.training import curve, layers, report, steps
+from benches.running import Task, begin, command_line, finish, numbers, progress_bars, run_tasks
+from benches.training import curve, layers, parts, report, steps
 from benches.training.cells import MODES, layer_cells, step_cells
 
 BUDGET_SECONDS = 600.0
@@ -37,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--layers", action="store_true", help="forward and backward of single convolutions")
     command.add_argument("--steps", action="store_true", help="whole steps of training")
+    command.add_argument("--parts", action="store_true", help="where the time of a step goes, and what bounds it")
     command.add_argument("--curve", action="store_true", help="loss curves of a small network")
     command.add_argument(
         "--density", type=numbers(float, DENSITIES), default=list(DENSITIES), help="densities, such as 0.5,0.25"
@@ -60,12 +59,18 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def tasks_of(options: argparse.Namespace, layer_bench: layers.LayerBench) -> tuple[list[Task], list[Task]]:
-    """Return the single layers and the steps that the options ask for."""
+def settings_of(options: argparse.Namespace) -> tuple[Sequence[str], list[float], Sequence[str], int | None]:
+    """Return layouts, densities, modes and batch that the options ask for."""
     layouts = LAYOUTS if options.layout == "both" else (options.layout,)
     modes = MODES if options.mode == "both" else (options.mode,)
-    chosen = (layouts, options.density, modes, options.batch)
-    step_bench = steps.StepBench(peaks=not options.no_peaks)
+    return layouts, options.density, modes, options.batch
+
+
+def tasks_of(
+    options: argparse.Namespace, layer_bench: layers.LayerBench, step_bench: steps.StepBench
+) -> tuple[list[Task], list[Task]]:
+    """Return the single layers and the steps that the options ask for."""
+    chosen = settings_of(options)
     single = [
         Task(cell.id, layers.PEERS, partial(layer_bench.rows, cell, layers.PEERS))
         for cell in layer_cells(*chosen)
@@ -82,23 +87,18 @@ def tasks_of(options: argparse.Namespace, layer_bench: layers.LayerBench) -> tup
 def study(options: argparse.Namespace, console: Console) -> None:
     """Measure, then write and show the report."""
     start = time.perf_counter()
-    if not (options.layers or options.steps or options.curve):
-        options.layers = options.steps = options.curve = True
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    library = ours.library()
+    kinds = ("layers", "steps", "parts", "curve")
+    if not any(getattr(options, kind) for kind in kinds):
+        vars(options).update(dict.fromkeys(kinds, True))
     ours.package().use_backend("auto")
-    cpu = torch.device("cpu")
-    console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
-    header = describe(cpu, "float32", measure_roof(torch.float32, cpu), dict(library.build_facts()), library.isa())
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.jsonl"
+    header, _, journal = begin(options, console, torch.device("cpu"), "float32", options.fresh)
     if options.fresh:
-        path.unlink(missing_ok=True)
-        (options.out / "curve.json").unlink(missing_ok=True)
-    journal = Journal(path, header)
+        for name in ("curve.json", "parts.json"):
+            (options.out / name).unlink(missing_ok=True)
     bench = layers.LayerBench(peaks=not options.no_peaks)
-    single, whole = tasks_of(options, bench)
+    step_bench = steps.StepBench(peaks=not options.no_peaks)
+    single, whole = tasks_of(options, bench, step_bench)
+    profiled = [cell for cell in step_cells(*settings_of(options)) if options.parts and options.only.search(cell.id)]
     curves = curve.read(options.out)
     end = start + options.budget_seconds
     with progress_bars(console) as progress:
@@ -117,29 +117,20 @@ def study(options: argparse.Namespace, console: Console) -> None:
         finally:
             bench.close()
         done += run_tasks(whole, journal, progress, "steps", end, STEP_SECONDS, "float32", "cpu")
-    wanted = len(single) + len(whole)
+        bar = progress.add_task("parts", total=len(profiled), what="")
+        in_time, tick = (lambda: time.perf_counter() < end), (lambda: progress.advance(bar))
+        known = parts.measure_all(step_bench, profiled, options.out, in_time, tick)
+    done += len({one.cell for one in known} & {cell.id for cell in profiled})
+    wanted = len(single) + len(whole) + len(profiled)
     header["coverage"] = f"{done} of {wanted} cases in {time.perf_counter() - start:.0f} s"
-    for table in report.write(options.out, header, journal.rows, curves):
-        if table.screen:
-            console.print(table.rich())
+    finish(options.out, console, report.write(options.out, header, journal.rows, curves, known), journal.rows)
     if done < wanted:
         console.print(f"The time ran out after {done} of {wanted} cases; the same command goes on from here.")
-    warn_if_busy(console, journal.rows)
-    console.print(f"Report: {options.out / 'report.html'} (also report.md, results.json, results.csv, plots/)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; errors that a user can mend are one line."""
-    console = wide_console()
-    try:
-        study(parser().parse_args(arguments), console)
-    except (ours.PackageMissingError, NotImplementedError, ValueError) as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from here.")
-        return 130
-    return 0
+    return command_line(study, parser(), arguments, "; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from benches.cases import CASES, MIN_MEAN_CHANNELS, Cell
 
@@ -36,6 +37,7 @@ class StepCell:
     density: float
     layout: str
     mode: str
+    lists: ClassVar[str] = "in"
 
     @property
     def id(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from benches import gate, memory, ours
 from benches.cases import Cell
 from benches.problem import NumberStore, Problem
-from benches.rows import Row, with_ratios
+from benches.rows import Row, row_of, with_ratios
 from benches.timers import Spread, Timed, clock, interleave
 from benches.training.cells import LayerCell
 
@@ -243,38 +243,16 @@ def useful_flop(cell: LayerCell, problem: Problem, dense: bool) -> float:
 def _row(
     cell: LayerCell, layer: Layer, name: str, peer: Peer, spread: Spread, error: float, saved: int, peak: int | None
 ) -> Row:
-    inner, case, problem = cell.cell, cell.cell.case, layer.problem
-    flop = useful_flop(cell, problem, dense=name == "dense")
-    return Row(
-        network=case.network,
-        case=case.shape,
+    problem = layer.problem
+    return row_of(
+        cell.cell,
+        spread,
+        useful_flop(cell, problem, dense=name == "dense"),
         cell=cell.id,
+        **cell.cell.facts,
         peer=name,
-        candidate="",
-        device="cpu",
-        dtype="float32",
-        layout=inner.layout,
-        batch=inner.batch,
-        density=inner.density,
-        lists=inner.lists,
-        seed=inner.seed,
-        threads=torch.get_num_threads(),
         inputs="rotated" if problem.rotated else "warm",
-        rounds=spread.rounds,
-        p20_s=spread.p20,
-        p50_s=spread.p50,
-        p80_s=spread.p80,
         max_error=error,
-        C_in=case.C_in,
-        C_out=case.C_out,
-        H=case.H,
-        W=case.W,
-        kernel=case.kernel,
-        stride=case.stride,
-        K_in=inner.K_in,
-        K_out=inner.K_out,
-        gflop=flop * 1e-9,
-        flop_per_s=flop / spread.p50,
         mode=cell.mode,
         forward_s=median(peer.forward_s),
         backward_s=median(peer.backward_s),

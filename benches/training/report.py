@@ -9,6 +9,7 @@ from benches.rows import Row
 from benches.summary import layer_rows
 from benches.tables import BAD, GOOD, Table
 from benches.training import curve, summary
+from benches.training.parts import Parts
 from benches.training.plots import draw, label
 from benches.training.summary import BASES, OURS, REFERENCE
 
@@ -139,6 +140,23 @@ def steps_table(rows: Sequence[Row]) -> Table:
     return Table("Whole steps", [*columns, "over masked", "over dense", "kept", "peak"], lines, note, left=2)
 
 
+def parts_table(found: Sequence[Parts]) -> Table:
+    """Where the time of whole steps goes."""
+    lines = []
+    for one in sorted(found, key=lambda p: (p.layout, p.mode, -p.density)):
+        for peer, seconds in one.seconds.items():
+            ratios = [number(one.speedup), number(one.bound)] if peer == OURS else ["", ""]
+            times = [f"{1e3 * value:.0f}" for value in (*seconds.values(), sum(seconds.values()))]
+            lines.append([one.layout, one.mode, f"{one.density:g}", label(peer), *times, *ratios])
+    names = [f"{part} [ms]" for part in (found[0].seconds[OURS] if found else ())]
+    note = (
+        "Own time of the operators of a profiled step. Bound: the speed-up if masked autograd's convolutions shrank "
+        "exactly with their multiply-adds, and the rest took what it takes in ours."
+    )
+    columns = ["layout", "weights", "d", "", *names, "all [ms]", "over masked", "bound"]
+    return Table("Where the time of a step goes", columns, lines, note, left=3)
+
+
 def curve_table(curves: Sequence[curve.Curve]) -> Table:
     """How far the losses lie apart."""
     lines = [
@@ -192,9 +210,15 @@ def cases_table(rows: Sequence[Row]) -> Table:
     return Table("Every case", columns, lines, note, screen=False)
 
 
-def write(folder: Path, header: Mapping[str, Any], rows: Sequence[Row], curves: Sequence[curve.Curve]) -> list[Table]:
+def write(
+    folder: Path,
+    header: Mapping[str, Any],
+    rows: Sequence[Row],
+    curves: Sequence[curve.Curve],
+    parts: Sequence[Parts] = (),
+) -> list[Table]:
     """Write all files of the report, and return the tables."""
-    made = [targets_table(rows), means_table(rows), steps_table(rows), curve_table(curves)]
+    made = [targets_table(rows), means_table(rows), steps_table(rows), parts_table(parts), curve_table(curves)]
     made = [table for table in made if table.rows] + [machine_table(header, rows), cases_table(rows)]
     save(folder, header, rows, made, draw(rows, curves), TEXT)
     return made

@@ -21,17 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import gate, memory, ours
-from benches.networks import CROPS, conv_flop, in_lists
+from benches.networks import CLASSES, CROPS, NETWORKS, conv_flop, in_lists
 from benches.photographs import batches
 from benches.problem import MEMORY_FORMATS
-from benches.resnet26 import ResNet26
-from benches.rows import Row, with_ratios
+from benches.rows import Row, row_of, with_ratios
 from benches.timers import Spread, Timed, clock, interleave
 from benches.training.cells import STEP, StepCell
 
 PEERS = ("masked", "dense", "auto")
 DOMAIN = "photographs"
-SIZE, CLASSES = 64, 100
+SIZE = NETWORKS["resnet26"][1]
 STEM = "conv1"
 THRESHOLD = 5e-3
 ON, OFF = 1.0, -1.0
@@ -64,7 +63,7 @@ def plain() -> nn.Module:
     """Return the plain network with random weights, in training mode, nchw."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ResNet26(CLASSES).train()
+        model = NETWORKS["resnet26"][0]().train()
         # Statistics of the photographs, from which batch norms go on.
         model(batches(SIZE, CROPS, count=1)[0])
     return model
@@ -323,30 +322,15 @@ def _row(
     peak: int | None,
     flop: tuple[float, float],
 ) -> Row:
-    work = useful_flop(cell, flop[0], flop[0 if name == "dense" else 1])
     forward, backward, optimiser = (median(part) for part in zip(*step.seconds, strict=True))
-    return Row(
+    return row_of(
+        cell,
+        spread,
+        useful_flop(cell, flop[0], flop[0 if name == "dense" else 1]),
         network="resnet26",
         case=STEP,
-        cell=cell.id,
         peer=name,
-        candidate="",
-        device="cpu",
-        dtype="float32",
-        layout=cell.layout,
-        batch=cell.batch,
-        density=cell.density,
-        lists="in",
-        seed=cell.seed,
-        threads=torch.get_num_threads(),
-        inputs="warm",
-        rounds=spread.rounds,
-        p20_s=spread.p20,
-        p50_s=spread.p50,
-        p80_s=spread.p80,
         max_error=error,
-        gflop=work * 1e-9,
-        flop_per_s=work / spread.p50,
         mode=cell.mode,
         forward_s=forward,
         backward_s=backward,

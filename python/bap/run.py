@@ -24,7 +24,7 @@ from bap.sharing import intersection, union
 from bap.timing import measure_layers
 from bap.train import Trainer, backend_of
 
-__all__ = ["baseline_of", "results_of", "train_run"]
+__all__ = ["baseline_of", "results_of", "scored", "train_run"]
 
 
 def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, float]:
@@ -39,6 +39,28 @@ def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, flo
     if not isinstance(read, dict) or not all(isinstance(one, (int, float)) for one in read.values()):
         raise FileError(f"baseline_of(): expected {path} to hold {{domain: accuracy in per cent}}, got something else.")
     return {name: float(value) for name, value in read.items()}
+
+
+def scored(results: Mapping[str, Any], baseline: Mapping[str, float]) -> dict[str, Any]:
+    """{"scores": S, S_O, S_P, their product and each domain's summand}; nothing where a domain has no baseline.
+
+    Args:
+        results: with ``accuracy`` in per cent by domain and the relative ``flop`` and ``params`` of ``cost``.
+        baseline: {domain: accuracy in per cent}.
+    """
+    accuracy, cost = results["accuracy"], results["cost"]
+    if not set(accuracy) <= set(baseline):
+        return {}
+    whole = scores(accuracy, baseline, cost["flop"], cost["params"])
+    return {
+        "scores": {
+            "S": whole.s,
+            "S_O": whole.s_o,
+            "S_P": whole.s_p,
+            "combined": whole.combined,
+            "domains": domain_scores(accuracy, baseline),
+        }
+    }
 
 
 def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str = "test") -> dict[str, Any]:
@@ -72,16 +94,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str = "te
         "union": float(union(masks, trainer.costs)) / total,
         "cost": cost.as_dict(),
     }
-    if set(accuracy) <= set(baseline):
-        whole = scores(accuracy, baseline, cost.flop, cost.params)
-        made["scores"] = {
-            "S": whole.s,
-            "S_O": whole.s_o,
-            "S_P": whole.s_p,
-            "combined": whole.combined,
-            "domains": domain_scores(accuracy, baseline),
-        }
-    return made
+    return made | scored(made, baseline)
 
 
 def _layer_times(

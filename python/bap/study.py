@@ -15,7 +15,7 @@ from bap.data import Domain
 from bap.files import read_json, write_bytes, write_json
 from bap.network import load_domains, source_of
 from bap.pretrain import pretrain
-from bap.run import train_run
+from bap.run import scored, train_run
 
 __all__ = ["pretrained", "study", "study_table"]
 
@@ -80,7 +80,9 @@ def study(
                     one = dataclasses.replace(base, beta=beta, sharing=sharing)
                     done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=False)
                     say(f"{path.name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
-                rows.append({"seed": seed, **read_json(path / "results.json")})
+                # A cell may have been run before its baseline was.
+                results = read_json(path / "results.json")
+                rows.append({"seed": seed, **results, **scored(results, reference)})
                 write_json(
                     folder / "study.json", {"config": config.as_dict(), "torch": torch.__version__, "rows": rows}
                 )

@@ -21,6 +21,7 @@ from bap.estimate import estimate
 from bap.evaluate import evaluate
 from bap.facts import SwitchBank
 from bap.files import FileError
+from bap.metrics import score
 from bap.network import switched_network
 from bap.prune import PruneError, prune_
 from bap.report import make_report
@@ -201,6 +202,18 @@ def test_study_goes_on_where_it_stopped(tiny: Config, suite: dict[str, Domain], 
     assert [(row["seed"], row["sharing"]) for row in rows] == [(0, None), (0, "int"), (1, None), (1, "int")]
     mean = sum(row["mean_accuracy"] for row in rows if row["sharing"] == "int") / 2
     assert f"| {mean:.1f} ± " in lines[3]
+
+
+def test_study_scores_cells_that_were_run_before_their_baseline(
+    tiny: Config, suite: dict[str, Domain], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, epochs=1, pretrain_epochs=1, domains=["shapes", "digits"])
+    for baseline in (False, True):
+        study(config, tmp_path, (0.5,), (None,), (0,), baseline, lambda line: None)
+        (row,) = json.loads((tmp_path / "study.json").read_text())["rows"]
+        assert ("scores" in row) == baseline
+    whole = json.loads((tmp_path / "baseline_seed0.json").read_text())
+    assert row["scores"]["S"] == score(row["accuracy"], whole)
 
 
 def _run(*arguments: str) -> dict:

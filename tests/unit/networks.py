@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bap.models import ResNet26
 from torch import Tensor, nn
 
 import bap_kernels as bk
-from benches.resnet26 import ResNet26
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

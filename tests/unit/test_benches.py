@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,24 +21,16 @@ from benches import gate, ours, peers, report, rows, study, summary, timers
 from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
 from benches.machine import Roof
 from benches.measure import Bench
-from benches.networks import MaskedInputConv2d, in_lists, mask_
-from benches.resnet26 import ResNet26
+from benches.networks import NETWORKS, MaskedInputConv2d, in_lists, mask_
 
 CPU = torch.device("cpu")
 SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")
 PYTORCH_PEERS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
 
 
-def _resnet50() -> nn.Module:
-    return pytest.importorskip("torchvision").models.resnet50(weights=None)
-
-
-@pytest.mark.parametrize(
-    ("network", "build", "size"),
-    [("resnet50", _resnet50, 224), ("resnet26", ResNet26, 64)],
-    ids=["resnet50", "resnet26"],
-)
-def test_cases_are_the_convolutions_of_the_networks(network: str, build: Callable[[], nn.Module], size: int) -> None:
+@pytest.mark.parametrize("network", ["resnet50", "resnet26"])
+def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
+    build, size = NETWORKS[network]
     seen: Counter[tuple[int, ...]] = Counter()
 
     def hook(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -62,12 +53,6 @@ def test_cases_are_the_convolutions_of_the_networks(network: str, build: Callabl
         (c.H, c.W, c.C_in, c.C_out, c.kernel, c.stride, *c.output_size): c.count for c in CASES if c.network == network
     }
     assert dict(seen) == frozen
-
-
-def test_resnet26_halves_and_widens() -> None:
-    model = ResNet26(num_classes=7).eval()
-    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 25
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
 def test_cells_cover_every_setting_once() -> None:
@@ -336,7 +321,7 @@ def test_report_from_rows_alone(tmp_path: Path) -> None:
 
 
 def test_masked_network_ignores_what_is_off() -> None:
-    model = ResNet26().eval()
+    model = NETWORKS["resnet26"][0]().eval()
     lists = in_lists(model, 0.5, seed=1)
     assert "conv1" not in lists
     assert len(lists["layer1.0.conv1"]) == 16

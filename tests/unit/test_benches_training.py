@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 from benches import gate, memory, rows
 from benches.cases import CASES, LAYOUTS, Cell
 from benches.training import __main__ as command
-from benches.training import curve, layers, report, steps, summary
+from benches.training import curve, layers, parts, report, steps, summary
 from benches.training.cells import MODES, LayerCell, StepCell, layer_cells, passes, step_cells
 
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
@@ -312,6 +312,36 @@ def test_report_from_rows_and_curves_alone(tmp_path: Path) -> None:
     assert "| nchw | frozen | 0.25 | ours | 500 ms | 167 ms | 250 ms | 83.3 ms | 2.00 | 1.80 | 1.0 | 1.0 |" in text
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {"layers", "steps", "memory", "curve"}
     assert rows.read_json(tmp_path / "results.json")[1] == rows.read_csv(tmp_path / "results.csv") == made
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parts_of_a_step(mode: str, tmp_path: Path) -> None:
+    cell = replace(STEP, mode=mode)
+    (one,) = parts.measure_all(steps.StepBench(peaks=False), [cell], tmp_path, lambda: True, lambda: None)
+    assert parts.read(tmp_path) == [one]
+    assert one.forward_work == pytest.approx(0.5)
+    # First convolutions of blocks get a gradient in half of their channels, second ones in all; of the four of a stage,
+    # the one that halves the resolution has half of the work.
+    live = (3.5 * 0.5 + 4) / 7.5
+    assert one.backward_work == pytest.approx(live if mode == "frozen" else live * (1 + 0.5) / 2, rel=1e-3)
+    assert all(value > 0 for seconds in one.seconds.values() for value in seconds.values())
+    assert one.bound > 1
+    table = report.parts_table([one])
+    assert [row[3] for row in table.rows] == ["masked autograd", "ours"]
+
+
+def test_bound_is_what_the_arithmetic_leaves() -> None:
+    seconds = dict(zip((parts.FORWARD, parts.BACKWARD, parts.NORM, parts.REST), (4.0, 4.0, 1.0, 3.0), strict=True))
+    one = parts.Parts("", "nchw", "frozen", 0.5, {"masked": seconds, "auto": {**seconds, parts.REST: 1.0}}, 0.5, 0.75)
+    assert one.bound == pytest.approx(12 / (2 + 3 + 1 + 1))
+    assert one.speedup == pytest.approx(12 / 10)
+    names = (
+        "aten::mkldnn_convolution",
+        "bap_kernels::switched_conv2d_backward",
+        "aten::native_batch_norm",
+        "aten::mul",
+    )
+    assert [parts.part_of(name) for name in names] == [parts.FORWARD, parts.BACKWARD, parts.NORM, parts.REST]
 
 
 def test_older_rows_are_of_inference() -> None:
