@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,16 +176,16 @@ def commit() -> str:
         return "unknown"
 
 
-def cuda_line(text: str) -> dict[str, Any]:
-    """What bap_kernels.info says of the backend `cuda`."""
-    lines = [line.split(None, 1) for line in text.splitlines()]
-    return {"cuda": next((line[1].strip() for line in lines if len(line) == 2 and line[0] == "cuda"), "not listed")}
+def backends_of(text: str) -> dict[str, Any]:
+    """What bap_kernels.info says of the GPU's backends: they stand indented, unlike the versions above them."""
+    found = dict(re.findall(r"^  (\w+) +(.+)$", text, flags=re.MULTILINE))
+    return {name: found.get(name, "not listed") for name in ("triton", "cuda")}
 
 
-def missing_cuda(info: dict[str, Any]) -> str | None:
-    """Why the CUDA C++ kernels cannot be tested; None if they can."""
-    state = info.get("cuda", "bap_kernels does not load")
-    return None if state == "can run" else f"backend cuda: {state}"
+def missing(backend: str, info: dict[str, Any]) -> str | None:
+    """Why a backend's kernels cannot be tested; None if they can."""
+    state = info.get(backend, "bap_kernels does not load")
+    return None if state == "can run" else f"backend {backend}: {state}"
 
 
 def find_tool(name: str) -> str | None:
@@ -221,12 +222,12 @@ def test_parts(out: Path, backend: str, skip: str | None, quick: bool, processes
     return parts
 
 
-def run_tests(report: Report, skip: str | None, no_cuda: str | None, quick: bool) -> list[str]:
+def run_tests(report: Report, skip: str | None, no_triton: str | None, no_cuda: str | None, quick: bool) -> list[str]:
     """Runs the GPU tests side by side; returns the backends whose forward is wrong."""
     # Of Triton each case is a compilation.
     processes = max(1, min(4, (os.cpu_count() or 1) // 4))
     parts = [
-        *test_parts(report.out, "triton", skip, quick, processes),
+        *test_parts(report.out, "triton", no_triton, quick, processes),
         *test_parts(report.out, "cuda", no_cuda, quick, 1),
         *test_parts(report.out, "", skip, quick, 1),
     ]
@@ -301,18 +302,18 @@ def main() -> int:
     own = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)} if capability else {}
     build = [python, "setup.py", "build_ext", "--inplace"]
     built = report.run(Part("build", build, 90 if arguments.quick else 240, built_already(), environment=own))
-    info = report.run(Part("info", [python, "-m", "bap_kernels.info"], 60, read=cuda_line))
+    info = report.run(Part("info", [python, "-m", "bap_kernels.info"], 60, read=backends_of))
     broken = None if info.state == "ok" else f"bap_kernels does not load (build: {built.state})"
 
     no_kernels = no_gpu or broken
-    no_cuda = no_kernels or missing_cuda(info.data)
-    wrong = run_tests(report, no_kernels, no_cuda, arguments.quick)
+    no_triton, no_cuda = (no_kernels or missing(name, info.data) for name in ("triton", "cuda"))
+    wrong = run_tests(report, no_kernels, no_triton, no_cuda, arguments.quick)
     run_benches(report, no_kernels, wrong, arguments.quick)
     run_sanitizer(report, no_cuda, arguments.quick)
     # Machine code needs no GPU; it comes last, for the measurements must not lack its time.
     compiled = [python, "-m", "tools.compile_triton", *quick, "--json", str(out / "triton-code.json")]
-    no_triton = None if facts.data.get("triton") else "Triton is not installed"
-    report.run(Part("triton-code", compiled, 150, no_triton or broken))
+    absent = None if facts.data.get("triton") else "Triton is not installed"
+    report.run(Part("triton-code", compiled, 150, absent or broken))
     found = bool(find_tool("nvcc")) and bool(find_tool("cuobjdump") or facts.data.get("triton"))
     no_nvcc = None if found else "there is no nvcc or no cuobjdump"
     compiled = [python, "-m", "tools.compile_cuda", *quick, "--json", str(out / "cuda-code.json")]

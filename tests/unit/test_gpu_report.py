@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bap_kernels as bk
 from tools import gpu_report
 from tools.gpu_report import Part, Report
 
@@ -55,6 +56,17 @@ def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: p
 def test_what_no_time_is_left_for_is_skipped(tmp_path: Path) -> None:
     result = Report(tmp_path, 1).run(Part("late", python("print(1)"), 30))
     assert (result.state, result.reason) == ("skipped", "no time was left for it")
+
+
+def test_the_backends_are_read_from_what_info_prints() -> None:
+    text = str(bk.info())
+    assert "cuda of torch" in text
+    found = gpu_report.backends_of(text)
+    for name in ("triton", "cuda"):
+        reason = bk.config.why_not(name)
+        assert found[name] == (reason or "can run")
+        assert gpu_report.missing(name, found) == (None if reason is None else f"backend {name}: {reason}")
+    assert gpu_report.missing("cuda", {}) == "backend cuda: bap_kernels does not load"
 
 
 def collected(*options: str) -> set[str]:
