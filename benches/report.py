@@ -256,7 +256,7 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
         domains_table(rows),
         overhead_table(rows),
         machine_table(header, rows),
-        prediction_table(header.get("same", {}).get("gpu"), rows),
+        prediction_table(header.get("same", {}).get("gpu"), rows, header["roof"], header["dtype"]),
         cases_table(rows),
     ]
     return [table for table in found if table and (table.rows or table.title.startswith("Cases"))]

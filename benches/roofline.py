@@ -10,7 +10,7 @@ time beside it.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benches.cases import BATCHES, CASES, DENSITIES, Case, Cell, kept
@@ -125,9 +125,9 @@ def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dty
     raise ValueError(f"kernels(): expected `peer` to be one that is modelled, got {peer!r}.")
 
 
-def predicted(row: Row, gpu: str) -> float | None:
+def predicted(row: Row, gpu: Gpu) -> float | None:
     """Predicted seconds of a row's layer on a GPU, or None for what is not modelled (networks, other peers)."""
-    if row.C_in is None or row.dtype not in BYTES:
+    if row.C_in is None or row.dtype not in gpu.flop_per_s:
         return None
     H, W, C_in, C_out, kernel, stride = (
         int(each or 0) for each in (row.H, row.W, row.C_in, row.C_out, row.kernel, row.stride)
@@ -137,7 +137,7 @@ def predicted(row: Row, gpu: str) -> float | None:
         works = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.peer)
     except ValueError:
         return None
-    return sum(work.seconds(GPUS[gpu], row.dtype) for work in works)
+    return sum(work.seconds(gpu, row.dtype) for work in works)
 
 
 def known_gpu(name: str | None) -> str | None:
@@ -151,11 +151,29 @@ def known_gpu(name: str | None) -> str | None:
     return next((key for key in GPUS if name and key in name), None)
 
 
-def prediction_table(gpu_name: str | None, rows: Sequence[Row]) -> Table | None:
-    """Predicted beside measured times of the rows of a GPU; None where there are none."""
-    gpu = known_gpu(gpu_name)
-    if gpu is None:
+def measured_gpu(roof: Mapping[str, float], dtype: str) -> Gpu:
+    """A GPU that is not listed, by what a study has measured of it; its second-level cache counts as boundless.
+
+    Args:
+        roof: as in the head of a study, see :class:`benches.machine.Roof`.
+        dtype: the one whose products were measured.
+    """
+    far = math.inf
+    return Gpu(roof["bytes_per_s"], far, far, {dtype: roof["matmul_flop_per_s"]})
+
+
+def prediction_table(
+    gpu_name: str | None, rows: Sequence[Row], roof: Mapping[str, float] | None = None, dtype: str = ""
+) -> Table | None:
+    """Predicted beside measured times of the rows of a GPU; None where there are none.
+
+    Args:
+        roof, dtype: what the study measured of the GPU, for one that is not listed.
+    """
+    name = known_gpu(gpu_name)
+    if gpu_name is None or (name is None and roof is None):
         return None
+    gpu: Gpu = GPUS[name] if name is not None else measured_gpu(roof or {}, dtype)
     lines = []
     for row in rows:
         seconds = predicted(row, gpu) if row.device == "cuda" else None
@@ -163,7 +181,8 @@ def prediction_table(gpu_name: str | None, rows: Sequence[Row]) -> Table | None:
             lines.append(
                 [row.cell, row.peer, f"{seconds * 1e6:.1f}", f"{row.p50_s * 1e6:.1f}", f"{seconds / row.p50_s:.2f}"]
             )
-    note = f"Roofline of {gpu}: bytes, FLOPs, second-level cache and launches."
+    peaks = f"of {name}" if name is not None else "of this GPU's measured peaks"
+    note = f"Roofline {peaks}: bytes, FLOPs, second-level cache and launches."
     columns = ["case", "peer", "predicted [µs]", "measured [µs]", "predicted / measured"]
     return Table("Predicted and measured", columns, lines, note, left=2, screen=False) if lines else None
 

@@ -110,7 +110,7 @@ class Report:
     def _execute(self, result: Result, part: Part, limit_s: float) -> None:
         log = self.out / f"{result.part}.log"
         environment = {**part.environment, **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
         with log.open("w", encoding="utf-8") as stream:
             # A session of its own: what a command has started must not run on beside the parts that follow.
             process = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -104,9 +105,9 @@ def test_wrong_parts(text: str) -> None:
 @pytest.mark.slow
 def test_rehearsal_of_the_networks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu_networks", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run(
-        [*command, "--markdown", str(tmp_path / "rows.md")], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    command += ["--markdown", str(tmp_path / "rows.md")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["part"] for row in rows} == {"network", "mixed", "training"}

@@ -78,6 +78,23 @@ def test_the_report_of_a_gpu_has_predictions() -> None:
     assert "Predicted and measured" in titles
 
 
+def test_a_gpu_that_is_not_listed_is_predicted_by_its_measured_peaks() -> None:
+    from tests.unit.test_benches import make_row
+
+    rows = [make_row(device="cuda", dtype="bfloat16", peer="dense", p50_s=5e-6)]
+    roof = {"bytes_per_s": 1e12, "matmul_flop_per_s": 1e14, "register_flop_per_s": None}
+    slow, fast = (
+        roofline.prediction_table("NVIDIA GeForce RTX 3090", rows, each, "bfloat16")
+        for each in (roof, {**roof, "bytes_per_s": 4e12, "matmul_flop_per_s": 4e14})
+    )
+    assert slow is not None
+    assert fast is not None
+    assert float(slow.rows[0][2]) > float(fast.rows[0][2]) > 0
+    assert "measured peaks" in slow.note
+    assert roofline.prediction_table("NVIDIA GeForce RTX 3090", rows, roof, "float32") is None
+    assert roofline.prediction_table("NVIDIA GeForce RTX 3090", rows) is None
+
+
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["roofline", "--gpu", "A100", "--batch", "1"])
     roofline.main()
