@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bap_kernels.triton.weights import capturing
+
 __all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list"]
 
 # Largest first: fewer look-ups.
@@ -40,7 +42,8 @@ _found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 @functools.cache
 def all_channels(channels: int, device: torch.device) -> Tensor:
     """The list of all channels, int32, for a run of a mixed batch that has none."""
-    return torch.arange(channels, dtype=torch.int32, device=device)
+    # By way of the host: made on the device while a CUDA graph is captured, it would hold nothing.
+    return torch.arange(channels, dtype=torch.int32).to(device)
 
 
 def block_length(channels: list[int], most: int = max(BLOCKS)) -> int:
@@ -77,7 +80,7 @@ def channel_list(index: Tensor | None, channels: int, blocks: bool = True, most:
     version, known = _found.get(index, (None, {}))
     if version == index._version and most in known:
         return known[most]
-    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(index):
         return ChannelList(index.contiguous(), 1, index.shape[0])
     b = block_length(index.tolist(), most)
     # A clone, not a view: the cache must not keep its own key alive.

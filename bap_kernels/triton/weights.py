@@ -18,6 +18,7 @@ __all__ = [
     "ALIGNMENT",
     "alignment",
     "cached_weight",
+    "capturing",
     "clear",
     "held_bytes",
     "keep_for_graphs",
@@ -116,8 +117,15 @@ def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -
     packed = _packed.get(key, parts, state)
     if packed is None:
         packed = pack_weight(weight, rows, columns)
-        _packed.put(key, parts, state, packed)
+        # What a capture has recorded holds nothing before the graph is replayed.
+        if not capturing(weight):
+            _packed.put(key, parts, state, packed)
     return packed
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether work on the tensor's device is being recorded into a CUDA graph, not done."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _of_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -129,7 +137,7 @@ def keep_for_graphs(weight: Tensor, *parts: Tensor | None) -> None:
     The graph holds addresses alone: what the caches dropped, for room or because the weight changed, would be memory of
     somebody else. A graph goes on with the weights that it was captured with.
     """
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(weight):
         held = _of_graphs.setdefault(weight, {})
         held.update({id(part): part for part in parts if part is not None})
 

@@ -208,3 +208,26 @@ def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
         ops.refuse("conv", reason)
     big = torch.empty(2**16, 1, 2**8, 2**8, device="meta")
     assert ops.why_not(big, w, 1, (256, 256), True) == "the shape is beyond 32-bit tile arithmetic"
+
+
+def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights.clear()
+    weight, index = torch.randn(16, 16, 1, 1), ints([1, 5])
+    monkeypatch.setattr(weights, "capturing", lambda tensor: True)
+    recorded = weights.cached_weight(weight, None, index)
+    weights.keep_for_graphs(weight, recorded)
+    assert weights.held_bytes() == (0, 0)
+    monkeypatch.undo()
+    kept = weights.cached_weight(weight, None, index)
+    assert kept is not recorded
+    assert weights.cached_weight(weight, None, index) is kept
+    # What a graph reads lives as long as the weight, whatever the cache drops.
+    monkeypatch.setattr(weights, "capturing", lambda tensor: True)
+    weights.keep_for_graphs(weight, kept)
+    monkeypatch.undo()
+    weights.clear()
+    assert {id(part) for part in weights._of_graphs[weight].values()} == {id(recorded), id(kept)}
+    before = len(weights._of_graphs)
+    del weight
+    gc.collect()
+    assert len(weights._of_graphs) == before - 1
