@@ -80,8 +80,8 @@ def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int,
 
 
 class _Specializing:
-    def __init__(self, graph: Graph, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, graph: Graph, layout: Layout, device: torch.device | None) -> None:
+        self.layout, self.device = layout, device
         self.producer = graph.producer()
         self.module = fx.GraphModule(nn.Module(), fx.Graph(), "Specialized")
         self.graph = self.module.graph
@@ -110,7 +110,7 @@ class _Specializing:
 
     def constant(self, tensor: Tensor) -> fx.Node:
         name = f"_constant{len(list(self.module.named_buffers()))}"
-        self.module.register_buffer(name, tensor)
+        self.module.register_buffer(name, tensor.to(self.device))
         return self.graph.get_attr(name)
 
     def fetch(self, value: Value, wanted: Channels) -> Any:
@@ -247,7 +247,7 @@ def specialize(
     """
     graph = trace_shapes("specialize", model, example_input, domain)
     layout = Layout(graph, Liveness(graph))
-    making = _Specializing(graph, layout)
+    making = _Specializing(graph, layout, next((p.device for p in model.parameters()), None))
     with torch.no_grad():
         for op in graph.ops:
             live = layout.live.get(op.output)

@@ -43,6 +43,17 @@ def test_plans(layout: torch.memory_format, make: Callable[[], nn.Module], gpu_b
             torch.testing.assert_close(planned(x.cuda()).cpu(), expected[domain], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [Residual, PreActivation, Dense])
+@torch.no_grad()
+def test_small_copies(make: Callable[[], nn.Module]) -> None:
+    dense, x = randomise(make()), torch.randn(2, 3, 16, 16)
+    model = bk.swap_(copy.deepcopy(dense))
+    table = bk.ChannelTable.random(model, DOMAINS, 0.5, seed=1)
+    small = bk.specialize(bk.attach_(model, table).cuda(), "birds", x.cuda())
+    expected = masked_dense(dense, table, "birds")(x)
+    torch.testing.assert_close(small(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
 @PLANNING
 @torch.no_grad()
 def test_capture_of_a_plan_for_each_domain(gpu_backend: str) -> None:

@@ -122,3 +122,25 @@ def test_planned_networks(layout: torch.memory_format, make: Callable[[], nn.Mod
             bk.set_domain(planned, domain)
             expected = masked_dense(copy.deepcopy(dense), table, domain)(x)
             torch.testing.assert_close(planned(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mixed_batches_of_networks() -> None:
+    model = bk.swap_(randomise(Residual()))
+    bk.attach_(model, bk.ChannelTable.random(model, ["birds", "cars"], 0.5, seed=1))
+    x, numbers = torch.randn(3, 3, 8, 8), torch.tensor([1, 0, 1])
+    with bk.use_backend("aten"):
+        bk.set_domain(model, numbers)
+        expected = model(x)
+    with bk.use_backend("triton"):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        planned = bk.plan(model, x[:1], "birds", check=False)
+        bk.set_domain(planned, numbers)
+        torch.testing.assert_close(planned(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refusal() -> None:
+    x, weight = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(3, 4, 3, 3, dtype=torch.float64)
+    message = r"_gathered_conv2d_mixed\(\): expected a call that backend `triton` can run, got .* torch\.float64"
+    with bk.use_backend("triton"), pytest.raises(NotImplementedError, match=message):
+        op(x, weight, None, [ints([1]), None], [1, 1], (1, 1), (0, 0, 0, 0), (1, 1))
