@@ -205,16 +205,17 @@ def built_already() -> str | None:
 
 
 def test_parts(out: Path, backend: str, skip: str | None, quick: bool, processes: int) -> list[Part]:
-    """The GPU tests of a backend, the one that decides about its benches first; "" stands for PyTorch's own ways."""
+    """The GPU tests of a backend, those that decide about its benches first; "" stands for PyTorch's own ways."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     chosen = {"": "not triton and not cuda", "triton": "triton and not cuda", "cuda": "cuda and not sanitizer"}[backend]
     name = f"tests-{backend}" if backend else "tests"
     limit_s = 60 if quick else 150
     if not backend:
         return [Part(name, [*command, "-k", chosen, f"--junitxml={out / name}.xml"], limit_s, skip)]
-    decisive = "(kernels_and_layouts or large_tiles or blocks)"
+    decisive = "(large_tiles or blocks)" if quick else "(kernels_and_layouts or large_tiles or blocks)"
+    kinds = {"gate": decisive} if quick else {"gate": decisive, "rest": f"not {decisive}"}
     parts = []
-    for kind, which in (("gate", decisive), ("rest", f"not {decisive}")):
+    for kind, which in kinds.items():
         for i in range(1, processes + 1):
             one = f"{name}-{kind}" + (f"-{i}" if processes > 1 else "")
             keywords = ["-k", f"{chosen} and {which}", "--part", f"{i}/{processes}", f"--junitxml={out / one}.xml"]
