@@ -61,7 +61,8 @@ def test_tf32() -> None:
     full = (op(*there.args).cpu().double() - expected).abs().max()
     torch.backends.cudnn.allow_tf32 = True
     rounded = (op(*there.args).cpu().double() - expected).abs().max()
-    assert full < 1e-3 < rounded < 6 * sample.depth**0.5 * 2**-11
+    # Triton leaves the rounding to the instruction, which cuts: twice the error of rounding, and all to one side.
+    assert full < 1e-3 < rounded < 12 * sample.depth**0.5 * 2**-11
 
 
 def test_capture() -> None:
