@@ -25,7 +25,7 @@ class Text:
 
 METHOD = (
     "Every result is compared with a float64 convolution before it is timed; a wrong one stops the study.",
-    "All peers of a case are timed in interleaved rounds (A B C, B C A, ...). Times are medians, and speed-ups are "
+    "All peers of a case are timed in interleaved rounds, each in another order. Times are medians, and speed-ups are "
     "ratios of the medians of one run: above 1 is faster.",
     "Slicing and packing of weights is outside the timing, for everyone alike.",
     "Inputs are random (never zeros) and taken from a pool larger than the last-level cache, unless a row says warm.",

@@ -1,5 +1,6 @@
 """Clocks and the interleaved rounds in which all peers of a cell are timed."""
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,9 +86,11 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 50,
 ) -> dict[str, list[float]]:
-    """Time in rounds A B C, B C A, ... so that a disturbance falls on all alike, and none always follows the same one.
+    """Time in rounds, each in an order of its own, so that a disturbance falls on all alike.
 
-    Each call takes the next input of its pool, so that no peer finds in the cache the input that another has just read.
+    The order is drawn anew (the same in every run): what one leaves in the caches and on the heap would otherwise
+    favour or hinder whichever always follows it. Each call takes the next input of its pool, so that no peer finds in
+    the cache the input that another has just read.
 
     Args:
         timed: Functions by name.
@@ -103,10 +106,9 @@ def interleave(
     start = time.perf_counter()
     # By pool, not by peer: peers that share a pool go through it together.
     taken: dict[int, int] = {}
-    names = list(timed)
+    names, order = list(timed), random.Random(0)
     for done in range(1, max_rounds + 1):
-        first = (done - 1) % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             entry = timed[name]
             position = taken.get(id(entry.inputs), 0)
             taken[id(entry.inputs)] = position + 1

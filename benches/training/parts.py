@@ -67,9 +67,10 @@ def part_of(event: str) -> str:
 def profiled(step: Step) -> dict[str, float]:
     """Seconds of one step by part."""
     step.enter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # Kineto, the default, writes lines of its own to the terminal.
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
         step.step(step.inputs[0])
-    events: Sequence[FunctionEvent] = profile.events()
+    events: Sequence[FunctionEvent] = profile.function_events or ()
     found = dict.fromkeys((FORWARD, BACKWARD, NORM, REST), 0.0)
     for event in events:
         found[part_of(event.name)] += event.self_cpu_time_total * 1e-6

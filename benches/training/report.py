@@ -20,8 +20,8 @@ TEXT = Text(
         "Gradients come first: the result and every gradient of a single convolution are compared with autograd of "
         "F.conv2d(x * s, w) in float64 before it is timed; those of a whole step with the masked network in float64 on "
         "four images, and on the whole batch with the masked network in float32. A wrong one stops the study.",
-        "All peers of a case are timed in interleaved rounds (A B C, B C A, ...). Times are medians, and speed-ups are "
-        "ratios of the medians of one run: above 1 is faster.",
+        "All peers of a case are timed in interleaved rounds, each in another order. Times are medians, and speed-ups "
+        "are ratios of the medians of one run: above 1 is faster.",
         "masked autograd: F.conv2d(x * s, w), differentiated by PyTorch. dense: F.conv2d(x, w) without switches. "
         "naive: F.conv2d(x.index_select(1, on), w.index_select(1, on)); it gives switches no gradient at all, so those "
         "that are off can never come back: it is no way to train them, and stands here as a measure only. ours: "

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -254,9 +255,13 @@ def test_rounds_interleave_and_rotate() -> None:
     def entry(name: str) -> timers.Timed:
         return timers.Timed(lambda x: order.append((name, int(x))), pool)
 
-    found = timers.interleave({"a": entry("a"), "b": entry("b")}, timers.CpuClock(), 0.0, min_rounds=3)
-    assert order == [("a", 0), ("b", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 0)]
-    assert {name: len(samples) for name, samples in found.items()} == {"a": 3, "b": 3}
+    found = timers.interleave({name: entry(name) for name in "abc"}, timers.CpuClock(), 0.0, min_rounds=30)
+    assert {name: len(samples) for name, samples in found.items()} == {"a": 30, "b": 30, "c": 30}
+    names = [name for name, _ in order]
+    assert all(sorted(names[i : i + 3]) == ["a", "b", "c"] for i in range(0, 90, 3))
+    assert [x for _, x in order] == [i % 5 for i in range(90)]
+    # Whoever comes next has met every other before it.
+    assert {pair for pair in pairwise(names) if pair[0] != pair[1]} == set(permutations("abc", 2))
 
 
 def test_spread_interpolates() -> None:
