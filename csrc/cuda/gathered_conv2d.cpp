@@ -33,6 +33,28 @@ int row_tile(TileShape tile) {
   return tile == TileShape::kSmall ? SmallTile::kRows : tile == TileShape::kLarge ? LargeTile::kRows : ThinTile::kRows;
 }
 
+// The forward with a halo, of filled-in parameters.
+void launch_halo(const ConvParams& conv, const Tensor& source, const Tensor& weight, const OptionalStable& result,
+                 Products products, const OnDevice& on) {
+  STD_TORCH_CHECK(is_there(result) && !conv.gradient && !conv.full_width, kConv,
+                  "(): expected a forward where the route is the halo.");
+  HaloParams p{};
+  p.conv = conv;
+  p.planes = source.stride(3) == 1;
+  p.planar_result = result->stride(3) == 1;
+  // Where 16 bytes of a plane's row start is seen row by row.
+  if (p.planar_result) {
+    p.conv.result_vector = reinterpret_cast<uintptr_t>(conv.result) % kChunkBytes == 0;
+  }
+  const int element_bytes = static_cast<int>(source.element_size());
+  const HaloChoice choice = choose_halo(halo_case(conv, reinterpret_cast<uintptr_t>(conv.source), element_bytes),
+                                        processor_count(on.device()));
+  STD_TORCH_CHECK(choice.fits, kConv, "(): expected a convolution whose halo fits into shared memory.");
+  p.shape = choice.shape;
+  check_launch(launch_halo_conv2d(p, products, choice.tile, choice.shared_bytes, on.stream()), kConv, "halo_conv2d",
+               source, weight);
+}
+
 void conv(const OptionalStable& result, const Tensor& source, const Tensor& weight, const OptionalStable& source_list,
           const OptionalStable& result_list, const OptionalStable& bias, const OptionalStable& scale,
           const OptionalStable& shift, const OptionalStable& residual, const OptionalStable& depth,
@@ -41,8 +63,9 @@ void conv(const OptionalStable& result, const Tensor& source, const Tensor& weig
   ConvOptions o;
   STD_TORCH_CHECK(options_of(list, o), kConv, "(): expected ", sizeof(o) / 8, " options, got ", list.size(), ".");
   const Products products = products_of(source, o.tf32 != 0, kConv);
-  const bool planes = o.planes != 0;
-  STD_TORCH_CHECK(chunks_are_aligned(source, planes), kConv, "(): expected a source with aligned chunks.");
+  const auto route = static_cast<ConvRoute>(o.route);
+  const bool planes = route == ConvRoute::kPlanes, halo = route == ConvRoute::kHalo;
+  STD_TORCH_CHECK(halo || chunks_are_aligned(source, planes), kConv, "(): expected a source with aligned chunks.");
   const OnDevice on(source);
 
   ConvParams p{};
@@ -81,6 +104,8 @@ void conv(const OptionalStable& result, const Tensor& source, const Tensor& weig
     const bool together = planes || !p.full_width || p.result_list.block % vector == 0;
     p.result_vector = together && chunks_are_aligned(*result, planes);
   }
+
+  if (halo) return launch_halo(p, source, weight, result, products, on);
 
   const auto along = [&](const ConvAxis& axis) {
     return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);

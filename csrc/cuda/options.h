@@ -18,11 +18,16 @@ struct AxisOptions {
   }
 };
 
+// Where the sources of the kernels lie: channels side by side, pixels side by side (1x1 kernels), or either with a
+// halo.
+enum class ConvRoute : int64_t { kRows, kPlanes, kHalo };
+
 struct ConvOptions {
   AxisOptions h, w;
   int64_t source_block, result_block;  // see ListParams
   int64_t depth_length, columns;
-  int64_t planes, gradient, full_width, relu, tf32, reduce_off;  // 0 or 1
+  int64_t route;                                         // a ConvRoute
+  int64_t gradient, full_width, relu, tf32, reduce_off;  // 0 or 1
 };
 
 struct WeightGradientOptions {

@@ -3,7 +3,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "cuda_backend/cuda_backend.h"
+#include "aten/gathered_conv2d_backward.h"
 #include "cuda_backend/routes.h"
 
 namespace bap_kernels {

@@ -1,14 +1,34 @@
 // Routes of the forward on the CUDA kernels.
 #include <ATen/ops/empty.h>
 
-#include "cpu/choice.h"
 #include "cpu/packed_cache.h"
-#include "cuda_backend/cuda_backend.h"
 #include "cuda_backend/routes.h"
+#include "kernels/halo_shape.h"
 
 namespace bap_kernels {
 
-bool cuda_named() { return get_backend() == "cuda"; }
+const NamedBackend cuda_backend{cuda_gathered_conv2d, cuda_gathered_conv2d_backward, cuda_switched_conv2d,
+                                cuda_switched_conv2d_backward};
+
+namespace {
+
+// Whether the kernel with a halo takes a forward as it lies.
+bool takes_halo(const ConvLaunch& l) {
+  if (l.gradient || l.full_width || !has_value(l.result)) return false;
+  ConvParams p{};
+  const at::Tensor& x = l.source;
+  p.source_stride = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  p.axis_h = l.h.axis();
+  p.axis_w = l.w.axis();
+  p.batch = static_cast<int>(x.size(0));
+  p.columns = static_cast<int>(l.columns);
+  p.depth_length = static_cast<int>(l.source_list.length);
+  const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  // That there is a tile does not depend on the number of processors.
+  return choose_halo(halo_case(p, address, static_cast<int>(x.element_size())), 1).fits;
+}
+
+}  // namespace
 
 void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const ListForm& list, const OptionalTensor& used,
                     const Fusion& prologue) {
@@ -18,10 +38,14 @@ void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const ListForm
   launch.source_list = list;
   if (!prologue.has_prologue()) {
     if (pointwise({launch.h, launch.w}) && !launch.gradient && planar_result && aligned_chunks(source, true)) {
-      launch.planes = true;
+      launch.route = ConvRoute::kPlanes;
       return launch_conv(launch);
     }
     if (list.block % vector == 0 && aligned_chunks(source, false)) return launch_conv(launch);
+  }
+  if (!prologue.has_prologue() && takes_halo(launch)) {
+    launch.route = ConvRoute::kHalo;
+    return launch_conv(launch);
   }
   launch.source = packed_channels(source, list, used, prologue);
   launch.source_list = {std::nullopt, 0, list.length};

@@ -41,7 +41,7 @@ void launch_conv(const ConvLaunch& l) {
                             l.result_list.block,
                             l.source_list.length,
                             l.columns,
-                            l.planes,
+                            static_cast<int64_t>(l.route),
                             l.gradient,
                             l.full_width,
                             l.relu,

@@ -20,7 +20,8 @@ struct ConvLaunch {
   OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
   AxisOptions h, w;
   int64_t columns = 0;
-  bool planes = false, gradient = false, full_width = false, relu = false, reduce_off = false;
+  ConvRoute route = ConvRoute::kRows;
+  bool gradient = false, full_width = false, relu = false, reduce_off = false;
 };
 void launch_conv(const ConvLaunch& launch);
 

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "cuda_backend/cuda_backend.h"
 #include "cuda_backend/routes.h"
 
 namespace bap_kernels {

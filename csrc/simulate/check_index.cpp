@@ -232,8 +232,8 @@ void banks() {
   }
   std::vector<int> pairs, words;
   for (int lane = 0; lane < kWarp; ++lane) {
-    using Rows = GatheredConv2d<Products::kHalf, SmallTile, false>;
-    using Planes = GatheredConv2d<Products::kHalf, SmallTile, true>;
+    using Rows = ConvEpilogue<HalfWord, SmallTile, false>;
+    using Planes = ConvEpilogue<HalfWord, SmallTile, true>;
     // Two words of a row are stored at once, half a warp at a time.
     if (lane < 16) pairs.push_back(Rows::staged(fragment_row_c(lane, 0), fragment_column_c(lane, 0)) * 4);
     words.push_back(Planes::staged(fragment_row_c(lane, 0), fragment_column_c(lane, 0)) * 4);
@@ -245,8 +245,8 @@ void banks() {
 void stages() {
   for_tiles([](const std::string& name, auto tile) {
     using Tile = decltype(tile);
-    using Rows = GatheredConv2d<Products::kHalf, Tile, false>;
-    using Planes = GatheredConv2d<Products::kHalf, Tile, true>;
+    using Rows = ConvEpilogue<HalfWord, Tile, false>;
+    using Planes = ConvEpilogue<HalfWord, Tile, true>;
     std::set<int> rows, planes;
     for (int i = 0; i < Tile::kRows; ++i) {
       for (int j = 0; j < Tile::kColumns; ++j) {

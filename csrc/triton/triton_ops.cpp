@@ -1,12 +1,10 @@
 // Schemas of the private ops of the Triton backend, and their callers. Results are allocated here, so that their
 // memory formats are those of every other backend.
-#include "triton/triton_ops.h"
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/choice.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -17,10 +15,6 @@ template <class Schema>
 auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
-
-}  // namespace
-
-bool triton_named() { return get_backend() == "triton"; }
 
 at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
   TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), name,
@@ -69,6 +63,11 @@ SwitchedGradients triton_switched_conv2d_backward(const SwitchedCall& c, const a
   return op.call(grad_output, c.input, c.weight, c.switches, c.stride, c.padding, c.dilation, c.groups, c.off_gradient,
                  mask);
 }
+
+}  // namespace
+
+const NamedBackend triton_backend{triton_gathered_conv2d, triton_gathered_conv2d_backward, triton_switched_conv2d,
+                                  triton_switched_conv2d_backward};
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(
