@@ -160,7 +160,7 @@ inline HaloChoice choose_halo(const HaloCase& c, int processors) {
   if (!large.fits) return small;
   const int64_t blocks = int64_t{ceil_div(c.h.output, large.shape.tile_h)} * ceil_div(c.w.output, large.shape.tile_w) *
                          ceil_div(c.columns, LargeHaloTile::kColumns) * c.batch;
-  const bool idle = blocks < processors || halo_work(c, large.shape) > 2 * halo_work(c, small.shape);
+  const bool idle = blocks < processors || 4 * halo_work(c, large.shape) > 5 * halo_work(c, small.shape);
   // Staging hides the loads, which counts for more than larger tiles.
   const bool staged = large.shape.copy_bytes > 0 || small.shape.copy_bytes == 0;
   return small.fits && (idle || !staged) ? small : large;

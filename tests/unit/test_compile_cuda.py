@@ -85,7 +85,13 @@ def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
-    for header in ("gathered_conv2d_block.h", "weight_gradient_block.h", "channel_pack_block.h", "launch.h"):
+    for header in (
+        "gathered_conv2d_block.h",
+        "halo_conv2d_block.h",
+        "weight_gradient_block.h",
+        "channel_pack_block.h",
+        "launch.h",
+    ):
         source = tmp_path / "one.cpp"
         source.write_text(f'#include "kernels/{header}"\n')
         subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)], check=True)
