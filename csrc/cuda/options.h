@@ -22,10 +22,15 @@ struct AxisOptions {
 // halo.
 enum class ConvRoute : int64_t { kRows, kPlanes, kHalo };
 
+// One run of images: its list's block and length, its first image and their number; see BatchRun.
+struct RunOptions {
+  int64_t block, depth, first, images;
+};
+
 struct ConvOptions {
   AxisOptions h, w;
-  int64_t source_block, result_block;  // see ListParams
-  int64_t depth_length, columns;
+  int64_t result_block;  // see ListParams
+  int64_t columns;
   int64_t route;                                         // a ConvRoute
   int64_t gradient, full_width, relu, tf32, reduce_off;  // 0 or 1
 };
@@ -39,7 +44,7 @@ struct WeightGradientOptions {
 };
 
 struct PackOptions {
-  int64_t block, length, relu;
+  int64_t relu;
 };
 
 template <class Options>

@@ -20,18 +20,21 @@ GradientTriple cuda_gathered_conv2d_backward(const at::Tensor& grad_output, cons
                                              const OptionalTensor& out_index, c10::IntArrayRef stride,
                                              c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
                                              std::array<bool, 3> mask);
+void cuda_gathered_conv2d_mixed(const at::Tensor& output, const std::vector<MixedRun>& runs,
+                                const std::vector<ConvCall>& calls, const at::Tensor& input, const char* op);
 at::Tensor cuda_switched_conv2d(const SwitchedCall& call);
 SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& call, const at::Tensor& grad_output,
                                                 SwitchedMask mask);
 
-// Fills in the launch's source, packed first where the kernels cannot read it, and launches it.
-void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const ListForm& list, const OptionalTensor& used = {},
+// Fills in the launch's source, packed first where the kernels cannot read it, and launches it. The launch has its
+// runs.
+void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const OptionalTensor& used = {},
                     const Fusion& prologue = {});
 
 // The forward: also fills in the geometry. `used`: how many channels of the list are read, on the device; absent: all.
-void run_forward(ConvLaunch& launch, const at::Tensor& input, const at::Tensor& weight, const ListForm& list,
-                 int64_t out_h, int64_t out_w, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                 c10::IntArrayRef dilation, const OptionalTensor& used, const Fusion& prologue);
+void run_forward(ConvLaunch& launch, const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
+                 c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
+                 const OptionalTensor& used, const Fusion& prologue);
 
 // `t`, or a compact NHWC copy of it, whose channels can be copied in runs of 16 bytes.
 at::Tensor with_aligned_chunks(const at::Tensor& t);

@@ -55,16 +55,21 @@ struct GatheredConv2d {
   struct Plan {
     AxisPlan h, w;
     TilePlace place;
-    int rows, first_row, first_column, image, depth, steps;
+    int run, rows, first_row, first_column, image, depth, steps;  // `image`: the first that rows count from
   };
 
-  BAP_HOST_DEVICE static int row_tiles(const ConvParams& p) {
+  BAP_HOST_DEVICE static int row_tiles(const ConvParams& p, int images) {
     const int rows_h = p.gradient ? ceil_div(p.axis_h.input, p.axis_h.stride) : p.axis_h.output;
     const int rows_w = p.gradient ? ceil_div(p.axis_w.input, p.axis_w.stride) : p.axis_w.output;
-    return ceil_div(rows_h * rows_w * (kPlanes ? 1 : p.batch), Tile::kRows);
+    return ceil_div(rows_h * rows_w * (kPlanes ? 1 : images), Tile::kRows);
   }
   BAP_HOST_DEVICE static int column_tiles(const ConvParams& p) { return ceil_div(p.columns, Tile::kColumns); }
-  BAP_HOST_DEVICE static int grid_x(const ConvParams& p) { return row_tiles(p) * column_tiles(p); }
+  BAP_HOST_DEVICE static int grid_x(const ConvParams& p) {
+    if (kPlanes) return row_tiles(p, 1) * column_tiles(p);
+    int tiles = 0;
+    for (int run = 0; run < p.runs.count; ++run) tiles += row_tiles(p, p.runs.of[run].images);
+    return tiles * column_tiles(p);
+  }
   BAP_HOST_DEVICE static int grid_y(const ConvParams& p) {
     return kPlanes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
   }
@@ -74,12 +79,26 @@ struct GatheredConv2d {
     const int phase = kPlanes ? 0 : block_y;
     plan.h = p.gradient ? gradient_axis(p.axis_h, phase / p.phases_w) : forward_axis(p.axis_h);
     plan.w = p.gradient ? gradient_axis(p.axis_w, phase % p.phases_w) : forward_axis(p.axis_w);
-    plan.place = tile_place(block_x, row_tiles(p), column_tiles(p), kGroup);
-    plan.rows = plan.h.count * plan.w.count * (kPlanes ? 1 : p.batch);
+    int images = 1;
+    if constexpr (kPlanes) {
+      const ImagePlace at = image_place(p.runs, block_y);
+      plan.run = at.run;
+      plan.image = at.image;
+    } else {
+      plan.run = 0;
+      int tiles = row_tiles(p, p.runs.of[0].images) * column_tiles(p);
+      while (plan.run + 1 < p.runs.count && block_x >= tiles) {
+        block_x -= tiles;
+        tiles = row_tiles(p, p.runs.of[++plan.run].images) * column_tiles(p);
+      }
+      plan.image = p.runs.of[plan.run].first;
+      images = p.runs.of[plan.run].images;
+    }
+    plan.place = tile_place(block_x, row_tiles(p, images), column_tiles(p), kGroup);
+    plan.rows = plan.h.count * plan.w.count * images;
     plan.first_row = plan.place.row * Tile::kRows;
     plan.first_column = plan.place.column * Tile::kColumns;
-    plan.image = kPlanes ? block_y : 0;
-    plan.depth = p.depth != nullptr ? *p.depth : p.depth_length;
+    plan.depth = p.depth != nullptr ? *p.depth : p.runs.of[plan.run].depth;
     plan.steps = ceil_div(plan.depth, kDepth) * plan.h.taps * plan.w.taps;
     return plan;
   }
@@ -88,7 +107,8 @@ struct GatheredConv2d {
   BAP_DEVICE static int look_up(const ConvParams& p, const Plan& plan, int thread, int block) {
     const int within_block = kPlanes ? copy_depth<kThreads, kBytes>(thread) : copy_chunk(thread) * kVector;
     const int k = block * kDepth + within_block;
-    return k < plan.depth ? listed_channel(p.source_list.entries, p.source_list.block, k) : 0;
+    const ListParams& list = p.runs.of[plan.run].list;
+    return k < plan.depth ? listed_channel(list.entries, list.block, k) : 0;
   }
 
   template <class Block>
@@ -106,7 +126,8 @@ struct GatheredConv2d {
           const RowPlace at = row_place(m, plan.h.count, plan.w.count);
           s.row_h[i] = at.row * plan.h.source_step + plan.h.source_first;
           s.row_w[i] = at.column * plan.w.source_step + plan.w.source_first;
-          s.source[i] = at.image * p.source_stride.n + s.row_h[i] * p.source_stride.h + s.row_w[i] * p.source_stride.w;
+          s.source[i] = (plan.image + at.image) * p.source_stride.n + s.row_h[i] * p.source_stride.h +
+                        s.row_w[i] * p.source_stride.w;
         }
       }
     }
@@ -119,7 +140,8 @@ struct GatheredConv2d {
   template <class Block>
   BAP_DEVICE static void copy(Block& b, const ConvParams& p, const Plan& plan, int thread, State& s, int stage) {
     const scalar_t* source = static_cast<const scalar_t*>(p.source);
-    const scalar_t* weight = static_cast<const scalar_t*>(p.weight);
+    const BatchRun& run = p.runs.of[plan.run];
+    const scalar_t* weight = static_cast<const scalar_t*>(run.weight);
     const int k = s.cursor.block * kDepth;
     if constexpr (kPlanes) {
       const int depth = copy_depth<kThreads, kBytes>(thread);
@@ -150,14 +172,14 @@ struct GatheredConv2d {
     const int there = chunk_bytes<kBytes>(k + chunk * kVector, plan.depth);
     const int tap = (plan.h.weight_first + s.cursor.tap_h * plan.h.weight_step) * p.kernel_w + plan.w.weight_first +
                     s.cursor.tap_w * plan.w.weight_step;
-    const int64_t move = tap * p.stride_weight_tap + k + chunk * kVector;
+    const int64_t move = tap * run.stride_weight_tap + k + chunk * kVector;
     BAP_UNROLL
     for (int i = 0; i < kCopiesB; ++i) {
       const int row = copy_row<kThreads>(thread, i);
       const int column = plan.first_column + row;
       const int bytes = column < p.columns ? there : 0;
       b.copy_chunk(thread, stage + Tile::kColumnsAt + by_rows(row, chunk),
-                   bytes > 0 ? weight + column * p.stride_weight_column + move : weight, bytes);
+                   bytes > 0 ? weight + column * run.stride_weight_column + move : weight, bytes);
     }
     if (advance(s.cursor, plan.h.taps, plan.w.taps)) {
       s.channel = s.next_channel;
@@ -180,7 +202,7 @@ struct GatheredConv2d {
       const int m = plan.first_row + row;
       const bool there = m < plan.rows;
       const RowPlace at = row_place(there ? m : 0, plan.h.count, plan.w.count);
-      Epilogue::write_row(b, p, thread, row, there, kPlanes ? plan.image : at.image,
+      Epilogue::write_row(b, p, thread, row, there, plan.image + at.image,
                           at.row * plan.h.result_step + plan.h.result_first,
                           at.column * plan.w.result_step + plan.w.result_first);
     }
@@ -199,7 +221,7 @@ struct GatheredConv2d {
     b.sync();
     b.each([&](int thread, State&) {
       if (p.partial != nullptr) {
-        const int64_t term = static_cast<int64_t>(b.block_y()) * row_tiles(p) + plan.place.row;
+        const int64_t term = static_cast<int64_t>(b.block_y()) * row_tiles(p, p.batch) + plan.place.row;
         Epilogue::reduce(b, p, plan.first_column, term, thread);
       }
       if (p.result != nullptr) Epilogue::store(b, p, plan.first_column, thread);

@@ -50,7 +50,7 @@ struct HaloConv2d {
   };
 
   struct Plan {
-    int first_h, first_w, first_column, image, depth, taps, steps;
+    int run, first_h, first_w, first_column, image, depth, taps, steps;
     int source_h, source_w;  // the halo's first pixel in the source
     HaloShape shape;
     ConvAxis h, w;
@@ -71,17 +71,20 @@ struct HaloConv2d {
     plan.first_h = place.row / tiles_w(p) * p.shape.tile_h;
     plan.first_w = place.row % tiles_w(p) * p.shape.tile_w;
     plan.first_column = place.column * Tile::kColumns;
-    plan.image = block_y;
+    const ImagePlace at = image_place(p.conv.runs, block_y);
+    plan.run = at.run;
+    plan.image = at.image;
     plan.source_h = plan.first_h * plan.h.stride - plan.h.before;
     plan.source_w = plan.first_w * plan.w.stride - plan.w.before;
-    plan.depth = p.conv.depth != nullptr ? *p.conv.depth : p.conv.depth_length;
+    plan.depth = p.conv.depth != nullptr ? *p.conv.depth : p.conv.runs.of[plan.run].depth;
     plan.taps = plan.h.kernel * plan.w.kernel;
     plan.steps = ceil_div(plan.depth, kDepth) * plan.taps;
     return plan;
   }
 
   BAP_DEVICE static int look_up(const HaloParams& p, const Plan& plan, int k) {
-    return k < plan.depth ? listed_channel(p.conv.source_list.entries, p.conv.source_list.block, k) : 0;
+    const ListParams& list = p.conv.runs.of[plan.run].list;
+    return k < plan.depth ? listed_channel(list.entries, list.block, k) : 0;
   }
   BAP_DEVICE static int staged_channel(const HaloParams& p, const Plan& plan, int thread, int block) {
     return look_up(p, plan, block * kDepth + copy_depth<kThreads, kBytes>(thread));
@@ -140,17 +143,18 @@ struct HaloConv2d {
   // Starts the thread's copies of the weight of the step at its cursor, and moves the cursor on.
   template <class Block>
   BAP_DEVICE static void copy(Block& b, const HaloParams& p, const Plan& plan, int thread, State& s, int stage) {
-    const scalar_t* weight = static_cast<const scalar_t*>(p.conv.weight);
+    const BatchRun& run = p.conv.runs.of[plan.run];
+    const scalar_t* weight = static_cast<const scalar_t*>(run.weight);
     const int chunk = copy_chunk(thread), k = s.cursor.block * kDepth + chunk * kVector;
     const int there = chunk_bytes<kBytes>(k, plan.depth);
-    const int64_t move = (s.cursor.tap_h * plan.w.kernel + s.cursor.tap_w) * p.conv.stride_weight_tap + k;
+    const int64_t move = (s.cursor.tap_h * plan.w.kernel + s.cursor.tap_w) * run.stride_weight_tap + k;
     BAP_UNROLL
     for (int i = 0; i < kCopies; ++i) {
       const int row = copy_row<kThreads>(thread, i);
       const int column = plan.first_column + row;
       const int bytes = column < p.conv.columns ? there : 0;
       b.copy_chunk(thread, stage + by_rows(row, chunk),
-                   bytes > 0 ? weight + column * p.conv.stride_weight_column + move : weight, bytes);
+                   bytes > 0 ? weight + column * run.stride_weight_column + move : weight, bytes);
     }
     advance(s.cursor, plan.h.kernel, plan.w.kernel);
   }

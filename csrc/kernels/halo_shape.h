@@ -116,7 +116,9 @@ struct HaloCase {
 
 inline HaloCase halo_case(const ConvParams& p, uint64_t address, int element_bytes) {
   const int copy_bytes = halo_copy_bytes(address, p.source_stride, element_bytes);
-  return {p.axis_h, p.axis_w, p.batch, p.columns, p.depth_length, element_bytes, copy_bytes, p.source_stride.w == 1};
+  int depth = 0;
+  for (int run = 0; run < p.runs.count; ++run) depth = p.runs.of[run].depth > depth ? p.runs.of[run].depth : depth;
+  return {p.axis_h, p.axis_w, p.batch, p.columns, depth, element_bytes, copy_bytes, p.source_stride.w == 1};
 }
 
 struct HaloChoice {

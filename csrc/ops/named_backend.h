@@ -2,6 +2,9 @@
 // table of functions from a checked call to its kernels.
 #pragma once
 
+#include <vector>
+
+#include "ops/mixed_call.h"
 #include "ops/switched_call.h"
 
 namespace bap_kernels {
@@ -15,6 +18,10 @@ struct NamedBackend {
                              std::array<bool, 3> mask);
   at::Tensor (*switched)(const SwitchedCall& call);
   SwitchedGradients (*switched_backward)(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask);
+  // The runs of a mixed batch `input`, in its order, as calls of their own, into `output`; null where the backend has
+  // no kernel for several runs at once. Runs may read no channel.
+  void (*mixed)(const at::Tensor& output, const std::vector<MixedRun>& runs, const std::vector<ConvCall>& calls,
+                const at::Tensor& input, const char* op);
 };
 
 // csrc/cuda_backend/: private ops of bap_kernels._C_cuda.

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "kernels/conv_params.h"
 #include "kernels/tile_layout.h"
 
 namespace bap_kernels {
@@ -114,11 +115,25 @@ void lists() {
   }
 }
 
+void runs() {
+  Runs mixed{};
+  mixed.count = 3;
+  // In the order of blocks, which is not that of images.
+  mixed.of[0].first = 5, mixed.of[0].images = 2;
+  mixed.of[1].first = 0, mixed.of[1].images = 4;
+  mixed.of[2].first = 4, mixed.of[2].images = 1;
+  const int wanted[7][2] = {{0, 5}, {0, 6}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, 4}};
+  for (int number = 0; number < 7; ++number) {
+    const ImagePlace at = image_place(mixed, number);
+    require(at.run == wanted[number][0] && at.image == wanted[number][1], "an image is in another run");
+  }
+}
+
 }  // namespace
 
 Checks geometry_checks() {
   return {{"forward_axes", forward_axes}, {"gradient_axes", gradient_axes}, {"tile_order", tile_order},
-          {"row_places", row_places},     {"steps", steps_of_the_sum},      {"lists", lists}};
+          {"row_places", row_places},     {"steps", steps_of_the_sum},      {"lists", lists}, {"runs", runs}};
 }
 
 }  // namespace bap_kernels

@@ -67,7 +67,7 @@ SwitchedGradients triton_switched_conv2d_backward(const SwitchedCall& c, const a
 }  // namespace
 
 const NamedBackend triton_backend{triton_gathered_conv2d, triton_gathered_conv2d_backward, triton_switched_conv2d,
-                                  triton_switched_conv2d_backward};
+                                  triton_switched_conv2d_backward, nullptr};
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++")
 CHECKS = (
     *("forward_axes", "gradient_axes", "tile_order", "row_places", "steps", "lists", "copies", "banks", "stages"),
-    *("conversions", "memory_rules", "instances"),
+    *("conversions", "memory_rules", "instances", "runs"),
     *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
 )
 
