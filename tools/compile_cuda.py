@@ -4,9 +4,9 @@
 
 Every instance is compiled by nvcc and reported as the assembler saw it. Checked: no spills and no stack; in the kernels
 that multiply, copies of 16 bytes to shared memory that run ahead (LDGSTS.128), tensor core instructions of the right
-kind (HMMA) and matrix loads (LDSM); registers and shared memory within the limits of the architecture. Prints a table
-with the predicted occupancy, and ends with status 1 where a check fails. Needs nvcc, and cuobjdump or Triton's copy of
-it; no GPU.
+kind (HMMA) and matrix loads (LDSM), and stores of 16 bytes to a halo (STS.128); registers and shared memory within the
+limits of the architecture. Prints a table with the predicted occupancy, and ends with status 1 where a check fails.
+Needs nvcc, and cuobjdump or Triton's copy of it; no GPU.
 """
 
 from __future__ import annotations
@@ -163,6 +163,9 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
         if not ldsm and not (instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")):
             wrong.append("no LDSM")
+        # Chunks of the halo, turned or gathered, are written whole.
+        if instance.kernel == "halo" and "STS.128" not in sass:
+            wrong.append("no STS.128")
     layout = "any" if instance.kernel == "halo" else "planes" if instance.planes else "nhwc"
     blocks = occupancy(arch, instance.warps, registers, instance.shared_bytes)
     if blocks < (instance.tile[5] if instance.tile else 1):
