@@ -36,7 +36,7 @@ bool takes_halo(const ConvLaunch& l) {
 // The run of a call's images, of which the first has number `first` in the batch.
 LaunchRun forward_run(const ConvCall& c, int64_t first) {
   const at::Tensor weight = PackedCache::instance().get(c, PackedKind::kByFilter, 0, [&] {
-    return packed_weight(c.weight, c.out_index, c.in_index, /*by_input=*/false);
+    return packed_weight(c.weight, c.out_index, c.weight_list(), /*by_input=*/false);
   });
   return {weight, list_form(c.in_index, c.shape.channels_in), first, c.shape.batch};
 }
@@ -67,9 +67,6 @@ void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const Optional
 
 at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   const auto& s = c.shape;
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_value(c.weight_index), op,
-                              "(): expected an input with all of the weight's channels, got `weight_index`, for which "
-                              "backend `cuda` has no kernel. Hint: use_backend(\"auto\") takes the ATen path.");
   refuse_uncovered(op, c.input, c.weight, c.groups, s.out_h, s.out_w);
   const at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
   const Fusion& f = c.fusion;

@@ -82,19 +82,6 @@ def test_refusals() -> None:
         bap_kernels.gathered_conv2d(huge, torch.zeros(1, 1, 1, 1), stride=2**14)
 
 
-def test_refusal_of_an_input_with_channels_of_its_own() -> None:
-    x, w = torch.zeros(1, 2, 4, 4), torch.zeros(3, 8, 1, 1)
-    nothing = (None, None, False, None, None, None, False, False)
-    which = torch.tensor([1, 5], dtype=torch.int32)
-    with (
-        pytest.raises(NotImplementedError, match="got `weight_index`, for which backend `cuda` has no kernel"),
-        bap_kernels.use_backend("cuda"),
-    ):
-        torch.ops.bap_kernels._gathered_conv2d_fused(
-            x, w, None, None, None, [1, 1], [0] * 4, [1, 1], 1, *nothing, which
-        )
-
-
 def test_the_backend_can_run_and_is_never_chosen() -> None:
     assert _C.why_not("cuda") is None
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
