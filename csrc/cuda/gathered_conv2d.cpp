@@ -77,6 +77,7 @@ void launch_halo(const ConvParams& conv, const Tensor& source, const Tensor& wei
   p.conv = conv;
   p.planes = source.stride(3) == 1;
   p.planar_result = result->stride(3) == 1;
+  p.prologue = conv.source_scale.values != nullptr || conv.source_shift.values != nullptr || conv.source_relu;
   // Where 16 bytes of a plane's row start is seen row by row.
   if (p.planar_result) {
     p.conv.result_vector = reinterpret_cast<uintptr_t>(conv.result) % kChunkBytes == 0;
@@ -94,7 +95,8 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
           const std::vector<Tensor>& lists, const std::vector<int64_t>& runs, const OptionalStable& result_list,
           const OptionalStable& bias, const OptionalStable& scale, const OptionalStable& shift,
           const OptionalStable& residual, const OptionalStable& depth, const OptionalStable& stored,
-          const OptionalStable& input, const OptionalStable& grad_switch, const std::vector<int64_t>& list) {
+          const OptionalStable& input, const OptionalStable& grad_switch, const OptionalStable& source_scale,
+          const OptionalStable& source_shift, const std::vector<int64_t>& list) {
   ConvOptions o;
   STD_TORCH_CHECK(options_of(list, o), kConv, "(): expected ", sizeof(o) / 8, " options, got ", list.size(), ".");
   const Products products = products_of(source, o.tf32 != 0, kConv);
@@ -123,6 +125,9 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
   p.relu = o.relu != 0;
+  p.source_scale = vector_params(source_scale);
+  p.source_shift = vector_params(source_shift);
+  p.source_relu = o.source_relu != 0;
   if (is_there(residual)) {
     p.residual = residual->const_data_ptr();
     p.residual_stride = strides_of(*residual);
@@ -205,7 +210,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(
       "_gathered_conv2d_cuda(Tensor(a!)? result, Tensor source, Tensor[] weights, Tensor[] lists, int[] runs, "
       "Tensor? result_list, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? depth, "
-      "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, int[] options) -> ()");
+      "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, Tensor? source_scale, Tensor? source_shift, "
+      "int[] options) -> ()");
   m.def(
       "_channel_pack_cuda(Tensor(a!) result, Tensor source, Tensor[] lists, int[] runs, Tensor? used, Tensor? scale, "
       "Tensor? shift, int[] options) -> ()");

@@ -31,8 +31,8 @@ struct ConvOptions {
   AxisOptions h, w;
   int64_t result_block;  // see ListParams
   int64_t columns;
-  int64_t route;                                         // a ConvRoute
-  int64_t gradient, full_width, relu, tf32, reduce_off;  // 0 or 1
+  int64_t route;                                                      // a ConvRoute
+  int64_t gradient, full_width, relu, tf32, reduce_off, source_relu;  // 0 or 1
 };
 
 struct WeightGradientOptions {

@@ -56,8 +56,11 @@ void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const Optional
                                     [&](const LaunchRun& run) { return run.list.block % vector == 0; });
     if (blocks && aligned_chunks(source, false)) return launch_conv(launch);
   }
-  if (!prologue.has_prologue() && takes_halo(launch)) {
+  if (takes_halo(launch)) {
     launch.route = ConvRoute::kHalo;
+    launch.source_scale = prologue.in_scale;
+    launch.source_shift = prologue.in_shift;
+    launch.source_relu = prologue.in_relu;
     return launch_conv(launch);
   }
   launch.source = packed_channels(source, launch.runs, used, prologue);

@@ -55,15 +55,24 @@ int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kP
 void launch_conv(const ConvLaunch& l) {
   using T = const at::Tensor&;
   using O = const OptionalTensor&;
-  static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O,
-                                 c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
-  const ConvOptions options{
-      l.h,          l.w,    l.result_list.block,    l.columns,   static_cast<int64_t>(l.route), l.gradient,
-      l.full_width, l.relu, tf32_allowed(l.source), l.reduce_off};
+  static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O, O,
+                                 O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
+  const ConvOptions options{l.h,
+                            l.w,
+                            l.result_list.block,
+                            l.columns,
+                            static_cast<int64_t>(l.route),
+                            l.gradient,
+                            l.full_width,
+                            l.relu,
+                            tf32_allowed(l.source),
+                            l.reduce_off,
+                            l.source_relu};
   const OptionalTensor bias = dense(l.bias), scale = dense(l.scale), shift = dense(l.shift);
+  const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
   for_launches(l.source, l.runs, [&](const LaunchRuns& runs) {
     op.call(l.result, l.source, runs.weights, runs.lists, runs.integers, l.result_list.entries, bias, scale, shift,
-            l.residual, l.depth, l.stored, l.input, l.grad_switch, list_of(options));
+            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, list_of(options));
   });
 }
 

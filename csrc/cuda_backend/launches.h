@@ -24,12 +24,13 @@ struct ConvLaunch {
   std::vector<LaunchRun> runs;
   ListForm result_list;
   OptionalTensor bias, scale, shift, residual;
+  OptionalTensor source_scale, source_shift;
   OptionalTensor depth, stored;       // counts on the device, int32, (1,)
   OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
   AxisOptions h, w;
   int64_t columns = 0;
   ConvRoute route = ConvRoute::kRows;
-  bool gradient = false, full_width = false, relu = false, reduce_off = false;
+  bool gradient = false, full_width = false, relu = false, reduce_off = false, source_relu = false;
 };
 void launch_conv(const ConvLaunch& launch);
 

@@ -38,6 +38,15 @@ BAP_HOST_DEVICE float vector_value(const VectorParams& v, int i) {
 // NaN stays NaN, as in torch.
 BAP_HOST_DEVICE float rectified(float value) { return value < 0.0f ? 0.0f : value; }
 
+// relu?(scale[i] * from + shift[i]), rounded.
+template <typename scalar_t>
+BAP_DEVICE scalar_t transformed(const VectorParams& scale, const VectorParams& shift, bool relu, scalar_t from, int i) {
+  float value = to_float(from);
+  if (scale.values != nullptr) value *= vector_value<scalar_t>(scale, i);
+  if (shift.values != nullptr) value += vector_value<scalar_t>(shift, i);
+  return from_float<scalar_t>(relu ? rectified(value) : value);
+}
+
 // Fragments of slice `slice` of an operand that starts at byte `at`: kProductsM x 4 and kProductsN x 2 registers.
 template <class Tile, int kElementBytes, bool kByDepth, class Block, class State>
 BAP_DEVICE void load_fragments_a(Block& b, int thread, State& s, int at, int slice) {

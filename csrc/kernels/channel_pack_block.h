@@ -34,14 +34,6 @@ struct ChannelPack {
   }
   BAP_HOST_DEVICE static int grid_y(const ChannelPackParams& p) { return p.batch; }
 
-  BAP_DEVICE static scalar_t transformed(const ChannelPackParams& p, scalar_t from, int i) {
-    if (p.scale.values == nullptr && p.shift.values == nullptr && !p.relu) return from;
-    float value = to_float(from);
-    if (p.scale.values != nullptr) value *= vector_value<scalar_t>(p.scale, i);
-    if (p.shift.values != nullptr) value += vector_value<scalar_t>(p.shift, i);
-    return from_float<scalar_t>(p.relu ? rectified(value) : value);
-  }
-
   // The element of the tile, zero beyond the source's pixels and channels.
   BAP_DEVICE static scalar_t element(const ChannelPackParams& p, const BatchRun& run, int image, int pixel, int i,
                                      int used) {
@@ -50,7 +42,9 @@ struct ChannelPack {
     const int64_t channel = listed_channel(run.list.entries, run.list.block, i);
     const int64_t at =
         image * p.source_stride.n + channel * p.source_stride.c + h * p.source_stride.h + w * p.source_stride.w;
-    return transformed(p, static_cast<const scalar_t*>(p.source)[at], i);
+    const scalar_t from = static_cast<const scalar_t*>(p.source)[at];
+    if (p.scale.values == nullptr && p.shift.values == nullptr && !p.relu) return from;
+    return transformed(p.scale, p.shift, p.relu, from, i);
   }
 
   template <class Block>

@@ -63,6 +63,9 @@ struct ConvParams {
   ConvAxis axis_h, axis_w;
   int kernel_w;
   int phases_w;  // phases along w; 1 in the forward
+  // x' = relu?(source_scale * x + source_shift) is summed over, where it lies within the source; with a halo only.
+  VectorParams source_scale, source_shift;
+  bool source_relu;
   // y = relu?(scale * (sum + bias) + shift + residual)
   VectorParams bias, scale, shift;
   const void* residual;

@@ -14,7 +14,9 @@
 //   result in float32 and offsets.
 // Needs:  at least two taps, so that a staged block has arrived when it is turned; lists within range; for staging
 //   what halo_copy_bytes says. A halo that fits: choose_halo.
-// Allows: any strides of source, result and residual, with int64 offsets; a count of channels on the device.
+// Allows: any strides of source, result and residual, with int64 offsets; a count of channels on the device; a
+// prologue,
+//   x' = relu?(source_scale[k] * x + source_shift[k]) within the source, made where the halo is.
 // Accumulates in float32. No atomics: the result does not vary between runs.
 #pragma once
 
@@ -169,9 +171,25 @@ struct HaloConv2d {
     }
   }
 
+  // A chunk of the halo on its way to shared memory: elements `k` and on of the list, of a pixel within the source.
+  BAP_DEVICE static void enter(const HaloParams& p, const Plan& plan, int k, Chunk<scalar_t>& values) {
+    if (!p.prologue) return;
+    BAP_UNROLL
+    for (int v = 0; v < kVector; ++v) {
+      if (k + v < plan.depth) {
+        values.values[v] =
+            transformed(p.conv.source_scale, p.conv.source_shift, p.conv.source_relu, values.values[v], k + v);
+      }
+    }
+  }
+  BAP_DEVICE static bool within_source(const Plan& plan, int row, int column) {
+    return column < plan.shape.columns && within(plan.source_h + row, plan.h.input) &&
+           within(plan.source_w + column, plan.w.input);
+  }
+
   // Turns the staged planes into the halo: a thread writes one chunk of channels for pixels that are a warp apart.
   template <class Block>
-  BAP_DEVICE static void turn(Block& b, const Plan& plan, int thread) {
+  BAP_DEVICE static void turn(Block& b, const HaloParams& p, const Plan& plan, int thread, int block) {
     const int staged = Memory::staged_at(plan.shape), plane = plan.shape.rows * plan.shape.row_bytes();
     for (int chunk = thread / kWarp; chunk < kDepthChunks; chunk += kThreads / kWarp) {
       const bool there = chunk * kVector < plan.shape.staged_channels;
@@ -184,6 +202,7 @@ struct HaloConv2d {
         for (int v = 0; v < kVector; ++v) {
           values.values[v] = read ? b.template load<scalar_t>(thread, from + v * plane) : from_float<scalar_t>(0.0f);
         }
+        if (within_source(plan, row, column)) enter(p, plan, block * kDepth + chunk * kVector, values);
         b.store_chunk(thread, Memory::kHaloAt + by_rows(pixel, chunk), values);
       });
     }
@@ -201,13 +220,14 @@ struct HaloConv2d {
     for (int v = 0; v < kVector; ++v) channels[v] = look_up(p, plan, k + v) * stride.c;
     for_pixels<kStep>(plan, first, [&](int pixel, int row, int column) {
       const int h = plan.source_h + row, w = plan.source_w + column;
-      const bool inside = column < plan.shape.columns && within(h, plan.h.input) && within(w, plan.w.input);
+      const bool inside = within_source(plan, row, column);
       const scalar_t* from = image + h * stride.h + w * stride.w;
       Chunk<scalar_t> values;
       BAP_UNROLL
       for (int v = 0; v < kVector; ++v) {
         values.values[v] = inside && k + v < plan.depth ? from[channels[v]] : from_float<scalar_t>(0.0f);
       }
+      if (inside) enter(p, plan, k, values);
       b.store_chunk(thread, Memory::kHaloAt + by_rows(pixel, chunk), values);
     });
   }
@@ -231,7 +251,7 @@ struct HaloConv2d {
     const bool staged = plan.shape.copy_bytes > 0;
     b.each([&](int thread, State&) {
       if (staged) {
-        turn(b, plan, thread);
+        turn(b, p, plan, thread, block);
       } else {
         gather(b, p, plan, thread, block);
       }

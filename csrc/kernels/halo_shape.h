@@ -104,6 +104,7 @@ struct HaloParams {
   ConvParams conv;
   HaloShape shape;
   bool planes, planar_result;  // whether pixels lie side by side in source and result, not channels
+  bool prologue;
 };
 
 // What a layer asks of the halo kernel.

@@ -27,7 +27,7 @@ from bap_kernels.testing_switched import check_switched
 
 BASE = Case(in_channels=40, out_channels=36, size=(9, 16), in_list="shuffled")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLAGS = ("out_scale", "out_shift", "residual", "out_relu")
+FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
 CONV, PACK = "_gathered_conv2d_cuda", "_channel_pack_cuda"
 
 
@@ -127,7 +127,18 @@ def test_everything_fused(layout: str, dtype: torch.dtype) -> None:
     case = BASE.but(in_channels=20, out_channels=70, layout=layout, dtype=dtype)
     for residual in ("contiguous", "channels_last"):
         assert check_fused(case, FLAGS, "cuda", residual_layout=residual)
-        assert check_fused(case, FLAGS, "cuda", torch.float32, residual_layout=residual)
+        assert check_fused(case, FLAGS[3:], "cuda", torch.float32, residual_layout=residual)
+
+
+def test_a_prologue_needs_no_copy_and_stays_within_the_source() -> None:
+    # Zeros of the padding stay zeros, whatever the shift makes of those within.
+    for changes in ({}, {"layout": "channels_last"}, {"size": (7, 13)}, {"in_channels": 150, "dtype": torch.bfloat16}):
+        case = BASE.but(padding=(2, 2, 2, 2), **changes)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            assert check_fused(case, FLAGS[:3], "cuda", torch.float32)
+        names = {event.name.removeprefix("bap_kernels::") for event in profiler.events()}
+        assert CONV in names
+        assert PACK not in names
 
 
 @pytest.mark.parametrize("flag", FLAGS)
