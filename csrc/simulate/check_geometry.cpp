@@ -132,8 +132,13 @@ void runs() {
 }  // namespace
 
 Checks geometry_checks() {
-  return {{"forward_axes", forward_axes}, {"gradient_axes", gradient_axes}, {"tile_order", tile_order},
-          {"row_places", row_places},     {"steps", steps_of_the_sum},      {"lists", lists}, {"runs", runs}};
+  return {{"forward_axes", forward_axes},
+          {"gradient_axes", gradient_axes},
+          {"tile_order", tile_order},
+          {"row_places", row_places},
+          {"steps", steps_of_the_sum},
+          {"lists", lists},
+          {"runs", runs}};
 }
 
 }  // namespace bap_kernels
