@@ -1,22 +1,20 @@
 // What one block of the convolution with a halo computes: the forward for any list and any strides of the source.
 //   result[m, j] = relu?(scale[j] * (sum over k, t of source[pixel(m, t), channel(k)] * weight[j, t, k] + bias[o])
-//                        + shift[j] + residual[m, j])                                            with o =
-//                        result_list[j]
+//                        + shift[j] + residual[m, j])    with o = result_list[j]
 // A row m is a pixel of a tile of one image, a column j a channel of the result; k runs over channels, t over taps.
 //
 // The halo of the tile (halo_shape.h) is loaded once for each block of channels and serves all taps: the listed
-// channels lie side by side in shared memory, as matrix loads want them, whatever the list. Staged: planes are copied
-// asynchronously as they lie, one look-up per thread and block of channels, while the block
-//   before is multiplied; then turned into the halo, from shared memory to shared memory.
-// Else:   elements are gathered into the halo one by one, along pixels or along channels, whichever lie side by side;
-//   other blocks of the processor must hide the wait.
+// channels lie side by side in shared memory, as matrix loads want them, whatever the list.
+//   staged: planes are copied asynchronously as they lie, one look-up per thread and block of channels, while the block
+//           before is multiplied; then turned into the halo, from shared memory to shared memory
+//   else:   elements are gathered into the halo one by one, along pixels or channels, whichever lie side by side; other
+//           blocks of the processor must hide the wait
 // Grid: (tiles * column tiles, images). Shared memory: kStages of the weight, the halo, the staged planes; then the
 //   result in float32 and offsets.
 // Needs:  at least two taps, so that a staged block has arrived when it is turned; lists within range; for staging
 //   what halo_copy_bytes says. A halo that fits: choose_halo.
-// Allows: any strides of source, result and residual, with int64 offsets; a count of channels on the device; a
-// prologue,
-//   x' = relu?(source_scale[k] * x + source_shift[k]) within the source, made where the halo is.
+// Allows: any strides of source, result and residual, with int64 offsets; a count of channels on the device; within the
+//   source a prologue, x' = relu?(source_scale[k] * x + source_shift[k]).
 // Accumulates in float32. No atomics: the result does not vary between runs.
 #pragma once
 
@@ -41,6 +39,7 @@ struct HaloConv2d {
   static constexpr int kCopies = Tile::kColumns / (kThreads / kDepthChunks);
   static constexpr int kChannelThreads = depth_threads<kThreads, kBytes>();
   static constexpr int kGroup = 8;
+  static_assert(kStages <= 3, "what is staged at a block's first step arrives within two taps");
   using Rows = ConvEpilogue<scalar_t, Tile, false>;
   using Planes = ConvEpilogue<scalar_t, Tile, true>;
 

@@ -17,7 +17,7 @@ namespace bap_kernels {
 
 // Every device of the kernels gives a block this much shared memory (the least is that of compute capability 8.6).
 constexpr int kHaloSharedBytes = 99 * 1024;
-// Rounds of this many channels of which only the first `depth` exist are staged no further than needed.
+// Of few channels no whole block is staged, but a multiple of this many: whole chunks of every element type.
 constexpr int kStagedChannels = 8;
 
 struct HaloShape {
@@ -50,7 +50,7 @@ BAP_HOST_DEVICE int halo_tap(const HaloShape& s, const ConvAxis& h, const ConvAx
   return tap_h * h.dilation * s.line + halo_place(s, w.stride, tap_w * w.dilation);
 }
 
-// A tile of 2^tile_w_log columns; `elements` of it are `copy_bytes`, or a byte count of 0.
+// The shape of a tile of 2^tile_w_log columns, whose source is staged by copies of `copy_bytes`; 0: it is not staged.
 BAP_HOST_DEVICE HaloShape halo_shape(const ConvAxis& h, const ConvAxis& w, int tile_pixels, int tile_w_log,
                                      int element_bytes, int copy_bytes, int depth) {
   HaloShape s{};
