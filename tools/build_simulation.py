@@ -17,13 +17,13 @@ from tools import ninja_build
 from tools.build_plan import TORCH_TARGET_VERSION, BuildPlan, Part, TorchFacts, Unit
 
 SOURCES = ("csrc/cuda/", "csrc/simulate/", "csrc/kernels/launch.cpp")
-# The gather has no simulation: its kernel is not written against a block.
-WITHOUT = ("csrc/cuda/channel_gather.cpp",)
+# The gather has no simulation: its kernel is not written against a block. The checks are a program of their own.
+WITHOUT = ("csrc/cuda/channel_gather.cpp", "csrc/simulate/check_")
 
 
 def simulation_part(sources: list[str], torch: TorchFacts, python_include: str) -> Part:
     """The library of the simulation, as a part of a build."""
-    chosen = [source for source in sources if source.startswith(SOURCES) and source not in WITHOUT]
+    chosen = [source for source in sources if source.startswith(SOURCES) and not source.startswith(WITHOUT)]
     flags = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-DBAP_KERNELS_SIMULATED", "-Icsrc"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
     for directory in (*torch.include_dirs, python_include):

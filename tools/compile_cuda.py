@@ -4,9 +4,9 @@
 
 Every instance is compiled by nvcc and reported as the assembler saw it. Checked: no spills and no stack; in the kernels
 that multiply, copies of 16 bytes to shared memory that run ahead (LDGSTS.128), tensor core instructions of the right
-kind (HMMA) and matrix loads (LDSM); registers and shared memory within the limits of the architecture. Prints a table
-with the predicted occupancy, and ends with status 1 where a check fails. Needs nvcc, and cuobjdump or Triton's copy of
-it; no GPU.
+kind (HMMA) and matrix loads (LDSM), and stores of 16 bytes to a halo (STS.128); registers and shared memory within the
+limits of the architecture. Prints a table with the predicted occupancy, and ends with status 1 where a check fails.
+Needs nvcc, and cuobjdump or Triton's copy of it; no GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ HMMA["float32"] = HMMA["tf32"]
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024}
 NAMES = {"GatheredConv2d": "conv", "WeightGradient": "weight gradient", "ChannelPack": "pack", "SumPartials": "sum"}
+NAMES["HaloConv2d"] = "halo"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class Instance:
         """Bytes of dynamic shared memory, as in csrc/kernels/tile_layout.h."""
         if not self.tile:
             return 64 * 65 * 4 if self.kernel == "pack" else 0
+        if self.kernel == "halo":
+            # It depends on the layer's kernel and strides; this is the most: kHaloSharedBytes in halo_shape.h.
+            return 99 * 1024
         rows, columns, _, _, stages, _ = self.tile
         pipeline = stages * (rows + columns) * 128
         staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 24 * rows
@@ -159,12 +163,16 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
         if not ldsm and not (instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")):
             wrong.append("no LDSM")
+        # Chunks of the halo, turned or gathered, are written whole.
+        if instance.kernel == "halo" and "STS.128" not in sass:
+            wrong.append("no STS.128")
+    layout = "any" if instance.kernel == "halo" else "planes" if instance.planes else "nhwc"
     blocks = occupancy(arch, instance.warps, registers, instance.shared_bytes)
     if blocks < (instance.tile[5] if instance.tile else 1):
         wrong.append(f"a processor holds {blocks} blocks")
     return Code(
         *(instance.kernel, arch, instance.products, "x".join(map(str, instance.tile[:2])) or "-"),
-        *("planes" if instance.planes else "nhwc", registers, instance.shared_bytes, spill_bytes),
+        *(layout, registers, instance.shared_bytes, spill_bytes),
         *(hmma, ldgsts, ldsm, blocks),
         occupancy=blocks * instance.warps / WARPS,
         wrong=wrong,

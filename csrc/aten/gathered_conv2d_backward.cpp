@@ -9,8 +9,7 @@
 #include <torch/library.h>
 
 #include "aten/listed_channels.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 
@@ -71,13 +70,8 @@ GradientTriple gathered_conv2d_backward_cuda(const at::Tensor& grad_output, cons
       check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
   const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
-  if (cuda_named() && !trivial) {
-    return cuda_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                         groups, mask);
-  }
-  if (triton_named() && !trivial) {
-    return triton_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                           groups, mask);
+  if (const NamedBackend* named = trivial ? nullptr : named_backend()) {
+    return named->backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
   }
   return aten_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, s,
                                        mask);

@@ -1,14 +1,9 @@
 // Backward of the gathered convolution through PyTorch's convolution_backward, on any device.
 #pragma once
 
-#include <array>
-#include <tuple>
-
 #include "ops/gathered_conv2d.h"
 
 namespace bap_kernels {
-
-using GradientTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Gradients of input, weight and bias, full size; an empty tensor for each that `mask` leaves out. Arguments were
 // checked.

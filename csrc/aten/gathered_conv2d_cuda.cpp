@@ -2,16 +2,15 @@
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
 
 at::Tensor run_cuda(const ConvCall& call, const char* op) {
   if (call.trivial()) return trivial_gathered_conv2d(call);
-  if (cuda_named()) return cuda_gathered_conv2d(call, op);
-  return triton_named() ? triton_gathered_conv2d(call, op) : aten_gathered_conv2d(call, AtenRoute::kGather);
+  const NamedBackend* named = named_backend();
+  return named != nullptr ? named->forward(call, op) : aten_gathered_conv2d(call, AtenRoute::kGather);
 }
 
 at::Tensor gathered_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,

@@ -3,8 +3,7 @@
 #include <torch/library.h>
 
 #include "aten/switched_conv2d.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -12,8 +11,8 @@ namespace {
 at::Tensor run_masked(const SwitchedCall& call) { return masked_switched_conv2d(call); }
 
 at::Tensor run_named(const SwitchedCall& call) {
-  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d(call);
-  return triton_named() && !call.trivial() ? triton_switched_conv2d(call) : run_masked(call);
+  const NamedBackend* named = call.trivial() ? nullptr : named_backend();
+  return named != nullptr ? named->switched(call) : run_masked(call);
 }
 
 SwitchedGradients run_masked_backward(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask) {
@@ -21,9 +20,9 @@ SwitchedGradients run_masked_backward(const SwitchedCall& call, const at::Tensor
 }
 
 SwitchedGradients run_named_backward(const SwitchedCall& call, const at::Tensor& grad_output, SwitchedMask mask) {
-  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d_backward(call, grad_output, mask);
-  if (triton_named() && !call.trivial()) return triton_switched_conv2d_backward(call, grad_output, mask);
-  return run_masked_backward(call, grad_output, mask);
+  const NamedBackend* named = call.trivial() ? nullptr : named_backend();
+  return named != nullptr ? named->switched_backward(call, grad_output, mask)
+                          : run_masked_backward(call, grad_output, mask);
 }
 
 template <at::Tensor (*run)(const SwitchedCall&)>

@@ -6,6 +6,7 @@
 
 #include "cpu/choice.h"
 #include "cpu/isa.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -54,5 +55,10 @@ void set_backend(const std::string& name) {
 }
 
 const std::string& get_backend() { return backend_name(); }
+
+const NamedBackend* named_backend() {
+  const std::string& name = backend_name();
+  return name == "cuda" ? &cuda_backend : name == "triton" ? &triton_backend : nullptr;
+}
 
 }  // namespace bap_kernels

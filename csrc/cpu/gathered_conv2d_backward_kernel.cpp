@@ -6,8 +6,7 @@
 #include "aten/gathered_conv2d_backward.h"
 #include "cpu/choice.h"
 #include "cpu/gradient_call.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -48,13 +47,8 @@ GradientTriple gathered_conv2d_backward_cpu(const at::Tensor& grad_output, const
   check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
   const std::string& backend = get_backend();
   const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
-  if (backend == "cuda" && !trivial) {
-    return cuda_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                         groups, mask);
-  }
-  if (backend == "triton" && !trivial) {
-    return triton_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
-                                           groups, mask);
+  if (const NamedBackend* named = trivial ? nullptr : named_backend()) {
+    return named->backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
   }
   const std::string reason = backend == "aten" ? "" : native_gradient_why_not(input, s);
   TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty() || trivial, op,

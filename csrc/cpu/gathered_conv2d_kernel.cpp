@@ -6,8 +6,7 @@
 #include "cpu/choice.h"
 #include "cpu/native.h"
 #include "cpu/run.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 
@@ -42,8 +41,7 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
   if (c.trivial()) return trivial_gathered_conv2d(c);
   const std::string& backend = get_backend();
   if (backend == "aten") return run_route(c, Route::kGather);
-  if (backend == "cuda") return cuda_gathered_conv2d(c, op);
-  if (backend == "triton") return triton_gathered_conv2d(c, op);
+  if (const NamedBackend* named = named_backend()) return named->forward(c, op);
   if (backend == "native") {
     const std::string reason = native_why_not(c);
     TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), op,

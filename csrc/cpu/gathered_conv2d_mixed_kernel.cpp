@@ -14,8 +14,7 @@
 #include "cpu/native.h"
 #include "cpu/native_call.h"
 #include "cpu/run.h"
-#include "ops/mixed_call.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -75,13 +74,16 @@ at::Tensor gathered_conv2d_mixed_cpu(const at::Tensor& input, const at::Tensor& 
     if (counts[i] > 0) runs.push_back({input.narrow(0, first, counts[i]), output.narrow(0, first, counts[i]), list});
     first += counts[i];
   }
-  if (triton_named()) {
-    return triton_gathered_conv2d_mixed(input, weight, bias, in_indices, counts, stride, padding, dilation,
-                                        cache_packed, shape);
-  }
   std::vector<ConvCall> calls;
   std::vector<at::Tensor> outputs;
   const std::string& backend = get_backend();
+  if (const NamedBackend* named = named_backend()) {
+    for (const MixedRun& run : runs) {
+      calls.push_back(mixed_run_call(run, weight, bias, stride, padding, dilation, cache_packed, shape));
+    }
+    named->mixed(output, runs, calls, input, op);
+    return output;
+  }
   for (const MixedRun& run : runs) {
     const ConvCall call = mixed_run_call(run, weight, bias, stride, padding, dilation, cache_packed, shape);
     // A run of one sample may be laid out in either way, and the result has the batch's.

@@ -10,8 +10,7 @@
 #include "aten/switched_conv2d.h"
 #include "cpu/choice.h"
 #include "cpu/gradient_call.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -85,8 +84,9 @@ SwitchedGradients switched_conv2d_backward_cpu(const at::Tensor& grad_output, co
       check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups)};
   check_grad_output<int64_t>(op, grad_output, call.shape, input);
   const SwitchLists lists = read_switch(op, switches);
-  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d_backward(call, grad_output, mask);
-  if (triton_named() && !call.trivial()) return triton_switched_conv2d_backward(call, grad_output, mask);
+  if (const NamedBackend* named = call.trivial() ? nullptr : named_backend()) {
+    return named->switched_backward(call, grad_output, mask);
+  }
   const std::string& backend = get_backend();
   // As in the forward, a call that is answered without a convolution is no backend's.
   const bool trivial = call.trivial() || lists.off.size(0) == call.shape.channels_in;

@@ -4,8 +4,7 @@
 #include "aten/switched_conv2d.h"
 #include "cpu/native.h"
 #include "cpu/run.h"
-#include "cuda_backend/cuda_backend.h"
-#include "triton/triton_ops.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -26,8 +25,7 @@ at::Tensor switched_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
       off_gradient,
       check_switched_conv2d<int64_t>(op, input, weight, bias, switches, stride, padding, dilation, groups)};
   const SwitchLists lists = read_switch(op, switches);
-  if (cuda_named() && !call.trivial()) return cuda_switched_conv2d(call);
-  if (triton_named() && !call.trivial()) return triton_switched_conv2d(call);
+  if (const NamedBackend* named = call.trivial() ? nullptr : named_backend()) return named->switched(call);
   const ConvCall on = call.on(lists.on);
   // Switches move from step to step, and each count of channels is a case of its own: `auto` would never stop
   // measuring.

@@ -29,35 +29,92 @@ void sum_terms(const Tensor& partial, const Tensor& result, const ListParams& li
   check_launch(launch_sum_partials(p, products, on.stream()), kConv, "sum_partials", partial, result);
 }
 
+int images_of(const Runs& runs) {
+  int images = 0;
+  for (int run = 0; run < runs.count; ++run) images += runs.of[run].images;
+  return images;
+}
+
+// The runs of a launch: `integers` are a RunOptions each; a list is not looked at where its block is 0. A compact copy
+// has no weights.
+Runs runs_of(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lists,
+             const std::vector<int64_t>& integers) {
+  constexpr size_t kIntegers = sizeof(RunOptions) / 8;
+  const size_t count = lists.size();
+  STD_TORCH_CHECK(count > 0 && count <= kMaxRuns && integers.size() == count * kIntegers &&
+                      (weights.empty() || weights.size() == count),
+                  op, "(): expected 1 to ", kMaxRuns, " runs of ", kIntegers, " integers, got ", count, " lists and ",
+                  integers.size(), " integers.");
+  Runs runs{};
+  runs.count = static_cast<int>(count);
+  for (size_t i = 0; i < count; ++i) {
+    RunOptions o;
+    std::memcpy(&o, integers.data() + i * kIntegers, sizeof(o));
+    BatchRun& run = runs.of[i];
+    if (!weights.empty()) {
+      run.weight = weights[i].const_data_ptr();
+      run.stride_weight_column = weights[i].stride(0);
+      run.stride_weight_tap = weights[i].stride(1);
+    }
+    if (o.block != 0) run.list = {static_cast<const int32_t*>(lists[i].const_data_ptr()), static_cast<int>(o.block)};
+    run.depth = static_cast<int>(o.depth);
+    run.first = static_cast<int>(o.first);
+    run.images = static_cast<int>(o.images);
+  }
+  return runs;
+}
+
 int row_tile(TileShape tile) {
   return tile == TileShape::kSmall ? SmallTile::kRows : tile == TileShape::kLarge ? LargeTile::kRows : ThinTile::kRows;
 }
 
-void conv(const OptionalStable& result, const Tensor& source, const Tensor& weight, const OptionalStable& source_list,
-          const OptionalStable& result_list, const OptionalStable& bias, const OptionalStable& scale,
-          const OptionalStable& shift, const OptionalStable& residual, const OptionalStable& depth,
-          const OptionalStable& stored, const OptionalStable& input, const OptionalStable& grad_switch,
-          const std::vector<int64_t>& list) {
+// The forward with a halo, of filled-in parameters.
+void launch_halo(const ConvParams& conv, const Tensor& source, const Tensor& weight, const OptionalStable& result,
+                 Products products, const OnDevice& on) {
+  STD_TORCH_CHECK(is_there(result) && !conv.gradient && !conv.full_width, kConv,
+                  "(): expected a forward where the route is the halo.");
+  HaloParams p{};
+  p.conv = conv;
+  p.planes = source.stride(3) == 1;
+  p.planar_result = result->stride(3) == 1;
+  p.prologue = conv.source_scale.values != nullptr || conv.source_shift.values != nullptr || conv.source_relu;
+  // Where 16 bytes of a plane's row start is seen row by row.
+  if (p.planar_result) {
+    p.conv.result_vector = reinterpret_cast<uintptr_t>(conv.result) % kChunkBytes == 0;
+  }
+  const int element_bytes = static_cast<int>(source.element_size());
+  const HaloChoice choice = choose_halo(halo_case(conv, reinterpret_cast<uintptr_t>(conv.source), element_bytes),
+                                        processor_count(on.device()));
+  STD_TORCH_CHECK(choice.fits, kConv, "(): expected a convolution whose halo fits into shared memory.");
+  p.shape = choice.shape;
+  check_launch(launch_halo_conv2d(p, products, choice.tile, choice.shared_bytes, on.stream()), kConv, "halo_conv2d",
+               source, weight);
+}
+
+void conv(const OptionalStable& result, const Tensor& source, const std::vector<Tensor>& weights,
+          const std::vector<Tensor>& lists, const std::vector<int64_t>& runs, const OptionalStable& result_list,
+          const OptionalStable& bias, const OptionalStable& scale, const OptionalStable& shift,
+          const OptionalStable& residual, const OptionalStable& depth, const OptionalStable& stored,
+          const OptionalStable& input, const OptionalStable& grad_switch, const OptionalStable& source_scale,
+          const OptionalStable& source_shift, const std::vector<int64_t>& list) {
   ConvOptions o;
   STD_TORCH_CHECK(options_of(list, o), kConv, "(): expected ", sizeof(o) / 8, " options, got ", list.size(), ".");
   const Products products = products_of(source, o.tf32 != 0, kConv);
-  const bool planes = o.planes != 0;
-  STD_TORCH_CHECK(chunks_are_aligned(source, planes), kConv, "(): expected a source with aligned chunks.");
+  const auto route = static_cast<ConvRoute>(o.route);
+  const bool planes = route == ConvRoute::kPlanes, halo = route == ConvRoute::kHalo;
+  STD_TORCH_CHECK(halo || chunks_are_aligned(source, planes), kConv, "(): expected a source with aligned chunks.");
   const OnDevice on(source);
 
   ConvParams p{};
   p.source = source.const_data_ptr();
-  p.weight = weight.const_data_ptr();
   p.source_stride = strides_of(source);
-  p.stride_weight_column = weight.stride(0);
-  p.stride_weight_tap = weight.stride(1);
-  p.source_list = list_params(source_list, o.source_block);
+  p.runs = runs_of(kConv, weights, lists, runs);
+  const Tensor& weight = weights[0];
   p.result_list = list_params(result_list, o.result_block);
   p.full_width = o.full_width != 0;
   p.depth = count_pointer(depth);
   p.stored = count_pointer(stored);
-  p.batch = static_cast<int>(source.size(0));
-  p.depth_length = static_cast<int>(o.depth_length);
+  p.batch = images_of(p.runs);
   p.columns = static_cast<int>(o.columns);
   p.gradient = o.gradient != 0;
   p.axis_h = o.h.axis();
@@ -68,6 +125,9 @@ void conv(const OptionalStable& result, const Tensor& source, const Tensor& weig
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
   p.relu = o.relu != 0;
+  p.source_scale = vector_params(source_scale);
+  p.source_shift = vector_params(source_shift);
+  p.source_relu = o.source_relu != 0;
   if (is_there(residual)) {
     p.residual = residual->const_data_ptr();
     p.residual_stride = strides_of(*residual);
@@ -81,6 +141,8 @@ void conv(const OptionalStable& result, const Tensor& source, const Tensor& weig
     const bool together = planes || !p.full_width || p.result_list.block % vector == 0;
     p.result_vector = together && chunks_are_aligned(*result, planes);
   }
+
+  if (halo) return launch_halo(p, source, weight, result, products, on);
 
   const auto along = [&](const ConvAxis& axis) {
     return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
@@ -106,8 +168,9 @@ void conv(const OptionalStable& result, const Tensor& source, const Tensor& weig
   }
 }
 
-void pack(const Tensor& result, const Tensor& source, const OptionalStable& list, const OptionalStable& used,
-          const OptionalStable& scale, const OptionalStable& shift, const std::vector<int64_t>& options) {
+void pack(const Tensor& result, const Tensor& source, const std::vector<Tensor>& lists,
+          const std::vector<int64_t>& runs, const OptionalStable& used, const OptionalStable& scale,
+          const OptionalStable& shift, const std::vector<int64_t>& options) {
   constexpr const char* kPack = "_channel_pack_cuda";
   PackOptions o;
   STD_TORCH_CHECK(options_of(options, o), kPack, "(): expected ", sizeof(o) / 8, " options, got ", options.size(), ".");
@@ -116,12 +179,11 @@ void pack(const Tensor& result, const Tensor& source, const OptionalStable& list
   p.source = source.const_data_ptr();
   p.result = result.mutable_data_ptr();
   p.source_stride = strides_of(source);
-  p.list = list_params(list, o.block);
+  p.runs = runs_of(kPack, {}, lists, runs);
   p.used = count_pointer(used);
-  p.batch = static_cast<int>(source.size(0));
+  p.batch = images_of(p.runs);
   p.height = static_cast<int>(source.size(2));
   p.width = static_cast<int>(source.size(3));
-  p.length = static_cast<int>(o.length);
   p.padded = static_cast<int>(result.size(3));
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
@@ -146,12 +208,13 @@ bool capturing(const Tensor& t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(
-      "_gathered_conv2d_cuda(Tensor(a!)? result, Tensor source, Tensor weight, Tensor? source_list, "
+      "_gathered_conv2d_cuda(Tensor(a!)? result, Tensor source, Tensor[] weights, Tensor[] lists, int[] runs, "
       "Tensor? result_list, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? depth, "
-      "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, int[] options) -> ()");
-  m.def(
-      "_channel_pack_cuda(Tensor(a!) result, Tensor source, Tensor? list, Tensor? used, Tensor? scale, Tensor? shift, "
+      "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, Tensor? source_scale, Tensor? source_shift, "
       "int[] options) -> ()");
+  m.def(
+      "_channel_pack_cuda(Tensor(a!) result, Tensor source, Tensor[] lists, int[] runs, Tensor? used, Tensor? scale, "
+      "Tensor? shift, int[] options) -> ()");
   m.def("_capturing_cuda(Tensor t) -> bool");
 }
 

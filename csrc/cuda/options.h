@@ -18,11 +18,21 @@ struct AxisOptions {
   }
 };
 
+// Where the sources of the kernels lie: channels side by side, pixels side by side (1x1 kernels), or either with a
+// halo.
+enum class ConvRoute : int64_t { kRows, kPlanes, kHalo };
+
+// One run of images: its list's block and length, its first image and their number; see BatchRun.
+struct RunOptions {
+  int64_t block, depth, first, images;
+};
+
 struct ConvOptions {
   AxisOptions h, w;
-  int64_t source_block, result_block;  // see ListParams
-  int64_t depth_length, columns;
-  int64_t planes, gradient, full_width, relu, tf32, reduce_off;  // 0 or 1
+  int64_t result_block;  // see ListParams
+  int64_t columns;
+  int64_t route;                                                      // a ConvRoute
+  int64_t gradient, full_width, relu, tf32, reduce_off, source_relu;  // 0 or 1
 };
 
 struct WeightGradientOptions {
@@ -34,7 +44,7 @@ struct WeightGradientOptions {
 };
 
 struct PackOptions {
-  int64_t block, length, relu;
+  int64_t relu;
 };
 
 template <class Options>

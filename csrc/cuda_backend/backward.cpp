@@ -3,7 +3,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "cuda_backend/cuda_backend.h"
+#include "aten/gathered_conv2d_backward.h"
 #include "cuda_backend/routes.h"
 
 namespace bap_kernels {
@@ -15,7 +15,10 @@ at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, co
   const at::Tensor dx = has_value(in_index) ? at::zeros_like(input) : at::empty_like(input);
   ConvLaunch launch;
   launch.result = dx;
-  launch.weight = packed_weight(weight, out_index, in_index, /*by_input=*/true);
+  launch.runs = {{packed_weight(weight, out_index, in_index, /*by_input=*/true),
+                  {std::nullopt, 0, grad.size(1)},
+                  0,
+                  grad.size(0)}};
   launch.result_list = list_form(in_index, input.size(1));
   launch.full_width = has_value(in_index);
   launch.columns = launch.result_list.length;
@@ -23,7 +26,7 @@ at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, co
   launch.w = axes[1];
   // A pointwise convolution's gradient is a pointwise convolution with the lists changed over.
   launch.gradient = !pointwise(axes);
-  run_conv_route(launch, grad, {std::nullopt, 0, grad.size(1)});
+  run_conv_route(launch, grad);
   return dx;
 }
 

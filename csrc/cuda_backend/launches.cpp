@@ -26,6 +26,28 @@ OptionalTensor dense(const OptionalTensor& vector) {
   return has_value(vector) ? OptionalTensor(vector->contiguous()) : std::nullopt;
 }
 
+// Runs as the private ops take them, kMaxRuns at a time.
+struct LaunchRuns {
+  std::vector<at::Tensor> weights, lists;
+  std::vector<int64_t> integers;
+};
+
+template <class Body>
+void for_launches(const at::Tensor& source, const std::vector<LaunchRun>& runs, Body body) {
+  for (size_t first = 0; first < runs.size(); first += kMaxRuns) {
+    LaunchRuns part;
+    for (size_t i = first; i < std::min(runs.size(), first + kMaxRuns); ++i) {
+      const LaunchRun& run = runs[i];
+      if (run.weight.defined()) part.weights.push_back(run.weight);
+      // Where there is no list any tensor holds its place.
+      part.lists.push_back(has_value(run.list.entries) ? *run.list.entries : source);
+      const RunOptions options{run.list.block, run.list.length, run.first, run.images};
+      for (const int64_t integer : list_of(options)) part.integers.push_back(integer);
+    }
+    body(part);
+  }
+}
+
 int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment; }
 
 }  // namespace
@@ -33,22 +55,25 @@ int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kP
 void launch_conv(const ConvLaunch& l) {
   using T = const at::Tensor&;
   using O = const OptionalTensor&;
-  static auto op =
-      typed_op<void(O, T, T, O, O, O, O, O, O, O, O, O, O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
+  static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O, O,
+                                 O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
   const ConvOptions options{l.h,
                             l.w,
-                            l.source_list.block,
                             l.result_list.block,
-                            l.source_list.length,
                             l.columns,
-                            l.planes,
+                            static_cast<int64_t>(l.route),
                             l.gradient,
                             l.full_width,
                             l.relu,
                             tf32_allowed(l.source),
-                            l.reduce_off};
-  op.call(l.result, l.source, l.weight, l.source_list.entries, l.result_list.entries, dense(l.bias), dense(l.scale),
-          dense(l.shift), l.residual, l.depth, l.stored, l.input, l.grad_switch, list_of(options));
+                            l.reduce_off,
+                            l.source_relu};
+  const OptionalTensor bias = dense(l.bias), scale = dense(l.scale), shift = dense(l.shift);
+  const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
+  for_launches(l.source, l.runs, [&](const LaunchRuns& runs) {
+    op.call(l.result, l.source, runs.weights, runs.lists, runs.integers, l.result_list.entries, bias, scale, shift,
+            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, list_of(options));
+  });
 }
 
 void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
@@ -62,16 +87,26 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   op.call(result, grad, source, source_list.entries, rows.entries, columns.entries, used, list_of(options));
 }
 
-at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used,
+at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun>& runs, const OptionalTensor& used,
                            const Fusion& prologue) {
   using T = const at::Tensor&;
   using O = const OptionalTensor&;
-  static auto op = typed_op<void(T, T, O, O, O, O, c10::IntArrayRef)>("bap_kernels::_channel_pack_cuda");
-  const at::Tensor copy = at::empty({source.size(0), source.size(2), source.size(3), rounded_up(list.length)},
+  static auto op = typed_op<void(T, T, at::TensorList, c10::IntArrayRef, O, O, O, c10::IntArrayRef)>(
+      "bap_kernels::_channel_pack_cuda");
+  int64_t length = 1;
+  for (const LaunchRun& run : runs) length = std::max(length, run.list.length);
+  const at::Tensor copy = at::empty({source.size(0), source.size(2), source.size(3), rounded_up(length)},
                                     source.options().memory_format(std::nullopt));
-  const PackOptions options{list.block, list.length, prologue.in_relu};
-  op.call(copy, source, list.entries, used, dense(prologue.in_scale), dense(prologue.in_shift), list_of(options));
+  const PackOptions options{prologue.in_relu};
+  for_launches(source, runs, [&](const LaunchRuns& part) {
+    op.call(copy, source, part.lists, part.integers, used, dense(prologue.in_scale), dense(prologue.in_shift),
+            list_of(options));
+  });
   return copy.permute({0, 3, 1, 2});
+}
+
+at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used) {
+  return packed_channels(source, {LaunchRun{{}, list, 0, source.size(0)}}, used, {});
 }
 
 at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,
@@ -83,7 +118,7 @@ at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, c
   const at::Tensor packed =
       at::zeros({w.size(0), w.size(1), w.size(2), rounded_up(length)}, w.options().memory_format(std::nullopt));
   packed.narrow(3, 0, length).copy_(w);
-  return packed.view({w.size(0), taps, -1});
+  return packed.view({w.size(0), taps, packed.size(3)});
 }
 
 bool capturing_cuda(const at::Tensor& t) {

@@ -10,17 +10,27 @@ namespace bap_kernels {
 // Elements that a packed or compact axis is rounded up to, so that each line has whole runs of 16 bytes.
 constexpr int64_t kPackedAlignment = 16;
 
-// One launch of the implicit GEMM; what is absent is not done. See ConvParams.
+// Images that share a list of the source's channels, and the weight that was packed for it.
+struct LaunchRun {
+  at::Tensor weight;
+  ListForm list;
+  int64_t first, images;
+};
+
+// One launch of the implicit GEMM, or one for each kMaxRuns runs; what is absent is not done. See ConvParams.
 struct ConvLaunch {
   OptionalTensor result;
-  at::Tensor source, weight;
-  ListForm source_list, result_list;
+  at::Tensor source;
+  std::vector<LaunchRun> runs;
+  ListForm result_list;
   OptionalTensor bias, scale, shift, residual;
+  OptionalTensor source_scale, source_shift;
   OptionalTensor depth, stored;       // counts on the device, int32, (1,)
   OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
   AxisOptions h, w;
   int64_t columns = 0;
-  bool planes = false, gradient = false, full_width = false, relu = false, reduce_off = false;
+  ConvRoute route = ConvRoute::kRows;
+  bool gradient = false, full_width = false, relu = false, reduce_off = false, source_relu = false;
 };
 void launch_conv(const ConvLaunch& launch);
 
@@ -29,10 +39,12 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
                             const ListForm& source_list, const ListForm& rows, const ListForm& columns,
                             const OptionalTensor& used, const AxisOptions& h, const AxisOptions& w);
 
-// A compact NHWC copy (N, K rounded up, H, W) of the listed channels, zeros behind them. With a count, what lies beyond
-// it is not read and may be left unwritten.
-at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used = {},
-                           const Fusion& prologue = {});
+// A compact NHWC copy (N, K rounded up, H, W) of the listed channels of each run, zeros behind them. With a count, what
+// lies beyond it is not read and may be left unwritten.
+at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun>& runs,
+                           const OptionalTensor& used = {}, const Fusion& prologue = {});
+// The same of one list for all images.
+at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used = {});
 
 // Packed weights: (K_out, taps, K_in rounded up) by filters, (K_in, taps, K_out rounded up) by input channels.
 at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,

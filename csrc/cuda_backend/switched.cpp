@@ -4,7 +4,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "cuda_backend/cuda_backend.h"
 #include "cuda_backend/routes.h"
 
 namespace bap_kernels {
@@ -32,10 +31,10 @@ at::Tensor cuda_switched_conv2d(const SwitchedCall& c) {
   const OrderedSwitch on = ordered(c.switches);
   ConvLaunch launch;
   launch.result = y;
-  launch.weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false);
+  launch.runs = {{packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false), on.order, 0, s.batch}};
   launch.bias = c.bias;
   launch.columns = s.channels_out;
-  run_forward(launch, c.input, c.weight, on.order, s.out_h, s.out_w, c.stride, c.padding, c.dilation, on.count, {});
+  run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, on.count, {});
   return y;
 }
 
@@ -51,9 +50,11 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& c, const at:
   const at::Tensor grad = any ? with_aligned_chunks(grad_output) : grad_output;
   if (mask[kGradInput] || mask[kGradSwitch]) {
     ConvLaunch launch;
-    launch.weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true);
+    launch.runs = {{packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true),
+                    {std::nullopt, 0, s.channels_out},
+                    0,
+                    s.batch}};
     launch.source = grad;
-    launch.source_list = {std::nullopt, 0, s.channels_out};
     launch.result_list = on.order;
     launch.full_width = true;
     launch.stored = on.count;

@@ -38,9 +38,18 @@ BAP_HOST_DEVICE float vector_value(const VectorParams& v, int i) {
 // NaN stays NaN, as in torch.
 BAP_HOST_DEVICE float rectified(float value) { return value < 0.0f ? 0.0f : value; }
 
-// Fragments of slice `slice` of the stage that starts at byte `stage`: kProductsM x 4 and kProductsN x 2 registers.
+// relu?(scale[i] * from + shift[i]), rounded.
+template <typename scalar_t>
+BAP_DEVICE scalar_t transformed(const VectorParams& scale, const VectorParams& shift, bool relu, scalar_t from, int i) {
+  float value = to_float(from);
+  if (scale.values != nullptr) value *= vector_value<scalar_t>(scale, i);
+  if (shift.values != nullptr) value += vector_value<scalar_t>(shift, i);
+  return from_float<scalar_t>(relu ? rectified(value) : value);
+}
+
+// Fragments of slice `slice` of an operand that starts at byte `at`: kProductsM x 4 and kProductsN x 2 registers.
 template <class Tile, int kElementBytes, bool kByDepth, class Block, class State>
-BAP_DEVICE void load_fragments_a(Block& b, int thread, State& s, int stage, int slice) {
+BAP_DEVICE void load_fragments_a(Block& b, int thread, State& s, int at, int slice) {
   const int lane = thread % kWarp;
   const int first = thread / kWarp / Tile::kWarpsN * Tile::kWarpRows;
   BAP_UNROLL
@@ -48,27 +57,26 @@ BAP_DEVICE void load_fragments_a(Block& b, int thread, State& s, int stage, int 
     const int row = first + i * kProductRows;
     if constexpr (!kByDepth) {
       b.load_matrices(thread, s.a[i],
-                      [=](int of) { return stage + by_rows(row + matrix_row_a(of), 2 * slice + matrix_chunk_a(of)); });
+                      [=](int of) { return at + by_rows(row + matrix_row_a(of), 2 * slice + matrix_chunk_a(of)); });
     } else if constexpr (kElementBytes == 2) {
       b.load_matrices_transposed(thread, s.a[i], [=](int of) {
-        return stage + by_depth<Tile::kRows, 2>(16 * slice + transposed_depth_a(of), row / 8 + transposed_chunk_a(of));
+        return at + by_depth<Tile::kRows, 2>(16 * slice + transposed_depth_a(of), row / 8 + transposed_chunk_a(of));
       });
     } else {
       BAP_UNROLL
       for (int r = 0; r < 4; ++r) {
         const int m = row + fragment_row_a(lane, r);
         s.a[i][r] = b.load_word(
-            thread, stage + by_depth<Tile::kRows, 4>(8 * slice + fragment_depth_a(lane, r), m / 4) + m % 4 * 4);
+            thread, at + by_depth<Tile::kRows, 4>(8 * slice + fragment_depth_a(lane, r), m / 4) + m % 4 * 4);
       }
     }
   }
 }
 
 template <class Tile, int kElementBytes, bool kByDepth, class Block, class State>
-BAP_DEVICE void load_fragments_b(Block& b, int thread, State& s, int stage, int slice) {
+BAP_DEVICE void load_fragments_b(Block& b, int thread, State& s, int at, int slice) {
   const int lane = thread % kWarp;
   const int first = thread / kWarp % Tile::kWarpsN * Tile::kWarpColumns;
-  const int at = stage + Tile::kColumnsAt;
   BAP_UNROLL
   for (int j = 0; j < Tile::kProductsN; j += 2) {
     const int column = first + j * kProductColumns;

@@ -7,22 +7,22 @@ namespace bap_kernels {
 Status launch_channel_pack(const ChannelPackParams& p, Products products, void* stream) {
   switch (products) {
     case Products::kBFloat16:
-      return launch_blocks<ChannelPack<BFloat16Word>, 1, ChannelPack<BFloat16Word>::kSharedBytes>(p, stream);
+      return launch_blocks<ChannelPack<BFloat16Word>, 1>(p, ChannelPack<BFloat16Word>::kSharedBytes, stream);
     case Products::kHalf:
-      return launch_blocks<ChannelPack<HalfWord>, 1, ChannelPack<HalfWord>::kSharedBytes>(p, stream);
+      return launch_blocks<ChannelPack<HalfWord>, 1>(p, ChannelPack<HalfWord>::kSharedBytes, stream);
     default:
-      return launch_blocks<ChannelPack<float>, 1, ChannelPack<float>::kSharedBytes>(p, stream);
+      return launch_blocks<ChannelPack<float>, 1>(p, ChannelPack<float>::kSharedBytes, stream);
   }
 }
 
 Status launch_sum_partials(const SumPartialsParams& p, Products products, void* stream) {
   switch (products) {
     case Products::kBFloat16:
-      return launch_blocks<SumPartials<BFloat16Word>, 1, 0>(p, stream);
+      return launch_blocks<SumPartials<BFloat16Word>, 1>(p, 0, stream);
     case Products::kHalf:
-      return launch_blocks<SumPartials<HalfWord>, 1, 0>(p, stream);
+      return launch_blocks<SumPartials<HalfWord>, 1>(p, 0, stream);
     default:
-      return launch_blocks<SumPartials<float>, 1, 0>(p, stream);
+      return launch_blocks<SumPartials<float>, 1>(p, 0, stream);
   }
 }
 

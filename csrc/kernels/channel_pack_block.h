@@ -1,9 +1,9 @@
 // What one block of two small kernels computes.
 //
 // ChannelPack: a compact copy of listed channels in NHWC, with an optional transform.
-//   result[n, p, i] = relu?(scale[i] * source[n, c, p] + shift[i])   with c = list[i], zero for i from `length` to
-//   `padded` Block: kPixels pixels x kChannels channels of one image, read along the axis on which the source is
-//   contiguous,
+//   result[n, p, i] = relu?(scale[i] * source[n, c, p] + shift[i])   with c = list[i], the list of the image's run,
+//   zero for i from its length to `padded` Block: kPixels pixels x kChannels channels of one image, read along the axis
+//   on which the source is contiguous,
 //     written along channels in words of 16 bytes. Grid: (pixel tiles * channel tiles, images).
 //   Needs: `padded` a multiple of 16 elements; lists within range. With a count on the device, channels beyond it are
 //     written as zeros up to the end of its tile, and left alone in later tiles.
@@ -34,30 +34,27 @@ struct ChannelPack {
   }
   BAP_HOST_DEVICE static int grid_y(const ChannelPackParams& p) { return p.batch; }
 
-  BAP_DEVICE static scalar_t transformed(const ChannelPackParams& p, scalar_t from, int i) {
-    if (p.scale.values == nullptr && p.shift.values == nullptr && !p.relu) return from;
-    float value = to_float(from);
-    if (p.scale.values != nullptr) value *= vector_value<scalar_t>(p.scale, i);
-    if (p.shift.values != nullptr) value += vector_value<scalar_t>(p.shift, i);
-    return from_float<scalar_t>(p.relu ? rectified(value) : value);
-  }
-
   // The element of the tile, zero beyond the source's pixels and channels.
-  BAP_DEVICE static scalar_t element(const ChannelPackParams& p, int image, int pixel, int i, int used) {
+  BAP_DEVICE static scalar_t element(const ChannelPackParams& p, const BatchRun& run, int image, int pixel, int i,
+                                     int used) {
     if (pixel >= p.height * p.width || i >= used) return from_float<scalar_t>(0.0f);
     const int h = pixel / p.width, w = pixel - h * p.width;
-    const int64_t channel = listed_channel(p.list.entries, p.list.block, i);
+    const int64_t channel = listed_channel(run.list.entries, run.list.block, i);
     const int64_t at =
         image * p.source_stride.n + channel * p.source_stride.c + h * p.source_stride.h + w * p.source_stride.w;
-    return transformed(p, static_cast<const scalar_t*>(p.source)[at], i);
+    const scalar_t from = static_cast<const scalar_t*>(p.source)[at];
+    if (p.scale.values == nullptr && p.shift.values == nullptr && !p.relu) return from;
+    return transformed(p.scale, p.shift, p.relu, from, i);
   }
 
   template <class Block>
   BAP_DEVICE static void run(Block& b, const ChannelPackParams& p) {
     const int first_channel = b.block_x() % channel_tiles(p) * kChannels;
     const int first_pixel = b.block_x() / channel_tiles(p) * kPixels;
-    const int image = b.block_y();
-    const int used = p.used != nullptr ? *p.used : p.length;
+    const ImagePlace place = image_place(p.runs, b.block_y());
+    const BatchRun& run = p.runs.of[place.run];
+    const int image = place.image;
+    const int used = p.used != nullptr ? *p.used : run.depth;
     if (p.used != nullptr && first_channel >= used) return;
     const bool by_channels = p.source_stride.c == 1;
     if (!by_channels) {
@@ -65,7 +62,7 @@ struct ChannelPack {
         for (int k = thread; k < kPixels * kChannels; k += kThreads) {
           const int pixel = k % kPixels, channel = k / kPixels;
           b.template store<scalar_t>(thread, (channel * kLine + pixel) * 4,
-                                     element(p, image, first_pixel + pixel, first_channel + channel, used));
+                                     element(p, run, image, first_pixel + pixel, first_channel + channel, used));
         }
       });
       b.sync();
@@ -79,7 +76,7 @@ struct ChannelPack {
         Chunk<scalar_t> chunk;
         BAP_UNROLL
         for (int v = 0; v < kVector; ++v) {
-          chunk.values[v] = by_channels ? element(p, image, first_pixel + pixel, first_channel + channel + v, used)
+          chunk.values[v] = by_channels ? element(p, run, image, first_pixel + pixel, first_channel + channel + v, used)
                                         : b.template load<scalar_t>(thread, ((channel + v) * kLine + pixel) * 4);
         }
         const int64_t line = static_cast<int64_t>(image) * p.height * p.width + first_pixel + pixel;

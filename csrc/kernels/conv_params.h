@@ -22,23 +22,50 @@ struct VectorParams {
   bool is_float;
 };
 
+// Neighbouring images of a batch that read the same list; the images of a mixed batch come as several runs.
+struct BatchRun {
+  const void* weight;  // (columns, taps, depth rounded up): packed, depth contiguous
+  int64_t stride_weight_column, stride_weight_tap;
+  ListParams list;  // of the source's channels
+  int depth;        // how many of them are summed over
+  int first, images;
+};
+
+// The runs of one launch, in the order of its blocks: those with the most work for each block first.
+constexpr int kMaxRuns = 16;
+struct Runs {
+  BatchRun of[kMaxRuns];
+  int count;
+};
+
+// Which run the image with this number in the launch's order belongs to, and its number in the batch.
+struct ImagePlace {
+  int run, image;
+};
+BAP_HOST_DEVICE ImagePlace image_place(const Runs& runs, int number) {
+  int run = 0;
+  while (run + 1 < runs.count && number >= runs.of[run].images) number -= runs.of[run++].images;
+  return {run, runs.of[run].first + number};
+}
+
 // The implicit GEMM of the forward, and of the input's gradient with the roles of the channels exchanged.
 struct ConvParams {
   const void* source;  // what is summed over: (N, depth, H, W)
-  const void* weight;  // (columns, taps, depth rounded up): packed, depth contiguous
   void* result;        // null: only `partial` is wanted
   Strides source_stride, result_stride;
-  int64_t stride_weight_column, stride_weight_tap;
-  ListParams source_list;  // of `source`'s channels
+  Runs runs;
   ListParams result_list;  // of the columns' channels, for the bias and for results of full width
   bool full_width;         // whether columns are stored at their channels, others left alone
-  const int32_t* depth;    // on the device: how much of `depth_length` is used; null: all
+  const int32_t* depth;    // on the device: how much of the runs' depth is used; null: all
   const int32_t* stored;   // on the device: how many columns are stored; null: all
-  int batch, depth_length, columns;
+  int batch, columns;
   bool gradient;
   ConvAxis axis_h, axis_w;
   int kernel_w;
   int phases_w;  // phases along w; 1 in the forward
+  // x' = relu?(source_scale * x + source_shift) is summed over, where it lies within the source; with a halo only.
+  VectorParams source_scale, source_shift;
+  bool source_relu;
   // y = relu?(scale * (sum + bias) + shift + residual)
   VectorParams bias, scale, shift;
   const void* residual;
@@ -82,9 +109,9 @@ struct ChannelPackParams {
   const void* source;  // (N, C, H, W), any strides
   void* result;        // dense (N, H, W, padded)
   Strides source_stride;
-  ListParams list;
-  const int32_t* used;  // on the device: how many of `length` are copied; null: all
-  int batch, height, width, length, padded;
+  Runs runs;            // without weights
+  const int32_t* used;  // on the device: how many of the runs' depth are copied; null: all
+  int batch, height, width, padded;
   VectorParams scale, shift;
   bool relu;
 };

@@ -28,6 +28,17 @@ class DeviceBlock {
                  "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
   }
+  // The same for 4, 8 or 16 bytes.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_part(int thread, int to, const void* from, int bytes) {
+    if constexpr (kBytes == kChunkBytes) {
+      copy_chunk(thread, to, from, bytes);
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_ + to),
+                   "l"(__cvta_generic_to_global(from)), "n"(kBytes), "r"(bytes)
+                   : "memory");
+    }
+  }
   __device__ __forceinline__ void commit(int) { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int kLeft>
   __device__ __forceinline__ void wait(int) {
@@ -41,6 +52,10 @@ class DeviceBlock {
   template <typename value_t>
   __device__ __forceinline__ value_t load(int, int at) const {
     return *reinterpret_cast<const value_t*>(shared_memory + at);
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ void store_chunk(int thread, int at, const Chunk<scalar_t>& chunk) {
+    store(thread, at, reinterpret_cast<const uint4&>(chunk));
   }
   __device__ __forceinline__ uint32_t load_word(int thread, int at) const { return load<uint32_t>(thread, at); }
 

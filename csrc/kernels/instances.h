@@ -16,24 +16,34 @@ namespace bap_kernels {
 #define BAP_KERNELS_WEIGHT_TILES(X) \
   X(Large, 128, 128, 2, 4, 3, 1)    \
   X(Small, 64, 64, 2, 2, 4, 2)
+// Those of the forward that loads a halo once for all taps.
+#define BAP_KERNELS_HALO_TILES(X) \
+  X(Large, 128, 128, 2, 4, 2, 1)  \
+  X(Small, 64, 64, 2, 2, 3, 1)
 // Each has a file gathered_conv2d_<name>.cu, so that they compile side by side.
 #define BAP_KERNELS_PRODUCTS(X) X(BFloat16) X(Half) X(Tf32) X(Float32)
 
 #define BAP_KERNELS_ENUM(name, ...) k##name,
 enum class TileShape : int { BAP_KERNELS_TILES(BAP_KERNELS_ENUM) };
+enum class HaloTileShape : int { BAP_KERNELS_HALO_TILES(BAP_KERNELS_ENUM) };
 #undef BAP_KERNELS_ENUM
 #define BAP_KERNELS_TYPE(name, rows, columns, warps_m, warps_n, stages, blocks) \
   using name##Tile = Tile<rows, columns, warps_m, warps_n, stages, blocks>;
 BAP_KERNELS_TILES(BAP_KERNELS_TYPE)
 #undef BAP_KERNELS_TYPE
+#define BAP_KERNELS_TYPE(name, rows, columns, warps_m, warps_n, stages, blocks) \
+  using name##HaloTile = Tile<rows, columns, warps_m, warps_n, stages, blocks>;
+BAP_KERNELS_HALO_TILES(BAP_KERNELS_TYPE)
+#undef BAP_KERNELS_TYPE
 
 #define BAP_KERNELS_COUNT(...) +1
 constexpr int kTileCount = 0 BAP_KERNELS_TILES(BAP_KERNELS_COUNT);
 constexpr int kWeightTileCount = 0 BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_COUNT);
+constexpr int kHaloTileCount = 0 BAP_KERNELS_HALO_TILES(BAP_KERNELS_COUNT);
 constexpr int kProductsCount = 0 BAP_KERNELS_PRODUCTS(BAP_KERNELS_COUNT);
 #undef BAP_KERNELS_COUNT
 // Two layouts of the source in the forward.
-constexpr int kInstanceCount = kProductsCount * (2 * kTileCount + kWeightTileCount);
+constexpr int kInstanceCount = kProductsCount * (2 * kTileCount + kWeightTileCount + kHaloTileCount);
 
 // The tile for a result of rows x columns in each of `planes` grids: narrow ones where few columns would leave most of
 // a tile empty, large ones where they fill the device.

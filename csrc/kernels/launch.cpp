@@ -16,6 +16,19 @@ Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape 
   }
 }
 
+Status launch_halo_conv2d(const HaloParams& p, Products products, HaloTileShape tile, int shared_bytes, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_halo_of<Products::kBFloat16>(p, tile, shared_bytes, stream);
+    case Products::kHalf:
+      return launch_halo_of<Products::kHalf>(p, tile, shared_bytes, stream);
+    case Products::kTf32:
+      return launch_halo_of<Products::kTf32>(p, tile, shared_bytes, stream);
+    default:
+      return launch_halo_of<Products::kFloat32>(p, tile, shared_bytes, stream);
+  }
+}
+
 Status launch_weight_gradient(const WeightGradientParams& p, Products products, TileShape tile, void* stream) {
   switch (products) {
     case Products::kBFloat16:

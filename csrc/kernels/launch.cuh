@@ -3,6 +3,7 @@
 
 #include "kernels/device_block.cuh"
 #include "kernels/gathered_conv2d_block.h"
+#include "kernels/halo_conv2d_block.h"
 #include "kernels/launch.h"
 #include "kernels/weight_gradient_block.h"
 
@@ -14,38 +15,48 @@ __global__ void __launch_bounds__(Kernel::kThreads, kBlocks) block_kernel(const 
   Kernel::run(block, p);
 }
 
-template <class Kernel, int kBlocks, int kShared, class Params>
-Status launch_blocks(const Params& p, void* stream) {
+template <class Kernel, int kBlocks, class Params>
+Status launch_blocks(const Params& p, int shared_bytes, void* stream) {
   const auto kernel = block_kernel<Kernel, Params, kBlocks>;
   // The attribute belongs to the current device; setting it again costs less than keeping count of devices.
-  if (kShared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
   const dim3 grid(static_cast<unsigned>(Kernel::grid_x(p)), static_cast<unsigned>(Kernel::grid_y(p)));
-  kernel<<<grid, Kernel::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(p);
+  kernel<<<grid, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }
 
 template <Products kProducts>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* stream) {
-#define BAP_KERNELS_CASE(name, ...)                                                                  \
-  case TileShape::k##name:                                                                           \
-    return planes ? launch_blocks<GatheredConv2d<kProducts, name##Tile, true>, name##Tile::kBlocks,  \
-                                  name##Tile::kSharedBytes>(p, stream)                               \
-                  : launch_blocks<GatheredConv2d<kProducts, name##Tile, false>, name##Tile::kBlocks, \
-                                  name##Tile::kSharedBytes>(p, stream);
+#define BAP_KERNELS_CASE(name, ...)                                                                   \
+  case TileShape::k##name:                                                                            \
+    return planes ? launch_blocks<GatheredConv2d<kProducts, name##Tile, true>, name##Tile::kBlocks>(  \
+                        p, name##Tile::kSharedBytes, stream)                                          \
+                  : launch_blocks<GatheredConv2d<kProducts, name##Tile, false>, name##Tile::kBlocks>( \
+                        p, name##Tile::kSharedBytes, stream);
   switch (tile) { BAP_KERNELS_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return cudaErrorInvalidValue;
 }
 
 template <Products kProducts>
+Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void* stream) {
+#define BAP_KERNELS_CASE(name, ...) \
+  case HaloTileShape::k##name:      \
+    return launch_blocks<HaloConv2d<kProducts, name##HaloTile>, name##HaloTile::kBlocks>(p, shared_bytes, stream);
+  switch (tile) { BAP_KERNELS_HALO_TILES(BAP_KERNELS_CASE) }
+#undef BAP_KERNELS_CASE
+  return cudaErrorInvalidValue;
+}
+
+template <Products kProducts>
 Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void* stream) {
-#define BAP_KERNELS_CASE(name, ...)                                                                               \
-  case TileShape::k##name:                                                                                        \
-    return launch_blocks<WeightGradient<kProducts, name##Tile>, name##Tile::kBlocks, name##Tile::kPipelineBytes>( \
-        p, stream);
+#define BAP_KERNELS_CASE(name, ...)                                                                                 \
+  case TileShape::k##name:                                                                                          \
+    return launch_blocks<WeightGradient<kProducts, name##Tile>, name##Tile::kBlocks>(p, name##Tile::kPipelineBytes, \
+                                                                                     stream);
   switch (tile) {
     BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_CASE)
     default:

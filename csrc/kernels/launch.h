@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/conv_params.h"
+#include "kernels/halo_shape.h"
 #include "kernels/instances.h"
 
 namespace bap_kernels {
@@ -10,6 +11,9 @@ namespace bap_kernels {
 using Status = int;
 
 Status launch_gathered_conv2d(const ConvParams& params, Products products, TileShape tile, bool planes, void* stream);
+// `shared_bytes`: what the choice of the shape said.
+Status launch_halo_conv2d(const HaloParams& params, Products products, HaloTileShape tile, int shared_bytes,
+                          void* stream);
 Status launch_weight_gradient(const WeightGradientParams& params, Products products, TileShape tile, void* stream);
 Status launch_sum_partials(const SumPartialsParams& params, Products products, void* stream);
 Status launch_channel_pack(const ChannelPackParams& params, Products products, void* stream);
@@ -18,9 +22,11 @@ const char* status_text(Status status);
 // Streaming multiprocessors of a device.
 int processor_count(int device);
 
-// One products' part of the first two: what the file of each compiles.
+// One products' part of the first three: what the file of each compiles.
 template <Products kProducts>
 Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
+template <Products kProducts>
+Status launch_halo_of(const HaloParams& params, HaloTileShape tile, int shared_bytes, void* stream);
 template <Products kProducts>
 Status launch_weight_gradient_of(const WeightGradientParams& params, TileShape tile, void* stream);
 

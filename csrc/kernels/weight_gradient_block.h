@@ -10,7 +10,7 @@
 // Accumulates in float32. No atomics: chunks are added in order by sum_partials_block.h.
 #pragma once
 
-#include "kernels/block_parts.h"
+#include "kernels/pipeline.h"
 
 namespace bap_kernels {
 
@@ -22,7 +22,7 @@ struct WeightGradient {
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
-  static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
+  static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
   // Three products of two parts each leave no registers for the fragments of several slices.
   static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
   static constexpr int kCopiesA = Tile::kRows * kDepth / kVector / kThreads;
@@ -65,20 +65,13 @@ struct WeightGradient {
     return plan;
   }
 
-  BAP_DEVICE static void begin(const WeightGradientParams& p, const Plan& plan, int thread, State& s) {
+  template <class Block>
+  BAP_DEVICE static void begin(Block&, const WeightGradientParams& p, const Plan& plan, int thread, State& s) {
     s.pixel = plan.first_pixel + copy_depth<kThreads, kBytes>(thread);
     BAP_UNROLL
     for (int i = 0; i < kCopiesB; ++i) {
       const int k = plan.first_column + copy_depth_chunk<kThreads, kBytes>(thread, i) * kVector;
       s.channels[i] = k < plan.used ? listed_channel(p.source_list.entries, p.source_list.block, k) : 0;
-    }
-    BAP_UNROLL
-    for (int i = 0; i < Tile::kProductsM; ++i) {
-      BAP_UNROLL
-      for (int j = 0; j < Tile::kProductsN; ++j) {
-        BAP_UNROLL
-        for (int r = 0; r < 4; ++r) s.sums[i][j][r] = 0.0f;
-      }
     }
   }
 
@@ -114,6 +107,15 @@ struct WeightGradient {
     s.pixel += kDepth;
   }
 
+  template <class Block>
+  BAP_DEVICE static void prepare(Block&, const WeightGradientParams&, const Plan&, int) {}
+
+  template <class Block>
+  BAP_DEVICE static void load(Block& b, const Plan&, int thread, State& s, int, int stage, int slice) {
+    load_fragments_a<Tile, kBytes, true>(b, thread, s, stage, slice);
+    load_fragments_b<Tile, kBytes, true>(b, thread, s, stage + Tile::kColumnsAt, slice);
+  }
+
   BAP_DEVICE static void store(const WeightGradientParams& p, const Plan& plan, int thread, const State& s) {
     const int lane = thread % kWarp, warp = thread / kWarp;
     const int tap = plan.tap_h * p.axis_w.kernel + plan.tap_w;
@@ -139,36 +141,8 @@ struct WeightGradient {
   BAP_DEVICE static void run(Block& b, const WeightGradientParams& p) {
     const Plan plan = make_plan(p, b.block_x(), b.block_y());
     if (plan.first_column >= plan.used) return;
-    b.each([&](int thread, State& s) {
-      begin(p, plan, thread, s);
-      for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < plan.steps) copy(b, p, plan, thread, s, stage * Tile::kStageBytes);
-        b.commit(thread);
-      }
-    });
-    int read = 0, written = kStages - 1;
-    for (int step = 0; step < plan.steps; ++step) {
-      b.each([&](int thread, State&) { b.template wait<kStages - 2>(thread); });
-      b.sync();
-      b.each([&](int thread, State& s) {
-        if (step + kStages - 1 < plan.steps) copy(b, p, plan, thread, s, written * Tile::kStageBytes);
-        b.commit(thread);
-      });
-      BAP_UNROLL_SLICES
-      for (int slice = 0; slice < kSlices; ++slice) {
-        b.each([&](int thread, State& s) {
-          load_fragments_a<Tile, kBytes, true>(b, thread, s, read * Tile::kStageBytes, slice);
-          load_fragments_b<Tile, kBytes, true>(b, thread, s, read * Tile::kStageBytes, slice);
-        });
-        b.template multiply<kProducts, Tile>();
-      }
-      read = read + 1 == kStages ? 0 : read + 1;
-      written = written + 1 == kStages ? 0 : written + 1;
-    }
-    b.each([&](int thread, State& s) {
-      b.template wait<0>(thread);
-      store(p, plan, thread, s);
-    });
+    sum_products<WeightGradient>(b, p, plan);
+    b.each([&](int thread, State& s) { store(p, plan, thread, s); });
   }
 };
 

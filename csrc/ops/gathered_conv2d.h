@@ -6,10 +6,13 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 namespace bap_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
+// Gradients of input, weight and bias.
+using GradientTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Padding of the four sides, in input pixels; the op's own order.
 enum PaddingSide : int { kTop = 0, kBottom = 1, kLeft = 2, kRight = 3 };

@@ -6,6 +6,7 @@
 
 #include "kernels/channel_pack_block.h"
 #include "kernels/gathered_conv2d_block.h"
+#include "kernels/halo_conv2d_block.h"
 #include "kernels/weight_gradient_block.h"
 #include "simulate/simulated_block.h"
 
@@ -37,6 +38,16 @@ Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void*) {
 }
 
 template <Products kProducts>
+Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void*) {
+#define BAP_KERNELS_CASE(name, ...) \
+  case HaloTileShape::k##name:      \
+    return simulate<HaloConv2d<kProducts, name##HaloTile>>(p, shared_bytes);
+  switch (tile) { BAP_KERNELS_HALO_TILES(BAP_KERNELS_CASE) }
+#undef BAP_KERNELS_CASE
+  return 1;
+}
+
+template <Products kProducts>
 Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case TileShape::k##name:          \
@@ -49,8 +60,9 @@ Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, 
 #undef BAP_KERNELS_CASE
 }
 
-#define BAP_KERNELS_INSTANCE(name)                                                              \
-  template Status launch_conv_of<Products::k##name>(const ConvParams&, TileShape, bool, void*); \
+#define BAP_KERNELS_INSTANCE(name)                                                                 \
+  template Status launch_conv_of<Products::k##name>(const ConvParams&, TileShape, bool, void*);    \
+  template Status launch_halo_of<Products::k##name>(const HaloParams&, HaloTileShape, int, void*); \
   template Status launch_weight_gradient_of<Products::k##name>(const WeightGradientParams&, TileShape, void*);
 BAP_KERNELS_PRODUCTS(BAP_KERNELS_INSTANCE)
 #undef BAP_KERNELS_INSTANCE

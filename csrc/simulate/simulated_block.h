@@ -45,19 +45,19 @@ class SimulatedMemory {
     std::memcpy(to, &bytes_[at], count);
   }
 
-  void begin_copy(int thread, int at) {
-    check_place(at, kChunkBytes);
-    for (int w = at / 4; w < at / 4 + 4; ++w) {
+  void begin_copy(int thread, int at, int count = kChunkBytes) {
+    check_place(at, count);
+    for (int w = at / 4; w < (at + count) / 4; ++w) {
       claim(thread, w);
       ++words_[w].under_way;
     }
   }
-  void end_copy(int thread, int at, const unsigned char* from) {
-    for (int w = at / 4; w < at / 4 + 4; ++w) {
+  void end_copy(int thread, int at, const unsigned char* from, int count = kChunkBytes) {
+    for (int w = at / 4; w < (at + count) / 4; ++w) {
       --words_[w].under_way;
       words_[w].writer = thread, words_[w].written = epoch_;
     }
-    std::memcpy(&bytes_[at], from, kChunkBytes);
+    std::memcpy(&bytes_[at], from, count);
   }
 
   void barrier() { ++epoch_; }
@@ -115,12 +115,14 @@ class SimulatedBlock {
   }
   void sync() { memory_.barrier(); }
 
-  void copy_chunk(int thread, int to, const void* from, int bytes) {
-    if (bytes < 0 || bytes > kChunkBytes || reinterpret_cast<uintptr_t>(from) % kChunkBytes != 0) {
+  void copy_chunk(int thread, int to, const void* from, int bytes) { copy_part<kChunkBytes>(thread, to, from, bytes); }
+  template <int kBytes>
+  void copy_part(int thread, int to, const void* from, int bytes) {
+    if (bytes < 0 || bytes > kBytes || reinterpret_cast<uintptr_t>(from) % kBytes != 0) {
       throw std::logic_error("simulated block: a copy of " + std::to_string(bytes) + " bytes is not aligned");
     }
-    memory_.begin_copy(thread, to);
-    Copy copy{to, {}};
+    memory_.begin_copy(thread, to, kBytes);
+    Copy copy{to, kBytes, {}};
     std::memcpy(copy.data, from, bytes);
     open_[thread].push_back(copy);
   }
@@ -131,7 +133,7 @@ class SimulatedBlock {
   template <int kLeft>
   void wait(int thread) {
     while (groups_[thread].size() > kLeft) {
-      for (const Copy& copy : groups_[thread].front()) memory_.end_copy(thread, copy.to, copy.data);
+      for (const Copy& copy : groups_[thread].front()) memory_.end_copy(thread, copy.to, copy.data, copy.count);
       groups_[thread].pop_front();
     }
   }
@@ -145,6 +147,10 @@ class SimulatedBlock {
     value_t value;
     memory_.read(thread, at, &value, sizeof(value));
     return value;
+  }
+  template <typename scalar_t>
+  void store_chunk(int thread, int at, const Chunk<scalar_t>& chunk) {
+    store(thread, at, chunk);
   }
   uint32_t load_word(int thread, int at) { return load<uint32_t>(thread, at); }
 
@@ -183,7 +189,7 @@ class SimulatedBlock {
 
  private:
   struct Copy {
-    int to;
+    int to, count;
     unsigned char data[kChunkBytes];
   };
 

@@ -1,12 +1,10 @@
 // Schemas of the private ops of the Triton backend, and their callers. Results are allocated here, so that their
 // memory formats are those of every other backend.
-#include "triton/triton_ops.h"
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/choice.h"
+#include "ops/named_backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -17,10 +15,6 @@ template <class Schema>
 auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
-
-}  // namespace
-
-bool triton_named() { return get_backend() == "triton"; }
 
 at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
   static auto op =
@@ -48,19 +42,21 @@ GradientTriple triton_gathered_conv2d_backward(const at::Tensor& grad_output, co
   return op.call(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
 }
 
-at::Tensor triton_gathered_conv2d_mixed(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                        const OptionalTensorList& in_indices, IntArrayRef counts, IntArrayRef stride,
-                                        IntArrayRef padding, IntArrayRef dilation, bool cache_packed,
-                                        const ConvShape<int64_t>& s) {
+void triton_gathered_conv2d_mixed(const at::Tensor& output, const std::vector<MixedRun>& runs,
+                                  const std::vector<ConvCall>& calls, const at::Tensor& input, const char*) {
   static auto op = typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                  const OptionalTensorList&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>(
       "bap_kernels::_gathered_conv2d_mixed_triton");
-  const auto options = input.options().memory_format(input.suggest_memory_format());
-  at::Tensor y = at::empty({s.batch, s.channels_out, s.out_h, s.out_w}, options);
-  if (y.numel() > 0) {
-    op.call(y, input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed);
+  if (output.numel() == 0) return;
+  OptionalTensorList in_indices;
+  std::vector<int64_t> counts;
+  for (const MixedRun& run : runs) {
+    in_indices.push_back(run.in_index);
+    counts.push_back(run.input.size(0));
   }
-  return y;
+  const ConvCall& c = calls.front();
+  at::Tensor out = output;
+  op.call(out, input, c.weight, c.bias, in_indices, counts, c.stride, c.padding, c.dilation, c.cache_packed);
 }
 
 at::Tensor triton_switched_conv2d(const SwitchedCall& c) {
@@ -82,6 +78,11 @@ SwitchedGradients triton_switched_conv2d_backward(const SwitchedCall& c, const a
   return op.call(grad_output, c.input, c.weight, c.switches, c.stride, c.padding, c.dilation, c.groups, c.off_gradient,
                  mask);
 }
+
+}  // namespace
+
+const NamedBackend triton_backend{triton_gathered_conv2d, triton_gathered_conv2d_backward, triton_switched_conv2d,
+                                  triton_switched_conv2d_backward, triton_gathered_conv2d_mixed};
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(

@@ -16,6 +16,7 @@ from tools.compile_cuda import Instance, examine, functions_of, instance_of, occ
 ROOT = Path(__file__).resolve().parents[2]
 LARGE, SMALL = (128, 128, 2, 4, 3, 1), (64, 64, 2, 2, 4, 2)
 CONV = Instance("conv", "bfloat16", LARGE, False)
+HALO = Instance("halo", "bfloat16", (128, 128, 2, 4, 2, 1), False)
 SASS = "LDGSTS.E.BYPASS.128 [R1] ;\nLDSM.16.M88.4 R4 ;\nHMMA.16816.F32.BF16 R8 ;\n"
 
 
@@ -28,6 +29,8 @@ def test_checks_can_fail() -> None:
     small = Instance("conv", "bfloat16", SMALL, True)
     assert examine(small, "80", 255, 0, SASS).wrong == []
     assert examine(small, "80", 300, 0, SASS).wrong == ["a processor holds 1 blocks"]
+    assert examine(HALO, "80", 200, 0, SASS).wrong == ["no STS.128"]
+    assert examine(HALO, "80", 200, 0, SASS + "STS.128 [R1], R4 ;\n").wrong == []
 
 
 def test_names() -> None:
@@ -35,6 +38,9 @@ def test_names() -> None:
     name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8ProductsE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
     assert instance_of(name) == Instance("conv", "float32", LARGE, True)
     assert instance_of("_ZN12block_kernelINS_11ChannelPackINS_8HalfWordEEEEEvv") == Instance("pack", "half", (), False)
+    halo = "".join(f"Li{size}E" for size in HALO.tile)
+    name = f"_ZN12block_kernelINS_10HaloConv2dILNS_8ProductsE0ENS_4TileI{halo}EEEENS_10HaloParamsELi1EEEvT0_"
+    assert instance_of(name) == HALO
     assert instance_of("_Z28channel_gather_planar_kernelv") is None
 
 
@@ -56,6 +62,9 @@ def test_tiles_are_those_of_the_kernels() -> None:
         for numbers in re.findall(r"X\(\w+, (\d[\d, ]*)\)", text.split("BAP_KERNELS_WEIGHT_TILES")[0])
     }
     assert {LARGE, SMALL} < tiles
+    limit = re.search(r"kHaloSharedBytes = (\d+) \* 1024", (ROOT / "csrc/kernels/halo_shape.h").read_text())
+    assert limit is not None
+    assert HALO.shared_bytes == int(limit.group(1)) * 1024
     # As Tile::kSharedBytes says, which check_index compares with what every device has.
     assert {Instance("conv", "half", tile, False).shared_bytes for tile in tiles} == {98304, 65536, 81920}
 
@@ -85,7 +94,13 @@ def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
-    for header in ("gathered_conv2d_block.h", "weight_gradient_block.h", "channel_pack_block.h", "launch.h"):
+    for header in (
+        "gathered_conv2d_block.h",
+        "halo_conv2d_block.h",
+        "weight_gradient_block.h",
+        "channel_pack_block.h",
+        "launch.h",
+    ):
         source = tmp_path / "one.cpp"
         source.write_text(f'#include "kernels/{header}"\n')
         subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)], check=True)

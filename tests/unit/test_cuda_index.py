@@ -1,4 +1,4 @@
-"""Index arithmetic of the CUDA kernels, compiled for the host: csrc/simulate/check_index.cpp, one test a check."""
+"""Index arithmetic of the CUDA kernels, compiled for the host: csrc/simulate/check_*.cpp, one test a check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++")
 CHECKS = (
     *("forward_axes", "gradient_axes", "tile_order", "row_places", "steps", "lists", "copies", "banks", "stages"),
-    *("conversions", "memory_rules", "instances"),
+    *("conversions", "memory_rules", "instances", "runs"),
+    *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
 )
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("index") / "check_index"
     command = [*str(CXX).split(), "-std=c++20", "-O1", "-I", str(ROOT / "csrc")]
-    subprocess.run([*command, str(ROOT / "csrc/simulate/check_index.cpp"), "-o", str(path)], check=True, timeout=300)
+    sources = sorted(map(str, (ROOT / "csrc/simulate").glob("check_*.cpp")))
+    subprocess.run([*command, *sources, "-o", str(path)], check=True, timeout=300)
     return path
 
 
