@@ -5,17 +5,20 @@
 #            PIP_ARGS  more arguments for the installation of torch, for instance
 #                      PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #            ARGS    more arguments for the command itself, for instance make test ARGS="-k gather"
+#            WORKERS processes that tests are shared out to; 0 runs them in one, for --pdb
 
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 ISA ?= avx2
+WORKERS ?= 2
 BENCH_OUT ?= benches/out
 DEMO_OUT ?= demo/out
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)
@@ -43,17 +46,17 @@ demo: setup ## Set up, train, prune and evaluate on the embedded suite, report t
 	$(BIN)/python -m bap.cli demo --out $(DEMO_OUT) $(ARGS)
 
 test: setup ## Set up and run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
-	BAP_KERNELS_ISA=$(ISA) $(BIN)/python -m pytest -q $(OP_TESTS) $(ARGS)
+	BAP_KERNELS_ISA=$(ISA) $(PYTEST) -q $(OP_TESTS) $(ARGS)
 
 test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpret $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -q tests/interpret $(ARGS)
 
 test-simulate: setup ## Run the CUDA kernels' own text on the host, on CPU tensors; needs neither nvcc nor a GPU
 	library="$$($(BIN)/python -m tools.build_simulation)" && \
-	BAP_KERNELS_CUDA_LIBRARY="$$library" $(BIN)/python -m pytest -q tests/simulate $(ARGS)
+	BAP_KERNELS_CUDA_LIBRARY="$$library" $(PYTEST) -q tests/simulate $(ARGS)
 
 compile-triton: setup ## Compile every configuration of the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
 	$(BIN)/python -m tools.compile_triton $(ARGS)
