@@ -54,8 +54,11 @@ def test_unlisted_channels_never_reach_the_output(layout: str, value: float) -> 
         assert_close(run(sample, "cuda"), expected, case.dtype, sample.depth)
 
 
-def test_tf32_where_torch_allows_it() -> None:
-    sample = make_tensors(BASE.but(in_channels=64, layout="channels_last", in_list="null"))
+@pytest.mark.parametrize(
+    "case", [BASE.but(layout="channels_last", in_list="null"), BASE.but(in_list="shuffled")], ids=["direct", "halo"]
+)
+def test_tf32_where_torch_allows_it(case: Case) -> None:
+    sample = make_tensors(case.but(in_channels=64))
     exact = reference.gathered_conv2d(*sample.args)
     full = (run(sample, "cuda").double() - exact).abs().max()
     torch.backends.cudnn.allow_tf32 = True

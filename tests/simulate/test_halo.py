@@ -172,16 +172,6 @@ def test_unlisted_channels_and_what_lies_around_never_reach_the_output(layout: s
         assert_close(run(sample, "cuda"), expected, dtype, sample.depth)
 
 
-def test_tf32_where_torch_allows_it() -> None:
-    sample = make_tensors(BASE.but(in_channels=64))
-    exact = reference.gathered_conv2d(*sample.args)
-    full = (run(sample, "cuda").double() - exact).abs().max()
-    torch.backends.cudnn.allow_tf32 = True
-    rounded = (run(sample, "cuda").double() - exact).abs().max()
-    assert full < 1e-4
-    assert 1e-3 < rounded < 6 * 576**0.5 * 2**-11
-
-
 @pytest.mark.parametrize("kind", LISTS)
 def test_switches(kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
