@@ -6,6 +6,8 @@
 namespace bap_kernels::micro {
 namespace {
 
+constexpr int32_t kAllLanes = (1 << kRowLanes) - 1;
+
 // All bits of a lane where the lane's bit of `mask` is set. Lanes with no bit of their own stay clear.
 inline __m256i lanes_of(int32_t mask, __m256i bits) {
   return _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bits), _mm256_setzero_si256());
@@ -13,7 +15,9 @@ inline __m256i lanes_of(int32_t mask, __m256i bits) {
 
 inline __m256i all_lanes(int32_t mask) { return lanes_of(mask, _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128)); }
 
-inline __m256 load(const float* src, int32_t mask) { return _mm256_maskload_ps(src, all_lanes(mask)); }
+inline __m256 load(const float* src, int32_t mask) {
+  return mask == kAllLanes ? _mm256_loadu_ps(src) : _mm256_maskload_ps(src, all_lanes(mask));
+}
 
 inline __m256 load_every_second(const float* src, int32_t mask) {
   const __m256 low = _mm256_maskload_ps(src, lanes_of(mask, _mm256_setr_epi32(1, 0, 2, 0, 4, 0, 8, 0)));
@@ -32,7 +36,7 @@ inline __m256 load_apart(const float* src, int32_t mask, int64_t step) {
 
 // As 32-bit lanes, the upper halves clear.
 inline __m256i load_bits(const uint16_t* src, int32_t mask, int64_t step) {
-  if (step == 1 && mask == 255) {
+  if (step == 1 && mask == kAllLanes) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
   }
   alignas(32) uint32_t lanes[kRowLanes] = {};
@@ -45,9 +49,9 @@ inline __m256i load_bits(const uint16_t* src, int32_t mask, int64_t step) {
 // A bfloat16 is the upper half of its float.
 inline __m256 widened(__m256i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)); }
 
-// In two roundings, as plain operators would do it; a NaN stays one.
+// A NaN stays one.
 inline __m256 applied(const RowPrologue& f, __m256 v, int32_t mask) {
-  v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(f.scale)), _mm256_set1_ps(f.shift));
+  v = _mm256_fmadd_ps(v, _mm256_set1_ps(f.scale), _mm256_set1_ps(f.shift));
   if (f.relu) v = _mm256_max_ps(_mm256_setzero_ps(), v);
   return _mm256_and_ps(v, _mm256_castsi256_ps(all_lanes(mask)));
 }
