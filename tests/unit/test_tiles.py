@@ -1,6 +1,6 @@
 """The tiles under ``csrc/cpu/microkernels`` and what packs their panels, by programs without torch: see
 ``tests/microkernels/*.cpp``.
-"""  # noqa: D205
+"""
 
 from __future__ import annotations
 
