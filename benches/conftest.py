@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches import gate, ours
+from benches import gate, memory, ours
 from benches.cases import Cell
 from benches.machine import commit, cpu_model, versions
 from benches.measure import Bench
@@ -16,6 +16,7 @@ from benches.networks import NetworkBench, NetworkCell
 from benches.problem import Problem
 from benches.timers import CpuClock, Timed
 
+memory.keep_freed()
 CPU = torch.device("cpu")
 # The whole set has thousands of benchmarks.
 SECONDS_EACH = 0.1

@@ -21,6 +21,8 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MAPPED_BYTES = 64 << 10
+# The largest that glibc takes: blocks beyond are always mapped.
+KEPT_BYTES = 32 << 20
 
 _Result = TypeVar("_Result")
 
@@ -28,6 +30,19 @@ _Result = TypeVar("_Result")
 def can_measure_peak() -> bool:
     """Whether this system has what the peak needs: glibc's malloc and a high-water mark that can be set back."""
     return hasattr(ctypes.CDLL(None), "mallopt") and Path("/proc/self/clear_refs").exists()
+
+
+def keep_freed() -> bool:
+    """Tell malloc to keep what is freed, in this process from now on; returns whether it does (glibc's does).
+
+    A result of some MiB is otherwise given back and mapped anew in a call, or not, as the heap happens to lie. Its page
+    faults take as long as many a convolution, the same for all peers, but not in the same rounds: they hide who is
+    faster. A network whose layers use each other's memory has none of them.
+    """
+    malloc = ctypes.CDLL(None)
+    if not hasattr(malloc, "mallopt"):
+        return False
+    return bool(malloc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def _settle(threads: int) -> None:

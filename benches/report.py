@@ -29,6 +29,7 @@ METHOD = (
     "ratios of the medians of one run: above 1 is faster.",
     "Slicing and packing of weights is outside the timing, for everyone alike.",
     "Inputs are random (never zeros) and taken from a pool larger than the last-level cache, unless a row says warm.",
+    "Freed memory stays with the process (glibc's malloc), so that results are not mapped anew at every call.",
     "Lists are random with a fixed seed per case and keep exactly density x channels.",
     "dense: F.conv2d on all channels. masked: the input (and with an out-list the result) times the mask, dense "
     "convolution. naive: index_select, then F.conv2d with the sliced weight; it loses channels_last on a CPU.",

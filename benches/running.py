@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benches import ours
+from benches import memory, ours
 from benches.machine import Roof, describe, measure_roof
 from benches.measure import DTYPES
 from benches.rows import Journal, Row
@@ -156,6 +156,7 @@ def begin(
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    memory.keep_freed()
     build, isa = (dict(ours.library().build_facts()), ours.library().isa()) if with_ours else ({}, "none")
     console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
     roof = measure_roof(DTYPES[dtype], device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, permutations
@@ -18,7 +20,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benches import gate, ours, peers, report, rows, study, summary, timers
+from benches import gate, memory, ours, peers, report, rows, study, summary, timers
 from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
 from benches.machine import Roof
 from benches.measure import Bench
@@ -377,3 +379,22 @@ def test_a_loss_of_auto_is_one_beyond_noise() -> None:
     assert seems_to_lose({"auto": [1.2, 1.2], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
     assert not seems_to_lose({"auto": [1.04, 1.04], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
     assert not seems_to_lose({"native": [3.0], "dense": [1.0]})
+
+
+@pytest.mark.skipif(not memory.can_measure_peak(), reason="malloc is not glibc's")
+def test_freed_memory_is_kept() -> None:
+    program = (
+        "import torch\nfrom benches import memory\n"
+        "assert memory.keep_freed()\n"
+        "def faults():\n"
+        "    before = memory.resident_bytes()\n"
+        "    torch.ones(7 << 20)\n"
+        "    return memory.resident_bytes() - before\n"
+        "print([faults() for _ in range(4)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    first, *others = json.loads(done.stdout)
+    assert first > 20 << 20
+    assert all(abs(more) < 1 << 20 for more in others)
