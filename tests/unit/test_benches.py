@@ -390,11 +390,11 @@ def test_freed_memory_is_kept() -> None:
         "    before = memory.resident_bytes()\n"
         "    torch.ones(7 << 20)\n"
         "    return memory.resident_bytes() - before\n"
-        "print([faults() for _ in range(4)])\n"
+        "print([faults() for _ in range(5)])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    first, *others = json.loads(done.stdout)
+    first, _, *others = json.loads(done.stdout)  # what is alive lies behind the first block
     assert first > 20 << 20
     assert all(abs(more) < 1 << 20 for more in others)
