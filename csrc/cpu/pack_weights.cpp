@@ -3,7 +3,7 @@
 //   channel_rows  panel of output channels: [channel unit][tap][row], the last panel as narrow as it needs to be
 // A unit is one channel, or two bfloat16 channels side by side; what is missing is zero.
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -22,26 +22,30 @@ int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
 }
 
 // One unit after the other, all lanes of it: the filters' places in memory advance side by side, so each cache line is
-// read once and written once.
+// read once and written once. `taps` holds the place of each tap.
 template <class scalar_t>
-void pack_panel(const NativeCall& n, bool channel_rows, int64_t panel, float* dst) {
+void pack_panel(const NativeCall& n, const std::vector<int64_t>& taps, bool channel_rows, int64_t panel, float* dst) {
   const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t width = panel_width(n, channel_rows, panel);
   const int64_t first = panel * full;
   const int64_t filters = std::min(full, n.kept_out - first);
+  if (filters < width || (n.pairs && n.kept_in % 2)) std::fill_n(dst, width * n.depth, 0.f);
   const auto* w = reinterpret_cast<const scalar_t*>(n.w);
-  const int64_t unit_step = channel_rows ? n.taps : 1, tap_step = channel_rows ? 1 : n.units;
+  const int64_t unit_step = (channel_rows ? n.taps : 1) * width, tap_step = (channel_rows ? 1 : n.units) * width;
   int64_t filter[micro::kMaxVectors * kMostLanes];
   for (int64_t j = 0; j < filters; ++j) filter[j] = (n.out_index ? n.out_index[first + j] : first + j) * n.w_stride_out;
+  const bool neighbours = !n.out_index && n.w_stride_out == 1;  // as in the gradient of a channels_last input
   for (int64_t i = 0; i < n.kept_in; ++i) {
-    const int64_t unit = n.pairs ? i / 2 : i;
+    const scalar_t* channel = w + n.weight_channel(i) * n.w_stride_in;
+    float* unit = dst + (n.pairs ? i / 2 : i) * unit_step;
     for (int64_t t = 0; t < n.taps; ++t) {
-      const scalar_t* source =
-          w + n.weight_channel(i) * n.w_stride_in + t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
-      float* lanes = dst + (unit * unit_step + t * tap_step) * width;
+      const scalar_t* source = channel + taps[t];
+      float* lanes = unit + t * tap_step;
       if (n.pairs) {
         auto* halves = reinterpret_cast<c10::BFloat16*>(lanes) + i % 2;
         for (int64_t j = 0; j < filters; ++j) halves[2 * j] = source[filter[j]];
+      } else if (neighbours) {
+        std::copy_n(source + filter[0], filters, lanes);
       } else {
         for (int64_t j = 0; j < filters; ++j) lanes[j] = static_cast<float>(source[filter[j]]);
       }
@@ -53,16 +57,18 @@ at::Tensor pack(const NativeCall& n, bool channel_rows) {
   const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t panels = (n.kept_out + full - 1) / full;
   const int64_t floats = ((panels - 1) * full + panel_width(n, channel_rows, panels - 1)) * n.depth;
-  at::Tensor packed = at::zeros({floats}, at::TensorOptions().dtype(at::kFloat));
+  at::Tensor packed = at::empty({floats}, at::TensorOptions().dtype(at::kFloat));
   float* dst = packed.mutable_data_ptr<float>();
+  std::vector<int64_t> taps(n.taps);
+  for (int64_t t = 0; t < n.taps; ++t) taps[t] = t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
   // Small weights are packed sooner than a second thread wakes.
   const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * n.depth));
   at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if (n.bfloat16) {
-        pack_panel<c10::BFloat16>(n, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<c10::BFloat16>(n, taps, channel_rows, p, dst + p * full * n.depth);
       } else {
-        pack_panel<float>(n, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<float>(n, taps, channel_rows, p, dst + p * full * n.depth);
       }
     }
   });
