@@ -32,7 +32,7 @@ constexpr const char* kOldFileHeads[] = {"bap_kernels choices v1", "bap_kernels 
 constexpr double kMargin = 0.97;
 // What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
 constexpr double kHopeless = 1.25;
-constexpr int kMinRounds = 5, kMaxRounds = 31;
+constexpr int kMinRounds = 8, kMaxRounds = 32;
 constexpr double kSecondsPerCase = 0.1;
 // Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
 constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
@@ -57,14 +57,16 @@ std::vector<at::Tensor> input_pool(const at::Tensor& input) {
   return pool;
 }
 
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+// Less than half of the time may be undisturbed, and a single run may be quicker than any other ever was.
+double lower_quartile(std::vector<double> values) {
+  const auto place = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
+  std::nth_element(values.begin(), place, values.end());
+  return *place;
 }
 
-// Median run of each candidate, in seconds; 0 for the other routes. Every round has an order of its own: what ran
-// before leaves its tensors in the caches, and a candidate that always follows the same one gains or loses by it.
+// Lower quartile of the runs of each candidate, in seconds; 0 for the other routes. Every round has an order of its
+// own: what ran before leaves its tensors in the caches, and a candidate that always follows the same one gains or
+// loses by it.
 std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> candidates, Run run) {
   std::array<std::vector<double>, kRouteCount> samples;
   std::array<double, kRouteCount> seconds{};
@@ -89,7 +91,7 @@ std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> ca
     if (round + 1 < kMinRounds) continue;
     double fastest = std::numeric_limits<double>::max();
     for (const Route r : candidates) {
-      seconds[static_cast<int>(r)] = median(samples[static_cast<int>(r)]);
+      seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
       fastest = std::min(fastest, seconds[static_cast<int>(r)]);
     }
     const auto hopeless = [&](Route r) { return seconds[static_cast<int>(r)] > kHopeless * fastest; };
