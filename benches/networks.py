@@ -27,7 +27,8 @@ DOMAIN = "photographs"
 FEW_CHANNELS = 4
 # Of the networks that have no fixed number.
 CLASSES = 100
-PACKING = ("planned", *ours.BACKENDS)
+PLANNED = ("planned", "ordered")
+PACKING = (*PLANNED, *ours.BACKENDS)
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 # Share of the largest logit: rounding through fifty layers stays far below, a wrong channel in one layer is far above.
@@ -54,10 +55,13 @@ def _of_the_method(name: str) -> Callable[[], nn.Module]:
     return make
 
 
-# What there is of whole networks alone. planned: bk.plan. pruned: bk.specialize, the physically small network of one
-# domain, in PyTorch's own layers. compiled, compiled_dense: pruned and dense under torch.compile with frozen weights.
+# What there is of whole networks alone. planned: bk.plan. ordered: the same after bk.order_channels_. pruned:
+# bk.specialize, the physically small network of one domain, in PyTorch's own layers. compiled, compiled_dense: pruned
+# and dense under torch.compile with frozen weights.
 COMPILED = ("compiled", "compiled_dense")
-WHOLE = ("planned", "pruned", *COMPILED)
+WHOLE = (*PLANNED, "pruned", *COMPILED)
+# What a study measures where it is named, and a full one: what costs much, or says little on a CPU.
+NAMED = ("ordered", *COMPILED)
 # They compute all of the work, and another function than the rest.
 DENSE = ("dense", "compiled_dense")
 # Constructor and image size.
@@ -251,7 +255,7 @@ class NetworkBench:
                 run = self._dense_compiled(cell, model, inputs[0])
             elif name in WHOLE:
                 run = self._lowered(name, swap_(self.placed(model, cell.layout), lists), inputs[0])
-                enter = _enter("auto") if name == "planned" else nothing
+                enter = _enter("auto") if name in PLANNED else nothing
             else:
                 # A network per backend, so that the packed weights of each are counted alone.
                 run = swap_(self.placed(model, cell.layout), lists)
@@ -261,8 +265,10 @@ class NetworkBench:
 
     def _lowered(self, name: str, swapped: nn.Module, example: Tensor) -> nn.Module:
         bk = ours.package()
-        if name == "planned":
+        if name in PLANNED:
             ours.package().use_backend("auto")
+            if name == "ordered":
+                bk.order_channels_(swapped, example)
             # The gate checks the result; the plan's own check would run the masked network once more.
             planned: nn.Module = bk.plan(swapped, example, DOMAIN, check=False)
             return planned

@@ -20,13 +20,14 @@ STYLES: dict[str, dict[str, Any]] = {
     "native": {"color": "#e66101", "marker": "o", "linestyle": "-"},
     "auto": {"color": "#1f4fd8", "marker": "*", "linestyle": "-"},
     "planned": {"color": "#7b3294", "marker": "D", "linestyle": "-"},
+    "ordered": {"color": "#c2a5cf", "marker": "D", "linestyle": "-."},
     "pruned": {"color": "#8c8c8c", "marker": "v", "linestyle": "--"},
     "compiled": {"color": "#404040", "marker": "^", "linestyle": "--"},
     "compiled_dense": {"color": "#bdbdbd", "marker": "s", "linestyle": "--"},
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }
-LABELS = {"best": "best gather", "compiled_dense": "dense compiled"}
+LABELS = {"best": "best gather", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
 # Layers shown one by one: both kinds of kernel from early to late in both networks.
 SHOWN = (
     "56x56-64-64-k3s1",

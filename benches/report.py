@@ -186,9 +186,10 @@ def networks_table(rows: Sequence[Row]) -> Table:
         for row in summary.network_rows(rows)
     ]
     note = (
-        "Photographs, in-lists only; planned as a whole network, native and auto layer by layer. /: speed-up over that "
-        "peer, compiled being the pruned one. MiB: parameters and packed copies, without what torch.compile lays out "
-        "anew. Peak: most MiB that a forward takes besides. Error: of logits, against float64 of the masked network."
+        "Photographs, in-lists only; planned as a whole network (ordered: with its channels in an order of their own), "
+        "native and auto layer by layer. /: speed-up over that peer, compiled being the pruned one. MiB: parameters "
+        "and packed copies, without what torch.compile lays out anew. Peak: most MiB that a forward takes besides. "
+        "Error: of logits, against float64 of the masked network."
     )
     over = ["/ dense", "/ masked", "/ pruned", "/ compiled"]
     columns = ["network", "layout", "d", "", "time", *over, "MiB", "peak", "error"]

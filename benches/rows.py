@@ -31,7 +31,7 @@ class Row:
             ``step`` for a whole step of training.
         cell: Id of what the peers of one comparison share.
         peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8``, a backend of the package, or
-            of whole networks ``planned``, ``pruned``, ``compiled``, ``compiled_dense``.
+            of whole networks ``planned``, ``ordered``, ``pruned``, ``compiled``, ``compiled_dense``.
         candidate: What a peer that chooses has chosen.
         device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.

@@ -19,7 +19,7 @@ from benches import ours, report
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
 from benches.measure import DTYPES, Bench
 from benches.network_memory import network_peaks
-from benches.networks import COMPILED, FEW, MIN_ROUNDS, NETWORKS, WHOLE, NetworkBench, network_cells
+from benches.networks import FEW, MIN_ROUNDS, NAMED, NETWORKS, WHOLE, NetworkBench, network_cells
 from benches.overhead import PEERS as OVERHEAD_PEERS
 from benches.overhead import measure_overhead
 from benches.peers import PEERS
@@ -134,7 +134,7 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     layouts = (options.layout,) if options.layout in LAYOUTS else default_layouts
     wanted = {"dense", "masked", "planned", "pruned", *(ours.BACKENDS if options.full else ("native", "auto"))}
     # Compiling takes longer than all that the default study measures; to name it is to ask for it.
-    wanted.update(name for name in COMPILED if options.full or name in (options.peers or ()))
+    wanted.update(name for name in NAMED if options.full or name in (options.peers or ()))
     compared = [name for name in names if name in wanted]
     rounds = options.rounds or (FULL_ROUNDS if options.full else MIN_ROUNDS)
     peaks = network_peaks if options.peaks and options.device == "cpu" else None

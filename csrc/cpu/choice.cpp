@@ -9,8 +9,10 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <mutex>
+#include <random>
 #include <sstream>
 #include <unordered_map>
 
@@ -23,15 +25,15 @@ namespace bap_kernels {
 namespace {
 
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
-constexpr const char* kFileHead = "bap_kernels choices v2";
-// Measured before a route was added: begun anew.
-constexpr const char* kOldFileHead = "bap_kernels choices v1";
+constexpr const char* kFileHead = "bap_kernels choices v3";
+// Measured with fewer routes, or in an order that favoured some of them: begun anew.
+constexpr const char* kOldFileHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2"};
 // A backend must win by this much to be preferred to one before it: less is noise.
 constexpr double kMargin = 0.97;
 // What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
 constexpr double kHopeless = 1.25;
-constexpr int kMinRounds = 4, kMaxRounds = 25;
-constexpr double kSecondsPerCase = 0.05;
+constexpr int kMinRounds = 5, kMaxRounds = 31;
+constexpr double kSecondsPerCase = 0.1;
 // Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
 constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
 
@@ -55,8 +57,16 @@ std::vector<at::Tensor> input_pool(const at::Tensor& input) {
   return pool;
 }
 
-// Fastest run of each candidate, in seconds; 0 for the other routes.
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// Median run of each candidate, in seconds; 0 for the other routes. Every round has an order of its own: what ran
+// before leaves its tensors in the caches, and a candidate that always follows the same one gains or loses by it.
 std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> candidates, Run run) {
+  std::array<std::vector<double>, kRouteCount> samples;
   std::array<double, kRouteCount> seconds{};
   const std::vector<at::Tensor> inputs = input_pool(c.input);
   size_t turn = 0;
@@ -68,17 +78,20 @@ std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> ca
                       r);
   };
   for (const Route r : candidates) run(c, r);  // packs weights, warms caches and thread pools
+  std::minstd_rand random(1);
   double spent = 0;
   for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
-    double fastest = std::numeric_limits<double>::max();
+    std::shuffle(candidates.begin(), candidates.end(), random);
     for (const Route r : candidates) {
-      const double t = timed(r);
-      double& best = seconds[static_cast<int>(r)];
-      best = round == 0 ? t : std::min(best, t);
-      fastest = std::min(fastest, best);
-      spent += t;
+      samples[static_cast<int>(r)].push_back(timed(r));
+      spent += samples[static_cast<int>(r)].back();
     }
     if (round + 1 < kMinRounds) continue;
+    double fastest = std::numeric_limits<double>::max();
+    for (const Route r : candidates) {
+      seconds[static_cast<int>(r)] = median(samples[static_cast<int>(r)]);
+      fastest = std::min(fastest, seconds[static_cast<int>(r)]);
+    }
     const auto hopeless = [&](Route r) { return seconds[static_cast<int>(r)] > kHopeless * fastest; };
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), hopeless), candidates.end());
     if (candidates.size() == 1) break;
@@ -186,7 +199,7 @@ struct ChoiceTable::State {
     std::string line;
     int64_t bad = 0;
     if (!std::getline(file, line)) return;  // an empty file is a new one
-    if (line == kOldFileHead) {
+    if (std::find(std::begin(kOldFileHeads), std::end(kOldFileHeads), line) != std::end(kOldFileHeads)) {
       file.close();
       std::ofstream(path, std::ios::trunc).flush();
       return;

@@ -21,7 +21,7 @@ const char* route_name(Route route);
 struct Choice {
   std::string key;  // the case, as text: also the key in the file
   Route route;
-  std::array<double, kRouteCount> seconds;  // fastest run of each candidate; 0 for those not measured
+  std::array<double, kRouteCount> seconds;  // median run of each candidate; 0 for those not measured
 };
 
 // Everything of a call that its speed depends on: shapes, lists' lengths, layout, dtype, threads, fusion, caching.

@@ -54,13 +54,14 @@ def test_networks_take_their_images(network: str) -> None:
 
 def test_rows_of_a_network(tiny: str) -> None:
     bench = NetworkBench(CPU, "float32", 4, lambda cell, names, dtype: dict.fromkeys(names, 1000))
-    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), ["dense", "masked", "planned", "pruned"], 0.0)
-    assert [row.peer for row in made] == ["dense", "masked", "planned", "pruned"]
+    names = ["dense", "masked", "planned", "ordered", "pruned"]
+    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), names, 0.0)
+    assert [row.peer for row in made] == names
     assert all(row.rounds == 4 and row.peak_bytes == 1000 and row.vs_masked for row in made)
     assert all(0 < row.max_error < 1e-3 for row in made[1:])
-    assert made[3].weight_bytes < made[0].weight_bytes  # type: ignore[operator]
+    assert made[4].weight_bytes < made[0].weight_bytes  # type: ignore[operator]
     (table,) = [one for one in report.tables(HEADER, made) if one.title == "Whole networks"]
-    assert len(table.rows) == 4
+    assert len(table.rows) == len(names)
 
 
 def test_wrong_logits_are_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,13 +223,14 @@ def test_empty_table_is_a_fresh_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_table_of_the_version_before_is_begun_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_table_of_a_version_before_is_begun_anew(version: str, tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
     _, line = path.read_text().splitlines()
     machine, case, _, _ = line.split("\t")
-    path.write_text(f"bap_kernels choices v1\n{machine}\t{case}\tdense\t4 3 2 1\n")
+    path.write_text(f"bap_kernels choices {version}\n{machine}\t{case}\tdense\t4 3 2 1\n")
     assert reread(path) == []
     run(make_tensors(CASE))
     written = _C.choices()

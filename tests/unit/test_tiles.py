@@ -1,4 +1,6 @@
-"""The tiles under ``csrc/cpu/microkernels``, by a program without torch: see ``tests/microkernels/tile_test.cpp``."""
+"""The tiles under ``csrc/cpu/microkernels`` and what packs their panels, by programs without torch: see
+``tests/microkernels/*.cpp``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tools import tile_test
+from tools.build_plan import ISA_FLAGS
 
 # Tables of the program, and what a CPU must have for each.
 TABLES = {
@@ -79,6 +82,36 @@ def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: st
     tile_test.build(tmp_path / "tile_test", ["avx2"], sources=sources, cxx=compiler)
     done = run(tmp_path / "tile_test", "--rounds", "1", "avx2")
     assert done.returncode == status, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "status"),
+    [
+        ("", "", 0),
+        (
+            "_mm256_maskload_ps(src, all_lanes(mask))",
+            "_mm256_and_ps(_mm256_loadu_ps(src), _mm256_castsi256_ps(all_lanes(mask)))",
+            -signal.SIGSEGV,
+        ),
+        ("_mm256_set1_epi32(0x7fff)", "_mm256_set1_epi32(0x8000)", 1),
+        ("return _mm256_and_ps(v, _mm256_castsi256_ps(all_lanes(mask)));", "return v;", 1),
+    ],
+    ids=["as_it_is", "reads_past_the_mask", "rounds_up", "shifts_the_padding"],
+)
+def test_rows_are_packed_as_loops_do_it(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
+    source = tile_test.ROOT / "csrc/cpu/microkernels/pack_row_avx2.cpp"
+    text = source.read_text()
+    assert not right or text.count(right) == 1
+    changed = tmp_path / source.name
+    changed.write_text(text.replace(right, wrong) if right else text)
+    flags = ["-O2", "-std=c++20", "-Wall", f"-I{tile_test.ROOT / 'csrc'}"]
+    test = tile_test.ROOT / "tests/microkernels/pack_row_test.cpp"
+    packing = [compiler, *flags, *ISA_FLAGS["avx2"], "-c", changed, "-o", tmp_path / "pack_row.o"]
+    subprocess.run(packing, check=True)
+    subprocess.run([compiler, *flags, test, tmp_path / "pack_row.o", "-o", tmp_path / "pack_row_test"], check=True)
+    done = run(tmp_path / "pack_row_test")
+    assert done.returncode == status, done.stdout
+    assert status or re.fullmatch(r"[1-9]\d* calls: ok\n", done.stdout)
 
 
 def test_instruction_sets_are_read_as_the_system_lists_them(tmp_path: Path) -> None:
