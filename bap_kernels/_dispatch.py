@@ -96,16 +96,23 @@ def _gathered_conv2d(
     out_relu: bool,
     cache_packed: bool,
     weight_index: Tensor | None,
+    copy: Tensor | None,
+    copy_index: Tensor | None,
     op: str,
 ) -> None:
     from bap_kernels.triton import ops
-    from bap_kernels.triton.launch import Epilogue, Prologue
+    from bap_kernels.triton.launch import Copy, Epilogue, Prologue
+    from bap_kernels.triton.lists import places_of
 
     _refuse(op, input, weight, groups, out.shape[2:])
+    second = None
+    if copy is not None and copy_index is not None:
+        with ops.on_device(input):
+            second = Copy(copy, places_of(copy_index, out.shape[1]))
     ops.gathered_conv2d(
         *(out, input, weight, in_index, out_index, stride, padding, dilation),
         prologue=Prologue(in_scale, in_shift, in_relu),
-        epilogue=Epilogue(bias, out_scale, out_shift, residual, out_relu),
+        epilogue=Epilogue(bias, out_scale, out_shift, residual, out_relu, second),
         cache_packed=cache_packed,
         weight_index=weight_index,
     )

@@ -113,11 +113,27 @@ class ForwardContract(Contract):
         for case in (self.pointwise, self.pointwise.but(layout="channels_last", out_list="null")):
             self.runs_fused(case, ("residual", "out_relu"), residual_layout=residual)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
+    def test_compact_copies(self, layout: str, kernel: tuple[int, int], dtype: torch.dtype) -> None:
+        case = self.base.but(layout=layout, kernel=kernel, dtype=dtype, out_list="null")
+        # With a residual that overlaps nothing, and with a prologue, which takes ways of its own.
+        self.runs_fused(case, ("out_scale", "residual", "out_relu"), vector_dtype=torch.float32, copied="odd")
+        self.runs_fused(case, ("in_shift", "in_relu"), vector_dtype=torch.float32, copied="shuffled")
+
+    @pytest.mark.parametrize("copied", [kind for kind in LISTS if kind != "null"])
+    def test_lists_of_compact_copies(self, copied: str) -> None:
+        for case in (self.pointwise, self.pointwise.but(layout="channels_last", out_list="null"), self.base):
+            self.runs_fused(case, ("residual",), copied=copied)
+        self.runs_fused(self.base.but(batch=0), (), copied=copied)
+
     @pytest.mark.parametrize("seed", range(30))
     def test_random_cases(self, seed: int) -> None:
         self.runs(affordable(random_case(random.Random(seed)), 6, *self.most))
         case = affordable(random_case(random.Random(seed + 100)), 6, *self.most)
-        self.runs_fused(case, random.Random(seed).sample(FLAGS, 3))
+        copied = random.Random(seed).choice((None, "odd", "shuffled"))
+        self.runs_fused(case, random.Random(seed).sample(FLAGS, 3), copied=copied)
 
 
 class BackwardContract(Contract):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bap_kernels.triton import configs, launch, launch_backward
 from bap_kernels.triton.configs import Config
-from bap_kernels.triton.launch import Epilogue, Mixed
+from bap_kernels.triton.launch import Copy, Epilogue, Mixed
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.recipe import Geometry, Launch, Target
 
@@ -121,12 +121,29 @@ def _mixed() -> Mixed:
     return Mixed(_tensor((8, 5), torch.int64), _tensor((BATCH, 2), torch.int64))
 
 
-def _forward(case: Case, target: Target, kind: int, kernel: int, fused: bool = False, mixed: bool = False) -> Launch:
+def _copied(case: Case, channels_last: bool) -> Epilogue:
+    # What the end of a residual block asks for, which needs the most registers at the end.
+    x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, channels_last)
+    copy = Copy(_tensor((BATCH, KEPT, SIDE, SIDE), case.dtype, channels_last), _tensor((WIDTH,), torch.int32))
+    vector = _tensor((WIDTH,), torch.float32)
+    return Epilogue(None, vector, vector, x, True, copy)
+
+
+def _forward(
+    case: Case,
+    target: Target,
+    kind: int,
+    kernel: int,
+    fused: bool = False,
+    mixed: bool = False,
+    copied: bool = False,
+) -> Launch:
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, True)
     length = WIDTH if kind == 0 else KEPT
     packed = _tensor((WIDTH, kernel**2, length), case.dtype)
     vector = _tensor((WIDTH,), torch.float32)
     epilogue = Epilogue(None, vector, vector, x, True) if fused else Epilogue()
+    epilogue = _copied(case, True) if copied else epilogue
     return launch.forward(
         *(x, x, packed, _geometry(kernel), _list(kind, length), _list(0, WIDTH), target),
         epilogue=epilogue,
@@ -134,10 +151,14 @@ def _forward(case: Case, target: Target, kind: int, kernel: int, fused: bool = F
     )
 
 
-def _planar(case: Case, target: Target, mixed: bool = False) -> Launch:
+def _planar(case: Case, target: Target, mixed: bool = False, copied: bool = False) -> Launch:
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype)
     packed = _tensor((WIDTH, 1, KEPT), case.dtype)
-    return launch.planar(*(x, x, packed, _list(1, KEPT), _list(0, WIDTH), target), mixed=_mixed() if mixed else None)
+    return launch.planar(
+        *(x, x, packed, _list(1, KEPT), _list(0, WIDTH), target),
+        epilogue=_copied(case, False) if copied else Epilogue(),
+        mixed=_mixed() if mixed else None,
+    )
 
 
 def _input_gradient(case: Case, target: Target, stride: int, reduce: bool = False) -> Launch:
@@ -171,8 +192,10 @@ CASES: dict[str, Callable[[Case, Target], Launch]] = {
     "fwd 3x3 channel by channel": partial(_forward, kind=1, kernel=3),
     "fwd 3x3 blocks of 16, mixed": partial(_forward, kind=16, kernel=3, mixed=True),
     "fwd 3x3 compact, mixed": partial(_forward, kind=0, kernel=3, mixed=True),
+    "fwd 1x1 blocks of 8, copied": partial(_forward, kind=8, kernel=1, copied=True),
     "planar": _planar,
     "planar, mixed": partial(_planar, mixed=True),
+    "planar, copied": partial(_planar, copied=True),
     "dgrad 3x3": partial(_input_gradient, stride=1),
     "dgrad 3x3 stride 2": partial(_input_gradient, stride=2),
     "dgrad 3x3 reduced": partial(_input_gradient, stride=1, reduce=True),
@@ -181,7 +204,10 @@ CASES: dict[str, Callable[[Case, Target], Launch]] = {
 }
 STAGED = tuple(name for name in CASES if name != "fwd 3x3 channel by channel")
 # Of these every shape class is compiled, of the others one.
-EVERY_SHAPE = ("fwd 3x3", "fwd 3x3 blocks of 8", "fwd 3x3 blocks of 16", "planar", "dgrad 3x3", "wgrad 3x3")
+EVERY_SHAPE = (
+    *("fwd 3x3", "fwd 3x3 blocks of 8", "fwd 3x3 blocks of 16", "fwd 1x1 blocks of 8, fused"),
+    *("fwd 1x1 blocks of 8, copied", "planar", "planar, copied", "dgrad 3x3", "wgrad 3x3"),
+)
 
 
 def table_cases(archs: Iterable[int]) -> list[Case]:
@@ -205,6 +231,8 @@ def quick_cases() -> list[Case]:
         Case("planar", 90, "16", "large"),
         Case("planar", 80, "tf32", "large"),
         Case("planar, mixed", 90, "16", "small"),
+        Case("fwd 1x1 blocks of 8, copied", 90, "16", "large"),
+        Case("planar, copied", 90, "16", "huge"),
         Case("dgrad 3x3 stride 2", 90, "16", "small"),
         Case("wgrad 3x3", 100, "16", "small"),
     ]

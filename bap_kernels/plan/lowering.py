@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bap_kernels.functional import four_sided
 from bap_kernels.plan import steps
+from bap_kernels.plan.copies import Copy, copies, stored_reads
 from bap_kernels.plan.fuse import Group, fuse
 from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm
 from bap_kernels.plan.layout import Chain, Layout
@@ -33,8 +34,16 @@ def _list(channels: Channels, all_of: int, device: torch.device) -> Tensor | Non
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device) -> None:
-        self.graph, self.layout = graph, layout
+    def __init__(
+        self,
+        graph: Graph,
+        layout: Layout,
+        copies: dict[Value, Copy],
+        memory_format: torch.memory_format,
+        device: torch.device,
+    ) -> None:
+        self.graph, self.layout, self.copies = graph, layout, copies
+        self.copied: dict[Group, int] = {}  # readers of copies, and their slots
         self.memory_format, self.device = memory_format, device
         self.steps: list[Step] = []
         self.inputs: list[int] = []
@@ -119,16 +128,11 @@ class _Lowering:
     def conv(self, group: Group) -> None:
         conv, op = group.conv.module, group.last
         assert isinstance(conv, nn.Conv2d)
-        constant = self.layout.constant[group.source]
-        sources = group.conv.reads
-        # A zero channel adds nothing; another constant is read like any channel, for its sum ends at the borders.
-        read = sources[~(constant[sources] == 0)]
-        stored = self.layout.stored[group.source]
-        if np.isnan(constant[read]).all():
-            place = np.full(len(constant), -1)
-            place[stored] = np.arange(len(stored))
-            positions = np.sort(place[read])
-            read, width, x = stored[positions], len(stored), self.slot[group.source]
+        read, places = stored_reads(group, self.layout)
+        if group in self.copied:
+            x, positions, width = self.copied[group], np.arange(len(read)), len(read)
+        elif places is not None:
+            x, positions, width = self.slot[group.source], places, len(self.layout.stored[group.source])
         else:
             x = self.fetch(group.source, read, op)
             positions, width = np.arange(len(read)), len(read)
@@ -151,6 +155,11 @@ class _Lowering:
         lists = (in_index, self.lists(written, conv.out_channels), weight_index)
         step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output])
         text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
+        copy = self.copies.get(op.output)
+        if copy is not None:
+            self.copied[copy.reader] = step.copy = self.new_slot()
+            step.copy_index = torch.from_numpy(copy.positions.astype(np.int32)).to(self.device)
+            text += f", stores {len(copy.positions)} again for {copy.reader.conv.name}"
         self.emit(step, op, note=text)
         step.name = group.conv.name
 
@@ -252,7 +261,7 @@ def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, devi
         device: of lists and vectors.
     """
     fused = fuse(graph, layout)
-    lowering = _Lowering(graph, layout, memory_format, device)
+    lowering = _Lowering(graph, layout, copies(fused, layout, memory_format), memory_format, device)
     # Ordinary tensors: packed weights are kept for lists whose changes could be seen.
     with torch.inference_mode(False), torch.no_grad():
         for op in graph.ops:

@@ -39,7 +39,7 @@ class Program:
         readers: dict[int, int] = {}
         last: dict[int, int] = {}
         for number, step in enumerate(steps):
-            for slot in dict.fromkeys((*step.reads, step.out)):
+            for slot in dict.fromkeys((*step.reads, *step.writes)):
                 last[slot] = number
             for slot in set(step.reads):
                 readers[slot] = readers.get(slot, 0) + 1

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
+_fused_copied = torch.ops.bap_kernels._gathered_conv2d_fused_copied.default
 Env = list[Any]
 
 
@@ -69,6 +70,11 @@ class Step:
         raise NotImplementedError
 
     @property
+    def writes(self) -> tuple[int, ...]:
+        """All slots that it writes."""
+        return (self.out,)
+
+    @property
     def kind(self) -> str:
         """Its name in the table."""
         return type(self).__name__.removesuffix("Step").lower()
@@ -88,7 +94,14 @@ class InputStep(Step):
 
 
 class ConvStep(Step):
-    """A convolution with lists and all that was fused around it."""
+    """A convolution with lists and all that was fused around it.
+
+    Attributes:
+        copy: the slot of a second, compact store of the result's channels ``copy_index``; None: there is none.
+    """
+
+    copy: int | None = None
+    copy_index: Tensor | None = None
 
     def __init__(
         self,
@@ -116,11 +129,23 @@ class ConvStep(Step):
         residual = None if self.residual is None else env[self.residual]
         x = env[self.reads[0]]
         lists = (self.in_index, self.out_index)
-        fusion = (*self.before, *self.after, residual, self.relu, True, self.weight_index)
+        copied = () if self.copy is None else (self.copy_index,)
+        fusion = (*self.before, *self.after, residual, self.relu, *copied, True, self.weight_index)
+        result: Any
         if torch.compiler.is_compiling():
-            env[self.out] = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
+            op = _fused_copied if copied else _fused
+            result = op(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
-            env[self.out] = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._plain, *fusion)
+            direct = _C.gathered_conv2d_fused_copied if copied else _C.gathered_conv2d_fused
+            result = direct(x, weight, bias, *lists, *self._plain, *fusion)
+        if self.copy is None:
+            env[self.out] = result
+        else:
+            env[self.out], env[self.copy] = result
+
+    @property
+    def writes(self) -> tuple[int, ...]:  # noqa: D102
+        return (self.out,) if self.copy is None else (self.out, self.copy)
 
     @property
     def kind(self) -> str:

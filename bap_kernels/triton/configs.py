@@ -27,6 +27,7 @@ __all__ = [
     "overridden",
     "overriding",
     "tuned",
+    "within_registers",
 ]
 
 
@@ -239,6 +240,23 @@ def behind_a_list(config: Config) -> Config:
     The pipeline spends a stage on the list for each stage of the tiles: this many keep as many tiles in flight.
     """
     return replace(config, stages=2 * config.stages - 1)
+
+
+@functools.cache
+def within_registers(config: Config, sums: int) -> Config:
+    """The configuration with fewer columns, where a thread would hold more than ``sums`` sums.
+
+    For kernels whose end keeps something else in registers beside each sum, and would spill.
+
+    Examples:
+        >>> from bap_kernels.triton.configs import Config, within_registers
+        >>> within_registers(Config(128, 256, 64, 8, 3), 64)
+        Config(BM=128, BN=128, BK=64, warps=8, stages=3, group_m=8)
+    """
+    columns = config.BN
+    while config.BM * columns > 32 * config.warps * sums and columns > 16:
+        columns //= 2
+    return replace(config, BN=columns)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ Needs:  w packed (K_out, taps, K_in), channels contiguous; lists within range; k
         below 2^31.
 Allows: any strides and int64 offsets; lists of channels or of aligned blocks; a count of channels on the device, which
         cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch (MIXED), where
-        each domain's run of images has its list and weight, and `tiles` holds (first pixel, run) of every pixel tile.
+        each domain's run of images has its list and weight, and `tiles` holds (first pixel, run) of every pixel tile;
+        a second store (HAS_COPY) of the filters j whose places[j] is a channel of `copy`; those at -1 are left out.
 Accumulates in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -24,6 +25,8 @@ import triton.language as tl
 from bap_kernels.triton.device import listed_channels, reaching, run_of_batch, swizzled_tile
 
 __all__ = ["gathered_conv2d_fwd_kernel"]
+
+COPIED_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -40,6 +43,8 @@ def gathered_conv2d_fwd_kernel(
     out_scale,
     out_shift,
     residual,
+    copy,
+    places,
     runs,
     tiles,
     pixels,
@@ -63,6 +68,10 @@ def gathered_conv2d_fwd_kernel(
     stride_rc,
     stride_rh,
     stride_rw,
+    stride_cn,
+    stride_cc,
+    stride_ch,
+    stride_cw,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -84,6 +93,7 @@ def gathered_conv2d_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     OUT_RELU: tl.constexpr,
     FULL_WIDTH: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     INSIDE: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGN_X: tl.constexpr,
@@ -187,3 +197,15 @@ def gathered_conv2d_fwd_kernel(
     place = n * stride_yn + oh.to(tl.int64) * stride_yh + ow.to(tl.int64) * stride_yw
     place = place[:, None] + columns.to(tl.int64)[None, :] * stride_yc
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=y_mask)
+    if HAS_COPY:
+        # From where the block has just written it, some filters at a time: the addresses of a whole tile, each of them
+        # its own, would not fit into registers beside it.
+        tl.debug_barrier()
+        y_rows = y + n * stride_yn + oh.to(tl.int64) * stride_yh + ow.to(tl.int64) * stride_yw
+        copy_rows = copy + n * stride_cn + oh.to(tl.int64) * stride_ch + ow.to(tl.int64) * stride_cw
+        for first in range(0, BN, COPIED_AT_ONCE):
+            some = tile_n * BN + first + tl.arange(0, COPIED_AT_ONCE)
+            mask = m_mask[:, None] & (some < K_out)[None, :]
+            to = tl.load(places + some, mask=some < K_out, other=-1)
+            result = tl.load(y_rows[:, None] + some.to(tl.int64)[None, :] * stride_yc, mask=mask)
+            tl.store(copy_rows[:, None] + to.to(tl.int64)[None, :] * stride_cc, result, mask=mask & (to >= 0)[None, :])

@@ -7,6 +7,7 @@ each case and kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bap_kernels.triton.configs import PACK, Config, Problem, behind_a_list, choose
+from bap_kernels.triton.configs import PACK, Config, Problem, behind_a_list, choose, within_registers
 from bap_kernels.triton.forward import gathered_conv2d_fwd_kernel
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.pack import channel_pack_kernel
@@ -23,6 +24,7 @@ from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, or
 from bap_kernels.triton.weights import alignment
 
 __all__ = [
+    "Copy",
     "Epilogue",
     "Mixed",
     "Prologue",
@@ -50,6 +52,20 @@ class Prologue:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A second, compact store of some channels of the result.
+
+    Args:
+        tensor: (N, K, oH, oW), in the result's memory format.
+        places: int32, (K_out,): each filter's channel of ``tensor``, or -1; see
+            :func:`bap_kernels.triton.lists.places_of`.
+    """
+
+    tensor: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class Epilogue:
     """Transform of the result; ``bias`` is full-size, scale, shift and residual are those of the listed filters."""
 
@@ -58,6 +74,7 @@ class Epilogue:
     shift: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
+    copy: Copy | None = None
 
 
 NO_PROLOGUE, NO_EPILOGUE = Prologue(), Epilogue()
@@ -99,20 +116,26 @@ def _flags(
         *(mixed is not None, count is not None, epilogue.bias is not None),
         *(prologue.scale is not None, prologue.shift is not None, prologue.relu),
         *(epilogue.scale is not None, epilogue.shift is not None, epilogue.residual is not None, epilogue.relu),
-        full_width,
+        *(full_width, epilogue.copy is not None),
     )
 
 
 _FLAGS = (
     *("MIXED", "HAS_COUNT", "HAS_BIAS", "HAS_IN_SCALE", "HAS_IN_SHIFT", "IN_RELU"),
-    *("HAS_OUT_SCALE", "HAS_OUT_SHIFT", "HAS_RESIDUAL", "OUT_RELU", "FULL_WIDTH"),
+    *("HAS_OUT_SCALE", "HAS_OUT_SHIFT", "HAS_RESIDUAL", "OUT_RELU", "FULL_WIDTH", "HAS_COPY"),
 )
 
 
 def _tensors(prologue: Prologue, epilogue: Epilogue, mixed: Mixed | None) -> tuple[Tensor | None, ...]:
     vectors = (epilogue.bias, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift)
+    copy = (None, None) if epilogue.copy is None else (epilogue.copy.tensor, epilogue.copy.places)
     tables = (None, None) if mixed is None else (mixed.runs, mixed.tiles)
-    return (*map(dense_vector, vectors), epilogue.residual, *tables)
+    return (*map(dense_vector, vectors), epilogue.residual, *copy, *tables)
+
+
+def _strides_around(epilogue: Epilogue) -> tuple[Ints, Ints]:
+    copy = None if epilogue.copy is None else epilogue.copy.tensor
+    return tuple(strides_or_zeros(epilogue.residual)), tuple(strides_or_zeros(copy))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,8 +152,7 @@ def _forward_recipe(
     entries: int | None,
 ) -> Recipe:
     pixels = geometry.batch * math.prod(geometry.out_size)
-    x, packed, y, residual = strides
-    sizes = (pixels, *geometry.size, *geometry.out_size, *lengths, *x, *packed, *y, *residual)
+    sizes = (pixels, *geometry.size, *geometry.out_size, *lengths, *itertools.chain(*strides))
     whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
     constants = {
         **geometry.constants,
@@ -155,9 +177,12 @@ def planar_problem(x: Tensor, in_list: ChannelList, kept_out: int) -> Problem:
     return Problem("planar", kept_out, x.shape[0] * x.shape[2] * x.shape[3], in_list.length, 1, in_list.kind)
 
 
-def config_of(problem: Problem, dtype: torch.dtype, target: Target) -> Config:
+def config_of(problem: Problem, dtype: torch.dtype, target: Target, epilogue: Epilogue = NO_EPILOGUE) -> Config:
     """The configuration of a forward kernel."""
     config = choose(problem, target.products(dtype), target.capability)
+    if epilogue.residual is not None or epilogue.copy is not None:
+        # Larger ones spill; a copy in NHWC has an address of its own for each of its elements.
+        config = within_registers(config, 32 if epilogue.copy is not None and problem.kernel == "fwd" else 64)
     return behind_a_list(config) if problem.kind else config
 
 
@@ -186,8 +211,8 @@ def forward(
         count: int32, (1,), on the device: how many channels of ``in_list`` are used; None: all.
         mixed: the runs of a mixed batch, whose tiles begin at pixels.
     """
-    config = config_of(forward_problem(geometry, in_list, out_list.length), x.dtype, target)
-    strides = (x.stride(), packed.stride()[:2], y.stride(), tuple(strides_or_zeros(epilogue.residual)))
+    config = config_of(forward_problem(geometry, in_list, out_list.length), x.dtype, target, epilogue)
+    strides = (x.stride(), packed.stride()[:2], y.stride(), *_strides_around(epilogue))
     recipe = _forward_recipe(
         *(config, target, geometry, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
         *(_flags(prologue, epilogue, mixed, count, full_width), strides, pixel_alignment(x)),
@@ -210,17 +235,16 @@ def _planar_recipe(
 ) -> Recipe:
     batch, _, height, width = shape
     pixels = height * width
-    x, packed, y, residual = strides
     whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
     constants = {
         **dict(zip(_FLAGS, flags, strict=True)),
         **target.flags(dtype),
-        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "EVEN_K": whole, "ALIGN_X": alignment(pixels, *x)},
+        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "EVEN_K": whole, "ALIGN_X": alignment(pixels, *strides[0])},
         **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
     }
     grid = (-(-lengths[1] // config.BM) * -(-pixels // config.BN), batch)
     kernel = gathered_conv2d_planar_fwd_kernel
-    sizes = (pixels, width, *lengths, *x, *packed, *y, *residual)
+    sizes = (pixels, width, *lengths, *itertools.chain(*strides))
     return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
 
 
@@ -241,8 +265,9 @@ def planar(
 
     ``x`` and ``y`` have their pixels one element apart, row after row; the tiles of a mixed batch are its images.
     """
-    config = config_of(planar_problem(x, in_list, out_list.length), x.dtype, target)
-    strides = (x.stride()[:2], packed.stride()[:1], y.stride()[:2], tuple(strides_or_zeros(epilogue.residual)))
+    config = config_of(planar_problem(x, in_list, out_list.length), x.dtype, target, epilogue)
+    residual, copy = _strides_around(epilogue)
+    strides = (x.stride()[:2], packed.stride()[:1], y.stride()[:2], residual, copy[:2])
     recipe = _planar_recipe(
         *(config, target, x.shape, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
         *(_flags(prologue, epilogue, mixed, count, full_width), strides),

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bap_kernels.triton.weights import capturing
 
-__all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list"]
+__all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list", "places_of"]
 
 # Largest first: fewer look-ups.
 BLOCKS = (32, 16, 8)
@@ -88,3 +88,33 @@ def channel_list(index: Tensor | None, channels: int, blocks: bool = True, most:
     found = ChannelList(entries, b, index.shape[0])
     _found[index] = (index._version, {**(known if version == index._version else {}), most: found})
     return found
+
+
+_places: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def places_of(index: Tensor, channels: int) -> Tensor:
+    """The list turned round: for each of ``channels`` its place in the list, or -1; int32, (channels,).
+
+    Made on the list's device and kept with the list, as long as changes of it can be seen.
+
+    Examples:
+        >>> import torch
+        >>> from bap_kernels.triton.lists import places_of
+        >>> places_of(torch.tensor([3, 1], dtype=torch.int32), 5).tolist()
+        [-1, 1, -1, 0, -1]
+    """
+    inference = index.is_inference()
+    state = None if inference else (index._version, channels)
+    known, places = _places.get(index, (None, None))
+    if state is not None and known == state:
+        return places
+    # Tensors made in inference mode cannot be read while gradients are recorded.
+    with torch.inference_mode(False):
+        places = torch.full((channels,), -1, dtype=torch.int32, device=index.device)
+        order = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+        places.index_copy_(0, index.long(), order)
+    # What is made while a CUDA graph is captured is that graph's own.
+    if not inference and not capturing(index):
+        _places[index] = (state, places)
+    return places

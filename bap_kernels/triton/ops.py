@@ -167,7 +167,8 @@ def gathered_conv2d(
             step = functools.partial(launch.forward, out, x, packed, geometry, in_list, out_list, target, *fused)
         tune_case(problem, x.dtype, target, x.device, step)
         step().run()
-        keep_for_graphs(weight, packed, listed, out_list.entries)
+        places = None if epilogue.copy is None else epilogue.copy.places
+        keep_for_graphs(weight, packed, listed, out_list.entries, places)
 
 
 def _gradient_of_input(

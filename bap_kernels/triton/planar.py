@@ -14,7 +14,8 @@ Shared memory: num_stages tiles of w (BM x BK) and x (BK x BN), laid out by the 
 Needs:  pixels of x and y one element apart; w packed (K_out, K_in), channels contiguous; lists within range.
 Allows: any strides of planes and images, int64 offsets; any strides of the residual; a count of channels on the device,
         which cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch (MIXED),
-        where each domain's run of images has its list and weight, and `tiles` holds (image, run) of every image.
+        where each domain's run of images has its list and weight, and `tiles` holds (image, run) of every image; a
+        second store (HAS_COPY) of the filters j whose places[j] is a channel of `copy`, laid out as y is.
 Accumulates in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -42,6 +43,8 @@ def gathered_conv2d_planar_fwd_kernel(
     out_scale,
     out_shift,
     residual,
+    copy,
+    places,
     runs,
     tiles,
     pixels,
@@ -57,6 +60,8 @@ def gathered_conv2d_planar_fwd_kernel(
     stride_rc,
     stride_rh,
     stride_rw,
+    stride_cn,
+    stride_cc,
     IN_LIST: tl.constexpr,
     OUT_LIST: tl.constexpr,
     MIXED: tl.constexpr,
@@ -70,6 +75,7 @@ def gathered_conv2d_planar_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     OUT_RELU: tl.constexpr,
     FULL_WIDTH: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGN_X: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -143,4 +149,9 @@ def gathered_conv2d_planar_fwd_kernel(
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     rows = outputs if FULL_WIDTH else j
     place = n * stride_yn + rows.to(tl.int64)[:, None] * stride_yc + p[None, :]
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=y_mask)
+    result = acc.to(y.dtype.element_ty)
+    tl.store(y + place, result, mask=y_mask)
+    if HAS_COPY:
+        to = tl.load(places + j, mask=j_mask, other=-1)
+        place = n * stride_cn + to.to(tl.int64)[:, None] * stride_cc + p[None, :]
+        tl.store(copy + place, result, mask=y_mask & (to >= 0)[:, None])

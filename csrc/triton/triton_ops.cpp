@@ -21,13 +21,20 @@ at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
       typed_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, const OptionalTensor&,
                     const OptionalTensor&, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    bool, bool, const OptionalTensor&, c10::string_view)>("bap_kernels::_gathered_conv2d_triton");
+                    bool, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::string_view)>(
+          "bap_kernels::_gathered_conv2d_triton");
   const auto& s = c.shape;
   const Fusion& f = c.fusion;
-  at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  const auto empty = [&](int64_t channels) {
+    return at::empty({s.batch, channels, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  };
+  at::Tensor y = empty(s.kept_out);
+  OptionalTensor copy;
+  if (c.copy != nullptr && c.copy_index->size(0) > 0) copy = empty(c.copy_index->size(0));
   op.call(y, c.input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups, f.in_scale,
-          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, c.weight_index,
-          name);
+          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, c.weight_index, copy,
+          c.copy_index, name);
+  if (copy) *c.copy = *std::move(copy);
   return y;
 }
 
@@ -89,7 +96,7 @@ TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
       "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
       "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "
       "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
-      "bool cache_packed, Tensor? weight_index, str op) -> ()");
+      "bool cache_packed, Tensor? weight_index, Tensor(b!)? copy, Tensor? copy_index, str op) -> ()");
   m.def(
       "_gathered_conv2d_mixed_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, "
       "Tensor?[] in_indices, int[] counts, int[2] stride, int[4] padding, int[2] dilation, bool cache_packed) -> ()");

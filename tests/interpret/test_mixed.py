@@ -125,6 +125,33 @@ def test_planned_networks(layout: torch.memory_format, make: Callable[[], nn.Mod
 
 
 @torch.no_grad()
+def test_copies_of_streams_spare_the_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bap_kernels.triton import launch, ops
+
+    routes, stored = [], []
+    real, forward = ops.route_of, launch.forward
+    monkeypatch.setattr(ops, "route_of", lambda *a: routes.append(real(*a)) or routes[-1])
+    monkeypatch.setattr(launch, "forward", lambda *a, **k: stored.append(k.get("epilogue") or a[8]) or forward(*a, **k))
+    dense = randomise(Residual())
+    model = bk.swap_(copy.deepcopy(dense))
+    table = bk.ChannelTable.random(model, ["birds", "cars"], 0.5, seed=1)
+    bk.attach_(model, table)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    gathered = []
+    for wanted in (False, True):
+        with bk.use_backend("triton" if wanted else "aten"):
+            planned = bk.plan(model, x, "birds", check=False)
+        routes.clear()
+        stored.clear()
+        with bk.use_backend("triton"):
+            y = planned(x)
+        torch.testing.assert_close(y, masked_dense(copy.deepcopy(dense), table, "birds")(x), rtol=1e-4, atol=1e-4)
+        assert sum(epilogue.copy is not None for epilogue in stored) == wanted
+        gathered.append(routes.count("packed"))
+    assert gathered[1] == gathered[0] - 1
+
+
+@torch.no_grad()
 def test_mixed_batches_of_networks() -> None:
     model = bk.swap_(randomise(Residual()))
     bk.attach_(model, bk.ChannelTable.random(model, ["birds", "cars"], 0.5, seed=1))

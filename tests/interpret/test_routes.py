@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bap_kernels
 from bap_kernels import reference
-from bap_kernels.testing import Case, Sample, assert_close, make_fused, make_tensors, poison, run, unlisted
+from bap_kernels.testing import LAYOUTS, Case, Sample, assert_close, make_fused, make_tensors, poison, run, unlisted
 
 FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
 BASE = Case(in_channels=20, out_channels=18, size=(5, 6))
@@ -34,7 +34,7 @@ def computed(sample: Sample, route: str | None = None, fused: dict | None = None
         prologue=Prologue(fused.get("in_scale"), fused.get("in_shift"), fused.get("in_relu", False)),
         epilogue=Epilogue(
             *(sample.bias, fused.get("out_scale"), fused.get("out_shift")),
-            *(fused.get("residual"), fused.get("out_relu", False)),
+            *(fused.get("residual"), fused.get("out_relu", False), fused.get("copy")),
         ),
         route=route,
         **options,
@@ -134,6 +134,69 @@ def test_full_width_leaves_other_channels_alone(layout: str, b: int) -> None:
         assert torch.isnan(out[:, others]).all()
         expected = reference.gathered_conv2d(*sample.args)
         assert_close(out[:, sample.out_index.long()], expected, torch.float32, sample.depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("route", "layout"),
+    [("planar", "contiguous"), *((route, layout) for route in ("direct", "packed") for layout in LAYOUTS[:2])],
+)
+def test_compact_copies_are_stored_by_the_kernels(route: str, layout: str, dtype: torch.dtype) -> None:
+    from bap_kernels.triton.launch import Copy
+    from bap_kernels.triton.lists import places_of
+
+    for kernel in ((1, 1),) if route == "planar" else ((1, 1), (3, 2)):
+        padding = (0,) * 4 if kernel == (1, 1) else (1, 1, 1, 0)
+        sample = make_tensors(BASE.but(kernel=kernel, padding=padding, layout=layout, dtype=dtype, out_channels=35))
+        sample.out_index = None
+        fused = make_fused(sample, ("out_scale", "residual", "out_relu"), torch.float32)
+        # Of the three tiles of 16 filters one has no copied filter, and one no other.
+        copied = torch.tensor([*range(16, 32), 34, 33], dtype=torch.int32)
+        N, _, oH, oW = sample.output_shape
+        wide = torch.full((N, len(copied) + 3, oH, oW), torch.nan, dtype=dtype)
+        if layout == "channels_last":
+            wide = wide.contiguous(memory_format=torch.channels_last)
+        copy = wide[:, : len(copied)]
+        fused["copy"] = Copy(copy, places_of(copied, 35))
+        out = computed(sample, route, fused)
+        del fused["copy"]
+        assert_close(out, reference.gathered_conv2d_fused(*sample.args, **fused), dtype, 4 * sample.depth + 4)
+        assert torch.equal(copy, out[:, copied.long()])
+        assert torch.isnan(wide[:, len(copied) :]).all()
+
+
+def test_the_op_leaves_no_copy_to_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bap_kernels.triton import ops
+
+    sample, index = make_tensors(BASE.but(layout="channels_last")), torch.tensor([2, 0], dtype=torch.int32)
+    seen = []
+    real = ops.gathered_conv2d
+    monkeypatch.setattr(ops, "gathered_conv2d", lambda *a, **k: seen.append(k["epilogue"].copy) or real(*a, **k))
+    with bap_kernels.use_backend("triton"):
+        y, copy = torch.ops.bap_kernels._gathered_conv2d_fused_copied(
+            *sample.args, None, None, False, None, None, None, False, index
+        )
+    assert [one.tensor.data_ptr() for one in seen] == [copy.data_ptr()]
+    assert torch.equal(copy, y[:, [2, 0]])
+    assert copy.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_places_follow_their_list() -> None:
+    from bap_kernels.triton.lists import places_of
+
+    index = torch.tensor([4, 0], dtype=torch.int32)
+    first = places_of(index, 6)
+    assert first.tolist() == [1, -1, -1, -1, 0, -1]
+    assert places_of(index, 6) is first
+    assert places_of(index, 5).tolist() == [1, -1, -1, -1, 0]
+    index[0] = 5
+    assert places_of(index, 6).tolist() == [1, -1, -1, -1, -1, 0]
+    with torch.inference_mode():
+        unseen = torch.tensor([1], dtype=torch.int32)
+        assert places_of(unseen, 2).tolist() == [-1, 0]
+        unseen[0] = 0
+        assert places_of(unseen, 2).tolist() == [0, -1]
+        assert not places_of(index.clone(), 6).is_inference()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -231,3 +231,22 @@ def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.
     del weight
     gc.collect()
     assert len(weights._of_graphs) == before - 1
+
+
+def test_tiles_leave_room_for_what_the_end_of_a_kernel_holds() -> None:
+    from bap_kernels.triton import launch
+    from bap_kernels.triton.launch import Copy, Epilogue
+    from bap_kernels.triton.recipe import Target
+
+    x = torch.empty(1, device="meta")
+    copy = Copy(x, x)
+    for kernel, epilogue, sums in (
+        ("fwd", Epilogue(x, x, x), 128),
+        ("fwd", Epilogue(residual=x), 64),
+        ("fwd", Epilogue(residual=x, copy=copy), 32),
+        ("planar", Epilogue(residual=x, copy=copy), 64),
+    ):
+        found = launch.config_of(Problem(kernel, 200_000, 512, 64, 1, 0), torch.float16, Target(90), epilogue)
+        assert found.BM * found.BN / (32 * found.warps) == sums
+    small = Config(64, 32, 16, 4, 3)
+    assert configs.within_registers(small, 32) == small
