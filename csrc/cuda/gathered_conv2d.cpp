@@ -150,7 +150,14 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
   const int64_t pixels = along(p.axis_h) * along(p.axis_w);
   const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
   const int64_t rows = planes ? pixels : pixels * p.batch;
-  const TileShape tile = choose_tile(rows, p.columns, grids, processor_count(on.device()));
+  const int processors = processor_count(on.device());
+  const TileShape tile = choose_tile(rows, p.columns, grids, planes, processors);
+  const bool words = products == Products::kBFloat16 || products == Products::kHalf;
+  if (words && !planes && !is_there(grad_switch) && tile == TileShape::kLarge && has_warpgroups(on.device())) {
+    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, processors);
+    return check_launch(launch_warpgroup_conv2d(p, products, wide, on.stream()), kConv, "warpgroup_conv2d", source,
+                        weight);
+  }
 
   Tensor partial;
   if (is_there(grad_switch)) {

@@ -116,4 +116,16 @@ struct ChannelPackParams {
   bool relu;
 };
 
+// A compact NHWC tensor spread over the listed channels of another one, zeros in the channels between them.
+struct ChannelUnpackParams {
+  const void* source;  // dense (N, H, W, padded)
+  void* result;        // (N, channels, H, W)
+  Strides result_stride;
+  ListParams list;      // where each channel of the source goes; without a list those of the same number
+  int depth;            // channels of the source
+  const int32_t* used;  // on the device: how many of them are there, the others are zeros; null: all
+  int batch, height, width, padded, channels;
+  bool result_vector;  // whether 16 bytes of pixels may be stored at once
+};
+
 }  // namespace bap_kernels
