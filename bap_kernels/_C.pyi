@@ -26,6 +26,16 @@ def gathered_conv2d_fused(
     # stride (2), padding (4), dilation (2), groups; then the schema's arguments from in_scale on
     *geometry_and_fusion: Any,
 ) -> Tensor: ...
+def gathered_conv2d_fused_copied(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    /,
+    # as above
+    *geometry_and_fusion: Any,
+) -> tuple[Tensor, Tensor]: ...
 def set_backend(name: str) -> None: ...
 def get_backend() -> str: ...
 def why_not(backend: str) -> str | None: ...

@@ -27,7 +27,6 @@ def _products(input: _Shape, weight: _Shape, in_index: _Shape | None, groups: in
     return N * K_out * oH * oW * weight[2] * weight[3] * (K_in if groups == 1 else 1)
 
 
-@register_flop_formula([torch.ops.bap_kernels.gathered_conv2d, torch.ops.bap_kernels._gathered_conv2d_fused])
 def _forward(
     input: _Shape,
     weight: _Shape,
@@ -43,6 +42,14 @@ def _forward(
     **kwargs: Any,
 ) -> int:
     return 2 * _products(input, weight, in_index, groups, out_shape)
+
+
+register_flop_formula([torch.ops.bap_kernels.gathered_conv2d, torch.ops.bap_kernels._gathered_conv2d_fused])(_forward)
+
+
+@register_flop_formula(torch.ops.bap_kernels._gathered_conv2d_fused_copied)
+def _forward_copied(*args: Any, out_shape: tuple[_Shape, _Shape], **kwargs: Any) -> int:
+    return _forward(*args, out_shape=out_shape[0], **kwargs)
 
 
 @register_flop_formula(torch.ops.bap_kernels.gathered_conv2d_backward)

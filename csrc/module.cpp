@@ -11,6 +11,7 @@
 #include "cpu/native.h"
 #include "cpu/packed_cache.h"
 #include "cpu/run.h"
+#include "ops/gathered_conv2d_copied.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,28 @@ at::Tensor call_gathered_conv2d_fused(const at::Tensor& input, const at::Tensor&
   const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
   return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, in_scale, in_shift,
                  in_relu, out_scale, out_shift, residual, out_relu, cache_packed, weight_index);
+}
+
+// Likewise with a second, compact store.
+ResultAndCopy call_gathered_conv2d_fused_copied(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_index,
+    const OptionalTensor& out_index, int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_bottom,
+    int64_t pad_left, int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+    const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& out_scale,
+    const OptionalTensor& out_shift, const OptionalTensor& residual, bool out_relu, const at::Tensor& copy_index,
+    bool cache_packed, const OptionalTensor& weight_index) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused_copied", "")
+          .typed<ResultAndCopy(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef,
+                               c10::SymInt, const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
+                               const OptionalTensor&, const OptionalTensor&, bool, const at::Tensor&, bool,
+                               const OptionalTensor&)>();
+  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
+  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
+  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, in_scale, in_shift,
+                 in_relu, out_scale, out_shift, residual, out_relu, copy_index, cache_packed, weight_index);
 }
 
 py::dict choice_dict(const Choice& choice) {
@@ -141,6 +164,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
   m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(call_gathered_conv2d));
   m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused));
+  m.def("gathered_conv2d_fused_copied", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused_copied));
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def(

@@ -3,6 +3,7 @@
 
 #include "aten/gathered_conv2d.h"
 #include "ops/named_backend.h"
+#include "ops/run_fused.h"
 
 namespace bap_kernels {
 namespace {
@@ -23,30 +24,12 @@ at::Tensor gathered_conv2d_cuda(const at::Tensor& input, const at::Tensor& weigh
   return run_cuda({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s}, op);
 }
 
-at::Tensor fused_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
-                      c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
-                      const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
-                      const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
-                      bool out_relu, bool cache_packed, const OptionalTensor& weight_index) {
-  const char* op = "_gathered_conv2d_fused";
-  const auto s = check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
-                                                groups, weight_index);
-  check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
-  check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
-  check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
-  check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
-  check_residual<int64_t>(op, residual, s, input);
-  return run_cuda({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed, s,
-                   Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}, weight_index},
-                  op);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) {
   m.impl("gathered_conv2d", gathered_conv2d_cuda);
-  m.impl("_gathered_conv2d_fused", fused_cuda);
+  m.impl("_gathered_conv2d_fused", run_fused<run_cuda>);
+  m.impl("_gathered_conv2d_fused_copied", run_fused_copied<run_cuda>);
 }
 
 }  // namespace bap_kernels

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "cpu/choice.h"
-#include "ops/gathered_conv2d.h"
+#include "ops/gathered_conv2d_copied.h"
 
 namespace bap_kernels {
 namespace {
@@ -124,6 +124,15 @@ Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at
   return {grads[0], grads[1], grads[2]};
 }
 
+void refuse_gradients(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                      std::initializer_list<const OptionalTensor*> others) {
+  bool tracked = input.requires_grad() || weight.requires_grad();
+  for (const OptionalTensor* t : others) tracked = tracked || (has_value(*t) && (*t)->requires_grad());
+  TORCH_CHECK_NOT_IMPLEMENTED(!(tracked && c10::GradMode::is_enabled()), op,
+                              "(): expected tensors that need no gradient, got one with "
+                              "requires_grad=True. Hint: it serves inference; call it under torch.no_grad().");
+}
+
 using FusedSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
                                const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
@@ -136,13 +145,8 @@ at::Tensor fused_autograd(const at::Tensor& input, const at::Tensor& weight, con
                           const OptionalTensor& out_scale, const OptionalTensor& out_shift,
                           const OptionalTensor& residual, bool out_relu, bool cache_packed,
                           const OptionalTensor& weight_index) {
-  bool tracked = input.requires_grad() || weight.requires_grad();
-  for (const OptionalTensor* t : {&bias, &in_scale, &in_shift, &out_scale, &out_shift, &residual}) {
-    tracked = tracked || (has_value(*t) && (*t)->requires_grad());
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(!(tracked && c10::GradMode::is_enabled()),
-                              "_gathered_conv2d_fused(): expected tensors that need no gradient, got one with "
-                              "requires_grad=True. Hint: it serves inference; call it under torch.no_grad().");
+  refuse_gradients("_gathered_conv2d_fused", input, weight,
+                   {&bias, &in_scale, &in_shift, &out_scale, &out_shift, &residual});
   at::AutoDispatchBelowADInplaceOrView below;
   static auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused", "").typed<FusedSchema>();
@@ -150,10 +154,34 @@ at::Tensor fused_autograd(const at::Tensor& input, const at::Tensor& weight, con
                  in_shift, in_relu, out_scale, out_shift, residual, out_relu, cache_packed, weight_index);
 }
 
+using CopiedSchema = ResultAndCopy(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt,
+                                   const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
+                                   const OptionalTensor&, const OptionalTensor&, bool, const at::Tensor&, bool,
+                                   const OptionalTensor&);
+
+ResultAndCopy copied_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
+                              SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                              const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                              const OptionalTensor& out_scale, const OptionalTensor& out_shift,
+                              const OptionalTensor& residual, bool out_relu, const at::Tensor& copy_index,
+                              bool cache_packed, const OptionalTensor& weight_index) {
+  refuse_gradients("_gathered_conv2d_fused_copied", input, weight,
+                   {&bias, &in_scale, &in_shift, &out_scale, &out_shift, &residual});
+  at::AutoDispatchBelowADInplaceOrView below;
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused_copied", "")
+                       .typed<CopiedSchema>();
+  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, std::move(groups), in_scale,
+                 in_shift, in_relu, out_scale, out_shift, residual, out_relu, copy_index, cache_packed, weight_index);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
   m.impl("_gathered_conv2d_fused", fused_autograd);
+  m.impl("_gathered_conv2d_fused_copied", copied_autograd);
   m.impl("gathered_conv2d", gathered_conv2d_autograd);
   m.impl("gathered_conv2d_backward", gathered_conv2d_backward_autograd);
 }

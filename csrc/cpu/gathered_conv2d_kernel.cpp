@@ -7,6 +7,7 @@
 #include "cpu/native.h"
 #include "cpu/run.h"
 #include "ops/named_backend.h"
+#include "ops/run_fused.h"
 
 namespace bap_kernels {
 
@@ -74,43 +75,12 @@ at::Tensor gathered_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
   return run_cpu(call, op);
 }
 
-at::Tensor fused_cpu(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
-                     c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
-                     const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
-                     const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
-                     bool out_relu, bool cache_packed, const OptionalTensor& weight_index) {
-  const char* op = "_gathered_conv2d_fused";
-  const ConvCall call{input,
-                      weight,
-                      bias,
-                      in_index,
-                      out_index,
-                      stride,
-                      padding,
-                      dilation,
-                      groups,
-                      cache_packed,
-                      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding,
-                                                     dilation, groups, weight_index),
-                      Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu},
-                      weight_index};
-  const auto& s = call.shape;
-  check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
-  check_weight_index_values(op, weight_index, weight.size(1));
-  check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
-  check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
-  check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
-  check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
-  check_residual<int64_t>(op, residual, s, input);
-  return run_cpu(call, op);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) {
   m.impl("gathered_conv2d", gathered_conv2d_cpu);
-  m.impl("_gathered_conv2d_fused", fused_cpu);
+  m.impl("_gathered_conv2d_fused", run_fused<run_cpu>);
+  m.impl("_gathered_conv2d_fused_copied", run_fused_copied<run_cpu>);
 }
 
 }  // namespace bap_kernels

@@ -5,19 +5,6 @@
 
 namespace bap_kernels {
 
-// What is fused around the convolution; every member may be absent.
-//   x' = relu?(in_scale * x + in_shift) on the listed channels, zero padding after it
-//   y  = relu?(out_scale * (conv(x') + bias) + out_shift + residual)
-struct Fusion {
-  OptionalTensor in_scale, in_shift;
-  bool in_relu = false;
-  OptionalTensor out_scale, out_shift, residual;
-  bool out_relu = false;
-
-  bool has_prologue() const { return in_relu || has_value(in_scale) || has_value(in_shift); }
-  bool has_epilogue() const { return out_relu || has_value(out_scale) || has_value(out_shift) || has_value(residual); }
-};
-
 struct ConvCall {
   const at::Tensor& input;
   const at::Tensor& weight;
@@ -31,6 +18,10 @@ struct ConvCall {
   Fusion fusion = {};
   // Where the input holds only some of the weight's channels: the weight's channel for each one that is read.
   OptionalTensor weight_index = {};
+  // A second, compact store: the result's channels at these positions. A backend may fill `*copy` in the launch that
+  // writes the result, in the same memory format; where it leaves it undefined, the op selects them afterwards.
+  OptionalTensor copy_index = {};
+  at::Tensor* copy = nullptr;
 
   // The weight's channels that are read, in order; absent: all.
   const OptionalTensor& weight_list() const { return has_value(weight_index) ? weight_index : in_index; }

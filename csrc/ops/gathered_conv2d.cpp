@@ -27,17 +27,12 @@ at::Tensor gathered_conv2d_meta(const at::Tensor& input, const at::Tensor& weigh
 at::Tensor fused_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& in_index, const OptionalTensor& out_index, SymIntArrayRef stride,
                       SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups, const OptionalTensor& in_scale,
-                      const OptionalTensor& in_shift, bool, const OptionalTensor& out_scale,
-                      const OptionalTensor& out_shift, const OptionalTensor& residual, bool, bool,
+                      const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& out_scale,
+                      const OptionalTensor& out_shift, const OptionalTensor& residual, bool out_relu, bool,
                       const OptionalTensor& weight_index) {
-  const char* op = "_gathered_conv2d_fused";
-  const auto s = check_gathered_conv2d<SymInt>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
-                                               groups, weight_index);
-  check_channel_vector(op, "in_scale", in_scale, s.kept_in, input);
-  check_channel_vector(op, "in_shift", in_shift, s.kept_in, input);
-  check_channel_vector(op, "out_scale", out_scale, s.kept_out, input);
-  check_channel_vector(op, "out_shift", out_shift, s.kept_out, input);
-  check_residual<SymInt>(op, residual, s, input);
+  const auto s = check_gathered_conv2d_fused<SymInt>(
+      "_gathered_conv2d_fused", input, weight, bias, in_index, out_index, stride, padding, dilation, groups,
+      {in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}, weight_index);
   return empty_result(s, input);
 }
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/gathered_conv2d.h"
+#include "ops/gathered_conv2d_copied.h"
 
 namespace bap_kernels {
 namespace {
@@ -30,7 +30,6 @@ void check_pair(const char* op, const char* name, c10::ArrayRef<Int> value, size
   }
 }
 
-template <class Int>
 void check_list(const char* op, const char* name, const OptionalTensor& list, const at::Tensor& input) {
   if (!has_value(list)) return;
   TORCH_CHECK_TYPE(list->scalar_type() == at::kInt, op, "(): expected `", name, "` to be an int32 list, got ",
@@ -94,9 +93,9 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   check_pair(op, "stride", stride, 2, 1);
   check_pair(op, "padding", padding, 4, 0);
   check_pair(op, "dilation", dilation, 2, 1);
-  check_list<Int>(op, "in_index", in_index, input);
-  check_list<Int>(op, "out_index", out_index, input);
-  check_list<Int>(op, "weight_index", weight_index, input);
+  check_list(op, "in_index", in_index, input);
+  check_list(op, "out_index", out_index, input);
+  check_list(op, "weight_index", weight_index, input);
 
   const auto x = sizes_of<Int>(input);
   const auto w = sizes_of<Int>(weight);
@@ -176,6 +175,8 @@ void check_weight_index_values(const char* op, const OptionalTensor& weight_inde
   }
 }
 
+namespace {
+
 void check_channel_vector(const char* op, const char* name, const OptionalTensor& vector, const c10::SymInt& length,
                           const at::Tensor& input) {
   if (!has_value(vector)) return;
@@ -187,8 +188,6 @@ void check_channel_vector(const char* op, const char* name, const OptionalTensor
   TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == length, op, "(): expected `", name,
                     "` to have one entry for each of the ", length, " listed channels, got ", vector->sym_sizes(), ".");
 }
-
-namespace {
 
 template <class Int>
 void check_like_result(const char* op, const char* name, const at::Tensor& t, const ConvShape<Int>& s,
@@ -205,8 +204,38 @@ void check_like_result(const char* op, const char* name, const at::Tensor& t, co
 }  // namespace
 
 template <class Int>
-void check_residual(const char* op, const OptionalTensor& residual, const ConvShape<Int>& s, const at::Tensor& input) {
-  if (has_value(residual)) check_like_result(op, "residual", *residual, s, input);
+ConvShape<Int> check_gathered_conv2d_fused(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& in_index,
+                                           const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
+                                           c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
+                                           const Fusion& fusion, const OptionalTensor& weight_index) {
+  const auto s = check_gathered_conv2d<Int>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
+                                            groups, weight_index);
+  check_channel_vector(op, "in_scale", fusion.in_scale, s.kept_in, input);
+  check_channel_vector(op, "in_shift", fusion.in_shift, s.kept_in, input);
+  check_channel_vector(op, "out_scale", fusion.out_scale, s.kept_out, input);
+  check_channel_vector(op, "out_shift", fusion.out_shift, s.kept_out, input);
+  if (has_value(fusion.residual)) check_like_result(op, "residual", *fusion.residual, s, input);
+  return s;
+}
+
+template ConvShape<int64_t> check_gathered_conv2d_fused(const char*, const at::Tensor&, const at::Tensor&,
+                                                        const OptionalTensor&, const OptionalTensor&,
+                                                        const OptionalTensor&, c10::ArrayRef<int64_t>,
+                                                        c10::ArrayRef<int64_t>, c10::ArrayRef<int64_t>, const int64_t&,
+                                                        const Fusion&, const OptionalTensor&);
+template ConvShape<c10::SymInt> check_gathered_conv2d_fused(const char*, const at::Tensor&, const at::Tensor&,
+                                                            const OptionalTensor&, const OptionalTensor&,
+                                                            const OptionalTensor&, c10::ArrayRef<c10::SymInt>,
+                                                            c10::ArrayRef<c10::SymInt>, c10::ArrayRef<c10::SymInt>,
+                                                            const c10::SymInt&, const Fusion&, const OptionalTensor&);
+
+void check_copy_index(const char* op, const at::Tensor& copy_index, const at::Tensor& input) {
+  check_list(op, "copy_index", copy_index, input);
+}
+
+void check_copy_index_values(const char* op, const at::Tensor& copy_index, int64_t kept_out) {
+  if (copy_index.is_cpu()) check_range_and_repeats(op, "copy_index", copy_index, kept_out);
 }
 
 template <class Int>
@@ -215,8 +244,6 @@ void check_grad_output(const char* op, const at::Tensor& grad_output, const Conv
   check_like_result(op, "grad_output", grad_output, s, input);
 }
 
-template void check_residual(const char*, const OptionalTensor&, const ConvShape<int64_t>&, const at::Tensor&);
-template void check_residual(const char*, const OptionalTensor&, const ConvShape<c10::SymInt>&, const at::Tensor&);
 template void check_grad_output(const char*, const at::Tensor&, const ConvShape<int64_t>&, const at::Tensor&);
 template void check_grad_output(const char*, const at::Tensor&, const ConvShape<c10::SymInt>&, const at::Tensor&);
 

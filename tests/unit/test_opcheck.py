@@ -48,6 +48,14 @@ def test_opcheck_fused(name: str, flags: tuple[str, ...]) -> None:
     torch.library.opcheck(ops._gathered_conv2d_fused.default, sample.args, fused)
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_copied(name: str) -> None:
+    sample = make_tensors(SAMPLES[name])
+    fused = make_fused(sample, ("out_shift", "residual", "out_relu"), sample.input.dtype)
+    copy_index = torch.arange(0, sample.kept[1], 2, dtype=torch.int32)
+    torch.library.opcheck(ops._gathered_conv2d_fused_copied.default, sample.args, fused | {"copy_index": copy_index})
+
+
 def on_meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
     # Tensor.to() would make expanded tensors dense.
     if tensor is None:
@@ -90,6 +98,11 @@ def test_meta_equals_the_real_result_of_the_other_ops(name: str, layout: str) ->
     meta_fused = {k: on_meta(v) if isinstance(v, torch.Tensor) else v for k, v in fused.items()}
     real = ops._gathered_conv2d_fused(*sample.args, **fused)
     assert_same_metadata(ops._gathered_conv2d_fused(*args, **meta_fused), real, name)
+    copy_index = torch.arange(0, sample.kept[1], 2, dtype=torch.int32)
+    copied = ops._gathered_conv2d_fused_copied(*sample.args, **fused, copy_index=copy_index)
+    meta_copied = ops._gathered_conv2d_fused_copied(*args, **meta_fused, copy_index=on_meta(copy_index))
+    for meta, one in zip(meta_copied, copied, strict=True):
+        assert_same_metadata(meta, one, name)
     grad = torch.randn_like(real)
     for mask in ([True, True, True], [False, True, False], [True, False, True]):
         real_grads = ops.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:], mask)
