@@ -60,7 +60,7 @@ bool small_pipeline(const Faults& f) {
   b.sync();
   b.groups([&](int group) {
     if (group == 1) {
-      if (!f.no_registers_given) b.template give_registers<104>();
+      if (!f.no_registers_given) b.template give_registers<152>();
       for (int step = 0; step < 2; ++step) {
         if (!f.no_empty_wait) b.wait_barrier(kEmptyAt, (step + 1) & 1);
         b.each_of_group([&](int thread, SmallState&) {

@@ -111,7 +111,6 @@ class SimulatedWarpgroups {
         seen_(threads / kWarp, Seen{}),
         visible_(threads / kWarp, Seen{}),
         groups_(threads / kWarpgroup),
-        free_registers_(kRegisters - threads * kBeginRegisters),
         block_x_(block_x),
         block_y_(block_y) {
     for (size_t w = 0; w < seen_.size(); ++w) seen_[w][w] = 1;
@@ -249,14 +248,16 @@ class SimulatedWarpgroups {
   void wait_products() {
     Group& group = groups_[fibres_.current()];
     while (group.under_way.size() > kLeft) {
-      for (const Read& read : group.under_way.front()) memory_.end_read(read.warp, read.step, read.at, read.count);
+      // A read ends here, whatever the warp has said before.
+      for (const Read& read : group.under_way.front())
+        memory_.end_read(read.warp, seen_[read.warp][read.warp], read.at, read.count);
       group.under_way.pop_front();
     }
   }
 
  private:
-  // A processor's, and what a thread of a block of 384 begins with.
-  static constexpr int kRegisters = 65536, kBeginRegisters = 168;
+  // What a thread of a block of 384 begins with; a block has no more than its threads begin with.
+  static constexpr int kBeginRegisters = 168;
   struct Copy {
     int to;
     unsigned char data[kChunkBytes];
@@ -273,9 +274,7 @@ class SimulatedWarpgroups {
     std::vector<Copy> copies;
   };
   struct Read {
-    int warp;
-    int32_t step;
-    int at, count;
+    int warp, at, count;
   };
   struct Group {
     int registers;
@@ -352,7 +351,7 @@ class SimulatedWarpgroups {
         const unsigned char* bytes = nullptr;
         for_warps([&](int warp) {
           bytes = memory_.begin_read(warp, visible_[warp], at, 16);
-          group.open.push_back({warp, seen_[warp][warp], at, 16});
+          group.open.push_back({warp, at, 16});
         });
         for (int e = 0; e < 8; ++e) {
           uint16_t word;
@@ -374,7 +373,7 @@ class SimulatedWarpgroups {
   std::vector<Group> groups_;
   std::map<int, Barrier> barriers_;
   Barrier meeting_{0, 0, 0, {}, {}};
-  int free_registers_, block_x_, block_y_;
+  int free_registers_ = 0, block_x_, block_y_;
 };
 
 }  // namespace bap_kernels
