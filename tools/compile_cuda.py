@@ -76,7 +76,7 @@ class Instance:
             return 99 * 1024
         rows, columns, _, _, stages, _ = self.tile
         pipeline = stages * (rows + columns) * 128
-        staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 24 * rows
+        staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 32 * rows + 4 * columns
         if self.kernel == "weight gradient":
             return pipeline
         barriers = 16 * stages if self.kernel == "warpgroup" else 0

@@ -84,6 +84,11 @@ at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   launch.residual = f.residual;
   launch.relu = f.out_relu;
   launch.columns = s.kept_out;
+  if (c.copy != nullptr && c.copy_index->size(0) > 0) {
+    launch.copy_list = c.copy_index->contiguous();
+    launch.copy = c.copy;
+    launch.copy_format = c.format();
+  }
   run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, {}, f);
   return y;
 }

@@ -62,7 +62,7 @@ void launch_conv(const ConvLaunch& l) {
   using T = const at::Tensor&;
   using O = const OptionalTensor&;
   static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O, O,
-                                 O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
+                                 O, O, O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
   const ConvOptions options{l.h,
                             l.w,
                             l.result_list.block,
@@ -76,9 +76,11 @@ void launch_conv(const ConvLaunch& l) {
                             l.source_relu};
   const OptionalTensor bias = dense(l.bias), scale = dense(l.scale), shift = dense(l.shift);
   const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
+  const OptionalTensor copy = l.copy != nullptr ? OptionalTensor(*l.copy) : std::nullopt;
   for_launches(l.source, l.runs, [&](const LaunchRuns& runs) {
     op.call(l.result, l.source, runs.weights, runs.lists, runs.integers, l.result_list.entries, bias, scale, shift,
-            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, list_of(options));
+            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, copy, l.copy_list,
+            list_of(options));
   });
 }
 
@@ -129,8 +131,15 @@ void launch_conv_into_result(ConvLaunch l) {
   const bool planes = result.stride(3) == 1 && result.stride(1) != 1;
   if (l.route != ConvRoute::kRows || !planes) {
     if (l.full_width) result.zero_();
+    if (l.copy != nullptr) {
+      *l.copy = at::empty({result.size(0), l.copy_list->size(0), result.size(2), result.size(3)},
+                          result.options().memory_format(l.copy_format));
+    }
     return launch_conv(l);
   }
+  // It would be single elements of planes, too: selected afterwards.
+  l.copy_list.reset();
+  l.copy = nullptr;
   const ListForm list = l.full_width ? l.result_list : ListForm{std::nullopt, 0, l.columns};
   const at::Tensor copy = new_copy(result, l.columns);
   l.result = copy;

@@ -27,6 +27,10 @@ struct ConvLaunch {
   OptionalTensor source_scale, source_shift;
   OptionalTensor depth, stored;       // counts on the device, int32, (1,)
   OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
+  // A second store of the columns that `copy_list` names, into a tensor that is made where the launch can fill it.
+  OptionalTensor copy_list;
+  at::Tensor* copy = nullptr;
+  at::MemoryFormat copy_format = at::MemoryFormat::Contiguous;
   AxisOptions h, w;
   int64_t columns = 0;
   ConvRoute route = ConvRoute::kRows;

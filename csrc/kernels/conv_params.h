@@ -72,6 +72,12 @@ struct ConvParams {
   Strides residual_stride;
   bool relu;
   bool result_vector, residual_vector;  // whether 16 bytes of it may be stored or loaded at once
+  // A second store of some columns: column copy_list[i] is channel i of the copy. Null: none.
+  void* copy;
+  Strides copy_stride;
+  const int32_t* copy_list;  // (copied,), different columns in any order
+  int copied;
+  bool copy_vector;  // as result_vector
   // Terms of a switch's gradient, one row for each row tile of each phase: sum over the tile's rows of input * result.
   float* partial;
   const void* input;

@@ -107,8 +107,13 @@ struct WarpgroupConv2d {
     b.each_of_group([&](int thread, State& s) {
       Epilogue::stage_sums(b, thread, s);
       Copies::write_table(b, p, plan, thread);
+      if (p.copy != nullptr) Epilogue::clear_places(b, thread);
     });
     b.template sync_groups<kConsumers>();
+    if (p.copy != nullptr) {
+      b.each_of_group([&](int thread, State&) { Epilogue::find_places(b, p, plan.first_column, thread); });
+      b.template sync_groups<kConsumers>();
+    }
     b.each_of_group([&](int thread, State&) { Epilogue::store(b, p, plan.first_column, thread); });
   }
 

@@ -21,11 +21,10 @@ void descriptors() {
       }
     }
   }
-#define BAP_KERNELS_CALL(name, ...)                                                          \
-  require(WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kSharedBytes <= 227 * 1024, \
-          "more shared memory than a block of the device has");                              \
-  require(name##WarpgroupTile::kTableAt + name##WarpgroupTile::kRows * 24 <=                 \
-              WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kBarriersAt,            \
+#define BAP_KERNELS_CALL(name, ...)                                                                                  \
+  require(WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kSharedBytes <= 227 * 1024,                         \
+          "more shared memory than a block of the device has");                                                      \
+  require(name##WarpgroupTile::kEpilogueBytes <= WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kBarriersAt, \
           "the table reaches into the barriers");
   BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_CALL)
 #undef BAP_KERNELS_CALL

@@ -95,17 +95,17 @@ def test_private_ops_check_their_options() -> None:
     x = torch.zeros(1, 2, 4, 16, dtype=torch.float32).permute(0, 3, 1, 2)
     w = torch.zeros(16, 1, 16)
     with pytest.raises(RuntimeError, match=r"_gathered_conv2d_cuda\(\): expected 21 options, got 1"):
-        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 11, [1])
+        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 13, [1])
     with pytest.raises(RuntimeError, match=r"_channel_pack_cuda\(\): expected 1 options, got 0"):
         ops._channel_pack_cuda(x, x, [w], [0, 15, 0, 1], None, None, None, [])
     with pytest.raises(RuntimeError, match=r"_weight_gradient_cuda\(\): expected 18 options, got 2"):
         ops._weight_gradient_cuda(x, x, x, None, None, None, None, [0, 1])
     options = [2, 2, 1, 1, 0, 1, 4, 4, 1, 1, 0, 1, 0, 16, *[0] * 7]
     with pytest.raises(RuntimeError, match="expected a source with aligned chunks"):
-        ops._gathered_conv2d_cuda(x.clone(), x[:, 1:], [w], [w], [0, 15, 0, 1], *[None] * 11, options)
+        ops._gathered_conv2d_cuda(x.clone(), x[:, 1:], [w], [w], [0, 15, 0, 1], *[None] * 13, options)
     with pytest.raises(RuntimeError, match="expected 1 to 16 runs of 4 integers, got 1 lists and 3 integers"):
-        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0], *[None] * 11, options)
+        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0], *[None] * 13, options)
     with pytest.raises(RuntimeError, match="expected a convolution whose halo fits into shared memory"):
         ops._gathered_conv2d_cuda(
-            x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 11, [*options[:14], 2, *options[15:]]
+            x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 13, [*options[:14], 2, *options[15:]]
         )
