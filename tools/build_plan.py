@@ -28,10 +28,11 @@ ISA_FLAGS["avx512bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
 ISA_FLAGS["emulated"] = (*ISA_FLAGS["avx2"], "-O1", "-Wno-psabi")
 
 # Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, which
-# have no instruction that the kernels would use besides; each more would cost a third of the build.
+# have no instruction that the kernels would use besides; each more would cost a third of the build. The products of
+# warpgroups need 9.0a, whose code runs on 9.0 and nowhere else.
 DEFAULT_ARCHS: dict[str, tuple[int, int]] = {
     "8.0": (11, 0),
-    "9.0": (11, 8),
+    "9.0a": (12, 0),
     "10.0": (12, 8),
 }
 MIN_TORCH = (2, 11)
@@ -139,7 +140,9 @@ def cuda_archs(requested: str | None, nvcc_version: Sequence[int]) -> tuple[str,
                 )
         return archs
     known = [arch for arch, first in DEFAULT_ARCHS.items() if tuple(nvcc_version) >= first]
-    return (*known[:-1], known[-1] + "+PTX") if known else ()
+    # Later devices can compile the code of the last capability that is not one device's alone.
+    last = max((arch for arch in known if not arch.endswith("a")), key=known.index, default=None)
+    return tuple(arch + "+PTX" if arch == last else arch for arch in known)
 
 
 def gencode_flags(archs: Sequence[str]) -> tuple[str, ...]:

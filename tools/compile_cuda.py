@@ -4,8 +4,10 @@
 
 Every instance is compiled by nvcc and reported as the assembler saw it. Checked: no spills and no stack; in the kernels
 that multiply, copies of 16 bytes to shared memory that run ahead (LDGSTS.128), tensor core instructions of the right
-kind (HMMA) and matrix loads (LDSM), and stores of 16 bytes to a halo (STS.128); registers and shared memory within the
-limits of the architecture. Prints a table with the predicted occupancy, and ends with status 1 where a check fails.
+kind (HMMA) and matrix loads (LDSM), and stores of 16 bytes to a halo (STS.128); in the kernels of warpgroups, which
+exist for sm_90a alone, products of whole warpgroups (HGMMA) that the assembler did not serialise, and registers that
+change hands (USETMAXREG); registers and shared memory within the limits of the architecture. Prints a table with the
+predicted occupancy, and ends with status 1 where a check fails.
 Needs nvcc, and cuobjdump or Triton's copy of it; no GPU.
 """
 
@@ -32,11 +34,15 @@ SOURCES = ("bfloat16", "half", "tf32", "float32")
 PRODUCTS = ("bfloat16", "half", "tf32", "float32")
 HMMA = {"bfloat16": "HMMA.16816.F32.BF16", "half": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
 HMMA["float32"] = HMMA["tf32"]
+HGMMA = {"bfloat16": "x16.F32.BF16", "half": "x16.F32"}
+WARPGROUP_SOURCES = ("bfloat16", "half")
 # One processor: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024}
 NAMES = {"GatheredConv2d": "conv", "WeightGradient": "weight gradient", "ChannelPack": "pack", "SumPartials": "sum"}
 NAMES["HaloConv2d"] = "halo"
+NAMES["WarpgroupConv2d"] = "warpgroup"
+NAMES["ChannelUnpack"] = "unpack"
 
 
 @dataclass(frozen=True)
@@ -57,21 +63,24 @@ class Instance:
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
-        return self.tile[2] * self.tile[3] if self.tile else 8
+        """Warps of a block; those of the kernel of warpgroups that copy besides."""
+        return self.tile[2] * self.tile[3] + 4 * (self.kernel == "warpgroup") if self.tile else 8
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of dynamic shared memory, as in csrc/kernels/tile_layout.h."""
         if not self.tile:
-            return 64 * 65 * 4 if self.kernel == "pack" else 0
+            return {"pack": 64 * 65 * 4, "unpack": 64 * 4 + 64 * 65 * 4}.get(self.kernel, 0)
         if self.kernel == "halo":
             # It depends on the layer's kernel and strides; this is the most: kHaloSharedBytes in halo_shape.h.
             return 99 * 1024
         rows, columns, _, _, stages, _ = self.tile
         pipeline = stages * (rows + columns) * 128
-        staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 24 * rows
-        return pipeline if self.kernel == "weight gradient" else max(pipeline, staged)
+        staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 32 * rows + 4 * columns
+        if self.kernel == "weight gradient":
+            return pipeline
+        barriers = 16 * stages if self.kernel == "warpgroup" else 0
+        return max(pipeline, staged) + barriers
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Code:
     shared_bytes: int
     spill_bytes: int
     hmma: int
+    hgmma: int
     ldgsts_128: int
     ldsm: int
     blocks_per_processor: int
@@ -104,7 +114,7 @@ def instance_of(mangled: str) -> Instance | None:
         Instance(kernel='weight gradient', products='tf32', tile=(64, 64, 2, 2, 4, 2), planes=False)
     """
     found = re.search("|".join(NAMES), mangled)
-    if found is None or "block_kernel" not in mangled:
+    if found is None or not re.search("block_kernel|warpgroup_kernel", mangled):
         return None
     products = re.search(r"ProductsE(\d)", mangled)
     tile = re.search(r"TileI((?:Li\d+E)+)", mangled)
@@ -137,6 +147,18 @@ def usage_of(log: str) -> dict[str, tuple[int, int]]:
     return usage
 
 
+def serialised(log: str, mangled: str) -> bool:
+    """Whether the assembler says of a function that its warpgroups wait for each product.
+
+    Examples:
+        >>> from tools.compile_cuda import serialised
+        >>> log = "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... in function 'f'"
+        >>> serialised(log, "f"), serialised(log, "g")
+        (True, False)
+    """
+    return any("serialized" in line and f"'{mangled}'" in line for line in log.splitlines())
+
+
 def functions_of(sass: str) -> dict[str, str]:
     """The machine code of each function in cuobjdump's listing."""
     parts = re.split(r"\n\s*Function : (\S+)\n", sass)
@@ -152,16 +174,22 @@ def occupancy(arch: str, warps: int, registers: int, shared_bytes: int) -> int:
 
 def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sass: str) -> Code:
     """The row of one function, with what is wrong about it."""
-    hmma, ldgsts = sass.count("HMMA."), len(re.findall(r"LDGSTS\.\S*128", sass))
+    hmma, hgmma, ldgsts = sass.count("HMMA."), sass.count("HGMMA."), len(re.findall(r"LDGSTS\.\S*128", sass))
     ldsm = sass.count("LDSM.")
     wrong = [] if spill_bytes == 0 else [f"spills {spill_bytes} bytes"]
     if instance.tile:
         if not ldgsts:
             wrong.append("no LDGSTS.128")
-        if HMMA[instance.products] not in sass:
+        if instance.kernel == "warpgroup":
+            product = f"HGMMA.64x{instance.tile[1]}{HGMMA[instance.products]}"
+            wrong += [
+                f"no {name}" for name in (product, "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC") if name not in sass
+            ]
+        elif HMMA[instance.products] not in sass:
             wrong.append(f"no {HMMA[instance.products]}")
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
-        if not ldsm and not (instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")):
+        words = instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")
+        if not ldsm and not words and instance.kernel != "warpgroup":
             wrong.append("no LDSM")
         # Chunks of the halo, turned or gathered, are written whole.
         if instance.kernel == "halo" and "STS.128" not in sass:
@@ -173,7 +201,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
     return Code(
         *(instance.kernel, arch, instance.products, "x".join(map(str, instance.tile[:2])) or "-"),
         *(layout, registers, instance.shared_bytes, spill_bytes),
-        *(hmma, ldgsts, ldsm, blocks),
+        *(hmma, hgmma, ldgsts, ldsm, blocks),
         occupancy=blocks * instance.warps / WARPS,
         wrong=wrong,
     )
@@ -213,19 +241,23 @@ def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code
     sass, codes = functions_of(listing), []
     for mangled, (registers, spills) in usage_of(done.stderr).items():
         instance = instance_of(mangled)
-        if instance is not None:
-            codes.append(examine(instance, arch, registers, spills, sass[mangled]))
+        # Where there are no such products the function is there, and empty.
+        if instance is not None and (instance.kernel != "warpgroup" or arch == "90a"):
+            code = examine(instance, arch, registers, spills, sass[mangled])
+            if serialised(done.stderr, mangled):
+                code.wrong.append("products are serialised")
+            codes.append(code)
     return codes
 
 
 HEAD = "| kernel | sm | products | tile | layout | registers | shared | spills "
-HEAD += "| HMMA | LDGSTS.128 | LDSM | blocks | occupancy |"
+HEAD += "| HMMA | HGMMA | LDGSTS.128 | LDSM | blocks | occupancy |"
 
 
 def line(c: Code) -> str:
     """A row of the table."""
     cells = [c.kernel, c.arch, c.products, c.tile, c.layout, c.registers, c.shared_bytes, c.spill_bytes]
-    cells += [c.hmma, c.ldgsts_128, c.ldsm, c.blocks_per_processor, f"{c.occupancy:.0%}"]
+    cells += [c.hmma, c.hgmma, c.ldgsts_128, c.ldsm, c.blocks_per_processor, f"{c.occupancy:.0%}"]
     return f"| {' | '.join(map(str, cells))} |" + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
 
 
@@ -249,6 +281,9 @@ def main() -> int:
     codes: list[Code] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         tasks = [pool.submit(compile_source, name, arch, nvcc, cuobjdump) for arch in archs for name in names]
+        if "90a" in archs:
+            warpgroups = [f"warpgroup_conv2d_{name}" for name in WARPGROUP_SOURCES]
+            tasks += [pool.submit(compile_source, name, "90a", nvcc, cuobjdump) for name in warpgroups]
         for task in tasks:
             for code in task.result():
                 print(line(code), flush=True)

@@ -193,6 +193,18 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
+def own_architecture(major: int, minor: int) -> str:
+    """The name that a build has for a device's architecture.
+
+    Examples:
+        >>> from tools.gpu_report import own_architecture
+        >>> own_architecture(8, 0), own_architecture(9, 0)
+        ('8.0', '9.0a')
+    """
+    # The products of warpgroups belong to 9.0a, which is 9.0 and what no other device has.
+    return f"{major}.{minor}" + "a" * ((major, minor) == (9, 0))
+
+
 def built_already() -> str | None:
     """Why nothing has to be compiled: the libraries are younger than all that they are made of."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
@@ -300,7 +312,7 @@ def main() -> int:
     report.run(Part("driver", smi, 20, no_gpu))
     capability = facts.data.get("capability")
     # The machine's own architecture alone: the others take their time to compile.
-    own = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)} if capability else {}
+    own = {"TORCH_CUDA_ARCH_LIST": own_architecture(*capability)} if capability else {}
     build = [python, "setup.py", "build_ext", "--inplace"]
     built = report.run(Part("build", build, 90 if arguments.quick else 240, built_already(), environment=own))
     info = report.run(Part("info", [python, "-m", "bap_kernels.info"], 60, read=backends_of))

@@ -81,6 +81,9 @@ void launch_halo(const ConvParams& conv, const Tensor& source, const Tensor& wei
   // Where 16 bytes of a plane's row start is seen row by row.
   if (p.planar_result) {
     p.conv.result_vector = reinterpret_cast<uintptr_t>(conv.result) % kChunkBytes == 0;
+    const Strides& copy = conv.copy_stride;
+    p.conv.copy_vector =
+        reinterpret_cast<uintptr_t>(conv.copy) % kChunkBytes == 0 && copy.w == 1 && copy.h == result->size(3);
   }
   const int element_bytes = static_cast<int>(source.element_size());
   const HaloChoice choice = choose_halo(halo_case(conv, reinterpret_cast<uintptr_t>(conv.source), element_bytes),
@@ -96,7 +99,8 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
           const OptionalStable& bias, const OptionalStable& scale, const OptionalStable& shift,
           const OptionalStable& residual, const OptionalStable& depth, const OptionalStable& stored,
           const OptionalStable& input, const OptionalStable& grad_switch, const OptionalStable& source_scale,
-          const OptionalStable& source_shift, const std::vector<int64_t>& list) {
+          const OptionalStable& source_shift, const OptionalStable& copy, const OptionalStable& copy_list,
+          const std::vector<int64_t>& list) {
   ConvOptions o;
   STD_TORCH_CHECK(options_of(list, o), kConv, "(): expected ", sizeof(o) / 8, " options, got ", list.size(), ".");
   const Products products = products_of(source, o.tf32 != 0, kConv);
@@ -142,6 +146,17 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
     p.result_vector = together && chunks_are_aligned(*result, planes);
   }
 
+  if (is_there(copy)) {
+    STD_TORCH_CHECK(
+        is_there(copy_list) && copy->size(1) == copy_list->size(0) && is_there(result) && !p.gradient && !p.full_width,
+        kConv, "(): expected a copy of a forward's compact result, with its list.");
+    p.copy = copy->mutable_data_ptr();
+    p.copy_stride = strides_of(*copy);
+    p.copy_list = static_cast<const int32_t*>(copy_list->const_data_ptr());
+    p.copied = static_cast<int>(copy_list->size(0));
+    p.copy_vector = chunks_are_aligned(*copy, planes);
+  }
+
   if (halo) return launch_halo(p, source, weight, result, products, on);
 
   const auto along = [&](const ConvAxis& axis) {
@@ -150,7 +165,14 @@ void conv(const OptionalStable& result, const Tensor& source, const std::vector<
   const int64_t pixels = along(p.axis_h) * along(p.axis_w);
   const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
   const int64_t rows = planes ? pixels : pixels * p.batch;
-  const TileShape tile = choose_tile(rows, p.columns, grids, processor_count(on.device()));
+  const int processors = processor_count(on.device());
+  const TileShape tile = choose_tile(rows, p.columns, grids, planes, processors);
+  const bool words = products == Products::kBFloat16 || products == Products::kHalf;
+  if (words && !planes && !is_there(grad_switch) && tile == TileShape::kLarge && has_warpgroups(on.device())) {
+    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, processors);
+    return check_launch(launch_warpgroup_conv2d(p, products, wide, on.stream()), kConv, "warpgroup_conv2d", source,
+                        weight);
+  }
 
   Tensor partial;
   if (is_there(grad_switch)) {
@@ -211,7 +233,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
       "_gathered_conv2d_cuda(Tensor(a!)? result, Tensor source, Tensor[] weights, Tensor[] lists, int[] runs, "
       "Tensor? result_list, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? depth, "
       "Tensor? stored, Tensor? input, Tensor(b!)? grad_switch, Tensor? source_scale, Tensor? source_shift, "
-      "int[] options) -> ()");
+      "Tensor(c!)? copy, Tensor? copy_list, int[] options) -> ()");
   m.def(
       "_channel_pack_cuda(Tensor(a!) result, Tensor source, Tensor[] lists, int[] runs, Tensor? used, Tensor? scale, "
       "Tensor? shift, int[] options) -> ()");

@@ -47,6 +47,11 @@ struct PackOptions {
   int64_t relu;
 };
 
+// The list's block, see ListParams, and how many channels of the source it places.
+struct UnpackOptions {
+  int64_t block, depth;
+};
+
 template <class Options>
 std::vector<int64_t> list_of(const Options& options) {
   static_assert(sizeof(Options) % sizeof(int64_t) == 0);

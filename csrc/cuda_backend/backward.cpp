@@ -12,7 +12,7 @@ namespace {
 at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                              const OptionalTensor& in_index, const OptionalTensor& out_index,
                              const std::array<AxisOptions, 2>& axes) {
-  const at::Tensor dx = has_value(in_index) ? at::zeros_like(input) : at::empty_like(input);
+  const at::Tensor dx = at::empty_like(input);
   ConvLaunch launch;
   launch.result = dx;
   launch.runs = {{packed_weight(weight, out_index, in_index, /*by_input=*/true),

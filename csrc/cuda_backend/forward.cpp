@@ -50,22 +50,22 @@ void run_conv_route(ConvLaunch& launch, const at::Tensor& source, const Optional
   if (!prologue.has_prologue()) {
     if (pointwise({launch.h, launch.w}) && !launch.gradient && planar_result && aligned_chunks(source, true)) {
       launch.route = ConvRoute::kPlanes;
-      return launch_conv(launch);
+      return launch_conv_into_result(launch);
     }
     const bool blocks = std::all_of(launch.runs.begin(), launch.runs.end(),
                                     [&](const LaunchRun& run) { return run.list.block % vector == 0; });
-    if (blocks && aligned_chunks(source, false)) return launch_conv(launch);
+    if (blocks && aligned_chunks(source, false)) return launch_conv_into_result(launch);
   }
   if (takes_halo(launch)) {
     launch.route = ConvRoute::kHalo;
     launch.source_scale = prologue.in_scale;
     launch.source_shift = prologue.in_shift;
     launch.source_relu = prologue.in_relu;
-    return launch_conv(launch);
+    return launch_conv_into_result(launch);
   }
   launch.source = packed_channels(source, launch.runs, used, prologue);
   for (LaunchRun& run : launch.runs) run.list = {std::nullopt, 0, run.list.length};
-  launch_conv(launch);
+  launch_conv_into_result(launch);
 }
 
 at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
@@ -84,6 +84,11 @@ at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   launch.residual = f.residual;
   launch.relu = f.out_relu;
   launch.columns = s.kept_out;
+  if (c.copy != nullptr && c.copy_index->size(0) > 0) {
+    launch.copy_list = c.copy_index->contiguous();
+    launch.copy = c.copy;
+    launch.copy_format = c.format();
+  }
   run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, {}, f);
   return y;
 }

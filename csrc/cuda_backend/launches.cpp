@@ -50,13 +50,19 @@ void for_launches(const at::Tensor& source, const std::vector<LaunchRun>& runs, 
 
 int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment; }
 
+// A compact NHWC tensor (N, channels rounded up, H, W) for a tensor (N, C, H, W).
+at::Tensor new_copy(const at::Tensor& t, int64_t channels) {
+  return at::empty({t.size(0), t.size(2), t.size(3), rounded_up(channels)}, t.options().memory_format(std::nullopt))
+      .permute({0, 3, 1, 2});
+}
+
 }  // namespace
 
 void launch_conv(const ConvLaunch& l) {
   using T = const at::Tensor&;
   using O = const OptionalTensor&;
   static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O, O,
-                                 O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
+                                 O, O, O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
   const ConvOptions options{l.h,
                             l.w,
                             l.result_list.block,
@@ -70,9 +76,11 @@ void launch_conv(const ConvLaunch& l) {
                             l.source_relu};
   const OptionalTensor bias = dense(l.bias), scale = dense(l.scale), shift = dense(l.shift);
   const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
+  const OptionalTensor copy = l.copy != nullptr ? OptionalTensor(*l.copy) : std::nullopt;
   for_launches(l.source, l.runs, [&](const LaunchRuns& runs) {
     op.call(l.result, l.source, runs.weights, runs.lists, runs.integers, l.result_list.entries, bias, scale, shift,
-            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, list_of(options));
+            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, copy, l.copy_list,
+            list_of(options));
   });
 }
 
@@ -95,18 +103,49 @@ at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun
       "bap_kernels::_channel_pack_cuda");
   int64_t length = 1;
   for (const LaunchRun& run : runs) length = std::max(length, run.list.length);
-  const at::Tensor copy = at::empty({source.size(0), source.size(2), source.size(3), rounded_up(length)},
-                                    source.options().memory_format(std::nullopt));
+  const at::Tensor copy = new_copy(source, length);
   const PackOptions options{prologue.in_relu};
   for_launches(source, runs, [&](const LaunchRuns& part) {
-    op.call(copy, source, part.lists, part.integers, used, dense(prologue.in_scale), dense(prologue.in_shift),
-            list_of(options));
+    op.call(copy.permute({0, 2, 3, 1}), source, part.lists, part.integers, used, dense(prologue.in_scale),
+            dense(prologue.in_shift), list_of(options));
   });
-  return copy.permute({0, 3, 1, 2});
+  return copy;
 }
 
 at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used) {
   return packed_channels(source, {LaunchRun{{}, list, 0, source.size(0)}}, used, {});
+}
+
+void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const ListForm& list,
+                     const OptionalTensor& used) {
+  using T = const at::Tensor&;
+  using O = const OptionalTensor&;
+  static auto op = typed_op<void(T, T, O, O, c10::IntArrayRef)>("bap_kernels::_channel_unpack_cuda");
+  const UnpackOptions options{list.block, list.length};
+  op.call(result, copy.permute({0, 2, 3, 1}), list.entries, used, list_of(options));
+}
+
+void launch_conv_into_result(ConvLaunch l) {
+  if (!has_value(l.result)) return launch_conv(l);
+  const at::Tensor result = *l.result;
+  const bool planes = result.stride(3) == 1 && result.stride(1) != 1;
+  if (l.route != ConvRoute::kRows || !planes) {
+    if (l.full_width) result.zero_();
+    if (l.copy != nullptr) {
+      *l.copy = at::empty({result.size(0), l.copy_list->size(0), result.size(2), result.size(3)},
+                          result.options().memory_format(l.copy_format));
+    }
+    return launch_conv(l);
+  }
+  // It would be single elements of planes, too: selected afterwards.
+  l.copy_list.reset();
+  l.copy = nullptr;
+  const ListForm list = l.full_width ? l.result_list : ListForm{std::nullopt, 0, l.columns};
+  const at::Tensor copy = new_copy(result, l.columns);
+  l.result = copy;
+  l.full_width = false;
+  launch_conv(l);
+  unpack_channels(result, copy, list, l.stored);
 }
 
 at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,

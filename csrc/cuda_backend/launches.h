@@ -27,12 +27,21 @@ struct ConvLaunch {
   OptionalTensor source_scale, source_shift;
   OptionalTensor depth, stored;       // counts on the device, int32, (1,)
   OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
+  // A second store of the columns that `copy_list` names, into a tensor that is made where the launch can fill it.
+  OptionalTensor copy_list;
+  at::Tensor* copy = nullptr;
+  at::MemoryFormat copy_format = at::MemoryFormat::Contiguous;
   AxisOptions h, w;
   int64_t columns = 0;
   ConvRoute route = ConvRoute::kRows;
   bool gradient = false, full_width = false, relu = false, reduce_off = false, source_relu = false;
 };
 void launch_conv(const ConvLaunch& launch);
+
+// The same into a result of any layout. One of planes is computed in a compact NHWC tensor and spread from there, where
+// the kernel has NHWC at hand: its own stores would be single elements, a plane apart. Unlisted channels of a result of
+// full width become zeros.
+void launch_conv_into_result(ConvLaunch launch);
 
 // The gradient (C_out, C_in, kH, kW) at the listed places; `source` holds the channels that `source_list` reads.
 void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
@@ -45,6 +54,11 @@ at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun
                            const OptionalTensor& used = {}, const Fusion& prologue = {});
 // The same of one list for all images.
 at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used = {});
+
+// Spreads the channels of such a copy over the listed ones of `result`, zeros between them. With a count, channels
+// beyond it are taken for zeros and not read.
+void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const ListForm& list,
+                     const OptionalTensor& used = {});
 
 // Packed weights: (K_out, taps, K_in rounded up) by filters, (K_in, taps, K_out rounded up) by input channels.
 at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,

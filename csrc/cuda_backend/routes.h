@@ -6,6 +6,7 @@
 //   direct  NHWC with aligned runs of 16 bytes, without a list or with one of aligned blocks of 8, 16 or 32 channels
 //   halo    forwards of several taps whose halo fits into shared memory: any list, any strides (choose_halo)
 //   packed  everything else: the listed channels are first copied into a compact NHWC tensor
+// Results of planes of the routes `direct` and `packed` are computed in a compact NHWC tensor and spread from there.
 #pragma once
 
 #include "cuda_backend/launches.h"

@@ -63,7 +63,7 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& c, const at:
     launch.h = axes[0];
     launch.w = axes[1];
     if (mask[kGradInput]) {
-      std::get<kGradInput>(grads) = at::zeros_like(c.input);
+      std::get<kGradInput>(grads) = at::empty_like(c.input);
       launch.result = std::get<kGradInput>(grads);
     }
     if (mask[kGradSwitch]) {
@@ -72,7 +72,7 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& c, const at:
       launch.grad_switch = std::get<kGradSwitch>(grads);
       launch.reduce_off = c.off_gradient;
     }
-    launch_conv(launch);
+    launch_conv_into_result(launch);
   }
   if (mask[kGradWeight]) {
     std::get<kGradWeight>(grads) = at::zeros_like(c.weight);

@@ -1,5 +1,7 @@
-// The kernels that move and add: compact copies, and sums over chunks; see channel_pack_block.h.
+// The kernels that move and add: compact copies and their inverse, and sums over chunks; see channel_pack_block.h and
+// channel_unpack_block.h.
 #include "kernels/channel_pack_block.h"
+#include "kernels/channel_unpack_block.h"
 #include "kernels/launch.cuh"
 
 namespace bap_kernels {
@@ -12,6 +14,17 @@ Status launch_channel_pack(const ChannelPackParams& p, Products products, void* 
       return launch_blocks<ChannelPack<HalfWord>, 1>(p, ChannelPack<HalfWord>::kSharedBytes, stream);
     default:
       return launch_blocks<ChannelPack<float>, 1>(p, ChannelPack<float>::kSharedBytes, stream);
+  }
+}
+
+Status launch_channel_unpack(const ChannelUnpackParams& p, Products products, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_blocks<ChannelUnpack<BFloat16Word>, 1>(p, ChannelUnpack<BFloat16Word>::kSharedBytes, stream);
+    case Products::kHalf:
+      return launch_blocks<ChannelUnpack<HalfWord>, 1>(p, ChannelUnpack<HalfWord>::kSharedBytes, stream);
+    default:
+      return launch_blocks<ChannelUnpack<float>, 1>(p, ChannelUnpack<float>::kSharedBytes, stream);
   }
 }
 

@@ -1,11 +1,14 @@
 // What every convolution does with its sums: they are staged in shared memory, transformed and stored, or reduced.
-//   result[m, j] = relu?(scale[j] * (sum[m, j] + bias[o]) + shift[j] + residual[m, j])            with o =
-//   result_list[j]
+//   result[m, j] = relu?(scale[j] * (sum[m, j] + bias[o]) + shift[j] + residual[m, j])  with o = result_list[j]
+//   copy[m, i] = result[m, copy_list[i]]
 //
 // kPlanes false: channels of the result lie side by side; a thread keeps its columns and goes through rows.
 // kPlanes true:  pixels do; a thread takes several pixels of one column at a time.
-// Rows are known by a table in shared memory: offsets of each in result, residual and input, -1 where there is none.
-// Every function is one thread's part; a barrier stands between staging and storing.
+// Rows are known by a table in shared memory: offsets of each in result, residual, input and copy, -1 where there is
+// none. A copy takes what is stored, to the bit: of each column of the tile its place in the copy is looked for once,
+// in the whole list of the copy, so that any order will do.
+// Every function is one thread's part; a barrier stands between staging and storing. Where there is a copy, places are
+// cleared before that barrier and found behind it, with one more before storing.
 #pragma once
 
 #include "kernels/block_parts.h"
@@ -29,13 +32,28 @@ struct ConvEpilogue {
   template <class Block>
   BAP_DEVICE static void write_row(Block& b, const ConvParams& p, int thread, int row, bool there, int n, int h,
                                    int w) {
-    const int64_t offsets[3] = {
+    const int64_t offsets[Tile::kRowOffsets] = {
         there ? n * p.result_stride.n + h * p.result_stride.h + w * p.result_stride.w : -1,
         n * p.residual_stride.n + h * p.residual_stride.h + w * p.residual_stride.w,
         n * p.input_stride.n + h * p.input_stride.h + w * p.input_stride.w,
+        n * p.copy_stride.n + h * p.copy_stride.h + w * p.copy_stride.w,
     };
     BAP_UNROLL
-    for (int i = 0; i < 3; ++i) b.template store<int64_t>(thread, Tile::kTableAt + (3 * row + i) * 8, offsets[i]);
+    for (int i = 0; i < Tile::kRowOffsets; ++i) b.template store<int64_t>(thread, offset_at(row, i), offsets[i]);
+  }
+
+  template <class Block>
+  BAP_DEVICE static void clear_places(Block& b, int thread) {
+    for (int column = thread; column < Tile::kColumns; column += kThreads) {
+      b.template store<int>(thread, place_at(column), kNowhere);
+    }
+  }
+  template <class Block>
+  BAP_DEVICE static void find_places(Block& b, const ConvParams& p, int first_column, int thread) {
+    for (int i = thread; i < p.copied; i += kThreads) {
+      const int column = p.copy_list[i] - first_column;
+      if (within(column, Tile::kColumns)) b.template store<int>(thread, place_at(column), i);
+    }
   }
 
   template <class Block, class State>
@@ -71,8 +89,8 @@ struct ConvEpilogue {
       if (j < limit) {
         const int64_t channel = listed_channel(p.result_list.entries, p.result_list.block, j) * p.input_stride.c;
         for (int row = 0; row < Tile::kRows; ++row) {
-          if (b.template load<int64_t>(thread, Tile::kTableAt + 3 * row * 8) < 0) continue;
-          const int64_t at = b.template load<int64_t>(thread, Tile::kTableAt + (3 * row + 2) * 8) + channel;
+          if (b.template load<int64_t>(thread, offset_at(row, kResultOffset)) < 0) continue;
+          const int64_t at = b.template load<int64_t>(thread, offset_at(row, kInputOffset)) + channel;
           sum += b.template load<float>(thread, staged(row, column) * 4) * to_float(input[at]);
         }
       }
@@ -91,6 +109,13 @@ struct ConvEpilogue {
   }
 
  private:
+  enum Offset { kResultOffset, kResidualOffset, kInputOffset, kCopyOffset };
+  static constexpr int kNowhere = -1;
+  BAP_HOST_DEVICE static constexpr int offset_at(int row, int offset) {
+    return Tile::kTableAt + (Tile::kRowOffsets * row + offset) * 8;
+  }
+  BAP_HOST_DEVICE static constexpr int place_at(int column) { return Tile::kPlacesAt + column * 4; }
+
   // The transform of kVector sums that lie at `at` of the residual, and their places in the result.
   struct Column {
     float bias, scale, shift;
@@ -126,11 +151,19 @@ struct ConvEpilogue {
     BAP_UNROLL
     for (int v = 0; v < kVector; ++v) columns[v] = column_of(p, j + v, limit);
     const bool whole = j + kVector <= limit;
+    int places[kVector];
+    bool copied = false, copied_whole = p.copy_vector && whole;
+    BAP_UNROLL
+    for (int v = 0; v < kVector; ++v) {
+      places[v] = p.copy != nullptr && j + v < limit ? b.template load<int>(thread, place_at(first + v)) : kNowhere;
+      copied |= places[v] != kNowhere;
+      copied_whole &= places[v] == places[0] + v;
+    }
+    copied_whole &= places[0] % kVector == 0;
     for (int row = thread / kLine; row < Tile::kRows; row += kThreads / kLine) {
-      const int64_t to = b.template load<int64_t>(thread, Tile::kTableAt + 3 * row * 8);
+      const int64_t to = b.template load<int64_t>(thread, offset_at(row, kResultOffset));
       if (to < 0) continue;
-      const int64_t from =
-          b.template load<int64_t>(thread, Tile::kTableAt + (3 * row + 1) * 8) + j * p.residual_stride.c;
+      const int64_t from = b.template load<int64_t>(thread, offset_at(row, kResidualOffset)) + j * p.residual_stride.c;
       Chunk<scalar_t> others;
       const bool wide = whole && p.residual_vector;
       if (residual != nullptr && wide) {
@@ -153,6 +186,16 @@ struct ConvEpilogue {
           if (j + v < limit) result[to + columns[v].result] = chunk.values[v];
         }
       }
+      if (!copied) continue;
+      scalar_t* copy = static_cast<scalar_t*>(p.copy) + b.template load<int64_t>(thread, offset_at(row, kCopyOffset));
+      if (copied_whole) {
+        store_chunk(copy + places[0], chunk);
+      } else {
+        BAP_UNROLL
+        for (int v = 0; v < kVector; ++v) {
+          if (places[v] != kNowhere) copy[places[v] * p.copy_stride.c] = chunk.values[v];
+        }
+      }
     }
   }
 
@@ -165,28 +208,42 @@ struct ConvEpilogue {
     for (int item = thread; item < kLine * Tile::kColumns; item += kThreads) {
       const int column = item / kLine, first = item % kLine * kVector;
       const int j = first_column + column;
-      if (j >= limit || b.template load<int64_t>(thread, Tile::kTableAt + 3 * first * 8) < 0) continue;
+      if (j >= limit || b.template load<int64_t>(thread, offset_at(first, kResultOffset)) < 0) continue;
       const Column c = column_of(p, j, limit);
       Chunk<scalar_t> chunk;
       int64_t to[kVector];
       BAP_UNROLL
       for (int v = 0; v < kVector; ++v) {
         const int row = first + v;
-        to[v] = b.template load<int64_t>(thread, Tile::kTableAt + 3 * row * 8);
+        to[v] = b.template load<int64_t>(thread, offset_at(row, kResultOffset));
         float other = 0.0f;
         if (residual != nullptr && to[v] >= 0) {
-          const int64_t from = b.template load<int64_t>(thread, Tile::kTableAt + (3 * row + 1) * 8);
+          const int64_t from = b.template load<int64_t>(thread, offset_at(row, kResidualOffset));
           other = to_float(residual[from + j * p.residual_stride.c]);
         }
         chunk.values[v] = finished(p, b.template load<float>(thread, staged(row, column) * 4), c, other);
       }
-      const bool together = to[kVector - 1] == to[0] + kVector - 1 && (to[0] + c.result) % kVector == 0;
-      if (together && p.result_vector) {
+      const bool together = to[kVector - 1] == to[0] + kVector - 1;
+      if (together && p.result_vector && (to[0] + c.result) % kVector == 0) {
         store_chunk(result + to[0] + c.result, chunk);
       } else {
         BAP_UNROLL
         for (int v = 0; v < kVector; ++v) {
           if (to[v] >= 0) result[to[v] + c.result] = chunk.values[v];
+        }
+      }
+      const int place = p.copy != nullptr ? b.template load<int>(thread, place_at(column)) : kNowhere;
+      if (place == kNowhere) continue;
+      scalar_t* copy = static_cast<scalar_t*>(p.copy) + place * p.copy_stride.c;
+      const int64_t start = b.template load<int64_t>(thread, offset_at(first, kCopyOffset));
+      // Pixels that lie side by side in the result do so in the copy.
+      if (together && p.copy_vector && (start + place * p.copy_stride.c) % kVector == 0) {
+        store_chunk(copy + start, chunk);
+      } else {
+        BAP_UNROLL
+        for (int v = 0; v < kVector; ++v) {
+          if (to[v] < 0) continue;
+          copy[b.template load<int64_t>(thread, offset_at(first + v, kCopyOffset))] = chunk.values[v];
         }
       }
     }

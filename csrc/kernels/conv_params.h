@@ -72,6 +72,12 @@ struct ConvParams {
   Strides residual_stride;
   bool relu;
   bool result_vector, residual_vector;  // whether 16 bytes of it may be stored or loaded at once
+  // A second store of some columns: column copy_list[i] is channel i of the copy. Null: none.
+  void* copy;
+  Strides copy_stride;
+  const int32_t* copy_list;  // (copied,), different columns in any order
+  int copied;
+  bool copy_vector;  // as result_vector
   // Terms of a switch's gradient, one row for each row tile of each phase: sum over the tile's rows of input * result.
   float* partial;
   const void* input;
@@ -114,6 +120,18 @@ struct ChannelPackParams {
   int batch, height, width, padded;
   VectorParams scale, shift;
   bool relu;
+};
+
+// A compact NHWC tensor spread over the listed channels of another one, zeros in the channels between them.
+struct ChannelUnpackParams {
+  const void* source;  // dense (N, H, W, padded)
+  void* result;        // (N, channels, H, W)
+  Strides result_stride;
+  ListParams list;      // where each channel of the source goes; without a list those of the same number
+  int depth;            // channels of the source
+  const int32_t* used;  // on the device: how many of them are there, the others are zeros; null: all
+  int batch, height, width, padded, channels;
+  bool result_vector;  // whether 16 bytes of pixels may be stored at once
 };
 
 }  // namespace bap_kernels

@@ -6,7 +6,7 @@
 
 namespace bap_kernels {
 
-extern __shared__ __align__(128) unsigned char shared_memory[];
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 template <class State>
 class DeviceBlock {
@@ -135,6 +135,7 @@ class DeviceBlock {
     }
   }
 
+ protected:
   uint32_t shared_;
   State state_;
 };

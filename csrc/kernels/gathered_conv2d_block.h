@@ -217,8 +217,13 @@ struct GatheredConv2d {
     b.each([&](int thread, State& s) {
       Epilogue::stage_sums(b, thread, s);
       write_table(b, p, plan, thread);
+      if (p.copy != nullptr) Epilogue::clear_places(b, thread);
     });
     b.sync();
+    if (p.copy != nullptr) {
+      b.each([&](int thread, State&) { Epilogue::find_places(b, p, plan.first_column, thread); });
+      b.sync();
+    }
     b.each([&](int thread, State&) {
       if (p.partial != nullptr) {
         const int64_t term = static_cast<int64_t>(b.block_y()) * row_tiles(p, p.batch) + plan.place.row;

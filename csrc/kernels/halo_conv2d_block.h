@@ -297,8 +297,13 @@ struct HaloConv2d {
         Rows::stage_sums(b, thread, s);
       }
       write_table(b, p, plan, thread);
+      if (p.conv.copy != nullptr) Rows::clear_places(b, thread);
     });
     b.sync();
+    if (p.conv.copy != nullptr) {
+      b.each([&](int thread, State&) { Rows::find_places(b, p.conv, plan.first_column, thread); });
+      b.sync();
+    }
     b.each([&](int thread, State&) {
       if (p.planar_result) {
         Planes::store(b, p.conv, plan.first_column, thread);

@@ -78,11 +78,10 @@ template <class Tile>
 struct HaloMemory {
   static constexpr int kStageBytes = Tile::kColumns * kDepthBytes;
   static constexpr int kHaloAt = Tile::kStages * kStageBytes;
-  static constexpr int kEpilogueBytes = Tile::kTableAt + Tile::kRows * 24;
   BAP_HOST_DEVICE static int staged_at(const HaloShape& s) { return kHaloAt + s.pixels() * kDepthBytes; }
   BAP_HOST_DEVICE static int bytes(const HaloShape& s) {
     const int sum = staged_at(s) + s.staged_bytes();
-    return sum > kEpilogueBytes ? sum : kEpilogueBytes;
+    return sum > Tile::kEpilogueBytes ? sum : Tile::kEpilogueBytes;
   }
 };
 

@@ -16,6 +16,11 @@ Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape 
   }
 }
 
+Status launch_warpgroup_conv2d(const ConvParams& p, Products products, WarpgroupTileShape tile, void* stream) {
+  return products == Products::kBFloat16 ? launch_warpgroup_conv_of<Products::kBFloat16>(p, tile, stream)
+                                         : launch_warpgroup_conv_of<Products::kHalf>(p, tile, stream);
+}
+
 Status launch_halo_conv2d(const HaloParams& p, Products products, HaloTileShape tile, int shared_bytes, void* stream) {
   switch (products) {
     case Products::kBFloat16:

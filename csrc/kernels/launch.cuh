@@ -30,12 +30,19 @@ Status launch_blocks(const Params& p, int shared_bytes, void* stream) {
 
 template <Products kProducts>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* stream) {
-#define BAP_KERNELS_CASE(name, ...)                                                                   \
-  case TileShape::k##name:                                                                            \
-    return planes ? launch_blocks<GatheredConv2d<kProducts, name##Tile, true>, name##Tile::kBlocks>(  \
-                        p, name##Tile::kSharedBytes, stream)                                          \
-                  : launch_blocks<GatheredConv2d<kProducts, name##Tile, false>, name##Tile::kBlocks>( \
-                        p, name##Tile::kSharedBytes, stream);
+#define BAP_KERNELS_CASE(name, ...)                                                            \
+  case TileShape::k##name:                                                                     \
+    return launch_blocks<GatheredConv2d<kProducts, name##Tile, kPlanes>, name##Tile::kBlocks>( \
+        p, name##Tile::kSharedBytes, stream);
+  if (planes) {
+    constexpr bool kPlanes = true;
+    switch (tile) {
+      BAP_KERNELS_PLANES_TILES(BAP_KERNELS_CASE)
+      default:
+        return cudaErrorInvalidValue;
+    }
+  }
+  constexpr bool kPlanes = false;
   switch (tile) { BAP_KERNELS_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return cudaErrorInvalidValue;

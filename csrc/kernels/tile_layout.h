@@ -30,15 +30,17 @@ struct Tile {
   static constexpr int kStageBytes = (kRows + kColumns) * kDepthBytes;
   static constexpr int kColumnsAt = kRows * kDepthBytes;  // where a stage's second operand starts
   // A result is staged in float32 before it is stored; the gap at each line's end keeps its writes off each other's
-  // banks. Behind it, three offsets for each row.
+  // banks. Behind it, offsets for each row and a number for each column.
   static constexpr int kRowGap = 8, kColumnGap = 4;
   static constexpr int kStagedBytes =
       (kRows * (kColumns + kRowGap) > kColumns * (kRows + kColumnGap) ? kRows * (kColumns + kRowGap)
                                                                       : kColumns * (kRows + kColumnGap)) *
       4;
-  static constexpr int kTableAt = kStagedBytes;
+  static constexpr int kRowOffsets = 4;
+  static constexpr int kTableAt = kStagedBytes, kPlacesAt = kTableAt + kRows * kRowOffsets * 8;
+  static constexpr int kEpilogueBytes = kPlacesAt + kColumns * 4;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kPipelineBytes > kTableAt + kRows * 24 ? kPipelineBytes : kTableAt + kRows * 24;
+  static constexpr int kSharedBytes = kPipelineBytes > kEpilogueBytes ? kPipelineBytes : kEpilogueBytes;
   static_assert(kWarpRows % kProductRows == 0 && kWarpColumns % (2 * kProductColumns) == 0, "pairs of products");
   static_assert(kThreads % kDepthChunks == 0 && kRows % (kThreads / kDepthChunks) == 0, "whole copies");
   static_assert(kColumns % (kThreads / kDepthChunks) == 0, "whole copies");

@@ -112,11 +112,16 @@ void stages() {
 void instances() {
   std::printf("%d instances\n", kInstanceCount);
   require(kInstanceCount <= 40, "more than 40 instances");
-  require(choose_tile(100000, 32, 1, 132) == TileShape::kThin, "few columns want the thin tile");
-  require(choose_tile(100000, 256, 1, 132) == TileShape::kLarge, "many tiles want to be large");
-  require(choose_tile(49, 2048, 1, 132) == TileShape::kSmall, "few rows want small tiles");
-  require(choose_tile(100000, 64, 1, 132) == TileShape::kSmall, "half of a large tile would be empty");
-  require(choose_tile(196, 256, 64, 132) == TileShape::kLarge, "images count as tiles");
+  require(choose_tile(100000, 32, 1, false, 132) == TileShape::kThin, "few columns want the thin tile");
+  require(choose_tile(100000, 256, 1, false, 132) == TileShape::kLarge, "many tiles want to be large");
+  require(choose_tile(49, 2048, 1, false, 132) == TileShape::kSmall, "few rows want small tiles");
+  require(choose_tile(100000, 64, 1, false, 132) == TileShape::kSmall, "half of a large tile would be empty");
+  require(choose_tile(196, 256, 64, false, 132) == TileShape::kLarge, "images count as tiles");
+  require(choose_tile(100000, 32, 1, true, 132) == TileShape::kSmall, "planar sources have no thin tile");
+  require(choose_warpgroup_tile(100000, 256, 1, 132) == WarpgroupTileShape::kWide, "many columns want the wide tile");
+  require(choose_warpgroup_tile(100000, 128, 1, 132) == WarpgroupTileShape::kSquare, "half of it would be empty");
+  require(choose_warpgroup_tile(100000, 384, 1, 132) == WarpgroupTileShape::kSquare, "a quarter of it would be empty");
+  require(choose_warpgroup_tile(128 * 100, 256, 1, 132) == WarpgroupTileShape::kSquare, "wide tiles fill no device");
   require(choose_weight_tile(256, 64) == TileShape::kSmall && choose_weight_tile(65, 65) == TileShape::kLarge,
           "tiles of the weight's gradient differ");
 }

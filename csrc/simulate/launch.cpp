@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "kernels/channel_pack_block.h"
+#include "kernels/channel_unpack_block.h"
 #include "kernels/gathered_conv2d_block.h"
 #include "kernels/halo_conv2d_block.h"
 #include "kernels/weight_gradient_block.h"
@@ -28,10 +29,18 @@ Status simulate(const Params& p, int shared_bytes) {
 
 template <Products kProducts>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void*) {
-#define BAP_KERNELS_CASE(name, ...)                                                                    \
-  case TileShape::k##name:                                                                             \
-    return planes ? simulate<GatheredConv2d<kProducts, name##Tile, true>>(p, name##Tile::kSharedBytes) \
-                  : simulate<GatheredConv2d<kProducts, name##Tile, false>>(p, name##Tile::kSharedBytes);
+#define BAP_KERNELS_CASE(name, ...) \
+  case TileShape::k##name:          \
+    return simulate<GatheredConv2d<kProducts, name##Tile, kPlanes>>(p, name##Tile::kSharedBytes);
+  if (planes) {
+    constexpr bool kPlanes = true;
+    switch (tile) {
+      BAP_KERNELS_PLANES_TILES(BAP_KERNELS_CASE)
+      default:
+        return 1;
+    }
+  }
+  constexpr bool kPlanes = false;
   switch (tile) { BAP_KERNELS_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return 1;
@@ -75,6 +84,17 @@ Status launch_channel_pack(const ChannelPackParams& p, Products products, void*)
       return simulate<ChannelPack<HalfWord>>(p, ChannelPack<HalfWord>::kSharedBytes);
     default:
       return simulate<ChannelPack<float>>(p, ChannelPack<float>::kSharedBytes);
+  }
+}
+
+Status launch_channel_unpack(const ChannelUnpackParams& p, Products products, void*) {
+  switch (products) {
+    case Products::kBFloat16:
+      return simulate<ChannelUnpack<BFloat16Word>>(p, ChannelUnpack<BFloat16Word>::kSharedBytes);
+    case Products::kHalf:
+      return simulate<ChannelUnpack<HalfWord>>(p, ChannelUnpack<HalfWord>::kSharedBytes);
+    default:
+      return simulate<ChannelUnpack<float>>(p, ChannelUnpack<float>::kSharedBytes);
   }
 }
 

@@ -13,6 +13,7 @@ from bap_kernels.testing import Case, make_tensors, run
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
 POINTWISE = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0))
 CONV, PACK, WEIGHT = "_gathered_conv2d_cuda", "_channel_pack_cuda", "_weight_gradient_cuda"
+UNPACK = "_channel_unpack_cuda"
 
 
 def private_ops(case: Case, channels: list[int] | None = None, backward: bool = False) -> list[str]:
@@ -32,7 +33,7 @@ def private_ops(case: Case, channels: list[int] | None = None, backward: bool = 
             else:
                 torch.ops.bap_kernels.gathered_conv2d(*sample.args)
     names = [event.name.removeprefix("bap_kernels::") for event in profiler.events()]
-    return [name for name in names if name in (CONV, PACK, WEIGHT)]
+    return [name for name in names if name in (CONV, PACK, UNPACK, WEIGHT)]
 
 
 RANDOM = [1, 2, 5, 7, 20, 33]
@@ -42,8 +43,8 @@ BLOCKS = [c for c in range(64) if c // 8 % 2]
 def test_routes() -> None:
     last = {"layout": "channels_last"}
     assert private_ops(POINTWISE, RANDOM) == [CONV]  # planes: any list
-    assert private_ops(POINTWISE.but(stride=(2, 2)), RANDOM) == [PACK, CONV]
-    assert private_ops(POINTWISE.but(size=(7, 7)), RANDOM) == [PACK, CONV]  # planes of 98 bytes
+    assert private_ops(POINTWISE.but(stride=(2, 2)), RANDOM) == [PACK, CONV, UNPACK]
+    assert private_ops(POINTWISE.but(size=(7, 7)), RANDOM) == [PACK, CONV, UNPACK]  # planes of 98 bytes
     assert private_ops(BASE.but(**last)) == [CONV]
     assert private_ops(BASE.but(**last), BLOCKS) == [CONV]
     # Several taps: one halo in place of a copy; see test_halo.py for what it declines.
@@ -94,17 +95,17 @@ def test_private_ops_check_their_options() -> None:
     x = torch.zeros(1, 2, 4, 16, dtype=torch.float32).permute(0, 3, 1, 2)
     w = torch.zeros(16, 1, 16)
     with pytest.raises(RuntimeError, match=r"_gathered_conv2d_cuda\(\): expected 21 options, got 1"):
-        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 11, [1])
+        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 13, [1])
     with pytest.raises(RuntimeError, match=r"_channel_pack_cuda\(\): expected 1 options, got 0"):
         ops._channel_pack_cuda(x, x, [w], [0, 15, 0, 1], None, None, None, [])
     with pytest.raises(RuntimeError, match=r"_weight_gradient_cuda\(\): expected 18 options, got 2"):
         ops._weight_gradient_cuda(x, x, x, None, None, None, None, [0, 1])
     options = [2, 2, 1, 1, 0, 1, 4, 4, 1, 1, 0, 1, 0, 16, *[0] * 7]
     with pytest.raises(RuntimeError, match="expected a source with aligned chunks"):
-        ops._gathered_conv2d_cuda(x.clone(), x[:, 1:], [w], [w], [0, 15, 0, 1], *[None] * 11, options)
+        ops._gathered_conv2d_cuda(x.clone(), x[:, 1:], [w], [w], [0, 15, 0, 1], *[None] * 13, options)
     with pytest.raises(RuntimeError, match="expected 1 to 16 runs of 4 integers, got 1 lists and 3 integers"):
-        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0], *[None] * 11, options)
+        ops._gathered_conv2d_cuda(x.clone(), x, [w], [w], [0, 15, 0], *[None] * 13, options)
     with pytest.raises(RuntimeError, match="expected a convolution whose halo fits into shared memory"):
         ops._gathered_conv2d_cuda(
-            x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 11, [*options[:14], 2, *options[15:]]
+            x.clone(), x, [w], [w], [0, 15, 0, 1], *[None] * 13, [*options[:14], 2, *options[15:]]
         )

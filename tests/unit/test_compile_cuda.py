@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LARGE, SMALL = (128, 128, 2, 4, 3, 1), (64, 64, 2, 2, 4, 2)
 CONV = Instance("conv", "bfloat16", LARGE, False)
 HALO = Instance("halo", "bfloat16", (128, 128, 2, 4, 2, 1), False)
+WARPGROUP = Instance("warpgroup", "bfloat16", (128, 256, 8, 1, 4, 1), False)
 SASS = "LDGSTS.E.BYPASS.128 [R1] ;\nLDSM.16.M88.4 R4 ;\nHMMA.16816.F32.BF16 R8 ;\n"
+WARPGROUP_SASS = (
+    "LDGSTS.E.BYPASS.128 [R1] ;\nHGMMA.64x256x16.F32.BF16 R8 ;\nUSETMAXREG.DEALLOC ;\nUSETMAXREG.TRY_ALLOC ;\n"
+)
 
 
 def test_checks_can_fail() -> None:
@@ -31,6 +35,10 @@ def test_checks_can_fail() -> None:
     assert examine(small, "80", 300, 0, SASS).wrong == ["a processor holds 1 blocks"]
     assert examine(HALO, "80", 200, 0, SASS).wrong == ["no STS.128"]
     assert examine(HALO, "80", 200, 0, SASS + "STS.128 [R1], R4 ;\n").wrong == []
+    assert examine(WARPGROUP, "90a", 168, 0, WARPGROUP_SASS).wrong == []
+    for part in ("HGMMA.64x256x16.F32.BF16", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "LDGSTS"):
+        assert len(examine(WARPGROUP, "90a", 168, 0, WARPGROUP_SASS.replace(part, "")).wrong) == 1
+    assert examine(WARPGROUP, "90a", 176, 0, WARPGROUP_SASS).wrong == ["a processor holds 0 blocks"]
 
 
 def test_names() -> None:
@@ -41,6 +49,9 @@ def test_names() -> None:
     halo = "".join(f"Li{size}E" for size in HALO.tile)
     name = f"_ZN12block_kernelINS_10HaloConv2dILNS_8ProductsE0ENS_4TileI{halo}EEEENS_10HaloParamsELi1EEEvT0_"
     assert instance_of(name) == HALO
+    warpgroup = "".join(f"Li{size}E" for size in WARPGROUP.tile)
+    name = f"_ZN16warpgroup_kernelINS_15WarpgroupConv2dILNS_8ProductsE0ENS_4TileI{warpgroup}EEEEEvNS_10ConvParamsE"
+    assert instance_of(name) == WARPGROUP
     assert instance_of("_Z28channel_gather_planar_kernelv") is None
 
 
@@ -59,7 +70,7 @@ def test_tiles_are_those_of_the_kernels() -> None:
     text = (ROOT / "csrc/kernels/instances.h").read_text()
     tiles = {
         tuple(int(number) for number in numbers.split(","))
-        for numbers in re.findall(r"X\(\w+, (\d[\d, ]*)\)", text.split("BAP_KERNELS_WEIGHT_TILES")[0])
+        for numbers in re.findall(r"X\(\w+, (\d[\d, ]*)\)", text.split("BAP_KERNELS_PLANES_TILES")[0])
     }
     assert {LARGE, SMALL} < tiles
     limit = re.search(r"kHaloSharedBytes = (\d+) \* 1024", (ROOT / "csrc/kernels/halo_shape.h").read_text())
@@ -67,6 +78,7 @@ def test_tiles_are_those_of_the_kernels() -> None:
     assert HALO.shared_bytes == int(limit.group(1)) * 1024
     # As Tile::kSharedBytes says, which check_index compares with what every device has.
     assert {Instance("conv", "half", tile, False).shared_bytes for tile in tiles} == {98304, 65536, 81920}
+    assert WARPGROUP.shared_bytes == 4 * (128 + 256) * 128 + 4 * 16
 
 
 needs_nvcc = pytest.mark.skipif(
@@ -82,14 +94,17 @@ def test_machine_code_of_the_small_kernels() -> None:
     assert cuobjdump is not None
     codes = compile_cuda.compile_source("channel_pack", "80", nvcc, cuobjdump)
     assert sorted((code.kernel, code.products) for code in codes) == sorted(
-        (kernel, element) for kernel in ("pack", "sum") for element in ("bfloat16", "half", "float32")
+        (kernel, element) for kernel in ("pack", "sum", "unpack") for element in ("bfloat16", "half", "float32")
     )
     assert all(code.wrong == [] and 0 < code.registers < 64 for code in codes)
 
 
 def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
     files = {path.stem for path in (ROOT / "csrc/kernels").glob("*.cu")}
-    assert files == {f"gathered_conv2d_{name}" for name in compile_cuda.SOURCES} | {"channel_pack", "channel_gather"}
+    assert files == {f"gathered_conv2d_{name}" for name in compile_cuda.SOURCES} | {
+        *(f"warpgroup_conv2d_{name}" for name in compile_cuda.WARPGROUP_SOURCES),
+        *("channel_pack", "channel_gather"),
+    }
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -98,7 +113,9 @@ def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
         "gathered_conv2d_block.h",
         "halo_conv2d_block.h",
         "weight_gradient_block.h",
+        "warpgroup_conv2d_block.h",
         "channel_pack_block.h",
+        "channel_unpack_block.h",
         "launch.h",
     ):
         source = tmp_path / "one.cpp"

@@ -15,6 +15,7 @@ CHECKS = (
     *("forward_axes", "gradient_axes", "tile_order", "row_places", "steps", "lists", "copies", "banks", "stages"),
     *("conversions", "memory_rules", "instances", "runs"),
     *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
+    *("descriptors", "warpgroup_rules"),
 )
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")

@@ -143,8 +143,9 @@ def test_wish_for_cuda_is_checked() -> None:
 @pytest.mark.parametrize(
     ("requested", "nvcc", "expected"),
     [
-        (None, (13, 0), ("8.0", "9.0", "10.0+PTX")),
-        (" ", (12, 6), ("8.0", "9.0+PTX")),
+        (None, (13, 0), ("8.0", "9.0a", "10.0+PTX")),
+        (" ", (12, 6), ("8.0+PTX", "9.0a")),
+        ("", (11, 8), ("8.0+PTX",)),
         ("8.0;9.0a 12.0+PTX", (13, 0), ("8.0", "9.0a", "12.0+PTX")),
     ],
 )

@@ -1,0 +1,157 @@
+"""The kernel of warpgroups (wgmma, compute capability 9.0a), on a simulated device that has them.
+
+Every case says that the kernel took it: the other kernel gives the same results. What the simulation withholds and
+checks is in csrc/simulate/simulated_warpgroups.h.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import bap_kernels
+from bap_kernels import reference
+from bap_kernels.testing import Case, Sample, assert_close, check_fused, make_tensors, poison, run
+
+# 99 pixels: less than a tile, and rows that no pixel has. Columns of one tile and a bit.
+BASE = Case(
+    in_channels=72, out_channels=136, size=(9, 11), batch=1, layout="channels_last", in_list="null", out_list="null"
+)
+WORDS = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _device_with_warpgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAP_KERNELS_SIMULATED_WARPGROUPS", "1")
+    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1")
+
+
+def launches() -> int:
+    return torch.ops.bap_kernels._simulated_warpgroup_launches(torch.empty(0))
+
+
+def runs(case: Case, sample: Sample | None = None) -> None:
+    sample = make_tensors(case) if sample is None else sample
+    expected = reference.gathered_conv2d(*sample.args)
+    before = launches()
+    assert_close(run(poison(sample), "cuda"), expected, case.dtype, sample.depth)
+    assert launches() == before + 1
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 2)])
+@pytest.mark.parametrize("columns", [72, 136, 256])
+def test_kernels_dtypes_and_tiles(columns: int, kernel: tuple[int, int], dtype: torch.dtype) -> None:
+    padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2)
+    runs(BASE.but(kernel=kernel, padding=padding, dtype=dtype, out_channels=columns))
+
+
+# One step, fewer steps than either tile has stages, and stages that are filled more than twice.
+@pytest.mark.parametrize("channels", [8, 136, 1096])
+@pytest.mark.parametrize("columns", [128, 256])
+def test_depths(columns: int, channels: int) -> None:
+    pointwise = BASE.but(kernel=(1, 1), padding=(0,) * 4, dtype=torch.bfloat16)
+    runs(pointwise.but(in_channels=channels, out_channels=columns))
+
+
+@pytest.mark.parametrize("b", [8, 16, 32])
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_blocks(kernel: tuple[int, int], dtype: torch.dtype, b: int) -> None:
+    case = BASE.but(in_channels=192, kernel=kernel, padding=(kernel[0] // 2,) * 4, dtype=dtype)
+    sample = make_tensors(case)
+    # Out of order, so that no block follows from the one before.
+    blocks = random.Random(b).sample(range(192 // b), 192 // b - 2)
+    sample.in_index = torch.tensor([b * block + c for block in blocks for c in range(b)], dtype=torch.int32)
+    runs(case, sample)
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_strides_padding_dilation_and_several_tiles(dtype: torch.dtype) -> None:
+    base = BASE.but(dtype=dtype, size=(17, 19), batch=2)
+    runs(base)
+    runs(base.but(stride=(2, 1), padding=(2, 0, 1, 3), dilation=(2, 1)))
+    runs(base.but(stride=(2, 1), out_list="shuffled", out_channels=150))
+    runs(base.but(kernel=(5, 3), padding=(4, 4, 2, 2), out_channels=256))
+
+
+@pytest.mark.parametrize("residual", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("columns", [136, 256])
+def test_everything_fused(columns: int, residual: str) -> None:
+    case = BASE.but(kernel=(1, 1), padding=(0,) * 4, dtype=torch.bfloat16, out_channels=columns)
+    before = launches()
+    flags = ("out_scale", "out_shift", "residual", "out_relu")
+    assert check_fused(case, flags, "cuda", residual_layout=residual, vector_dtype=torch.float32)
+    assert launches() == before + 1
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_gradients_of_the_input(layout: str, stride: tuple[int, int], dtype: torch.dtype) -> None:
+    # Planes are spread from what the kernel computes in NHWC.
+    case = BASE.but(in_channels=136, out_channels=72, size=(19, 20), stride=stride, dtype=dtype, layout=layout)
+    sample = make_tensors(case)
+    grad = torch.randn(sample.output_shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    for channels in (None, [c for c in range(136) if c // 8 % 3 != 1]):
+        sample.in_index = None if channels is None else torch.tensor(channels, dtype=torch.int32)
+        before = launches()
+        with bap_kernels.use_backend("cuda"):
+            dx, _, _ = torch.ops.bap_kernels.gathered_conv2d_backward(
+                grad, *sample.args[:2], *sample.args[3:], (True, False, False)
+            )
+        assert launches() == before + 1
+        x = sample.input.double().requires_grad_()
+        kept = list(range(136)) if channels is None else channels
+        y = torch.nn.functional.conv2d(x[:, kept], sample.weight[:, kept].double(), stride=stride, padding=1)
+        (expected,) = torch.autograd.grad(y, x, grad.double())
+        assert_close(dx, expected, dtype, 72 * 9)
+        assert bool((dx[:, [c for c in range(136) if c not in kept]] == 0).all())
+
+
+def test_infinity_and_nan_in_listed_channels() -> None:
+    sample = make_tensors(BASE.but(kernel=(1, 1), padding=(0,) * 4, dtype=torch.float16, out_channels=128))
+    sample.input[0, 3, 2, 2] = torch.inf
+    sample.input[0, 4, 7, 1] = torch.nan
+    before = launches()
+    y = run(sample, "cuda")
+    assert launches() == before + 1
+    assert bool(y[0, :, 2, 2].isinf().all())
+    assert bool(y[0, :, 7, 1].isnan().all())
+    assert int(y.isfinite().logical_not().sum()) == 2 * y.shape[1]
+
+
+def test_mixed_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 72, 9, 9, generator=generator).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(136, 72, 3, 3, generator=generator).div(25).to(torch.bfloat16)
+    lists = [torch.arange(64, dtype=torch.int32), torch.arange(8, 40, dtype=torch.int32)]
+    before = launches()
+    with bap_kernels.use_backend("cuda"):
+        y = torch.ops.bap_kernels._gathered_conv2d_mixed(x, weight, None, lists, [2, 1], [1, 1], [1] * 4, [1, 1])
+    assert launches() == before + 1
+    for part, kept, source in zip(y.split([2, 1]), lists, x.split([2, 1]), strict=True):
+        exact = torch.nn.functional.conv2d(source[:, kept].double(), weight[:, kept].double(), padding=1)
+        torch.testing.assert_close(part.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_left_to_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = launches()
+    small = BASE.but(dtype=torch.bfloat16)
+    for case in (
+        BASE,  # float32
+        small.but(out_channels=64),
+        small.but(size=(7, 7)),
+        small.but(layout="contiguous"),  # a halo
+        small.but(kernel=(1, 1), padding=(0,) * 4, layout="contiguous", size=(16, 16)),  # planes
+    ):
+        run(make_tensors(case), "cuda")
+    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "132")
+    run(make_tensors(small), "cuda")
+    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1")
+    monkeypatch.setenv("BAP_KERNELS_SIMULATED_WARPGROUPS", "0")
+    run(make_tensors(small), "cuda")
+    assert launches() == before
