@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import ours
-from benches.training.steps import MaskedSwitchConv2d
+from benches.training.step_peers import MaskedSwitchConv2d
 
 STEPS, EARLY = 200, 20
 BATCH, SIZE, CLASSES = 32, 32, 10

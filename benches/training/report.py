@@ -127,6 +127,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
             ),
             number(row.vs_masked),
             number(row.vs_dense),
+            number(row.vs_naive),
             mebibytes(row.saved_bytes),
             mebibytes(row.peak_bytes),
         ]
@@ -135,9 +136,10 @@ def steps_table(rows: Sequence[Row]) -> Table:
         if summary.setting_of(row) == setting
     ]
     batch = max((row.batch for row in summary.step_rows(rows)), default=0)
-    note = f"ResNet-26 at 64x64, batch {batch}. Kept and peak in MiB."
+    note = f"ResNet-26 at 64x64, batch {batch}. Naive trains no switches. Kept and peak in MiB."
     columns = ["layout", "weights", "d", "", "step", "forward", "backward", "SGD"]
-    return Table("Whole steps", [*columns, "over masked", "over dense", "kept", "peak"], lines, note, left=2)
+    over = ["over masked", "over dense", "over naive"]
+    return Table("Whole steps", [*columns, *over, "kept", "peak"], lines, note, left=2)
 
 
 def parts_table(found: Sequence[Parts]) -> Table:

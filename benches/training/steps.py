@@ -4,114 +4,41 @@ Peers, all with batch norm and classifier trained, and the convolutions' weights
     auto:   the plain network converted by the package's own `switch_`
     masked: the same network with ``F.conv2d(x * s, w)`` in place of each convolution: the reference
     dense:  the plain network, without switches
+    naive:  ``F.conv2d(x.index_select(1, on), w.index_select(1, on))`` in place of each convolution: no gradient for
+            switches that are off, nor on, so that it trains none; every other gradient is that of the masked network
 A step is forward, loss, backward, and SGD with momentum over everything that is trained. Scores lie so far from the
 threshold that no switch turns while it is timed.
 """
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import gate, memory, ours
-from benches.networks import CLASSES, CROPS, NETWORKS, conv_flop, in_lists
+from benches.networks import CLASSES, conv_flop, in_lists
 from benches.photographs import batches
 from benches.problem import MEMORY_FORMATS
 from benches.rows import Row, row_of, with_ratios
 from benches.timers import Spread, Timed, clock, interleave
 from benches.training.cells import STEP, StepCell
+from benches.training.step_peers import SIZE, THRESHOLD, freeze, network, plain, scores, trained
 
-PEERS = ("masked", "dense", "auto")
-DOMAIN = "photographs"
-SIZE = NETWORKS["resnet26"][1]
-STEM = "conv1"
-THRESHOLD = 5e-3
-ON, OFF = 1.0, -1.0
+PEERS = ("masked", "dense", "naive", "auto")
+# Peers that train switches.
+SWITCHING = ("masked", "auto")
 RATE, MOMENTUM = 1e-4, 0.9
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 # Images of the gate's float64 step.
 GATED_IMAGES = 4
 # Norm of a gradient's difference over its norm: rounding, and the few ReLU that it flips, through 26 layers.
 TOLERANCE = 2e-2
-
-
-class MaskedSwitchConv2d(nn.Module):
-    """A convolution of x times binary switches, trained by the straight-through estimator: plain autograd."""
-
-    def __init__(self, conv: nn.Conv2d, score: Tensor) -> None:
-        super().__init__()
-        self.weight = conv.weight
-        self.score = nn.Parameter(score.clone())
-        self.stride, self.padding = conv.stride, conv.padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply and convolve."""
-        binary = (self.score > THRESHOLD).to(x.dtype)
-        switch = binary + self.score - self.score.detach()
-        return F.conv2d(x * switch.view(1, -1, 1, 1), self.weight, None, self.stride, self.padding)
-
-
-@lru_cache(maxsize=1)
-def plain() -> nn.Module:
-    """Return the plain network with random weights, in training mode, nchw."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = NETWORKS["resnet26"][0]().train()
-        # Statistics of the photographs, from which batch norms go on.
-        model(batches(SIZE, CROPS, count=1)[0])
-    return model
-
-
-def scores(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
-    """Draw scores for every convolution that gets switches; exactly density x channels of each are on."""
-    found = {}
-    for name, index in in_lists(model, density, seed).items():
-        conv: Any = model.get_submodule(name)
-        found[name] = torch.full((conv.in_channels,), OFF)
-        found[name][index.long()] = ON
-    return found
-
-
-def switched(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    """Convert a copy of a plain network through the package, with these scores."""
-    bk = ours.package()
-    made = bk.nn.switch_(copy.deepcopy(model), [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
-    bk.set_domain(made, DOMAIN)
-    with torch.no_grad():
-        for name, score in given.items():
-            made.get_submodule(name).domains[DOMAIN].score.copy_(score)
-    return made
-
-
-def masked(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    """Convert a copy of a plain network to masked convolutions with these scores."""
-    made = copy.deepcopy(model)
-    for name, score in given.items():
-        parent, _, child = name.rpartition(".")
-        owner = made.get_submodule(parent)
-        setattr(owner, child, MaskedSwitchConv2d(getattr(owner, child), score))
-    return made
-
-
-def freeze(model: nn.Module) -> None:
-    """Take all convolution weights out of training."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, MaskedSwitchConv2d)):
-            module.weight.requires_grad_(False)
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that are trained, under names that all peers share."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name.replace(f"domains.{DOMAIN}.", ""), parameter
 
 
 def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -190,11 +117,9 @@ class StepBench:
         Raises:
             ValueError: If the name is none of `PEERS`.
         """
-        given = scores(plain(), cell.density, cell.seed)
         if name not in PEERS:
             raise ValueError(f"model(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
-        build = {"masked": masked, "auto": switched}
-        made: Any = copy.deepcopy(plain()) if name == "dense" else build[name](plain(), given)
+        made = network(name, scores(plain(), cell.density, cell.seed))
         made = made.to(memory_format=MEMORY_FORMATS[cell.layout])
         if cell.mode == "frozen":
             freeze(made)
@@ -222,19 +147,21 @@ class StepBench:
     def gated(self, name: str, step: Step, cell: StepCell, reference: dict[str, Tensor]) -> float:
         """Compare the gradients of the first images with the reference, and return the largest error.
 
+        Those of switches are left out where a peer trains none.
+
         Raises:
             WrongResultError: If a gradient differs by more than rounding.
         """
         step.enter()
         few = step.inputs[0][:GATED_IMAGES]
         found = gradients(copy.deepcopy(step.model), few, step.labels[:GATED_IMAGES])
-        return within(f"{name} on {cell.id}", found, reference)
+        return within(f"{name} on {cell.id}", found, computed(name, reference))
 
     def rows(self, cell: StepCell, names: Sequence[str], seconds: float) -> list[Row]:
         """Measure one cell in about some seconds; at least three rounds are made.
 
-        The dense network is not gated, as it computes something else. Of the whole batch, the package's gradients are
-        compared with those of the masked network.
+        The dense network is not gated, as it computes something else. Of the whole batch, gradients are compared with
+        those of the masked network.
 
         Raises:
             WrongResultError: If a gradient is wrong, or switches have turned while they were timed.
@@ -242,7 +169,8 @@ class StepBench:
         start = time.perf_counter()
         steps = {name: self.prepare(cell, name) for name in names}
         errors = dict.fromkeys(names, 0.0)
-        if compared := [name for name in names if name != "dense"]:
+        compared = [name for name in names if name != "dense"]
+        if compared:
             reference = self.reference(cell)
             errors |= {name: self.gated(name, steps[name], cell, reference) for name in compared}
         saved = {}
@@ -250,9 +178,10 @@ class StepBench:
             step.enter()
             apart = [*step.model.parameters(), *step.model.buffers(), *step.inputs, step.labels]
             saved[name] = memory.saved_bytes(partial(step.loss, step.inputs[0]), apart)
-        if {"masked", "auto"} <= set(names):
-            whole = [gradients(steps[n].model, steps[n].inputs[0], steps[n].labels) for n in ("auto", "masked")]
-            within(f"auto on {cell.id}, whole batch", *whole)
+        if "masked" in names:
+            whole = {name: gradients(steps[name].model, steps[name].inputs[0], steps[name].labels) for name in compared}
+            for name in compared:
+                within(f"{name} on {cell.id}, whole batch", whole[name], computed(name, whole["masked"]))
         peaks = {name: self._peak(cell, name) for name in names}
         left = seconds - (time.perf_counter() - start)
         samples = interleave(steps, self.clock, left, MIN_ROUNDS, MAX_ROUNDS)
@@ -271,6 +200,11 @@ class StepBench:
         if name == "dense":
             return self._dense_peak(StepCell(cell.batch, 1.0, cell.layout, cell.mode))
         return memory.in_fresh_process(step_peak, cell, name)
+
+
+def computed(name: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those gradients that a peer computes: all, or all but the switches'."""
+    return {where: value for where, value in wanted.items() if name in SWITCHING or not where.endswith(".score")}
 
 
 def within(name: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

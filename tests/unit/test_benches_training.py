@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 from benches import gate, memory, rows
 from benches.cases import CASES, LAYOUTS, Cell
 from benches.training import __main__ as command
-from benches.training import curve, layers, parts, report, steps, summary
+from benches.training import curve, layers, parts, report, step_peers, steps, summary
 from benches.training.cells import MODES, LayerCell, StepCell, layer_cells, passes, step_cells
 
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
@@ -94,8 +94,8 @@ def test_output_gradients_are_no_inputs() -> None:
 def test_peers_are_named() -> None:
     with pytest.raises(ValueError, match=r"peer\(\): expected `name` to be one of masked.*got 'fast'"):
         layers.LayerBench(peaks=False).layer(TINY).peer("fast", "frozen")
-    with pytest.raises(ValueError, match=r"model\(\): expected `name` to be one of masked.*got 'naive'"):
-        steps.StepBench(peaks=False).model(STEP, "naive")
+    with pytest.raises(ValueError, match=r"model\(\): expected `name` to be one of masked.*got 'best'"):
+        steps.StepBench(peaks=False).model(STEP, "best")
 
 
 def test_saved_bytes_counts_tensors_once_and_no_parameters() -> None:
@@ -155,22 +155,31 @@ def test_steps_are_the_same_network() -> None:
     scores = {where for where in named["auto"] if where.endswith(".score")}
     assert len(scores) == 24
     assert not any(where.startswith("conv1") for where in scores)
-    assert named["dense"] == named["auto"] - scores
+    assert named["dense"] == named["naive"] == named["auto"] - scores
     assert len(named["dense"]) == 2 * 25 + 2
     for where, score in steps.trained(models["auto"]):
         if where in scores:
             assert (score > steps.THRESHOLD).sum() == len(score) // 2
+            naive = models["naive"].get_submodule(where.removesuffix(".score"))
+            assert isinstance(naive, step_peers.NaiveSwitchConv2d)
+            assert naive.on.tolist() == (score > steps.THRESHOLD).nonzero().flatten().tolist()
 
 
 def test_rows_of_a_step() -> None:
     made = {row.peer: row for row in steps.StepBench(peaks=False).rows(STEP, steps.PEERS, seconds=0)}
     assert tuple(made) == steps.PEERS
-    masked, auto = made["masked"], made["auto"]
-    assert 0 < auto.max_error < steps.TOLERANCE
+    masked, auto, naive = made["masked"], made["auto"], made["naive"]
+    assert all(0 < row.max_error < steps.TOLERANCE for row in (masked, auto, naive))
     assert auto.saved_bytes is not None
     assert masked.saved_bytes is not None
     assert made["dense"].saved_bytes == pytest.approx(auto.saved_bytes, rel=0.01)
     assert masked.saved_bytes > 1.3 * auto.saved_bytes
+    # Half of every weight and of every input is copied, beside what batch norm and ReLU keep.
+    assert naive.saved_bytes is not None
+    weights = [p for name, p in step_peers.plain().named_parameters() if p.dim() == 4 and name != "conv1.weight"]
+    sliced = 4 * sum(weight.numel() for weight in weights) / 2
+    assert auto.saved_bytes + sliced < naive.saved_bytes < masked.saved_bytes + sliced
+    assert naive.vs_masked == pytest.approx(masked.p50_s / naive.p50_s)
     assert all(row.forward_s and row.backward_s and row.optimiser_s and row.case == "step" for row in made.values())
 
 
@@ -198,6 +207,20 @@ def test_gate_refuses_a_wrong_step(
     monkeypatch.setattr(steps, "gradients", lambda *given: spoil(right(*given)))
     with pytest.raises(gate.WrongResultError, match=message):
         bench.gated("auto", step, STEP, reference)
+
+
+def test_gate_refuses_a_naive_step_of_other_channels() -> None:
+    bench = steps.StepBench(peaks=False)
+    reference = bench.reference(STEP)
+    step = bench.prepare(STEP, "naive")
+    assert bench.gated("naive", step, STEP, reference) < steps.TOLERANCE
+    layer = step.model.get_submodule("layer3.1.conv2")
+    assert isinstance(layer, step_peers.NaiveSwitchConv2d)
+    off = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+    off[layer.on] = False
+    layer.on[0] = off.nonzero()[0, 0]
+    with pytest.raises(gate.WrongResultError, match="naive on resnet26-b2-step"):
+        bench.gated("naive", step, STEP, reference)
 
 
 def test_turned_switches_are_noticed() -> None:
@@ -249,7 +272,7 @@ def synthetic() -> list[rows.Row]:
     found = []
     for cell in [*layer_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES), *step_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES)]:
         density = cell.cell.density if isinstance(cell, LayerCell) else cell.density
-        pairs = [("masked", 1.0), ("dense", 0.9), ("auto", 0.4 + 0.4 * density)]
+        pairs = [("masked", 1.0), ("dense", 0.9), ("naive", 0.8), ("auto", 0.4 + 0.4 * density)]
         found += rows.with_ratios(make_row(cell, peer, seconds) for peer, seconds in pairs)
     return found
 
@@ -309,7 +332,9 @@ def test_report_from_rows_and_curves_alone(tmp_path: Path) -> None:
     assert tables["Loss curves: differences"].rows[0][1:4] == ["0.0e+00", "2.5e-01", "1 of 2"]
     text = (tmp_path / "report.md").read_text()
     assert "| layer over masked autograd | nchw | trained | 0.5 | 27 | 1.40 | 1.67 | met |" in text
-    assert "| nchw | frozen | 0.25 | ours | 500 ms | 167 ms | 250 ms | 83.3 ms | 2.00 | 1.80 | 1.0 | 1.0 |" in text
+    assert (
+        "| nchw | frozen | 0.25 | ours | 500 ms | 167 ms | 250 ms | 83.3 ms | 2.00 | 1.80 | 1.60 | 1.0 | 1.0 |" in text
+    )
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {"layers", "steps", "memory", "curve"}
     assert rows.read_json(tmp_path / "results.json")[1] == rows.read_csv(tmp_path / "results.csv") == made
 
