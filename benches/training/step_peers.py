@@ -102,10 +102,10 @@ def replaced(model: nn.Module, given: dict[str, Tensor], name: str) -> nn.Module
 
 
 def network(name: str, given: dict[str, Tensor]) -> Any:
-    """One peer's network: ``dense``, ``auto``, or of `REPLACED`."""
+    """One peer's network: ``dense``, of `REPLACED`, or the package's own under any of its backends."""
     if name == "dense":
         return copy.deepcopy(plain())
-    return switched(plain(), given) if name == "auto" else replaced(plain(), given, name)
+    return replaced(plain(), given, name) if name in REPLACED else switched(plain(), given)
 
 
 def freeze(model: nn.Module) -> None:
