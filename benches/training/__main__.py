@@ -120,7 +120,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     curves = curve.read(options.out)
     end = start + options.budget_seconds
     with progress_bars(console) as progress:
-        if options.curve and not curves:
+        if options.curve and {one.peer for one in curves} != set(curve.PEERS):
             bar = progress.add_task("curve", total=curve.STEPS * len(curve.PEERS) * len(curve.DTYPES), what="")
             curves = [
                 curve.train(peer, dtype, tick=lambda: progress.advance(bar))

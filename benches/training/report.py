@@ -42,7 +42,9 @@ TEXT = Text(
         "On a GPU (--device cuda) times are between CUDA events with the L2 cache flushed before each run, in float32 "
         "with TF32 off, and ours goes through PyTorch's own operators unless a backend is named (cuda, triton).",
         "The curve trains a small network for 200 steps with the package's layers and with masked autograd, from the "
-        "same weights on the same batches.",
+        "same weights on the same batches. Rounding errors grow from step to step and turn switches, so that no two "
+        "float32 runs that round differently stay together: how soon and how far is measured on masked autograd, run "
+        "again in channels_last and with the samples of each batch reversed.",
     ),
 )
 
@@ -166,29 +168,43 @@ def parts_table(found: Sequence[Parts]) -> Table:
 
 def curve_table(curves: Sequence[curve.Curve]) -> Table:
     """How far the losses lie apart."""
+    compared = curve.compare(curves)
     lines = [
         [
             one.dtype,
+            label(one.peer),
             f"{one.early:.1e}",
             f"{one.largest:.1e}",
+            *("never" if at is None else str(at) for at in (one.small_at, one.large_at)),
             f"{one.switches} of {one.all_switches}",
             f"{one.first:.3f}",
             f"{one.last:.3f}",
             f"{one.density:.2f}",
         ]
-        for one in curve.compare(curves)
+        for one in compared
     ]
-    note = "Ours against masked autograd. Switches: how many differ after the last step."
+    verdicts = [curve.verdict(compared, dtype) for dtype in dict.fromkeys(one.dtype for one in compared)]
+    note = " ".join(
+        [
+            "Against masked autograd: ours, and masked autograd itself with other rounding (the same sums in another "
+            "order). Steps are the first with that difference of the loss. Switches: how many differ after the last "
+            "step.",
+            *filter(None, verdicts),
+        ]
+    )
     columns = [
         "dtype",
+        "",
         f"largest in {curve.EARLY} steps",
         "largest in all",
+        f"{curve.SMALL:g} at step",
+        f"{curve.LARGE:g} at step",
         "switches",
         "first loss",
         "last",
         "density",
     ]
-    return Table("Loss curves: differences", columns, lines, note)
+    return Table("Loss curves: differences", columns, lines, note, left=2)
 
 
 def cases_table(rows: Sequence[Row]) -> Table:

@@ -322,6 +322,8 @@ def make_curves() -> list[curve.Curve]:
     for dtype, difference in (("float32", 0.25), ("float64", 0.0)):
         found.append(curve.Curve("masked", dtype, [3.0, 2.0] * 30, 0.5, [True, False]))
         found.append(curve.Curve("auto", dtype, [3.0, 2.0] * 29 + [3.0, 2.0 - difference], 1.0, [True, True]))
+        found.append(curve.Curve("channels_last", dtype, [3.0, 2.0] * 28 + [3.0, 2.5] * 2, 0.5, [True, False]))
+        found.append(curve.Curve("reversed", dtype, [3.0, 2.0] * 29 + [3.0, 2.125], 0.5, [True, False]))
     return found
 
 
@@ -330,7 +332,11 @@ def test_report_from_rows_and_curves_alone(tmp_path: Path) -> None:
     curve.write(tmp_path, curves)
     assert curve.read(tmp_path) == curves
     tables = {table.title: table for table in report.write(tmp_path, HEADER, made, curves)}
-    assert tables["Loss curves: differences"].rows[0][1:4] == ["0.0e+00", "2.5e-01", "1 of 2"]
+    table = tables["Loss curves: differences"]
+    assert table.rows[0][:7] == ["float32", "ours", "0.0e+00", "2.5e-01", "59", "59", "1 of 2"]
+    assert table.rows[3][:7] == ["float64", "ours", "0.0e+00", "0.0e+00", "never", "never", "1 of 2"]
+    assert [row[5] for row in table.rows[:3]] == ["59", "57", "59"]
+    assert "In float32 ours parts from masked autograd no sooner than, and no further than, masked" in table.note
     text = (tmp_path / "report.md").read_text()
     assert "| layer over masked autograd | nchw | trained | 0.5 | 27 | 1.40 | 1.67 | met |" in text
     assert (
@@ -379,12 +385,27 @@ def test_nothing_turns_no_report_into_an_error(tmp_path: Path) -> None:
     assert [table.title for table in report.write(tmp_path, HEADER, [], [])] == ["Machine", "Every case"]
 
 
+def test_verdict_says_what_is_worse() -> None:
+    def compared(peer: str, largest: float, large_at: int | None) -> curve.Comparison:
+        return curve.Comparison("float32", peer, 0.0, largest, large_at, large_at, 0, 2, 3.0, 2.0, 0.5)
+
+    itself = [compared("channels_last", 0.2, 30), compared("reversed", 0.1, None)]
+    sooner, later = "parts from masked autograd sooner than, and", "parts from masked autograd no sooner than, and"
+    assert f"{sooner} further than, masked" in curve.verdict([compared("auto", 0.21, 29), *itself], "float32")
+    assert f"{later} no further than" in curve.verdict([compared("auto", 0.2, 30), *itself], "float32")
+    assert f"{later} further than" in curve.verdict([compared("auto", 0.3, None), *itself], "float32")
+    assert curve.verdict([compared("auto", 0.3, None)], "float32") == ""
+
+
 def test_curves_begin_alike_and_switches_turn() -> None:
-    masked, auto = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
+    masked, auto, *others = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
     assert masked.losses == pytest.approx(auto.losses, abs=1e-9)
     assert masked.switches == auto.switches
-    (found,) = curve.compare([masked, auto])
-    assert found.largest < 1e-9
+    found = curve.compare([masked, auto, *others])
+    assert [one.peer for one in found] == ["auto", "channels_last", "reversed"]
+    # Rounding alone differs.
+    assert all(one.largest < 1e-9 and one.switches == 0 for one in found)
+    assert all(one.largest > 0 for one in found[1:])
     before = torch.cat([p.detach() for name, p in curve.build("auto").named_parameters() if name.endswith("score")])
     assert (before > curve.THRESHOLD).tolist() != auto.switches
     assert 0 < auto.density < 1
