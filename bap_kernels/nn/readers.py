@@ -129,12 +129,13 @@ def link_readers_(model: nn.Module) -> nn.Module:
     modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
     found: dict[SwitchedConv2d, dict[SwitchedConv2d, None] | None] = {}
     for node in graph.nodes:
-        layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, SwitchedConv2d):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, SwitchedConv2d):
             continue
-        mine = None if _hooked(layer) else _readers(node, modules, layer.out_channels)
-        before = found.get(layer, {})
-        found[layer] = None if mine is None or before is None else before | mine
+        # A layer that is used twice is read by the readers of both results.
+        mine = None if _hooked(module) else _readers(node, modules, module.out_channels)
+        before = found.get(module, {})
+        found[module] = None if mine is None or before is None else before | mine
     for layer, readers in found.items():
         layer.readers = tuple(readers) if readers else None
     return model
