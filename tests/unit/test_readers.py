@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import bap_kernels as bk
 
@@ -279,6 +280,37 @@ def test_domains_that_are_not_set_and_mixed_batches_have_no_list() -> None:
     bk.set_domain(model, "cars")
     assert torch.equal(layer._read(x), layer_of(model, "4.conv2").switch() == 1)
     assert layer._read(x.to("meta")) is None
+
+
+def test_work_is_counted_alike() -> None:
+    x, counts = torch.randn(4, 3, 12, 12), []
+    for linked in (True, False):
+        model = switched(linked=linked)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_compiled_steps_search() -> None:
+    """One graph serves all domains; a number of the reader in it would not."""
+    torch._dynamo.reset()
+    model, x = switched(), torch.randn(4, 3, 12, 12)
+    graphs = 0
+
+    def count_graphs(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count_graphs)
+    for domain in DOMAINS:
+        bk.set_domain(model, domain)
+        wanted = gradients(model, x)
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        assert_equal({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, wanted)
+    assert graphs == 1
 
 
 def test_readers_of_resnets() -> None:
