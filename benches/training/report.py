@@ -126,7 +126,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
             row.layout,
             row.mode,
             f"{row.density:g}",
-            label(row.peer),
+            label(row.peer).split(" (")[0],
             time_text(row.p50_s),
             *(
                 time_text(part) if part is not None else "–"
