@@ -40,8 +40,8 @@ RATE, MOMENTUM = 1e-4, 0.9
 MIN_ROUNDS, MAX_ROUNDS = {"cpu": 3, "cuda": 30}, {"cpu": 20, "cuda": 100}
 # Images of the gate's float64 step.
 GATED_IMAGES = 4
-# Norm of a gradient's difference over its norm: rounding, and the few ReLU that it flips, through 26 layers. The largest
-# that was seen of a right one is 1.6e-2.
+# Norm of a gradient's difference over its norm: rounding, and the few ReLU that it flips, through 26 layers. The
+# largest that was seen of a right one is 1.6e-2.
 TOLERANCE = 3e-2
 
 
