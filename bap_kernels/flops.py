@@ -111,6 +111,7 @@ def _switched_backward(
     groups: int,
     off_gradient: bool,
     output_mask: Sequence[bool],
+    *args: Any,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:

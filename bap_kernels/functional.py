@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["gathered_conv2d", "switched_conv2d"]
 
 _operator = torch.ops.bap_kernels.gathered_conv2d.default
-_switched_operator = torch.ops.bap_kernels.switched_conv2d.default
+# With what is settled there: pairs, four sides, and who reads the result.
+switched_operator = torch.ops.bap_kernels.switched_conv2d.default
 
 
 def call_gathered_conv2d(
@@ -204,4 +205,4 @@ def switched_conv2d(
     dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
     pair = (padding, padding) if isinstance(padding, int) else padding
     sides = four_sided("switched_conv2d", pair, weight.shape[2:], strides, dilations)
-    return _switched_operator(input, weight, bias, switch, strides, sides, dilations, groups, off_gradient)
+    return switched_operator(input, weight, bias, switch, strides, sides, dilations, groups, off_gradient)

@@ -6,6 +6,8 @@ is told to map each block of 64 KiB or more on its own and to return what is fre
 stay resident and be used again unseen, or be counted though nobody holds it. As that makes allocation slower, peaks are
 measured in a process of their own, never in one that is timed. Pages count when they are first written. The kernel's
 counters are exact to some 100 KiB.
+
+On a GPU the peak is that of PyTorch's allocator, which every library that PyTorch calls takes its scratch memory from.
 """
 
 import ctypes
@@ -81,6 +83,16 @@ def peak_bytes(run: Callable[[], object]) -> int:
     before = _resident("VmRSS")
     run()
     return max(0, _resident("VmHWM") - before)
+
+
+def cuda_peak_bytes(run: Callable[[], object]) -> int:
+    """Bytes that ``run`` takes at most beyond what PyTorch's CUDA allocator held before, in this process."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor]) -> int:

@@ -4,6 +4,8 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,31 @@ class CpuClock:
         start = time.perf_counter_ns()
         run(x)
         return (time.perf_counter_ns() - start) * 1e-9
+
+
+class Marks:
+    """Moments within one run; on a GPU they are events, so that marking one waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._taken: list[Any] = []
+
+    def mark(self) -> None:
+        """Note the moment."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._taken.append(event)
+        else:
+            self._taken.append(time.perf_counter())
+
+    def seconds(self) -> tuple[float, ...]:
+        """Seconds from each moment to the next; on a GPU it waits for the last."""
+        pairs = pairwise(self._taken)
+        if not self._cuda:
+            return tuple(later - earlier for earlier, later in pairs)
+        torch.cuda.synchronize()
+        return tuple(earlier.elapsed_time(later) * 1e-3 for earlier, later in pairs)
 
 
 class CudaClock:

@@ -6,6 +6,7 @@ from bap_kernels.nn.convert import add_domain_, switch_
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
 from bap_kernels.nn.parallel import DomainParallel
 from bap_kernels.nn.per_domain import domain_layers, domain_parameters
+from bap_kernels.nn.readers import link_readers_
 from bap_kernels.nn.recalibrate import recalibrate_bn
 from bap_kernels.nn.recompute import recompute, recompute_
 from bap_kernels.nn.swap import skipped
@@ -22,6 +23,7 @@ __all__ = [
     "add_domain_",
     "domain_layers",
     "domain_parameters",
+    "link_readers_",
     "recalibrate_bn",
     "recompute",
     "recompute_",

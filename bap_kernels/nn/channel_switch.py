@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from bap_kernels.channels import ChannelLists
 
 __all__ = ["ChannelSwitch"]
+
+# From 1: the operators take 0 for callers without a number.
+_numbers = itertools.count(1)
 
 
 class ChannelSwitch(nn.Module):
@@ -64,6 +68,8 @@ class ChannelSwitch(nn.Module):
         self.since = 0
         self.score = nn.Parameter(torch.full((channels,), float(initial), dtype=torch.float32, device=device))
         self._listed: tuple[tuple[int, int, float], ChannelLists] | None = None
+        # Its own among all that are alive: by it the backward knows which lists it has seen.
+        self.number = next(_numbers)
 
     def forward(self) -> Tensor:
         """The switches, (C,), float32 zeros and ones, differentiable in the scores."""
@@ -117,6 +123,10 @@ class ChannelSwitch(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A pointer and a version say nothing about a copy.
         return {**self.__dict__, "_listed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = next(_numbers)
 
     def extra_repr(self) -> str:
         """Width and threshold."""

@@ -10,6 +10,7 @@ from torch import nn
 from bap_kernels.nn.conv import GatheredConv2d, why_not
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
 from bap_kernels.nn.per_domain import checked_names, domain_layers
+from bap_kernels.nn.readers import link_readers_
 from bap_kernels.nn.swap import replace_
 from bap_kernels.nn.switched import SwitchedConv2d
 
@@ -32,7 +33,8 @@ def switch_(
     :class:`torch.nn.Conv2d` becomes :class:`~bap_kernels.nn.SwitchedConv2d` and shares its parameters with the layer
     that it replaces; :class:`torch.nn.BatchNorm2d` becomes :class:`~bap_kernels.nn.DomainBatchNorm2d`, every domain
     starting from its parameters and statistics. A layer that is used in several places stays one. Convolutions that
-    cannot be switched stay as they are; :func:`bap_kernels.nn.skipped` names them with the reason.
+    cannot be switched stay as they are; :func:`bap_kernels.nn.skipped` names them with the reason. Convolutions learn
+    which others read their results (:func:`link_readers_`), so the model's code is recorded by torch.fx once.
 
     A checkpoint of the plain model still loads strictly, before or after: it sets what is shared, and the batch norm of
     every domain. Choose a domain with :func:`bap_kernels.set_domain` before the first forward.
@@ -95,7 +97,7 @@ def switch_(
         new[linear] = DomainLinear.from_linear(linear, {name: heads[name] for name in names})
     if not new:
         raise ValueError("switch_(): expected `model` to have convolutions or batch norms to replace, got none.")
-    return replace_(model, new)
+    return link_readers_(replace_(model, new))
 
 
 def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: int | None = None) -> nn.Module:

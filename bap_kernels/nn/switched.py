@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_conv2d
+from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, take_over, why_not, why_not_groups
 from bap_kernels.nn.per_domain import PerDomain, checked_names
@@ -49,6 +49,10 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
         ste_every: channels that are off get a gradient in every ``ste_every``-th training forward of a domain only,
             which saves time in the others.
 
+    Attributes:
+        readers: the layers that read the result, and nothing else does; None where that is not known. See
+            :func:`bap_kernels.nn.link_readers_`, which sets it; no part of the state, and left behind by copies.
+
     Shape:
         - Input: (N, C_in, H, W) or (C_in, H, W)
         - Output: (N, C_out, oH, oW) or (C_out, oH, oW)
@@ -71,6 +75,8 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
 
     _active: ChannelSwitch | None
     _without_domain_allowed = True
+    # Outside the module tree, which names each layer once.
+    readers: tuple[SwitchedConv2d, ...] | None = None
 
     def __init__(
         self,
@@ -170,7 +176,7 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             )
         layer = layer_type.__new__(layer_type)
         take_over(layer, self)
-        for name in ("_active", "domains"):
+        for name in ("_active", "domains", "readers"):
             layer.__dict__.pop(name, None)
         layer._modules.pop("domains")
         layer._start_with(None)
@@ -242,10 +248,29 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
         counts = self.training and torch.is_grad_enabled()
         off_gradient = active.takes_off_gradient() if counts else True
+        sides = four_sided("switched_conv2d", padding, self.kernel_size, stride, dilation)
+        read = self._read(input)
+        # A number would be a constant of a compiled graph, which serves all domains.
+        number = 0 if read is None else active.number
+        last = (stride, sides, dilation, self.groups, off_gradient, read, number)
         if not recomputes():
-            return switched_conv2d(input, weight, bias, active(), stride, padding, dilation, self.groups, off_gradient)
+            return switched_operator(input, weight, bias, active(), *last)
         with held_input(input) as held:
-            return switched_conv2d(held, weight, bias, active(), stride, padding, dilation, self.groups, off_gradient)
+            return switched_operator(held, weight, bias, active(), *last)
+
+    def _read(self, input: Tensor) -> Tensor | None:
+        """Of every output channel whether a reader has it on, (C_out,), bool; None if that is not known or no use."""
+        readers = self.readers
+        if readers is None or self._mixed is not None or torch.compiler.is_compiling() or input.device.type != "cpu":
+            return None
+        found: Tensor | None = None
+        for reader in readers:
+            switch = reader._active
+            if switch is None:
+                return None
+            on = switch.score.detach() > switch.threshold
+            found = on if found is None else found | on
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         place = f"{prefix}domains."
@@ -258,6 +283,10 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
                     torch.full(score.shape, float(switch.initial)) if score.is_meta else score
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one layer would take its readers along, and theirs.
+        return {name: value for name, value in self.__dict__.items() if name != "readers"}
 
     def extra_repr(self) -> str:
         """The dense layer's facts, then the domains."""

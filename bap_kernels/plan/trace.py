@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.domains import domain_names
+from bap_kernels.nn.recording import record, root_of
 from bap_kernels.plan.domain_view import frozen, in_domain, lists_of
 from bap_kernels.plan.graph import Channels, Graph, Op, Value
 from bap_kernels.plan.operations import (
@@ -42,50 +43,6 @@ class Recording:
 
     steps: fx.Graph
     facts: _Facts
-
-
-class _Tracer(fx.Tracer):
-    """Records every layer as one step; remembers the innermost module whose code cannot be recorded."""
-
-    def __init__(self, whole: set[nn.Module]) -> None:
-        super().__init__()
-        self.whole = whole
-        self.failed: nn.Module | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, GatheredConv2d) or m in self.whole
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or m
-            raise
-
-
-def _root(model: nn.Module) -> nn.Module:
-    single = _Tracer(set()).is_leaf_module(model, "") and len(list(model.children())) == 0
-    return nn.Sequential(model) if single else model
-
-
-def _record(op: str, model: nn.Module) -> tuple[nn.Module, fx.Graph]:
-    """The model, inside another one if it is a single layer, and its recording."""
-    root = _root(model)
-    whole: set[nn.Module] = set()
-    while True:
-        tracer = _Tracer(whole)
-        try:
-            graph = tracer.trace(root)
-        except Exception as error:
-            if tracer.failed is None or tracer.failed in whole:
-                raise ValueError(
-                    f"{op}(): expected `model` to be recordable by torch.fx, got {type(model).__name__}, whose own "
-                    f"forward is not: {error}. Hint: move what depends on values into a submodule; it is run as it is."
-                ) from error
-            whole.add(tracer.failed)
-            continue
-        return root, graph
 
 
 def _masked(layer: GatheredConv2d, lists: ChannelLists, x: Tensor) -> Tensor:
@@ -373,9 +330,9 @@ def trace(
     _check_domain(op, model, domain)
     expected = None
     if known is not None:
-        root = _root(in_domain(model, domain))
+        root = root_of(in_domain(model, domain), (GatheredConv2d,))
     else:
-        root, recorded = _record(op, in_domain(model, domain))
+        root, recorded = record(op, in_domain(model, domain), (GatheredConv2d,))
         run = _MaskedDense(root, recorded, domain)
         run.extra_traceback = False
         try:

@@ -5,6 +5,11 @@ in float64. The loss is the cross entropy plus a pressure on the share of switch
 the pressure stands for no published budget. In float32 the two round differently: their losses are equal at first and
 then drift apart, since a rounding error grows from step to step and a switch may turn in another step. In float64,
 where the package goes through PyTorch's own operators, that takes far longer.
+
+How much drift rounding alone makes is measured on masked autograd itself, run twice more:
+    channels_last: with weights and images in that memory format
+    reversed:      with the samples of every batch in reverse order
+Both compute the very same sums of the very same numbers, in another order.
 """
 
 import csv
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import ours
-from benches.training.steps import MaskedSwitchConv2d
+from benches.training.step_peers import MaskedSwitchConv2d
 
 STEPS, EARLY = 200, 20
 BATCH, SIZE, CLASSES = 32, 32, 10
@@ -32,7 +37,12 @@ WIDTHS = (16, 32, 32, 64, 64)
 STRIDES = (1, 2, 1, 2, 1)
 STEM = "0"
 DOMAIN = "digits"
-PEERS = ("masked", "auto")
+REFERENCE, OURS = "masked", "auto"
+# Masked autograd with other rounding.
+YARDSTICKS = ("channels_last", "reversed")
+PEERS = (REFERENCE, OURS, *YARDSTICKS)
+# Differences of the loss whose first step is reported.
+SMALL, LARGE = 1e-4, 1e-2
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -41,7 +51,7 @@ class Curve:
     """Losses of one peer.
 
     Args:
-        peer: ``masked`` or ``auto``.
+        peer: Of `PEERS`.
         dtype: Of everything.
         losses: Of every step, before its update.
         density: Share of switches that are on after the last step.
@@ -57,11 +67,25 @@ class Curve:
 
 @dataclass
 class Comparison:
-    """How far two curves of one dtype lie apart: largest differences of the loss, and switches that differ at last."""
+    """How far a curve lies from masked autograd's of the same dtype.
+
+    Args:
+        dtype: Of both.
+        peer: Whose curve.
+        early: Largest difference of the loss in the first steps.
+        largest: In all.
+        small_at, large_at: First steps that differ by `SMALL` and by `LARGE`; None if none does.
+        switches: How many differ after the last step, of ``all_switches``.
+        first, last: Losses of the peer.
+        density: Of the peer, at last.
+    """
 
     dtype: str
+    peer: str
     early: float
     largest: float
+    small_at: int | None
+    large_at: int | None
     switches: int
     all_switches: int
     first: float
@@ -93,10 +117,10 @@ def build(peer: str) -> nn.Sequential:
         for name, module in model.named_children()
         if isinstance(module, nn.Conv2d) and name != STEM
     }
-    if peer == "masked":
+    if peer != OURS:
         for name, score in given.items():
             model[int(name)] = MaskedSwitchConv2d(model[int(name)], score)  # type: ignore[arg-type]
-        return model
+        return model.to(memory_format=torch.channels_last) if peer == "channels_last" else model
     bk = ours.package()
     bk.nn.switch_(model, [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
     bk.set_domain(model, DOMAIN)
@@ -120,13 +144,13 @@ def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] 
     """Train one peer's network.
 
     Args:
-        peer: ``masked`` or ``auto``.
+        peer: Of `PEERS`.
         dtype: ``float32`` or ``float64``.
         steps: How many.
         tick: Called after each step.
     """
     model = build(peer).to(DTYPES[dtype]).train()
-    if peer == "masked":
+    if peer != OURS:
         # The package keeps scores in float32 whatever the model's dtype, and so does its peer.
         for module in model:
             if isinstance(module, MaskedSwitchConv2d):
@@ -135,12 +159,16 @@ def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] 
     others = [p for name, p in model.named_parameters() if not name.endswith("score")]
     optimisers = [torch.optim.SGD(others, lr=RATE, momentum=MOMENTUM), torch.optim.Adam(scores, lr=SCORE_RATE)]
     images, labels = digits(DTYPES[dtype])
+    memory_format = torch.channels_last if peer == "channels_last" else torch.contiguous_format
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2)).repeat(-(-steps * BATCH // 1797))
     curve = Curve(peer, dtype)
     for step in range(steps):
         picked = order[step * BATCH : (step + 1) * BATCH]
+        if peer == "reversed":
+            picked = picked.flip(0)
+        x = images[picked].contiguous(memory_format=memory_format)
         share = torch.cat([(s > THRESHOLD).to(s.dtype) + s - s.detach() for s in scores]).mean()
-        loss = F.cross_entropy(model(images[picked]), labels[picked]) + PRESSURE * share
+        loss = F.cross_entropy(model(x), labels[picked]) + PRESSURE * share
         loss.backward()
         for optimiser in optimisers:
             optimiser.step()
@@ -153,26 +181,59 @@ def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] 
 
 
 def compare(curves: Sequence[Curve]) -> list[Comparison]:
-    """Compare both peers of every dtype that is there."""
+    """Compare every peer that is there with masked autograd in the same dtype."""
     found = []
     for dtype in dict.fromkeys(curve.dtype for curve in curves):
         mine = {curve.peer: curve for curve in curves if curve.dtype == dtype}
-        masked, auto = (mine[peer] for peer in PEERS)
-        apart = [abs(a - b) for a, b in zip(masked.losses, auto.losses, strict=True)]
-        turned = sum(a != b for a, b in zip(masked.switches, auto.switches, strict=True))
-        found.append(
-            Comparison(
-                dtype,
-                max(apart[:EARLY]),
-                max(apart),
-                turned,
-                len(auto.switches),
-                auto.losses[0],
-                auto.losses[-1],
-                auto.density,
+        masked = mine[REFERENCE]
+        for peer in (name for name in PEERS if name in mine and name != REFERENCE):
+            other = mine[peer]
+            apart = differences(masked, other)
+            turned = sum(a != b for a, b in zip(masked.switches, other.switches, strict=True))
+            found.append(
+                Comparison(
+                    dtype,
+                    peer,
+                    max(apart[:EARLY]),
+                    max(apart),
+                    first_beyond(apart, SMALL),
+                    first_beyond(apart, LARGE),
+                    turned,
+                    len(other.switches),
+                    other.losses[0],
+                    other.losses[-1],
+                    other.density,
+                )
             )
-        )
     return found
+
+
+def differences(masked: Curve, other: Curve) -> list[float]:
+    """How far the losses lie apart, step by step."""
+    return [abs(a - b) for a, b in zip(masked.losses, other.losses, strict=True)]
+
+
+def first_beyond(apart: Sequence[float], limit: float) -> int | None:
+    """Return the first step whose difference is ``limit`` or more; None if there is none."""
+    return next((step for step, value in enumerate(apart) if value >= limit), None)
+
+
+def verdict(compared: Sequence[Comparison], dtype: str) -> str:
+    """Say whether ours parts from masked autograd sooner or further than masked autograd from itself."""
+    mine = [one for one in compared if one.dtype == dtype and one.peer == OURS]
+    itself = [one for one in compared if one.dtype == dtype and one.peer in YARDSTICKS]
+    if not (mine and itself):
+        return ""
+    (ours_apart,) = mine
+    far = float("inf")
+
+    def step(one: Comparison) -> float:
+        return far if one.large_at is None else one.large_at
+
+    soonest, furthest = min(map(step, itself)), max(one.largest for one in itself)
+    sooner = "sooner than" if step(ours_apart) < soonest else "no sooner than"
+    further = "further than" if ours_apart.largest > furthest else "no further than"
+    return f"In {dtype} ours parts from masked autograd {sooner}, and {further}, masked autograd from itself."
 
 
 def write(folder: Path, curves: Sequence[Curve]) -> None:

@@ -5,6 +5,7 @@ Peers, all differentiated by autograd in the input and, where weights are traine
     masked: ``F.conv2d(x * s, w)``, likewise: the reference
     dense:  ``F.conv2d(x, w)``, without switches
     naive:  ``F.conv2d(x.index_select(1, on), w.index_select(1, on))``: no gradient for switches that are off, nor on
+Beside ``auto``, a backend of the package can be named, such as ``triton``.
 """
 
 import time
@@ -23,12 +24,13 @@ from benches import gate, memory, ours
 from benches.cases import Cell
 from benches.problem import NumberStore, Problem
 from benches.rows import Row, row_of, with_ratios
-from benches.timers import Spread, Timed, clock, interleave
+from benches.timers import Marks, Spread, Timed, clock, interleave
+from benches.training.backends import gated
 from benches.training.cells import LayerCell
 
 PEERS = ("masked", "dense", "naive", "auto")
 CPU = torch.device("cpu")
-MIN_ROUNDS, MAX_ROUNDS = 5, 30
+MIN_ROUNDS, MAX_ROUNDS = {"cpu": 5, "cuda": 30}, {"cpu": 30, "cuda": 100}
 # Inputs and output gradients must not be correlated.
 GRADIENT_SEED = 1
 
@@ -43,15 +45,13 @@ class Peer(Timed):
         forward: The convolution.
         leaves: What it is differentiated in beside the input, by name.
         gradients: Pool of output gradients, rotated through.
-        forward_s: Seconds of every forward.
-        backward_s: Seconds of every backward.
+        marks: Around every forward and backward.
     """
 
     forward: Forward = F.relu
     leaves: dict[str, Tensor] = field(default_factory=dict)
     gradients: Sequence[Tensor] = ()
-    forward_s: list[float] = field(default_factory=list)
-    backward_s: list[float] = field(default_factory=list)
+    marks: list[Marks] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         turn = count()
@@ -59,12 +59,13 @@ class Peer(Timed):
 
     def differentiate(self, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         """Return the result and the gradients, by name."""
-        start = time.perf_counter()
+        marks = Marks(x.device)
+        marks.mark()
         y = self.forward(x)
-        middle = time.perf_counter()
+        marks.mark()
         found = torch.autograd.grad(y, [x, *self.leaves.values()], grad)
-        self.forward_s.append(middle - start)
-        self.backward_s.append(time.perf_counter() - middle)
+        marks.mark()
+        self.marks.append(marks)
         return dict(zip(("result", "input", *self.leaves), (y.detach(), *found), strict=True))
 
 
@@ -98,7 +99,7 @@ class Layer:
         """Prepare a peer.
 
         Raises:
-            ValueError: If the name is none of `PEERS`.
+            ValueError: If the name is none of `PEERS`, nor a backend's.
         """
         problem = self.problem
         stride, padding = problem.conv_args
@@ -107,10 +108,10 @@ class Layer:
         index = problem.in_index
         leaves = {"weight": weight} if weight.requires_grad else {}
         enter = Timed.enter
-        if name == "auto":
+        if name in ours.BACKENDS:
             op, use = ours.package().switched_conv2d, ours.package().use_backend
             forward: Forward = lambda x: op(x, weight, None, switch, stride, padding)  # noqa: E731
-            enter = lambda: use("auto")  # noqa: E731
+            enter = lambda: use(name)  # noqa: E731
         elif name == "masked":
             forward = lambda x: F.conv2d(x * switch.view(1, -1, 1, 1), weight, None, stride, padding)  # noqa: E731
         elif name == "dense":
@@ -120,8 +121,9 @@ class Layer:
                 x.index_select(1, index), weight.index_select(1, index), None, stride, padding
             )
         else:
-            raise ValueError(f"peer(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
-        if name in ("auto", "masked"):
+            known = tuple(dict.fromkeys((*PEERS, *ours.BACKENDS)))
+            raise ValueError(f"peer(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
+        if name not in ("dense", "naive"):
             leaves = {**leaves, "switch": switch}
         return Peer(forward, problem.inputs, enter, forward=forward, leaves=leaves, gradients=self.gradients)
 
@@ -130,14 +132,18 @@ class LayerBench:
     """Measures cells one after the other.
 
     Args:
-        peaks: Whether peaks of memory are measured, in a process of their own.
+        peaks: Whether peaks of memory are measured: on the CPU in a process of their own.
+        device: Where to measure.
     """
 
-    def __init__(self, peaks: bool = True) -> None:
-        self.inputs = NumberStore(torch.float32, CPU)
-        self.grads = NumberStore(torch.float32, CPU, GRADIENT_SEED)
-        self.clock = clock(CPU)
-        self.peaks = peaks and memory.can_measure_peak()
+    def __init__(self, peaks: bool = True, device: torch.device = CPU) -> None:
+        self.device = device
+        self.inputs = NumberStore(torch.float32, device)
+        self.grads = NumberStore(torch.float32, device, GRADIENT_SEED)
+        self.clock = clock(device)
+        self.peaks = peaks and (device.type == "cuda" or memory.can_measure_peak())
+        # Why named backends lack cells.
+        self.left_out: list[str] = []
         self._worker: ProcessPoolExecutor | None = None
         # Both modes of a case follow one another.
         self.layer = lru_cache(maxsize=1)(self._layer)
@@ -145,10 +151,10 @@ class LayerBench:
         self._dense_errors: dict[str, float] = {}
 
     def _layer(self, cell: Cell) -> Layer:
-        problem = Problem.make(cell, self.inputs, torch.float32, CPU)
+        problem = Problem.make(cell, self.inputs, torch.float32, self.device)
         problem.inputs = [x.detach().requires_grad_() for x in problem.inputs]
         shape = (cell.batch, cell.case.C_out, *cell.case.output_size)
-        switch = torch.zeros(cell.case.C_in)
+        switch = torch.zeros(cell.case.C_in, device=self.device)
         switch[problem.in_index.long()] = 1
         return Layer(problem, self.grads.pool(shape, cell.layout)[0], switch)
 
@@ -169,7 +175,7 @@ class LayerBench:
         largest = 0.0
         for what, value in found.items():
             where = f"{name} ({what}) on {cell.id}"
-            if name == "auto" and value.dim() == 4:
+            if name in ours.BACKENDS and value.dim() == 4:
                 gate.check_layout(where, value, cell.cell.layout)
             error = gate.check(where, value, reference[what], lengths[what])
             largest = max(largest, error / reference[what].abs().max().item())
@@ -180,6 +186,8 @@ class LayerBench:
     def _peak(self, cell: LayerCell, name: str) -> int | None:
         if not self.peaks:
             return None
+        if self.device.type == "cuda":
+            return _peak_beyond_first(self.layer(cell.cell).peer(name, cell.mode), memory.cuda_peak_bytes)
         if self._worker is None:
             self._worker = memory.worker()
         return self._worker.submit(layer_peak, cell, name).result()
@@ -195,20 +203,22 @@ class LayerBench:
 
         Raises:
             WrongResultError: If anything is wrong; nothing of the cell is then returned.
+            NotImplementedError: If the package cannot run it.
         """
         start = time.perf_counter()
         layer = self.layer(cell.cell)
         peers = {name: layer.peer(name, cell.mode) for name in names}
-        errors = {name: self.gated(name, peer, cell) for name, peer in peers.items()}
+        errors = gated(names, lambda name: self.gated(name, peers[name], cell), self.left_out, PEERS)
+        peers = {name: peers[name] for name in errors}
         saved, peaks = {}, {}
         for name, peer in peers.items():
             run = partial(peer.forward, layer.problem.inputs[0])
             saved[name] = memory.saved_bytes(run, [layer.problem.weight, layer.switch])
             peaks[name] = self._peak(cell, name)
-            peer.forward_s.clear()
-            peer.backward_s.clear()
+            peer.marks.clear()
         left = seconds - (time.perf_counter() - start)
-        samples = interleave(peers, self.clock, left, MIN_ROUNDS, MAX_ROUNDS)
+        kind = self.device.type
+        samples = interleave(peers, self.clock, left, MIN_ROUNDS[kind], MAX_ROUNDS[kind])
         return with_ratios(
             _row(cell, layer, name, peer, Spread.of(samples[name]), errors[name], saved[name], peaks[name])
             for name, peer in peers.items()
@@ -217,12 +227,13 @@ class LayerBench:
 
 def layer_peak(cell: LayerCell, name: str) -> int:
     """Peak of one forward with backward, after one that leaves what a kernel keeps between calls."""
-    bench = _worker_bench()
-    layer = bench.layer(cell.cell)
-    peer = layer.peer(name, cell.mode)
+    return _peak_beyond_first(_worker_bench().layer(cell.cell).peer(name, cell.mode), memory.peak_bytes)
+
+
+def _peak_beyond_first(peer: Peer, peak_bytes: Callable[[Callable[[], object]], int]) -> int:
     peer.enter()
     peer.run(peer.inputs[0])
-    return memory.peak_bytes(lambda: peer.run(peer.inputs[0]))
+    return peak_bytes(lambda: peer.run(peer.inputs[0]))
 
 
 @lru_cache(maxsize=1)
@@ -244,6 +255,7 @@ def _row(
     cell: LayerCell, layer: Layer, name: str, peer: Peer, spread: Spread, error: float, saved: int, peak: int | None
 ) -> Row:
     problem = layer.problem
+    forward, backward = (median(part) for part in zip(*(marks.seconds() for marks in peer.marks), strict=True))
     return row_of(
         cell.cell,
         spread,
@@ -251,11 +263,12 @@ def _row(
         cell=cell.id,
         **cell.cell.facts,
         peer=name,
+        device=peer.inputs[0].device.type,
         inputs="rotated" if problem.rotated else "warm",
         max_error=error,
         mode=cell.mode,
-        forward_s=median(peer.forward_s),
-        backward_s=median(peer.backward_s),
+        forward_s=forward,
+        backward_s=backward,
         saved_bytes=saved,
         peak_bytes=peak,
     )

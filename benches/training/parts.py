@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 
 from benches.training.cells import StepCell
-from benches.training.steps import GATED_IMAGES, MaskedSwitchConv2d, Step, StepBench, gradients
+from benches.training.step_peers import MaskedSwitchConv2d
+from benches.training.steps import GATED_IMAGES, Step, StepBench, gradients
 
 PEERS = ("masked", "auto")
 STEPS = 3

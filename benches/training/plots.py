@@ -7,10 +7,21 @@ from benches.plots import STYLES, Figure, density_axis, legend, new_canvas, png_
 from benches.rows import Row
 from benches.summary import layer_rows
 from benches.training import summary
-from benches.training.curve import Curve
+from benches.training.curve import Curve, differences
 from benches.training.summary import LAYER_TARGETS, OURS, REFERENCE, Setting
 
-LABELS = {"masked": "masked autograd", "auto": "ours", "naive": "naive (no switch gradient)"}
+LABELS = {
+    "masked": "masked autograd",
+    "auto": "ours",
+    "naive": "naive (no switch gradient)",
+    "channels_last": "masked, channels_last",
+    "reversed": "masked, batches reversed",
+}
+CURVES: dict[str, dict[str, Any]] = {
+    **{peer: {key: STYLES[peer][key] for key in ("color", "linestyle")} for peer in ("masked", "auto")},
+    "channels_last": {"color": "#e7298a", "linestyle": ":"},
+    "reversed": {"color": "#66a61e", "linestyle": ":"},
+}
 PARTS = (("forward", "#1f4fd8"), ("backward", "#80b1d3"), ("SGD", "#4d4d4d"))
 
 
@@ -109,32 +120,30 @@ def step_memory(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_curves(curves: Sequence[Curve]) -> Figure | None:
-    """Losses of both peers, and their difference below."""
+    """Losses of all peers, and their differences from masked autograd below."""
     if not curves:
         return None
     dtypes = list(dict.fromkeys(curve.dtype for curve in curves))
     canvas, axes = new_canvas(len(dtypes), 2, 5.0, 2.8)
     for i, dtype in enumerate(dtypes):
         above, below = axes[i], axes[len(dtypes) + i]
-        mine = {curve.peer: curve.losses for curve in curves if curve.dtype == dtype}
-        for peer, losses in mine.items():
-            above.plot(
-                losses,
-                label=label(peer),
-                color=STYLES[peer]["color"],
-                linewidth=1.4,
-                linestyle=STYLES[peer]["linestyle"],
-            )
-        apart = [abs(a - b) for a, b in zip(mine[REFERENCE], mine[OURS], strict=True)]
-        # Exact zeros have no place on a logarithmic axis.
-        below.plot([i for i, a in enumerate(apart) if a], [a for a in apart if a], color="#4d4d4d", linewidth=1.0)
+        mine = {curve.peer: curve for curve in curves if curve.dtype == dtype}
+        for peer, curve in mine.items():
+            above.plot(curve.losses, label=label(peer), linewidth=1.4, **CURVES[peer])
+            apart = differences(mine[REFERENCE], curve)
+            # Exact zeros have no place on a logarithmic axis.
+            below.plot([i for i, a in enumerate(apart) if a], [a for a in apart if a], linewidth=1.0, **CURVES[peer])
         below.set_yscale("log")
         above.set_title(dtype, fontsize=10)
         above.set_ylabel("loss")
-        below.set_ylabel("difference of the losses")
-        below.set_xlabel(f"step; largest difference {max(apart):.2g}")
+        below.set_ylabel("difference from masked autograd")
+        largest = max(differences(mine[REFERENCE], mine[OURS]))
+        below.set_xlabel(f"step; largest difference of ours {largest:.2g}")
     legend(canvas, axes)
-    caption = "Losses of a small network on digits, with our layers and with masked autograd, and their difference."
+    caption = (
+        "Losses of a small network on digits, with our layers and with masked autograd, and differences from it: of "
+        "ours, and of masked autograd itself where only the order of its sums is another."
+    )
     return Figure("curve", caption, png_of(canvas))
 
 

@@ -4,114 +4,45 @@ Peers, all with batch norm and classifier trained, and the convolutions' weights
     auto:   the plain network converted by the package's own `switch_`
     masked: the same network with ``F.conv2d(x * s, w)`` in place of each convolution: the reference
     dense:  the plain network, without switches
+    naive:  ``F.conv2d(x.index_select(1, on), w.index_select(1, on))`` in place of each convolution: no gradient for
+            switches that are off, nor on, so that it trains none; every other gradient is that of the masked network
 A step is forward, loss, backward, and SGD with momentum over everything that is trained. Scores lie so far from the
-threshold that no switch turns while it is timed.
+threshold that no switch turns while it is timed. Beside ``auto``, a backend of the package can be named, such as
+``triton``.
 """
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import gate, memory, ours
-from benches.networks import CLASSES, CROPS, NETWORKS, conv_flop, in_lists
+from benches.networks import CLASSES, conv_flop, in_lists
 from benches.photographs import batches
 from benches.problem import MEMORY_FORMATS
 from benches.rows import Row, row_of, with_ratios
-from benches.timers import Spread, Timed, clock, interleave
+from benches.timers import Marks, Spread, Timed, clock, interleave
+from benches.training.backends import gated
 from benches.training.cells import STEP, StepCell
+from benches.training.step_peers import SIZE, THRESHOLD, freeze, network, plain, scores, trained
 
-PEERS = ("masked", "dense", "auto")
-DOMAIN = "photographs"
-SIZE = NETWORKS["resnet26"][1]
-STEM = "conv1"
-THRESHOLD = 5e-3
-ON, OFF = 1.0, -1.0
+PEERS = ("masked", "dense", "naive", "auto")
+# Peers without gradients of switches.
+NOT_SWITCHING = ("dense", "naive")
+CPU = torch.device("cpu")
 RATE, MOMENTUM = 1e-4, 0.9
-MIN_ROUNDS, MAX_ROUNDS = 3, 20
+MIN_ROUNDS, MAX_ROUNDS = {"cpu": 3, "cuda": 30}, {"cpu": 20, "cuda": 100}
 # Images of the gate's float64 step.
 GATED_IMAGES = 4
-# Norm of a gradient's difference over its norm: rounding, and the few ReLU that it flips, through 26 layers.
-TOLERANCE = 2e-2
-
-
-class MaskedSwitchConv2d(nn.Module):
-    """A convolution of x times binary switches, trained by the straight-through estimator: plain autograd."""
-
-    def __init__(self, conv: nn.Conv2d, score: Tensor) -> None:
-        super().__init__()
-        self.weight = conv.weight
-        self.score = nn.Parameter(score.clone())
-        self.stride, self.padding = conv.stride, conv.padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply and convolve."""
-        binary = (self.score > THRESHOLD).to(x.dtype)
-        switch = binary + self.score - self.score.detach()
-        return F.conv2d(x * switch.view(1, -1, 1, 1), self.weight, None, self.stride, self.padding)
-
-
-@lru_cache(maxsize=1)
-def plain() -> nn.Module:
-    """Return the plain network with random weights, in training mode, nchw."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = NETWORKS["resnet26"][0]().train()
-        # Statistics of the photographs, from which batch norms go on.
-        model(batches(SIZE, CROPS, count=1)[0])
-    return model
-
-
-def scores(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
-    """Draw scores for every convolution that gets switches; exactly density x channels of each are on."""
-    found = {}
-    for name, index in in_lists(model, density, seed).items():
-        conv: Any = model.get_submodule(name)
-        found[name] = torch.full((conv.in_channels,), OFF)
-        found[name][index.long()] = ON
-    return found
-
-
-def switched(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    """Convert a copy of a plain network through the package, with these scores."""
-    bk = ours.package()
-    made = bk.nn.switch_(copy.deepcopy(model), [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
-    bk.set_domain(made, DOMAIN)
-    with torch.no_grad():
-        for name, score in given.items():
-            made.get_submodule(name).domains[DOMAIN].score.copy_(score)
-    return made
-
-
-def masked(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    """Convert a copy of a plain network to masked convolutions with these scores."""
-    made = copy.deepcopy(model)
-    for name, score in given.items():
-        parent, _, child = name.rpartition(".")
-        owner = made.get_submodule(parent)
-        setattr(owner, child, MaskedSwitchConv2d(getattr(owner, child), score))
-    return made
-
-
-def freeze(model: nn.Module) -> None:
-    """Take all convolution weights out of training."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, MaskedSwitchConv2d)):
-            module.weight.requires_grad_(False)
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that are trained, under names that all peers share."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name.replace(f"domains.{DOMAIN}.", ""), parameter
+# Norm of a gradient's difference over its norm: rounding, and the few ReLU that it flips, through 26 layers. The
+# largest that was seen of a right one is 1.6e-2.
+TOLERANCE = 3e-2
 
 
 def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -143,12 +74,12 @@ class Step(Timed):
     Args:
         model: In training mode.
         labels: Of every batch.
-        seconds: Of forward (with the loss), backward and optimiser, one entry a step.
+        marks: Around forward (with the loss), backward and optimiser, one entry a step.
     """
 
     model: nn.Module = field(default_factory=nn.Identity)
     labels: Tensor = field(default_factory=lambda: torch.empty(0))
-    seconds: list[tuple[float, float, float]] = field(default_factory=list)
+    marks: list[Marks] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.SGD([p for _, p in trained(self.model)], lr=RATE, momentum=MOMENTUM)
@@ -160,14 +91,16 @@ class Step(Timed):
 
     def step(self, x: Tensor) -> float:
         """One step; returns the loss."""
-        start = time.perf_counter()
+        marks = Marks(x.device)
+        marks.mark()
         loss = self.loss(x)
-        forward = time.perf_counter()
+        marks.mark()
         loss.backward()
-        backward = time.perf_counter()
+        marks.mark()
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.seconds.append((forward - start, backward - forward, time.perf_counter() - backward))
+        marks.mark()
+        self.marks.append(marks)
         return loss.item()
 
 
@@ -175,27 +108,30 @@ class StepBench:
     """Measures cells one after the other.
 
     Args:
-        peaks: Whether peaks of memory are measured, each in a process of its own.
+        peaks: Whether peaks of memory are measured: on the CPU each in a process of its own.
+        device: Where to measure.
     """
 
-    def __init__(self, peaks: bool = True) -> None:
-        self.clock = clock(torch.device("cpu"))
-        self.peaks = peaks and memory.can_measure_peak()
+    def __init__(self, peaks: bool = True, device: torch.device = CPU) -> None:
+        self.device = device
+        self.clock = clock(device)
+        self.peaks = peaks and (device.type == "cuda" or memory.can_measure_peak())
+        # Why named backends lack cells.
+        self.left_out: list[str] = []
         # The plain network's peak does not depend on the density.
-        self._dense_peak = lru_cache(lambda cell: memory.in_fresh_process(step_peak, cell, "dense"))
+        self._dense_peak = lru_cache(lambda cell: self._peak_of(cell, "dense"))
 
     def model(self, cell: StepCell, name: str) -> nn.Module:
         """Build one peer's network.
 
         Raises:
-            ValueError: If the name is none of `PEERS`.
+            ValueError: If the name is none of `PEERS`, nor a backend's.
         """
-        given = scores(plain(), cell.density, cell.seed)
-        if name not in PEERS:
-            raise ValueError(f"model(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
-        build = {"masked": masked, "auto": switched}
-        made: Any = copy.deepcopy(plain()) if name == "dense" else build[name](plain(), given)
-        made = made.to(memory_format=MEMORY_FORMATS[cell.layout])
+        known = tuple(dict.fromkeys((*PEERS, *ours.BACKENDS)))
+        if name not in known:
+            raise ValueError(f"model(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
+        made = network(name, scores(plain(), cell.density, cell.seed))
+        made = made.to(self.device).to(memory_format=MEMORY_FORMATS[cell.layout])
         if cell.mode == "frozen":
             freeze(made)
         return made.train()
@@ -203,14 +139,15 @@ class StepBench:
     def data(self, cell: StepCell) -> tuple[list[Tensor], Tensor]:
         """Return a few batches of photographs, and labels for each of them."""
         memory_format = MEMORY_FORMATS[cell.layout]
-        inputs = [x.contiguous(memory_format=memory_format) for x in batches(SIZE, cell.batch)]
-        return inputs, torch.randint(0, CLASSES, (cell.batch,), generator=torch.Generator().manual_seed(cell.seed))
+        inputs = [x.to(self.device).contiguous(memory_format=memory_format) for x in batches(SIZE, cell.batch)]
+        labels = torch.randint(0, CLASSES, (cell.batch,), generator=torch.Generator().manual_seed(cell.seed))
+        return inputs, labels.to(self.device)
 
     def prepare(self, cell: StepCell, name: str) -> Step:
         """Build one peer with its data."""
         inputs, labels = self.data(cell)
-        use_backend = ours.package().use_backend if name == "auto" else None
-        enter = (lambda: use_backend("auto")) if use_backend else Timed.enter
+        use_backend = ours.package().use_backend if name in ours.BACKENDS else None
+        enter = (lambda: use_backend(name)) if use_backend else Timed.enter
         return Step(F.relu, inputs, enter, model=self.model(cell, name), labels=labels)
 
     def reference(self, cell: StepCell) -> dict[str, Tensor]:
@@ -222,55 +159,91 @@ class StepBench:
     def gated(self, name: str, step: Step, cell: StepCell, reference: dict[str, Tensor]) -> float:
         """Compare the gradients of the first images with the reference, and return the largest error.
 
+        Those of switches are left out where a peer trains none.
+
         Raises:
             WrongResultError: If a gradient differs by more than rounding.
         """
         step.enter()
         few = step.inputs[0][:GATED_IMAGES]
         found = gradients(copy.deepcopy(step.model), few, step.labels[:GATED_IMAGES])
-        return within(f"{name} on {cell.id}", found, reference)
+        return within(f"{name} on {cell.id}", found, computed(name, reference))
 
     def rows(self, cell: StepCell, names: Sequence[str], seconds: float) -> list[Row]:
         """Measure one cell in about some seconds; at least three rounds are made.
 
-        The dense network is not gated, as it computes something else. Of the whole batch, the package's gradients are
-        compared with those of the masked network.
+        The dense network is not gated, as it computes something else. Of the whole batch, gradients are compared with
+        those of the masked network.
 
         Raises:
             WrongResultError: If a gradient is wrong, or switches have turned while they were timed.
+            NotImplementedError: If the package cannot run it.
         """
         start = time.perf_counter()
         steps = {name: self.prepare(cell, name) for name in names}
-        errors = dict.fromkeys(names, 0.0)
-        if compared := [name for name in names if name != "dense"]:
-            reference = self.reference(cell)
-            errors |= {name: self.gated(name, steps[name], cell, reference) for name in compared}
+        reference = self.reference(cell) if set(names) != {"dense"} else {}
+        whole = self._of_whole_batch(steps["masked"]) if "masked" in names else {}
+
+        def check(name: str) -> float:
+            if name == "dense":
+                return 0.0
+            error = self.gated(name, steps[name], cell, reference)
+            if whole and name != "masked":
+                found = self._of_whole_batch(steps[name])
+                within(f"{name} on {cell.id}, whole batch", found, computed(name, whole))
+            return error
+
+        errors = gated(names, check, self.left_out, PEERS)
+        names = list(errors)
+        steps = {name: steps[name] for name in names}
+        whole.clear()
         saved = {}
         for name, step in steps.items():
             step.enter()
             apart = [*step.model.parameters(), *step.model.buffers(), *step.inputs, step.labels]
             saved[name] = memory.saved_bytes(partial(step.loss, step.inputs[0]), apart)
-        if {"masked", "auto"} <= set(names):
-            whole = [gradients(steps[n].model, steps[n].inputs[0], steps[n].labels) for n in ("auto", "masked")]
-            within(f"auto on {cell.id}, whole batch", *whole)
         peaks = {name: self._peak(cell, name) for name in names}
         left = seconds - (time.perf_counter() - start)
-        samples = interleave(steps, self.clock, left, MIN_ROUNDS, MAX_ROUNDS)
-        for name in compared:
+        kind = self.device.type
+        samples = interleave(steps, self.clock, left, MIN_ROUNDS[kind], MAX_ROUNDS[kind])
+        for name in names:
             check_density(name, steps[name].model, cell)
         kept = in_lists(plain(), cell.density, cell.seed)
-        flop = conv_flop(copy.deepcopy(plain()), steps[names[0]].inputs[0][:1].contiguous(), kept)
+        flop = conv_flop(copy.deepcopy(plain()), steps[names[0]].inputs[0][:1].cpu().contiguous(), kept)
         return with_ratios(
             _row(cell, name, steps[name], Spread.of(samples[name]), errors[name], saved[name], peaks[name], flop)
             for name in names
         )
+
+    @staticmethod
+    def _of_whole_batch(step: Step) -> dict[str, Tensor]:
+        step.enter()
+        return gradients(step.model, step.inputs[0], step.labels)
 
     def _peak(self, cell: StepCell, name: str) -> int | None:
         if not self.peaks:
             return None
         if name == "dense":
             return self._dense_peak(StepCell(cell.batch, 1.0, cell.layout, cell.mode))
-        return memory.in_fresh_process(step_peak, cell, name)
+        return self._peak_of(cell, name)
+
+    def _peak_of(self, cell: StepCell, name: str) -> int:
+        if self.device.type == "cpu":
+            return memory.in_fresh_process(step_peak, cell, name)
+        # The first step of these sizes chooses algorithms, with scratch memory of its own.
+        first = self.prepare(cell, name)
+        first.enter()
+        first.step(first.inputs[0])
+        del first
+        step = self.prepare(cell, name)
+        return memory.cuda_peak_bytes(lambda: [step.step(x) for x in step.inputs[:2]])
+
+
+def computed(name: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those gradients that a peer computes: all, or all but the switches'."""
+    if name not in NOT_SWITCHING:
+        return wanted
+    return {where: value for where, value in wanted.items() if not where.endswith(".score")}
 
 
 def within(name: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -296,7 +269,8 @@ def check_density(name: str, model: nn.Module, cell: StepCell) -> None:
     """
     given = scores(plain(), cell.density, cell.seed)
     for where, score in trained(model):
-        if where.endswith(".score") and not torch.equal(score > THRESHOLD, given[where.removesuffix(".score")] > 0):
+        wanted = given.get(where.removesuffix(".score")) if where.endswith(".score") else None
+        if wanted is not None and not torch.equal(score.cpu() > THRESHOLD, wanted > 0):
             raise gate.WrongResultError(f"check_density(): expected `model` to keep its switches, got {name}: {where}.")
 
 
@@ -322,7 +296,8 @@ def _row(
     peak: int | None,
     flop: tuple[float, float],
 ) -> Row:
-    forward, backward, optimiser = (median(part) for part in zip(*step.seconds, strict=True))
+    taken = [marks.seconds() for marks in step.marks]
+    forward, backward, optimiser = (median(part) for part in zip(*taken, strict=True))
     return row_of(
         cell,
         spread,
@@ -330,6 +305,7 @@ def _row(
         network="resnet26",
         case=STEP,
         peer=name,
+        device=step.inputs[0].device.type,
         max_error=error,
         mode=cell.mode,
         forward_s=forward,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benches.ours import BACKENDS
 from benches.rows import Row
 from benches.summary import geomean, layer_rows
 from benches.training.cells import MODES, STEP
@@ -84,14 +85,20 @@ def speedup(rows: Sequence[Row], setting: Setting, peer: str, base: str) -> Mean
     return ratios(rows, setting, peer, base, lambda row: row.p50_s)
 
 
-def peak_share(rows: Sequence[Row], setting: Setting) -> Mean | None:
-    """Our peak memory as a share of the reference's."""
-    return ratios(rows, setting, REFERENCE, OURS, lambda row: float(row.peak_bytes) if row.peak_bytes else None)
+def peak_share(rows: Sequence[Row], setting: Setting, peer: str = OURS) -> Mean | None:
+    """A peer's peak memory as a share of the reference's."""
+    return ratios(rows, setting, REFERENCE, peer, lambda row: float(row.peak_bytes) if row.peak_bytes else None)
+
+
+def backends(rows: Iterable[Row]) -> list[str]:
+    """Ours first, then the backends that were named."""
+    present = {row.peer for row in rows}
+    return [name for name in (OURS, *(name for name in BACKENDS if name != OURS)) if name in present]
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Targets beside the figures; of memory, the largest share of any cell decides."""
-    rows = list(rows)
+    """Targets, which are of CPUs, beside the figures; of memory, the largest share of any cell decides."""
+    rows = [row for row in rows if row.device == "cpu"]
     found = []
     groups = ((LAYER, layer_rows(rows), LAYER_TARGETS), (WHOLE_STEP, step_rows(rows), STEP_TARGETS))
     for title, counted, targets in groups:

@@ -1,5 +1,6 @@
 // The switched convolution on CUDA devices: through ATen, or the backend that is named, with the switch never read on
-// the host. The private ops are ATen's way on CPUs too, so that machines without a GPU can test it.
+// the host, and `read` unused: no channel is left out. The private ops are ATen's way on CPUs too, so that machines
+// without a GPU can test it.
 #include <torch/library.h>
 
 #include "aten/switched_conv2d.h"
@@ -28,21 +29,25 @@ SwitchedGradients run_named_backward(const SwitchedCall& call, const at::Tensor&
 template <at::Tensor (*run)(const SwitchedCall&)>
 at::Tensor checked_forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                            const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                           c10::IntArrayRef dilation, int64_t groups, bool off_gradient) {
-  return run({input, weight, bias, switches, stride, padding, dilation, groups, off_gradient,
-              check_switched_conv2d<int64_t>("switched_conv2d", input, weight, bias, switches, stride, padding,
-                                             dilation, groups)});
+                           c10::IntArrayRef dilation, int64_t groups, bool off_gradient, const OptionalTensor& read,
+                           int64_t) {
+  const char* op = "switched_conv2d";
+  const auto s = check_switched_conv2d<int64_t>(op, input, weight, bias, switches, stride, padding, dilation, groups);
+  check_read<int64_t>(op, read, s, input);
+  return run({input, weight, bias, switches, stride, padding, dilation, groups, off_gradient, s});
 }
 
 template <SwitchedGradients (*run)(const SwitchedCall&, const at::Tensor&, SwitchedMask)>
 SwitchedGradients checked_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                    const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                                   c10::IntArrayRef dilation, int64_t groups, bool off_gradient, SwitchedMask mask) {
+                                   c10::IntArrayRef dilation, int64_t groups, bool off_gradient, SwitchedMask mask,
+                                   const OptionalTensor& read, int64_t) {
   const char* op = "switched_conv2d_backward";
   const OptionalTensor no_bias;
   const auto s =
       check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
+  check_read<int64_t>(op, read, s, input);
   return run({input, weight, no_bias, switches, stride, padding, dilation, groups, off_gradient, s}, grad_output, mask);
 }
 

@@ -15,16 +15,18 @@ using c10::SymIntArrayRef;
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 at::Tensor switched_conv2d_autocast(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                     const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient) {
+                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient,
+                                    const OptionalTensor& read, int64_t reader) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("bap_kernels::switched_conv2d", "")
                        .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool)>();
+                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool,
+                                         const OptionalTensor&, int64_t)>();
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
   return op.call(at::autocast::cached_cast(dtype, input, kDevice), at::autocast::cached_cast(dtype, weight, kDevice),
                  at::autocast::cached_cast(dtype, bias, kDevice), switches, stride, padding, dilation,
-                 std::move(groups), off_gradient);
+                 std::move(groups), off_gradient, read, reader);
 }
 
 }  // namespace

@@ -18,9 +18,11 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 using ForwardSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool);
+                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, const OptionalTensor&,
+                                 int64_t);
 using BackwardSchema = SwitchedGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, SwitchedMask);
+                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, SwitchedMask,
+                                         const OptionalTensor&, int64_t);
 
 auto& forward_op() {
   static auto op =
@@ -39,10 +41,14 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
  public:
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
                           const OptionalTensor& bias, const Variable& switches, SymIntArrayRef stride,
-                          SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient) {
+                          SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
+                          const OptionalTensor& read, int64_t reader) {
     at::AutoDispatchBelowADInplaceOrView below;
-    Variable output = forward_op().call(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
-    ctx->save_for_backward({input, weight, switches});
+    Variable output =
+        forward_op().call(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient, read, reader);
+    variable_list saved{input, weight, switches};
+    if (has_value(read)) saved.push_back(*read);
+    ctx->save_for_backward(saved);
     // The engine runs the backward of CUDA tensors in a thread of its own, which does not know the caller's backend.
     if (input.is_cuda()) ctx->saved_data["backend"] = get_backend();
     ctx->saved_data["stride"] = stride;
@@ -51,6 +57,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["off_gradient"] = off_gradient;
     ctx->saved_data["bias"] = has_value(bias);
+    ctx->saved_data["reader"] = reader;
     return output;
   }
 
@@ -63,11 +70,12 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const bool bias = ctx->saved_data["bias"].toBool();
     const SwitchedMask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias && ctx->needs_input_grad(2),
                                ctx->needs_input_grad(bias ? 3 : 2)};
-    auto [grad_input, grad_weight, grad_bias, grad_switch] =
-        backward_op().call(grad_output[0], saved[0], saved[1], saved[2], ctx->saved_data["stride"].toSymIntVector(),
-                           ctx->saved_data["padding"].toSymIntVector(), ctx->saved_data["dilation"].toSymIntVector(),
-                           ctx->saved_data["groups"].toSymInt(), ctx->saved_data["off_gradient"].toBool(), mask);
-    variable_list grads(9);
+    auto [grad_input, grad_weight, grad_bias, grad_switch] = backward_op().call(
+        grad_output[0], saved[0], saved[1], saved[2], ctx->saved_data["stride"].toSymIntVector(),
+        ctx->saved_data["padding"].toSymIntVector(), ctx->saved_data["dilation"].toSymIntVector(),
+        ctx->saved_data["groups"].toSymInt(), ctx->saved_data["off_gradient"].toBool(), mask,
+        saved.size() > 3 ? OptionalTensor(saved[3]) : OptionalTensor(), ctx->saved_data["reader"].toInt());
+    variable_list grads(11);
     if (mask[kGradInput]) grads[0] = grad_input;
     if (mask[kGradWeight]) grads[1] = grad_weight;
     if (mask[kGradBias]) grads[2] = grad_bias;
@@ -78,15 +86,18 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 
 at::Tensor switched_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                     const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient) {
+                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient,
+                                    const OptionalTensor& read, int64_t reader) {
   const bool tracked =
       c10::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || switches.requires_grad() ||
                                       (has_value(bias) && bias->requires_grad()));
   if (!tracked) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return forward_op().call(input, weight, bias, switches, stride, padding, dilation, std::move(groups), off_gradient);
+    return forward_op().call(input, weight, bias, switches, stride, padding, dilation, std::move(groups), off_gradient,
+                             read, reader);
   }
-  return ForwardFunction::apply(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
+  return ForwardFunction::apply(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient, read,
+                                reader);
 }
 
 class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
@@ -94,10 +105,10 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
   static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& input,
                                const Variable& weight, const Variable& switches, SymIntArrayRef stride,
                                SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
-                               SwitchedMask mask) {
+                               SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [a, b, c, d] =
-        backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, groups, off_gradient, mask);
+    auto [a, b, c, d] = backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, groups,
+                                           off_gradient, mask, read, reader);
     return {a, b, c, d};
   }
 
@@ -113,9 +124,9 @@ SwitchedGradients switched_conv2d_backward_autograd(const at::Tensor& grad_outpu
                                                     const at::Tensor& weight, const at::Tensor& switches,
                                                     SymIntArrayRef stride, SymIntArrayRef padding,
                                                     SymIntArrayRef dilation, SymInt groups, bool off_gradient,
-                                                    SwitchedMask mask) {
+                                                    SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
   auto grads = BackwardFunction::apply(grad_output, input, weight, switches, stride, padding, dilation, groups,
-                                       off_gradient, mask);
+                                       off_gradient, mask, read, reader);
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 

@@ -9,6 +9,7 @@
 
 #include "cpu/choice.h"
 #include "cpu/isa.h"
+#include "cpu/read_channels.h"
 
 namespace bap_kernels {
 namespace {
@@ -95,9 +96,10 @@ std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int
   return "";
 }
 
-void find_live_channels(GradientCall& c) {
+void find_live_channels(GradientCall& c, const OptionalTensor& read, int64_t reader) {
   const at::Tensor& dy = c.grad_output;
-  const std::vector<bool> zero = c.bfloat16() ? zero_channels<uint16_t>(dy) : zero_channels<uint32_t>(dy);
+  const auto search = [&] { return c.bfloat16() ? zero_channels<uint16_t>(dy) : zero_channels<uint32_t>(dy); };
+  const std::vector<bool> zero = has_value(read) ? unread_channels(*read, reader, search) : search();
   c.all_live = std::find(zero.begin(), zero.end(), true) == zero.end();
   if (c.all_live) return;
   for (int64_t j = 0; j < c.shape.kept_out; ++j) {

@@ -43,9 +43,10 @@ inline const int32_t* list_pointer(const OptionalTensor& list) {
 // Empty if the native backward can run the call, else the reason why not.
 std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& shape);
 
-// Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. Where
-// there are none, the first pixels tell.
-void find_live_channels(GradientCall& call);
+// Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. They
+// are those that `read`, bool, names, if it may be trusted; else they are searched for. Where there are none, the first
+// pixels tell.
+void find_live_channels(GradientCall& call, const OptionalTensor& read = {}, int64_t reader = 0);
 
 // Which input channels' gradients are wanted, and what becomes of them.
 struct InputGradient {

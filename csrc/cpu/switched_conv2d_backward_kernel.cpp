@@ -50,7 +50,9 @@ SwitchedGradients native_backward(const SwitchedCall& c, const SwitchLists& list
   const int32_t* on = list_pointer(lists.on);
   GradientCall call{grad_output, c.input, c.weight, c.stride, c.padding, c.dilation, c.shape, on};
   if (on) call.shape.kept_in = lists.on->size(0);
-  if (mask[kGradInput] || mask[kGradWeight] || mask[kGradSwitch]) find_live_channels(call);
+  if (mask[kGradInput] || mask[kGradWeight] || mask[kGradSwitch]) {
+    find_live_channels(call, *c.read, c.reader);
+  }
   const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
   SwitchedGradients grads{none(c.input), none(c.input), none(c.input), none(c.switches)};
   if (mask[kGradInput] || mask[kGradSwitch]) {
@@ -68,7 +70,7 @@ SwitchedGradients switched_conv2d_backward_cpu(const at::Tensor& grad_output, co
                                                const at::Tensor& weight, const at::Tensor& switches,
                                                c10::IntArrayRef stride, c10::IntArrayRef padding,
                                                c10::IntArrayRef dilation, int64_t groups, bool off_gradient,
-                                               SwitchedMask mask) {
+                                               SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
   const char* op = "switched_conv2d_backward";
   const OptionalTensor no_bias;
   const SwitchedCall call{
@@ -81,8 +83,11 @@ SwitchedGradients switched_conv2d_backward_cpu(const at::Tensor& grad_output, co
       dilation,
       groups,
       off_gradient,
-      check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups)};
+      check_switched_conv2d<int64_t>(op, input, weight, no_bias, switches, stride, padding, dilation, groups),
+      &read,
+      reader};
   check_grad_output<int64_t>(op, grad_output, call.shape, input);
+  check_read<int64_t>(op, read, call.shape, input);
   const SwitchLists lists = read_switch(op, switches);
   if (const NamedBackend* named = call.trivial() ? nullptr : named_backend()) {
     return named->switched_backward(call, grad_output, mask);

@@ -11,7 +11,8 @@ namespace {
 
 at::Tensor switched_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                const at::Tensor& switches, c10::IntArrayRef stride, c10::IntArrayRef padding,
-                               c10::IntArrayRef dilation, int64_t groups, bool off_gradient) {
+                               c10::IntArrayRef dilation, int64_t groups, bool off_gradient, const OptionalTensor& read,
+                               int64_t) {
   const char* op = "switched_conv2d";
   const SwitchedCall call{
       input,
@@ -24,6 +25,7 @@ at::Tensor switched_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
       groups,
       off_gradient,
       check_switched_conv2d<int64_t>(op, input, weight, bias, switches, stride, padding, dilation, groups)};
+  check_read<int64_t>(op, read, call.shape, input);
   const SwitchLists lists = read_switch(op, switches);
   if (const NamedBackend* named = call.trivial() ? nullptr : named_backend()) return named->switched(call);
   const ConvCall on = call.on(lists.on);

@@ -15,6 +15,9 @@ struct SwitchedCall {
   int64_t groups;
   bool off_gradient;
   ConvShape<int64_t> shape;  // kept_in is C_in, kept_out is C_out
+  // Only of the backward: which channels of the result anything reads (null: unknown), and who says so; see ops.
+  const OptionalTensor* read = nullptr;
+  int64_t reader = 0;
 
   bool symmetric_padding() const { return padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight]; }
   at::MemoryFormat format() const { return input.suggest_memory_format(); }

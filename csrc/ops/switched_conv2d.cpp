@@ -42,6 +42,21 @@ template ConvShape<SymInt> check_switched_conv2d(const char*, const at::Tensor&,
                                                  const OptionalTensor&, const at::Tensor&, c10::ArrayRef<SymInt>,
                                                  c10::ArrayRef<SymInt>, c10::ArrayRef<SymInt>, const SymInt&);
 
+template <class Int>
+void check_read(const char* op, const OptionalTensor& read, const ConvShape<Int>& s, const at::Tensor& input) {
+  if (!has_value(read)) return;
+  TORCH_CHECK_TYPE(read->scalar_type() == at::kBool, op, "(): expected `read` to be bool, got ", read->scalar_type(),
+                   ". Hint: it says of each output channel whether anything reads it.");
+  TORCH_CHECK_VALUE(read->device() == input.device(), op, "(): expected `read` to be on the input's device ",
+                    input.device(), ", got ", read->device(), ".");
+  TORCH_CHECK_VALUE(read->dim() == 1 && read->sym_size(0) == s.channels_out, op,
+                    "(): expected `read` to have the shape (C_out,) = (", s.channels_out, ",), got ", read->sym_sizes(),
+                    ". Hint: it has one entry for each output channel.");
+}
+
+template void check_read(const char*, const OptionalTensor&, const ConvShape<int64_t>&, const at::Tensor&);
+template void check_read(const char*, const OptionalTensor&, const ConvShape<SymInt>&, const at::Tensor&);
+
 namespace {
 
 template <class scalar_t>
@@ -70,19 +85,22 @@ SwitchLists read_values(const char* op, const at::Tensor& switches) {
 
 at::Tensor switched_conv2d_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                 const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                SymIntArrayRef dilation, SymInt groups, bool) {
+                                SymIntArrayRef dilation, SymInt groups, bool, const OptionalTensor& read, int64_t) {
   const auto s = check_switched_conv2d<SymInt>("switched_conv2d", input, weight, bias, switches, stride, padding,
                                                dilation, groups);
+  check_read<SymInt>("switched_conv2d", read, s, input);
   const std::array<SymInt, 4> sizes = {s.batch, s.channels_out, s.out_h, s.out_w};
   return at::empty_symint(sizes, input.options().memory_format(input.suggest_memory_format()));
 }
 
 SwitchedGradients backward_meta(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                 const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                SymIntArrayRef dilation, SymInt groups, bool, SwitchedMask mask) {
+                                SymIntArrayRef dilation, SymInt groups, bool, SwitchedMask mask,
+                                const OptionalTensor& read, int64_t) {
   const char* op = "switched_conv2d_backward";
   const auto s = check_switched_conv2d<SymInt>(op, input, weight, {}, switches, stride, padding, dilation, groups);
   check_grad_output<SymInt>(op, grad_output, s, input);
+  check_read<SymInt>(op, read, s, input);
   const auto made = [](bool wanted, const SymInt& length, const at::Tensor& like) {
     return at::empty_symint({wanted ? length : SymInt(0)}, like.options().memory_format(std::nullopt));
   };
@@ -100,18 +118,21 @@ SwitchLists read_switch(const char* op, const at::Tensor& switches) {
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
   m.def(
       "switched_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor switch, SymInt[2] stride, SymInt[4] padding, "
-      "SymInt[2] dilation, SymInt groups, bool off_gradient=True) -> Tensor");
+      "SymInt[2] dilation, SymInt groups, bool off_gradient=True, Tensor? read=None, int reader=0) -> Tensor");
   m.def(
       "switched_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask) "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask, "
+      "Tensor? read=None, int reader=0) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_switch)");
   // The way of a GPU on any device, for tests and comparisons; without gradients of its own.
   m.def(
       "_switched_conv2d_masked(Tensor input, Tensor weight, Tensor? bias, Tensor switch, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient=True) -> Tensor");
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient=True, Tensor? read=None, "
+      "int reader=0) -> Tensor");
   m.def(
       "_switched_conv2d_masked_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
-      "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask) "
+      "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask, "
+      "Tensor? read=None, int reader=0) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_switch)");
 }
 

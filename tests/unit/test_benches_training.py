@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from benches import gate, memory, rows
+from benches import gate, memory, rows, timers
 from benches.cases import CASES, LAYOUTS, Cell
 from benches.training import __main__ as command
-from benches.training import curve, layers, parts, report, steps, summary
+from benches.training import backends, curve, layers, parts, report, step_peers, steps, summary
 from benches.training.cells import MODES, LayerCell, StepCell, layer_cells, passes, step_cells
 
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
@@ -94,8 +95,8 @@ def test_output_gradients_are_no_inputs() -> None:
 def test_peers_are_named() -> None:
     with pytest.raises(ValueError, match=r"peer\(\): expected `name` to be one of masked.*got 'fast'"):
         layers.LayerBench(peaks=False).layer(TINY).peer("fast", "frozen")
-    with pytest.raises(ValueError, match=r"model\(\): expected `name` to be one of masked.*got 'naive'"):
-        steps.StepBench(peaks=False).model(STEP, "naive")
+    with pytest.raises(ValueError, match=r"model\(\): expected `name` to be one of masked.*got 'best'"):
+        steps.StepBench(peaks=False).model(STEP, "best")
 
 
 def test_saved_bytes_counts_tensors_once_and_no_parameters() -> None:
@@ -155,22 +156,31 @@ def test_steps_are_the_same_network() -> None:
     scores = {where for where in named["auto"] if where.endswith(".score")}
     assert len(scores) == 24
     assert not any(where.startswith("conv1") for where in scores)
-    assert named["dense"] == named["auto"] - scores
+    assert named["dense"] == named["naive"] == named["auto"] - scores
     assert len(named["dense"]) == 2 * 25 + 2
     for where, score in steps.trained(models["auto"]):
         if where in scores:
             assert (score > steps.THRESHOLD).sum() == len(score) // 2
+            naive = models["naive"].get_submodule(where.removesuffix(".score"))
+            assert isinstance(naive, step_peers.NaiveSwitchConv2d)
+            assert naive.on.tolist() == (score > steps.THRESHOLD).nonzero().flatten().tolist()
 
 
 def test_rows_of_a_step() -> None:
     made = {row.peer: row for row in steps.StepBench(peaks=False).rows(STEP, steps.PEERS, seconds=0)}
     assert tuple(made) == steps.PEERS
-    masked, auto = made["masked"], made["auto"]
-    assert 0 < auto.max_error < steps.TOLERANCE
+    masked, auto, naive = made["masked"], made["auto"], made["naive"]
+    assert all(0 < row.max_error < steps.TOLERANCE for row in (masked, auto, naive))
     assert auto.saved_bytes is not None
     assert masked.saved_bytes is not None
     assert made["dense"].saved_bytes == pytest.approx(auto.saved_bytes, rel=0.01)
     assert masked.saved_bytes > 1.3 * auto.saved_bytes
+    # Half of every weight and of every input is copied, beside what batch norm and ReLU keep.
+    assert naive.saved_bytes is not None
+    weights = [p for name, p in step_peers.plain().named_parameters() if p.dim() == 4 and name != "conv1.weight"]
+    sliced = 4 * sum(weight.numel() for weight in weights) / 2
+    assert auto.saved_bytes + sliced < naive.saved_bytes < masked.saved_bytes + sliced
+    assert naive.vs_masked == pytest.approx(masked.p50_s / naive.p50_s)
     assert all(row.forward_s and row.backward_s and row.optimiser_s and row.case == "step" for row in made.values())
 
 
@@ -198,6 +208,20 @@ def test_gate_refuses_a_wrong_step(
     monkeypatch.setattr(steps, "gradients", lambda *given: spoil(right(*given)))
     with pytest.raises(gate.WrongResultError, match=message):
         bench.gated("auto", step, STEP, reference)
+
+
+def test_gate_refuses_a_naive_step_of_other_channels() -> None:
+    bench = steps.StepBench(peaks=False)
+    reference = bench.reference(STEP)
+    step = bench.prepare(STEP, "naive")
+    assert bench.gated("naive", step, STEP, reference) < steps.TOLERANCE
+    layer = step.model.get_submodule("layer3.1.conv2")
+    assert isinstance(layer, step_peers.NaiveSwitchConv2d)
+    off = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+    off[layer.on] = False
+    layer.on[0] = off.nonzero()[0, 0]
+    with pytest.raises(gate.WrongResultError, match="naive on resnet26-b2-step"):
+        bench.gated("naive", step, STEP, reference)
 
 
 def test_turned_switches_are_noticed() -> None:
@@ -249,7 +273,7 @@ def synthetic() -> list[rows.Row]:
     found = []
     for cell in [*layer_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES), *step_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES)]:
         density = cell.cell.density if isinstance(cell, LayerCell) else cell.density
-        pairs = [("masked", 1.0), ("dense", 0.9), ("auto", 0.4 + 0.4 * density)]
+        pairs = [("masked", 1.0), ("dense", 0.9), ("naive", 0.8), ("auto", 0.4 + 0.4 * density)]
         found += rows.with_ratios(make_row(cell, peer, seconds) for peer, seconds in pairs)
     return found
 
@@ -298,6 +322,8 @@ def make_curves() -> list[curve.Curve]:
     for dtype, difference in (("float32", 0.25), ("float64", 0.0)):
         found.append(curve.Curve("masked", dtype, [3.0, 2.0] * 30, 0.5, [True, False]))
         found.append(curve.Curve("auto", dtype, [3.0, 2.0] * 29 + [3.0, 2.0 - difference], 1.0, [True, True]))
+        found.append(curve.Curve("channels_last", dtype, [3.0, 2.0] * 28 + [3.0, 2.5] * 2, 0.5, [True, False]))
+        found.append(curve.Curve("reversed", dtype, [3.0, 2.0] * 29 + [3.0, 2.125], 0.5, [True, False]))
     return found
 
 
@@ -306,10 +332,16 @@ def test_report_from_rows_and_curves_alone(tmp_path: Path) -> None:
     curve.write(tmp_path, curves)
     assert curve.read(tmp_path) == curves
     tables = {table.title: table for table in report.write(tmp_path, HEADER, made, curves)}
-    assert tables["Loss curves: differences"].rows[0][1:4] == ["0.0e+00", "2.5e-01", "1 of 2"]
+    table = tables["Loss curves: differences"]
+    assert table.rows[0][:7] == ["float32", "ours", "0.0e+00", "2.5e-01", "59", "59", "1 of 2"]
+    assert table.rows[3][:7] == ["float64", "ours", "0.0e+00", "0.0e+00", "never", "never", "1 of 2"]
+    assert [row[5] for row in table.rows[:3]] == ["59", "57", "59"]
+    assert "In float32 ours parts from masked autograd no sooner than, and no further than, masked" in table.note
     text = (tmp_path / "report.md").read_text()
     assert "| layer over masked autograd | nchw | trained | 0.5 | 27 | 1.40 | 1.67 | met |" in text
-    assert "| nchw | frozen | 0.25 | ours | 500 ms | 167 ms | 250 ms | 83.3 ms | 2.00 | 1.80 | 1.0 | 1.0 |" in text
+    assert (
+        "| nchw | frozen | 0.25 | ours | 500 ms | 167 ms | 250 ms | 83.3 ms | 2.00 | 1.80 | 1.60 | 1.0 | 1.0 |" in text
+    )
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {"layers", "steps", "memory", "curve"}
     assert rows.read_json(tmp_path / "results.json")[1] == rows.read_csv(tmp_path / "results.csv") == made
 
@@ -353,22 +385,103 @@ def test_nothing_turns_no_report_into_an_error(tmp_path: Path) -> None:
     assert [table.title for table in report.write(tmp_path, HEADER, [], [])] == ["Machine", "Every case"]
 
 
+def test_verdict_says_what_is_worse() -> None:
+    def compared(peer: str, largest: float, large_at: int | None) -> curve.Comparison:
+        return curve.Comparison("float32", peer, 0.0, largest, large_at, large_at, 0, 2, 3.0, 2.0, 0.5)
+
+    itself = [compared("channels_last", 0.2, 30), compared("reversed", 0.1, None)]
+    sooner, later = "parts from masked autograd sooner than, and", "parts from masked autograd no sooner than, and"
+    assert f"{sooner} further than, masked" in curve.verdict([compared("auto", 0.21, 29), *itself], "float32")
+    assert f"{later} no further than" in curve.verdict([compared("auto", 0.2, 30), *itself], "float32")
+    assert f"{later} further than" in curve.verdict([compared("auto", 0.3, None), *itself], "float32")
+    assert curve.verdict([compared("auto", 0.3, None)], "float32") == ""
+
+
 def test_curves_begin_alike_and_switches_turn() -> None:
-    masked, auto = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
+    masked, auto, *others = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
     assert masked.losses == pytest.approx(auto.losses, abs=1e-9)
     assert masked.switches == auto.switches
-    (found,) = curve.compare([masked, auto])
-    assert found.largest < 1e-9
+    found = curve.compare([masked, auto, *others])
+    assert [one.peer for one in found] == ["auto", "channels_last", "reversed"]
+    # Rounding alone differs.
+    assert all(one.largest < 1e-9 and one.switches == 0 for one in found)
+    assert all(one.largest > 0 for one in found[1:])
     before = torch.cat([p.detach() for name, p in curve.build("auto").named_parameters() if name.endswith("score")])
     assert (before > curve.THRESHOLD).tolist() != auto.switches
     assert 0 < auto.density < 1
+
+
+def test_named_backends_are_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = layers.LayerBench(peaks=False)
+    cell = LayerCell(TINY, "trained")
+    made = {row.peer: row for row in bench.rows(cell, ("masked", "auto", "aten"), 0)}
+    assert set(made) == {"masked", "auto", "aten"}
+    assert bench.left_out == []
+    assert {row.device for row in made.values()} == {"cpu"}
+    assert [row[3] for row in report.means_table(list(made.values())).rows] == ["ours", "aten"]
+
+    right = layers.LayerBench.gated
+
+    def wrong_aten(self: layers.LayerBench, name: str, peer: layers.Peer, cell: LayerCell) -> float:
+        if name == "aten":
+            raise gate.WrongResultError("aten is wrong")
+        return right(self, name, peer, cell)
+
+    monkeypatch.setattr(layers.LayerBench, "gated", wrong_aten)
+    assert {row.peer for row in bench.rows(cell, ("masked", "auto", "aten"), 0)} == {"masked", "auto"}
+    assert bench.left_out == ["aten is wrong"]
+
+
+def test_a_wrong_backend_is_left_out_of_steps_and_ours_is_an_error() -> None:
+    reasons: list[str] = []
+
+    def check(name: str) -> float:
+        if name != "masked":
+            raise NotImplementedError(f"{name} cannot")
+        return 1e-6
+
+    assert backends.gated(("masked", "triton"), check, reasons, steps.PEERS) == {"masked": 1e-6}
+    assert reasons == ["triton cannot"]
+    with pytest.raises(NotImplementedError, match="auto cannot"):
+        backends.gated(("masked", "auto"), check, reasons, steps.PEERS)
+
+
+def test_marks_are_moments() -> None:
+    marks = timers.Marks(torch.device("cpu"))
+    marks.mark()
+    time.sleep(0.02)
+    marks.mark()
+    marks.mark()
+    first, second = marks.seconds()
+    assert first > 0.02 > second >= 0
+
+
+def test_device_must_be_there_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = command.parser().parse_args(["--device", "cuda"])
+    command.choose_kinds(options)
+    assert [options.layers, options.steps, options.parts, options.curve] == [True, True, False, False]
+    default = command.parser().parse_args([])
+    named = command.parser().parse_args(["--device", "cpu"])
+    assert vars(default) == vars(named)
+    command.choose_kinds(default)
+    assert [default.layers, default.steps, default.parts, default.curve] == [True] * 4
+    assert command.main(["--device", "cuda", "--curve", "--out", str(tmp_path)]) == 1
+    assert "expected `--device cuda` with --layers and --steps alone, got --curve" in _line(capsys)
+    if not torch.cuda.is_available():
+        assert command.main(["--device", "cuda", "--steps", "--out", str(tmp_path)]) == 1
+        assert "to be one of this machine, got cuda, and PyTorch sees no GPU. Hint: leave --device out" in _line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def _line(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
 def test_command_goes_on_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--layers", "--only", "7x7-512-512", "--layout", "nchw", "--density", "0.5"]
     arguments += ["--batch", "1", "--no-peaks"]
-    assert command.main([*arguments, "--mode", "frozen"]) == 0
+    assert command.main([*arguments, "--mode", "frozen", "--device", "cpu"]) == 0
     first = (tmp_path / "rows.jsonl").read_text()
     assert command.main(arguments) == 0
     assert (tmp_path / "rows.jsonl").read_text().startswith(first)

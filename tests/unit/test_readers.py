@@ -1,0 +1,369 @@
+"""Learnt lists of read channels: links between layers, exact gradients with and without, and lists that are wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import bap_kernels as bk
+
+ops = torch.ops.bap_kernels
+DOMAINS = ("birds", "cars")
+WARNING = "expected the output gradient to be zero in channels that `read` leaves out"
+# Numbers of readers that no layer has.
+numbers = count(1 << 40)
+
+
+class Block(nn.Module):
+    """Two convolutions around a sum, and a stem; the stream is read by the next block alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(F.dropout(y, 0.0)))
+        y += x
+        return F.relu(y)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        Block(16),
+        nn.Conv2d(16, 24, 1),
+        nn.ReLU6(),
+        nn.Conv2d(24, 8, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def switched(model: nn.Module | None = None, linked: bool = True) -> nn.Module:
+    made = bk.nn.switch_(model or network(), DOMAINS)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(".score"):
+                parameter.copy_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, 1.0, -1.0))
+    if not linked:
+        for module in made.modules():
+            if isinstance(module, bk.nn.SwitchedConv2d):
+                module.readers = None
+    bk.set_domain(made, "birds")
+    return made
+
+
+def layer_of(model: nn.Module, name: str) -> bk.nn.SwitchedConv2d:
+    found = model.get_submodule(name)
+    assert isinstance(found, bk.nn.SwitchedConv2d)
+    return found
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    """A list that is wrong where none is meant to be is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{WARNING}")
+        yield
+
+
+def test_links_look_through_what_keeps_channels_apart() -> None:
+    model = switched()
+    block, reads = model[4], {name: layer_of(model, name).readers for name in ("0", "4.conv1", "4.conv2", "5", "7")}
+    assert reads["0"] == (block.conv1, model[5])
+    assert reads["4.conv1"] == (block.conv2,)
+    assert reads["4.conv2"] == (model[5],)
+    assert reads["5"] == (model[7],)
+    # The classifier reads all of it.
+    assert reads["7"] is None
+
+
+class Reader(nn.Module):
+    def __init__(self, read: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.first(x), self.second)
+
+
+@pytest.mark.parametrize(
+    ("read", "linked"),
+    [
+        (lambda y, second: second(y), True),
+        (lambda y, second: second(y.relu_() + 1), True),
+        (lambda y, second: second(F.max_pool2d(y, 2)), True),
+        (lambda y, second: second(second(y)), True),
+        (lambda y, second: second(y) + y, False),
+        (lambda y, second: second(y.flip(1)), False),
+        (lambda y, second: second(torch.cat([y, y], 1)[:, :8]), False),
+        (lambda y, second: second(y) * y.mean((2, 3), keepdim=True), False),
+        (lambda y, second: second(y) if y.sum() > 0 else y, False),
+    ],
+)
+def test_other_readers_leave_no_link(read: Callable[[Tensor, nn.Module], Tensor], linked: bool) -> None:
+    model = bk.nn.switch_(Reader(read), DOMAINS)
+    assert layer_of(model, "first").readers == ((model.second,) if linked else None)
+
+
+def test_a_hook_leaves_no_link() -> None:
+    plain = network()
+    plain[2].register_forward_hook(lambda module, given, result: None)
+    assert layer_of(switched(plain), "0").readers is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_are_the_same_bits(layout: torch.memory_format, trained: bool) -> None:
+    models = [switched(linked=linked).to(memory_format=layout) for linked in (True, False)]
+    x = torch.randn(4, 3, 12, 12).contiguous(memory_format=layout)
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, bk.nn.SwitchedConv2d):
+                module.weight.requires_grad_(trained)
+    # More steps than pass between two searches, in turns of two domains whose lists differ.
+    for step in range(36):
+        for model in models:
+            bk.set_domain(model, DOMAINS[step % 2])
+        assert_equal(*(gradients(model, x) for model in models))
+
+
+def test_switches_that_turn_are_followed() -> None:
+    models = [switched(linked=linked) for linked in (True, False)]
+    x = torch.randn(4, 3, 12, 12)
+    for channel in range(8):
+        assert_equal(*(gradients(model, x) for model in models))
+        with torch.no_grad():
+            for model in models:
+                score = layer_of(model, "4.conv2").domains["birds"].score
+                score[channel] = -score[channel]
+
+
+def test_a_listed_channel_is_left_out_unseen_only_between_searches() -> None:
+    """The list, not the gradient, decides between searches: that is what makes it worth having."""
+    x, w, s = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3), torch.ones(4)
+    read = torch.tensor([True, True, False, True, True, True])
+    right = torch.randn(2, 6, 4, 4)
+    right[:, 2] = 0
+    wrong = right.clone()
+    wrong[:, 2] = 1
+    number = next(numbers)
+
+    def dx(grad: Tensor, read: Tensor | None, number: int) -> Tensor:
+        mask = [True, True, False, True]
+        return ops.switched_conv2d_backward(grad, x, w, s, [1, 1], [0] * 4, [1, 1], 1, True, mask, read, number)[0]
+
+    wanted_right, wanted_wrong = dx(right, None, 0), dx(wrong, None, 0)
+    assert not torch.equal(wanted_right, wanted_wrong)
+    with bk.use_backend("native"):
+        assert torch.equal(dx(right, read, number), wanted_right)
+        for _ in range(15):
+            assert torch.equal(dx(wrong, read, number), wanted_right)
+        # The sixteenth call after the search searches again.
+        with pytest.warns(UserWarning, match=f"{WARNING}, got other values in channel 2. Hint: something reads"):
+            assert torch.equal(dx(wrong, read, number), wanted_wrong)
+        for _ in range(20):
+            assert torch.equal(dx(wrong, read, number), wanted_wrong)
+        # Without a number of the reader every call is searched.
+        assert torch.equal(dx(right, read, 0), wanted_right)
+        with pytest.warns(UserWarning, match=WARNING):
+            assert torch.equal(dx(wrong, read, 0), wanted_wrong)
+
+
+def test_a_hook_that_reads_an_off_channel_gets_its_gradient_and_one_warning() -> None:
+    models = [switched(linked=linked) for linked in (True, False)]
+    x = torch.randn(4, 3, 12, 12)
+    kept: list[Tensor] = []
+    off = int((layer_of(models[0], "4.conv2").switch() == 0).nonzero()[0])
+    for model in models:
+        model.get_submodule("4.bn1").register_forward_hook(lambda module, given, result: kept.append(result))
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        kept.clear()
+        model.zero_grad()
+        loss = model(x).square().sum() + kept[0][:, off].square().sum()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert_equal(*(step(model) for model in models))
+    assert [WARNING in str(one.message) for one in caught] == [True]
+
+
+def test_a_hook_that_comes_later_is_noticed() -> None:
+    model, x = switched(), torch.randn(4, 3, 12, 12)
+    gradients(model, x)
+    kept: list[Tensor] = []
+    model.get_submodule("4.bn1").register_forward_hook(lambda module, given, result: kept.append(result))
+
+    def steps() -> None:
+        for _ in range(16):
+            kept.clear()
+            (model(x).sum() + kept[0].square().sum()).backward()
+
+    with pytest.warns(UserWarning, match=WARNING):
+        steps()
+
+
+def test_copies_work_and_are_linked_anew() -> None:
+    model, x = switched(), torch.randn(4, 3, 12, 12)
+    wanted = gradients(model, x)
+    keys = list(model.state_dict())
+    assert not any("reader" in key or "number" in key for key in keys)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert layer_of(made, "4.conv1").readers is None
+        assert list(made.state_dict()) == keys
+        bk.set_domain(made, "birds")
+        assert_equal(gradients(made, x), wanted)
+        assert layer_of(bk.nn.link_readers_(made), "4.conv1").readers == (made.get_submodule("4.conv2"),)
+        assert_equal(gradients(made, x), wanted)
+        first, second = (layer_of(one, "4.conv1").domains["birds"] for one in (model, made))
+        assert first.number != second.number
+    alone = copy.deepcopy(layer_of(model, "4.conv1"))
+    assert sum(p.numel() for p in alone.parameters()) == sum(p.numel() for p in model[4].conv1.parameters())
+    assert model[4].conv1.readers == (model[4].conv2,)
+    other = switched()
+    other.load_state_dict(model.state_dict())
+    assert_equal(gradients(other, x), wanted)
+
+
+def test_gathered_layers_leave_links_behind() -> None:
+    model = bk.swap_(switched().eval())
+    assert all("readers" not in module.__dict__ for module in model.modules())
+
+
+def test_domains_that_are_not_set_and_mixed_batches_have_no_list() -> None:
+    model, x = switched(), torch.randn(4, 3, 12, 12)
+    layer = layer_of(model, "4.conv1")
+    seen = layer._read(x)
+    assert seen is not None
+    assert torch.equal(seen, layer_of(model, "4.conv2").switch() == 1)
+    layer_of(model, "4.conv2").set_domain(None)
+    assert layer._read(x) is None
+    bk.set_domain(model, torch.tensor([0, 1, 0, 1]))
+    assert layer._read(x) is None
+    bk.set_domain(model, "cars")
+    assert torch.equal(layer._read(x), layer_of(model, "4.conv2").switch() == 1)
+    assert layer._read(x.to("meta")) is None
+
+
+def test_work_is_counted_alike() -> None:
+    x, counts = torch.randn(4, 3, 12, 12), []
+    for linked in (True, False):
+        model = switched(linked=linked)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_compiled_steps_search() -> None:
+    """One graph serves all domains; a number of the reader in it would not."""
+    torch._dynamo.reset()
+    model, x = switched(), torch.randn(4, 3, 12, 12)
+    graphs = 0
+
+    def count_graphs(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count_graphs)
+    for domain in DOMAINS:
+        bk.set_domain(model, domain)
+        wanted = gradients(model, x)
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        assert_equal({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, wanted)
+    assert graphs == 1
+
+
+def test_readers_of_resnets() -> None:
+    model = bk.nn.switch_(torchvision.models.resnet18(), ["birds"])
+    block = model.layer1[0]
+    assert block.conv1.readers == (block.conv2,)
+    # The stream of the stage: the next block, and both branches of the next stage.
+    assert block.conv2.readers == (
+        model.layer1[1].conv1,
+        model.layer2[0].conv1,
+        model.layer2[0].downsample[0],
+    )
+    assert model.layer4[1].conv2.readers is None
+    dense = bk.nn.switch_(torchvision.models.densenet121(), ["birds"])
+    layer = dense.features.denseblock1.denselayer1
+    assert layer.conv1.readers == (layer.conv2,)
+    assert layer.conv2.readers is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, w = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 4, 5, 5), (6, 4, 3, 3)))
+    s = torch.tensor([1.0, 0.0, 1.0, 1.0], requires_grad=True)
+    read = torch.ones(6, dtype=torch.bool)
+    args = (x, w, None, s, [1, 1], [1] * 4, [1, 1], 1, True, read, next(numbers))
+    torch.library.opcheck(ops.switched_conv2d.default, args)
+    back = (torch.randn(2, 6, 5, 5, dtype=dtype), x.detach(), w.detach(), s.detach(), *args[4:9], [True] * 4, *args[9:])
+    torch.library.opcheck(ops.switched_conv2d_backward.default, back)
+
+
+@pytest.mark.parametrize("op", ["switched_conv2d", "switched_conv2d_backward"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("private", [False, True])
+def test_errors(op: str, device: str, private: bool) -> None:
+    x, w, s = (torch.ones(shape, device=device) for shape in ((1, 4, 5, 5), (6, 4, 3, 3), (4,)))
+    call = getattr(ops, op if not private else f"_{op.replace('conv2d', 'conv2d_masked')}")
+
+    def run(read: Tensor) -> None:
+        rest = ([1, 1], [0] * 4, [1, 1], 1, True)
+        if op == "switched_conv2d":
+            call(x, w, None, s, *rest, read)
+        else:
+            call(torch.ones(1, 6, 3, 3, device=device), x, w, s, *rest, [True] * 4, read)
+
+    run(torch.ones(6, dtype=torch.bool, device=device))
+    with pytest.raises(TypeError, match=rf"{op}\(\): expected `read` to be bool, got Float. Hint: it says of each"):
+        run(torch.ones(6, device=device))
+    with pytest.raises(
+        ValueError, match=rf"{op}\(\): expected `read` to have the shape \(C_out,\) = \(6,\), got \[4\]"
+    ):
+        run(torch.ones(4, dtype=torch.bool, device=device))
+    other = "meta" if device == "cpu" else "cpu"
+    if device == "cpu":
+        return
+    with pytest.raises(ValueError, match=rf"{op}\(\): expected `read` to be on the input's device meta, got cpu"):
+        run(torch.ones(6, dtype=torch.bool, device=other))
