@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from benches import gate, memory, rows, timers
+from benches import gate, memory, rows
 from benches.cases import CASES, LAYOUTS, Cell
 from benches.training import __main__ as command
-from benches.training import backends, curve, layers, parts, report, step_peers, steps, summary
+from benches.training import curve, layers, parts, report, step_peers, steps, summary
 from benches.training.cells import MODES, LayerCell, StepCell, layer_cells, passes, step_cells
 
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
@@ -383,98 +382,6 @@ def test_older_rows_are_of_inference() -> None:
 
 def test_nothing_turns_no_report_into_an_error(tmp_path: Path) -> None:
     assert [table.title for table in report.write(tmp_path, HEADER, [], [])] == ["Machine", "Every case"]
-
-
-def test_verdict_says_what_is_worse() -> None:
-    def compared(peer: str, largest: float, large_at: int | None) -> curve.Comparison:
-        return curve.Comparison("float32", peer, 0.0, largest, large_at, large_at, 0, 2, 3.0, 2.0, 0.5)
-
-    itself = [compared("channels_last", 0.2, 30), compared("reversed", 0.1, None)]
-    sooner, later = "parts from masked autograd sooner than, and", "parts from masked autograd no sooner than, and"
-    assert f"{sooner} further than, masked" in curve.verdict([compared("auto", 0.21, 29), *itself], "float32")
-    assert f"{later} no further than" in curve.verdict([compared("auto", 0.2, 30), *itself], "float32")
-    assert f"{later} further than" in curve.verdict([compared("auto", 0.3, None), *itself], "float32")
-    assert curve.verdict([compared("auto", 0.3, None)], "float32") == ""
-
-
-def test_curves_begin_alike_and_switches_turn() -> None:
-    masked, auto, *others = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
-    assert masked.losses == pytest.approx(auto.losses, abs=1e-9)
-    assert masked.switches == auto.switches
-    found = curve.compare([masked, auto, *others])
-    assert [one.peer for one in found] == ["auto", "channels_last", "reversed"]
-    # Rounding alone differs.
-    assert all(one.largest < 1e-9 and one.switches == 0 for one in found)
-    assert all(one.largest > 0 for one in found[1:])
-    before = torch.cat([p.detach() for name, p in curve.build("auto").named_parameters() if name.endswith("score")])
-    assert (before > curve.THRESHOLD).tolist() != auto.switches
-    assert 0 < auto.density < 1
-
-
-def test_named_backends_are_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = layers.LayerBench(peaks=False)
-    cell = LayerCell(TINY, "trained")
-    made = {row.peer: row for row in bench.rows(cell, ("masked", "auto", "aten"), 0)}
-    assert set(made) == {"masked", "auto", "aten"}
-    assert bench.left_out == []
-    assert {row.device for row in made.values()} == {"cpu"}
-    assert [row[3] for row in report.means_table(list(made.values())).rows] == ["ours", "aten"]
-
-    right = layers.LayerBench.gated
-
-    def wrong_aten(self: layers.LayerBench, name: str, peer: layers.Peer, cell: LayerCell) -> float:
-        if name == "aten":
-            raise gate.WrongResultError("aten is wrong")
-        return right(self, name, peer, cell)
-
-    monkeypatch.setattr(layers.LayerBench, "gated", wrong_aten)
-    assert {row.peer for row in bench.rows(cell, ("masked", "auto", "aten"), 0)} == {"masked", "auto"}
-    assert bench.left_out == ["aten is wrong"]
-
-
-def test_a_wrong_backend_is_left_out_of_steps_and_ours_is_an_error() -> None:
-    reasons: list[str] = []
-
-    def check(name: str) -> float:
-        if name != "masked":
-            raise NotImplementedError(f"{name} cannot")
-        return 1e-6
-
-    assert backends.gated(("masked", "triton"), check, reasons, steps.PEERS) == {"masked": 1e-6}
-    assert reasons == ["triton cannot"]
-    with pytest.raises(NotImplementedError, match="auto cannot"):
-        backends.gated(("masked", "auto"), check, reasons, steps.PEERS)
-
-
-def test_marks_are_moments() -> None:
-    marks = timers.Marks(torch.device("cpu"))
-    marks.mark()
-    time.sleep(0.02)
-    marks.mark()
-    marks.mark()
-    first, second = marks.seconds()
-    assert first > 0.02 > second >= 0
-
-
-def test_device_must_be_there_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = command.parser().parse_args(["--device", "cuda"])
-    command.choose_kinds(options)
-    assert [options.layers, options.steps, options.parts, options.curve] == [True, True, False, False]
-    default = command.parser().parse_args([])
-    named = command.parser().parse_args(["--device", "cpu"])
-    assert vars(default) == vars(named)
-    command.choose_kinds(default)
-    assert [default.layers, default.steps, default.parts, default.curve] == [True] * 4
-    assert command.main(["--device", "cuda", "--curve", "--out", str(tmp_path)]) == 1
-    assert "expected `--device cuda` with --layers and --steps alone, got --curve" in _line(capsys)
-    if not torch.cuda.is_available():
-        assert command.main(["--device", "cuda", "--steps", "--out", str(tmp_path)]) == 1
-        assert "to be one of this machine, got cuda, and PyTorch sees no GPU. Hint: leave --device out" in _line(capsys)
-    assert not list(tmp_path.iterdir())
-
-
-def _line(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

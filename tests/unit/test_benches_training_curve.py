@@ -1,0 +1,38 @@
+"""Loss curves of the study of training: peers that start alike, and what is said of their drift."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from benches.training import curve
+
+
+def test_verdict_says_what_is_worse() -> None:
+    def compared(peer: str, largest: float, large_at: int | None) -> curve.Comparison:
+        return curve.Comparison("float32", peer, 0.0, largest, large_at, large_at, 0, 2, 3.0, 2.0, 0.5)
+
+    itself = [compared("channels_last", 0.2, 30), compared("reversed", 0.1, None)]
+    sooner, later = "parts from masked autograd sooner than, and", "parts from masked autograd no sooner than, and"
+    assert f"{sooner} further than, masked" in curve.verdict([compared("auto", 0.21, 29), *itself], "float32")
+    assert f"{later} no further than" in curve.verdict([compared("auto", 0.2, 30), *itself], "float32")
+    assert f"{later} further than" in curve.verdict([compared("auto", 0.3, None), *itself], "float32")
+    assert curve.verdict([compared("auto", 0.3, None)], "float32") == ""
+
+
+def test_curves_begin_alike_and_switches_turn() -> None:
+    masked, auto, *others = (curve.train(peer, "float64", steps=3) for peer in curve.PEERS)
+    assert masked.losses == pytest.approx(auto.losses, abs=1e-9)
+    assert masked.switches == auto.switches
+    found = curve.compare([masked, auto, *others])
+    assert [one.peer for one in found] == ["auto", "channels_last", "reversed"]
+    # Rounding alone differs.
+    assert all(one.largest < 1e-9 and one.switches == 0 for one in found)
+    assert all(one.largest > 0 for one in found[1:])
+    before = torch.cat([p.detach() for name, p in curve.build("auto").named_parameters() if name.endswith("score")])
+    assert (before > curve.THRESHOLD).tolist() != auto.switches
+    assert 0 < auto.density < 1
