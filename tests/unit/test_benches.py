@@ -384,17 +384,18 @@ def test_a_loss_of_auto_is_one_beyond_noise() -> None:
 @pytest.mark.skipif(not memory.can_measure_peak(), reason="malloc is not glibc's")
 def test_freed_memory_is_kept() -> None:
     program = (
-        "import torch\nfrom benches import memory\n"
-        "assert memory.keep_freed()\n"
+        "import resource, sys, torch\nfrom benches import memory\n"
+        "sys.argv[1] == 'kept' and memory.keep_freed()\n"
         "def faults():\n"
-        "    before = memory.resident_bytes()\n"
-        "    torch.ones(7 << 20)\n"
-        "    return memory.resident_bytes() - before\n"
-        "print([faults() for _ in range(5)])\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    held = [torch.ones(7 << 20) for _ in range(3)]\n"
+        "    del held\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print([faults() for _ in range(12)][-1])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
-    first, _, *others = json.loads(done.stdout)  # what is alive lies behind the first block
-    assert first > 20 << 20
-    assert all(abs(more) < 1 << 20 for more in others)
+    found = {
+        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], cwd=Path(__file__).parents[2]))
+        for mode in ("kept", "usual")
+    }
+    assert found["kept"] < 100
+    assert found["usual"] > 5000
