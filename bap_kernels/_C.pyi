@@ -55,6 +55,22 @@ def explain(
     dilation: Sequence[int],
     groups: int,
 ) -> dict[str, Any]: ...
+def choose_as_on_gpu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    name: str,
+    seconds: Callable[[str], float],
+    capturing: bool = False,
+    shown: Sequence[str] = (),
+) -> tuple[str, Tensor]: ...
+def set_cuda_facts(name: Callable[[int], str], capturing: Callable[[], bool]) -> None: ...
 def choices() -> list[dict[str, Any]]: ...
 def clear_choices() -> None: ...
 def set_choice_file(path: str) -> None: ...

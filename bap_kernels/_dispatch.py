@@ -1,8 +1,8 @@
 """When the GPU's backends can run, and the private ops through which calls reach those that are Python.
 
 The C++ kernels of the ops ask for the backend that the caller named and call ``bap_kernels::_*_triton`` for Triton;
-``auto`` stays with ATen on CUDA, until results from a GPU show that the kernels are right. Triton and the kernels are
-imported at the first call that needs them.
+on CUDA ``auto`` weighs ATen's ways alone, until results from a GPU show that the kernels are right. Triton and the
+kernels are imported at the first call that needs them.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ def _why_not_device() -> str | None:
 
 def _reason(backend: str) -> str:
     return (why_not_cuda() if backend == "cuda" else why_not_triton()) or ""
+
+
+def _why_not(input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> str:
+    from bap_kernels.triton import ops
+
+    return ops.why_not(input, weight, groups, out_size, interpreting()) or ""
 
 
 def _refuse(op: str, input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> None:
@@ -197,9 +203,11 @@ def _switched_conv2d_backward(
 
 _library = torch.library.Library("bap_kernels", "IMPL")
 for _key in ("CUDA", "CPU"):
+    _library.impl("_triton_why_not", _why_not, _key)
     _library.impl("_gathered_conv2d_triton", _gathered_conv2d, _key)
     _library.impl("_gathered_conv2d_mixed_triton", _gathered_conv2d_mixed, _key)
     _library.impl("_gathered_conv2d_backward_triton", _gathered_conv2d_backward, _key)
     _library.impl("_switched_conv2d_triton", _switched_conv2d, _key)
     _library.impl("_switched_conv2d_backward_triton", _switched_conv2d_backward, _key)
 _C.set_why_not(_reason)
+_C.set_cuda_facts(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)

@@ -6,12 +6,14 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "aten/route_cuda.h"
 #include "cpu/choice.h"
 #include "cpu/isa.h"
 #include "cpu/native.h"
 #include "cpu/packed_cache.h"
 #include "cpu/run.h"
 #include "ops/gathered_conv2d_copied.h"
+#include "ops/named_backend.h"
 
 namespace py = pybind11;
 
@@ -115,7 +117,7 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
                       check_gathered_conv2d<int64_t>("explain", input, weight, bias, in_index, out_index, stride,
                                                      padding, dilation, groups)};
   py::dict result;
-  const std::string key = case_key(call);
+  const std::string key = case_key(call, place_of(input));
   const Choice* known = ChoiceTable::instance().find(key);
   if (known != nullptr) {
     result = choice_dict(*known);
@@ -127,9 +129,42 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
   py::dict why_not;
   const std::string native = native_why_not(call);
   if (!native.empty()) why_not["native"] = native;
-  for (const char* name : {"triton", "cuda"}) why_not[name] = backend_why_not(name);
+  for (const char* name : {"triton", "cuda"}) {
+    why_not[name] = input.is_cuda() ? auto_why_not(name, kShownRight) : backend_why_not(name);
+  }
   result["why_not"] = why_not;
   return result;
+}
+
+// What `auto` would do on a GPU of a given name, for tensors anywhere: its candidates are run, and `seconds` says what
+// each of them took, so that the choice can be followed without that GPU. Returns the route's name and the result.
+std::pair<std::string, at::Tensor> choose_as_on_gpu(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_index,
+    const OptionalTensor& out_index, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups, const std::string& name,
+    const std::function<double(std::string)>& seconds, bool capturing, const std::vector<std::string>& shown) {
+  const char* op = "choose_as_on_gpu";
+  const ConvCall call{
+      input,
+      weight,
+      bias,
+      in_index,
+      out_index,
+      stride,
+      padding,
+      dilation,
+      groups,
+      /*cache_packed=*/false,
+      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
+  const Place place{name, place_id(name), [&] { return !capturing; },
+                    [&](Route route, c10::function_ref<void()> run) {
+                      run();
+                      return seconds(route_name(route));
+                    }};
+  const Route route = ChoiceTable::instance().choose(
+      call, place, [&] { return cuda_candidate_routes(call, shown); },
+      [&](const ConvCall& c, Route one) { run_cuda_route(c, one, op); });
+  return {route_name(route), run_cuda_route(call, route, op)};
 }
 
 py::dict packed_cache_info() {
@@ -182,6 +217,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain", &explain, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("in_index"),
         py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("cache_packed") = true);
+  m.def("choose_as_on_gpu", &choose_as_on_gpu, py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("in_index"), py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+        py::arg("groups"), py::arg("name"), py::arg("seconds"), py::arg("capturing") = false,
+        py::arg("shown") = std::vector<std::string>());
+  m.def("set_cuda_facts", &set_cuda_facts, py::arg("name"), py::arg("capturing"));
   m.def("choices", &choices);
   m.def("clear_choices", [] { ChoiceTable::instance().clear(); });
   m.def("set_choice_file", [](const std::string& path) { ChoiceTable::instance().set_file(path); }, py::arg("path"));

@@ -153,7 +153,7 @@ class Report:
         networks = self.out / "networks.md"
         if networks.exists():
             markdown += "\n## Networks, mixed batches, training\n\n" + networks.read_text(encoding="utf-8")
-        for study in sorted(self.out.glob("study-*/report.md")):
+        for study in sorted([*self.out.glob("study-*/report.md"), *self.out.glob("training/report.md")]):
             markdown += f"\n[{study.parent.name}]({study.relative_to(self.out)})\n"
         (self.out / "report.md").write_text(markdown, encoding="utf-8")
         print("\n" + "\n".join(table))
@@ -290,6 +290,10 @@ def run_benches(report: Report, skip: str | None, wrong: Sequence[str], quick: b
     overhead = [python, "-m", "tools.launch_overhead", "--device", "cuda"]
     report.run(Part("launch-overhead", overhead, 40, skip, last_json))
     report.run(Part("channel_gather", [python, "-m", "tools.gpu_gather", *short], 30, skip, last_json))
+    training = [python, "-m", "benches.training", "--steps", "--device", "cuda"]
+    training += ["--budget-seconds", str(budget), "--out", str(out / "training")]
+    few = ["--density", "0.5", "--layout", "channels_last", "--no-peaks"] if quick else []
+    report.run(Part("training-steps", [*training, *few], 2 * budget + 20, skip))
     study("float32", budget // 2)
 
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include "aten/packed_convolution.h"
@@ -74,6 +75,14 @@ at::Tensor zeroed_weight(const ConvCall& c) {
   return PackedCache::instance().get(c, PackedKind::kZeroed, static_cast<int>(c.format()), make);
 }
 
+// Whether each of the input's channels is listed, (1, C_in, 1, 1).
+at::Tensor channel_mask(const ConvCall& c) {
+  return PackedCache::instance().get(c, PackedKind::kMask, 0, [&] {
+    const at::Tensor mask = at::zeros({1, c.shape.channels_in, 1, 1}, c.input.options().dtype(at::kBool));
+    return mask.index_fill_(1, c.in_index->to(at::kLong), true);
+  });
+}
+
 // The padding that is left for the convolution; what it cannot do is added to `x`.
 std::array<int64_t, 2> pad_unevenly(const ConvCall& c, at::Tensor& x) {
   if (c.symmetric_padding()) return {c.padding[kTop], c.padding[kLeft]};
@@ -120,6 +129,11 @@ at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
       return apply_epilogue(y, c.fusion).contiguous(c.format());
     }
     route = AtenRoute::kGather;
+  }
+  if (route == AtenRoute::kMasked) {
+    // Zero times NaN is NaN, so zeros in the weight alone would not do; to look for NaN would stall the device.
+    const at::Tensor x = at::where(channel_mask(c), c.input, at::zeros({}, c.input.options()));
+    return apply_epilogue(convolve(c, x, zeroed_weight(c)), c.fusion).contiguous(c.format());
   }
   at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
   if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);

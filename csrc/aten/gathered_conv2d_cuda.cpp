@@ -1,7 +1,9 @@
-// The gathered convolution on CUDA devices: through ATen, or the backend that is named. List values are not read here.
+// The gathered convolution on CUDA devices: by the backend that is named, or that measured fastest. List values are not
+// read here.
 #include <torch/library.h>
 
 #include "aten/gathered_conv2d.h"
+#include "aten/route_cuda.h"
 #include "ops/named_backend.h"
 #include "ops/run_fused.h"
 
@@ -10,8 +12,11 @@ namespace {
 
 at::Tensor run_cuda(const ConvCall& call, const char* op) {
   if (call.trivial()) return trivial_gathered_conv2d(call);
-  const NamedBackend* named = named_backend();
-  return named != nullptr ? named->forward(call, op) : aten_gathered_conv2d(call, AtenRoute::kGather);
+  if (const NamedBackend* named = named_backend()) return named->forward(call, op);
+  if (get_backend() != "auto") return aten_gathered_conv2d(call, AtenRoute::kGather);
+  const auto run = [&](const ConvCall& c, Route route) { run_cuda_route(c, route, op); };
+  const auto candidates = [&] { return cuda_candidate_routes(call, kShownRight); };
+  return run_cuda_route(call, ChoiceTable::instance().choose(call, place_of(call.input), candidates, run), op);
 }
 
 at::Tensor gathered_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,

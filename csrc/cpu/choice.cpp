@@ -19,15 +19,14 @@
 #include "aten/packed_convolution.h"
 #include "cpu/isa.h"
 #include "cpu/packed_cache.h"
-#include "cpu/run.h"
 
 namespace bap_kernels {
 namespace {
 
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
-constexpr const char* kFileHead = "bap_kernels choices v3";
+constexpr const char* kFileHead = "bap_kernels choices v4";
 // Measured with fewer routes, or in an order that favoured some of them: begun anew.
-constexpr const char* kOldFileHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2"};
+constexpr const char* kOldFileHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2", "bap_kernels choices v3"};
 // A backend must win by this much to be preferred to one before it: less is noise.
 constexpr double kMargin = 0.97;
 // What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
@@ -39,9 +38,9 @@ constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
 
 using Run = c10::function_ref<void(const ConvCall&, Route)>;
 
-double seconds_of(Run run, const ConvCall& call, Route route) {
+double wall_seconds(c10::function_ref<void()> run) {
   const auto start = std::chrono::steady_clock::now();
-  run(call, route);
+  run();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
@@ -67,19 +66,29 @@ double lower_quartile(std::vector<double> values) {
 // Lower quartile of the runs of each candidate, in seconds; 0 for the other routes. Every round has an order of its
 // own: what ran before leaves its tensors in the caches, and a candidate that always follows the same one gains or
 // loses by it.
-std::array<double, kRouteCount> measure(const ConvCall& c, std::vector<Route> candidates, Run run) {
+std::array<double, kRouteCount> measure(const ConvCall& c, const Place& place, std::vector<Route> candidates, Run run) {
   std::array<std::vector<double>, kRouteCount> samples;
   std::array<double, kRouteCount> seconds{};
   const std::vector<at::Tensor> inputs = input_pool(c.input);
   size_t turn = 0;
   const auto timed = [&](Route r) {
     const at::Tensor& input = inputs[turn++ % inputs.size()];
-    return seconds_of(run,
-                      {input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups,
-                       c.cache_packed, c.shape, c.fusion, c.weight_index},
-                      r);
+    const ConvCall call{input,      c.weight, c.bias,         c.in_index, c.out_index, c.stride,      c.padding,
+                        c.dilation, c.groups, c.cache_packed, c.shape,    c.fusion,    c.weight_index};
+    return place.seconds(r, [&] { run(call, r); });
   };
-  for (const Route r : candidates) run(c, r);  // packs weights, warms caches and thread pools
+  // A copy that a candidate leaves is not that of the one which is taken.
+  ConvCall plain = c;
+  plain.copy = nullptr;
+  const auto declines = [&](Route r) {
+    try {
+      run(plain, r);  // packs weights, warms caches and thread pools
+      return false;
+    } catch (const c10::NotImplementedError&) {
+      return true;
+    }
+  };
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), declines), candidates.end());
   std::minstd_rand random(1);
   double spent = 0;
   for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
@@ -115,12 +124,23 @@ const char* layout_name(const ConvCall& c) {
 
 }  // namespace
 
+const Place& cpu_place() {
+  static const auto* place =
+      new Place{"", 0, [] { return true; }, [](Route, c10::function_ref<void()> run) { return wall_seconds(run); }};
+  return *place;
+}
+
+int32_t place_id(const std::string& name) {
+  return name.empty() ? 0 : static_cast<int32_t>(std::hash<std::string>()(name) | 1);
+}
+
 const char* route_name(Route route) {
-  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "gather_packed", "dense"};
+  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "gather_packed",
+                                               "dense",  "masked", "cuda",        "triton"};
   return kNames[static_cast<int>(route)];
 }
 
-std::string case_key(const ConvCall& c) {
+std::string case_key(const ConvCall& c, const Place& place) {
   const auto& s = c.shape;
   std::ostringstream key;
   key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in
@@ -130,7 +150,12 @@ std::string case_key(const ConvCall& c) {
       << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
       << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
       << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
-      << (onednn_enabled() ? "" : " no-onednn") << " t" << at::get_num_threads();
+      << (onednn_enabled() ? "" : " no-onednn");
+  if (place.name.empty()) {
+    key << " t" << at::get_num_threads();
+  } else {
+    key << " on " << place.name;
+  }
   return key.str();
 }
 
@@ -150,7 +175,7 @@ struct FastHash {
   }
 };
 
-FastKey fast_key(const ConvCall& c) {
+FastKey fast_key(const ConvCall& c, const Place& place) {
   const auto& s = c.shape;
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
@@ -177,7 +202,8 @@ FastKey fast_key(const ConvCall& c) {
                             c.groups,
                             flags,
                             static_cast<int64_t>(c.input.scalar_type()),
-                            at::get_num_threads()};
+                            place.name.empty() ? at::get_num_threads() : 0,
+                            place.id};
   FastKey key;
   size_t i = 0;
   for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
@@ -267,28 +293,35 @@ ChoiceTable& ChoiceTable::instance() {
   return *table;
 }
 
-Route ChoiceTable::choose(const ConvCall& call, c10::function_ref<void(const ConvCall&, Route)> run) {
-  const FastKey fast = fast_key(call);
+Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::function_ref<std::vector<Route>()> list,
+                          c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
   std::vector<Route> candidates;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     const auto found = state_->routes.find(fast);
     if (found != state_->routes.end()) return found->second;
-    candidates = candidate_routes(call);
+  }
+  // Outside the lock: it may ask Python, whose lock another thread may hold while it waits for this one.
+  candidates = list();
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
     if (!state_->loaded) state_->load();
-    const auto known = state_->choices.find(case_key(call));
+    const auto known = state_->choices.find(case_key(call, place));
     if (known != state_->choices.end() &&
         std::find(candidates.begin(), candidates.end(), known->second.route) != candidates.end()) {
       state_->routes[fast] = known->second.route;
       return known->second.route;
     }
   }
-  Choice choice{case_key(call), candidates.front(), {}};
+  Choice choice{case_key(call, place), candidates.front(), {}};
   if (candidates.size() > 1) {
-    choice.seconds = measure(call, candidates, run);
+    if (!place.may_measure()) return candidates.front();
+    choice.seconds = measure(call, place, candidates, run);
     for (const Route r : candidates) {
       const double best = choice.seconds[static_cast<int>(choice.route)];
-      if (choice.seconds[static_cast<int>(r)] < best * kMargin) choice.route = r;
+      const double own = choice.seconds[static_cast<int>(r)];
+      if (own > 0 && own < best * kMargin) choice.route = r;
     }
   }
   std::lock_guard<std::mutex> lock(state_->mutex);

@@ -13,9 +13,9 @@
 
 namespace bap_kernels {
 
-// What can run a call on a CPU. The order is the order of preference between equals.
-enum class Route : int { kNative, kGather, kGatherFlat, kGatherPacked, kDense };
-constexpr int kRouteCount = 5;
+// What can run a call: the first ones on a CPU, kGather and kGatherFlat also on a GPU, and those from kMasked on there.
+enum class Route : int { kNative, kGather, kGatherFlat, kGatherPacked, kDense, kMasked, kCuda, kTriton };
+constexpr int kRouteCount = 8;
 const char* route_name(Route route);
 
 struct Choice {
@@ -24,15 +24,30 @@ struct Choice {
   std::array<double, kRouteCount> seconds;  // lower quartile of each candidate's runs; 0 where not measured
 };
 
-// Everything of a call that its speed depends on: shapes, lists' lengths, layout, dtype, threads, fusion, caching.
-std::string case_key(const ConvCall& call);
+// Where calls run, as far as choices depend on it.
+struct Place {
+  std::string name;                   // a GPU's; empty: this machine's CPU
+  int32_t id = 0;                     // of the name, see place_id
+  std::function<bool()> may_measure;  // whether it can be measured now; else what is known or preferred is taken
+  std::function<double(Route route, c10::function_ref<void()> run)> seconds;  // of one run
+};
+
+const Place& cpu_place();
+// What tells places apart cheaply; 0 for an empty name.
+int32_t place_id(const std::string& name);
+
+// Everything of a call that its speed depends on: shapes, lists' lengths, layout, dtype, fusion, caching, and threads
+// or the GPU.
+std::string case_key(const ConvCall& call, const Place& place);
 
 class ChoiceTable {
  public:
   static ChoiceTable& instance();
 
-  // The route for `call`, measured with `run` on its first occurrence among candidate_routes(call).
-  Route choose(const ConvCall& call, c10::function_ref<void(const ConvCall&, Route)> run);
+  // The route for `call`, measured with `run` on its first occurrence among the candidates, of which the first is
+  // preferred between equals. Candidates that raise NotImplementedError do not cover the call.
+  Route choose(const ConvCall& call, const Place& place, c10::function_ref<std::vector<Route>()> candidates,
+               c10::function_ref<void(const ConvCall&, Route)> run);
 
   // The measured choice of a case, or null.
   const Choice* find(const std::string& key);

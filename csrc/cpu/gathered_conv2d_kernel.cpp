@@ -34,6 +34,8 @@ at::Tensor run_route(const ConvCall& c, Route route) {
       return aten_gathered_conv2d(c, AtenRoute::kGatherPacked);
     case Route::kDense:
       return aten_gathered_conv2d(c, AtenRoute::kDense);
+    default:  // routes of GPUs
+      break;
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -50,7 +52,8 @@ at::Tensor run_cpu(const ConvCall& c, const char* op) {
                                 ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
     return native_gathered_conv2d(c);
   }
-  return run_route(c, ChoiceTable::instance().choose(c, [](const ConvCall& call, Route r) { run_route(call, r); }));
+  const auto run = [](const ConvCall& call, Route r) { run_route(call, r); };
+  return run_route(c, ChoiceTable::instance().choose(c, cpu_place(), [&] { return candidate_routes(c); }, run));
 }
 
 namespace {

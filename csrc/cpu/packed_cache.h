@@ -13,7 +13,7 @@
 
 namespace bap_kernels {
 
-enum class PackedKind : int { kSliced, kZeroed, kReordered, kPixelRows, kChannelRows, kByFilter };
+enum class PackedKind : int { kSliced, kZeroed, kReordered, kPixelRows, kChannelRows, kByFilter, kMask };
 
 // Least recently used first out. An entry belongs to one weight and its lists by identity, and is valid only while the
 // weight's version counter and storage are those it was packed from; entries of dead tensors are dropped.

@@ -2,6 +2,7 @@
 // table of functions from a checked call to its kernels.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "ops/mixed_call.h"
@@ -28,6 +29,12 @@ struct NamedBackend {
 extern const NamedBackend cuda_backend;
 // csrc/triton/: private ops that bap_kernels/_dispatch.py implements.
 extern const NamedBackend triton_backend;
+// Why it does not cover a call, which it also raises, in Python; empty if it does.
+std::string triton_why_not(const ConvCall& call);
+
+// The named backends that `auto` weighs on a GPU: those that a result of tools/gpu_report.py, committed under
+// benches/results/, shows right there. So far there is none.
+inline const std::vector<std::string> kShownRight = {};
 
 // The one that the calling thread named, or null.
 const NamedBackend* named_backend();

@@ -88,10 +88,17 @@ SwitchedGradients triton_switched_conv2d_backward(const SwitchedCall& c, const a
 
 }  // namespace
 
+std::string triton_why_not(const ConvCall& c) {
+  static auto op =
+      typed_op<std::string(const at::Tensor&, const at::Tensor&, int64_t, IntArrayRef)>("bap_kernels::_triton_why_not");
+  return op.call(c.input, c.weight, c.groups, {c.shape.out_h, c.shape.out_w});
+}
+
 const NamedBackend triton_backend{triton_gathered_conv2d, triton_gathered_conv2d_backward, triton_switched_conv2d,
                                   triton_switched_conv2d_backward, triton_gathered_conv2d_mixed};
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
+  m.def("_triton_why_not(Tensor input, Tensor weight, int groups, int[2] out_size) -> str");
   m.def(
       "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
       "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "

@@ -117,3 +117,20 @@ def test_rehearsal_of_the_networks(tmp_path: Path) -> None:
     assert all(row["p50_s"] > 0 for row in rows)
     assert gpu_report.last_json(done.stdout)["failed"] == 0
     assert "| planned, auto |" in (tmp_path / "rows.md").read_text()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_training_steps_are_a_part_within_the_time(quick: bool, tmp_path: Path) -> None:
+    report = Report(tmp_path, 60)
+    gpu_report.run_benches(report, "no CUDA device here", (), quick)
+    found = {result.part: result for result in report.results}
+    assert (found["training-steps"].state, found["training-steps"].reason) == ("skipped", "no CUDA device here")
+    parts: list[Part] = []
+    report.run = lambda part: parts.append(part) or found[part.name]  # type: ignore[method-assign]
+    gpu_report.run_benches(report, None, (), quick)
+    (part,) = [part for part in parts if part.name == "training-steps"]
+    assert part.command[1:6] == ["-m", "benches.training", "--steps", "--device", "cuda"]
+    assert part.command[part.command.index("--out") + 1] == str(tmp_path / "training")
+    budget = int(part.command[part.command.index("--budget-seconds") + 1])
+    assert budget < part.limit_s <= (60 if quick else 150)
+    assert ("--no-peaks" in part.command) == quick
