@@ -384,18 +384,16 @@ def test_a_loss_of_auto_is_one_beyond_noise() -> None:
 @pytest.mark.skipif(not memory.can_measure_peak(), reason="malloc is not glibc's")
 def test_freed_memory_is_kept() -> None:
     program = (
-        "import resource, sys, torch\nfrom benches import memory\n"
-        "sys.argv[1] == 'kept' and memory.keep_freed()\n"
+        "import resource, torch\nfrom benches import memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    held = [torch.ones(7 << 20) for _ in range(3)]\n"
         "    del held\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print([faults() for _ in range(12)][-1])\n"
+        "memory._settle(1)\n"  # as where peaks are measured: everything is given back
+        "given_back = min(faults() for _ in range(6))\n"
+        "assert memory.keep_freed()\n"
+        "kept = [faults() for _ in range(12)][-1]\n"
+        "assert kept < 100 and given_back > 5000, (kept, given_back)\n"
     )
-    found = {
-        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], cwd=Path(__file__).parents[2]))
-        for mode in ("kept", "usual")
-    }
-    assert found["kept"] < 100
-    assert found["usual"] > 5000
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
