@@ -182,7 +182,9 @@ def config_of(problem: Problem, dtype: torch.dtype, target: Target, epilogue: Ep
     config = choose(problem, target.products(dtype), target.capability)
     if epilogue.residual is not None or epilogue.copy is not None:
         # Larger ones spill; a copy in NHWC has an address of its own for each of its elements.
-        config = within_registers(config, 32 if epilogue.copy is not None and problem.kernel == "fwd" else 64)
+        # So do words of 4 bytes.
+        tight = problem.kernel == "fwd" and (epilogue.copy is not None or dtype.itemsize == 4)
+        config = within_registers(config, 32 if tight else 64)
     return behind_a_list(config) if problem.kind else config
 
 
