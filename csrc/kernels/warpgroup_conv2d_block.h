@@ -7,9 +7,8 @@
 //   memory; its group's sums stay in registers, which the copying warpgroup gives up.
 // Grid: as gathered_conv2d_block.h. Shared memory: kStages of both operands, then the result in float32 and offsets in
 //   the same place; the barriers.
-// Needs:  what gathered_conv2d_block.h needs without planes; stages that begin at multiples of kGroupBytes; results
-// that
-//   are wanted: terms of a switch's gradient are left to the other kernel.
+// Needs:  what gathered_conv2d_block.h needs without planes; stages at multiples of kGroupBytes; results that are
+//   wanted: terms of a switch's gradient are left to the other kernel.
 // Allows: what it allows.
 // Accumulates in float32. No atomics: the result does not vary between runs.
 //
