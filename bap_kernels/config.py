@@ -59,7 +59,9 @@ ENVIRONMENT = (
     Variable(
         "BAP_KERNELS_SIMULATED_PROCESSORS", "1", "call", "processors of that simulation: many make it take small tiles"
     ),
-    Variable("BAP_KERNELS_SIMULATED_WARPGROUPS", "0", "call", "whether that simulation has products of warpgroups: 0, 1"),
+    Variable(
+        "BAP_KERNELS_SIMULATED_WARPGROUPS", "0", "call", "whether that simulation has products of warpgroups: 0, 1"
+    ),
     Variable("BAP_KERNELS_WITH_CUDA", "auto", "build", "build the CUDA library: 0, 1, auto"),
     Variable("BAP_KERNELS_MAX_JOBS", "one for each core", "build", "compilers run at once"),
     Variable("BAP_KERNELS_SANITIZE", "", "build", "sanitizers to build a second library with"),
