@@ -13,6 +13,7 @@
 namespace bap_kernels {
 namespace {
 
+using micro::kAllLanes;
 using micro::kRowLanes;
 using micro::RowPart;
 using micro::RowPrologue;
@@ -67,7 +68,7 @@ class PanelPacker {
       for (int64_t i = first_part_[tap]; i < first_part_[tap + 1]; ++i) {
         if (parts_[i].mask == 0) continue;
         const char* at = plane + parts_[i].source * size;
-        for (int64_t b = 0; b < kRowLanes * step; b += 64) __builtin_prefetch(at + b);
+        for (int64_t b = 0; b < parts_[i].groups * kRowLanes * step; b += 64) __builtin_prefetch(at + b);
       }
     }
   }
@@ -87,10 +88,18 @@ class PanelPacker {
     // Where the row's first lane would lie.
     const int64_t origin = image * n_.x_stride_n + ih * n_.x_stride_h + start * n_.x_stride_w - place * step;
     for (int64_t lane = place + low; lane < place + high;) {
-      const int64_t group = lane / kRowLanes, end = std::min((group + 1) * kRowLanes, place + high);
+      const int64_t group = lane / kRowLanes, whole = (place + high) / kRowLanes - group;
+      const int64_t source = origin + group * kRowLanes * step;
       begin_group(group);
+      if (lane % kRowLanes == 0 && whole > 0) {
+        parts_.back() = {source, kAllLanes, static_cast<int32_t>(whole)};
+        group_ += whole - 1;
+        lane += whole * kRowLanes;
+        continue;
+      }
+      const int64_t end = std::min((group + 1) * kRowLanes, place + high);
       const int64_t first = lane - group * kRowLanes, last = end - group * kRowLanes;
-      add_part(origin + group * kRowLanes * step, static_cast<int32_t>((1 << last) - (1 << first)));
+      add_part(source, static_cast<int32_t>((1 << last) - (1 << first)));
       lane = end;
     }
   }
@@ -105,7 +114,7 @@ class PanelPacker {
     if (part.mask == 0 || part.source == source) {
       part = {source, part.mask | mask, 1};
     } else {
-      part.last = 0;
+      part.groups = 0;
       parts_.push_back({source, mask, 1});
     }
   }

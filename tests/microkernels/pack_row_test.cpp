@@ -47,7 +47,7 @@ struct Group {
 bool run(Random& random, Kind kind) {
   constexpr int64_t kSteps[] = {1, 2, 3, 5};
   const int64_t step = kSteps[random.below(4)], groups = 1 + random.below(5);
-  const int64_t span = 7 * step + 1, elements = span + random.below(40), size = kind == Kind::kFloat ? 4 : 2;
+  const int64_t span = 7 * step + 1, elements = span + random.below(120), size = kind == Kind::kFloat ? 4 : 2;
   const bool at_end = random.below(2), prologue = random.below(2), second = random.below(3) > 0;
   RowPrologue prologues[2];
   for (RowPrologue& f : prologues) {
@@ -64,8 +64,15 @@ bool run(Random& random, Kind kind) {
     int32_t masks[2] = {0, 0};
     // A part may begin before the plane or end after it: only its mask has to lie inside.
     for (int64_t& source : group.source) source = random.below(static_cast<int>(elements + span)) - span;
+    const bool whole = random.below(3) == 0;
+    if (whole) {
+      const int64_t next = parts.empty() || parts.back().mask != kAllLanes
+                               ? elements
+                               : parts.back().source + parts.back().groups * kRowLanes * step;
+      group.source[0] = next + span <= elements ? next : random.below(static_cast<int>(elements - span + 1));
+    }
     for (int lane = 0; lane < kRowLanes; ++lane) {
-      const int owner = random.below(4) == 0 ? -1 : random.below(2);
+      const int owner = whole ? 0 : random.below(4) == 0 ? -1 : random.below(2);
       const int64_t at = owner < 0 ? -1 : group.source[owner] + lane * step;
       group.owner[lane] = at >= 0 && at < elements ? owner : -1;
       if (group.owner[lane] < 0) continue;
@@ -73,8 +80,15 @@ bool run(Random& random, Kind kind) {
       used[at] = true;
     }
     const bool both = masks[1] != 0;
-    parts.push_back({group.source[0], masks[0], !both});
-    if (both) parts.push_back({group.source[1], masks[1], 1});
+    // A group that goes on where a whole one ended belongs to its part.
+    RowPart* before = parts.empty() ? nullptr : &parts.back();
+    if (whole && before && before->mask == kAllLanes && before->groups > 0 &&
+        group.source[0] == before->source + before->groups * kRowLanes * step) {
+      ++before->groups;
+    } else {
+      parts.push_back({group.source[0], masks[0], !both});
+      if (both) parts.push_back({group.source[1], masks[1], 1});
+    }
     wanted.push_back(group);
   }
 

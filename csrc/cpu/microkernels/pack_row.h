@@ -7,12 +7,14 @@ namespace bap_kernels::micro {
 
 constexpr int64_t kRowLanes = 8;
 
+constexpr int32_t kAllLanes = (1 << kRowLanes) - 1;
+
 // Lanes of one group of kRowLanes neighbouring floats of the row: lane l holds element source + l * step of the plane
 // where bit l of the mask is set. A group's parts follow each other; what no part sets is zero.
 struct RowPart {
   int64_t source;
   int32_t mask;
-  int32_t last;  // whether the group ends here
+  int32_t groups;  // that end here: 0 or 1, or with all lanes any number of groups that go on in the plane
 };
 
 // What becomes of an element on its way; zeros of the padding stay zeros.

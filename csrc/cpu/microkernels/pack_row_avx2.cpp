@@ -6,8 +6,6 @@
 namespace bap_kernels::micro {
 namespace {
 
-constexpr int32_t kAllLanes = (1 << kRowLanes) - 1;
-
 // All bits of a lane where the lane's bit of `mask` is set. Lanes with no bit of their own stay clear.
 inline __m256i lanes_of(int32_t mask, __m256i bits) {
   return _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bits), _mm256_setzero_si256());
@@ -20,6 +18,12 @@ inline __m256 load(const float* src, int32_t mask) {
 }
 
 inline __m256 load_every_second(const float* src, int32_t mask) {
+  if (mask == kAllLanes) {
+    // The last of them is element 14: two vectors side by side would reach one further.
+    const __m256 low = _mm256_loadu_ps(src), high = _mm256_loadu_ps(src + 7);
+    const __m256 even = _mm256_shuffle_ps(low, high, 0xd8);  // 0 2 8 10 | 4 6 12 14
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  }
   const __m256 low = _mm256_maskload_ps(src, lanes_of(mask, _mm256_setr_epi32(1, 0, 2, 0, 4, 0, 8, 0)));
   const __m256 high = _mm256_maskload_ps(src + 8, lanes_of(mask, _mm256_setr_epi32(16, 0, 32, 0, 64, 0, 128, 0)));
   const __m256 even = _mm256_shuffle_ps(low, high, 0x88);  // 0 2 8 10 | 4 6 12 14
@@ -67,13 +71,21 @@ inline __m256i rounded(__m256 v) {
 }
 
 template <class Load>
-inline void pack(const RowPart* parts, int64_t count, const RowPrologue* prologue, float* row, const Load& load) {
+inline void pack(const RowPart* parts, int64_t count, int64_t step, const RowPrologue* prologue, float* row,
+                 const Load& load) {
   __m256 lanes = _mm256_setzero_ps();
   for (const RowPart* part = parts; part != parts + count; ++part) {
+    if (part->mask == kAllLanes) {
+      for (int32_t g = 0; g < part->groups; ++g, row += kRowLanes) {
+        const __m256 v = load(part->source + g * kRowLanes * step, kAllLanes);
+        _mm256_storeu_ps(row, prologue ? applied(*prologue, v, kAllLanes) : v);
+      }
+      continue;
+    }
     __m256 v = load(part->source, part->mask);
     if (prologue) v = applied(*prologue, v, part->mask);
     lanes = _mm256_or_ps(lanes, v);
-    if (!part->last) continue;
+    if (part->groups == 0) continue;
     _mm256_storeu_ps(row, lanes);
     row += kRowLanes;
     lanes = _mm256_setzero_ps();
@@ -85,19 +97,19 @@ inline void pack(const RowPart* parts, int64_t count, const RowPrologue* prologu
 void pack_row_avx2(const RowPart* parts, int64_t count, const float* plane, int64_t step, const RowPrologue* prologue,
                    float* row) {
   if (step == 1) {
-    pack(parts, count, prologue, row, [=](int64_t source, int32_t mask) { return load(plane + source, mask); });
+    pack(parts, count, step, prologue, row, [=](int64_t source, int32_t mask) { return load(plane + source, mask); });
   } else if (step == 2) {
-    pack(parts, count, prologue, row,
+    pack(parts, count, step, prologue, row,
          [=](int64_t source, int32_t mask) { return load_every_second(plane + source, mask); });
   } else {
-    pack(parts, count, prologue, row,
+    pack(parts, count, step, prologue, row,
          [=](int64_t source, int32_t mask) { return load_apart(plane + source, mask, step); });
   }
 }
 
 void pack_row_avx2(const RowPart* parts, int64_t count, const uint16_t* plane, int64_t step,
                    const RowPrologue* prologue, float* row) {
-  pack(parts, count, prologue, row,
+  pack(parts, count, step, prologue, row,
        [=](int64_t source, int32_t mask) { return widened(load_bits(plane + source, mask, step)); });
 }
 
@@ -107,7 +119,7 @@ void pack_pairs_avx2(const RowPart* parts, int64_t count, const uint16_t* first,
     const __m256i bits = load_bits(plane + source, mask, step);
     return prologue ? rounded(applied(*prologue, widened(bits), mask)) : bits;
   };
-  pack(parts, count, nullptr, row, [=](int64_t source, int32_t mask) {
+  pack(parts, count, step, nullptr, row, [=](int64_t source, int32_t mask) {
     __m256i lanes = half(first, prologues, source, mask);
     if (second) {
       const __m256i upper = half(second, prologues ? prologues + 1 : nullptr, source, mask);
