@@ -3,7 +3,7 @@
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.convert import add_domain_, switch_
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear, DomainNorm
 from bap_kernels.nn.parallel import DomainParallel
 from bap_kernels.nn.per_domain import domain_layers, domain_parameters
 from bap_kernels.nn.readers import link_readers_
@@ -16,6 +16,7 @@ __all__ = [
     "ChannelSwitch",
     "DomainBatchNorm2d",
     "DomainLinear",
+    "DomainNorm",
     "DomainParallel",
     "GatheredConv2d",
     "MaskedConv2d",

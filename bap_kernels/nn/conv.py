@@ -12,12 +12,25 @@ from torch import Tensor, nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
 from bap_kernels.nn.mixed import Runs
+from bap_kernels.nn.recompute import _RecomputedForward
 
-__all__ = ["GatheredConv2d", "MaskedConv2d", "take_over", "why_not", "why_not_groups"]
+__all__ = [
+    "OWN_FORWARD",
+    "GatheredConv2d",
+    "MaskedConv2d",
+    "has_own_forward",
+    "refuse_own_forward",
+    "take_over",
+    "why_not",
+    "why_not_groups",
+]
 
 _mixed_operator = torch.ops.bap_kernels._gathered_conv2d_mixed.default
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
+
+# The reason that swap_ and switch_ do not pass over.
+OWN_FORWARD = "another forward was set on it, which would go on calling the layer it was made for"
 
 
 def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
@@ -26,6 +39,25 @@ def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | No
         return None
     found = f"groups={groups} with {in_channels} -> {out_channels} channels"
     return f"{found}: only 1 and depthwise (C_in == C_out) are supported"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on a module, as wrappers do (accelerate's hooks), which its class does not know.
+
+    Such a function goes on calling the module that it was made for. That of :func:`bap_kernels.nn.recompute_` does not
+    count: it can be made again.
+    """
+    own = module.__dict__.get("forward")
+    return (own is not None and not isinstance(own, _RecomputedForward)) or "_conv_forward" in module.__dict__
+
+
+def refuse_own_forward(where: str, name: str, module: nn.Module) -> None:
+    """Raises NotImplementedError for a layer with a forward of its own."""
+    raise NotImplementedError(
+        f"{where}(): expected the layers of `model` to have the forward of their class, got {name!r}, a "
+        f"{type(module).__name__} on which another one was set: it would go on calling the layer it was made for. "
+        "Hint: take the wrapper off first and put it on again afterwards, or leave the layer out by `filter_fn`."
+    )
 
 
 def why_not(conv: nn.Module) -> str | None:
@@ -45,7 +77,8 @@ def why_not(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
     if conv._parameters.get("weight") is None:
         return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
-    return why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+    reason = why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+    return OWN_FORWARD if reason is None and has_own_forward(conv) else reason
 
 
 def take_over(layer: nn.Module, conv: nn.Module) -> None:
@@ -54,6 +87,9 @@ def take_over(layer: nn.Module, conv: nn.Module) -> None:
     layer.__dict__.update(conv.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[name] = conv.__dict__[name].copy()
+    if "forward" in layer.__dict__:
+        # Of recompute_, bound to the other layer.
+        layer.__dict__["forward"] = type(layer.__dict__["forward"])(layer)
     # Compiled by conv.compile() for the other class, and the lists of a batch of its model.
     for name in ("_compiled_call_impl", "_mixed"):
         layer.__dict__.pop(name, None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
-from bap_kernels.nn.conv import GatheredConv2d, why_not
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear, DomainNorm
+from bap_kernels.nn.norms import depends_on_data, norm_parts
 from bap_kernels.nn.per_domain import checked_names, domain_layers
 from bap_kernels.nn.readers import link_readers_
 from bap_kernels.nn.swap import replace_
@@ -31,10 +33,14 @@ def switch_(
     """Gives a plain model switches, batch norm and, if wanted, a classifier for every domain, in place.
 
     :class:`torch.nn.Conv2d` becomes :class:`~bap_kernels.nn.SwitchedConv2d` and shares its parameters with the layer
-    that it replaces; :class:`torch.nn.BatchNorm2d` becomes :class:`~bap_kernels.nn.DomainBatchNorm2d`, every domain
-    starting from its parameters and statistics. A layer that is used in several places stays one. Convolutions that
-    cannot be switched stay as they are; :func:`bap_kernels.nn.skipped` names them with the reason. Convolutions learn
-    which others read their results (:func:`link_readers_`), so the model's code is recorded by torch.fx once.
+    that it replaces. A batch norm becomes a :class:`~bap_kernels.nn.DomainBatchNorm2d`, every domain starting from its
+    parameters and statistics; so do SyncBatchNorm, FrozenBatchNorm2d, timm's batch norms with an activation, and
+    subclasses, each domain with a copy of the module. Other layers with running statistics (BatchNorm1d, InstanceNorm
+    that tracks them) become a :class:`~bap_kernels.nn.DomainNorm`. Norms without them (GroupNorm, LayerNorm) stay, with
+    their scale and shift shared by all domains. A layer that is used in several places stays one. Convolutions that
+    cannot be switched stay as they are; :func:`bap_kernels.nn.skipped` names them, and shared norms, with the reason.
+    Convolutions learn which others read their results (:func:`link_readers_`), so the model's code is recorded by
+    torch.fx once.
 
     A checkpoint of the plain model still loads strictly, before or after: it sets what is shared, and the batch norm of
     every domain. Choose a domain with :func:`bap_kernels.set_domain` before the first forward.
@@ -54,6 +60,8 @@ def switch_(
     Raises:
         ValueError: for names that cannot be used, for ``heads`` of other domains, or if there is no linear layer for
             them, or nothing to replace. Nothing is changed then.
+        NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do. Nothing is
+            changed then.
 
     Examples:
         >>> import torch
@@ -66,24 +74,34 @@ def switch_(
         torch.Size([2, 196])
     """
     names = checked_names("switch_", domains)
+    # One memo for each domain: what layers share in the plain model they share in every domain.
+    memos: dict[str, dict[int, Any]] = {name: {} for name in names}
     new: dict[nn.Module, nn.Module] = {}
     linear: nn.Linear | None = None
     inside = {module for _, layer in domain_layers(model) for module in layer.domains.modules()}
+    # A norm's own parts, such as an activation, are copied with it.
+    inside |= {one for module in model.modules() if depends_on_data(module) for one in list(module.modules())[1:]}
     for name, module in model.named_modules():
         if module in inside:
             continue
         if type(module) is nn.Linear:
             linear = module
         plain_conv = isinstance(module, nn.Conv2d) and not isinstance(module, (GatheredConv2d, SwitchedConv2d))
-        if not (plain_conv or type(module) is nn.BatchNorm2d):
+        norm = depends_on_data(module)
+        if not (plain_conv or norm):
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        if isinstance(module, nn.BatchNorm2d):
-            new[module] = DomainBatchNorm2d.from_batch_norm2d(module, names)
+        if norm:
+            if has_own_forward(module):
+                refuse_own_forward("switch_", name, module)
+            of_images = norm_parts(module) is not None or isinstance(module, nn.BatchNorm2d)
+            new[module] = (DomainBatchNorm2d if of_images else DomainNorm).from_norm(module, names, memos)
         elif (reason := why_not(module)) is None:
             assert isinstance(module, nn.Conv2d)
             new[module] = SwitchedConv2d.from_conv2d(module, names, threshold, initial, ste_every)
+        elif reason == OWN_FORWARD:
+            refuse_own_forward("switch_", name, module)
         else:
             _log.info("switch_: %r stays dense: %s", name, reason)
     if heads is not None:
@@ -140,6 +158,6 @@ def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: i
         if isinstance(layer, DomainLinear):
             assert classes is not None
             layer.add_domain(name, classes)
-        elif isinstance(layer, (SwitchedConv2d, DomainBatchNorm2d)):
+        elif isinstance(layer, (SwitchedConv2d, DomainNorm)):
             layer.add_domain(name, like)
     return model

@@ -4,53 +4,137 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels.nn.conv import has_own_forward
 from bap_kernels.nn.mixed import Runs
+from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 
-__all__ = ["DomainBatchNorm2d", "DomainLinear"]
+__all__ = ["DomainBatchNorm2d", "DomainLinear", "DomainNorm"]
 
-_LINEAR_KEYS = ("weight", "bias")
-_NORM_KEYS = (*_LINEAR_KEYS, "running_mean", "running_var", "num_batches_tracked")
-
-
-def _spread_dense_keys(layer: PerDomain, state: dict[str, Any], prefix: str, keys: tuple[str, ...]) -> None:
-    """Gives the values under a dense layer's keys to every domain that has none in ``state``."""
-    dense = {key: state.pop(prefix + key) for key in keys if prefix + key in state}
-    if not dense:
-        return
-    for name, module in layer.domains.items():
-        place = f"{prefix}domains.{name}."
-        if any(key.startswith(place) for key in state):
-            continue
-        values = dense
-        if isinstance(module, nn.Linear) and "weight" in dense and dense["weight"].shape != module.weight.shape:
-            # A classifier for other classes: the domain keeps what it has.
-            values = module.state_dict()
-        state.update({place + key: value for key, value in values.items()})
+_Layer = TypeVar("_Layer", bound="DomainNorm")
+# What copy.deepcopy has seen, for each domain.
+_Memos = Mapping[str, dict[int, Any]]
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A batch norm with fixed statistics as y = scale * x + shift, (C,) each."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+def _copies(module: nn.Module, names: Iterable[str], memos: _Memos | None) -> dict[str, nn.Module]:
+    """A copy of a module for every domain; what one memo has seen, such as a shared parameter, is copied once."""
+    # Hooks are not copied: whoever registered them sees every domain, and can still remove them.
+    hooks = [
+        value
+        for one in module.modules()
+        for key, value in one.__dict__.items()
+        if key.startswith(("_forward", "_backward")) and isinstance(value, dict)
+    ]
+    made = {}
+    for name in names:
+        memo = {} if memos is None else memos[name]
+        memo.update({id(table): table for table in hooks})
+        made[name] = copy.deepcopy(module, memo)
+    return made
 
 
-class DomainBatchNorm2d(PerDomain):
+def _reset(norm: nn.Module) -> None:
+    """Gives a norm the values of a new one."""
+    for module in norm.modules():
+        reset = getattr(module, "reset_parameters", getattr(module, "reset_running_stats", None))
+        if callable(reset):
+            reset()
+    for name, value in [*norm._parameters.items(), *norm._buffers.items()]:
+        if value is not None and name in ("weight", "bias", "running_mean", "running_var"):
+            nn.init.constant_(value, 1.0 if name in ("weight", "running_var") else 0.0)
+
+
+class DomainNorm(PerDomain):
+    """One normalisation layer of any class for every domain, such as :class:`torch.nn.BatchNorm1d` or a subclass.
+
+    :func:`bap_kernels.nn.switch_` makes it of layers with running statistics. :attr:`domains` holds one module per
+    domain, and a call is one of the active module. The state of the layer it was made from loads too, also strictly:
+    every domain then starts from it, unless the file has values for that domain.
+
+    Raises:
+        NotImplementedError: if a ``forward`` of its own was set on the layer, which copies would share.
+        RuntimeError: when called before a domain was chosen.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> norm = bk.nn.DomainNorm.from_norm(nn.BatchNorm1d(4), ["birds", "cars"])
+        >>> norm.set_domain("cars")
+        >>> norm(torch.randn(8, 4)).shape
+        torch.Size([8, 4])
+    """
+
+    @classmethod
+    def from_norm(
+        cls: type[_Layer],
+        norm: nn.Module,
+        domains: Iterable[str],
+        memos: _Memos | None = None,
+    ) -> _Layer:
+        """A layer whose domains all start from the parameters and the statistics of ``norm``, as copies.
+
+        Args:
+            norm: the layer; its hooks are shared by the copies.
+            domains: names of the domains.
+            memos: {domain: memo of :func:`copy.deepcopy`}, for layers that share parameters with each other.
+        """
+        names = checked_names(cls.__name__, domains)
+        if has_own_forward(norm):
+            raise NotImplementedError(
+                f"{cls.__name__}(): expected `norm` to have the forward of its class, got a {type(norm).__name__} on "
+                "which another one was set: it would go on calling the layer it was made for. Hint: remove it first."
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._hold(_copies(norm, names, memos))
+        layer.training = norm.training
+        return layer
+
+    def add_domain(self, name: str, like: str | None = None) -> None:
+        """Adds a domain; the others stay as they are.
+
+        Args:
+            name: the new domain.
+            like: the domain to copy parameters and statistics from; None starts as a new layer does.
+        """
+        pattern = self._module_of(next(iter(self.domains)) if like is None else like)
+        made = _copies(pattern, [name], None)[name]
+        if like is None:
+            _reset(made)
+        self._add(name, made)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Normalises with the active domain's parameters and statistics."""
+        if self._mixed is None:
+            return self._current()(input, *args, **kwargs)
+        if args or kwargs:
+            raise NotImplementedError(
+                f"{type(self).__name__}(): expected one argument in a mixed batch, got {1 + len(args) + len(kwargs)}. "
+                "Hint: call the model once for each domain."
+            )
+        return self._normalised_mixed(input, self._mixed)
+
+    def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
+        return runs.apply(self, input, lambda part, norm: norm(part))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+class DomainBatchNorm2d(DomainNorm):
     """:class:`torch.nn.BatchNorm2d` with weight, bias and running statistics of its own for every domain.
 
-    :attr:`domains` holds one :class:`torch.nn.BatchNorm2d` per domain. The state of a dense batch norm loads too, also
-    strictly: every domain then starts from it, unless the file has values for that domain.
+    :attr:`domains` holds one :class:`torch.nn.BatchNorm2d` per domain, or whatever batch norm of images the layer was
+    made from: SyncBatchNorm, FrozenBatchNorm2d, one with an activation, a subclass. The state of a dense batch norm
+    loads too, also strictly: every domain then starts from it, unless the file has values for that domain.
 
     Args:
         num_features: C.
@@ -98,7 +182,7 @@ class DomainBatchNorm2d(PerDomain):
         )
 
     @classmethod
-    def from_batch_norm2d(cls, norm: nn.BatchNorm2d, domains: Iterable[str]) -> DomainBatchNorm2d:
+    def from_batch_norm2d(cls, norm: nn.Module, domains: Iterable[str]) -> DomainBatchNorm2d:
         """A layer whose domains all start from the affine parameters and the statistics of ``norm``, as copies.
 
         Examples:
@@ -108,43 +192,18 @@ class DomainBatchNorm2d(PerDomain):
             >>> norm.domains["birds"].momentum
             0.2
         """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._hold({name: copy.deepcopy(norm) for name in checked_names(cls.__name__, domains)})
-        layer.training = norm.training
-        return layer
-
-    def add_domain(self, name: str, like: str | None = None) -> None:
-        """Adds a domain; the others stay as they are.
-
-        Args:
-            name: the new domain.
-            like: the domain to copy parameters and statistics from; None starts as a new batch norm does.
-        """
-        pattern = self._module_of(next(iter(self.domains)) if like is None else like)
-        assert isinstance(pattern, nn.BatchNorm2d)
-        made = copy.deepcopy(pattern)
-        if like is None:
-            made.reset_parameters()
-        self._add(name, made)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises with the active domain's parameters and statistics."""
-        if self._mixed is not None:
-            return self._normalised_mixed(input, self._mixed)
-        active = self._active
-        if active is None:
-            raise self._no_domain()
-        return active(input)
+        return cls.from_norm(norm, domains)
 
     def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        norms: list[nn.BatchNorm2d] = runs.states
-        fixed = all(not (norm.training or norm.running_var is None) for norm in norms)
-        if not fixed or torch.is_autocast_enabled(input.device.type):
-            return runs.apply(self, input, lambda part, norm: norm(part))
+        known = [norm_parts(norm) for norm in runs.states]
+        parts = [one for one in known if one is not None and one.has_statistics and not one.after]
+        fixed = len(parts) == len(known) and all(one.fixed or not one.module.training for one in parts)
+        hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in runs.states)
+        if not fixed or hooked or torch.is_autocast_enabled(input.device.type):
+            return super()._normalised_mixed(input, runs)
         runs.batch.check(self, input)
         # One scale and one shift for each sample and channel: a single pass over the batch.
-        scales, shifts = zip(*(_scale_and_shift(norm) for norm in norms), strict=True)
+        scales, shifts = zip(*(one.scale_and_shift() for one in parts), strict=True)
         counts = torch.tensor(runs.batch.counts, device=input.device)
         scale, shift = (
             torch.stack(rows)
@@ -153,10 +212,6 @@ class DomainBatchNorm2d(PerDomain):
             for rows in (scales, shifts)
         )
         return torch.addcmul(shift, input, scale)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _spread_dense_keys(self, state_dict, prefix, _NORM_KEYS)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DomainLinear(PerDomain):
@@ -246,10 +301,7 @@ class DomainLinear(PerDomain):
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
         if self._mixed is not None:
             return self._applied_mixed(input, self._mixed)
-        active = self._active
-        if active is None:
-            raise self._no_domain()
-        return active(input)
+        return self._current()(input)
 
     def _applied_mixed(self, input: Tensor, runs: Runs) -> Tensor:
         most = max(linear.out_features for linear in runs.states)
@@ -260,6 +312,13 @@ class DomainLinear(PerDomain):
 
         return runs.apply(self, input, one)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _spread_dense_keys(self, state_dict, prefix, _LINEAR_KEYS)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _dense_values(self, module: nn.Module, dense: dict[str, Any]) -> dict[str, Any]:
+        weight = module._parameters.get("weight")
+        if weight is None or "weight" not in dense or dense["weight"].shape == weight.shape:
+            return dense
+        # A classifier for other classes: the domain keeps what it has. Without values its keys count as missing.
+        return {} if weight.is_meta else module.state_dict()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["NormParts", "is_norm", "norm_parts", "why_not_norm"]
+__all__ = ["NormParts", "depends_on_data", "is_norm", "norm_parts", "why_not_norm"]
 
 _TIMM = "timm.layers.norm_act"
 # {(module, class): (whether statistics stay as they are in training, names of what is applied afterwards)}
@@ -116,9 +116,16 @@ def is_norm(module: nn.Module) -> bool:
 
     Those are PyTorch's, and whatever holds running statistics.
     """
-    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
-        return True
-    return "running_mean" in module._buffers or "running_var" in module._buffers
+    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) or depends_on_data(module)
+
+
+def depends_on_data(module: nn.Module) -> bool:
+    """Whether a module normalises by statistics of the data, which differ between domains: any batch norm.
+
+    Besides PyTorch's it is every module that holds a running mean or variance.
+    """
+    held = (module._buffers.get(name) for name in ("running_mean", "running_var"))
+    return isinstance(module, _BatchNorm) or any(value is not None for value in held)
 
 
 def why_not_norm(module: nn.Module) -> str | None:

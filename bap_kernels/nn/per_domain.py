@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bap_kernels.nn.mixed import Runs
 
@@ -13,6 +15,8 @@ __all__ = ["PerDomain", "checked_names", "domain_layers", "domain_parameters"]
 
 # Names that a torch.nn.ModuleDict would refuse, as it has attributes of that name.
 _RESERVED = frozenset(dir(nn.ModuleDict()))
+# In the dictionary of a domain's module: the name of the domain.
+_DOMAIN = "_domain_name"
 
 
 def _reason_against(name: object) -> str | None:
@@ -44,6 +48,10 @@ def checked_names(where: str, names: Iterable[str]) -> list[str]:
     return listed
 
 
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 class PerDomain(nn.Module):
     """Base of the layers that hold one module per domain, in :attr:`domains`, and use that of the active domain.
 
@@ -63,18 +71,41 @@ class PerDomain(nn.Module):
 
     def _hold(self, modules: Mapping[str, nn.Module]) -> None:
         self.domains = nn.ModuleDict(dict(modules))
+        for name, module in modules.items():
+            module.__dict__[_DOMAIN] = name
         self.__dict__["_active"] = None
 
     @property
     def active(self) -> nn.Module | None:
         """The module of the active domain, one of :attr:`domains`; None before a domain was chosen."""
-        return self._active
+        return None if self._active is None else self._current()
+
+    def _current(self) -> nn.Module:
+        """The active module, or the one that has taken its place in :attr:`domains`.
+
+        Raises:
+            RuntimeError: if no domain is active.
+        """
+        active = self._active
+        if active is None:
+            raise self._no_domain()
+        # A compiled graph would be tied to one domain by its name.
+        if not torch.compiler.is_compiling():
+            domains = self._modules["domains"]
+            assert domains is not None
+            now = domains._modules.get(active.__dict__.get(_DOMAIN, ""), active)
+            if now is not active and now is not None:
+                # Replaced since set_domain, as torch.nn.SyncBatchNorm.convert_sync_batchnorm does.
+                now.__dict__[_DOMAIN] = active.__dict__[_DOMAIN]
+                self.__dict__["_active"] = active = now
+        return active
 
     @property
     def domain(self) -> str | None:
         """The active domain; None before one was chosen."""
+        active = self.active
         for name, module in self.domains.items():
-            if module is self._active:
+            if module is active:
                 return name
         return None
 
@@ -94,6 +125,7 @@ class PerDomain(nn.Module):
 
     def _add(self, name: str, module: nn.Module) -> None:
         checked_names(f"{type(self).__name__}.add_domain", [*self.domains, name])
+        module.__dict__[_DOMAIN] = name
         self.domains[name] = module.train(self.training)
 
     def _module_of(self, name: str | None) -> nn.Module:
@@ -104,15 +136,35 @@ class PerDomain(nn.Module):
                     f"{type(self).__name__}: expected `domain` to be one of {list(self.domains)}, got {name!r}."
                 )
             return self.domains[name]
-        if self._active is None:
-            raise self._no_domain()
-        return self._active
+        return self._current()
 
     def _no_domain(self) -> RuntimeError:
         return RuntimeError(
             f"{type(self).__name__}(): expected a domain to be active, got none. "
             f"Hint: call set_domain(model, name) with one of {list(self.domains)}."
         )
+
+    def _spread_dense_keys(self, state: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Gives the values under a dense layer's keys to every domain that has none in ``state``.
+
+        Each domain gets tensors of its own: with ``assign`` they become its parameters.
+        """
+        place = f"{prefix}domains."
+        known = {key for module in self.domains.values() for key in module.state_dict()}
+        # Batch norms with fixed statistics accept it, and do not have it.
+        known |= {"num_batches_tracked"} if "running_mean" in known else set()
+        dense = {key: state.pop(prefix + key) for key in known if prefix + key in state}
+        if not dense:
+            return
+        given = {key[len(place) :].split(".", 1)[0] for key in state if key.startswith(place)}
+        for name, module in self.domains.items():
+            if name not in given:
+                for key, value in self._dense_values(module, dense).items():
+                    state[f"{place}{name}.{key}"] = _own(value) if assign else value
+
+    def _dense_values(self, module: nn.Module, dense: dict[str, Any]) -> dict[str, Any]:
+        """What a domain's module takes from the state of a dense layer."""
+        return dense
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

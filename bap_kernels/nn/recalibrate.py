@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d
+from bap_kernels.nn.domain_layers import DomainNorm
 from bap_kernels.nn.domains import set_domain
 
 __all__ = ["recalibrate_bn"]
@@ -25,8 +25,8 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
 
     After training or projecting the switches, the statistics still follow those of earlier steps. Everything else in
     the model is in eval mode meanwhile; parameters, the statistics of other domains and of batch norms that domains
-    share stay, and so do modes and the active domain. A batch norm that no batch reaches keeps its statistics. Every
-    batch counts alike, so leave out one that is much smaller than the others.
+    share stay, and so do modes, the active domain, and what is fixed, as in FrozenBatchNorm2d. A batch norm that no
+    batch reaches keeps its statistics. Every batch counts alike, so leave out one that is much smaller than the others.
 
     Args:
         model: a model with :class:`~bap_kernels.nn.DomainBatchNorm2d` layers.
@@ -36,8 +36,8 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         batches: most batches to use; None uses all.
 
     Raises:
-        ValueError: if the model has no such layer or domain, or there is no batch. Nothing is changed if an error is
-            raised, be it by ``loader`` or the model.
+        ValueError: if the model has no such layer or domain, none that computes statistics, or there is no batch.
+            Nothing is changed if an error is raised, be it by ``loader`` or the model.
 
     Examples:
         >>> import torch
@@ -49,7 +49,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         tensor([2., 2.])
     """
     modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, DomainBatchNorm2d)]
+    layers = [module for module in modules if isinstance(module, DomainNorm)]
     if not layers:
         raise ValueError(
             "recalibrate_bn(): expected `model` to have DomainBatchNorm2d layers, got none. Hint: call nn.switch_."
@@ -62,9 +62,16 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         for name in ("_active", "channels")
         if name in module.__dict__
     ]
-    set_domain(model, domain)
-    norms = [norm for layer in layers for norm in layer.domains[domain].modules() if isinstance(norm, _BatchNorm)]
+    # A layer without the domain is for set_domain to refuse.
+    held = [layer.domains[domain] for layer in layers if domain in layer.domains]
+    norms = [norm for one in held for norm in one.modules() if isinstance(norm, _BatchNorm)]
     norms = [norm for norm in dict.fromkeys(norms) if norm.track_running_stats]
+    if held and not norms:
+        raise ValueError(
+            "recalibrate_bn(): expected `model` to have running statistics to compute, got norms whose statistics are "
+            "fixed, or that have none."
+        )
+    set_domain(model, domain)
     momenta = [norm.momentum for norm in norms]
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     done = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from bap_kernels.nn.conv import GatheredConv2d, why_not
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
 from bap_kernels.nn.switched import SwitchedConv2d
 
 __all__ = ["replace_", "skipped", "swap_", "why_not_swapped"]
@@ -38,6 +38,10 @@ def swap_(
     Returns:
         ``model``, or the new layer.
 
+    Raises:
+        NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do: it would hide the
+            lists. Nothing is changed then.
+
     Examples:
         >>> from torch import nn
         >>> import bap_kernels as bk
@@ -59,6 +63,8 @@ def swap_(
             new[module] = module.to_gathered(layer_type)
         elif reason is None:
             new[module] = layer_type.from_conv2d(module)
+        elif reason == OWN_FORWARD:
+            refuse_own_forward("swap_", name, module)
         else:
             _log.info("swap_: %r stays dense: %s", name, reason)
     return replace_(model, new)
@@ -80,7 +86,9 @@ def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 def why_not_swapped(conv: nn.Module) -> str | None:
     """Why :func:`swap_` leaves a module as it is; None if it replaces it."""
     if isinstance(conv, SwitchedConv2d):
-        return "a depthwise layer with switches writes its bias to channels that are off" if conv.groups != 1 else None
+        if conv.groups != 1:
+            return "a depthwise layer with switches writes its bias to channels that are off"
+        return OWN_FORWARD if has_own_forward(conv) else None
     return why_not(conv)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
-from bap_kernels.nn.conv import GatheredConv2d, take_over, why_not, why_not_groups
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, take_over, why_not, why_not_groups
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 from bap_kernels.nn.recompute import held_input, recomputes
 
@@ -167,12 +167,17 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             layer_type: the class of the new layer.
 
         Raises:
-            NotImplementedError: for depthwise layers, which write their bias to channels that are off.
+            NotImplementedError: for depthwise layers, which write their bias to channels that are off, and for layers
+                on which another forward was set.
         """
         if self.groups != 1:
             raise NotImplementedError(
                 f"{type(self).__name__}.to_gathered(): expected a layer with groups=1, got groups={self.groups}: a "
                 "depthwise layer writes its bias to channels that are off. Hint: keep it; in eval mode it is right."
+            )
+        if has_own_forward(self):
+            raise NotImplementedError(
+                f"{type(self).__name__}.to_gathered(): expected a layer with the forward of its class: {OWN_FORWARD}."
             )
         layer = layer_type.__new__(layer_type)
         take_over(layer, self)

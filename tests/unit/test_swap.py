@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bap_kernels as bk
@@ -162,6 +163,62 @@ def test_what_cannot_be_swapped_is_left_alone_with_a_reason(caplog: pytest.LogCa
     for reason, word in zip(reasons.values(), ["Special", "parametrized", "no parameter", "groups=2"], strict=True):
         assert word in reason
         assert reason in caplog.text
+
+
+def _own_forward(module: nn.Module) -> nn.Module:
+    """As wrappers do: the function goes on calling the module it was made for."""
+    old = module.forward
+    module.forward = lambda *args: old(*args)
+    return module
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, bk.nn.GatheredConv2d, bk.nn.SwitchedConv2d])
+def test_a_forward_set_on_a_layer_is_refused_by_name_and_nothing_is_changed(kind: type[nn.Module]) -> None:
+    options = {"domains": ["a"]} if kind is bk.nn.SwitchedConv2d else {}
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), _own_forward(kind(4, 4, 1, **options)))
+    before = list(model)
+    message = rf"expected the layers of `model` to have the forward of their class, got '1', a {kind.__name__} on which"
+    changes = [lambda: bk.nn.switch_(model, ["a"])] if kind is nn.Conv2d else []
+    changes += [] if kind is bk.nn.GatheredConv2d else [lambda: bk.swap_(model)]
+    for change in changes:
+        with pytest.raises(NotImplementedError, match=message):
+            change()
+        assert list(model) == before
+        assert "another forward was set on it" in bk.nn.skipped(model)["1"]
+    make = before[1].to_gathered if kind is bk.nn.SwitchedConv2d else lambda: MaskedConv2d.from_conv2d(before[1])
+    with pytest.raises(NotImplementedError, match="another forward was set on it"):
+        make()
+    # Left out on purpose.
+    bk.swap_(model, lambda module, name: name != "1")
+    assert type(model[0]) is bk.nn.GatheredConv2d
+    assert model[1] is before[1]
+
+
+def test_a_forward_set_after_the_swap_sees_the_lists() -> None:
+    model = bk.attach_(bk.swap_(nn.Sequential(nn.Conv2d(3, 4, 1))), {"a": {"0": ChannelLists([1])}})
+    bk.set_domain(model, "a")
+    x = torch.randn(1, 3, 2, 2)
+    expected = model(x)
+    _own_forward(model[0])
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_recomputed_layers_are_replaced_and_stay_recomputed(switched: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    bk.nn.recompute_(model, lambda module, name: name == "1")
+    if switched:
+        bk.nn.switch_(model, ["a", "b"])
+        with torch.no_grad():
+            model[1].domains["a"].score[[0, 2, 3]] = 0
+    bk.swap_(model)
+    if not switched:
+        bk.attach_(model, {"a": {"1": ChannelLists([1])}})
+    bk.set_domain(model, "a")
+    assert "forward" in model[1].__dict__
+    x = torch.randn(1, 3, 2, 2, requires_grad=True)
+    expected = F.conv2d(model[0](x)[:, 1:2], model[1].weight[:, 1:2], model[1].bias)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_masked_layers_take_out_lists_in_any_network() -> None:
