@@ -267,10 +267,17 @@ class GatheredConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the listed channels of ``input``."""
         if self._mixed is not None:
+            self._follow_weight()
             return self._gathered_mixed(input, self._mixed)
+        channels = self.channels
+        listed = channels.in_index if channels.out_index is None else channels.out_index
+        # The weight may have been assigned, past _apply: load_state_dict(assign=True), parameters put in by hand.
+        if listed is not None and listed.device != self.weight.device:
+            self._follow_weight()
+            channels = self.channels
         if input.dim() == 3:
-            return self._gathered(input.unsqueeze(0), self.channels).squeeze(0)
-        return self._gathered(input, self.channels)
+            return self._gathered(input.unsqueeze(0), channels).squeeze(0)
+        return self._gathered(input, channels)
 
     def _gathered_mixed(self, input: Tensor, runs: Runs) -> Tensor:
         # One kernel for all runs serves inference; in every other case each run is a call of its own.
@@ -305,11 +312,14 @@ class GatheredConv2d(nn.Conv2d):
     def _follow_weight(self) -> None:
         # Lists have the weight's device, and never its dtype. The active ones stay one of the domains' objects.
         device = self.weight.device
-        moved = {id(one): one.to(device) for one in (self.channels, *self.lists.values())}
+        runs = [] if self._mixed is None else self._mixed.states
+        moved = {id(one): one.to(device) for one in (self.channels, *self.lists.values(), *runs)}
+        if all(id(one) == key for key, one in moved.items()):
+            return
         self.channels = moved[id(self.channels)]
         self.lists = {domain: moved[id(one)] for domain, one in self.lists.items()}
         if self._mixed is not None:
-            self._mixed = Runs(self._mixed.batch, [one.to(device) for one in self._mixed.states])
+            self._mixed = Runs(self._mixed.batch, [moved[id(one)] for one in runs])
 
     def extra_repr(self) -> str:
         """The dense layer's facts, then the channels read and written."""
