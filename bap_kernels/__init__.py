@@ -13,7 +13,7 @@ from bap_kernels.config import (
 )
 from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
-from bap_kernels.nn.domains import attach_, set_domain
+from bap_kernels.nn.domains import attach_, domain_names, set_domain
 from bap_kernels.nn.swap import swap_
 from bap_kernels.plan import (
     OrderReport,
@@ -40,6 +40,7 @@ __all__ = [
     "choices",
     "clear_choices",
     "clear_packed_cache",
+    "domain_names",
     "gathered_conv2d",
     "info",
     "nn",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.mixed import MixedBatch, Runs, mixed_numbers, release_, sort_batches_
-from bap_kernels.nn.per_domain import PerDomain
+from bap_kernels.nn.per_domain import PerDomain, domain_layers
 from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
 
@@ -85,7 +85,8 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
     """Gives every swapped layer its lists for every domain of a table; earlier lists go.
 
     A layer that a domain does not name keeps all of its channels there. Until :func:`bap_kernels.set_domain` is called
-    every layer keeps all of its channels.
+    every layer keeps all of its channels. Domains are numbered in the order of the table, or as the model's batch norms
+    and classifiers number them; see :func:`bap_kernels.domain_names`.
 
     Args:
         model: a model that went through :func:`bap_kernels.swap_`.
@@ -109,7 +110,7 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
           (0): GatheredConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), reads 4/8)
         )
     """
-    table = table if isinstance(table, ChannelTable) else ChannelTable(table)
+    table = _in_order(model, table if isinstance(table, ChannelTable) else ChannelTable(table))
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {name: module for name, module in modules.items() if isinstance(module, GatheredConv2d)}
     if not layers:
@@ -137,6 +138,15 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
     return model
 
 
+def _in_order(model: nn.Module, table: ChannelTable) -> ChannelTable:
+    """The table with its domains in the order of the model's own, so that numbers have one meaning."""
+    own = next((layer.domains for _, layer in domain_layers(model)), None)
+    if own is None:
+        return table
+    known = [domain for domain in own if domain in table]
+    return ChannelTable({domain: table[domain] for domain in [*known, *(one for one in table if one not in known)]})
+
+
 def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:
     if module is None:
         found = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
@@ -160,8 +170,8 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
     Args:
         model: a model that went through :func:`bap_kernels.attach_` or :func:`bap_kernels.nn.switch_`.
         name: the domain; None makes every convolution keep all of its channels, and is refused by a model with layers
-            that need a domain, which are batch norm and classifiers. For a mixed batch: (N,), int64, places in the
-            order in which the table or the layers name their domains.
+            that need a domain, which are batch norm and classifiers. For a mixed batch: (N,), int64, places in
+            :func:`bap_kernels.domain_names`.
 
     Raises:
         ValueError: if no layer depends on the domain, or one does not have that domain, or numbers are not 1-D.
@@ -219,7 +229,7 @@ def _set_mixed(
     numbers: Tensor,
 ) -> None:
     tables = _tables(gathered, owning)
-    domains = _known(tables)
+    domains = _numbered(tables)
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
     release_(model)
@@ -253,16 +263,40 @@ def _known(tables: list[dict[Any, Any]]) -> list[str]:
     return [domain for domain in tables[0] if all(domain in table for table in tables)]
 
 
+def _numbered(tables: list[dict[Any, Any]]) -> list[str]:
+    """The domains that all tables know, if all have them in one order."""
+    known = _known(tables) if tables else []
+    for table in tables:
+        order = [domain for domain in table if domain in known]
+        if order != known:
+            raise ValueError(
+                "domain_names(): expected the layers of `model` to have their domains in one order, which gives them "
+                f"their numbers, got {known} and {order}. Hint: attach_ one table to the whole model, or make its "
+                "layers with the domains in one order."
+            )
+    return known
+
+
 def domain_names(model: nn.Module) -> list[str]:
     """The domains that every layer of a model knows, in the order of their numbers.
+
+    :func:`bap_kernels.set_domain` takes these numbers for mixed batches. The order is the one in which
+    :func:`bap_kernels.nn.switch_` was given the names, then that of :func:`bap_kernels.nn.add_domain_`; in a model
+    without such layers it is the order of the table that was attached. Copies, pickles, plans and tables keep it. A
+    state dict has no order: it is loaded by name, into the numbers that the model has.
+
+    Args:
+        model: any model, also wrapped or planned.
+
+    Raises:
+        ValueError: if layers have the same domains in different orders.
 
     Examples:
         >>> from torch import nn
         >>> import bap_kernels as bk
-        >>> from bap_kernels.nn.domains import domain_names
-        >>> domain_names(bk.nn.DomainBatchNorm2d(4, ["birds", "cars"]))
-        ['birds', 'cars']
+        >>> bk.domain_names(bk.nn.DomainBatchNorm2d(4, ["cars", "birds"]))
+        ['cars', 'birds']
     """
     layers = _layers(model)
     tables = _tables([layer for layer in layers.gathered if layer["lists"]], layers.owning)
-    return _known(tables) if tables else []
+    return _numbered(tables)
