@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d
+from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.per_domain import PerDomain
-from bap_kernels.nn.recording import record
+from bap_kernels.nn.recording import has_hooks, record_calls
 from bap_kernels.nn.switched import SwitchedConv2d
 
 __all__ = ["link_readers_"]
@@ -64,13 +65,9 @@ _FUNCTIONS = (
 _METHODS = ("relu", "relu_", "add", "add_", "contiguous")
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        return type(module) in _LAYERS and not _hooked(module)
+        return type(module) in _LAYERS and not has_hooks(module)
     return node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
 
 
@@ -82,7 +79,7 @@ def _readers(node: fx.Node, modules: dict[str, nn.Module], width: int) -> dict[S
         for user in waiting.pop().users:
             module = modules.get(str(user.target)) if user.op == "call_module" else None
             if isinstance(module, SwitchedConv2d):
-                if module.in_channels != width or _hooked(module):
+                if module.in_channels != width or has_hooks(module):
                     return None
                 found[module] = None
             elif user.op == "output" or not _passes(user, module):
@@ -122,7 +119,8 @@ def link_readers_(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.readers = None
     try:
-        root, graph = record("link_readers_", model, (PerDomain,))
+        root = model if list(model.children()) and not isinstance(model, PerDomain) else nn.Sequential(model)
+        graph = record_calls(copy_modules(root), lambda module: isinstance(module, PerDomain))
     except Exception as error:  # whatever the model's own code raises: it then works without links
         _log.info("link_readers_: no links: %s", error)
         return model
@@ -133,7 +131,7 @@ def link_readers_(model: nn.Module) -> nn.Module:
         if not isinstance(module, SwitchedConv2d):
             continue
         # A layer that is used twice is read by the readers of both results.
-        mine = None if _hooked(module) else _readers(node, modules, module.out_channels)
+        mine = None if has_hooks(module) else _readers(node, modules, module.out_channels)
         before = found.get(module, {})
         found[module] = None if mine is None or before is None else before | mine
     for layer, readers in found.items():

@@ -1,64 +1,789 @@
-"""Records a model's steps with torch.fx, layers as one step each."""
+"""Records the steps of a model while it runs on an example: layers are one step each, PyTorch's functions another.
+
+The model's own code runs on real tensors, so that it takes the branches that it takes in use. What it calls is seen by
+a `TorchFunctionMode`, which is a matter of one thread, and on a copy of its modules, so that neither the model nor any
+other thread sees anything of it. Sizes are numbers that know their steps (`sizes`): the recording serves other sizes.
+
+What cannot be recorded becomes one step as a whole, the innermost module around it: where the code reads numbers out
+of tensors or branches on sizes, computes with what PyTorch does not show (numpy, extensions), changes autocast, or
+writes to memory that another tensor shows and that is read later. A module's name is then remembered and the model is
+recorded again; each time there is one name more, so this ends.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gc
+import inspect
+import operator
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx, nn
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["record", "root_of"]
+from bap_kernels.nn.sizes import Number, Unrecordable, make_number
+
+__all__ = ["Facts", "Recorded", "Written", "differences", "has_hooks", "is_layer", "record", "record_calls"]
+
+# Shape and dtype of what each step returned on the example; (None, None) for what is no tensor.
+Facts = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+# Methods of two tensors, or a tensor and a number, as the operators that call them.
+_METHODS: dict[str, Any] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul")},
+    **{f"{name}_": getattr(operator, f"i{name}") for name in ("add", "sub", "mul")},
+    **{"div": operator.truediv, "true_divide": operator.truediv, "div_": operator.itruediv},
+    **{f"__{name}__": getattr(operator, name) for name in _OPERATORS},
+    **{f"__i{name}__": getattr(operator, f"i{name}") for name in _OPERATORS},
+}
+_SWAPPED: dict[str, Any] = {f"__r{name}__": getattr(operator, name) for name in _OPERATORS}
+_SWAPPED["__rdiv__"] = operator.truediv
+# They do not depend on the sizes of tensors or on what is in them.
+_PLAIN_METHODS = frozenset(("dim", "ndimension", "element_size", "get_device", "has_names", "type", "data_ptr"))
+_PLAIN_ATTRIBUTES = frozenset(("dtype", "layout", "ndim", "names", "requires_grad", "grad", "grad_fn", "itemsize"))
+_SIZE_METHODS = frozenset(("size", "numel", "nelement", "__len__", "stride", "storage_offset"))
+_CONSTANT_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
-class _Tracer(fx.Tracer):
-    """Records every layer as one step; remembers the innermost module whose code cannot be recorded."""
+class _Restart(BaseException):
+    """The recording has to begin again, with more that is known."""
 
-    def __init__(self, whole_types: tuple[type[nn.Module], ...], whole: set[nn.Module]) -> None:
+
+class Written:
+    """A function that writes to one of its arguments, as a function that returns what it wrote.
+
+    Args:
+        target: the function, or the name of a method.
+        place: the position or the keyword of the argument.
+    """
+
+    def __init__(self, target: Callable[..., Any] | str, place: int | str) -> None:
+        self.target, self.place = target, place
+
+    @property
+    def __name__(self) -> str:
+        return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", "write")
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The function itself."""
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the argument holds afterwards; the argument stays as it was."""
+        changed: Tensor
+        if isinstance(self.place, str):
+            changed = kwargs[self.place].clone()
+            kwargs = {**kwargs, self.place: changed}
+        else:
+            changed = args[self.place].clone()
+            args = (*args[: self.place], changed, *args[self.place + 1 :])
+        self.call(*args, **kwargs)
+        return changed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Written) and (self.target, self.place) == (other.target, other.place)
+
+    def __hash__(self) -> int:
+        return hash((self.target, self.place))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A recording.
+
+    Attributes:
+        graph: the steps.
+        facts: shape and dtype of each step's result.
+        constants: tensors that steps of kind ``get_attr`` name and that are no parameters or buffers.
+        result: what the model returned.
+        whole: {name: reason} of the modules that became one step.
+    """
+
+    graph: fx.Graph
+    facts: Facts
+    constants: dict[str, Tensor]
+    result: Any
+    whole: dict[str, str]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else runs when the module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, which are one step each."""
+    return module.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+
+
+def _mapped(part: Any, one: Callable[[Any], Any]) -> Any:
+    """A structure of arguments with every leaf replaced."""
+    if isinstance(part, (torch.Size, tuple)):
+        parts = [_mapped(item, one) for item in part]
+        return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    if isinstance(part, list):
+        return [_mapped(item, one) for item in part]
+    if type(part) in (dict, OrderedDict):
+        return type(part)((key, _mapped(item, one)) for key, item in part.items())
+    if isinstance(part, slice):
+        return slice(_mapped(part.start, one), _mapped(part.stop, one), _mapped(part.step, one))
+    return one(part)
+
+
+def _leaves(part: Any) -> list[Any]:
+    found: list[Any] = []
+    _mapped(part, found.append)
+    return found
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    return list({id(one): one for one in _leaves(part) if isinstance(one, Tensor)}.values())
+
+
+def _number_free(part: Any) -> Any:
+    return _mapped(part, lambda one: one.value if isinstance(one, Number) else one)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+        return None
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return bool(
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and (a.storage_offset() == b.storage_offset())
+    )
+
+
+class _Recorder(TorchFunctionMode):
+    """Records one run."""
+
+    def __init__(
+        self, root: nn.Module, is_layer: Callable[[nn.Module], bool], whole: dict[str, str], known: list[Tensor] | None
+    ) -> None:
         super().__init__()
-        self.whole_types = whole_types
-        self.whole = whole
-        self.failed: nn.Module | None = None
+        self.root, self.is_layer, self.whole = root, is_layer, whole
+        self.known = None if known is None else {id(one): one for one in known}
+        self.graph = fx.Graph()
+        self.facts: Facts = {}
+        self.constants: dict[str, Tensor] = {}
+        self.names: dict[int, str] = {}
+        for store in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
+            for name, tensor in store:
+                self.names.setdefault(id(tensor), name)
+        # {identity: (weak reference, step, version)} of what steps returned, and weak references by storage.
+        self.steps: dict[int, tuple[Any, fx.Node, int]] = {}
+        self.sharing: dict[int, list[Any]] = {}
+        self.objects: dict[int, tuple[Any, fx.Node]] = {}
+        # What a step's result is a view of; and steps whose result is their argument itself.
+        self.view_of: dict[fx.Node, fx.Node] = {}
+        self.itself: dict[fx.Node, fx.Node] = {}
+        self.stale: dict[int, tuple[Any, tuple[str, ...], str]] = {}
+        self.static: set[fx.Node] = set()
+        self.attributes: dict[str, fx.Node] = {}
+        self.within: list[str] = [""]
+        self.recording, self.paused = True, False
+        self.written = 0
+        self.grew = False
+        self.raised: Unrecordable | None = None
+        self.autocast = self._autocast()
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, self.whole_types) or m in self.whole
-        return known or super().is_leaf_module(m, module_qualified_name)
+    # Names of modules, and what is raised.
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    def unrecordable(self, reason: str, module: str | None = None) -> Unrecordable:
+        self.raised = Unrecordable(reason, module)
+        return self.raised
+
+    @staticmethod
+    def _autocast() -> tuple[Any, ...]:
+        return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+
+    # Steps.
+
+    def _add(
+        self, op: str, target: Any, args: Any, kwargs: Any = None, *, result: Any = None, pure: bool = False
+    ) -> fx.Node:
+        node = self.graph.create_node(op, target, self.argument(args), self.argument(kwargs or {}))
+        node.meta["within"], node.meta["pure"] = tuple(self.within), pure
+        is_tensor = isinstance(result, Tensor)
+        self.facts[node] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
+        same = all(one in self.static for one in node.all_input_nodes) and not _is_random(target)
+        if op == "get_attr" or (op != "placeholder" and same):
+            self.static.add(node)
+        return node
+
+    def add_function(self, function: Any, arguments: tuple[Any, ...]) -> fx.Node:
+        """A step without a tensor for a result."""
+        return self._add("call_function", function, arguments, pure=True)
+
+    def argument(self, part: Any) -> Any:
+        """Arguments with steps in the places of what they returned."""
+        return _mapped(part, self._argument)
+
+    def _argument(self, one: Any) -> Any:
+        if isinstance(one, fx.Node):
+            return one
+        if isinstance(one, Tensor):
+            return self.node_of(one)
+        if isinstance(one, Number):
+            return one.step()
+        if id(one) in self.objects and self.objects[id(one)][0] is one:
+            return self.objects[id(one)][1]
+        return one
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The step that returned a tensor."""
+        stale = self.stale.get(id(tensor))
+        if stale is not None and stale[0]() is tensor:
+            together = [a for a, b in zip(stale[1], self.within, strict=False) if a == b]
+            raise self.unrecordable(stale[2], together[-1])
+        found = self.steps.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            if found[2] != _version(tensor):
+                raise self.unrecordable("it writes to a tensor in a way that is not shown")
+            return found[1]
+        if id(tensor) in self.names:
+            return self._attribute(self.names[id(tensor)], tensor)
+        if self.known is None:
+            # Tensors that were there before are constants; it takes a look at all objects to tell.
+            raise _Restart
+        if self.known.get(id(tensor)) is tensor:
+            return self._constant(tensor)
+        raise self.unrecordable("it computes with a tensor that was made out of sight (numpy, an extension)")
+
+    def _attribute(self, name: str, tensor: Tensor) -> fx.Node:
+        if name not in self.attributes:
+            self.attributes[name] = self._add("get_attr", name, (), result=tensor, pure=True)
+        return self.attributes[name]
+
+    def _constant(self, tensor: Tensor) -> fx.Node:
+        name = next((name for name, one in self.constants.items() if one is tensor), f"_constant_{len(self.constants)}")
+        self.constants[name] = tensor
+        return self._attribute(name, tensor)
+
+    # Results.
+
+    def bind(self, tensor: Tensor, node: fx.Node) -> None:
+        """Notes which step returned a tensor."""
+        reference = weakref.ref(tensor)
+        self.steps[id(tensor)] = reference, node, _version(tensor)
+        self.stale.pop(id(tensor), None)
+        key = _storage(tensor)
+        if key is not None:
+            live = [one for one in self.sharing.get(key, ()) if one() is not None and one() is not tensor]
+            self.sharing[key] = [*live, reference]
+
+    def results(self, value: Any, node: fx.Node, sources: list[Tensor]) -> Any:
+        """Notes which step returned each tensor in a result; numbers in it become recorded ones."""
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                raise self.unrecordable("it runs in inference mode")
+            source = next((one for one in sources if one is value), None)
+            if source is not None:
+                before = self.node_of(source)
+                self.itself[node] = self.itself.get(before, before)
+            else:
+                key = _storage(value)
+                shared = [one for one in sources if key is not None and _storage(one) == key]
+                if shared:
+                    self.view_of[node] = self.node_of(shared[0])
+            self.facts[node] = tuple(value.shape), value.dtype
+            self.bind(value, node)
+            return value
+        if type(value) in (int, float):
+            return make_number(self, value, lambda: node)
+        parts: Iterator[tuple[Any, Any, Any]]
+        if isinstance(value, (tuple, list)):
+            parts = ((operator.getitem, place, one) for place, one in enumerate(value))
+        elif isinstance(value, dict):
+            parts = ((operator.getitem, key, one) for key, one in value.items())
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+            parts = ((getattr, name, one) for name, one in vars(value).items())
+        else:
+            return value
+        made = []
+        for function, place, one in list(parts):
+            got = one
+            if isinstance(one, (Tensor, int, float, tuple, list, dict)) or hasattr(one, "__dict__"):
+                inner = self._add("call_function", function, (node, place), result=one, pure=True)
+                if isinstance(one, Tensor):
+                    for source in sources:
+                        if _storage(source) is not None and _storage(source) == _storage(one):
+                            self.view_of[inner], self.view_of[node] = node, self.node_of(source)
+                            break
+                got = self.results(one, inner, [])
+            made.append((place, got))
+        self.objects[id(value)] = value, node
+        if type(value) is tuple:
+            return tuple(one for _, one in made)
+        if type(value) is list:
+            return [one for _, one in made]
+        if type(value) in (dict, OrderedDict):
+            return type(value)(made)
+        return value
+
+    def wrote(self, tensor: Tensor, node: fx.Node) -> None:
+        """Notes that a step wrote to a tensor; ``node`` returns what it holds now."""
+        self.written += 1
+        before = self.steps[id(tensor)][1]
+        before = self.itself.get(before, before)
+        key = _storage(tensor)
+        others = [one() for one in self.sharing.get(key, ())] if key is not None else []
+        self.bind(tensor, node)
+        for other in others:
+            if other is None or other is tensor:
+                continue
+            self._follow(other, tensor, before, node)
+
+    def _follow(self, other: Tensor, tensor: Tensor, before: fx.Node, node: fx.Node) -> None:
+        """Another tensor shows memory that was written to: what it holds now, or that nobody may read it."""
+        if _same_place(other, tensor):
+            self.bind(other, node)
+            return
+        chain: list[fx.Node] = []
+        at: fx.Node | None = self.steps[id(other)][1]
+        while at is not None and self.itself.get(at, at) is not before:
+            chain.append(at)
+            at = self.view_of.get(at)
+        if at is None or id(other) in self.stale:
+            made = self.steps[id(tensor)][1].meta["within"], self.steps[id(other)][1].meta["within"]
+            together = tuple(a for a, b in zip(*made, strict=False) if a == b)
+            reason = "it writes to a part of a tensor (a slice or another view of it) that is read later"
+            self.stale[id(other)] = weakref.ref(other), together, reason
+            return
+        # Views of what was written are made again.
+        now = {at: node}
+        for old in reversed(chain):
+            copied = self.graph.node_copy(old, lambda one: now.get(one, one))
+            copied.meta = dict(old.meta)
+            self.facts[copied] = self.facts[old]
+            self.view_of[copied] = now[self.view_of[old]]
+            now[old] = copied
+        self.bind(other, now[self.steps[id(other)][1]])
+
+    # Calls of functions.
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or not self.recording:
+            return func(*args, **kwargs)
+        self.paused = True
         try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or m
-            raise
+            return self._function(func, args, kwargs)
+        finally:
+            self.paused = False
+
+    def _function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._get(func, args)
+        if name in ("__set__", "__delete__"):
+            raise self.unrecordable("it sets an attribute of a tensor")
+        given = _tensors((args, kwargs))
+        numbers = any(isinstance(one, Number) for one in _leaves((args, kwargs)))
+        versions = [_version(one) for one in given]
+        result = func(*_number_free(args), **_number_free(kwargs))
+        found = _tensors(result)
+        if not found and not given and not numbers:
+            return result
+        if found and func in _CONSTANT_MAKERS and not given and not numbers:
+            self.bind(result, self._constant(result))
+            return result
+        if self._autocast() != self.autocast:
+            raise self.unrecordable("it changes autocast")
+        written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]
+        op, target, args = _normal(func, name, args, kwargs)
+        if not found and not written:
+            return self._without_tensor(func, name, (op, target, args, kwargs), result, given)
+        if written:
+            return self._writing((op, target, args, kwargs), result, written, given)
+        node = self._add(op, target, args, kwargs, result=result)
+        return self.results(result, node, given)
+
+    def _get(self, func: Any, args: tuple[Any, ...]) -> Any:
+        descriptor = func.__self__
+        name = getattr(descriptor, "__name__", None) or descriptor.fget.__name__
+        result = func(*args)
+        tensor = args[0]
+        if name in _PLAIN_ATTRIBUTES or name.startswith("is_"):
+            return result
+        node = self.node_of(tensor)
+        if node in self.static and not isinstance(result, Tensor):
+            return result
+        if name in ("device", "shape") or isinstance(result, Tensor):
+            step = self._add("call_function", getattr, (tensor, name), result=result, pure=True)
+        if name == "device":
+            # Each read gives an object of its own.
+            self.objects[id(result)] = result, step
+            return result
+        if name == "shape":
+            return self._sizes(result, step)
+        if isinstance(result, Tensor):
+            return self.results(result, step, [tensor])
+        raise self.unrecordable(f"it reads {name!r} of a tensor")
+
+    def _sizes(self, sizes: Any, node: fx.Node) -> Any:
+        steps: dict[int, fx.Node] = {}
+
+        def step(axis: int) -> fx.Node:
+            if axis not in steps:
+                steps[axis] = self._add("call_function", operator.getitem, (node, axis), pure=True)
+            return steps[axis]
+
+        made = [make_number(self, size, functools.partial(step, axis)) for axis, size in enumerate(sizes)]
+        return torch.Size(made) if isinstance(sizes, torch.Size) else tuple(made)
+
+    def _without_tensor(self, func: Any, name: str, call: Any, result: Any, given: list[Tensor]) -> Any:
+        """A call whose result holds no tensor."""
+        if name in _PLAIN_METHODS or name.startswith("is_") or (given and name in ("requires_grad_", "__hash__")):
+            return result
+        if given and all(self.node_of(one) in self.static for one in given):
+            return result
+        if name in _SIZE_METHODS:
+            node = self._add(*call, pure=True)
+            if isinstance(result, tuple):
+                return self._sizes(result, node)
+            return make_number(self, result, lambda: node)
+        if func is torch._assert:
+            self._add(*call)
+            return None
+        if name in ("__repr__", "__format__", "__str__") or not given:
+            return result if given else self._no_given(name)
+        raise self.unrecordable(f"it reads numbers out of a tensor ({name})")
+
+    def _no_given(self, name: str) -> Any:
+        raise self.unrecordable(f"{name} computes with the size of the input")
+
+    def _writing(self, call: Any, result: Any, written: list[Tensor], given: list[Tensor]) -> Any:
+        op, target, args, kwargs = call
+        if len(written) != 1 or id(written[0]) not in self.steps:
+            raise self.unrecordable("it writes to a parameter, a buffer or several tensors at once")
+        tensor = written[0]
+        self._only_shown_before(tensor)
+        if result is tensor and args and args[0] is tensor and _writes_to_first(op, target, kwargs):
+            node = self._add(op, target, args, kwargs, result=result)
+            self.wrote(tensor, node)
+            return result
+        place: int | str | None = next((at for at, one in enumerate(args) if one is tensor), None)
+        place = next((key for key, one in kwargs.items() if one is tensor), None) if place is None else place
+        if place is None or not (result is None or result is tensor):
+            raise self.unrecordable("it writes to a tensor and returns another")
+        node = self._add("call_function", Written(target, place), args, kwargs, result=tensor)
+        self.wrote(tensor, node)
+        return result
+
+    def _only_shown_before(self, tensor: Tensor) -> None:
+        # The step was computed; what the tensor held before is what the step reads.
+        reference, node, _ = self.steps[id(tensor)]
+        if reference() is not tensor:
+            raise self.unrecordable("it writes to a tensor that was made in a way that is not shown")
+        self.steps[id(tensor)] = reference, node, _version(tensor)
+
+    # Calls of modules.
+
+    def watch(self) -> None:
+        """Lets calls of the root's modules come here. They are a copy's, so nobody else calls them."""
+        for name, module in self.root.named_modules():
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["_compiled_call_impl"] = functools.partial(self._module, name, module)
+
+    def _module(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.paused or not self.recording:
+            return module._call_impl(*args, **kwargs)
+        if name in self.whole or self.is_layer(module) or has_hooks(module):
+            return self._layer(name, module, args, kwargs)
+        self.within.append(name)
+        written = self.written
+        try:
+            result = module._call_impl(*args, **kwargs)
+            if self.raised is None or self.raised.module not in (None, name):
+                return result
+            # The model's code caught it.
+            reason = str(self.raised)
+        except Unrecordable as error:
+            if error.module not in (None, name):
+                raise
+            reason = str(error)
+        except Exception as error:
+            reason = f"it raised while it was recorded: {error}"
+        finally:
+            self.within.pop()
+        self.raised = None
+        self.whole[name], self.grew = reason, True
+        if self.written != written:
+            raise _Restart
+        return self._layer(name, module, args, kwargs)
+
+    def _layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = _tensors((args, kwargs))
+        self.paused = True
+        try:
+            versions = [_version(one) for one in given]
+            result = module._call_impl(*_number_free(args), **_number_free(kwargs))
+            written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]
+            if written:
+                if not (result is written[0] and len(written) == 1 and args and args[0] is result):
+                    raise self.unrecordable(f"{name} writes to its arguments")
+                if id(result) not in self.steps:
+                    raise self.unrecordable(f"{name} writes to a parameter or a buffer")
+                self._only_shown_before(result)
+            node = self._add("call_module", name, args, kwargs, result=result)
+            if written:
+                node.meta["writes"] = True
+                self.wrote(result, node)
+                return result
+            return self.results(result, node, given)
+        finally:
+            self.paused = False
+
+    # The run.
+
+    def run(self, inputs: tuple[Any, ...]) -> Any:
+        """Calls the root, and ends the recording."""
+        self.watch()
+        names = _argument_names(self.root, len(inputs))
+        with torch.inference_mode(False), torch.no_grad():
+            # Copies, as the model may write to what it is given.
+            inputs = _mapped(inputs, lambda one: one.clone() if isinstance(one, Tensor) else one)
+            given = []
+            self.paused = True
+            for name, value in zip(names, inputs, strict=True):
+                node = self._add("placeholder", name, (), result=value)
+                given.append(value if type(value) in (int, float) else self.results(value, node, []))
+            self.paused = False
+            try:
+                with self:
+                    result = self.root._call_impl(*given)
+                if self.raised is not None:
+                    raise self.raised
+                self.paused = True
+                self.graph.output(self.argument(self._plain_result(result)))
+            finally:
+                self.recording = False
+        return _number_free(result)
+
+    def _plain_result(self, value: Any) -> Any:
+        """A result with objects that hold tensors made by steps."""
+        if isinstance(value, (Tensor, Number)) or (id(value) in self.objects and self.objects[id(value)][0] is value):
+            return value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+            return self._add("call_function", type(value), (), self._plain_result(fields))
+        if isinstance(value, tuple):
+            parts = [self._plain_result(one) for one in value]
+            if hasattr(value, "_fields"):
+                return self._add("call_function", type(value), tuple(parts))
+            return tuple(parts)
+        if type(value) is list:
+            return [self._plain_result(one) for one in value]
+        if type(value) is dict:
+            return {key: self._plain_result(one) for key, one in value.items()}
+        if type(value) is OrderedDict:
+            pairs = [(key, self._plain_result(one)) for key, one in value.items()]
+            return self._add("call_function", OrderedDict, (pairs,))
+        if _tensors(list(vars(value).values()) if hasattr(value, "__dict__") else []) or isinstance(value, dict):
+            raise self.unrecordable(f"it returns a {type(value).__name__}")
+        return value
 
 
-def root_of(model: nn.Module, whole_types: tuple[type[nn.Module], ...]) -> nn.Module:
-    """The model, inside another one if it is a single layer."""
-    single = _Tracer(whole_types, set()).is_leaf_module(model, "") and len(list(model.children())) == 0
-    return nn.Sequential(model) if single else model
+def _writes_to_first(op: str, target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes to its first argument and returns it, as its name tells."""
+    name = target if op == "call_method" else getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return kwargs.get("inplace") is True or target in [getattr(operator, f"i{one}") for one in _OPERATORS]
 
 
-def record(op: str, model: nn.Module, whole_types: tuple[type[nn.Module], ...]) -> tuple[nn.Module, fx.Graph]:
-    """A model as :func:`root_of` gives it, and its recording.
+def _normal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
+    """A call as torch.fx writes it: (kind of node, target, arguments)."""
+    if getattr(Tensor, name, None) is not func:
+        return "call_function", func, args
+    if name in ("__getitem__", "__setitem__"):
+        return "call_function", getattr(operator, name.strip("_")), args
+    if len(args) == 2 and not kwargs:
+        if name in _METHODS:
+            return "call_function", _METHODS[name], args
+        if name in _SWAPPED:
+            return "call_function", _SWAPPED[name], args[::-1]
+    return "call_method", name, args
+
+
+def _is_random(target: Any) -> bool:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return any(part in name for part in ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty"))
+
+
+def _argument_names(root: nn.Module, count: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(root.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return [names[place] if place < len(names) else f"input_{place}" for place in range(count)]
+
+
+def _drop_pure(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.meta.get("pure") and not node.users:
+            graph.erase_node(node)
+
+
+def _equal(a: Any, b: Any, places: dict[fx.Node, int], others: dict[fx.Node, int]) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and places[a] == others[b]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_equal(*pair, places, others) for pair in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_equal(a[key], b[key], places, others) for key in a)
+    if isinstance(a, slice) and isinstance(b, slice):
+        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step), places, others)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and np.array_equal(a, b, equal_nan=True)
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b or (a != a and b != b)))
+    except Exception:  # objects that do not compare
+        return False
+
+
+def differences(one: Recorded, other: Recorded) -> fx.Node | None:
+    """The first step of a recording in which another one differs, apart from shapes; None if there is none."""
+    places = {node: place for place, node in enumerate(one.graph.nodes)}
+    others = {node: place for place, node in enumerate(other.graph.nodes)}
+    nodes = list(others)
+    for node, place in places.items():
+        if place >= len(nodes):
+            return node
+        second = nodes[place]
+        same = node.op == second.op and (node.target is second.target or node.target == second.target)
+        if not same or not _equal((node.args, node.kwargs), (second.args, second.kwargs), places, others):
+            return node
+        name = str(node.target)
+        if node.op == "get_attr" and name in one.constants:
+            # A constant that each run makes anew.
+            a, b = one.constants[name], other.constants[name]
+            if a is not b and not (a.shape == b.shape and a.dtype == b.dtype and _same_values(a, b)):
+                return node
+    return None if len(nodes) == len(places) else next(reversed(places))
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    try:
+        return bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+    except (RuntimeError, NotImplementedError):  # tensors without data
+        return True
+
+
+def record(
+    op: str,
+    make: Callable[[], nn.Module],
+    inputs: tuple[Any, ...],
+    is_layer: Callable[[nn.Module], bool],
+    whole: dict[str, str] | None = None,
+) -> Recorded:
+    """Records a model on an example.
 
     Args:
         op: the caller's name, for messages.
-        model: any module; a submodule whose code cannot be recorded becomes one step.
-        whole_types: layers that are one step, beside PyTorch's own.
+        make: gives a copy of the model that nobody else uses; what its forward writes to its modules stays there.
+        inputs: what the model takes, known to be so.
+        is_layer: says which modules are one step each, besides those with hooks.
+        whole: {name: reason} of further modules that are one step; more are added to it.
 
     Raises:
         ValueError: if the model's own forward cannot be recorded.
     """
-    root = root_of(model, whole_types)
-    whole: set[nn.Module] = set()
+    whole = {} if whole is None else whole
+    known: list[Tensor] | None = None
     while True:
-        tracer = _Tracer(whole_types, whole)
+        root = make()
+        recorder = _Recorder(root, is_layer, whole, known)
+        before = len(whole)
         try:
-            graph = tracer.trace(root)
-        except Exception as error:
-            if tracer.failed is None or tracer.failed in whole:
-                raise ValueError(
-                    f"{op}(): expected `model` to be recordable by torch.fx, got {type(model).__name__}, whose own "
-                    f"forward is not: {error}. Hint: move what depends on values into a submodule; it is run as it is."
-                ) from error
-            whole.add(tracer.failed)
+            result = recorder.run(inputs)
+        except _Restart:
+            if known is None and len(whole) == before:
+                known = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+                continue
+            if len(whole) > before:
+                continue
+            raise AssertionError("a recording began again although nothing more is known") from None
+        except (Unrecordable, Exception) as error:
+            recorder.recording = False
+            raise ValueError(
+                f"{op}(): expected `model` to be recordable, got {type(root).__name__}, whose own forward is not: "
+                f"{error}. Hint: move this into a submodule; it is run as it is."
+            ) from error
+        if recorder.grew:
             continue
-        return root, graph
+        _drop_pure(recorder.graph)
+        return Recorded(recorder.graph, recorder.facts, recorder.constants, result, dict(whole))
+
+
+class _Calls(fx.Tracer):
+    """Records calls on placeholders without an example; it patches nothing, so other threads see nothing of it."""
+
+    def __init__(self, root: nn.Module, is_step: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.root, self.is_step = root, is_step
+        self.graph = fx.Graph(tracer_cls=fx.Tracer)
+        self.tensor_attrs = {}
+
+    def module(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call of one of the root's modules."""
+        if not any(isinstance(one, fx.Proxy) for one in _leaves((args, kwargs))):
+            return module._call_impl(*args, **kwargs)
+        begin = len(self.graph.nodes)
+        if not (self.is_step(module) or is_layer(module) or has_hooks(module)):
+            try:
+                return module._call_impl(*args, **kwargs)
+            except Exception:  # whatever code raises that is given placeholders
+                for node in reversed(list(self.graph.nodes)[begin:]):
+                    self.graph.erase_node(node)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+
+def record_calls(root: nn.Module, is_step: Callable[[nn.Module], bool]) -> fx.Graph:
+    """Records which modules and functions a model calls on one another's results, without an example.
+
+    It sees one way through the code: branches on tensors make the innermost module one step, other branches are taken
+    as a placeholder takes them. So it tells what probably is read by what, and not what a model computes.
+
+    Args:
+        root: a copy of a model that nobody else uses.
+        is_step: modules that are one step, beside PyTorch's own and those with hooks.
+
+    Raises:
+        Exception: whatever the root's own forward raises when it is given placeholders.
+    """
+    calls = _Calls(root, is_step)
+    for name, module in root.named_modules():
+        if name and not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__["_compiled_call_impl"] = functools.partial(calls.module, name, module)
+    given: list[Any] = []
+    for parameter in inspect.signature(root.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and (
+            parameter.default is parameter.empty
+        ):
+            given.append(calls.create_proxy("placeholder", parameter.name, (), {}))
+    # Regions that are computed again run as they are.
+    with torch.no_grad():
+        calls.create_node("output", "output", (calls.create_arg(root.forward(*given)),), {})
+    return calls.graph

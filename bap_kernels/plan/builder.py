@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.recording import Facts
 from bap_kernels.plan.domain_view import frozen, lists_of
 from bap_kernels.plan.graph import Channels, Op, Value
 from bap_kernels.plan.operations import (
@@ -27,19 +28,18 @@ from bap_kernels.plan.operations import (
 
 __all__ = ["Builder", "Facts"]
 
-# Shape and dtype of what each step returned on the example.
-Facts = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
-
 
 class Builder:
     """Turns recorded steps into operations, in order."""
 
-    def __init__(self, root: nn.Module, facts: Facts, domain: str | None, given: int) -> None:
+    def __init__(
+        self, root: nn.Module, facts: Facts, domain: str | None, given: int, constants: dict[str, Tensor] | None = None
+    ) -> None:
+        self.constants = constants or {}
         self.given = given
         self.root = root
         self.facts = facts
         self.domain = domain
-        # Where a step writes to its input, the input's later readers are given its result.
         self.now: dict[fx.Node, Value] = {}
         self.ops: list[Op] = []
 
@@ -74,22 +74,20 @@ class Builder:
         elif node.op == "output":
             self._opaque(node, "output", None)
         elif node.op == "get_attr":
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            value: Any = self.constants.get(str(node.target))
+            if value is None:
+                value = self.root
+                for part in str(node.target).split("."):
+                    value = getattr(value, part)
             self._add(node, kind="opaque", inputs=[], call=Call(_itself, (value,)))
         else:
             module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
             target: Any = str(node.target) if node.op == "call_method" else node.target
-            written = in_place(target, node.kwargs, module)
-            before = self.now.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            written = in_place(target, node.kwargs, module) or node.meta.get("writes", False)
             name = str(node.target) if module is not None else node.name
             known = self._known(node, target, module, name)
             if not known:
                 self._opaque(node, name, module if module is not None else target, written)
-            if written and before is not None:
-                for earlier in [one for one, value in self.now.items() if value is before]:
-                    self.now[earlier] = self.now[node]
 
     def _opaque(self, node: fx.Node, name: str, target: Any, mutates: bool = False) -> None:
         def replaced(part: Any) -> Any:
@@ -107,7 +105,7 @@ class Builder:
             return self._cat(node)
         tensors = [self.now[one] for one in node.args[:2] if isinstance(one, fx.Node)]
         x = tensors[0] if tensors and isinstance(node.args[0], fx.Node) else None
-        if x is None or (module is not None and has_hooks(module)):
+        if x is None or (module is not None and (has_hooks(module) or "forward" in module.__dict__)):
             return False
         rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
         constant = not self._values_in(rest, kwargs)

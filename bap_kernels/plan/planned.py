@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, joined, mixed_numbers
+from bap_kernels.plan.compare import TOLERANCES, largest_error
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
@@ -17,28 +18,6 @@ from bap_kernels.plan.program import Program
 from bap_kernels.plan.trace import Recording, same_widths, trace
 
 __all__ = ["PlannedNetwork", "plan"]
-
-# Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
-# layer is far above.
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
-def _largest_error(got: Any, expected: Any) -> tuple[float, float, torch.dtype]:
-    """(largest error as a share of the largest number, the error itself, dtype) over all tensors of a result."""
-    if isinstance(expected, Tensor):
-        if got.shape != expected.shape:
-            return float("inf"), float("inf"), expected.dtype
-        if not expected.is_floating_point() or expected.numel() == 0:
-            return (0.0 if torch.equal(got, expected) else float("inf")), 0.0, torch.float64
-        error = (got.double() - expected.double()).abs().max().item()
-        if not error < float("inf"):
-            return float("inf"), error, expected.dtype
-        return error / max(expected.double().abs().max().item(), 1e-30), error, expected.dtype
-    if isinstance(expected, dict):
-        return _largest_error([got[key] for key in expected], list(expected.values()))
-    if isinstance(expected, (list, tuple)) and expected:
-        return max(_largest_error(*pair) for pair in zip(got, expected, strict=True))
-    return 0.0, 0.0, torch.float64
 
 
 class PlannedNetwork(nn.Module):
@@ -97,8 +76,8 @@ class PlannedNetwork(nn.Module):
         if not check:
             return program, None
         with torch.no_grad():
-            share, error, dtype = _largest_error(program.run(self._example), graph.expected)
-        limit = _TOLERANCES.get(dtype, 0.0) if tolerance is None else tolerance
+            share, error, dtype = largest_error(program.run(self._example), graph.expected)
+        limit = TOLERANCES.get(dtype, 0.0) if tolerance is None else tolerance
         if not share <= limit:
             raise RuntimeError(
                 f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "

@@ -1,4 +1,4 @@
-"""Records a model with torch.fx, runs it once as the masked dense network, and says what each step does to channels.
+"""Records a model while it runs as the masked dense network, and says what each step does to channels.
 
 The masked dense network gives the meaning that every plan must keep: where a layer has an in-list, the dense layer of x
 times a mask; where it has an out-list, the result's other channels left out (`GatheredConv2d`) or zero
@@ -7,34 +7,32 @@ times a mask; where it has an out-list, the result's other channels left out (`G
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.domains import domain_names
-from bap_kernels.nn.recording import record, root_of
-from bap_kernels.plan.builder import Builder, Facts
-from bap_kernels.plan.domain_view import frozen, in_domain, lists_of
+from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
+from bap_kernels.nn.recording import Recorded, differences, is_layer, record
+from bap_kernels.plan.builder import Builder
+from bap_kernels.plan.compare import TOLERANCES, largest_error
+from bap_kernels.plan.domain_view import InDomain, in_domain, lists_of
 from bap_kernels.plan.graph import Graph
-from bap_kernels.plan.operations import has_hooks
 
-__all__ = ["Recording", "same_widths", "trace"]
+__all__ = ["Recording", "run_masked", "same_widths", "trace"]
 
-
-@dataclass(frozen=True)
-class Recording:
-    """A model's steps, and the shape and dtype of what each returned on the example."""
-
-    steps: fx.Graph
-    facts: Facts
+Recording = Recorded
 
 
-def _masked(layer: GatheredConv2d, lists: ChannelLists, x: Tensor) -> Tensor:
+def _masked(layer: GatheredConv2d, lists: ChannelLists, input: Tensor) -> Tensor:
     """The layer's meaning in PyTorch's own operations."""
+    x = input
     if lists.in_index is not None:
         mask = x.new_zeros(x.shape[-3], 1, 1)
         mask[lists.in_index.long()] = 1
@@ -50,25 +48,52 @@ def _masked(layer: GatheredConv2d, lists: ChannelLists, x: Tensor) -> Tensor:
     return y * mask
 
 
-class _MaskedDense(fx.Interpreter):
-    """Runs the recording as the masked dense network and keeps every step's shape and dtype."""
+def _is_step(module: nn.Module) -> bool:
+    return isinstance(module, (GatheredConv2d, InDomain)) or is_layer(module) or has_foreign_forward(module)
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, domain: str | None) -> None:
-        super().__init__(root, graph=graph)
-        self.domain = domain
-        self.facts: Facts = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        if isinstance(module, GatheredConv2d) and not has_hooks(module):
-            return _masked(module, lists_of(module, self.domain), *args, **kwargs)
-        return frozen(module, self.domain)(*args, **kwargs)
+def _rooted(model: nn.Module) -> nn.Module:
+    """The model, inside another one if it is a single layer."""
+    single = _is_step(model) and (isinstance(model, InDomain) or not list(model.children()))
+    return nn.Sequential(model).eval() if single else model
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        is_tensor = isinstance(result, Tensor)
-        self.facts[n] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
-        return result
+
+def _masked_copy(root: nn.Module, domain: str | None) -> nn.Module:
+    """The masked dense network: the model's code, its hooks included, on a copy of its modules."""
+
+    def replaced(one: nn.Module, copier: Any) -> nn.Module | None:
+        if not isinstance(one, GatheredConv2d):
+            return None
+        made = copier.fresh(one)
+        made.channels, made.lists = lists_of(one, domain), {}
+        made.__dict__.pop("_mixed", None)
+        if "forward" not in one.__dict__:
+            made.__dict__["forward"] = functools.partial(_masked, made, made.channels)
+        assert isinstance(made, nn.Module)
+        return made
+
+    return copy_modules(root, lambda one: isinstance(one, InDomain), replaced)
+
+
+def _copies(part: Any) -> Any:
+    """What a model is called with, as it may write to it."""
+    if isinstance(part, Tensor):
+        return part.clone()
+    if isinstance(part, (list, tuple)) and not hasattr(part, "_fields"):
+        return type(part)(_copies(one) for one in part)
+    return {key: _copies(one) for key, one in part.items()} if type(part) is dict else part
+
+
+def _seeded(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """A result of a model that may draw random numbers, the same ones each time."""
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        return call(*_copies(inputs))
+
+
+def run_masked(model: nn.Module, domain: str | None, inputs: tuple[Any, ...]) -> Any:
+    """What the masked dense network returns, nothing recorded."""
+    return _seeded(_masked_copy(_rooted(in_domain(model, domain)), domain), inputs)
 
 
 def _drop_unread(graph: Graph) -> None:
@@ -129,24 +154,106 @@ def trace(
     """
     _check_mode(op, model)
     _check_domain(op, model, domain)
+    root = _rooted(in_domain(model, domain))
     expected = None
-    if known is not None:
-        root = root_of(in_domain(model, domain), (GatheredConv2d,))
-    else:
-        root, recorded = record(op, in_domain(model, domain), (GatheredConv2d,))
-        run = _MaskedDense(root, recorded, domain)
-        run.extra_traceback = False
+    if known is None:
+        make = functools.partial(_masked_copy, root, domain)
         try:
-            with torch.no_grad():
-                expected = run.run(*inputs)
+            expected = _seeded(make(), inputs)
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
             raise ValueError(
                 f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
             ) from error
-        known = Recording(recorded, run.facts)
-    ops = Builder(root, known.facts, domain, len(inputs)).build(known.steps.nodes)
+        known = _recorded(op, make, inputs)
+        _check_same(op, model, known.result, expected)
+    ops = Builder(root, known.facts, domain, len(inputs), known.constants).build(known.graph.nodes)
     graph = Graph(ops, expected, known)
     if not unread:
         _drop_unread(graph)
     return graph
+
+
+def _check_same(op: str, model: nn.Module, got: Any, expected: Any) -> None:
+    """The recording ran the model's code, on numbers and modules of its own; that must not have changed it."""
+    if any(isinstance(one, FakeTensor) for one in _tensors_in(expected)):
+        return
+    share, _, dtype = largest_error(got, expected)
+    if not share <= TOLERANCES.get(dtype, 0.0):
+        raise ValueError(
+            f"{op}(): expected `model` to be recordable, got {type(model).__name__}, which returns something else "
+            "while it is recorded. Hint: does its code look at types of numbers, or at its callers?"
+        )
+
+
+def _tensors_in(part: Any) -> list[Tensor]:
+    if isinstance(part, Tensor):
+        return [part]
+    if isinstance(part, dict):
+        part = list(part.values())
+    return [one for item in part for one in _tensors_in(item)] if isinstance(part, (list, tuple)) else []
+
+
+def _others(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Examples of another batch and image size, of another batch, and of other numbers."""
+    tensors = _tensors_in(inputs)
+    batch = next((x.shape[0] for x in tensors if x.dim() > 0), 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not x.is_floating_point():
+            # Numbers of things: those that are there, repeated.
+            for axis, size in enumerate(shape):
+                x = x.roll(1, axis).repeat_interleave(-(-size // max(x.shape[axis], 1)), axis).narrow(axis, 0, size)
+            return x
+        data = x.detach().float()
+        spread = data.std().item() if not isinstance(x, FakeTensor) and x.numel() > 1 else 1.0
+        centre = data.mean().item() if not isinstance(x, FakeTensor) and x.numel() > 0 else 0.0
+        return (torch.randn(shape, generator=generator) * (spread or 1.0) + centre).to(x.device, x.dtype)
+
+    def other(part: Any, batched: bool, sized: bool) -> Any:
+        if isinstance(part, Tensor):
+            shape = list(part.shape)
+            if batched and shape and shape[0] == batch:
+                shape[0] = 1 if batch > 1 else 2
+            if sized and len(shape) == 4:
+                shape[2:] = [size - 32 if size > 96 else size + 32 for size in shape[2:]]
+            return drawn(part, tuple(shape))
+        if isinstance(part, (list, tuple)) and not hasattr(part, "_fields"):
+            return type(part)(other(one, batched, sized) for one in part)
+        return {key: other(one, batched, sized) for key, one in part.items()} if type(part) is dict else part
+
+    for batched, sized in ((True, True), (True, False), (False, False)):
+        try:
+            yield other(inputs, batched, sized)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue
+
+
+def _recorded(op: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...]) -> Recorded:
+    """A recording whose steps are the same for another batch and, where the model takes one, another image size."""
+    whole: dict[str, str] = {}
+    while True:
+        first = record(op, make, inputs, _is_step, whole)
+        second = None
+        for others in _others(inputs):
+            try:
+                _seeded(make(), others)
+            except Exception:  # the model does not take these
+                continue
+            second = record(op, make, others, _is_step, whole)
+            break
+        if second is None or len(second.whole) > len(first.whole):
+            if second is None:
+                return first
+            continue
+        node = differences(first, second)
+        if node is None:
+            return first
+        inside = node.meta.get("within", ("",))[-1]
+        if not inside:
+            raise ValueError(
+                f"{op}(): expected `model` to be recordable, got one whose own forward takes other steps for another "
+                f"input, from {node.name!r} on. Hint: move what depends on it into a submodule, which is run as it is."
+            )
+        whole[inside] = f"it takes other steps for another input, from {node.name!r} on"

@@ -1,0 +1,63 @@
+"""How far two results are from each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOLERANCES", "largest_error"]
+
+# Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
+# layer is far above.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_INFINITE = (float("inf"), float("inf"), torch.float64)
+_NONE = (0.0, 0.0, torch.float64)
+
+
+def _of_tensors(got: Any, expected: Tensor) -> tuple[float, float, torch.dtype]:
+    dtype = expected.dtype
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != dtype:
+        return float("inf"), float("inf"), dtype
+    if expected.numel() == 0:
+        return _NONE
+    if not expected.is_floating_point() or expected.layout != torch.strided:
+        return _NONE if torch.equal(got, expected) else _INFINITE
+    a, b = got.double(), expected.double()
+    # Equal infinities and NaN are no error.
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = (a - b).abs().masked_fill(same, 0.0).max().item()
+    if not error < float("inf"):
+        return float("inf"), error, dtype
+    largest = b.masked_fill(~b.isfinite(), 0.0).abs().max().item()
+    return error / max(largest, 1e-30), error, dtype
+
+
+def largest_error(got: Any, expected: Any) -> tuple[float, float, torch.dtype]:
+    """(largest error as a share of the largest number, the error itself, dtype) over all tensors of a result."""
+    if isinstance(expected, Tensor):
+        return _of_tensors(got, expected)
+    if isinstance(expected, dict):
+        if not isinstance(got, dict) or list(got) != list(expected):
+            return _INFINITE
+        return largest_error(list(got.values()), list(expected.values()))
+    if isinstance(expected, (list, tuple)):
+        if not isinstance(got, (list, tuple)) or len(got) != len(expected):
+            return _INFINITE
+        return max((largest_error(*pair) for pair in zip(got, expected, strict=True)), key=_share, default=_NONE)
+    if dataclasses.is_dataclass(expected) and not isinstance(expected, type):
+        if type(got) is not type(expected):
+            return _INFINITE
+        names = [field.name for field in dataclasses.fields(expected)]
+        return largest_error([getattr(got, name) for name in names], [getattr(expected, name) for name in names])
+    if hasattr(expected, "__dict__") and not callable(expected):
+        return largest_error(vars(got), vars(expected)) if type(got) is type(expected) else _INFINITE
+    if isinstance(expected, float) and expected != expected:
+        return _NONE if got != got else _INFINITE
+    return _NONE if got == expected else _INFINITE
+
+
+def _share(error: tuple[float, float, torch.dtype]) -> float:
+    return error[0]
