@@ -26,7 +26,7 @@ from bap_kernels.plan.operations import (
     spatial_slice,
 )
 
-__all__ = ["Builder", "Facts"]
+__all__ = ["Builder", "Facts", "why_not_lowered"]
 
 
 class Builder:
@@ -42,6 +42,8 @@ class Builder:
         self.domain = domain
         self.now: dict[fx.Node, Value] = {}
         self.ops: list[Op] = []
+        # {convolution: why it is run as it is}.
+        self.not_lowered: dict[str, str] = {}
 
     def build(self, nodes: Iterable[fx.Node]) -> list[Op]:
         """The operations of a recording's steps."""
@@ -97,7 +99,20 @@ class Builder:
         args, kwargs = tuple(_plain(replaced(node.args))), dict(_plain(replaced(node.kwargs)))
         kind = "output" if node.op == "output" else "opaque"
         inputs = self._values_in(node.args, node.kwargs)
+        self._note_convolutions(name, target)
         self._add(node, kind=kind, inputs=inputs, call=call, args=args, kwargs=kwargs, name=name, mutates=mutates)
+
+    def _note_convolutions(self, name: str, target: Any) -> None:
+        """Says of each convolution in a step without a rule why it has none."""
+        if isinstance(target, nn.Conv2d):
+            self.not_lowered[name] = why_not_lowered(target)
+        elif isinstance(target, nn.Module):
+            for inner, module in target.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    reason = f"inside {name!r} ({type(target).__name__}), which is run as one step"
+                    self.not_lowered[f"{name}.{inner}"] = reason
+        elif target in (torch.conv2d, nn.functional.conv2d):
+            self.not_lowered[name] = "a call of F.conv2d, not of a layer"
 
     def _known(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
         """Adds the step if there is a rule for it."""
@@ -202,6 +217,19 @@ class Builder:
             return False
         self._add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
         return True
+
+
+def why_not_lowered(conv: nn.Conv2d) -> str:
+    """Why a plan has no rule for a convolution."""
+    if has_hooks(conv):
+        return "it has hooks"
+    if type(conv) not in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
+        return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
+    if conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv):
+        return "its weight is computed"
+    if conv.groups != 1:
+        return f"groups={conv.groups} with {conv.in_channels} -> {conv.out_channels} channels"
+    return "its input has no batch axis, or it writes no channel"
 
 
 def _itself(value: Any) -> Any:

@@ -98,11 +98,18 @@ class Graph:
     ops: list[Op]
     expected: Any  # the masked dense network's result on the example; None if it was not run
     recording: Any = None  # what the graph was made from, for those of other domains
+    not_lowered: dict[str, str] = field(default_factory=dict)  # {convolution: why it is run as it is}
 
     @property
     def values(self) -> Iterator[Value]:
         """Every value, once."""
         return (op.output for op in self.ops)
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """Names of the convolutions that are run on the channels that are read."""
+        names = dict.fromkeys(op.name for op in self.ops if isinstance(op.module, nn.Conv2d))
+        return tuple(name for name in names if name not in self.not_lowered)
 
     def producer(self) -> dict[Value, Op]:
         """The operation that makes each value."""

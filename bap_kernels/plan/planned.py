@@ -33,9 +33,13 @@ class PlannedNetwork(nn.Module):
         domain: the active domain; :func:`bap_kernels.set_domain` changes it, and takes numbers for a mixed batch too.
         max_error: the largest difference from the masked dense network on the example, as a share of its largest
             number; None if it was not checked.
+        lowered: names of the convolutions that the plan runs on the channels that are read.
+        not_lowered: {convolution: reason} of those that it runs as they are, on all channels.
     """
 
     max_error: float | None
+    lowered: tuple[str, ...]
+    not_lowered: dict[str, str]
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class PlannedNetwork(nn.Module):
         known = None if check or not same_widths(self.model) else self._recording
         graph = trace("plan", self.model, self._example, domain, known=known)
         self._recording = graph.recording
+        self.lowered, self.not_lowered = graph.lowered, graph.not_lowered
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
             last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)

@@ -167,8 +167,8 @@ def trace(
             ) from error
         known = _recorded(op, make, inputs)
         _check_same(op, model, known.result, expected)
-    ops = Builder(root, known.facts, domain, len(inputs), known.constants).build(known.graph.nodes)
-    graph = Graph(ops, expected, known)
+    builder = Builder(root, known.facts, domain, len(inputs), known.constants)
+    graph = Graph(builder.build(known.graph.nodes), expected, known, builder.not_lowered)
     if not unread:
         _drop_unread(graph)
     return graph
