@@ -126,7 +126,7 @@ def _norms(model: nn.Module) -> list[nn.Module]:
 def calibrate_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     """Gives norms random parameters and the statistics of their input, so that no channel vanishes or explodes.
 
-    Scales that start as zeros or nearly so (the last norm of a block, layer scale) would hide what is wrong behind them.
+    Scales that start as zeros or nearly so (the last norm of a block, layer scale) would hide errors behind them.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, fx, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.recording import Facts
 from bap_kernels.plan.domain_view import frozen, lists_of
 from bap_kernels.plan.graph import Channels, Op, Value
+from bap_kernels.plan.leaves import Blur, PadSame, effective_conv, same_conv
 from bap_kernels.plan.operations import (
+    COMMUTING,
     Call,
     has_hooks,
     in_place,
+    is_size,
     known_binary,
     known_layer,
     known_map,
@@ -25,12 +30,24 @@ from bap_kernels.plan.operations import (
     out_of_place,
     spatial_slice,
 )
+from bap_kernels.plan.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
 
 __all__ = ["Builder", "Facts", "why_not_lowered"]
 
 
 class Builder:
-    """Turns recorded steps into operations, in order."""
+    """Turns recorded steps into operations, in order.
+
+    Args:
+        root: has the layers.
+        facts: of every step.
+        domain: whose lists.
+        given: how many arguments the model is called with.
+
+    Attributes:
+        ops: the operations so far.
+        not_lowered: {convolution: why it is run as it is}.
+    """
 
     def __init__(
         self, root: nn.Module, facts: Facts, domain: str | None, given: int, constants: dict[str, Tensor] | None = None
@@ -42,8 +59,10 @@ class Builder:
         self.domain = domain
         self.now: dict[fx.Node, Value] = {}
         self.ops: list[Op] = []
-        # {convolution: why it is run as it is}.
         self.not_lowered: dict[str, str] = {}
+        # Of results of split and the like: the tensor, and the channels of each part.
+        self.parts: dict[fx.Node, tuple[Value, list[Channels]]] = {}
+        self.labels: dict[fx.Node, tuple[Value, Labels]] = {}
 
     def build(self, nodes: Iterable[fx.Node]) -> list[Op]:
         """The operations of a recording's steps."""
@@ -51,20 +70,28 @@ class Builder:
             self._convert(node)
         return self.ops
 
-    def _add(self, node: fx.Node, **fields: Any) -> Value:
-        shape, dtype = self.facts[node] if node.op != "output" else (None, None)
-        value = Value(node.name, shape, dtype)
-        op = Op(output=value, **{"name": node.name, **fields})
+    def _derive(self, value: Value, **fields: Any) -> Value:
+        """Adds an operation with this result."""
+        op = Op(output=value, **{"name": value.name, **fields})
         for read in dict.fromkeys(op.inputs):
             read.consumers.append(op)
         self.ops.append(op)
-        self.now[node] = value
         return value
+
+    def _add(self, node: fx.Node, **fields: Any) -> Value:
+        """Adds an operation whose result is a step's."""
+        shape, dtype = self.facts[node] if node.op != "output" else (None, None)
+        self.now[node] = self._derive(Value(node.name, shape, dtype), **fields)
+        return self.now[node]
 
     def _values_in(self, *arguments: Any) -> list[Value]:
         found: list[Value] = []
         fx.node.map_arg(arguments, lambda node: found.append(self.now[node]))
         return list(dict.fromkeys(found))
+
+    def _with_values(self, part: Any) -> Any:
+        """Arguments with values in the places of steps."""
+        return _plain(fx.node.map_arg(part, lambda one: self.now[one]))  # type: ignore[arg-type,return-value]
 
     def _convert(self, node: fx.Node) -> None:
         if node.op == "placeholder" and self.given > 0:
@@ -92,15 +119,15 @@ class Builder:
                 self._opaque(node, name, module if module is not None else target, written)
 
     def _opaque(self, node: fx.Node, name: str, target: Any, mutates: bool = False) -> None:
-        def replaced(part: Any) -> Any:
-            return fx.node.map_arg(part, lambda one: self.now[one])  # type: ignore[arg-type,return-value]
-
         call = Call(frozen(target, self.domain) if isinstance(target, nn.Module) else target) if target else None
-        args, kwargs = tuple(_plain(replaced(node.args))), dict(_plain(replaced(node.kwargs)))
+        args, kwargs = tuple(self._with_values(node.args)), dict(self._with_values(node.kwargs))
         kind = "output" if node.op == "output" else "opaque"
         inputs = self._values_in(node.args, node.kwargs)
         self._note_convolutions(name, target)
-        self._add(node, kind=kind, inputs=inputs, call=call, args=args, kwargs=kwargs, name=name, mutates=mutates)
+        pure = node in self.labels
+        self._add(
+            node, kind=kind, inputs=inputs, call=call, args=args, kwargs=kwargs, name=name, mutates=mutates, pure=pure
+        )
 
     def _note_convolutions(self, name: str, target: Any) -> None:
         """Says of each convolution in a step without a rule why it has none."""
@@ -118,24 +145,60 @@ class Builder:
         """Adds the step if there is a rule for it."""
         if target in (torch.cat, torch.concat):
             return self._cat(node)
-        tensors = [self.now[one] for one in node.args[:2] if isinstance(one, fx.Node)]
-        x = tensors[0] if tensors and isinstance(node.args[0], fx.Node) else None
+        args, named = node.args, node.kwargs
+        if module is not None and not args and list(named) == ["input"]:
+            args, named = (named["input"],), {}
+        first = args[0] if args else None
+        if isinstance(first, fx.Node) and first in self.parts and first not in self.now:
+            # Only looked into: `_parts` saw to it.
+            whole, channels = self.parts[first]
+            return self._take(node, whole, channels[node.args[1]])  # type: ignore[index]
+        if module is None and isinstance(first, (int, float)) and len(node.args) == 2 and not node.kwargs:
+            return self._number_first(node, target, first)
+        tensors = [self.now[one] for one in args[:2] if isinstance(one, fx.Node)]
+        x = tensors[0] if tensors and isinstance(first, fx.Node) else None
         if x is None or (module is not None and (has_hooks(module) or "forward" in module.__dict__)):
             return False
-        rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
+        rest, kwargs = tuple(args[1:]), dict(named)
         constant = not self._values_in(rest, kwargs)
         if constant and only_passes(target, rest, kwargs, module):
             self.now[node] = x
             return True
-        if x.channels is None or len(self.facts[node][0] or ()) != 4:
+        if module is None and self._rearranged(node, x, target):
+            return True
+        if x.channels is None:
+            return False
+        if constant and module is None and is_size(target, rest, kwargs):
+            self._add(node, kind="size", inputs=[x], call=Call(target), args=rest)
+            return True
+        if self._parts(node, x, target, rest, kwargs):
+            return True
+        if len(self.facts[node][0] or ()) != 4:
             return False
         if module is not None:
             return constant and not rest and not kwargs and self._layer(node, x, module, name)
         target, kwargs = out_of_place(target, kwargs)
-        if not constant:
-            return self._binary(node, target, tensors, rest, kwargs)
-        if target is nn.functional.pad:
+        if target is nn.functional.pad and constant:
             return self._pad(node, x, rest, kwargs)
+        if constant:
+            return self._map(node, x, target, rest, kwargs)
+        return self._binary(node, x, target, rest, kwargs) or self._map_with_values(node, x, target, rest, kwargs)
+
+    def _number_first(self, node: fx.Node, target: Any, number: float) -> bool:
+        """``2 * x``, ``1 - x`` and the like."""
+        if not isinstance(node.args[1], fx.Node) or self.now[node.args[1]].channels is None:
+            return False
+        x = self.now[node.args[1]]
+        if target in (operator.sub, torch.sub):
+            call = Call(torch.rsub, (number,))
+        elif target in (operator.add, torch.add, operator.mul, torch.mul):
+            call = Call(target, (number,))
+        else:
+            return False
+        self._add(node, kind="map", inputs=[x], call=call, elementwise=True)
+        return True
+
+    def _map(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if spatial_slice(target, rest):
             self._add(node, kind="map", inputs=[x], call=Call(target, rest))
             return True
@@ -150,6 +213,22 @@ class Builder:
         self._add(node, kind="map", inputs=[x], call=call, act=act, elementwise=elementwise)
         return True
 
+    def _map_with_values(
+        self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Poolings and slices whose arguments other steps compute, such as sizes."""
+        numbers_only = all(value.shape is None for value in self._values_in(rest, kwargs))
+        found = spatial_slice(target, rest) or known_map(target, rest, kwargs) is not None
+        if not found or not numbers_only or self.facts[node][0][1] != x.channels:  # type: ignore[index]
+            return False
+        self._add_map(node, x, target, rest, kwargs)
+        return True
+
+    def _add_map(self, node: fx.Node, x: Value, target: Any, rest: Any, kwargs: Any, zeros: bool = True) -> None:
+        args, named = tuple(self._with_values(rest)), dict(self._with_values(kwargs))
+        inputs = [x, *self._values_in(rest, kwargs)]
+        self._add(node, kind="map", inputs=inputs, call=Call(target), args=args, kwargs=named, zeros=zeros)
+
     def _cat(self, node: fx.Node) -> bool:
         parts = node.args[0] if node.args else None
         axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -161,24 +240,111 @@ class Builder:
         self._add(node, kind="cat", inputs=values)
         return True
 
-    def _layer(self, node: fx.Node, x: Value, module: nn.Module, name: str) -> bool:
-        if type(module) is nn.BatchNorm2d and module.running_mean is not None and module.running_var is not None:
-            self._add(node, kind="norm", inputs=[x], module=module, name=name)
-            return True
-        if type(module) in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
-            return self._conv(node, x, module, name)  # type: ignore[arg-type]
-        found = known_layer(module)
+    def _take(self, node: fx.Node, x: Value, sources: Channels) -> bool:
+        self._add(node, kind="take", inputs=[x], sources=sources)
+        return True
+
+    def _parts(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Channels that the model's code takes: ``chunk``, ``split``, ``x[:, :8]``, a shuffle."""
+        assert x.shape is not None
+        try:
+            found = parts_of(target, x.shape[1], *numbers((rest, kwargs), self.facts))
+        except UnknownNumberError:
+            return False
         if found is None:
             return False
+        if isinstance(found, np.ndarray):
+            return self.facts[node][0] == (x.shape[0], len(found), *x.shape[2:]) and self._take(node, x, found)
+        users = list(node.users)
+        if not all(one.target is operator.getitem and isinstance(one.args[1], int) for one in users):
+            return False
+        self.parts[node] = x, found
+        return True
+
+    def _rearranged(self, node: fx.Node, x: Value, target: Any) -> bool:
+        """Channels in another order, by steps through other shapes: a channel shuffle."""
+        first = node.args[0]
+        source = self.labels.get(first)  # type: ignore[arg-type]
+        if not moves(target):
+            return False
+        if source is None:
+            if x.channels is None or x.shape is None:
+                return False
+            source = x, Labels.of(x.shape)
+        try:
+            labels = source[1].after(target, *numbers((node.args[1:], node.kwargs), self.facts))
+        except UnknownNumberError:
+            return False
+        if labels is None or labels.shape != self.facts[node][0]:
+            return False
+        order = sources_of(labels, source[0].shape or ())
+        if order is None:
+            self.labels[node] = source[0], labels
+            return False
+        if first not in self.labels:
+            return False  # a step by itself has a rule of its own, if any
+        return self._take(node, source[0], order)
+
+    def _layer(self, node: fx.Node, x: Value, module: nn.Module, name: str) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return self._conv(node, x, module, name)
+        parts = norm_parts(module)
+        if parts is not None:
+            if not parts.has_statistics or parts.channels != x.channels:
+                return False
+            self._norm(node, x, module, parts.after, name)
+            return True
+        found = known_layer(module)
+        if found is None:
+            return isinstance(module, nn.PReLU) and self._prelu(node, x, module, name)
         call, act, elementwise = found
-        self._add(node, kind="map", inputs=[x], call=call, name=name, act=act, elementwise=elementwise)
+        # The model's own layer may have a filter for each channel.
+        fixed = isinstance(call, Blur) and module.channels is not None
+        self._add(node, kind="map", inputs=[x], call=call, name=name, act=act, elementwise=elementwise, fixed=fixed)
+        return True
+
+    def _norm(self, node: fx.Node, x: Value, module: nn.Module, after: Iterable[nn.Module], name: str) -> None:
+        shape, dtype = self.facts[node]
+        value = self._derive(Value(name, shape, dtype), kind="norm", inputs=[x], module=module)
+        for number, following in enumerate(one for one in after if not only_passes(one, (), {}, one) or has_hooks(one)):
+            result = Value(f"{name}.after{number}", shape, dtype)
+            found = None if has_hooks(following) else known_layer(following)
+            if found is None:
+                # Whatever it does, on all channels; a copy keeps it from writing to what others read.
+                call = Call(following)
+                value = self._derive(result, kind="opaque", inputs=[value], call=call, args=(value,), mutates=True)
+            else:
+                call_, act, elementwise = found
+                value = self._derive(result, kind="map", inputs=[value], call=call_, act=act, elementwise=elementwise)
+        self.now[node] = value
+
+    def _prelu(self, node: fx.Node, x: Value, module: nn.PReLU, name: str) -> bool:
+        """A slope for each channel: the second term of a step that takes both apart."""
+        if module.num_parameters != x.channels or x.shape is None:
+            return False
+        slopes = Value(f"{name}.weight", (1, x.channels, 1, 1), x.dtype)
+        weight = module.weight.detach().view(1, -1, 1, 1)
+        self._derive(slopes, kind="opaque", inputs=[], call=Call(_itself, (weight,)), pure=True)
+        self._add(node, kind="binary", inputs=[x, slopes], call=Call(leaky), name=name)
         return True
 
     def _conv(self, node: fx.Node, x: Value, conv: nn.Conv2d, name: str) -> bool:
-        computed = conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv)
-        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups != 1
-        if computed or conv.padding_mode != "zeros" or not (conv.groups == 1 or depthwise):
+        fixed, padding = False, None
+        if conv.in_channels != x.channels or has_hooks(conv):
             return False
+        if same_conv(conv):
+            sides = Call(PadSame(conv.kernel_size, conv.stride, conv.dilation))
+            padding = (0, 0)
+            x = self._derive(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=sides)
+        elif not is_plain(conv):
+            effective = effective_conv(conv)
+            if effective is None:
+                return False
+            (conv, _), fixed = effective, True
+        if conv.padding_mode != "zeros":
+            call = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
+            padding = (0, 0)
+            x = self._derive(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=call)
         lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
         listed_in, listed_out = lists._host
         sources = _numbers(listed_in, conv.in_channels)
@@ -187,23 +353,44 @@ class Builder:
             listed = filters
             filters = np.full(conv.out_channels, -1)
             filters[listed] = listed
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups != 1
         if depthwise:
             sources = np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else filters
         if not (filters >= 0).any():
             return False
-        kind = "depthwise" if depthwise else "conv"
-        self._add(node, kind=kind, inputs=[x], module=conv, name=name, sources=sources, filters=filters)
+        kind = "depthwise" if depthwise else ("conv" if conv.groups == 1 else "grouped")
+        fields = {"module": conv, "name": name, "sources": sources, "filters": filters}
+        self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
         return True
 
-    def _binary(self, node: fx.Node, target: Any, tensors: list[Value], rest: Any, kwargs: dict[str, Any]) -> bool:
-        if len(tensors) != 2 or self._values_in(rest[1:], kwargs) or tensors[1].channels is None:
-            return False
+    def _binary(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         found = known_binary(target, rest[1:], kwargs)
-        if found is None or tensors[0].channels != tensors[1].channels:
+        if found is None or not rest or not isinstance(rest[0], fx.Node):
             return False
-        act = found[1] if tensors[0].shape == tensors[1].shape else ""
-        self._add(node, kind="binary", inputs=tensors, call=found[0], act=act)
-        return True
+        other, shape = self.now[rest[0]], self.facts[node][0]
+        assert shape is not None
+        if other.channels is not None and other.channels == x.channels:
+            act = found[1] if x.shape == other.shape else ""
+            self._add(node, kind="binary", inputs=[x, other], call=found[0], act=act)
+            return True
+        channels = other.shape[-3] if other.shape is not None and len(other.shape) >= 3 else 1
+        if other.shape is None or len(other.shape) > 4 or x is other:
+            return False
+        if channels == 1 and shape[1] == x.channels:
+            # The same for every channel: a scale, or a gate for each pixel.
+            self._add_map(node, x, target, rest, kwargs, zeros=False)
+            return True
+        if len(other.shape) == 3 and channels == x.channels == shape[1]:
+            wide = Value(f"{other.name}.wide", (1, *other.shape), other.dtype)
+            self._derive(
+                wide, kind="opaque", inputs=[other], call=Call(torch.unsqueeze, (0,)), args=(other,), pure=True
+            )
+            self._add(node, kind="binary", inputs=[x, wide], call=found[0])
+            return True
+        if x.channels == 1 and other.channels == shape[1] and found[0].target in COMMUTING:
+            self._add_map(node, other, target, (node.args[0],), kwargs, zeros=False)
+            return True
+        return False
 
     def _pad(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         given = dict(zip(("pad", "mode", "value"), rest, strict=False)) | kwargs
@@ -219,17 +406,24 @@ class Builder:
         return True
 
 
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one of PyTorch's or the package's own with parameters of its own."""
+    computed = conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv)
+    return type(conv) in (nn.Conv2d, GatheredConv2d, MaskedConv2d) and not computed
+
+
+def leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """PReLU with a slope for each channel, (1, C, 1, 1)."""
+    return torch.where(x > 0, x, x * slopes)
+
+
 def why_not_lowered(conv: nn.Conv2d) -> str:
     """Why a plan has no rule for a convolution."""
     if has_hooks(conv):
         return "it has hooks"
-    if type(conv) not in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
-        return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
-    if conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv):
-        return "its weight is computed"
-    if conv.groups != 1:
-        return f"groups={conv.groups} with {conv.in_channels} -> {conv.out_channels} channels"
-    return "its input has no batch axis, or it writes no channel"
+    if not is_plain(conv) and not same_conv(conv):
+        return f"{type(conv).__name__} computes something else than one convolution with a fixed weight"
+    return "its input has no batch axis, it is called with keywords, or it writes no channel"
 
 
 def _itself(value: Any) -> Any:

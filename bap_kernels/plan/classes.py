@@ -54,6 +54,12 @@ class Classes:
         for channel in range(a.channels or 0):
             self.leader[self.find(self.first[a] + channel)] = self.find(self.first[b] + begin + channel)
 
+    def tie_groups(self, a: Value, b: Value, groups: int) -> None:
+        """All channels of a group of ``a`` go with the first one of that group of ``b``."""
+        size_a, size_b = ((value.channels or 0) // groups for value in (a, b))
+        for channel in range(size_a * groups):
+            self.leader[self.find(self.first[a] + channel)] = self.find(self.first[b] + channel // size_a * size_b)
+
     def keep(self, value: Value, channels: Channels | slice) -> None:
         """Marks channels of a value; others are no concern of this."""
         if value in self.first:
@@ -77,9 +83,12 @@ def tied(graph: Graph) -> Classes:
     classes = Classes(graph)
     used: dict[nn.Module, Op] = {}
     for op in graph.ops:
-        if op.kind in ("norm", "map", "binary", "depthwise"):
-            for value in op.inputs:
-                classes.tie(value, op.output)
+        for value in op.inputs if op.kind == "depthwise" else op.aligned:
+            classes.tie(value, op.output)
+        if op.kind == "grouped":
+            # A group goes as a whole.
+            for value in (op.inputs[0], op.output):
+                classes.tie_groups(value, op.output, op.conv.groups)
         elif op.kind == "cat":
             begin = 0
             for value in op.inputs:
@@ -106,20 +115,27 @@ def _held_elsewhere(graph: Graph) -> set[int]:
     return held
 
 
-def keep_unknown(classes: Classes, graph: Graph, free: Collection[Op] = ()) -> None:
+def keep_unknown(classes: Classes, graph: Graph, free: Collection[Op] = (), widths: bool = False) -> None:
     """Marks what the model's own code decides: the channels around steps without a rule, inputs and results.
 
     Args:
         classes: gets the marks.
         graph: the network.
         free: steps without a rule around which nothing is marked.
+        widths: mark what the model's code asks the number of channels of, too.
     """
     held = _held_elsewhere(graph)
     for op in graph.ops:
         module = op.module
         # A layer that a step without a rule has as well.
         stores = () if module is None else (*module._parameters.values(), *module._buffers.values())
-        if (op.kind in ("input", "opaque", "output") and op not in free) or any(id(one) in held for one in stores):
+        for value in op.others:
+            classes.keep(value, slice(None))
+        if widths and op.kind == "size" and op.tells_channels:
+            classes.keep(op.inputs[0], slice(None))
+        # Which channels `take` takes, and what computes filters, are the model's code.
+        unknown = op.kind in ("input", "opaque", "output", "take") or op.fixed
+        if (unknown and op not in free) or any(id(one) in held for one in stores):
             for value in (*op.inputs, op.output):
                 classes.keep(value, slice(None))
 

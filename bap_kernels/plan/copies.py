@@ -108,7 +108,7 @@ def copies(
     found = {}
     for value, (reader, *others) in readers.items():
         producer = groups.get(value)
-        if others or producer is None or "depthwise" in (producer.conv.kind, reader.conv.kind):
+        if others or producer is None or (producer.conv.kind, reader.conv.kind) != ("conv", "conv"):
             continue
         _, positions = stored_reads(reader, layout)
         stored = layout.stored[value]

@@ -49,7 +49,7 @@ def _after(group: Group, layout: Layout, taken: set[Op]) -> None:
         group.norm = group.last = following
         group.taken.append(following)
         following = _only_reader(following.output)
-    if group.conv.kind == "depthwise":
+    if group.conv.kind != "conv":
         return
     if following is not None and following.kind == "binary" and following.act == "add" and following not in taken:
         first, second = following.inputs if len(following.inputs) == 2 else (following.inputs[0],) * 2
@@ -73,7 +73,7 @@ def _before(groups: dict[Op, Group], producer: dict[Value, Op], layout: Layout, 
     for value, found in readers.items():
         if len(found) != len(value.consumers) or len(found) > _MOST_READERS:
             continue
-        if any(group.conv.kind == "depthwise" for group in found):
+        if any(group.conv.kind != "conv" for group in found):
             continue
         relu = producer[value] if _is_relu(producer[value]) else None
         norm = producer[relu.inputs[0]] if relu is not None else producer[value]
@@ -94,7 +94,7 @@ def fuse(graph: Graph, layout: Layout) -> dict[Op, Group | None]:
     groups: dict[Op, Group] = {}
     taken: set[Op] = set()
     for op in graph.ops:
-        if op.kind in ("conv", "depthwise"):
+        if op.kind in ("conv", "depthwise", "grouped"):
             group = groups[op] = Group(op, op.inputs[0], op)
             _after(group, layout, taken)
             taken.update(group.taken)

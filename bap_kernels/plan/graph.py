@@ -5,8 +5,11 @@ says how the channels of its result come from those of its inputs:
 
     conv       each output channel is one filter over the listed input channels
     depthwise  output channel j comes from one input channel
+    grouped    a group of output channels comes from a group of input channels
+    take       output channel j is a channel of the input: slices, chunks, shuffles
+    size       what tells the input's shape, dtype or device, for which its channels need not be there
     norm       a batch norm in eval mode: channel j from channel j, scaled and shifted
-    map        channel j from channel j: activations, pooling
+    map        channel j from channel j: activations, pooling; other inputs are read whole
     binary     channel j from channel j of two inputs: sums, products
     cat        the inputs' channels after one another
     pad        channels of one constant before and after the input's
@@ -23,9 +26,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Channels", "Graph", "Kind", "Op", "Value", "folded_norm"]
+from bap_kernels.nn.norms import norm_parts
 
-Kind = Literal["input", "conv", "depthwise", "norm", "map", "binary", "cat", "pad", "opaque", "output"]
+__all__ = ["Channels", "Graph", "Kind", "Op", "Value", "folded_norm", "groups_of", "members"]
+
+Kind = Literal[
+    "input",
+    "conv",
+    "depthwise",
+    "grouped",
+    "norm",
+    "map",
+    "binary",
+    "cat",
+    "pad",
+    "take",
+    "size",
+    "opaque",
+    "output",
+]
 # Channel numbers, int64.
 Channels = np.ndarray
 
@@ -51,13 +70,20 @@ class Op:
 
     Attributes:
         name: the layer's name in the model, or the traced node's.
-        module: the layer, of conv, depthwise and norm.
+        module: the layer, of conv, depthwise, grouped and norm.
         call: of map and binary, what computes the result from the inputs' tensors; of opaque, from ``args``.
-        sources: of conv, the input channels that it reads; of depthwise, the input channel of each output channel.
+        sources: of conv, the input channels that it reads; of depthwise and take, the input channel of each output
+            channel.
         filters: of conv and depthwise, the filter of each output channel, -1 where the output is zero.
-        args, kwargs: of opaque and output, what is handed over, with `Value` objects in the tensors' places.
+        args, kwargs: of opaque and output, what is handed over, with `Value` objects in the tensors' places; of map and
+            size, what follows the first argument.
         act: of map, the name of an activation that other steps can take over.
         elementwise: of map, whether each number depends on one number only.
+        zeros: of map, whether a channel of zeros stays one.
+        fixed: of conv, depthwise and grouped, whether its filters are computed from the layer's parameters; of map,
+            whether the model's layer is made for a number of channels.
+        padding: of conv, depthwise and grouped, in the place of the layer's.
+        pure: of opaque, whether it may be left out where nothing reads the result.
         fill: of pad, the constant; ``before`` channels of it come first.
         mutates: of opaque, whether it writes to its first argument.
     """
@@ -77,10 +103,52 @@ class Op:
     fill: float = 0.0
     before: int = 0
     mutates: bool = False
+    zeros: bool = True
+    fixed: bool = False
+    padding: tuple[int, int] | None = None
+    pure: bool = False
+
+    @property
+    def aligned(self) -> list[Value]:
+        """The inputs whose channel j the result's channel j is made of."""
+        if self.kind == "binary":
+            return self.inputs
+        same = self.kind in ("norm", "map")
+        same = same or (self.kind == "depthwise" and np.array_equal(self.reads, np.arange(len(self.reads))))
+        return self.inputs[:1] if same else []
+
+    @property
+    def others(self) -> list[Value]:
+        """Of map, the inputs that are read whole."""
+        return self.inputs[1:] if self.kind == "map" else []
+
+    @property
+    def tells_channels(self) -> bool:
+        """Of size, whether the model's code can see the number of channels."""
+        what = self.args[0] if self.args else None
+        if isinstance(what, int):
+            return what % 4 == 1
+        if what in ("dtype", "device") or getattr(self.call, "target", None) == "dim":
+            return False
+        for reader in self.output.consumers:
+            named = getattr(getattr(reader.call, "target", None), "__name__", "") == "getitem" and len(reader.args) == 2
+            where = reader.args[1] if named else slice(None)
+            if not isinstance(where, (int, slice)) or (isinstance(where, slice) and _holds_values(where)):
+                return True
+            seen = range(4)[where]
+            if 1 in ([seen] if isinstance(seen, int) else seen):
+                return True
+        return False
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The layer of conv, depthwise and grouped."""
+        assert isinstance(self.module, nn.Conv2d)
+        return self.module
 
     @property
     def reads(self) -> Channels:
-        """``sources`` of conv and depthwise."""
+        """``sources`` of conv, depthwise and take."""
         assert self.sources is not None
         return self.sources
 
@@ -116,16 +184,31 @@ class Graph:
         return {op.output: op for op in self.ops}
 
 
+def _holds_values(part: slice) -> bool:
+    return any(isinstance(one, Value) for one in (part.start, part.stop, part.step))
+
+
 def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """A batch norm in eval mode as y = scale * x + shift; two (C,) float64 tensors."""
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+    parts = norm_parts(norm)
+    assert parts is not None
+    assert parts.running_mean is not None
+    assert parts.running_var is not None
     with torch.no_grad():
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
-        shift = -norm.running_mean.double() * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
+        scale = (parts.running_var.double() + parts.eps).rsqrt()
+        if parts.weight is not None:
+            scale = scale * parts.weight.double()
+        shift = -parts.running_mean.double() * scale
+        if parts.bias is not None:
+            shift = shift + parts.bias.double()
     return scale, shift
+
+
+def groups_of(op: Op, channels: Channels) -> Channels:
+    """The groups of a grouped convolution that have any of these output channels."""
+    return np.unique(channels // (op.conv.out_channels // op.conv.groups))
+
+
+def members(groups: Channels, size: int) -> Channels:
+    """All channels of some groups of this size."""
+    return (groups[:, None] * size + np.arange(size)).ravel()

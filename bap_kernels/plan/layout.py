@@ -55,9 +55,10 @@ class Fetch:
     order: Channels | None
 
     @property
-    def prefix(self) -> bool:
-        """Whether the positions are the first ones."""
-        return bool(np.array_equal(self.positions, np.arange(len(self.positions))))
+    def begin(self) -> int | None:
+        """The first position where they follow one another; else None."""
+        first = int(self.positions[0]) if len(self.positions) else 0
+        return first if np.array_equal(self.positions, first + np.arange(len(self.positions))) else None
 
 
 class Layout:
@@ -141,11 +142,8 @@ def _tied(graph: Graph) -> dict[Value, list[Value]]:
         return value
 
     for op in graph.ops:
-        same = op.kind in ("norm", "map", "binary") or (op.kind == "pad" and op.before == 0)
-        same = same or (op.kind == "depthwise" and np.array_equal(op.reads, np.arange(len(op.reads))))
-        if same:
-            for value in op.inputs:
-                leader[find(value)] = find(op.output)
+        for value in op.inputs if op.kind == "pad" and op.before == 0 else op.aligned:
+            leader[find(value)] = find(op.output)
     groups: dict[Value, list[Value]] = {}
     for value in leader:
         groups.setdefault(find(value), []).append(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm
+from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm, groups_of, members
 
 __all__ = ["Liveness"]
 
@@ -56,9 +56,14 @@ class Liveness:
             return known[0] * scale.cpu().numpy() + shift.cpu().numpy()
         if op.kind == "map":
             assert known[0] is not None
-            return self._through(op, [known[0]]) if op.elementwise else np.where(known[0] == 0, 0.0, np.nan)
+            if op.elementwise:
+                return self._through(op, [known[0]])
+            return np.where(known[0] == 0, 0.0, np.nan) if op.zeros else None
         if op.kind == "binary":
             return self._through(op, [one for one in (known[0], known[-1]) if one is not None])
+        if op.kind == "take":
+            assert known[0] is not None
+            return known[0][op.reads]
         if op.kind == "cat":
             return np.concatenate([one for one in known if one is not None])
         if op.kind == "pad":
@@ -88,14 +93,21 @@ class Liveness:
             for value in op.inputs:
                 self.ask(value, slice(None))
             return
+        if op.kind == "size":
+            # Some channel must be there.
+            self.ask(op.inputs[0], np.zeros(1, dtype=np.int64))
+            return
         live = self.live[op.output]
         if not live.any():
             return
         if op.kind == "conv":
             # An empty list still needs the input's size.
             self.ask(op.inputs[0], op.reads if len(op.reads) else np.zeros(1, dtype=np.int64))
-        elif op.kind == "depthwise":
+        elif op.kind in ("depthwise", "take"):
             self.ask(op.inputs[0], op.reads[live])
+        elif op.kind == "grouped":
+            width = op.conv.in_channels // op.conv.groups
+            self.ask(op.inputs[0], members(groups_of(op, np.flatnonzero(live)), width))
         elif op.kind == "cat":
             first = 0
             for value in op.inputs:
@@ -108,4 +120,4 @@ class Liveness:
             self.ask(value, np.flatnonzero(live[op.before : op.before + value.channels]))
         else:
             for value in op.inputs:
-                self.ask(value, np.flatnonzero(live))
+                self.ask(value, np.flatnonzero(live) if value in op.aligned else slice(None))

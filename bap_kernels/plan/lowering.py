@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bap_kernels.functional import four_sided
+from bap_kernels.nn.norms import norm_parts
 from bap_kernels.plan import steps
 from bap_kernels.plan.copies import Copy, copies, stored_reads
 from bap_kernels.plan.fuse import Group, fuse
-from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm
+from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm, groups_of, members
 from bap_kernels.plan.layout import Chain, Layout
+from bap_kernels.plan.operations import dense_size
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.steps import Slot, Step
 
@@ -77,8 +79,9 @@ class _Lowering:
         if key not in self.fetched:
             slot, out = self.slot[value], self.new_slot()
             stored = len(self.layout.stored[value])
-            if found.prefix and len(found.positions) < stored and found.order is None:
-                step: Step = steps.ViewStep(slot, len(found.positions), out)
+            begin = found.begin
+            if begin is not None and len(found.positions) < stored and found.order is None:
+                step: Step = steps.ViewStep(slot, len(found.positions), out, begin)
                 self.emit(step, op, len(found.positions))
                 slot, out, index = out, (self.new_slot() if len(found.fill) else out), None
             else:
@@ -102,7 +105,7 @@ class _Lowering:
             return
         self.slot[out] = self.new_slot()
         if group is not None:
-            self.depthwise(group) if group.conv.kind == "depthwise" else self.conv(group)
+            self.conv(group) if group.conv.kind == "conv" else self.grouped(group)
         elif op.kind == "input":
             self.inputs.append(self.slot[out])
             if out.channels is not None and out.dtype is not None and out.dtype.is_floating_point:
@@ -113,14 +116,21 @@ class _Lowering:
             self.norm(op)
         elif op.kind == "cat":
             self.cat(op)
+        elif op.kind == "take":
+            self.slot[out] = self.fetch(op.inputs[0], op.reads[self.layout.stored[out]], op)
+        elif op.kind == "size":
+            self.size(op)
         elif op.kind == "pad":
             # The constants are not stored, so the input already is the result.
             x, stored = op.inputs[0], self.layout.stored[out]
             self.slot[out] = self.fetch(x, stored - op.before, op)
         else:
-            reads = tuple(self.fetch(x, self.layout.stored[out], op) for x in op.inputs)
+            reads = tuple(self.fetch(x, self.layout.stored[out], op) for x in op.aligned)
             assert op.call is not None
-            if op.kind == "map":
+            if op.args or op.kwargs:
+                args = (Slot(reads[0]), *self.handed(op, op.args))
+                self.call(op, op.call, args, self.handed(op, op.kwargs))
+            elif op.kind == "map":
                 self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_named(op.call))
             else:
                 self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_named(op.call))
@@ -150,7 +160,7 @@ class _Lowering:
         reads: tuple[int, ...] = (x,)
         if group.residual is not None:
             reads = (x, self.fetch(group.residual, self.layout.stored[op.output], op))
-        sides = cast("str | tuple[int, int]", conv.padding)
+        sides = cast("str | tuple[int, int]", conv.padding if group.conv.padding is None else group.conv.padding)
         padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
         lists = (in_index, self.lists(written, conv.out_channels), weight_index)
         step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output])
@@ -163,31 +173,46 @@ class _Lowering:
         self.emit(step, op, note=text)
         step.name = group.conv.name
 
-    def depthwise(self, group: Group) -> None:
-        conv, op = group.conv.module, group.last
-        assert isinstance(conv, nn.Conv2d)
+    def grouped(self, group: Group) -> None:
+        conv, op = group.conv.conv, group.last
         stored = self.layout.stored[op.output]
-        filters = torch.from_numpy(group.conv.writes[stored]).to(self.device)
+        if group.conv.kind == "depthwise":
+            written, reads, groups = group.conv.writes[stored], group.conv.reads[stored], len(stored)
+        else:
+            # Whole groups are computed.
+            live = groups_of(group.conv, stored)
+            written, groups = members(live, conv.out_channels // conv.groups), len(live)
+            reads = members(live, conv.in_channels // conv.groups)
+        filters = torch.from_numpy(written).to(self.device)
         weight = conv.weight.detach()[filters]
         bias = None if conv.bias is None else conv.bias.detach()[filters]
         if group.norm is not None:
             scale, shift = folded_norm(group.norm.module)  # type: ignore[arg-type]
-            index = torch.from_numpy(stored).to(self.device)
+            index = torch.from_numpy(stored).to(self.device) if group.conv.kind == "depthwise" else filters
             scale, shift = scale[index], shift[index]
             shift = shift if bias is None else shift + scale * bias.double()
             weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-        x = self.fetch(group.source, group.conv.reads[stored], op)
-        step = steps.DepthwiseStep(conv, weight, bias, x, self.slot[op.output])
-        self.emit(step, op, note="+norm" if group.norm is not None else "")
-        step.name = group.conv.name
+        x = self.fetch(group.source, reads, op)
+        padding = conv.padding if group.conv.padding is None else group.conv.padding
+        options = (conv.stride, padding, conv.dilation, groups)
+        note = "+norm" if group.norm is not None else ""
+        if group.conv.kind == "depthwise":
+            self.emit(steps.DepthwiseStep(options, weight, bias, x, self.slot[op.output]), op, note=note)
+        else:
+            step = steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
+            step.index = self.lists(np.searchsorted(written, stored), len(written))
+            note = f"{groups}/{conv.groups} groups{', ' + note if note else ''}"
+            self.emit(step, op, note=note)
+        self.steps[-1].name = group.conv.name
 
     def norm(self, op: Op) -> None:
-        norm, stored = op.module, self.layout.stored[op.output]
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert op.module is not None
+        parts, stored = norm_parts(op.module), self.layout.stored[op.output]
+        assert parts is not None
         index = torch.from_numpy(stored).to(self.device)
-        vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        vectors = (parts.weight, parts.bias, parts.running_mean, parts.running_var)
         kept = tuple(None if one is None else one.detach()[index] for one in vectors)
-        self.emit(steps.NormStep(kept, norm.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
+        self.emit(steps.NormStep(kept, parts.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
 
     def cat(self, op: Op) -> None:
         chain, out = self.layout.chains[op], self.slot[op.output]
@@ -218,6 +243,8 @@ class _Lowering:
             return type(part)([self.handed(op, one) for one in part])
         if isinstance(part, dict):
             return {key: self.handed(op, one) for key, one in part.items()}
+        if isinstance(part, slice):
+            return slice(*(self.handed(op, one) for one in (part.start, part.stop, part.step)))
         return part
 
     def opaque(self, op: Op) -> None:
@@ -227,8 +254,17 @@ class _Lowering:
             copied = self.new_slot()
             self.emit(steps.MapStep(torch.clone, "", args[0].number, copied), op)
             args = (Slot(copied), *args[1:])
+        self.call(op, op.call, args, kwargs)
+
+    def call(self, op: Op, call: Any, args: Any, kwargs: Any) -> None:
         reads = tuple(_slots_in((args, kwargs)))
-        self.emit(steps.OpaqueStep(op.call, args, kwargs, reads, self.slot[op.output]), op, note=_named(op.call))
+        self.emit(steps.OpaqueStep(call, args, kwargs, reads, self.slot[op.output]), op, note=_named(call))
+
+    def size(self, op: Op) -> None:
+        assert op.call is not None
+        # Any of its channels will do.
+        call, args = dense_size(op) if op.tells_channels else (op.call, op.args)
+        self.call(op, call, (Slot(self.slot[op.inputs[0]]), *args), {})
 
 
 def _vectors(norm: Op, channels: Channels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -248,6 +284,8 @@ def _slots_in(part: Any) -> list[int]:
         return [part.number]
     if isinstance(part, dict):
         part = list(part.values())
+    if isinstance(part, slice):
+        part = [part.start, part.stop, part.step]
     return [slot for one in part for slot in _slots_in(one)] if isinstance(part, (list, tuple)) else []
 
 

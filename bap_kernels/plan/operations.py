@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bap_kernels.nn.recording import has_hooks
+from bap_kernels.plan.graph import Op
+from bap_kernels.plan.leaves import Blur, is_elementwise, is_spatial
+from bap_kernels.plan.leaves import out_of_place as layer_out_of_place
+
 __all__ = [
+    "COMMUTING",
     "Call",
+    "dense_size",
     "has_hooks",
     "in_place",
+    "is_size",
     "known_binary",
     "known_layer",
     "known_map",
     "only_passes",
     "out_of_place",
+    "shape_of",
+    "size_of",
     "spatial_slice",
 ]
 
@@ -41,7 +50,9 @@ _ELEMENTWISE: dict[Any, str] = {
     **{F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "", F.leaky_relu: "", F.elu: "", F.selu: ""},
     **{F.celu: "", F.gelu: "", F.silu: "", F.mish: "", F.sigmoid: "", torch.sigmoid: "", F.tanh: "", torch.tanh: ""},
     **{F.hardswish: "", F.hardsigmoid: "", F.softplus: "", F.logsigmoid: "", F.softsign: "", torch.clamp: ""},
-    **{torch.clone: "", torch.neg: "", torch.abs: "", torch.exp: "", torch.square: ""},
+    **{torch.clone: "", torch.neg: "", torch.abs: "", torch.exp: "", torch.square: "", torch.sqrt: "", torch.pow: ""},
+    **{operator.neg: "", operator.pow: "", torch.rsub: "", torch.erf: "", torch.sin: "", torch.cos: ""},
+    **{torch.clamp_min: "", torch.clamp_max: "", torch.selu: "", torch.celu: "", torch.log1p: "", torch.expm1: ""},
 }
 _SPATIAL = (
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate),
@@ -49,8 +60,16 @@ _SPATIAL = (
 )
 _ELEMENTWISE_METHODS = {
     **{"relu": "relu", "sigmoid": "", "tanh": "", "clamp": "", "contiguous": "", "clone": "", "neg": "", "abs": ""},
-    **{"exp": "", "square": ""},
+    **{"exp": "", "square": "", "sqrt": "", "pow": "", "erf": "", "sin": "", "cos": "", "clamp_min": "", "float": ""},
+    **{"clamp_max": "", "detach": "", "log1p": "", "expm1": "", "double": "", "half": "", "bfloat16": ""},
 }
+# Over pixels they keep channels apart where they keep the axes.
+_REDUCTIONS = (
+    *(torch.mean, torch.sum, torch.amax, torch.amin),
+    *("mean", "sum", "amax", "amin"),
+)
+_SIZES = ("size", "dim", "ndimension")
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _BINARY = {
     operator.add: "add",
     operator.iadd: "add",
@@ -61,10 +80,15 @@ _BINARY = {
     operator.mul: "",
     operator.imul: "",
     torch.mul: "",
+    operator.truediv: "",
+    operator.itruediv: "",
+    torch.div: "",
     torch.maximum: "",
     torch.minimum: "",
 }
-_BINARY_METHODS = {"add": "add", "sub": "", "mul": ""}
+_BINARY_METHODS = {"add": "add", "sub": "", "mul": "", "div": ""}
+# a + b = b + a; methods are called on the first.
+COMMUTING = (operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul)
 _WITHOUT_WRITING: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -102,11 +126,6 @@ class Call:
         return name or type(self.target).__name__
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else runs when the module is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def in_place(target: object, kwargs: dict[str, Any], module: nn.Module | None) -> bool:
     """Whether a call writes to its first argument."""
     if module is not None:
@@ -128,6 +147,8 @@ def out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
 
 def known_map(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, str, bool] | None:
     """(call, activation's name, whether elementwise) for functions and methods that keep channels apart."""
+    if target in _REDUCTIONS:
+        return (Call(target, args, **kwargs), "", False) if _over_pixels(args, kwargs) else None
     if isinstance(target, str):
         if target in _ELEMENTWISE_METHODS:
             return Call(target, args, **kwargs), _ELEMENTWISE_METHODS[target], True
@@ -148,14 +169,14 @@ def known_map(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def known_layer(module: nn.Module) -> tuple[nn.Module, str, bool] | None:
     """(layer, activation's name, whether elementwise) for layers that keep channels apart."""
     kind = type(module)
-    if kind in _ELEMENTWISE_LAYERS:
-        if getattr(module, "inplace", False):
-            module = copy.copy(module)
-            module.inplace = False  # type: ignore[assignment]
-        return module, {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind, ""), True
+    if kind in _ELEMENTWISE_LAYERS or is_elementwise(module) or (kind is nn.PReLU and module.num_parameters == 1):
+        return layer_out_of_place(module), {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind, ""), True
     if kind in _SPATIAL_LAYERS and not getattr(module, "return_indices", False):
         return module, "", False
-    return None
+    if is_spatial(module):
+        return module, "", False
+    blur = Blur.of(module)
+    return None if blur is None else (blur, "", False)
 
 
 def known_binary(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, str] | None:
@@ -167,11 +188,48 @@ def known_binary(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return (Call(target), _BINARY[target]) if target in _BINARY else None
 
 
+def _over_pixels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    axes = kwargs.get("dim", args[0] if args else None)
+    keeps = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    axes = (axes,) if isinstance(axes, int) else axes
+    if keeps is not True or not isinstance(axes, (tuple, list)) or not axes:
+        return False
+    return all(isinstance(axis, int) and axis % 4 in (2, 3) for axis in axes)
+
+
+def is_size(target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call tells a tensor's shape, dtype or device."""
+    if kwargs or len(rest) > 1:
+        return False
+    if target is getattr:
+        return len(rest) == 1 and rest[0] in _ATTRIBUTES
+    return isinstance(target, str) and target in _SIZES and all(isinstance(one, int) for one in rest)
+
+
+def shape_of(x: torch.Tensor, channels: int) -> tuple[int, ...]:
+    """The shape of a tensor of which only some channels are there."""
+    return torch.Size((x.shape[0], channels, *x.shape[2:]))
+
+
+def size_of(x: torch.Tensor, axis: int, channels: int) -> int:
+    """One number of :func:`shape_of`."""
+    return channels if axis % 4 == 1 else x.shape[axis]
+
+
+def dense_size(op: Op) -> tuple[Call, tuple[Any, ...]]:
+    """What a step of kind size calls on a tensor of which only some channels are there, and its other arguments."""
+    channels = op.inputs[0].channels
+    if op.args and isinstance(op.args[0], int):
+        return Call(size_of, channels=channels), op.args
+    return Call(shape_of, channels=channels), ()
+
+
 def spatial_slice(target: Any, rest: tuple[Any, ...]) -> bool:
     """Whether a call is x[:, :, ::2, ::2] or the like: the shortcut of residual networks on small images."""
     if getattr(target, "__name__", "") != "getitem" or len(rest) != 1 or not isinstance(rest[0], tuple):
         return False
-    return all(isinstance(one, slice) for one in rest[0]) and all(one == slice(None) for one in rest[0][:2])
+    whole = slice(None)
+    return len(rest[0]) >= 2 and all(isinstance(one, slice) for one in rest[0]) and rest[0][:2] == (whole, whole)
 
 
 def only_passes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> bool:

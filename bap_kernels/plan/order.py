@@ -236,7 +236,7 @@ def _apply_(graphs: list[Graph], heads: list[list[Head]], classes: Classes, sour
         # A batch norm per domain is another module in each domain's recording.
         modules: dict[Any, None] = dict.fromkeys(graph.ops[number].module for graph in graphs)
         for module in modules:
-            if module is None or module in done:
+            if module is None or module in done or op.fixed:
                 continue
             done.add(module)
             writes = order(op.output)

@@ -61,7 +61,7 @@ def _classes(graphs: list[Graph]) -> Classes:
             padded = np.ones(op.output.channels or 0, dtype=bool)
             padded[op.before : op.before + (value.channels or 0)] = False
             classes.keep(op.output, np.flatnonzero(padded))
-    keep_unknown(classes, graph)
+    keep_unknown(classes, graph, widths=True)
     for other in graphs:
         # All domains have the same recording, so operations correspond by number.
         live = Liveness(other, constants=False).live
@@ -99,12 +99,13 @@ def _slice_(module: nn.Module, name: str, index: Tensor, axis: int = 0) -> None:
 
 def _shrink_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
     old_in, old_out = conv.in_channels, conv.out_channels
+    filters = old_out // conv.groups  # of one group
     _slice_(conv, "weight", torch.from_numpy(writes))
     _slice_(conv, "bias", torch.from_numpy(writes))
     if conv.groups == 1:
         _slice_(conv, "weight", torch.from_numpy(reads), 1)
     else:
-        conv.groups = len(writes)
+        conv.groups = len(writes) // filters
     conv.in_channels, conv.out_channels = len(reads), len(writes)
     if isinstance(conv, GatheredConv2d):
         new = {
@@ -157,7 +158,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
     layers: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
     done: set[nn.Module] = set()
     for number, op in enumerate(graphs[0].ops):
-        if op.module is None:
+        if op.module is None or op.fixed:
             continue
         reads, writes = classes.of(op.inputs[0]), classes.of(op.output)
         if isinstance(op.module, nn.Conv2d):
@@ -169,7 +170,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
                 layers[op.name] = old, (len(writes), len(reads))
             per_filter = shape[0] * shape[2] * shape[3] * conv.weight[0, 0].numel()
             for side, (c_out, c_in) in enumerate(layers.get(op.name, ())):
-                macs[side] += per_filter * c_out * (c_in if conv.groups == 1 else 1)
+                macs[side] += per_filter * c_out * (c_in if conv.groups == 1 else conv.weight.shape[1])
         else:
             # A batch norm per domain is another module in each domain's recording.
             for norm in dict.fromkeys(graph.ops[number].module for graph in graphs):

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.norms import norm_parts
 from bap_kernels.plan.example import trace_shapes
-from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.graph import Channels, Graph, Op, Value, groups_of, members
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
-from bap_kernels.plan.operations import Call
+from bap_kernels.plan.operations import Call, dense_size
 
 __all__ = ["specialize"]
 
@@ -61,18 +62,20 @@ def _dense(layer: GatheredConv2d) -> nn.Conv2d:
     return _conv_like(layer, weight, bias, layer.in_channels, layer.groups)
 
 
-def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int, groups: int) -> nn.Conv2d:
+def _conv_like(
+    conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int, groups: int, padding: Any = None
+) -> nn.Conv2d:
     with torch.device("meta"):
         made = nn.Conv2d(
             reads,
             weight.shape[0],
             conv.kernel_size,  # type: ignore[arg-type]
             conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
+            conv.padding if padding is None else padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
             groups,
             bias is not None,
-            conv.padding_mode,
+            conv.padding_mode if padding is None else "zeros",
         )
     made.weight = nn.Parameter(weight)
     made.bias = None if bias is None else nn.Parameter(bias)
@@ -121,12 +124,13 @@ class _Specializing:
         key = (value, wanted.tobytes())
         if key not in self.fetched:
             count, fill = len(found.positions), len(found.fill)
-            if not found.prefix:
+            begin = found.begin
+            if begin is None:
                 x = self.graph.call_function(
                     torch.index_select, (x, 1, self.constant(torch.from_numpy(found.positions)))
                 )
             elif count < len(self.layout.stored[value]):
-                x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(0, count))))
+                x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(begin, begin + count))))
             if fill:
                 x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, fill)))
             if found.fill.any():
@@ -145,6 +149,8 @@ class _Specializing:
             return type(part)([self.handed(one) for one in part])
         if isinstance(part, dict):
             return {key: self.handed(one) for key, one in part.items()}
+        if isinstance(part, slice):
+            return slice(*(self.handed(one) for one in (part.start, part.stop, part.step)))
         return part
 
     def convert(self, op: Op) -> Any:
@@ -161,28 +167,48 @@ class _Specializing:
             if op.mutates:
                 args = (self.graph.call_function(torch.clone, (args[0],)), *args[1:])
             return self.call(op.name, op.call, args, kwargs)
+        if op.kind == "size":
+            call, args = dense_size(op) if op.tells_channels else (op.call, op.args)
+            return self.call(op.name, call, (self.node[op.inputs[0]], *args))
         if op.kind == "conv":
             return self.conv(op, stored)
+        if op.kind in ("depthwise", "grouped"):
+            return self.grouped(op, stored)
+        if op.kind == "take":
+            return self.fetch(op.inputs[0], op.reads[stored])
         if op.kind == "cat":
             chain = self.layout.chains[op]
             pairs = zip(op.inputs, chain.stored, strict=False)
             return self.graph.call_function(torch.cat, ([self.fetch(*pair) for pair in pairs if len(pair[1])], 1))
         if op.kind == "pad":
             return self.fetch(op.inputs[0], stored - op.before)
-        if op.kind == "depthwise":
-            assert isinstance(op.module, nn.Conv2d)
-            filters = torch.from_numpy(op.writes[stored])
-            bias = None if op.module.bias is None else op.module.bias.detach()[filters]
-            layer = _conv_like(op.module, op.module.weight.detach()[filters], bias, len(stored), len(stored))
-            return self.call_layer(op.name, layer, self.fetch(op.inputs[0], op.reads[stored]))
-        reads = tuple(self.fetch(value, stored) for value in op.inputs)
+        reads = tuple(self.fetch(value, stored) for value in op.aligned)
         if op.kind == "norm":
             return self.call_layer(op.name, _norm_like(op.module, stored), reads[0])
         if op.act in _IN_PLACE and op.kind == "map":
             alone = len(op.inputs[0].consumers) == 1 and reads[0] is self.node[op.inputs[0]]
             if alone and self.producer[op.inputs[0]].kind in ("conv", "depthwise", "norm", "binary"):
                 return self.call_layer(op.name, _IN_PLACE[op.act](inplace=True), reads[0])
+        if op.args or op.kwargs:
+            return self.call(op.name, op.call, (*reads, *self.handed(op.args)), self.handed(op.kwargs))
         return self.call(op.name, op.call, reads if len(reads) > 1 or op.kind == "map" else reads * 2)
+
+    def grouped(self, op: Op, stored: Channels) -> fx.Node:
+        conv = op.conv
+        if op.kind == "depthwise":
+            written, reads, groups = op.writes[stored], op.reads[stored], len(stored)
+        else:
+            live = groups_of(op, stored)
+            written, groups = members(live, conv.out_channels // conv.groups), len(live)
+            reads = members(live, conv.in_channels // conv.groups)
+        filters = torch.from_numpy(written)
+        bias = None if conv.bias is None else conv.bias.detach()[filters]
+        layer = _conv_like(conv, conv.weight.detach()[filters], bias, len(reads), groups, op.padding)
+        y = self.call_layer(op.name, layer, self.fetch(op.inputs[0], reads))
+        kept = np.searchsorted(written, stored)
+        if op.kind == "depthwise" or np.array_equal(kept, np.arange(len(written))):
+            return y
+        return self.graph.call_function(torch.index_select, (y, 1, self.constant(torch.from_numpy(kept))))
 
     def conv(self, op: Op, stored: Channels) -> fx.Node:
         conv, source = op.module, op.inputs[0]
@@ -196,23 +222,24 @@ class _Specializing:
         read = held[:1] if empty else read
         weight = conv.weight.detach()[torch.from_numpy(op.writes[stored])][:, torch.from_numpy(read)]
         bias = None if conv.bias is None else conv.bias.detach()[torch.from_numpy(op.writes[stored])]
-        layer = _conv_like(conv, weight * 0 if empty else weight, bias, len(read), 1)
+        layer = _conv_like(conv, weight * 0 if empty else weight, bias, len(read), 1, op.padding)
         return self.call_layer(op.name, layer, self.fetch(source, read))
 
 
 def _norm_like(norm: nn.Module | None, channels: Channels) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.BatchNorm2d)
-    made = copy.copy(norm)
-    made.__dict__.update(copy.copy(norm.__dict__))
-    made._parameters, made._buffers = dict(norm._parameters), dict(norm._buffers)
+    parts = None if norm is None else norm_parts(norm)
+    assert parts is not None
+    made = parts.plain()
+    if isinstance(norm, nn.BatchNorm2d):
+        made.momentum = norm.momentum
     index = torch.from_numpy(channels)
     made.num_features = len(channels)
-    for name, parameter in norm._parameters.items():
+    for name, parameter in list(made._parameters.items()):
         if parameter is not None:
             made._parameters[name] = nn.Parameter(parameter.detach()[index])
-    for name, buffer in norm._buffers.items():
-        if buffer is not None:
-            made._buffers[name] = buffer[index].clone() if buffer.dim() else buffer.clone()
+    for name, buffer in list(made._buffers.items()):
+        if buffer is not None and buffer.dim():
+            made._buffers[name] = buffer[index].clone()
     return made
 
 

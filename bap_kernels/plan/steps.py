@@ -24,6 +24,7 @@ __all__ = [
     "ConvStep",
     "DepthwiseStep",
     "FetchStep",
+    "GroupedStep",
     "InputStep",
     "MapStep",
     "NormStep",
@@ -156,15 +157,32 @@ class ConvStep(Step):
 
 
 class DepthwiseStep(Step):
-    """A depthwise convolution of compact tensors; its filters are copies with the batch norm folded in."""
+    """A depthwise convolution of compact tensors; its filters are copies with the batch norm folded in.
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
+    Args:
+        options: stride, padding, dilation and groups.
+        weight, bias: the filters.
+        x, out: slots.
+    """
+
+    def __init__(self, options: tuple[Any, ...], weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
         self.weight, self.bias = weight, bias
-        self.options: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, weight.shape[0])
+        self.options = options
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
+
+
+class GroupedStep(DepthwiseStep):
+    """A grouped convolution of whole groups, of whose result ``index`` is kept; None keeps all."""
+
+    index: Tensor | None = None
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        super().__call__(env)
+        if self.index is not None:
+            env[self.out] = _selected(env[self.out], self.index)
 
 
 class NormStep(Step):
@@ -249,16 +267,16 @@ class BufferStep(Step):
 
 
 class ViewStep(Step):
-    """The first channels of a tensor."""
+    """Channels of a tensor that follow one another."""
 
     fresh = False
 
-    def __init__(self, x: int, count: int, out: int) -> None:
-        self.count = count
+    def __init__(self, x: int, count: int, out: int, begin: int = 0) -> None:
+        self.begin, self.count = begin, count
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = env[self.reads[0]].narrow(1, 0, self.count)
+        env[self.out] = env[self.reads[0]].narrow(1, self.begin, self.count)
 
 
 def filled(x: Tensor, fill: Tensor | int) -> Tensor:
@@ -319,6 +337,8 @@ def put_in(part: Any, env: Env) -> Any:
         return type(part)([put_in(one, env) for one in part])
     if isinstance(part, dict):
         return {key: put_in(one, env) for key, one in part.items()}
+    if isinstance(part, slice):
+        return slice(put_in(part.start, env), put_in(part.stop, env), put_in(part.step, env))
     return part
 
 

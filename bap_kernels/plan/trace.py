@@ -24,6 +24,7 @@ from bap_kernels.plan.builder import Builder
 from bap_kernels.plan.compare import TOLERANCES, largest_error
 from bap_kernels.plan.domain_view import InDomain, in_domain, lists_of
 from bap_kernels.plan.graph import Graph
+from bap_kernels.plan.leaves import leaves
 
 __all__ = ["Recording", "run_masked", "same_widths", "trace"]
 
@@ -99,7 +100,7 @@ def run_masked(model: nn.Module, domain: str | None, inputs: tuple[Any, ...]) ->
 def _drop_unread(graph: Graph) -> None:
     kept = []
     for op in reversed(graph.ops):
-        if op.output.consumers or op.kind in ("input", "opaque", "output"):
+        if op.output.consumers or op.kind in ("input", "output") or (op.kind == "opaque" and not op.pure):
             kept.append(op)
         else:
             for value in set(op.inputs):
@@ -157,7 +158,14 @@ def trace(
     root = _rooted(in_domain(model, domain))
     expected = None
     if known is None:
-        make = functools.partial(_masked_copy, root, domain)
+        known_layers: set[nn.Module] = set()
+
+        def make() -> nn.Module:
+            copied = _masked_copy(root, domain)
+            known_layers.clear()
+            known_layers.update(leaves(copied.modules()))
+            return copied
+
         try:
             expected = _seeded(make(), inputs)
         except Exception as error:
@@ -165,7 +173,7 @@ def trace(
             raise ValueError(
                 f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
             ) from error
-        known = _recorded(op, make, inputs)
+        known = _recorded(op, make, inputs, lambda one: _is_step(one) or one in known_layers)
         _check_same(op, model, known.result, expected)
     builder = Builder(root, known.facts, domain, len(inputs), known.constants)
     graph = Graph(builder.build(known.graph.nodes), expected, known, builder.not_lowered)
@@ -230,18 +238,20 @@ def _others(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
             continue
 
 
-def _recorded(op: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...]) -> Recorded:
+def _recorded(
+    op: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...], is_step: Callable[[nn.Module], bool]
+) -> Recorded:
     """A recording whose steps are the same for another batch and, where the model takes one, another image size."""
     whole: dict[str, str] = {}
     while True:
-        first = record(op, make, inputs, _is_step, whole)
+        first = record(op, make, inputs, is_step, whole)
         second = None
         for others in _others(inputs):
             try:
                 _seeded(make(), others)
             except Exception:  # the model does not take these
                 continue
-            second = record(op, make, others, _is_step, whole)
+            second = record(op, make, others, is_step, whole)
             break
         if second is None or len(second.whole) > len(first.whole):
             if second is None:
