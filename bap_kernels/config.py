@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from bap_kernels import _dispatch  # noqa: F401  knows why Triton cannot run
 from bap_kernels._load import _C
+from bap_kernels._packed import triton_weights
 
 __all__ = [
     "BACKENDS",
@@ -167,19 +167,16 @@ class use_backend:  # noqa: N801
         return f"use_backend({self.name!r})"
 
 
-def _triton_weights() -> Any:
-    """The Triton backend's own cache, where it has been used."""
-    return sys.modules.get("bap_kernels.triton.weights")
-
-
 def packed_cache_info() -> dict[str, int]:
     """Counts of the packed weights that layers in eval mode keep.
 
     Returns:
-        ``bytes`` and ``entries`` now held, ``limit_bytes``, and ``hits``, ``misses`` and ``evictions`` so far.
+        ``bytes`` and ``entries`` now held, with all that belongs to them; ``limit_bytes``; and so far: ``hits``,
+        ``misses``, ``evictions``, calls that ``compared`` a whole weight, and calls whose packed weights were
+        ``not_kept``. The last two grow where :func:`bap_kernels.report` says so of a layer.
     """
     info = dict(_C.packed_cache_info())
-    weights = _triton_weights()
+    weights = triton_weights()
     if weights is not None:
         held, count = weights.held_bytes()
         info["bytes"] += held
@@ -196,15 +193,30 @@ def set_packed_cache_limit(limit_bytes: int) -> None:
     if limit_bytes < 0:
         raise ValueError(f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more, got {limit_bytes}.")
     _C.set_packed_cache_limit(limit_bytes)
-    weights = _triton_weights()
+    weights = triton_weights()
     if weights is not None:
         weights.set_limit(limit_bytes)
 
 
 def clear_packed_cache() -> None:
-    """Drops all packed weights; they are packed again when next needed."""
+    """Drops all packed weights; they are packed again when next needed.
+
+    Layers in eval mode keep packed weights and find out by themselves when the weight has changed. PyTorch counts most
+    changes in the tensor's version; for the others
+
+    - optimiser steps of every kind, :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval` and moves to another
+      device or dtype drop what is kept, and another tensor, storage or address is seen;
+    - a weight whose memory something else holds (a NumPy view, a shared or mapped file, another process, a state_dict
+      or view that is kept, a flat vector of parameters), that was made in inference mode, or that autograd has tracked
+      since, is compared whole; on GPUs nothing is kept of it (:func:`bap_kernels.report` names such layers);
+    - in all other cases 16 to 256 of the listed values, spread over the weight, are compared at every call on CPUs.
+
+    So this function is needed only after a write that left the version as it was (through ``weight.data``, a collective
+    on parameters, a pointer, a NumPy view that is gone), in eval mode and without gradients since the last forward,
+    and then only if it changed a small part of a weight on a CPU, or a weight on a GPU.
+    """
     _C.clear_packed_cache()
-    weights = _triton_weights()
+    weights = triton_weights()
     if weights is not None:
         weights.clear()
 

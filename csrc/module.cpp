@@ -133,6 +133,7 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
     why_not[name] = input.is_cuda() ? auto_why_not(name, kShownRight) : backend_why_not(name);
   }
   result["why_not"] = why_not;
+  result["packed"] = PackedCache::note(call);
   return result;
 }
 
@@ -176,6 +177,8 @@ py::dict packed_cache_info() {
   d["hits"] = info.hits;
   d["misses"] = info.misses;
   d["evictions"] = info.evictions;
+  d["compared"] = info.compared;
+  d["not_kept"] = info.not_kept;
   return d;
 }
 
@@ -228,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_cache_info", &packed_cache_info);
   m.def("set_packed_cache_limit", [](int64_t bytes) { PackedCache::instance().set_limit(bytes); }, py::arg("bytes"));
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
+  m.def("drop_packed", [](const at::Tensor& weight) { PackedCache::instance().drop(weight); }, py::arg("weight"));
 }
 
 }  // namespace bap_kernels

@@ -67,6 +67,11 @@ class Info:
             ("cuda library", self.cuda_library or "loaded"),
             ("choices", f"{self.choices} in {self.choice_file or 'memory'} ({self.choice_bytes} bytes)"),
             ("packed weights", f"{cache['entries']} in {cache['bytes']} of {cache['limit_bytes']} bytes"),
+            (
+                "  calls",
+                f"{cache['hits']} found, {cache['misses']} made anew, {cache['evictions']} dropped for room; "
+                f"{cache['compared']} compared a whole weight, {cache['not_kept']} could keep none (report says why)",
+            ),
             *((f"build: {name}", text) for name, text in self.build.items()),
             *self.environment.items(),
         ]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
 from bap_kernels.nn.mixed import Runs
@@ -99,9 +100,9 @@ class GatheredConv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` that reads and computes only listed channels; the result holds only those computed.
 
     Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
-    in plain attributes, and follow the weight's device. In eval mode the packed weights are kept until the weight, the
-    bias or the lists change; like autograd, this overlooks writes through ``weight.data``, after which
-    :func:`bap_kernels.clear_packed_cache` is needed. A layer without lists is a dense convolution.
+    in plain attributes, and follow the weight's device. In eval mode the packed weights are kept until the weight or
+    the lists change; :func:`bap_kernels.clear_packed_cache` says how that is seen. A layer without lists is a dense
+    convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
@@ -300,7 +301,13 @@ class GatheredConv2d(nn.Conv2d):
             not self.training,
         )
 
+    def train(self, mode: bool = True) -> GatheredConv2d:
+        """Sets the mode; packed weights of the mode before are dropped."""
+        drop_packed([self._parameters.get("weight")])
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
+        drop_packed([self._parameters.get("weight")])
         super()._apply(fn, recurse)
         self._follow_weight()
         return self

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
@@ -276,6 +277,11 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             on = switch.score.detach() > switch.threshold
             found = on if found is None else found | on
         return found
+
+    def train(self, mode: bool = True) -> SwitchedConv2d:
+        """Sets the mode; packed weights of the mode before are dropped."""
+        drop_packed([self._parameters.get("weight")])
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         place = f"{prefix}domains."

@@ -34,7 +34,8 @@ class LayerReport:
         seconds: median time of the layer on its input; None for a backend that cannot be timed on the host.
         dense_seconds: of the dense convolution on the same input.
         backend: what ran it.
-        why: how that was chosen, and why others were not.
+        why: how that was chosen, and why others were not; and why the weight is packed or compared at every call, where
+            it is.
         limit: why it gains less over the dense convolution than its work lets it; empty where it does not.
         roof_share: time that the machine's peaks allow for the kept work, over ``seconds``; above 1 where data stays in
             a cache.
@@ -139,6 +140,7 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
         layer.groups,
     )
     backend, why = _why(facts)
+    why = "; ".join(part for part in (why, facts["packed"]) if part)
     seconds = dense = share = None
     limit = ""
     if x.device.type == "cpu":

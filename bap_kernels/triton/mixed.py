@@ -20,7 +20,7 @@ from bap_kernels.triton.launch import Epilogue, Mixed
 from bap_kernels.triton.lists import ChannelList, all_channels, channel_list
 from bap_kernels.triton.ops import Pair
 from bap_kernels.triton.recipe import target_of
-from bap_kernels.triton.weights import ALIGNMENT, cached_weight, keep_for_graphs, pack_weight
+from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs
 
 __all__ = ["gathered_conv2d_mixed"]
 
@@ -114,7 +114,7 @@ def gathered_conv2d_mixed(
     with ops.on_device(input):
         channels = input.shape[1]
         indices = [all_channels(channels, input.device) if index is None else index for index, _ in kept]
-        make = cached_weight if cache_packed else pack_weight
+        make = cached_weight if cache_packed else fresh_weight
         weights = [
             make(weight, None, None if given is None else index)
             for index, (given, _) in zip(indices, kept, strict=True)

@@ -21,7 +21,7 @@ from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Prolog
 from bap_kernels.triton.lists import ChannelList, channel_list
 from bap_kernels.triton.recipe import Geometry, Launch, target_of
 from bap_kernels.triton.tuning import tune_case
-from bap_kernels.triton.weights import ALIGNMENT, cached_weight, keep_for_graphs, pack_weight
+from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs, pack_weight
 
 __all__ = ["ROUTES", "compact", "gathered_conv2d", "gathered_conv2d_backward", "refuse"]
 
@@ -153,7 +153,7 @@ def gathered_conv2d(
     route = route or route_of(x, out, geometry, in_list)
     listed = in_list.entries
     with on_device(input):
-        make = cached_weight if cache_packed else pack_weight
+        make = cached_weight if cache_packed else fresh_weight
         packed = make(weight, out_index, in_index if weight_index is None else weight_index)
         if route == "packed":
             x, in_list = compact(x, in_list, prologue, count)

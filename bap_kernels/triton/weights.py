@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bap_kernels._load import _C
@@ -20,6 +21,8 @@ __all__ = [
     "cached_weight",
     "capturing",
     "clear",
+    "drop_of",
+    "fresh_weight",
     "held_bytes",
     "keep_for_graphs",
     "pack_weight",
@@ -56,8 +59,22 @@ def pack_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None, by_
 @dataclass(frozen=True)
 class _Entry:
     parts: tuple[weakref.ref[Tensor], ...]
+    # By weak references, so that another storage cannot get the same address.
+    storages: tuple[StorageWeakRef, ...]
     state: _State
     packed: Tensor
+
+    def holds(self, parts: tuple[Tensor, ...], state: _State) -> bool:
+        return (
+            self.state == state
+            # Another tensor may have got the identity of one that is gone.
+            and all(ref() is part for ref, part in zip(self.parts, parts, strict=True))
+            and all(ref.cdata == _storage(part)._cdata for ref, part in zip(self.storages, parts, strict=True))
+        )
+
+
+def _storage(part: Tensor) -> torch.UntypedStorage:
+    return part.untyped_storage()
 
 
 class _PackedWeights:
@@ -67,15 +84,14 @@ class _PackedWeights:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self.entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self.of_weight: dict[int, set[_Key]] = {}
         # Re-entered where memory that is collected under it holds a key.
         self.lock = threading.RLock()
 
     def get(self, key: _Key, parts: tuple[Tensor, ...], state: _State) -> Tensor | None:
         with self.lock:
             entry = self.entries.get(key)
-            # Another tensor may have got the identity of one that is gone.
-            same = entry is not None and all(ref() is part for ref, part in zip(entry.parts, parts, strict=True))
-            if entry is None or not same or entry.state != state:
+            if entry is None or not entry.holds(parts, state):
                 return None
             self.entries.move_to_end(key)
             return entry.packed
@@ -87,7 +103,9 @@ class _PackedWeights:
                 return
             # What has gone needs no packed copy.
             references = tuple(weakref.ref(part, lambda _: self.drop(key)) for part in parts)
-            self.entries[key] = _Entry(references, state, packed)
+            storages = tuple(StorageWeakRef(_storage(part)) for part in parts)
+            self.entries[key] = _Entry(references, storages, state, packed)
+            self.of_weight.setdefault(id(parts[0]), set()).add(key)
             self.held_bytes += packed.nbytes
             self.trim()
 
@@ -101,13 +119,28 @@ class _PackedWeights:
             entry = self.entries.pop(key, None)
             if entry is not None:
                 self.held_bytes -= entry.packed.nbytes
+                number = key[2]
+                assert isinstance(number, int)
+                of_weight = self.of_weight.get(number, set())
+                of_weight.discard(key)
+                if not of_weight:
+                    self.of_weight.pop(number, None)
+
+    def drop_of(self, weight: Tensor) -> None:
+        if self.entries:
+            with self.lock:
+                for key in list(self.of_weight.get(id(weight), ())):
+                    self.drop(key)
 
 
 _packed = _PackedWeights(_C.packed_cache_info()["limit_bytes"])
 
 
 def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """The packed weight by filters, kept until the weight or a list changes."""
+    """The packed weight by filters, kept until the weight or a list changes.
+
+    The caller has found that changes of the weight can be seen; see :func:`bap_kernels.clear_packed_cache`.
+    """
     parts = tuple(t for t in (weight, rows, columns) if t is not None)
     if any(part.is_inference() for part in parts):
         return pack_weight(weight, rows, columns)
@@ -121,6 +154,16 @@ def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -
         if not capturing(weight):
             _packed.put(key, parts, state, packed)
     return packed
+
+
+def fresh_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """The packed weight by filters, of a call that keeps none: what is kept of the weight is dropped.
+
+    Such calls are those in training mode, those that autograd tracks, and those of weights that something else may
+    write to: what they leave may have changed without a trace when the weight is next met.
+    """
+    drop_of(weight)
+    return pack_weight(weight, rows, columns)
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -146,7 +189,13 @@ def clear() -> None:
     """Drops all packed weights, other than those of captured graphs."""
     with _packed.lock:
         _packed.entries.clear()
+        _packed.of_weight.clear()
         _packed.held_bytes = 0
+
+
+def drop_of(weight: Tensor) -> None:
+    """Drops the packed weights of one weight."""
+    _packed.drop_of(weight)
 
 
 def set_limit(limit_bytes: int) -> None:

@@ -23,9 +23,12 @@ at::Tensor gathered_conv2d_autocast(const at::Tensor& input, const at::Tensor& w
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                             const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool)>();
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-  return op.call(at::autocast::cached_cast(dtype, input, kDevice), at::autocast::cached_cast(dtype, weight, kDevice),
+  const at::Tensor cast = at::autocast::cached_cast(dtype, weight, kDevice);
+  // What is packed for a cast that lives for this call alone would never be found again.
+  const bool lasting = cast.is_same(weight) || cast.use_count() > 1;
+  return op.call(at::autocast::cached_cast(dtype, input, kDevice), cast,
                  at::autocast::cached_cast(dtype, bias, kDevice), in_index, out_index, stride, padding, dilation,
-                 std::move(groups), cache_packed);
+                 std::move(groups), cache_packed && lasting);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/choice.h"
+#include "cpu/packed_cache.h"
 #include "ops/gathered_conv2d_copied.h"
 
 namespace bap_kernels {
@@ -46,6 +47,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups,
                           bool cache_packed) {
     at::AutoDispatchBelowADInplaceOrView below;
+    std::optional<PackedCache::Tracked> tracked;
+    if (weight.requires_grad()) tracked.emplace(weight);
     Variable output =
         forward_op().call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
     ctx->save_for_backward({input, weight, in_index.value_or(at::Tensor()), out_index.value_or(at::Tensor())});

@@ -317,6 +317,7 @@ Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::functio
   Choice choice{case_key(call, place), candidates.front(), {}};
   if (candidates.size() > 1) {
     if (!place.may_measure()) return candidates.front();
+    const PackedCache::Trial trial;  // those that lose need no packed weights
     choice.seconds = measure(call, place, candidates, run);
     for (const Route r : candidates) {
       const double best = choice.seconds[static_cast<int>(choice.route)];

@@ -6,6 +6,7 @@
 #include "aten/gathered_conv2d_backward.h"
 #include "cpu/choice.h"
 #include "cpu/gradient_call.h"
+#include "ops/list_copy.h"
 #include "ops/named_backend.h"
 
 namespace bap_kernels {
@@ -41,21 +42,23 @@ GradientTriple gathered_conv2d_backward_cpu(const at::Tensor& grad_output, const
                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
                                             std::array<bool, 3> mask) {
   const char* op = "gathered_conv2d_backward";
+  const ListCopy in_copy(in_index), out_copy(out_index);
+  const OptionalTensor &in_list = in_copy.get(), &out_list = out_copy.get();
   const auto s =
-      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
+      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_list, out_list, stride, padding, dilation, groups);
   check_grad_output<int64_t>(op, grad_output, s, input);
-  check_list_values(op, in_index, out_index, s.channels_in, s.channels_out, s.depthwise);
+  check_list_values(op, in_list, out_list, s.channels_in, s.channels_out, s.depthwise);
   const std::string& backend = get_backend();
   const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
   if (const NamedBackend* named = trivial ? nullptr : named_backend()) {
-    return named->backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
+    return named->backward(grad_output, input, weight, in_list, out_list, stride, padding, dilation, groups, mask);
   }
   const std::string reason = backend == "aten" ? "" : native_gradient_why_not(input, s);
   TORCH_CHECK_NOT_IMPLEMENTED(backend != "native" || reason.empty() || trivial, op,
                               "(): expected a call that backend `native` can run, got one that it cannot: ", reason,
                               ". Hint: use_backend(\"auto\") takes the ATen path where native cannot run.");
   const auto run = backend == "aten" || !reason.empty() ? aten_gathered_conv2d_backward : native_backward;
-  return run(grad_output, input, weight, in_index, out_index, stride, padding, dilation, s, mask);
+  return run(grad_output, input, weight, in_list, out_list, stride, padding, dilation, s, mask);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "cpu/choice.h"
 #include "cpu/native.h"
 #include "cpu/run.h"
+#include "ops/list_copy.h"
 #include "ops/named_backend.h"
 #include "ops/run_fused.h"
 
@@ -62,19 +63,21 @@ at::Tensor gathered_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight
                                const OptionalTensor& in_index, const OptionalTensor& out_index, c10::IntArrayRef stride,
                                c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups, bool cache_packed) {
   const char* op = "gathered_conv2d";
-  const ConvCall call{
-      input,
-      weight,
-      bias,
-      in_index,
-      out_index,
-      stride,
-      padding,
-      dilation,
-      groups,
-      cache_packed,
-      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
-  check_list_values(op, in_index, out_index, call.shape.channels_in, call.shape.channels_out, call.shape.depthwise);
+  const ListCopy in_list(in_index), out_list(out_index);
+  const ConvCall call{input,
+                      weight,
+                      bias,
+                      in_list.get(),
+                      out_list.get(),
+                      stride,
+                      padding,
+                      dilation,
+                      groups,
+                      cache_packed,
+                      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_list.get(), out_list.get(), stride,
+                                                     padding, dilation, groups)};
+  check_list_values(op, call.in_index, call.out_index, call.shape.channels_in, call.shape.channels_out,
+                    call.shape.depthwise);
   return run_cpu(call, op);
 }
 

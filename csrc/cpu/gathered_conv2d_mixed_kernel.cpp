@@ -14,6 +14,7 @@
 #include "cpu/native.h"
 #include "cpu/native_call.h"
 #include "cpu/run.h"
+#include "ops/list_copy.h"
 #include "ops/named_backend.h"
 
 namespace bap_kernels {
@@ -61,15 +62,21 @@ at::Tensor gathered_conv2d_mixed_cpu(const at::Tensor& input, const at::Tensor& 
                                      c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
                                      bool cache_packed) {
   const char* op = "_gathered_conv2d_mixed";
+  std::vector<ListCopy> copies;
+  c10::List<OptionalTensor> lists;
+  for (const auto i : c10::irange(in_indices.size())) {
+    copies.emplace_back(in_indices.get(i));
+    lists.push_back(copies.back().get());
+  }
   const auto shape =
-      check_gathered_conv2d_mixed<int64_t>(op, input, weight, bias, in_indices, counts, stride, padding, dilation);
+      check_gathered_conv2d_mixed<int64_t>(op, input, weight, bias, lists, counts, stride, padding, dilation);
   const auto format = input.suggest_memory_format();
   at::Tensor output =
       at::empty({shape.batch, shape.channels_out, shape.out_h, shape.out_w}, input.options().memory_format(format));
   std::vector<MixedRun> runs;
   int64_t first = 0;
   for (const auto i : c10::irange(counts.size())) {
-    const OptionalTensor list = in_indices.get(i);
+    const OptionalTensor list = lists.get(i);
     check_list_values(op, list, {}, shape.channels_in, shape.channels_out, false);
     if (counts[i] > 0) runs.push_back({input.narrow(0, first, counts[i]), output.narrow(0, first, counts[i]), list});
     first += counts[i];

@@ -1,13 +1,27 @@
-// Packed weights of layers in eval mode, kept per list within a byte limit, dropped when the weight changes.
+// Packed weights of layers in eval mode, kept per list within a byte limit, and used only while the weight holds what
+// they were packed from.
+//
+// A weight can change without a trace: its version counter counts what autograd sees, and neither fused optimisers nor
+// collectives, NumPy, other processes or writes through `.data` are seen. So an entry belongs to the weight's tensor
+// and storage (weak references, which keep addresses from being reused), its address and its version, and besides the
+// values are compared at every call:
+//   kSample  some of the listed values, spread over all of them, where torch alone owns the memory
+//   kWhole   all rows that are listed, by a fingerprint, where something else may write to it
+// Lists are compared by value. On GPUs values cannot be compared without a stall: what would need it is not kept there.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
+#include <atomic>
 #include <cstdint>
 #include <list>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
+#include <unordered_set>
+#include <vector>
 
 #include "ops/conv_call.h"
 
@@ -15,61 +29,103 @@ namespace bap_kernels {
 
 enum class PackedKind : int { kSliced, kZeroed, kReordered, kPixelRows, kChannelRows, kByFilter, kMask };
 
-// Least recently used first out. An entry belongs to one weight and its lists by identity, and is valid only while the
-// weight's version counter and storage are those it was packed from; entries of dead tensors are dropped.
+// How packed weights of a call are kept.
+enum class PackedTrust : int { kNone, kWhole, kSample };
+
+struct PackedValue;  // what is kept, and what it was made from
+
+// Least recently used first out.
 class PackedCache {
+  struct Key {
+    const void* weight;
+    uint64_t lists;  // hash of the lists' values; those of GPUs count by identity
+    int kind, variant;
+    bool operator==(const Key& o) const = default;
+  };
+
  public:
   static PackedCache& instance();
 
+  static PackedTrust trust(const ConvCall& call);
+
   // Whether the call asks for caching and changes of its weight and lists could be seen.
-  static bool keeps(const ConvCall& call);
+  static bool keeps(const ConvCall& call) { return trust(call) != PackedTrust::kNone; }
+
+  // Why a call that asks for caching compares its weight whole, or packs it every time; empty where it does neither.
+  static std::string note(const ConvCall& call);
 
   // The packed form of the call's weight: from the cache where the call asks for caching, else made anew.
   at::Tensor get(const ConvCall& call, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make);
 
   struct Info {
-    int64_t bytes, entries, limit_bytes, hits, misses, evictions;
+    int64_t bytes, entries, limit_bytes, hits, misses, evictions, compared, not_kept;
   };
   Info info();
   void set_limit(int64_t bytes);
   void clear();
 
- private:
-  struct Key {
-    const void *weight, *in_index, *out_index, *weight_index;
-    int kind, variant;
-    bool operator==(const Key& o) const {
-      return weight == o.weight && in_index == o.in_index && out_index == o.out_index &&
-             weight_index == o.weight_index && kind == o.kind && variant == o.variant;
-    }
+  // Drops all that is kept of a weight; next to nothing to do where nothing is kept at all.
+  void drop(const at::Tensor& weight);
+
+  // While it lives, calls of its thread are tracked by autograd with respect to the weight: training may follow, and
+  // write without a trace. So they compare the whole weight, as does the next use of each kept form of it.
+  class Tracked {
+   public:
+    explicit Tracked(const at::Tensor& weight);
+    ~Tracked();
+    Tracked(const Tracked&) = delete;
+    Tracked& operator=(const Tracked&) = delete;
+
+   private:
+    const at::Tensor& weight_;
+    bool before_;
   };
+
+  // What its thread packs while it lives is dropped with it: the weights of candidates that are only tried.
+  class Trial {
+   public:
+    Trial();
+    ~Trial();
+    Trial(const Trial&) = delete;
+    Trial& operator=(const Trial&) = delete;
+
+   private:
+    friend class PackedCache;
+    std::vector<std::pair<Key, uint64_t>> kept_;  // with the number of the entry
+    Trial* outer_;
+  };
+
+ private:
   struct KeyHash {
     size_t operator()(const Key& k) const;
   };
-  // One tensor that an entry was made from. The weak reference keeps the address from being reused.
-  struct Source {
-    c10::weak_intrusive_ptr<c10::TensorImpl> impl;
-    const void* data;
-    uint32_t version;
-    explicit Source(const at::Tensor& t);
-    bool holds(const at::Tensor& t) const;
-    bool expired() const { return impl.expired(); }
-  };
+  struct Group;
   struct Entry {
     Key key;
-    std::vector<Source> sources;
-    at::Tensor packed;
-    int64_t bytes;
+    uint64_t number;
+    Group* group;
+    uint64_t doubts;  // of the group, when the entry was last compared whole
+    std::shared_ptr<const PackedValue> value;
   };
   using Entries = std::list<Entry>;  // most recently used first
+  // All that is kept of one weight.
+  struct Group {
+    uint64_t doubts = 0;
+    std::unordered_set<const Entry*> entries;
+  };
 
   void erase(Entries::iterator entry);
-  void make_room(int64_t bytes);
+  void sweep();
+  void evict(int64_t limit);
 
   std::mutex mutex_;
   Entries entries_;
   std::unordered_map<Key, Entries::iterator, KeyHash> index_;
-  int64_t bytes_ = 0, limit_ = int64_t{1} << 30, hits_ = 0, misses_ = 0, evictions_ = 0;
+  std::unordered_map<const void*, Group> groups_;
+  size_t made_since_sweep_ = 0;
+  uint64_t next_number_ = 0;
+  int64_t bytes_ = 0, limit_ = int64_t{1} << 30, evictions_ = 0;
+  std::atomic<int64_t> count_ = 0, hits_ = 0, misses_ = 0, compared_ = 0, not_kept_ = 0;
 };
 
 }  // namespace bap_kernels

@@ -3,12 +3,13 @@
 
 #include "ops/conv_call.h"
 #include "ops/gathered_conv2d_copied.h"
+#include "ops/list_copy.h"
 
 namespace bap_kernels {
 
 using RunConv = at::Tensor(const ConvCall& call, const char* op);
 
-// Raises on arguments and list values that break the contract.
+// Raises on arguments and list values that break the contract. The lists are copies of the call's own.
 inline ConvCall checked_fused_call(const char* op, const at::Tensor& input, const at::Tensor& weight,
                                    const OptionalTensor& bias, const OptionalTensor& in_index,
                                    const OptionalTensor& out_index, c10::IntArrayRef stride, c10::IntArrayRef padding,
@@ -30,9 +31,10 @@ at::Tensor run_fused(const at::Tensor& input, const at::Tensor& weight, const Op
                      const OptionalTensor& out_scale, const OptionalTensor& out_shift, const OptionalTensor& residual,
                      bool out_relu, bool cache_packed, const OptionalTensor& weight_index) {
   const char* op = "_gathered_conv2d_fused";
-  return kRun(checked_fused_call(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups,
-                                 Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu},
-                                 cache_packed, weight_index),
+  const ListCopy in_list(in_index), out_list(out_index), weight_list(weight_index);
+  return kRun(checked_fused_call(op, input, weight, bias, in_list.get(), out_list.get(), stride, padding, dilation,
+                                 groups, Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu},
+                                 cache_packed, weight_list.get()),
               op);
 }
 
@@ -45,16 +47,17 @@ ResultAndCopy run_fused_copied(const at::Tensor& input, const at::Tensor& weight
                                const OptionalTensor& residual, bool out_relu, const at::Tensor& copy_index,
                                bool cache_packed, const OptionalTensor& weight_index) {
   const char* op = "_gathered_conv2d_fused_copied";
-  ConvCall call = checked_fused_call(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups,
-                                     Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu},
-                                     cache_packed, weight_index);
-  check_copy_index(op, copy_index, input);
-  check_copy_index_values(op, copy_index, call.shape.kept_out);
+  const ListCopy in_list(in_index), out_list(out_index), weight_list(weight_index), copy_list(copy_index);
+  ConvCall call = checked_fused_call(
+      op, input, weight, bias, in_list.get(), out_list.get(), stride, padding, dilation, groups,
+      Fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu}, cache_packed, weight_list.get());
+  check_copy_index(op, *copy_list.get(), input);
+  check_copy_index_values(op, *copy_list.get(), call.shape.kept_out);
   at::Tensor copy;
-  call.copy_index = copy_index;
+  call.copy_index = copy_list.get();
   call.copy = &copy;
   at::Tensor result = kRun(call, op);
-  if (!copy.defined()) copy = select_copy(result, copy_index, call.format());
+  if (!copy.defined()) copy = select_copy(result, *copy_list.get(), call.format());
   return {std::move(result), std::move(copy)};
 }
 

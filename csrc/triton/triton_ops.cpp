@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/packed_cache.h"
 #include "ops/named_backend.h"
 
 namespace bap_kernels {
@@ -15,6 +16,9 @@ template <class Schema>
 auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
+
+// Values are not compared there.
+bool keeps(const ConvCall& c) { return PackedCache::trust(c) == PackedTrust::kSample; }
 
 at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
   static auto op =
@@ -32,7 +36,7 @@ at::Tensor triton_gathered_conv2d(const ConvCall& c, const char* name) {
   OptionalTensor copy;
   if (c.copy != nullptr && c.copy_index->size(0) > 0) copy = empty(c.copy_index->size(0));
   op.call(y, c.input, c.weight, c.bias, c.in_index, c.out_index, c.stride, c.padding, c.dilation, c.groups, f.in_scale,
-          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, c.cache_packed, c.weight_index, copy,
+          f.in_shift, f.in_relu, f.out_scale, f.out_shift, f.residual, f.out_relu, keeps(c), c.weight_index, copy,
           c.copy_index, name);
   if (copy) *c.copy = *std::move(copy);
   return y;
@@ -63,7 +67,7 @@ void triton_gathered_conv2d_mixed(const at::Tensor& output, const std::vector<Mi
   }
   const ConvCall& c = calls.front();
   at::Tensor out = output;
-  op.call(out, input, c.weight, c.bias, in_indices, counts, c.stride, c.padding, c.dilation, c.cache_packed);
+  op.call(out, input, c.weight, c.bias, in_indices, counts, c.stride, c.padding, c.dilation, keeps(c));
 }
 
 at::Tensor triton_switched_conv2d(const SwitchedCall& c) {

@@ -78,9 +78,12 @@ CASES = {
 def test_right_wherever_it_is_forced(name: str, layout: str, tmp_path: Path) -> None:
     case = CASES[name].but(layout=layout)
     sample = make_tensors(case)
+    # A view counts as memory that something else holds, and this one is too scattered to be compared.
+    sample.weight = sample.weight.data
     expected = reference.gathered_conv2d(*sample.args)
     assert ROUTE in candidates(sample)
     force(tmp_path / "choices.tsv")
+    _C.clear_packed_cache()
     hits = _C.packed_cache_info()["hits"]
     for _ in range(2):
         y = run(sample, cache_packed=True)
@@ -89,7 +92,7 @@ def test_right_wherever_it_is_forced(name: str, layout: str, tmp_path: Path) -> 
             last = layout.endswith("last")
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     # Its kind of packed weight alone was used, and found again.
-    assert _C.packed_cache_info()["hits"] == hits + 2
+    assert _C.packed_cache_info()["hits"] == hits + 1
     assert [choice["backend"] for choice in _C.choices()] == [ROUTE]
     if len(unlisted(sample.in_index, case.in_channels)):
         for value in (torch.nan, torch.inf):
@@ -144,10 +147,19 @@ def test_absent_for_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_absent_where_nothing_is_kept() -> None:
     assert ROUTE not in candidates(make_tensors(CASE), cache_packed=False)
+    # Another tensor may write to the memory of a slice, which is too scattered to be compared.
+    assert ROUTE not in candidates(make_tensors(CASE.but(weight_layout="sliced")))
+
+
+def test_inference_tensors_are_compared_by_their_values(tmp_path: Path) -> None:
     with torch.inference_mode():
-        # Without a version counter a change of the weight could not be seen.
         sample = make_tensors(CASE)
-        assert ROUTE not in candidates(sample)
+        assert ROUTE in candidates(sample)
+        force(tmp_path / "choices.tsv")
+        for _ in range(3):
+            y = run(sample, cache_packed=True)
+            assert_close(y, reference.gathered_conv2d(*sample.args), CASE.dtype, sample.depth)
+            sample.weight[-1, -1].add_(1)
 
 
 def test_switching_onednn_off_is_another_case(tmp_path: Path) -> None:
@@ -222,14 +234,47 @@ def test_bytes_are_counted_and_dead_weights_dropped(tmp_path: Path) -> None:
     assert _C.packed_cache_info()["entries"] == 0
 
 
-def test_every_packed_weight_lets_a_parameter_die() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("route", ["native", "gather", "gather_packed", "dense"])
+def test_every_packed_weight_lets_a_parameter_die(route: str, layout: str, tmp_path: Path) -> None:
     # A packed weight with a graph would hold the parameter that it was made of.
-    for layout in ("contiguous", "channels_last"):
-        sample = make_tensors(CASE.but(layout=layout))
-        sample.weight = torch.nn.Parameter(sample.weight)
-        with torch.no_grad():
-            run(sample, cache_packed=True)
-        assert _C.packed_cache_info()["entries"] >= 3
-        del sample
-        gc.collect()
-        assert _C.packed_cache_info()["entries"] == 0
+    sample = make_tensors(CASE.but(layout=layout))
+    if route not in candidates(sample):
+        pytest.skip(f"{route} cannot run here")
+    force(tmp_path / "choices.tsv", route)
+    _C.clear_packed_cache()
+    sample.weight = torch.nn.Parameter(sample.weight)
+    with torch.no_grad():
+        run(sample, cache_packed=True)
+    assert _C.packed_cache_info()["entries"] == 1
+    del sample
+    gc.collect()
+    assert _C.packed_cache_info()["entries"] == 0
+
+
+def test_candidates_that_lose_leave_nothing() -> None:
+    sample = make_tensors(CASE)
+    assert len(candidates(sample)) > 1
+    assert _C.packed_cache_info()["entries"] == 1
+
+
+def test_inputs_of_many_sizes_share_few_orders(tmp_path: Path) -> None:
+    sample, sizes = make_tensors(CASE), [(h, w) for h in range(5, 11) for w in range(5, 11)]
+
+    def run_all() -> None:
+        for size in sizes:
+            sample.input = torch.randn(1, 40, *size)
+            y = run(sample, cache_packed=True)
+            assert_close(y, reference.conv_on_selected(*sample.args), CASE.dtype, sample.depth)
+
+    for size in sizes:
+        sample.input = torch.randn(1, 40, *size)
+        run(sample, cache_packed=True)
+    force(tmp_path / "choices.tsv")
+    _C.clear_packed_cache()
+    run_all()
+    assert {choice["backend"] for choice in _C.choices()} == {ROUTE}
+    assert 1 <= _C.packed_cache_info()["entries"] <= 4
+    misses = _C.packed_cache_info()["misses"]
+    run_all()
+    assert _C.packed_cache_info()["misses"] == misses

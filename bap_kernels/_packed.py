@@ -1,0 +1,40 @@
+"""Events after which packed weights are dropped, whatever their tensors say of changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from bap_kernels._load import _C
+
+__all__ = ["drop_packed", "triton_weights"]
+
+
+def triton_weights() -> Any:
+    """The Triton backend's own cache, where it has been used."""
+    return sys.modules.get("bap_kernels.triton.weights")
+
+
+def drop_packed(tensors: Iterable[Tensor | None]) -> None:
+    """Drops what is kept of these weights; others count for nothing."""
+    weights = triton_weights()
+    for tensor in tensors:
+        if tensor is not None:
+            _C.drop_packed(tensor)
+            if weights is not None:
+                weights.drop_of(tensor)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # The fused steps, and those that are followed by a broadcast, leave the versions of the parameters as they were.
+    if not torch.compiler.is_compiling():
+        drop_packed(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+# Of all optimisers, those that exist included.
+register_optimizer_step_post_hook(_after_step)
