@@ -3,7 +3,7 @@
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.convert import add_domain_, switch_
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear, DomainNorm
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainLinear, DomainNorm
 from bap_kernels.nn.parallel import DomainParallel
 from bap_kernels.nn.per_domain import domain_layers, domain_parameters
 from bap_kernels.nn.readers import link_readers_
@@ -15,6 +15,7 @@ from bap_kernels.nn.switched import SwitchedConv2d
 __all__ = [
     "ChannelSwitch",
     "DomainBatchNorm2d",
+    "DomainConv2d",
     "DomainLinear",
     "DomainNorm",
     "DomainParallel",

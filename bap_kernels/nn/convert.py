@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainLinear, DomainNorm
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainLinear, DomainNorm
+from bap_kernels.nn.heads import Choice, Numbers, chosen_heads
 from bap_kernels.nn.norms import depends_on_data, norm_parts
 from bap_kernels.nn.per_domain import checked_names, domain_layers
 from bap_kernels.nn.readers import link_readers_
@@ -28,7 +29,8 @@ def switch_(
     threshold: float = 5e-3,
     initial: float = 1e-2,
     ste_every: int = 1,
-    heads: Mapping[str, int] | None = None,
+    heads: Numbers | Mapping[str, Numbers] | bool | Choice | None = None,
+    head: Choice | None = None,
 ) -> nn.Module:
     """Gives a plain model switches, batch norm and, if wanted, a classifier for every domain, in place.
 
@@ -51,17 +53,22 @@ def switch_(
         filter_fn: ``filter_fn(module, name) -> bool``, asked for convolutions and batch norms; False leaves that layer
             as it is, shared by all domains and without switches.
         threshold, initial, ste_every: as in :class:`~bap_kernels.nn.SwitchedConv2d`.
-        heads: {domain: number of classes}: the last :class:`torch.nn.Linear` becomes a
-            :class:`~bap_kernels.nn.DomainLinear`. None leaves it as it is.
+        heads: {domain: number of classes}: the classifier, a linear layer (also a subclass) or a 1x1 convolution,
+            becomes a :class:`~bap_kernels.nn.DomainLinear` or :class:`~bap_kernels.nn.DomainConv2d`. True gives every
+            domain as many classes as the layer has; so do a name, a list of names or a predicate, which choose as
+            ``head`` does. {layer name: {domain: number}} serves several classifiers with different classes. None leaves
+            the classifier as it is.
+        head: which layers are classifiers: a name, a list of names, or ``head(module, name) -> bool``, asked for linear
+            layers and 1x1 convolutions. None takes the one whose result becomes the model's result, if it is one.
 
     Returns:
         ``model``, or the new layer.
 
     Raises:
-        ValueError: for names that cannot be used, for ``heads`` of other domains, or if there is no linear layer for
-            them, or nothing to replace. Nothing is changed then.
-        NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do. Nothing is
-            changed then.
+        ValueError: for names that cannot be used, for ``heads`` of other domains, if there is no classifier for them or
+            several may be meant, or nothing to replace. Nothing is changed then.
+        NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do, or a classifier
+            cannot be one per domain. Nothing is changed then.
 
     Examples:
         >>> import torch
@@ -77,15 +84,16 @@ def switch_(
     # One memo for each domain: what layers share in the plain model they share in every domain.
     memos: dict[str, dict[int, Any]] = {name: {} for name in names}
     new: dict[nn.Module, nn.Module] = {}
-    linear: nn.Linear | None = None
+    classifiers = chosen_heads(model, names, heads, head)
+    for module, numbers in classifiers.items():
+        make: Any = DomainLinear.from_linear if isinstance(module, nn.Linear) else DomainConv2d.from_conv2d
+        new[module] = make(module, numbers)
     inside = {module for _, layer in domain_layers(model) for module in layer.domains.modules()}
     # A norm's own parts, such as an activation, are copied with it.
     inside |= {one for module in model.modules() if depends_on_data(module) for one in list(module.modules())[1:]}
     for name, module in model.named_modules():
-        if module in inside:
+        if module in inside or module in classifiers:
             continue
-        if type(module) is nn.Linear:
-            linear = module
         plain_conv = isinstance(module, nn.Conv2d) and not isinstance(module, (GatheredConv2d, SwitchedConv2d))
         norm = depends_on_data(module)
         if not (plain_conv or norm):
@@ -104,21 +112,14 @@ def switch_(
             refuse_own_forward("switch_", name, module)
         else:
             _log.info("switch_: %r stays dense: %s", name, reason)
-    if heads is not None:
-        if set(heads) != set(names):
-            raise ValueError(f"switch_(): expected `heads` to name the domains {names}, got {list(heads)}.")
-        if linear is None:
-            raise ValueError(
-                "switch_(): expected `model` to have a torch.nn.Linear for `heads`, got none. "
-                "Hint: put a bap_kernels.nn.DomainLinear where the classifier is."
-            )
-        new[linear] = DomainLinear.from_linear(linear, {name: heads[name] for name in names})
     if not new:
         raise ValueError("switch_(): expected `model` to have convolutions or batch norms to replace, got none.")
     return link_readers_(replace_(model, new))
 
 
-def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: int | None = None) -> nn.Module:
+def add_domain_(
+    model: nn.Module, name: str, like: str | None = None, classes: int | Numbers | None = None
+) -> nn.Module:
     """Adds a domain to every layer of a model that has domains, in place; the other domains stay as they are.
 
     The new parameters must be given to the optimiser; :func:`bap_kernels.nn.domain_parameters` names them.
@@ -128,7 +129,8 @@ def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: i
         name: the new domain.
         like: the domain whose scores, batch norm and statistics the new one starts from; None starts with all channels
             on and new batch norms.
-        classes: outputs of the new domain's classifier, where the model has a :class:`~bap_kernels.nn.DomainLinear`.
+        classes: outputs of the new domain's classifier, where the model has a :class:`~bap_kernels.nn.DomainLinear` or
+            a :class:`~bap_kernels.nn.DomainConv2d`; with several {layer name: number}, or one number for all.
 
     Returns:
         ``model``.
@@ -143,21 +145,26 @@ def add_domain_(model: nn.Module, name: str, like: str | None = None, classes: i
         >>> model = bk.nn.switch_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["birds"])
         >>> bk.set_domain(bk.nn.add_domain_(model, "cars", like="birds"), "cars")
     """
-    layers = [layer for _, layer in domain_layers(model)]
+    layers = dict(domain_layers(model))
     if not layers:
         raise ValueError("add_domain_(): expected `model` to have layers with domains, got none. Hint: call switch_.")
-    for layer in layers:
+    for layer in layers.values():
         checked_names("add_domain_", [*layer.domains, name])
         if like is not None and like not in layer.domains:
             raise ValueError(f"add_domain_(): expected `like` to be one of {list(layer.domains)}, got {like!r}.")
-    has_head = any(isinstance(layer, DomainLinear) for layer in layers)
-    if has_head != (classes is not None):
-        wanted = "a number, as the model has a DomainLinear" if has_head else "None, as the model has no DomainLinear"
+    heads = [place for place, layer in layers.items() if isinstance(layer, (DomainLinear, DomainConv2d))]
+    if bool(heads) != (classes is not None):
+        kind = type(layers[heads[0]]).__name__ if heads else "DomainLinear"
+        wanted = f"a number, as the model has a {kind}" if heads else f"None, as the model has no {kind}"
         raise ValueError(f"add_domain_(): expected `classes` to be {wanted}, got {classes}.")
-    for layer in layers:
-        if isinstance(layer, DomainLinear):
-            assert classes is not None
-            layer.add_domain(name, classes)
+    numbers = dict(classes) if isinstance(classes, Mapping) else dict.fromkeys(heads, classes)
+    if set(numbers) != set(heads):
+        raise ValueError(f"add_domain_(): expected `classes` to name the classifiers {heads}, got {list(numbers)}.")
+    # Classifiers first: they may refuse.
+    for place in [*heads, *(place for place in layers if place not in heads)]:
+        layer = layers[place]
+        if isinstance(layer, (DomainLinear, DomainConv2d)):
+            layer.add_domain(name, numbers[place])  # type: ignore[arg-type]
         elif isinstance(layer, (SwitchedConv2d, DomainNorm)):
             layer.add_domain(name, like)
     return model

@@ -15,22 +15,21 @@ from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 
-__all__ = ["DomainBatchNorm2d", "DomainLinear", "DomainNorm"]
+__all__ = ["DomainBatchNorm2d", "DomainConv2d", "DomainLinear", "DomainNorm"]
 
 _Layer = TypeVar("_Layer", bound="DomainNorm")
 # What copy.deepcopy has seen, for each domain.
 _Memos = Mapping[str, dict[int, Any]]
 
 
+def _is_hook_table(key: str, value: Any) -> bool:
+    return key.startswith(("_forward", "_backward")) and isinstance(value, dict)
+
+
 def _copies(module: nn.Module, names: Iterable[str], memos: _Memos | None) -> dict[str, nn.Module]:
     """A copy of a module for every domain; what one memo has seen, such as a shared parameter, is copied once."""
     # Hooks are not copied: whoever registered them sees every domain, and can still remove them.
-    hooks = [
-        value
-        for one in module.modules()
-        for key, value in one.__dict__.items()
-        if key.startswith(("_forward", "_backward")) and isinstance(value, dict)
-    ]
+    hooks = [value for one in module.modules() for key, value in one.__dict__.items() if _is_hook_table(key, value)]
     made = {}
     for name in names:
         memo = {} if memos is None else memos[name]
@@ -214,7 +213,69 @@ class DomainBatchNorm2d(DomainNorm):
         return torch.addcmul(shift, input, scale)
 
 
-class DomainLinear(PerDomain):
+def _resized(where: str, layer: nn.Module, size: int) -> nn.Module:
+    """A new layer like a linear layer or a convolution, for another number of outputs."""
+    weight = layer._parameters.get("weight")
+    has_bias = layer._parameters.get("bias") is not None
+    options: dict[str, Any] = {"bias": has_bias}
+    if weight is not None:
+        options.update(device=weight.device, dtype=weight.dtype)
+    made: nn.Module
+    if isinstance(layer, nn.Linear):
+        made = nn.Linear(layer.in_features, size, **options)
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        made = nn.Conv2d(layer.in_channels, size, *shape, padding_mode=layer.padding_mode, **options)  # type: ignore[arg-type]
+    if type(layer).forward is not type(made).forward:
+        # The class's own forward knows no number of outputs but those that every such layer has.
+        if weight is None or not layer.__dict__.keys() <= made.__dict__.keys() | {"_domain_name"}:
+            raise NotImplementedError(
+                f"{where}(): expected a plain {type(made).__name__} for a domain with another number of outputs, got a "
+                f"{type(layer).__name__}, which may compute something else. Hint: make the domain's layer by hand."
+            )
+        made.__class__ = type(layer)
+    elif weight is None:
+        raise NotImplementedError(
+            f"{where}(): expected a weight that is a parameter for a domain with another number of outputs, got a "
+            f"{type(layer).__name__} whose weight is computed. Hint: make the domain's layer by hand."
+        )
+    for key, value in layer.__dict__.items():
+        if _is_hook_table(key, value):
+            made.__dict__[key] = value
+    return made.train(layer.training)
+
+
+class _DomainHead(PerDomain):
+    """What classifiers per domain have in common."""
+
+    def _start_from(self, layer: nn.Module, sizes: Mapping[str, int]) -> None:
+        where = type(self).__name__
+        if has_own_forward(layer):
+            raise NotImplementedError(
+                f"{where}(): expected a layer with the forward of its class, got a {type(layer).__name__} on which "
+                "another one was set: it would go on calling the layer it was made for. Hint: remove it first."
+            )
+        names = checked_names(where, sizes)
+        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        made = _copies(layer, [name for name in names if sizes[name] == width], None)
+        nn.Module.__init__(self)
+        self._hold({name: made.get(name) or _resized(where, layer, sizes[name]) for name in names})
+        self.training = layer.training
+
+    def _dense_values(self, module: nn.Module, dense: dict[str, Any]) -> dict[str, Any]:
+        weight = module._parameters.get("weight")
+        if weight is None or "weight" not in dense or dense["weight"].shape == weight.shape:
+            return dense
+        # A classifier for other classes: the domain keeps what it has. Without values its keys count as missing.
+        return {} if weight.is_meta else module.state_dict()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+class DomainLinear(_DomainHead):
     """:class:`torch.nn.Linear` with weight, bias and number of outputs of its own for every domain.
 
     :attr:`domains` holds one :class:`torch.nn.Linear` per domain. The state of a dense layer loads too, also strictly:
@@ -265,8 +326,12 @@ class DomainLinear(PerDomain):
         """A layer whose domains start from a copy of ``linear`` where they have as many outputs, else at random.
 
         Args:
-            linear: gives the input's size, bias or none, device and dtype.
+            linear: gives the input's size, bias or none, device and dtype; a subclass too. Its hooks are shared.
             out_features: {domain: number of outputs}.
+
+        Raises:
+            NotImplementedError: for other numbers of outputs of a subclass with a forward of its own, and of a layer
+                whose weight is computed.
 
         Examples:
             >>> from torch import nn
@@ -276,14 +341,10 @@ class DomainLinear(PerDomain):
             >>> bool((head.domains["imagenet"].weight == dense.weight).all())
             True
         """
-        weight = linear.weight
-        layer = cls(linear.in_features, out_features, linear.bias is not None, weight.device, weight.dtype)
-        for module in layer.domains.values():
-            if module.out_features == linear.out_features:
-                module.load_state_dict(linear.state_dict())
-                for new, old in zip(module.parameters(), linear.parameters(), strict=True):
-                    new.requires_grad_(old.requires_grad)
-        return layer.train(linear.training)
+        layer = cls.__new__(cls)
+        layer._start_from(linear, out_features)
+        layer.in_features = linear.in_features
+        return layer
 
     def add_domain(self, name: str, out_features: int) -> None:
         """Adds a domain with new parameters; the others stay as they are.
@@ -292,10 +353,7 @@ class DomainLinear(PerDomain):
             name: the new domain.
             out_features: its number of outputs.
         """
-        pattern = next(iter(self.domains.values()))
-        weight = pattern.weight
-        has_bias = pattern.bias is not None
-        self._add(name, nn.Linear(self.in_features, out_features, has_bias, weight.device, weight.dtype))
+        self._add(name, _resized(type(self).__name__, next(iter(self.domains.values())), out_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
@@ -312,13 +370,65 @@ class DomainLinear(PerDomain):
 
         return runs.apply(self, input, one)
 
-    def _dense_values(self, module: nn.Module, dense: dict[str, Any]) -> dict[str, Any]:
-        weight = module._parameters.get("weight")
-        if weight is None or "weight" not in dense or dense["weight"].shape == weight.shape:
-            return dense
-        # A classifier for other classes: the domain keeps what it has. Without values its keys count as missing.
-        return {} if weight.is_meta else module.state_dict()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+class DomainConv2d(_DomainHead):
+    """:class:`torch.nn.Conv2d` with weight, bias and number of output channels of its own for every domain.
+
+    It is a classifier of pixels, or one before a mean over them. :attr:`domains` holds one :class:`torch.nn.Conv2d` per
+    domain. The state of a dense layer loads too, also strictly: it becomes that of every domain with as many outputs,
+    unless the file has values for that domain.
+
+    Shape:
+        - Input: (N, C_in, H, W)
+        - Output: (N, C_out of the active domain, oH, oW); of a mixed batch (N, the largest C_out in it, oH, oW)
+
+    Raises:
+        RuntimeError: when called before a domain was chosen.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bap_kernels as bk
+        >>> head = bk.nn.DomainConv2d.from_conv2d(nn.Conv2d(16, 21, 1), {"voc": 21, "city": 19})
+        >>> head.set_domain("city")
+        >>> head(torch.randn(2, 16, 4, 4)).shape
+        torch.Size([2, 19, 4, 4])
+    """
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, out_channels: Mapping[str, int]) -> DomainConv2d:
+        """A layer whose domains start from a copy of ``conv`` where they have as many outputs, else at random.
+
+        Args:
+            conv: gives everything but the number of outputs; its hooks are shared.
+            out_channels: {domain: number of outputs}.
+
+        Raises:
+            NotImplementedError: for other numbers of outputs with groups, and of a layer whose weight is computed.
+        """
+        if conv.groups != 1:
+            raise NotImplementedError(f"{cls.__name__}.from_conv2d(): expected groups=1, got groups={conv.groups}.")
+        layer = cls.__new__(cls)
+        layer._start_from(conv, out_channels)
+        return layer
+
+    def add_domain(self, name: str, out_channels: int) -> None:
+        """Adds a domain with new parameters; the others stay as they are.
+
+        Args:
+            name: the new domain.
+            out_channels: its number of outputs.
+        """
+        self._add(name, _resized(type(self).__name__, next(iter(self.domains.values())), out_channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
+        if self._mixed is None:
+            return self._current()(input)
+        most = max(conv.out_channels for conv in self._mixed.states)
+
+        def one(part: Tensor, conv: nn.Conv2d) -> Tensor:
+            # No probability and never the largest: softmax and argmax are each domain's own.
+            return F.pad(conv(part), (0, 0, 0, 0, 0, most - conv.out_channels), value=-torch.inf)
+
+        return self._mixed.apply(self, input, one)

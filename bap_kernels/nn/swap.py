@@ -6,8 +6,13 @@ import logging
 from collections.abc import Callable, Mapping
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
+from bap_kernels.nn.domain_layers import DomainConv2d, DomainLinear
+from bap_kernels.nn.heads import shared_classifiers
+from bap_kernels.nn.norms import depends_on_data, is_norm
+from bap_kernels.nn.per_domain import domain_layers
 from bap_kernels.nn.switched import SwitchedConv2d
 
 __all__ = ["replace_", "skipped", "swap_", "why_not_swapped"]
@@ -92,8 +97,26 @@ def why_not_swapped(conv: nn.Module) -> str | None:
     return why_not(conv)
 
 
+def _why_not_served(module: nn.Module, domains: bool) -> str | None:
+    if isinstance(module, GatheredConv2d):
+        return None
+    if isinstance(module, nn.Conv2d):
+        return why_not_swapped(module)
+    if isinstance(module, _ConvNd):
+        return f"{type(module).__name__} is no torch.nn.Conv2d"
+    if domains and depends_on_data(module):
+        return "its statistics are shared by all domains: switch_ was told to leave it"
+    if domains and is_norm(module) and next(module.parameters(), None) is not None:
+        return f"{type(module).__name__}: its scale and shift are shared by all domains"
+    return None
+
+
 def skipped(model: nn.Module) -> dict[str, str]:
-    """The convolutions that :func:`bap_kernels.swap_` cannot replace, {layer name: reason}.
+    """The layers that work on all channels or serve all domains alike, {layer name: reason}.
+
+    They are the convolutions that :func:`bap_kernels.swap_` cannot replace, one-dimensional, three-dimensional and
+    transposed ones among them; in a model that went through :func:`bap_kernels.nn.switch_` also norms and a classifier
+    that all domains share.
 
     Examples:
         >>> from torch import nn
@@ -101,9 +124,12 @@ def skipped(model: nn.Module) -> dict[str, str]:
         >>> bk.nn.skipped(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2)))
         {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
     """
+    own = [layer for _, layer in domain_layers(model)]
+    inside = {one for layer in own for one in layer.domains.modules()}
     reasons = {
-        name: why_not_swapped(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and not isinstance(module, GatheredConv2d)
+        name: _why_not_served(module, bool(own)) for name, module in model.named_modules() if module not in inside
     }
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    found = {name: reason for name, reason in reasons.items() if reason is not None}
+    if own and not any(isinstance(layer, (DomainLinear, DomainConv2d)) for layer in own):
+        found.update(dict.fromkeys(shared_classifiers(model), "it is shared by all domains: see `heads` of switch_"))
+    return found

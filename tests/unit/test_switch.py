@@ -93,7 +93,7 @@ def test_replaces_what_it_can_and_computes_the_same() -> None:
     for name in NAMES:
         bk.set_domain(model, name)
         torch.testing.assert_close(model(x), dense(x))
-    assert list(bk.nn.skipped(model)) == ["blocks.1.conv1"]
+    assert list(bk.nn.skipped(model)) == ["blocks.1.conv1", "head"]
 
 
 def test_options_reach_the_layers() -> None:
@@ -167,8 +167,40 @@ def test_refuses_and_changes_nothing(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         switch_(model, *arguments)
     assert dict(model.named_modules()) == before
-    with pytest.raises(ValueError, match=r"a torch.nn.Linear for `heads`, got none. Hint: put"):
-        switch_(nn.Sequential(nn.Conv2d(3, 3, 1)), ["a"], heads={"a": 3})
+    with pytest.raises(ValueError, match=r"a torch.nn.Linear for `heads`, .*got none. Hint: put"):
+        switch_(nn.Sequential(nn.Conv2d(3, 3, 3)), ["a"], heads={"a": 3})
+
+
+def test_skipped_names_every_kind_of_layer_that_is_not_served() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.GroupNorm(2, 8),
+        nn.GroupNorm(2, 8, affine=False),
+        nn.BatchNorm2d(8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ConvTranspose2d(8, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.Flatten(2),
+        nn.Conv1d(8, 8, 1),
+        nn.Flatten(),
+        nn.LayerNorm(8),
+        nn.Linear(8, 2),
+    )
+    assert list(bk.nn.skipped(model)) == ["5", "8"]
+    switch_(model, ["a"], lambda module, name: name != "6")
+    found = bk.nn.skipped(model)
+    assert list(found) == ["1", "4", "5", "6", "8", "10", "11"]
+    for name, words in {
+        "1": "GroupNorm: its scale and shift are shared by all domains",
+        "4": "InstanceNorm2d: its scale and shift",
+        "5": "ConvTranspose2d is no torch.nn.Conv2d",
+        "6": "its statistics are shared by all domains",
+        "8": "Conv1d is no",
+        "10": "LayerNorm",
+        "11": "see `heads` of switch_",
+    }.items():
+        assert words in found[name]
+    assert "11" not in bk.nn.skipped(switch_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 2)), ["a"], heads=True))
 
 
 def test_says_what_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
