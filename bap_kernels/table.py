@@ -59,6 +59,16 @@ def _union(lists: list[Tensor | None]) -> Tensor | None:
     return torch.unique(torch.cat(present))
 
 
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, and of all lists with their numbers, dtypes and shapes."""
+    value = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        listed = tensors[name].contiguous()
+        value.update(json.dumps([name, str(listed.dtype), list(listed.shape)]).encode())
+        value.update(listed.numpy().tobytes())
+    return value.hexdigest()
+
+
 class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
     """Lists of every domain: a mapping {domain: {layer name: ChannelLists}}, in a fixed order of domains.
 
@@ -244,7 +254,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             path: the file; an older one is replaced.
         """
         tensors: dict[str, Tensor] = {}
-        # Names go into one JSON text, so that any name is safe; tensors are named by number.
+        # Names go into one JSON text, so that any name is safe; tensors are named by number, and bound by a digest.
         names: list[list[object]] = []
         for domain, layers in self.items():
             entries: list[list[object]] = []
@@ -257,7 +267,9 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                         tensors[f"{len(tensors)}"] = listed.clone()
                 entries.append([layer, *keys])
             names.append([domain, entries])
-        data = to_bytes(tensors, {"format": _FORMAT, "version": str(_VERSION), "table": json.dumps(names)})
+        text = json.dumps(names)
+        header = {"format": _FORMAT, "version": str(_VERSION), "table": text, "digest": _digest(text, tensors)}
+        data = to_bytes(tensors, header)
         # In the same folder, so that the last step is one rename.
         partial = f"{os.fspath(path)}.{os.getpid()}.partial"
         try:
@@ -294,9 +306,15 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                     raise ValueError("it holds no channel table")
                 if facts.get("version") != str(_VERSION):
                     raise ValueError(f"its format has version {facts.get('version')}, this one reads {_VERSION}")
+                # Files of earlier versions have no digest; a damaged key is not taken for one of them.
+                if set(facts) - {"digest"} != {"format", "version", "table"}:
+                    raise ValueError(f"its header has the keys {sorted(facts)}")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+                if "digest" in facts and facts["digest"] != _digest(facts["table"], tensors):
+                    raise ValueError("its digest is that of other content: a damaged or edited file")
                 table = {
                     domain: {
-                        layer: ChannelLists(*(None if key is None else file.get_tensor(key) for key in keys))
+                        layer: ChannelLists(*(None if key is None else tensors[key] for key in keys))
                         for layer, *keys in entries
                     }
                     for domain, entries in json.loads(facts["table"])

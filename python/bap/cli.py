@@ -1,319 +1,74 @@
-"""The command ``bap``. Results go to the standard output as JSON; progress goes to the terminal's error stream."""
+"""The entry of the command ``bap``: runs a command of :mod:`bap.commands`, and says in one line what a user must mend.
+
+It imports nothing that the extra ``method`` brings, so that a missing package is named, too.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
 import sys
-from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+__all__ = ["main"]
 
-from bap.files import FileError
-from bap.prune import PruneError
-
-app = typer.Typer(
-    name="bap",
-    help="Budget-aware pruning of multi-domain networks: train, prune, evaluate, report.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+# What `pip install bap_kernels[method]` brings, by the names that are imported.
+_EXTRA = (
+    "matplotlib",
+    "PIL",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+    "typer",
+    "yaml",
 )
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings; see configs/.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="A setting, name=value; may be given several times.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a trained network (RUN/checkpoint).")]
-Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only these domains; others are not read.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data, in place of the one in the settings.")]
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from bap.commands import app
+
+        return app
+    raise AttributeError(name)
 
 
-class SplitName(str, Enum):
-    """Splits that can be evaluated."""
-
-    train = "train"
-    val = "val"
-    test = "test"
-
-
-def _print(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table on the error stream, where that is a terminal."""
-    if not sys.stderr.isatty() or not rows:
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{one:,.3f}" if isinstance(one, float) else f"{one:,}" if isinstance(one, int) else str(one)
-                        for one in row.values()))  # fmt: skip
-    Console(stderr=True).print(table)
-
-
-@app.command()
-def pretrain(out: Out, config: Config = None, set_: Set = None) -> None:
-    """Train the plain backbone on the source domain; writes backbone.safetensors."""
-    from bap.config import load_config
-    from bap.network import load_domains, source_of
-    from bap.pretrain import pretrain as run
-
-    settings = load_config(config, set_ or [])
-    # The source is needed here, also where the joint training leaves it out.
-    domains = load_domains(dataclasses.replace(settings, source_mode="switched"))
-    source = source_of(settings, domains)
-    path = out / "backbone.safetensors"
-    run(settings, domains[source], path, progress=sys.stderr.isatty())
-    _print({"weights": str(path), "source": source})
-
-
-@app.command()
-def train(
-    out: Out,
-    config: Config = None,
-    set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
-    baseline: Annotated[Path | None, typer.Option(help="JSON, {domain: accuracy in per cent}, for the scores.")] = None,
-) -> None:
-    """Train all domains jointly under a budget; under torchrun on several processes."""
-    from bap.config import load_config
-    from bap.run import baseline_of, train_run
-
-    settings = load_config(config, set_ or [])
-    results = train_run(settings, out, resume, baseline_of(settings, baseline))
-    rows = [
-        {
-            "domain": name,
-            "accuracy": value,
-            "kept": results["kept"][name],
-            "projected": results["projected_off"].get(name, 0),
-        }
-        for name, value in results["accuracy"].items()
-    ]
-    _table(f"budget {results['beta']:g} of {results['measure']}", rows)
-    _print(results)
-
-
-def _loaded(checkpoint: Path, domains: list[str] | None, root: Path | None) -> tuple[Any, Any, dict[str, Any]]:
-    from bap.checkpoint import load_checkpoint
-    from bap.network import load_domains
-
-    model, config, facts = load_checkpoint(checkpoint, domains or None)
-    config = dataclasses.replace(
-        config, domains=list(facts), source_mode="switched", root=str(root) if root else config.root
-    )
-    return model, config, load_domains(config)
-
-
-@app.command()
-def prune(
-    checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the pruned network.")] = None,
-) -> None:
-    """Drop what no domain uses; fails if an output of any domain changes by more than rounding."""
+def _message(error: BaseException) -> str | None:
+    """What to tell a user; None for an error that is no user's, which is a defect and shows its traceback."""
     import torch
 
-    from bap.checkpoint import load_checkpoint, save_checkpoint
-    from bap.prune import prune_
-
-    model, config, facts = load_checkpoint(checkpoint)
-    size = next(iter(facts.values()))["size"]
-    made = prune_(model, torch.zeros(1, 3, size, size))
-    if out is not None:
-        own = {k: {n: v for n, v in one.items() if n not in ("format", "name")} for k, one in facts.items()}
-        save_checkpoint(out, model, config, own, kept=(made.rows, made.columns))
-    _table("after pruning", made.as_rows())
-    _print(
-        {
-            "before": made.before.as_dict(),
-            "after": made.after.as_dict(),
-            "flops": 2 * round(made.after.flop * made.after.backbone_macs),
-            "largest_change": made.largest_change,
-        }
-    )
-
-
-@app.command()
-def speed(
-    checkpoint: Checkpoint,
-    batch: Annotated[int, typer.Option(help="Images of a call.", min=1)] = 8,
-    rounds: Annotated[int, typer.Option(help="Calls of which the median is taken.", min=1)] = 15,
-) -> None:
-    """Milliseconds and MiB of the physically narrow network beside the dense and the masked one, for every domain."""
-    import torch
-
-    from bap.checkpoint import load_checkpoint
-    from bap.deploy import deploy, speed_facts
-
-    model, _, facts = load_checkpoint(checkpoint)
-    size = next(iter(facts.values()))["size"]
-    example = torch.zeros(batch, 3, size, size)
-    made = speed_facts(model, deploy(model, example), example, rounds)
-    _table(f"batch {batch}", made["domains"])
-    _print(made)
-
-
-@app.command("eval")
-def evaluate_command(
-    checkpoint: Checkpoint,
-    domain: Domains = None,
-    split: Annotated[SplitName, typer.Option(help="Which images.")] = SplitName.test,
-    root: Root = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Write the decathlon's results.json for its server in place of accuracies.")
-    ] = None,
-) -> None:
-    """Accuracy of every domain, or answers for a benchmark that keeps its labels."""
-    from bap.evaluate import evaluate, predict
-    from bap.files import write_json
-
-    model, _, domains = _loaded(checkpoint, domain, root)
-    if predictions is not None:
-        answers = [one for item in domains.values() for one in predict(model, item, split.value)]
-        write_json(predictions, answers)
-        _print({"predictions": str(predictions), "images": len(answers)})
-        return
-    accuracy = {name: evaluate(model, one, split.value).percent for name, one in domains.items()}
-    _table(split.value, [{"domain": name, "accuracy": value} for name, value in accuracy.items()])
-    _print({"split": split.value, "accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy)})
-
-
-@app.command("add-domain")
-def add_domain_command(
-    checkpoint: Checkpoint,
-    name: Annotated[str, typer.Argument(help="The new domain.")],
-    set_: Set = None,
-    like: Annotated[str | None, typer.Option(help="Domain to start from; none starts with all channels on.")] = None,
-) -> None:
-    """Train a new domain on a finished network; the files of the others are not touched."""
-    import yaml
-
-    from bap.adding import add_domain
-
-    changes = {key.strip(): yaml.safe_load(value) for key, _, value in (one.partition("=") for one in set_ or [])}
-    facts = add_domain(checkpoint, name, changes, like)
-    _print({key: value for key, value in facts.items() if key != "classes"})
-
-
-@app.command()
-def info(checkpoint: Checkpoint, domain: Domains = None) -> None:
-    """What a trained network is: settings, domains, what each keeps and costs."""
-    import torch
-
-    from bap.checkpoint import load_checkpoint
-    from bap.counting import count
-
-    model, config, facts = load_checkpoint(checkpoint, domain or None)
-    size = next(iter(facts.values()))["size"]
-    cost = count(model, torch.zeros(1, 3, size, size))
-    rows = [
-        {"domain": name, "classes": len(one["classes"]), "kept": one["kept"], "accuracy": one["accuracy"]}
-        for name, one in facts.items()
-    ]
-    _table(f"{config.model}, budget {config.beta:g} of {config.measure}", rows)
-    _print({"config": config.as_dict(), "domains": rows, "cost": cost.as_dict()})
-
-
-@app.command()
-def scores(
-    accuracies: Annotated[Path, typer.Argument(help="JSON, {domain: accuracy in per cent}, or a run's results.json.")],
-    baseline: Annotated[str, typer.Option(help="'decathlon', 'sketch', or a JSON file like the first.")] = "decathlon",
-    flop: Annotated[float, typer.Option(help="Multiply-adds relative to the backbone.")] = 1.0,
-    params: Annotated[float, typer.Option(help="Parameters relative to the backbone.")] = 1.0,
-) -> None:
-    """S, S_O, S_P and the combined score of given accuracies."""
-    from bap.files import read_json
-    from bap.metrics import DECATHLON_BASELINE, SKETCH_BASELINE, domain_scores
-    from bap.metrics import scores as compute
-
-    read = read_json(accuracies)
-    if "accuracy" in read:
-        flop, params, read = read["cost"]["flop"], read["cost"]["params"], read["accuracy"]
-    known = {"decathlon": DECATHLON_BASELINE, "sketch": SKETCH_BASELINE}
-    base = known[baseline] if baseline in known else read_json(baseline)
-    made = compute(read, base, flop, params)
-    _print(
-        {"S": made.s, "S_O": made.s_o, "S_P": made.s_p, "combined": made.combined, "domains": domain_scores(read, base)}
-    )
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    out: Out,
-) -> None:
-    """Table, pictures and report.md of finished runs."""
-    from bap.report import make_report
-
-    _print({"report": str(make_report(runs, out))})
-
-
-@app.command()
-def study(
-    out: Out,
-    config: Config = None,
-    set_: Set = None,
-    beta: Annotated[list[float] | None, typer.Option(help="Budgets; 1, .75, .5 and .25 if none is given.")] = None,
-    sharing: Annotated[
-        list[str] | None, typer.Option(help="none, int, union, jaccard; all four if none is given.")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, 1 and 2 if none is given.")] = None,
-    baseline: Annotated[bool, typer.Option(help="Also train a whole network for each domain, which S needs.")] = True,
-) -> None:
-    """The table over budgets, sharing losses and seeds; goes on where it was stopped."""
-    from bap.config import load_config
-    from bap.study import study as run
-
-    settings = load_config(config, set_ or [])
-    path = run(
-        settings,
-        out,
-        beta or (1.0, 0.75, 0.5, 0.25),
-        [None if one == "none" else one for one in sharing] if sharing else (None, "int", "union", "jaccard"),
-        seed or (0, 1, 2),
-        baseline,
-        lambda line: typer.echo(line, err=True),
-    )
-    typer.echo(path.read_text())
-
-
-@app.command("estimate")
-def estimate_command(
-    config: Config = None,
-    set_: Set = None,
-    steps: Annotated[int, typer.Option(help="Steps to measure.")] = 3,
-) -> None:
-    """Hours and memory that a recipe would take here, from measured steps; reads no data."""
-    from bap.config import load_config
-    from bap.estimate import estimate
-
-    _print(estimate(load_config(config, set_ or []), steps))
-
-
-@app.command()
-def demo(out: Out, set_: Set = None) -> None:
-    """The whole story on the embedded suite: pre-train, train at half the budget, prune, evaluate, report."""
-    from bap.demo import run_demo
-
-    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True)))
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in _EXTRA:
+            return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[method]'"
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error} Hint: a smaller `batch`, or a larger `accumulate`, needs less memory."
+    if isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
+        return f"{error}"
+    try:
+        from bap.files import FileError
+        from bap.prune import PruneError
+        from bap.train import TrainError
+    except ImportError:
+        return None
+    return f"{error}" if isinstance(error, (FileError, PruneError, TrainError)) else None
 
 
 def main() -> None:
-    """Runs the command; errors are one line, and the exit status is 1."""
+    """Runs the command; the exit status is 2 for what the user must mend, 130 after Ctrl-C."""
+    rank = os.environ.get("RANK", "0")
     try:
+        from bap.commands import app
+
         app()
-    except (ValueError, FileError, PruneError, ImportError, NotImplementedError) as error:
-        typer.echo(f"bap: {error}", err=True)
-        sys.exit(1)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"bap: {message}" if rank == "0" else f"bap (process {rank}): {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import json
+import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from bap.budget import MEASURES
+from bap.files import FileError, read_bytes
 from bap.models import MODELS
 from bap.sharing import LOSSES
 
-__all__ = ["Config", "load_config"]
+__all__ = ["Config", "config_of", "load_config", "override_values", "settings_problem"]
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "data": ("embedded", "decathlon", "sketch"),
-    "model": tuple(MODELS),
-    "source_mode": ("switched", "excluded", "dense"),
-    "measure": MEASURES,
-    "sharing": (None, *LOSSES),
-    "round_robin": ("epoch", "batch"),
-    "schedule": ("step", "cosine"),
-    "amp": (None, "bf16", "fp16"),
-    "evaluate_on": ("val", "test"),
-}
-_POSITIVE = (
-    "images",
-    "epochs",
-    "batch",
-    "accumulate",
-    "temperature",
-    "multiplier_rate",
-    "sharing_rate",
-    "pretrain_epochs",
-)
+
+def _one_of(*allowed: Any) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise PydanticCustomError("one_of", f"Input should be one of {list(allowed)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4, without a point, as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _text(value: Any) -> Any:
+    """YAML reads a folder named 2024 as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _device(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", value):
+        raise PydanticCustomError("device", "Input should be 'cpu', 'cuda' or 'cuda:N'")
+    return value
+
+
+_Text = Annotated[str, BeforeValidator(_text), Field(min_length=1, pattern=r"\A[^\x00]+\z")]
+_Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+_Share = Annotated[_Real, Field(gt=0, le=1)]
+_Positive = Annotated[_Real, Field(gt=0)]
+_NotNegative = Annotated[_Real, Field(ge=0)]
+# Larger ones are slips, and would only fail in the middle of something.
+_Count = Annotated[int, Field(ge=1, le=10**9)]
+_Whole = Annotated[int, Field(ge=0, le=10**9)]
 
 
 @dataclass
@@ -49,9 +77,10 @@ class Config:
         source_mode: ``switched`` treats it as the others, ``dense`` keeps all its channels, so that nothing can be
             pruned, ``excluded`` leaves it out of the joint training [R].
         images: training images of an embedded domain.
-        size: height and width of the input; None is the data's.
+        size: height and width of the input, from 8 to 4096; None is the data's.
         workers: processes that load images from files.
-        full: whether data on disk must have the published numbers of images and classes.
+        full: whether data on disk must have all splits and all domains of the suite, the source among them, with the
+            published numbers of images and classes; False accepts an extract.
         model: one of :data:`bap.models.MODELS`.
         model_options: its further arguments.
         weights: file with the pre-trained backbone; None: random, or as ``bap pretrain`` makes it.
@@ -79,14 +108,15 @@ class Config:
         schedule: ``step``: × 0.1 after three quarters; ``cosine``.
         amp: mixed precision, ``bf16`` or ``fp16``; None is off.
         seed: of everything random.
-        device: such as ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: of PyTorch; None leaves them. Results are bit-equal only for the same number.
         backend: of the kernels in training and evaluation; None: ``native`` where it runs, else ``aten``.
         evaluate_on: split of the accuracy in each epoch.
         pretrain_epochs, pretrain_lr: of the source domain, for ``bap pretrain``.
+        log_every: steps between two progress lines inside an epoch, where progress is printed; 0: a line per epoch.
 
     Raises:
-        ValueError: for values that cannot be used.
+        ValueError: for types and values that cannot be used, NaN and infinities among them.
 
     Examples:
         >>> from bap.config import Config
@@ -94,72 +124,75 @@ class Config:
         'mac'
     """
 
-    data: str = "embedded"
-    root: str | None = None
-    domains: list[str] = field(default_factory=list)
-    source: str | None = None
-    source_mode: str = "switched"
-    images: int = 1200
-    size: int | None = None
-    workers: int = 0
+    data: Annotated[str, _one_of("embedded", "decathlon", "sketch")] = "embedded"
+    root: _Text | None = None
+    domains: list[_Text] = field(default_factory=list)
+    source: _Text | None = None
+    source_mode: Annotated[str, _one_of("switched", "excluded", "dense")] = "switched"
+    images: _Count = 1200
+    size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     full: bool = True
-    model: str = "resnet26"
+    model: Annotated[str, _one_of(*MODELS)] = "resnet26"
     model_options: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: _Text | None = None
     switch_stem: bool = False
     switch_shortcuts: bool = True
-    threshold: float = 5e-3
-    initial: float = 1e-2
-    ste_every: int = 1
-    beta: float = 0.5
-    measure: str = "mac"
-    budget_ms: float | None = None
-    multiplier_rate: float = 0.1
-    sharing: str | None = None
-    sharing_weight: float = 1.0
+    threshold: _Real = 5e-3
+    initial: _Real = 1e-2
+    ste_every: _Count = 1
+    beta: _Share = 0.5
+    measure: Annotated[str, _one_of(*MEASURES)] = "mac"
+    budget_ms: _Positive | None = None
+    multiplier_rate: _Positive = 0.1
+    sharing: Annotated[str | None, _one_of(None, *LOSSES)] = None
+    sharing_weight: _NotNegative = 1.0
     sharing_learnable: bool = False
-    sharing_rate: float = 1e-2
-    sharing_slack: float = 0.0
+    sharing_rate: _Positive = 1e-2
+    sharing_slack: _NotNegative = 0.0
     relaxed: bool = False
-    temperature: float = 2e-3
-    settle: float = 1.0
-    keep_at_least: int = 1
-    epochs: int = 150
-    batch: int = 64
-    accumulate: int = 1
-    round_robin: str = "epoch"
-    lr_switch: float = 1e-4
-    lr_norm: float = 1e-4
-    lr_head: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    temperature: _Positive = 2e-3
+    settle: _Share = 1.0
+    keep_at_least: _Whole = 1
+    epochs: _Count = 150
+    batch: _Count = 64
+    accumulate: _Count = 1
+    round_robin: Annotated[str, _one_of("epoch", "batch")] = "epoch"
+    lr_switch: _NotNegative = 1e-4
+    lr_norm: _NotNegative = 1e-4
+    lr_head: _NotNegative = 1e-3
+    momentum: Annotated[_Real, Field(ge=0, lt=1)] = 0.9
+    weight_decay: _NotNegative = 0.0
     train_backbone: bool = False
-    lr_backbone: float = 1e-3
-    schedule: str = "step"
-    amp: str | None = None
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    backend: str | None = None
-    evaluate_on: str = "val"
-    pretrain_epochs: int = 20
-    pretrain_lr: float = 0.05
+    lr_backbone: _NotNegative = 1e-3
+    schedule: Annotated[str, _one_of("step", "cosine")] = "step"
+    amp: Annotated[str | None, _one_of(None, "bf16", "fp16")] = None
+    seed: _Whole = 0
+    device: Annotated[str, BeforeValidator(_device)] = "cpu"
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    backend: Annotated[str | None, _one_of(None, "auto", "native", "aten", "triton", "cuda")] = None
+    evaluate_on: Annotated[str, _one_of("val", "test")] = "val"
+    pretrain_epochs: _Count = 20
+    pretrain_lr: _NotNegative = 0.05
+    log_every: _Whole = 200
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"Config(): expected `{name}` to be one of {list(allowed)}, got {getattr(self, name)!r}."
-                )
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Config(): expected `{name}` to be positive, got {getattr(self, name)}.")
-        for name in ("beta", "settle"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"Config(): expected `{name}` to be in (0, 1], got {getattr(self, name)}.")
+        for name, adapter in _adapters().items():
+            value = getattr(self, name)
+            try:
+                setattr(self, name, adapter.validate_python(value))
+            except ValidationError as error:
+                raise ValueError(f"Config(): {settings_problem(name, value, error)}") from None
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"Config(): expected `domains` to name each domain once, got {self.domains}.")
         if self.accumulate > self.batch:
             raise ValueError(
                 f"Config(): expected `accumulate` to be at most `batch`, got {self.accumulate} > {self.batch}."
+            )
+        if self.initial <= self.threshold:
+            raise ValueError(
+                "Config(): expected `initial` to be above `threshold`, so that training starts with all channels on, "
+                f"got {self.initial} <= {self.threshold}."
             )
         if self.data != "embedded" and self.root is None:
             raise ValueError(
@@ -167,34 +200,118 @@ class Config:
             )
         if self.budget_ms is not None and self.measure != "time":
             raise ValueError(f"Config(): expected `measure` to be 'time' for `budget_ms`, got {self.measure!r}.")
+        if self.model_options:
+            try:
+                text = json.dumps(self.model_options, sort_keys=True)
+                problem = _options_problem(self.model, text)
+            except (TypeError, ValueError, RecursionError) as error:
+                problem = str(error)
+            if problem:
+                raise ValueError(
+                    f"Config(): expected `model_options` to make a {self.model!r}, got {self.model_options!r}: "
+                    f"{problem}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, for YAML and JSON."""
         return dataclasses.asdict(self)
 
 
-def _converted(name: str, value: Any, kind: str) -> Any:
-    """A value of the field's type; YAML reads 1e-4 as text, and 1 for a float as an int."""
-    optional = "None" in kind
-    if value is None:
-        if optional:
-            return None
-    elif kind.startswith("float") and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)) or (
-        kind.startswith("bool") and isinstance(value, bool)
-    ):
-        return value
-    elif kind.startswith("str") and isinstance(value, (str, int, float)):
-        return str(value)
-    elif kind.startswith("list") and isinstance(value, list):
-        return [str(one) for one in value]
-    elif kind.startswith("dict") and isinstance(value, dict):
-        return value
-    raise ValueError(f"load_config(): expected `{name}` to be {kind}, got {value!r}.")
+@functools.cache
+def _adapters() -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(Config, include_extras=True)
+    return {
+        one.name: TypeAdapter(hints[one.name], config=ConfigDict(strict=True)) for one in dataclasses.fields(Config)
+    }
+
+
+def settings_problem(name: str, value: Any, error: ValidationError) -> str:
+    """The first thing that pydantic found, in the words of the other messages."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{one}]" for one in first["loc"] if isinstance(one, int))
+    rule = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    rule = rule[:1].lower() + rule[1:] if first["msg"] != rule else f"follow this rule: {first['msg']}"
+    verb = "to be" if first["msg"].startswith("Input should be ") else "to"
+    shown = repr(value)
+    return f"expected `{name}{place}` {verb} {rule}, got {shown if len(shown) < 200 else shown[:200] + '...'}."
+
+
+@functools.lru_cache(maxsize=64)
+def _options_problem(model: str, text: str) -> str | None:
+    """Why a model cannot be built with options, given as JSON; tried without memory, on the meta device."""
+    from bap.models import build
+
+    options = json.loads(text)
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if value is not None and (type(one) is not int or not 1 <= one <= 65536):
+                return f"`{name}` needs positive whole numbers."
+    try:
+        with torch.device("meta"), torch.no_grad():
+            made = build(model, 2, **options).eval()
+            made(torch.zeros(1, 3, MODELS[model].size, MODELS[model].size))
+    except Exception as error:
+        # A constructor given what a user wrote may raise anything.
+        return f"{error}"
+    return None
+
+
+def config_of(values: Mapping[str, Any], where: str) -> Config:
+    """Settings from names and values that came from ``where``, a file or a command.
+
+    Raises:
+        ValueError: for names or values that cannot be used.
+    """
+    known = [one.name for one in dataclasses.fields(Config)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f" Hint: {close[0]}?" if close else ""
+            raise ValueError(f"load_config(): expected settings among {sorted(known)}, got {name!r} in {where}.{hint}")
+    try:
+        return Config(**values)
+    except ValueError as error:
+        raise ValueError(f"{error} (From {where}.)") from None
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, which otherwise takes the last of two values of one name in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is set twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _parsed(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        found = " ".join(str(error).split())
+        raise ValueError(f"load_config(): expected {where} to be YAML, got {found}.") from None
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """``name=value`` overrides, whose values are YAML, as a dictionary; the last of two with one name counts.
+
+    Raises:
+        ValueError: for others.
+    """
+    values = {}
+    for one in overrides:
+        name, equals, text = one.partition("=")
+        if not equals:
+            raise ValueError(f"load_config(): expected overrides like name=value, got {one!r}.")
+        values[name.strip()] = _parsed(text, f"the value of {one!r}")
+    return values
 
 
 def load_config(
@@ -216,24 +333,19 @@ def load_config(
         >>> config.beta, config.sharing, config.domains
         (0.25, 'int', ['digits', 'signs'])
     """
-    import yaml
-
     values: dict[str, Any] = dict(base or {})
+    where = []
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            text = read_bytes(path).decode()
+        except (FileError, UnicodeDecodeError) as error:
             raise ValueError(f"load_config(): expected `path` to be a YAML file, got {path}: {error}") from None
+        loaded = _parsed(text, str(path))
         if not isinstance(loaded, dict):
             raise ValueError(f"load_config(): expected {path} to hold names and values, got {type(loaded).__name__}.")
         values.update(loaded)
-    for one in overrides:
-        name, equals, text = one.partition("=")
-        if not equals:
-            raise ValueError(f"load_config(): expected overrides like name=value, got {one!r}.")
-        values[name.strip()] = yaml.safe_load(text)
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(Config)}
-    for name in values:
-        if name not in kinds:
-            raise ValueError(f"load_config(): expected settings among {sorted(kinds)}, got {name!r}.")
-    return Config(**{name: _converted(name, value, kinds[name]) for name, value in values.items()})
+        where.append(str(path))
+    changed = override_values(overrides)
+    values.update(changed)
+    where += [f"-s {name}" for name in changed]
+    return config_of(values, ", ".join(where) or "the defaults")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import time
@@ -53,12 +54,12 @@ def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int
     pixels = torch.zeros(config.batch, 3, size, size, dtype=torch.uint8).random_(0, 256)
     split = Arrays(pixels, torch.zeros(config.batch, dtype=torch.int64))
     domains = {
-        name: Domain(name, tuple(map(str, range(classes))), {"train": split}, size)
+        name: Domain(name, tuple(map(str, range(classes))), {"train": split, config.evaluate_on: split}, size)
         for name, (classes, _) in known.items()
     }
     measure = "mac" if config.measure == "time" else config.measure
-    changed = {"weights": None, "measure": measure, "budget_ms": None, "source": next(iter(known))}
-    trainer = Trainer(Config(**{**config.as_dict(), **changed}), domains, progress=False)
+    changed: dict[str, Any] = {"weights": None, "measure": measure, "budget_ms": None, "source": next(iter(known))}
+    trainer = Trainer(dataclasses.replace(config, **changed), domains, progress=False)
     trainer.run.train()
     device = trainer.processes.device
     times = []

@@ -114,8 +114,13 @@ def predict(model: nn.Module, domain: Domain, split: str = "test", batch: int = 
     """The decathlon's results of one domain: [{"image_id": ..., "category_id": ...}], image by image.
 
     Raises:
-        ValueError: if the split has no image numbers, as only files in the decathlon's format have them.
+        ValueError: if there is no such split, or it has no image numbers, as only files in the decathlon's format have
+            them.
     """
+    if split not in domain.splits:
+        raise ValueError(
+            f"predict(): expected `split` of {domain.name!r} to be one of {list(domain.splits)}, got {split!r}."
+        )
     held: Any = domain.splits[split]
     ids, categories = getattr(held, "image_ids", None), getattr(held, "category_ids", None)
     if ids is None or categories is None:

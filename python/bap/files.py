@@ -1,8 +1,9 @@
-"""Files that are whole or not there: written beside their place, flushed, and moved; tensors with a checksum."""
+"""Files that are whole or not there: written beside their place, flushed, and moved; tensors and JSON with a digest."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import zlib
@@ -11,55 +12,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["FileError", "read_json", "read_tensors", "remove_leftovers", "write_bytes", "write_json", "write_tensors"]
+__all__ = [
+    "FileError",
+    "digest_of",
+    "parse_tensors",
+    "read_bytes",
+    "read_json",
+    "read_sealed_json",
+    "read_tensors",
+    "remove_leftovers",
+    "sealed_json",
+    "tensors_bytes",
+    "write_bytes",
+    "write_files",
+    "write_json",
+    "write_tensors",
+]
 
 _SUFFIX = ".part"
+_VERSION = "2"
 
 
 class FileError(RuntimeError):
     """A file could not be written, or is not what it should be."""
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file that is never seen half-written, not even after the process or the machine dies.
+def write_files(files: Mapping[str | Path, bytes]) -> None:
+    """Writes files of which none is ever seen half-written, not even after the process or the machine dies.
+
+    All of them are on the disk, under other names, before the first one is replaced; the last one is replaced last.
 
     Raises:
-        FileError: if it cannot be written; what was there before stays.
+        FileError: if one cannot be written; what was there before stays.
 
     Examples:
         >>> import tempfile, pathlib
-        >>> from bap.files import write_bytes
+        >>> from bap.files import write_files
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_bytes(pathlib.Path(folder, "a"), b"whole")
+        ...     write_files({pathlib.Path(folder, "a"): b"whole"})
         ...     pathlib.Path(folder, "a").read_bytes()
         b'whole'
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    parts: dict[Path, Path] = {}
+    path = Path()
+    data = b""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            # The new name itself must be on the disk.
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for name, data in files.items():
+            path = Path(name)
+            part = parts[path] = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
+        for folder in dict.fromkeys(path.parent for path in parts):
+            # The new names themselves must be on the disk.
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise FileError(
             f"write_bytes(): expected to write {path} ({len(data)} bytes), got {error.strerror or error}. "
             "Hint: is the disk full? What was there before is unchanged."
         ) from None
+    finally:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes one file, see :func:`write_files`."""
+    write_files({path: data})
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -68,9 +100,27 @@ def remove_leftovers(folder: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON, see :func:`write_bytes`."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    """Writes JSON, see :func:`write_files`."""
+    write_bytes(path, _json_bytes(value))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Reads a file.
+
+    Raises:
+        FileError: if it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileError(f"read_bytes(): expected {path} to be there, got no such file.") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"read_bytes(): expected {path} to be a file that can be read, got {error}.") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -81,11 +131,48 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"read_json(): expected {path} to be a JSON file, got {error}.") from None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of bytes, or of a value in its one canonical JSON form."""
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(value).hexdigest()
+
+
+def sealed_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON object with ``digest``, the SHA-256 of everything else in it."""
+    return _json_bytes({**value, "digest": digest_of(dict(value))})
+
+
+def read_sealed_json(path: str | Path, version: int) -> dict[str, Any]:
+    """Reads what :func:`sealed_json` made, without ``digest``; objects of a smaller ``format`` may lack it.
+
+    Args:
+        path: the file.
+        version: the newest ``format`` that is known; it has a digest.
+
+    Raises:
+        FileError: if there is no such file, it has no known ``format``, or its content is not what was written.
+    """
+    read = read_json(path)
+    found = read.get("format") if isinstance(read, dict) else None
+    if type(found) is not int or not 1 <= found <= version:
+        raise FileError(
+            f"read_json(): expected {path} to be of a format from 1 to {version}, got {found!r}: "
+            "a damaged file, or one of a newer version."
+        )
+    expected = read.pop("digest", None)
+    if (found == version or expected is not None) and expected != digest_of(read):
+        raise FileError(
+            f"read_json(): expected {path} to have the digest {expected}, got another one: a damaged or edited file."
+        )
+    return read
+
+
+def _old_checksum(tensors: Mapping[str, Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -94,18 +181,59 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{value:08x}"
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Writes a safetensors file with a checksum and further facts in its header, see :func:`write_bytes`.
+def _checksum(tensors: Mapping[str, Tensor], info: str) -> str:
+    """SHA-256 of the facts and of all tensors with their names, dtypes and shapes."""
+    value = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        value.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        value.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return value.hexdigest()
+
+
+def tensors_bytes(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes:
+    """A safetensors file with a checksum over everything, and further facts, in its header.
 
     Args:
-        path: the file.
         tensors: dense tensors of any device.
         info: facts that JSON can hold.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"checksum": _checksum(held), "info": json.dumps(info)}
+    text = json.dumps(info, allow_nan=False)
+    header = {"version": _VERSION, "checksum": _checksum(held, text), "info": text}
     # Clones: tensors that share memory are refused.
-    write_bytes(path, save({name: tensor.clone() for name, tensor in held.items()}, metadata=header))
+    return save({name: tensor.clone() for name, tensor in held.items()}, metadata=header)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Writes what :func:`tensors_bytes` makes, see :func:`write_files`."""
+    write_bytes(path, tensors_bytes(tensors, info))
+
+
+def parse_tensors(data: bytes, path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors, on the CPU, and the facts of what :func:`tensors_bytes` made; ``path`` is for messages.
+
+    Raises:
+        FileError: if it is damaged.
+    """
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        # Files of earlier versions have no version; their checksum is of the tensors alone.
+        if set(header) not in ({"info", "checksum"}, {"info", "checksum", "version"}):
+            raise ValueError(f"its header has the keys {sorted(header)}")
+        if header.get("version", _VERSION) != _VERSION:
+            raise ValueError(f"it has the version {header['version']!r}, this one reads {_VERSION}")
+        found = _checksum(tensors, header["info"]) if "version" in header else _old_checksum(tensors)
+        info = json.loads(header["info"])
+        expected = header["checksum"]
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise FileError(
+            f"read_tensors(): expected {path} to be a whole checkpoint, got a damaged file: {error!r}."
+        ) from None
+    if found != expected:
+        raise FileError(f"read_tensors(): expected {path} to have the checksum {expected}, got a damaged file.")
+    return tensors, info
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
@@ -114,18 +242,4 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     Raises:
         FileError: if there is no such file, or it is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        info = json.loads(header["info"])
-        expected = header["checksum"]
-    except FileNotFoundError:
-        raise FileError(f"read_tensors(): expected {path} to be there, got no such file.") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FileError(
-            f"read_tensors(): expected {path} to be a whole checkpoint, got a damaged file: {error!r}."
-        ) from None
-    if _checksum(tensors) != expected:
-        raise FileError(f"read_tensors(): expected {path} to have the checksum {expected}, got a damaged file.")
-    return tensors, info
+    return parse_tensors(read_bytes(path), path)

@@ -12,8 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["DECATHLON_BASELINE", "SKETCH_BASELINE", "Scores", "domain_scores", "score", "scores"]
+__all__ = [
+    "DECATHLON_BASELINE",
+    "PUBLISHED_BASELINES",
+    "SKETCH_BASELINE",
+    "Scores",
+    "domain_scores",
+    "named_scores",
+    "score",
+    "scores",
+    "shown_score",
+]
 
 # Accuracies in per cent: the decathlon's "finetune" row [P].
 DECATHLON_BASELINE = {
@@ -37,6 +48,7 @@ SKETCH_BASELINE = {
     "wikiart": 75.60,
     "sketches": 80.78,
 }
+PUBLISHED_BASELINES = {"decathlon": DECATHLON_BASELINE, "sketch": SKETCH_BASELINE}
 
 
 def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0) -> dict[str, float]:
@@ -140,3 +152,59 @@ def scores(
         if not value > 0:
             raise ValueError(f"scores(): expected `{name}` to be positive, got {value}.")
     return Scores(score(accuracy, baseline, gamma), flop, params)
+
+
+def named_scores(
+    accuracy: Mapping[str, float],
+    baseline: Mapping[str, float],
+    flop: float,
+    params: float,
+    data: str | None = None,
+    split: str = "test",
+) -> dict[str, Any]:
+    """:func:`scores` for JSON, named so that a part of a benchmark is not taken for the whole.
+
+    The keys are ``S``, ``S_O``, ``S_P`` and ``combined`` for test accuracies of all domains. They end in ``_partial``
+    where domains of the benchmark or of the baseline are missing, and in ``_val`` for validation accuracies.
+
+    Args:
+        accuracy, baseline, flop, params: as in :func:`scores`.
+        data: the suite, ``"decathlon"`` or ``"sketch"``, whose published baseline says which domains there are.
+        split: of the accuracies.
+
+    Examples:
+        >>> from bap.metrics import DECATHLON_BASELINE, named_scores
+        >>> made = named_scores({"dtd": 60.0}, DECATHLON_BASELINE, 1.0, 1.0, "decathlon", "val")
+        >>> list(made)[:2], made["coverage"]
+        (['S_partial_val', 'S_O_partial_val'], '1 of 10 domains')
+    """
+    published = PUBLISHED_BASELINES.get(data or "", {})
+    whole = set(baseline) | set(published)
+    end = ("" if set(accuracy) >= whole else "_partial") + ("" if split == "test" else f"_{split}")
+    made = scores(accuracy, baseline, flop, params)
+    return {
+        f"S{end}": made.s,
+        f"S_O{end}": made.s_o,
+        f"S_P{end}": made.s_p,
+        f"combined{end}": made.combined,
+        "coverage": f"{len(accuracy)} of {len(whole)} domains",
+        "split": split,
+        "published_baseline": bool(published) and all(baseline[name] == published.get(name) for name in accuracy),
+        "domains": domain_scores(accuracy, baseline),
+    }
+
+
+def shown_score(named: Mapping[str, Any] | None) -> tuple[float, str] | None:
+    """S of :func:`named_scores`, and what must stand beside it: "" only for test accuracies of all domains.
+
+    Examples:
+        >>> from bap.metrics import shown_score
+        >>> shown_score({"S_partial_val": 250.0, "coverage": "1 of 10 domains", "split": "val"})
+        (250.0, '1 of 10 domains, val')
+    """
+    for key, value in (named or {}).items():
+        if key == "S" or key.startswith(("S_partial", "S_val", "S_train")):
+            notes = [str((named or {}).get("coverage"))] if "partial" in key else []
+            split = (named or {}).get("split", "split not recorded")
+            return float(value), ", ".join(notes + ([] if split == "test" else [split]))
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from bap.config import Config
 from bap.data import Domain
 from bap.files import write_tensors
 from bap.network import plain_network
-from bap.train import learning_rate
+from bap.processes import device_of
+from bap.resume import learning_rate
+from bap.train import TrainError
 
 __all__ = ["pretrain"]
 
@@ -25,14 +29,18 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
         config: ``pretrain_epochs``, ``pretrain_lr``, ``batch``, ``seed`` and the model's settings are used.
         domain: the source.
         path: file for its weights, ``.safetensors``.
-        progress: prints a line per epoch.
+        progress: prints a line per epoch, and one in every ``log_every`` steps, to the error stream.
 
     Raises:
         FileError: if the file cannot be written.
+        TrainError: if a loss is not finite.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device = device_of(config.device)
+    held = domain.splits.get("train")
+    if held is None or not len(held) or held.labels is None:
+        raise ValueError(f"pretrain(): expected {domain.name!r} to have images with labels in 'train', got none.")
     model = plain_network(config, len(domain.classes)).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), config.pretrain_lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for epoch in range(config.pretrain_epochs):
@@ -46,10 +54,24 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
             loss.backward()
             optimizer.step()
             total, steps = total + float(loss.detach()), steps + 1
+            if not math.isfinite(total):
+                raise TrainError(
+                    f"pretrain(): expected losses to stay finite, got another one in epoch {epoch + 1}. "
+                    f"Hint: lower pretrain_lr, {config.pretrain_lr}."
+                )
+            if progress and config.log_every and steps % config.log_every == 0:
+                print(
+                    f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  step {steps}  "
+                    f"mean loss {total / steps:.3f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if progress:
             seconds = time.perf_counter() - started
             print(
-                f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  loss {total / steps:.3f}  {seconds:.1f} s"
+                f"{domain.name} epoch {epoch + 1}/{config.pretrain_epochs}  loss {total / steps:.3f}  {seconds:.1f} s",
+                file=sys.stderr,
+                flush=True,
             )
     model.eval()
     if path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +14,32 @@ import yaml
 import bap_kernels as bk
 from bap.budget import share
 from bap.checkpoint import save_checkpoint
-from bap.config import Config
+from bap.config import Config, load_config
 from bap.counting import count
 from bap.data import Domain
 from bap.evaluate import evaluate
 from bap.files import FileError, read_json, write_bytes, write_json
-from bap.metrics import DECATHLON_BASELINE, SKETCH_BASELINE, domain_scores, scores
-from bap.network import load_domains
+from bap.metrics import PUBLISHED_BASELINES, named_scores
+from bap.network import check_source, load_domains, source_of, suite_of
+from bap.processes import Processes
+from bap.resume import check_same_settings
 from bap.sharing import intersection, union
 from bap.timing import measure_layers
-from bap.train import Trainer, backend_of
+from bap.train import STATE, Trainer, backend_of, check_splits
 
-__all__ = ["baseline_of", "results_of", "scored", "train_run"]
+__all__ = ["baseline_of", "final_split", "read_accuracies", "results_of", "scored", "train_run"]
+
+
+def read_accuracies(path: str | Path) -> dict[str, float]:
+    """{domain: accuracy in per cent} of a JSON file.
+
+    Raises:
+        FileError: if the file holds something else.
+    """
+    read = read_json(path)
+    if not isinstance(read, dict) or not read or not all(type(one) in (int, float) for one in read.values()):
+        raise FileError(f"baseline_of(): expected {path} to hold {{domain: accuracy in per cent}}, got something else.")
+    return {name: float(value) for name, value in read.items()}
 
 
 def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, float]:
@@ -33,56 +48,83 @@ def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, flo
     Raises:
         FileError: if the file does not hold {domain: accuracy}.
     """
-    if path is None:
-        return {"embedded": {}, "decathlon": DECATHLON_BASELINE, "sketch": SKETCH_BASELINE}[config.data]
-    read = read_json(path)
-    if not isinstance(read, dict) or not all(isinstance(one, (int, float)) for one in read.values()):
-        raise FileError(f"baseline_of(): expected {path} to hold {{domain: accuracy in per cent}}, got something else.")
-    return {name: float(value) for name, value in read.items()}
+    return PUBLISHED_BASELINES.get(config.data, {}) if path is None else read_accuracies(path)
 
 
 def scored(results: Mapping[str, Any], baseline: Mapping[str, float]) -> dict[str, Any]:
     """{"scores": S, S_O, S_P, their product and each domain's summand}; nothing where a domain has no baseline.
 
     Args:
-        results: with ``accuracy`` in per cent by domain and the relative ``flop`` and ``params`` of ``cost``.
+        results: with ``accuracy`` in per cent by domain, the relative ``flop`` and ``params`` of ``cost``, and
+            ``protocol``, which says of which suite and split they are.
         baseline: {domain: accuracy in per cent}.
     """
     accuracy, cost = results["accuracy"], results["cost"]
     if not set(accuracy) <= set(baseline):
         return {}
-    whole = scores(accuracy, baseline, cost["flop"], cost["params"])
-    return {
-        "scores": {
-            "S": whole.s,
-            "S_O": whole.s_o,
-            "S_P": whole.s_p,
-            "combined": whole.combined,
-            "domains": domain_scores(accuracy, baseline),
-        }
-    }
+    protocol = results.get("protocol") or {}
+    made = named_scores(
+        accuracy, baseline, cost["flop"], cost["params"], protocol.get("data"), protocol.get("evaluated_on", "test")
+    )
+    return {"scores": made}
 
 
-def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str = "test") -> dict[str, Any]:
+def final_split(domains: Mapping[str, Domain]) -> str:
+    """The split of the results: ``test`` if every domain has labels of it, else ``val`` for all of them.
+
+    Raises:
+        ValueError: if a domain has labels of neither.
+    """
+    for split in ("test", "val"):
+        held = [one.splits.get(split) for one in domains.values()]
+        if all(one is not None and one.labels is not None and len(one) for one in held):
+            return split
+    without = [
+        name
+        for name, one in domains.items()
+        if all(split not in one.splits or one.splits[split].labels is None for split in ("test", "val"))
+    ]
+    raise ValueError(
+        "results_of(): expected all domains to have labels of one split, test or val, got "
+        + (f"neither for {without}." if without else "some with labels of test only.")
+    )
+
+
+def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | None = None) -> dict[str, Any]:
     """Accuracies, budgets, sharing, costs and scores of a trained network.
 
     Args:
         trainer: after its last epoch.
         baseline: {domain: accuracy in per cent}; scores are left out where a domain has none.
-        split: of the accuracy.
+        split: of the accuracy, for all domains; None: see :func:`final_split`.
     """
-    processes = trainer.processes
+    processes, config = trainer.processes, trainer.config
+    split = final_split(trainer.domains) if split is None else split
     accuracy = {}
-    with bk.use_backend(backend_of(trainer.config)):
+    with bk.use_backend(backend_of(config)):
         for name, domain in trainer.domains.items():
-            used = split if split in domain.splits and domain.splits[split].labels is not None else "val"
-            found = evaluate(trainer.model, domain, used, rank=processes.rank, world=processes.world)
+            found = evaluate(trainer.model, domain, split, rank=processes.rank, world=processes.world)
             accuracy[name] = found.percent
     example = torch.zeros(1, 3, trainer.size, trainer.size, device=processes.device)
     cost = count(trainer.model, example)
     masks = trainer.bank.masks().cpu().double()
     total = float(trainer.costs.sum())
+    suite = suite_of(config)
     made: dict[str, Any] = {
+        "split": split,
+        "domains": list(accuracy),
+        "protocol": {
+            "data": config.data,
+            "domains": len(accuracy),
+            "of": len(suite),
+            "missing": [name for name in suite if name not in accuracy],
+            "whole": config.data == "embedded" or config.full,
+            "source": source_of(config, accuracy),
+            "source_mode": config.source_mode,
+            "trained_on": "train",
+            "evaluated_on": split,
+            "images": {name: len(domain.splits[split]) for name, domain in trainer.domains.items()},
+        },
         "accuracy": accuracy,
         "mean_accuracy": sum(accuracy.values()) / len(accuracy),
         "beta": trainer.beta,
@@ -97,6 +139,18 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str = "te
     return made | scored(made, baseline)
 
 
+def _read_times(path: Path, probe: Trainer) -> dict[str, Any]:
+    read = read_json(path)
+    try:
+        per_channel = {name: float(read["per_channel"][name]) for name in probe.bank.names}
+        fixed = float(read["fixed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"train_run(): expected {path} to hold times of the layers, got {error!r}.") from None
+    if not all(math.isfinite(one) and one > 0 for one in per_channel.values()) or not 0 <= fixed < math.inf:
+        raise FileError(f"train_run(): expected {path} to hold positive times, got others.")
+    return {"per_channel": per_channel, "fixed": fixed}
+
+
 def _layer_times(
     config: Config, suite: Mapping[str, Domain], path: Path | None, resume: bool
 ) -> tuple[dict[str, float], float]:
@@ -106,7 +160,7 @@ def _layer_times(
     held: list[Any] = [None]
     if probe.processes.first:
         if known is not None and resume and known.exists():
-            held = [read_json(known)]
+            held = [_read_times(known, probe)]
         else:
             example = torch.zeros(1, 3, probe.size, probe.size, device=probe.processes.device)
             times = measure_layers(probe.model, example)
@@ -116,6 +170,20 @@ def _layer_times(
     if probe.processes.world > 1:
         torch.distributed.broadcast_object_list(held)
     return held[0]["per_channel"], held[0]["fixed"]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("metrics.jsonl", STATE, "results.json", "checkpoint"))
+
+
+def _check_folder(config: Config, path: Path, resume: bool) -> None:
+    """Refuses to start in the folder of another run, or to go on with other settings."""
+    if not resume and _is_run(path):
+        raise ValueError(f"train_run(): expected {path} to have no run, got one. Hint: --resume goes on with it.")
+    known = path / "config.yaml"
+    # With a state, the trainer compares with what is in it.
+    if resume and known.exists() and not (path / STATE).exists():
+        check_same_settings(load_config(known).as_dict(), config, str(known))
 
 
 def train_run(
@@ -128,10 +196,14 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains a network and writes config.yaml, metrics.jsonl, curves, results.json and the checkpoint into a folder.
 
+    The folder is locked meanwhile, see :func:`bap.lock.folder_lock`. A group of processes that is joined here is left
+    at the end, whatever happens.
+
     Args:
         config: the settings.
         folder: for everything; None writes nothing.
-        resume: go on from the state in the folder.
+        resume: go on from the state in the folder, if there is one; its settings must be these, but for
+            :data:`bap.resume.MAY_CHANGE`.
         baseline: for the scores, see :func:`results_of`.
         domains: the data; None loads what the settings name.
         progress: prints a line per epoch; None: on a terminal.
@@ -140,13 +212,36 @@ def train_run(
         The results, as in results.json.
 
     Raises:
-        ValueError: for settings or data that cannot be used, and for a folder with another run if ``resume`` is off.
-        FileError: if files cannot be written, or are damaged.
+        ValueError: for settings or data that cannot be used, for a folder with another run if ``resume`` is off, and
+            for other settings than those of the run if it is on.
+        FileError: if files cannot be written, or are damaged, or another run writes into the folder.
+        TrainError: if a loss or a parameter is not finite.
     """
-    suite = dict(domains) if domains is not None else load_domains(config)
     path = None if folder is None else Path(folder)
-    if path is not None and not resume and (path / "metrics.jsonl").exists():
-        raise ValueError(f"train_run(): expected {path} to have no run, got one. Hint: --resume goes on with it.")
+    processes = Processes(config.device)
+    try:
+        with processes.lock(path):
+            if path is not None:
+                _check_folder(config, path, resume)
+            return _train(config, path, resume, baseline, domains, progress)
+    finally:
+        if processes.joined:
+            processes.leave()
+
+
+def _train(
+    config: Config,
+    path: Path | None,
+    resume: bool,
+    baseline: Mapping[str, float] | None,
+    domains: Mapping[str, Domain] | None,
+    progress: bool | None,
+) -> dict[str, Any]:
+    if domains is None:
+        check_source(config, config.domains or suite_of(config))
+    suite = dict(domains) if domains is not None else load_domains(config)
+    check_splits(suite, config.evaluate_on)
+    final_split(suite)
     milliseconds, fixed = None, 0.0
     if config.measure == "time":
         milliseconds, fixed = _layer_times(config, suite, path, resume)
@@ -167,6 +262,7 @@ def train_run(
                 "std": list(domain.std),
                 "kept": results["kept"][name],
                 "accuracy": results["accuracy"][name],
+                "split": results["split"],
             }
             for name, domain in suite.items()
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,18 @@ def save_state(
     write_tensors(path, tensors, info)
 
 
-def load_state(path: str | Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
+def load_state(
+    path: Path,
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    check: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> dict[str, Any]:
     """Reads what :func:`save_state` wrote into a model and optimizers that were made alike; returns the facts.
+
+    Args:
+        path: the file.
+        model, optimizers: as they were saved.
+        check: called with the facts and the path before anything is loaded; may refuse them.
 
     Raises:
         FileError: if the file is damaged, or is that of another network.
@@ -61,6 +71,8 @@ def load_state(path: str | Path, model: nn.Module, optimizers: Mapping[str, torc
     tensors, info = read_tensors(path)
     if not isinstance(info, dict) or info.get("format") != _FORMAT:
         raise FileError(f"load_state(): expected {path} to be a state of format {_FORMAT}, got another one.")
+    if check is not None:
+        check(info["facts"], path)
     prefix = "model."
     state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     own = model.state_dict()

@@ -23,29 +23,21 @@ from bap.config import Config
 from bap.data import Domain
 from bap.evaluate import Accuracy, evaluate
 from bap.facts import SwitchBank, conv_facts
-from bap.files import remove_leftovers
+from bap.files import FileError, remove_leftovers
 from bap.journal import Journal
 from bap.network import source_of, switched_network
 from bap.processes import Processes
+from bap.resume import check_same_data, check_same_settings, data_facts, learning_rate, weights_digest
 from bap.sharing import SharingWeight, intersection, relax, sharing_loss, union
 from bap.state import load_state, save_state
 
-__all__ = ["Trainer", "backend_of", "learning_rate"]
+__all__ = ["TrainError", "Trainer", "backend_of", "check_splits", "learning_rate"]
 
 STATE = "state.safetensors"
 
 
-def learning_rate(schedule: str, epoch: int, epochs: int) -> float:
-    """The factor on all learning rates in an epoch, counted from 0.
-
-    Examples:
-        >>> from bap.train import learning_rate
-        >>> [learning_rate("step", epoch, 8) for epoch in (0, 5, 6)], learning_rate("cosine", 4, 8)
-        ([1.0, 1.0, 0.1], 0.5)
-    """
-    if schedule == "cosine":
-        return 0.5 * (1 + round(math.cos(math.pi * epoch / epochs), 12))
-    return 0.1 if epoch >= 0.75 * epochs else 1.0
+class TrainError(RuntimeError):
+    """Training cannot go on: a loss or a parameter is not finite."""
 
 
 def backend_of(config: Config) -> str:
@@ -55,6 +47,27 @@ def backend_of(config: Config) -> str:
     from bap_kernels import _C
 
     return "native" if config.device == "cpu" and _C.why_not("native") is None else "aten"
+
+
+def check_splits(domains: Mapping[str, Domain], evaluate_on: str) -> None:
+    """Refuses data that would be missed after an epoch, or after all of them.
+
+    Args:
+        domains: the data.
+        evaluate_on: the split of the accuracies, which needs labels.
+
+    Raises:
+        ValueError: if a domain lacks images or labels of ``train`` or ``evaluate_on``.
+    """
+    for name, domain in domains.items():
+        for split in ("train", evaluate_on):
+            held = domain.splits.get(split)
+            found = "no such split" if held is None else "no images" if not len(held) else "no labels"
+            if held is None or not len(held) or held.labels is None:
+                raise ValueError(
+                    f"check_splits(): expected {name!r} to have images with labels in {split!r}, got {found}. "
+                    + ("Hint: evaluate_on chooses the split of the accuracies." if split != "train" else "")
+                )
 
 
 class Trainer:
@@ -80,7 +93,7 @@ class Trainer:
         taken: {domain: switches that the projection turned off}.
 
     Raises:
-        ValueError: for settings that do not fit the data.
+        ValueError: for settings that do not fit the data, or, to go on, are not those of the state.
         FileError: if the state is damaged or of another network.
     """
 
@@ -98,6 +111,7 @@ class Trainer:
         self.config = config
         self.domains = dict(domains)
         self.folder = None if folder is None else Path(folder)
+        check_splits(self.domains, config.evaluate_on)
         self.processes = Processes(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -128,6 +142,7 @@ class Trainer:
         self.weight = SharingWeight(
             config.sharing_weight, config.sharing_learnable, config.sharing_rate, config.sharing_slack
         )
+        self._weights_digest = weights_digest(config)
         self.epoch = 0
         self.taken: dict[str, int] = {}
         self._set_trainable()
@@ -139,7 +154,9 @@ class Trainer:
             remove_leftovers(self.folder)
         self.run: nn.Module = self.processes.parallel(self.model)
         kept = self.folder if self.processes.first else None
-        self.journal = Journal(kept, config.epochs, self.epoch, progress if self.processes.first else False)
+        self.journal = Journal(
+            kept, config.epochs, self.epoch, progress if self.processes.first else False, config.log_every
+        )
 
     def _set_trainable(self) -> None:
         own = {name for name, _ in bk.nn.domain_parameters(self.model)}
@@ -190,10 +207,11 @@ class Trainer:
             after_epoch: called with the record of every epoch, after the state was written.
 
         Raises:
-            FileError: if a file cannot be written.
+            FileError: if a file cannot be written, or another run writes into the folder.
+            TrainError: if a loss or a parameter is not finite; the state of the last epoch stays.
         """
         last = self.config.epochs if until is None else min(until, self.config.epochs)
-        with bk.use_backend(backend_of(self.config)):
+        with self.processes.lock(self.folder), bk.use_backend(backend_of(self.config)):
             if self.settled:
                 self._fix_switches()
             while self.epoch < last:
@@ -210,8 +228,6 @@ class Trainer:
                 self.processes.wait()
                 if after_epoch is not None:
                     after_epoch(record)
-        if self.epoch == self.config.epochs:
-            self.journal.close()
 
     def _one_epoch(self) -> dict[str, Any]:
         config = self.config
@@ -224,8 +240,13 @@ class Trainer:
                 group["lr"] = group["base"] * factor
         self.run.train()
         seen = {name: Accuracy() for name in self.domains}
-        for name, x, y in self._turns():
+        steps = sum(
+            max(1, len(one.splits["train"]) // self.processes.world // config.batch) for one in self.domains.values()
+        )
+        for number, (name, x, y) in enumerate(self._turns(), 1):
             self._step(name, x, y, seen[name])
+            self.journal.step(self.epoch + 1, number, steps, name, seen[name].mean_loss)
+        self._check_finite()
         losses = {name: one.reduced() for name, one in seen.items()}
         return {
             "epoch": self.epoch,
@@ -233,6 +254,21 @@ class Trainer:
             "rate": factor,
             "domains": {name: {"loss": one.mean_loss, "accuracy": one.percent} for name, one in losses.items()},
         }
+
+    def _check_finite(self) -> None:
+        # The last step's gradient is seen by no loss.
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.detach().isfinite().all()):
+                raise self._not_finite(f"parameter {name!r}")
+
+    def _not_finite(self, what: str) -> TrainError:
+        rates = {name: getattr(self.config, name) for name in ("lr_switch", "lr_norm", "lr_head")}
+        if self.config.train_backbone:
+            rates["lr_backbone"] = self.config.lr_backbone
+        return TrainError(
+            f"Trainer.fit(): expected losses and parameters to stay finite, got another {what} in epoch "
+            f"{self.epoch + 1}. Hint: lower a learning rate of {rates}. What was saved of earlier epochs is unchanged."
+        )
 
     def _turns(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         config, processes = self.config, self.processes
@@ -269,7 +305,10 @@ class Trainer:
                 with self._autocast():
                     logits = self.run(images)
                 loss = F.cross_entropy(logits.float(), labels)
-                seen.add(logits.detach(), labels, float(loss.detach()))
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise self._not_finite(f"loss of {name!r}, {value},")
+                seen.add(logits.detach(), labels, value)
                 total = loss * (len(images) / len(x))
                 if last and name in self.multipliers and not self.settled:
                     total = total + self._penalty(name)
@@ -358,14 +397,24 @@ class Trainer:
             "taken": self.taken,
             "scaler": self.scaler.state_dict(),
             "config": self.config.as_dict(),
+            "data": data_facts(self.domains),
+            "weights": self._weights_digest,
         }
         save_state(path, self.model, self.optimizers, facts)
 
     def _load(self, path: Path) -> None:
-        facts = load_state(path, self.model, self.optimizers)
-        self.epoch = facts["epoch"]
-        for name, value in facts["multipliers"].items():
-            self.multipliers[name].value = value
-        self.weight.value = facts["sharing_weight"]
-        self.taken = dict(facts["taken"])
-        self.scaler.load_state_dict(facts["scaler"])
+        try:
+            facts = load_state(path, self.model, self.optimizers, self._check_same)
+            self.epoch = int(facts["epoch"])
+            for name, value in facts["multipliers"].items():
+                self.multipliers[name].value = float(value)
+            self.weight.value = float(facts["sharing_weight"])
+            self.taken = dict(facts["taken"])
+            self.scaler.load_state_dict(facts["scaler"])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None
+
+    def _check_same(self, facts: Mapping[str, Any], path: Path) -> None:
+        stored = facts["config"]
+        check_same_settings(stored, self.config, str(path), facts["epoch"], facts.get("weights"))
+        check_same_data(facts.get("data"), self.domains, path)

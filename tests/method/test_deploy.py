@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from bap.checkpoint import save_checkpoint
-from bap.cli import app
+from bap.commands import app
 from bap.config import Config
 from bap.deploy import compare_times, deploy, speed_facts, speed_table, tensor_bytes
 from bap.facts import SwitchBank

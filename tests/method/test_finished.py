@@ -12,7 +12,8 @@ import torch
 import yaml
 from bap.adding import add_domain
 from bap.checkpoint import domains_of, load_checkpoint, save_domain
-from bap.cli import app, main
+from bap.cli import main
+from bap.commands import app
 from bap.config import Config, load_config
 from bap.counting import count
 from bap.data import Domain, embedded_suite
@@ -123,7 +124,7 @@ def test_pruning_keeps_every_output_and_the_file_gets_smaller(finished: Path, tm
         for conv in model.modules()
         if isinstance(conv, torch.nn.Conv2d)
     )
-    assert [row["domain"] for row in made.as_rows()] == ["digits", "glyphs", "shapes", "union"]
+    assert [row["domain"] for row in made.as_rows()] == ["shapes", "digits", "glyphs", "union"]
     save_checkpoint(tmp_path / "pruned", model, config, facts, kept=(made.rows, made.columns))
     loaded, _, _ = load_checkpoint(tmp_path / "pruned")
     with bk.use_backend("aten"), torch.inference_mode():
@@ -158,7 +159,7 @@ def test_a_new_domain_leaves_the_others_untouched(finished: Path, copy_of) -> No
     after = _codes(folder)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {f"domains/textures/{n}" for n in ("domain.safetensors", "domain_config.json")}
-    assert domains_of(folder) == ["digits", "glyphs", "shapes", "textures"]
+    assert domains_of(folder) == ["shapes", "digits", "glyphs", "textures"]
     assert facts["kept"] <= 0.5
     model, _, _ = load_checkpoint(folder, ["textures"])
     with bk.use_backend("aten"):
@@ -181,7 +182,7 @@ def test_names_that_are_no_folders_are_refused(tiny: Config, tmp_path: Path) -> 
 def test_report(finished: Path, tmp_path: Path) -> None:
     path = make_report([finished], tmp_path / "report")
     text = path.read_text()
-    assert "| run | 0.5 | union |" in text
+    assert "| run | 0.5 | union | test |" in text
     for picture in ("kept.png", "curves.png", "accuracy_budget.png"):
         assert f"]({picture})" in text
         assert (path.parent / picture).read_bytes().startswith(b"\x89PNG")
@@ -196,8 +197,8 @@ def test_study_goes_on_where_it_stopped(tiny: Config, suite: dict[str, Domain], 
     assert len(said) == 4
     lines = path.read_text().splitlines()
     assert len(lines) == 4
-    assert lines[2].startswith("| 0.5 | none | 2 | ")
-    assert lines[3].startswith("| 0.5 | int | 2 | ")
+    assert lines[2].startswith("| 0.5 | none | test | 2 | ")
+    assert lines[3].startswith("| 0.5 | int | test | 2 | ")
     rows = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert [(row["seed"], row["sharing"]) for row in rows] == [(0, None), (0, "int"), (1, None), (1, "int")]
     mean = sum(row["mean_accuracy"] for row in rows if row["sharing"] == "int") / 2
@@ -235,7 +236,9 @@ def test_commands(finished: Path, copy_of, tmp_path: Path) -> None:
     assert pruned["flops"] == 2 * round(pruned["after"]["flop"] * pruned["after"]["backbone_macs"])
     assert _run("eval", str(tmp_path / "pruned"), "-d", "digits", "--split", "val") == found
     (tmp_path / "a.json").write_text(json.dumps({"aircraft": 60.34, "svhn": 96.55}))
-    assert _run("scores", str(tmp_path / "a.json"), "--flop", "0.5")["S_O"] == 1000
+    scores = _run("scores", str(tmp_path / "a.json"), "--flop", "0.5")
+    assert (scores["S_O_partial"], scores["coverage"]) == (1000, "2 of 10 domains")
+    assert "S" not in scores
     assert _run("add-domain", str(folder), "signs", "-s", "epochs=1", "-s", "batch=16")["kept"] <= 0.5
     assert "report.md" in _run("report", str(finished), "--out", str(tmp_path / "report"))["report"]
 
@@ -256,13 +259,19 @@ def test_train_command_with_a_file_and_overrides(tiny: Config, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "-o", "{}", "-s", "beta=2"], r"bap: Config(): expected `beta` to be in (0, 1], got 2.0."),
+        (
+            ["train", "-o", "{}", "-s", "beta=2"],
+            "bap: Config(): expected `beta` to be less than or equal to 1, got 2. (From -s beta.)",
+        ),
         (["train", "-o", "{}", "-s", "betta=1"], "bap: load_config(): expected settings among"),
         (
             ["train", "-o", "{}", "-s", "epochs"],
             "bap: load_config(): expected overrides like name=value, got 'epochs'.",
         ),
-        (["train", "-o", "{}", "-s", "epochs=x"], "bap: load_config(): expected `epochs` to be int, got 'x'."),
+        (
+            ["train", "-o", "{}", "-s", "epochs=x"],
+            "bap: Config(): expected `epochs` to be a valid integer, got 'x'. (From -s epochs.)",
+        ),
         (["train", "-o", "{}", "-c", "{}/no.yaml"], "bap: load_config(): expected `path` to be a YAML file"),
         (["train", "-o", "{}", "-s", "data=decathlon"], "bap: Config(): expected `root`, the folder of 'decathlon'"),
         (["eval", "{}/none"], "bap: read_json(): expected {}/none/config.json to be a JSON file"),
@@ -276,7 +285,7 @@ def test_failures_exit_with_one_line(
     monkeypatch.setattr("sys.argv", ["bap", *filled])
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     error = capsys.readouterr().err
     assert message.replace("{}", str(tmp_path)) in error
     assert error.count("\n") <= 2

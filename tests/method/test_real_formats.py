@@ -12,6 +12,7 @@ from bap.config import Config
 from bap.data import DECATHLON, DataError, load_decathlon, load_sketch
 from bap.evaluate import predict
 from bap.network import load_domains
+from bap.report import make_report
 from bap.run import train_run
 from PIL import Image
 
@@ -99,10 +100,21 @@ SETTINGS = {
 def test_decathlon_end_to_end(root: Path, tmp_path: Path) -> None:
     config = Config(data="decathlon", root=str(root), **SETTINGS)
     results = train_run(config, tmp_path / "run")
-    # Labels of the test images are not public: the accuracy is that of the validation images.
+    # Labels of the test images are not public: the accuracy is that of the validation images, and it says so.
+    assert results["split"] == results["protocol"]["evaluated_on"] == "val"
+    assert results["domains"] == ["aircraft", "dtd"]
+    assert (results["protocol"]["domains"], results["protocol"]["of"], results["protocol"]["whole"]) == (2, 10, False)
+    assert "imagenet12" in results["protocol"]["missing"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert results["mean_accuracy"] > 90
     assert all(value <= 0.5 for value in results["kept"].values())
-    assert 0 < results["scores"]["S"] <= 2000
+    # S of two of ten domains is not called S, and no published row stands beside it.
+    assert 0 < results["scores"]["S_partial_val"] <= 2000
+    assert "S" not in results["scores"]
+    text = make_report([tmp_path / "run"], tmp_path / "report").read_text()
+    assert "(2 of 10 domains, val) |" in text
+    assert "Published rows are left out" in text
+    assert "Piggyback" not in text
     from bap.checkpoint import load_checkpoint
 
     model, _, _ = load_checkpoint(tmp_path / "run" / "checkpoint")
@@ -136,7 +148,7 @@ def test_missing_broken_and_wrong_files_are_named(root: Path) -> None:
     with pytest.raises(
         DataError, match="aircraft to be whole, got:\n  2 classes, expected 100\n  12 train images, exp"
     ):
-        load_decathlon(root)
+        load_decathlon(root, ["aircraft"])
     broken = root / "data/dtd/train/0002/000001.jpg"
     assert broken.exists()
     broken.write_bytes(broken.read_bytes()[:200])
@@ -194,14 +206,19 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected folders such as"):
         load_sketch(tmp_path)
     _image(tmp_path / "flowers/train/a/1.jpg", 0, random)
-    with pytest.raises(DataError, match=r"expected the folder .*test, got none"):
+    with pytest.raises(DataError, match=r"expected the folder .*imagenet/train, got none"):
         load_sketch(tmp_path)
+    with pytest.raises(DataError, match=r"expected the folder .*test, got none"):
+        load_sketch(tmp_path, full=False)
     _image(tmp_path / "flowers/test/b/1.jpg", 0, random)
     with pytest.raises(DataError, match=r"got others: \['b'\]"):
-        load_sketch(tmp_path)
+        load_sketch(tmp_path, full=False)
     _image(tmp_path / "flowers/train/b/1.jpg", 0, random)
     with pytest.raises(DataError, match=r"expected 102 classes in .* got 2"):
-        load_sketch(tmp_path)
+        load_sketch(tmp_path, ["flowers"])
+    (tmp_path / "flowers/test/b/2.tif").write_bytes(b"II*\0")
+    with pytest.raises(DataError, match=r"b/2.tif: a format that is not read"):
+        load_sketch(tmp_path, full=False)
     with pytest.raises(DataError, match="a: no images"):
         load_sketch(tmp_path, full=False)
     with pytest.raises(DataError, match="got 'faces'"):

@@ -18,6 +18,7 @@ from bap.data import Domain
 from bap.facts import SwitchBank
 from bap.files import FileError, read_tensors
 from bap.journal import read_metrics
+from bap.state import load_state
 from bap.train import STATE, Trainer, learning_rate
 from torch import nn
 
@@ -269,8 +270,13 @@ def test_a_damaged_state_is_a_clear_error(tiny: Config, suite: dict[str, Domain]
 def test_a_state_of_another_network_is_refused(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
     Trainer(tiny, suite, tmp_path).fit(until=1)
     other = dataclasses.replace(tiny, model_options={"widths": [8, 16, 16], "blocks": [1, 1, 1]})
-    with pytest.raises(FileError, match="to be a state of this network, got one that differs in"):
+    with pytest.raises(
+        ValueError, match=r"got others: model_options: stored .*'widths': \[8, 8, 16\].*asked .*16, 16\]"
+    ):
         Trainer(other, suite, tmp_path, resume=True)
+    trainer = Trainer(other, suite)
+    with pytest.raises(FileError, match="to be a state of this network, got one that differs in"):
+        load_state(tmp_path / STATE, trainer.model, trainer.optimizers)
     with pytest.raises(FileError, match="got no such file"):
         read_tensors(tmp_path / "nothing.safetensors")
 

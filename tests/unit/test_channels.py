@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -334,4 +335,46 @@ def test_load_refuses_damaged_files(tmp_path: Path, keep: int) -> None:
     ODD.save(path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"got '.*damaged\.safetensors'"):
+        ChannelTable.load(path)
+
+
+def test_every_flipped_bit_of_a_table_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    table = ChannelTable({"z": {"conv1": ChannelLists([0, 2, 5])}, "a": {"conv1": ChannelLists([1], [0, 3])}})
+    table.save(path)
+    data = path.read_bytes()
+    harmless = total = 0
+    for place in range(0, 8 * len(data), 7):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        total += 1
+        try:
+            found = ChannelTable.load(path)
+        except ValueError as error:
+            named = str(path) in str(error)
+        else:
+            # The padding of the header, if anything.
+            harmless += 1
+            named = list(found) == ["z", "a"] and found == table
+        assert named, place
+    assert total > 500
+    assert harmless < 16
+
+
+def test_tables_without_a_digest_load(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    table = ChannelTable({"z": {"conv1": ChannelLists([0, 2, 5])}, "a": {"conv1": ChannelLists([1])}})
+    table.save(path)
+    with safe_open(path, framework="pt") as file:
+        head = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    del head["digest"]
+    save_file(tensors, path, head)
+    assert ChannelTable.load(path) == table
+    save_file(tensors, path, {**head, "digest": "0" * 64})
+    with pytest.raises(ValueError, match="its digest is that of other content"):
+        ChannelTable.load(path)
+    save_file(tensors, path, {**head, "digesT": "0" * 64})
+    with pytest.raises(ValueError, match="its header has the keys"):
         ChannelTable.load(path)

@@ -9,13 +9,15 @@ of an image is not always its class, so labels are taken from the JSON, joined b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 
-from bap.data.domain import Domain, Split
+from bap.data.domain import SPLITS, Domain, Split
 from bap.data.files import DataError, ImageFiles, check_images
 from bap.files import FileError, read_json
 
@@ -44,7 +46,30 @@ def _fail(what: str, problems: list[str]) -> None:
         raise DataError(f"load_decathlon(): expected {what} to be whole, got:{listed}")
 
 
-def _annotations(path: Path) -> dict[str, Any]:
+class _Image(BaseModel):
+    id: StrictInt
+    file_name: Annotated[StrictStr, Field(min_length=1)]
+
+
+class _Annotation(BaseModel):
+    image_id: StrictInt
+    category_id: StrictInt
+
+
+class _Category(BaseModel):
+    id: StrictInt
+    name: StrictStr | StrictInt
+
+
+class _File(BaseModel):
+    """What is read of an annotation file; other entries, such as sizes, are ignored."""
+
+    images: Annotated[list[_Image], Field(min_length=1)]
+    annotations: list[_Annotation] = []
+    categories: list[_Category] = []
+
+
+def _annotations(path: Path) -> _File:
     try:
         read = read_json(path)
     except FileError as error:
@@ -54,42 +79,104 @@ def _annotations(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(read, dict) or not isinstance(read.get("images"), list) or not read["images"]:
         raise DataError(f"load_decathlon(): expected {path} to list `images`, got {str(read)[:60]}.")
-    return read
+    try:
+        return _File.model_validate(read)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+        _fail(str(path), found[:5] + more)
+        raise AssertionError from None
+
+
+def _outside(name: str) -> bool:
+    """Whether a file's name leaves the folder of the data."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or not name.isprintable()
+
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _labels(read: _File, path: Path, categories: dict[int, int]) -> tuple[dict[int, int], list[str]]:
+    """{image id: label} and what is wrong with the annotations."""
+    labels: dict[int, int] = {}
+    problems = []
+    known = {one.id for one in read.images}
+    for one in read.annotations:
+        if one.category_id not in categories:
+            problems.append(f"{path.name}: image {one.image_id} has category {one.category_id}, which is not listed")
+        elif one.image_id not in known:
+            problems.append(f"{path.name}: image {one.image_id} is annotated, but not listed")
+        elif labels.setdefault(one.image_id, categories[one.category_id]) != categories[one.category_id]:
+            problems.append(f"{path.name}: image {one.image_id} has two categories")
+    return labels, problems
 
 
 def _split(
-    root: Path, domain: str, split: str, categories: dict[int, int] | None, workers: int, decode: int
-) -> tuple[ImageFiles, dict[int, int], list[str]]:
-    """One split with {category id: label} and names of the classes."""
+    root: Path, domain: str, split: str, classes: dict[int, str] | None, workers: int, decode: int
+) -> tuple[ImageFiles, dict[int, str]]:
+    """One split, and {category id: name}, in the order of the labels."""
     path = root / "annotations" / f"{domain}_{split}.json"
     stripped = split == "test" and not path.exists()
     if stripped:
         path = root / "annotations" / f"{domain}_test_stripped.json"
     read = _annotations(path)
-    named = sorted(read.get("categories", []), key=lambda one: one["id"])
-    if categories is None:
-        categories = {one["id"]: label for label, one in enumerate(named)}
-    names = [str(one["name"]) for one in named]
-    labels: dict[int, int] = {}
-    problems = []
-    for one in read.get("annotations", []):
-        if one["category_id"] not in categories:
-            problems.append(
-                f"{path.name}: image {one['image_id']} has category {one['category_id']}, which is not listed"
-            )
-        elif labels.setdefault(one["image_id"], categories[one["category_id"]]) != categories[one["category_id"]]:
-            problems.append(f"{path.name}: image {one['image_id']} has two categories")
-    ids = [one["id"] for one in read["images"]]
+    problems = [f"{path.name}: category {one} is listed twice" for one in _twice(one.id for one in read.categories)]
+    named = {one.id: str(one.name) for one in sorted(read.categories, key=lambda one: one.id)}
+    if classes is None:
+        classes = named
+        if not named:
+            problems.append(f"{path.name}: no categories")
+    elif named and named != classes:
+        others = sorted(set(named.items()) ^ set(classes.items()))
+        problems.append(f"{path.name}: categories other than those of the training images, such as {others[:3]}")
+    labels, found = _labels(read, path, {identity: label for label, identity in enumerate(classes)})
+    problems += found
+    ids = [one.id for one in read.images]
     if len(set(ids)) != len(ids):
         problems.append(f"{path.name}: {len(ids) - len(set(ids))} image ids are used twice")
+    problems += [f"{path.name}: {name} is listed twice" for name in _twice(one.file_name for one in read.images)]
     lacking = [] if stripped else [one for one in ids if one not in labels]
     if lacking:
         problems.append(f"{path.name}: {len(lacking)} images without annotation, such as {lacking[:3]}")
-    files = [root / one["file_name"] for one in read["images"]]
-    _fail(f"{domain} ({split})", problems[:10] + check_images(files, decode))
+    outside = [one.file_name for one in read.images if _outside(one.file_name)]
+    problems += [f"{path.name}: {name!r} is not a file inside the folder of the data" for name in outside]
+    _fail(f"{domain} ({split})", problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+    files = [root / one.file_name for one in read.images]
+    _fail(f"{domain} ({split})", check_images(files, decode))
     known = None if stripped else torch.tensor([labels[one] for one in ids])
-    made = ImageFiles(files, known, _RESIZE, workers, ids, list(categories))
-    return made, categories, names
+    return ImageFiles(files, known, _RESIZE, workers, ids, list(classes)), classes
+
+
+def _wanted(
+    root: Path, domains: Iterable[str] | None, size: int | None, splits: Sequence[str], full: bool
+) -> list[str]:
+    """Names of the domains, all of whose annotations that must be there are."""
+    there = [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
+    names = list(domains) if domains is not None else list(DECATHLON) if full and there else there
+    if not names:
+        raise DataError(f"load_decathlon(): expected annotations of the decathlon in {root / 'annotations'}, got none.")
+    if size is not None and size > _RESIZE:
+        raise DataError(
+            f"load_decathlon(): expected `size` to be at most {_RESIZE}, the shorter side of the images, got {size}."
+        )
+    problems = []
+    for name in names:
+        if name not in DECATHLON:
+            raise DataError(f"load_decathlon(): expected `domains` to be among {list(DECATHLON)}, got {name!r}.")
+        lacking = [split for split in splits if not _has(root, name, split)]
+        if full and lacking and there:
+            problems.append(f"{name}: no annotations of {', '.join(lacking)} in {root / 'annotations'}")
+    if problems:
+        problems.append("Hint: nothing is fetched here; full=False, or --set full=false, accepts an extract")
+    _fail("the decathlon", problems)
+    return names
+
+
+def _has(root: Path, name: str, split: str) -> bool:
+    endings = ("", "_stripped") if split == "test" else ("",)
+    return any((root / "annotations" / f"{name}_{split}{end}.json").exists() for end in endings)
 
 
 def load_decathlon(
@@ -99,52 +186,57 @@ def load_decathlon(
     workers: int = 0,
     full: bool = True,
     decode: int = 16,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, Domain]:
     """The domains of the Visual Decathlon, checked.
 
     Args:
         root: folder that has ``annotations`` and ``data``.
-        domains: names; None takes those of the ten that have annotations there.
-        size: of the crop; None is 64, cut from images whose shorter side is 72.
+        domains: names; None takes all ten, or, if not ``full``, those of the ten that have annotations there.
+        size: of the crop, at most 72; None is 64, cut from images whose shorter side is 72.
         workers: processes that decode images.
-        full: whether the numbers of images and classes must be the published ones; False accepts an extract.
+        full: whether all ``splits`` must be there, and the numbers of images and classes must be the published ones;
+            False accepts an extract, which has ``train`` at least.
         decode: images of each split that are decoded to check them; -1: all.
+        splits: which are loaded, ``train`` in any case.
 
     Raises:
         DataError: if files are missing or broken, ids or labels do not fit, or numbers differ; problems are named.
     """
     root = Path(root)
-    names = (
-        list(domains)
-        if domains is not None
-        else [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
-    )
-    if not names:
-        raise DataError(f"load_decathlon(): expected annotations of the decathlon in {root / 'annotations'}, got none.")
+    splits = [one for one in SPLITS if one in splits or one == "train"]
     made = {}
-    for name in names:
-        if name not in DECATHLON:
-            raise DataError(f"load_decathlon(): expected `domains` to be among {list(DECATHLON)}, got {name!r}.")
-        (classes, *counts), mean, std, flip = DECATHLON[name]
-        splits: dict[str, Split] = {}
-        train, categories, titles = _split(root, name, "train", None, workers, decode)
-        splits["train"] = train
-        for split in ("val", "test"):
-            if any((root / "annotations" / f"{name}_{split}{end}.json").exists() for end in ("", "_stripped")):
-                splits[split] = _split(root, name, split, categories, workers, decode)[0]
+    for name in _wanted(root, domains, size, splits, full):
+        (count, *counts), mean, std, flip = DECATHLON[name]
+        held: dict[str, Split] = {}
+        classes: dict[int, str] | None = None
+        files: dict[str, list[Path]] = {}
+        for split in splits:
+            if split == "train" or _has(root, name, split):
+                images, classes = _split(root, name, split, classes, workers, decode)
+                held[split], files[split] = images, images.paths
+        assert classes is not None
+        problems = []
+        # The test images are those that no other split may have seen.
+        for split in [one for one in held if one != "train"]:
+            both = set(files["train"]) & set(files[split])
+            if both:
+                problems.append(f"{len(both)} images are in train and in {split}, such as {sorted(both)[0]}")
         if full:
-            problems = [] if len(categories) == classes else [f"{len(categories)} classes, expected {classes}"]
-            for split, expected in zip(("train", "val", "test"), counts, strict=True):
-                # The numbers of ImageNet's images are those of its extract, which was not at hand to check.
-                if split in splits and len(splits[split]) != expected and name != "imagenet12":
-                    problems.append(f"{len(splits[split])} {split} images, expected {expected}")
-            if problems:
-                problems.append("Hint: full=False, or --set full=false, accepts an extract")
-            _fail(name, problems)
+            # The numbers of ImageNet's images are those of its extract, which was not at hand to check.
+            expected = dict(zip(SPLITS, counts, strict=True)) if name != "imagenet12" else {}
+            found = [] if len(classes) == count else [f"{len(classes)} classes, expected {count}"]
+            for split in held:
+                if len(held[split]) != expected.get(split, len(held[split])):
+                    found.append(f"{len(held[split])} {split} images, expected {expected[split]}")
+            if found:
+                found.append("Hint: full=False, or --set full=false, accepts an extract")
+            problems += found
+        _fail(name, problems)
         made[name] = Domain(
             name,
-            tuple(titles),
-            splits,
+            tuple(classes.values()),
+            held,
             size or _CROP,
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),

@@ -150,6 +150,9 @@ class Domain:
         mean, std: of the channels, of images in [0, 1].
         flip: whether training flips images left to right.
         padding: pixels that training adds on each side before it crops at random; of images in memory.
+
+    Raises:
+        ValueError: for labels that no class has.
     """
 
     name: str
@@ -160,6 +163,19 @@ class Domain:
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
     flip: bool = False
     padding: int = 2
+
+    def __post_init__(self) -> None:
+        for name, split in self.splits.items():
+            labels = split.labels
+            if (
+                labels is not None
+                and len(labels)
+                and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes)
+            ):
+                raise ValueError(
+                    f"Domain(): expected labels of {self.name!r} ({name}) to be from 0 to {len(self.classes) - 1}, "
+                    f"got {int(labels.min())} to {int(labels.max())}."
+                )
 
     def batches(
         self, split: str, batch: int, key: tuple[int | str, ...] | None = None, rank: int = 0, world: int = 1

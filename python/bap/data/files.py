@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,44 +11,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bap.data.domain import Domain, Split, order_of, random_of
+from bap.data.images import DataError, open_image, seems_cut
 
 __all__ = ["DataError", "ImageFiles", "check_images"]
 
+# Looked at for the mark of their end, evenly spread over a split: reading a million files would take minutes.
+_LOOKED_AT = 20_000
 
-class DataError(ValueError):
-    """The data on disk are not as their format says."""
 
-
-def _opened(path: Path) -> Any:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        # Odd EXIF data are no reason to warn in every epoch.
-        warnings.simplefilter("ignore")
-        with Image.open(path) as image:
-            return image.convert("RGB")
+def _problem(path: Path) -> str | None:
+    try:
+        open_image(path)
+    except DataError as error:
+        return f"{path}: cannot be decoded ({error})"
+    return None
 
 
 def check_images(paths: Sequence[Path], decode: int = 16, most: int = 10) -> list[str]:
-    """What is wrong with image files: missing ones, empty ones, and those of a sample that cannot be decoded.
+    """What is wrong with image files.
+
+    All must be there and not be empty. A sample is decoded as a whole. Of up to 20,000, evenly spread, the end is
+    looked at: a JPEG or PNG that lacks the mark of its end is decoded, too.
 
     Args:
-        paths: the files; all are looked at.
-        decode: so many, evenly spread, are decoded too; -1 decodes all.
+        paths: the files.
+        decode: so many, evenly spread, are decoded in any case; -1 decodes all.
         most: problems that are named; the last one then says how many more there are.
     """
     problems = []
     step = 1 if decode < 0 else max(1, len(paths) // max(decode, 1))
+    look = max(1, -(-len(paths) // _LOOKED_AT))
     for number, path in enumerate(paths):
-        if not path.is_file():
-            problems.append(f"{path}: no such file")
-        elif path.stat().st_size == 0:
-            problems.append(f"{path}: an empty file")
-        elif number % step == 0:
-            try:
-                _opened(path)
-            except (OSError, SyntaxError, ValueError) as error:
-                problems.append(f"{path}: cannot be decoded ({error})")
+        problem = None
+        try:
+            if not path.is_file():
+                problem = f"{path}: no such file"
+            elif path.stat().st_size == 0:
+                problem = f"{path}: an empty file"
+            elif number % step == 0 or (number % look == 0 and seems_cut(path)):
+                problem = _problem(path)
+        except (OSError, ValueError) as error:
+            problem = f"{path}: cannot be read ({error})"
+        if problem is not None:
+            problems.append(problem)
     if len(problems) > most:
         problems = [*problems[:most], f"and {len(problems) - most} more"]
     return problems
@@ -65,10 +68,14 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | DataError:
         chosen = self.order[number]
         random = None if self.key is None else random_of(*self.key, number)
-        x = torch.stack([self.split.image(int(one), self.domain, random) for one in chosen])
+        try:
+            x = torch.stack([self.split.image(int(one), self.domain, random) for one in chosen])
+        except DataError as error:
+            # Raised where the batch is asked for: a worker would add its traceback to the message.
+            return error
         labels = self.split.labels
         y = torch.full((len(chosen),), -1) if labels is None else labels[torch.from_numpy(chosen)]
         return x, y
@@ -113,8 +120,8 @@ class ImageFiles(Split):
         from PIL import Image
 
         try:
-            image = _opened(self.paths[number])
-        except (OSError, SyntaxError, ValueError) as error:
+            image = open_image(self.paths[number])
+        except DataError as error:
             raise DataError(f"ImageFiles: expected {self.paths[number]} to be an image, got {error}.") from None
         width, height = image.size
         if isinstance(self.resize, int):
@@ -125,6 +132,11 @@ class ImageFiles(Split):
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         size = domain.size
+        if min(width, height) < size:
+            raise DataError(
+                f"ImageFiles: expected {domain.name!r} to be resized to at least its crop, {size}, "
+                f"got {height} x {width}."
+            )
         left, top = (width - size) // 2, (height - size) // 2
         flip = False
         if random is not None:
@@ -142,4 +154,7 @@ class ImageFiles(Split):
         """As in :meth:`Split.batches`."""
         order = order_of(len(self), batch, None if key is None else random_of(*key), rank, world)
         made = _Batches(self, domain, order, None if key is None else (*key, rank))
-        yield from DataLoader(made, batch_size=None, num_workers=self.workers)
+        for one in DataLoader(made, batch_size=None, num_workers=self.workers):
+            if isinstance(one, DataError):
+                raise one
+            yield one

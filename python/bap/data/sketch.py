@@ -24,7 +24,9 @@ SKETCH = {
     "wikiart": 195,
     "sketches": 250,
 }
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif")
+# Images all the same, which must not be left out in silence.
+_REFUSED = (".tif", ".tiff", ".jp2", ".avif", ".heic", ".heif")
 
 
 def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], workers: int, decode: int) -> ImageFiles:
@@ -32,7 +34,9 @@ def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], worke
     labels: list[int] = []
     problems = []
     for label, name in enumerate(classes):
-        found = sorted(one for one in (path / name).glob("*") if one.suffix.lower() in _ENDINGS)
+        held = sorted((path / name).glob("*"))
+        found = [one for one in held if one.suffix.lower() in _ENDINGS]
+        problems += [f"{one}: a format that is not read" for one in held if one.suffix.lower() in _REFUSED]
         if not found:
             problems.append(f"{path / name}: no images")
         files += found
@@ -42,6 +46,13 @@ def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], worke
         listed = "".join(f"\n  {one}" for one in problems)
         raise DataError(f"load_sketch(): expected {path} to be whole, got:{listed}")
     return ImageFiles(files, torch.tensor(labels), resize, workers)
+
+
+def _classes(path: Path) -> list[str]:
+    try:
+        return sorted(one.name for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"load_sketch(): expected {path} to be a folder that can be read, got {error}.") from None
 
 
 def load_sketch(
@@ -56,17 +67,18 @@ def load_sketch(
 
     Args:
         root: folder that has the folders of the domains.
-        domains: names; None takes those of the six that are there.
+        domains: names; None takes all six, or, if not ``full``, those that are there.
         size: of the input; None is 224, cut from images whose shorter side is 256.
         workers: processes that decode images.
-        full: whether the numbers of classes must be the published ones.
+        full: whether the numbers of domains and classes must be the published ones.
         decode: images of each split that are decoded to check them; -1: all.
 
     Raises:
         DataError: if folders or images are missing or broken, or classes differ; problems are named.
     """
     root, size = Path(root), size or 224
-    names = list(domains) if domains is not None else [name for name in SKETCH if (root / name / "train").is_dir()]
+    there = [name for name in SKETCH if (root / name / "train").is_dir()]
+    names = list(domains) if domains is not None else list(SKETCH) if full and there else there
     if not names:
         raise DataError(f"load_sketch(): expected folders such as {root / 'flowers' / 'train'}, got none.")
     made = {}
@@ -77,10 +89,11 @@ def load_sketch(
         for folder in (train, test):
             if not folder.is_dir():
                 raise DataError(
-                    f"load_sketch(): expected the folder {folder}, got none. Hint: nothing is fetched here."
+                    f"load_sketch(): expected the folder {folder}, got none. Hint: nothing is fetched here; "
+                    "full=False, or --set full=false, takes the domains that are there."
                 )
-        classes = sorted(one.name for one in train.iterdir() if one.is_dir())
-        others = sorted(one.name for one in test.iterdir() if one.is_dir() and one.name not in classes)
+        classes, tested_classes = _classes(train), _classes(test)
+        others = sorted(set(tested_classes) - set(classes))
         if others:
             raise DataError(f"load_sketch(): expected {test} to have classes of {train}, got others: {others[:5]}.")
         if full and len(classes) != SKETCH[name]:

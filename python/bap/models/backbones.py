@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from bap.files import parse_tensors, read_bytes
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
@@ -116,18 +119,25 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Mapping[str, Any] = load_file(path)
+            data = read_bytes(path)
+            state: Mapping[str, Any] = load(data)
+            head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            if {"info", "checksum"} & set(head):
+                # One of ours, with a checksum.
+                state = parse_tensors(data, path)[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}"
         ) from None
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {type(state).__name__}."
+        )
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    state = {_today(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {_today(key): value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     own = model.state_dict()
     left_out = [
         key for key in own if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)
