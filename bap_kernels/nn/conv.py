@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
+from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.recompute import _RecomputedForward
 
@@ -267,6 +268,8 @@ class GatheredConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the listed channels of ``input``."""
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
         if self._mixed is not None:
             self._follow_weight()
             return self._gathered_mixed(input, self._mixed)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.nn.conv import has_own_forward
+from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.per_domain import PerDomain, checked_names
@@ -109,16 +110,13 @@ class DomainNorm(PerDomain):
             _reset(made)
         self._add(name, made)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalises with the active domain's parameters and statistics."""
-        if self._mixed is None:
-            return self._current()(input, *args, **kwargs)
-        if args or kwargs:
-            raise NotImplementedError(
-                f"{type(self).__name__}(): expected one argument in a mixed batch, got {1 + len(args) + len(kwargs)}. "
-                "Hint: call the model once for each domain."
-            )
-        return self._normalised_mixed(input, self._mixed)
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
+        if self._mixed is not None:
+            return self._normalised_mixed(input, self._mixed)
+        return self._current()(input)
 
     def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
         return runs.apply(self, input, lambda part, norm: norm(part))
@@ -357,6 +355,8 @@ class DomainLinear(_DomainHead):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
         if self._mixed is not None:
             return self._applied_mixed(input, self._mixed)
         return self._current()(input)
@@ -423,6 +423,8 @@ class DomainConv2d(_DomainHead):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
         if self._mixed is None:
             return self._current()(input)
         most = max(conv.out_channels for conv in self._mixed.states)

@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bap_kernels.nn.conv import refuse_own_forward
+from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
-from bap_kernels.nn.recording import record
+from bap_kernels.nn.recording import record_calls
 
 __all__ = ["Choice", "Numbers", "chosen_heads", "shared_classifiers"]
 
@@ -85,10 +86,9 @@ def _last_layers(model: nn.Module, candidates: Mapping[str, nn.Module]) -> tuple
     if not list(model.children()):
         return list(candidates), None
     try:
-        root, graph = record("switch_", model, (PerDomain, nn.Linear, nn.Conv2d))
+        graph = record_calls(copy_modules(model), lambda module: isinstance(module, (PerDomain, nn.Linear, nn.Conv2d)))
     except Exception as error:  # whatever the model's own code raises
         return list(candidates), f"the model cannot be recorded ({error})"
-    modules = dict(root.named_modules(remove_duplicate=False))
     names = {module: name for name, module in candidates.items()}
     found: dict[str, None] = {}
     doubt: str | None = None
@@ -100,7 +100,7 @@ def _last_layers(model: nn.Module, candidates: Mapping[str, nn.Module]) -> tuple
             continue
         seen.add(node)
         if node.op == "call_module":
-            module = model.get_submodule(str(node.target)) if root is model else modules[str(node.target)]
+            module = model.get_submodule(str(node.target))
             if module in names:
                 found[names[module]] = None
                 continue

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d
 from bap_kernels.nn.module_copy import copy_modules
+from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.recording import has_hooks, record_calls
 from bap_kernels.nn.switched import SwitchedConv2d
@@ -27,7 +28,6 @@ _log = logging.getLogger(__name__)
 # What hands each channel's gradient on to the same channel, zeros as zeros.
 _LAYERS = (
     nn.BatchNorm2d,
-    DomainBatchNorm2d,
     nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
@@ -65,7 +65,15 @@ _FUNCTIONS = (
 _METHODS = ("relu", "relu_", "add", "add_", "contiguous")
 
 
+def _passes_norm(norm: nn.Module) -> bool:
+    """Whether a domain's batch norm, and what it applies afterwards, keeps channels apart."""
+    parts = norm_parts(norm)
+    return parts is not None and not has_hooks(norm) and all(type(one) in _LAYERS for one in parts.after)
+
+
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
+    if isinstance(module, DomainBatchNorm2d):
+        return not has_hooks(module) and all(_passes_norm(one) for one in module.domains.values())
     if module is not None:
         return type(module) in _LAYERS and not has_hooks(module)
     return node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)

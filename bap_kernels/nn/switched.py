@@ -15,6 +15,7 @@ from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, take_over, why_not, why_not_groups
+from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 from bap_kernels.nn.recompute import held_input, recomputes
 
@@ -231,6 +232,8 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the channels of ``input`` that are on."""
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
         if self._mixed is not None:
             return self._mixed.apply(self, input, self._switched)
         if input.dim() == 3:

@@ -367,3 +367,23 @@ def test_errors(op: str, device: str, private: bool) -> None:
         return
     with pytest.raises(ValueError, match=rf"{op}\(\): expected `read` to be on the input's device meta, got cpu"):
         run(torch.ones(6, dtype=torch.bool, device=other))
+
+
+class MixingNorm(nn.BatchNorm2d):
+    """A subclass whose result mixes channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(1)
+
+
+def test_links_end_at_norms_that_are_not_known() -> None:
+    def link(norm: nn.Module) -> object:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))
+        return bk.nn.switch_(model, ["a"])[0].readers
+
+    assert link(nn.BatchNorm2d(4)) is not None
+    assert link(nn.SyncBatchNorm(4)) is not None
+    assert link(MixingNorm(4)) is None
+    norm_act = pytest.importorskip("timm.layers.norm_act", reason="timm is not installed")
+    assert link(norm_act.BatchNormAct2d(4)) is not None
+    assert link(norm_act.BatchNormAct2d(4, act_layer=nn.Softmax, act_kwargs={"dim": 1}, inplace=None)) is None
