@@ -20,6 +20,7 @@ __all__ = [
     "OWN_FORWARD",
     "GatheredConv2d",
     "MaskedConv2d",
+    "PackedConv2d",
     "has_own_forward",
     "refuse_own_forward",
     "take_over",
@@ -97,7 +98,31 @@ def take_over(layer: nn.Module, conv: nn.Module) -> None:
         layer.__dict__.pop(name, None)
 
 
-class GatheredConv2d(nn.Conv2d):
+class PackedConv2d(nn.Conv2d):
+    """Base of the layers whose weight is kept packed: what may change the weight drops that.
+
+    It is dropped before the change: parameters that are swapped, as
+    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must not be known to anyone else.
+    """
+
+    def _drop(self) -> None:
+        drop_packed([self._parameters.get("weight")])
+
+    def train(self, mode: bool = True) -> PackedConv2d:
+        """Sets the mode; packed weights of the mode before are dropped."""
+        self._drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
+        self._drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._drop()
+        super()._load_from_state_dict(*args)
+
+
+class GatheredConv2d(PackedConv2d):
     """:class:`torch.nn.Conv2d` that reads and computes only listed channels; the result holds only those computed.
 
     Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
@@ -304,13 +329,7 @@ class GatheredConv2d(nn.Conv2d):
             not self.training,
         )
 
-    def train(self, mode: bool = True) -> GatheredConv2d:
-        """Sets the mode; packed weights of the mode before are dropped."""
-        drop_packed([self._parameters.get("weight")])
-        return super().train(mode)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
-        drop_packed([self._parameters.get("weight")])
         super()._apply(fn, recurse)
         self._follow_weight()
         return self

@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
-from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, take_over, why_not, why_not_groups
+from bap_kernels.nn.conv import (
+    OWN_FORWARD,
+    GatheredConv2d,
+    PackedConv2d,
+    has_own_forward,
+    take_over,
+    why_not,
+    why_not_groups,
+)
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 from bap_kernels.nn.recompute import held_input, recomputes
@@ -24,7 +31,7 @@ __all__ = ["SwitchedConv2d"]
 _Layer = TypeVar("_Layer", bound="SwitchedConv2d")
 
 
-class SwitchedConv2d(PerDomain, nn.Conv2d):
+class SwitchedConv2d(PerDomain, PackedConv2d):
     r""":class:`torch.nn.Conv2d` that trains, for every domain, one binary switch per input channel.
 
     .. math:: y_k = \sum_c s_c \, (W_{kc} \ast x_c) + b_k, \qquad s_c = 1[\tilde s_c > \tau]
@@ -280,11 +287,6 @@ class SwitchedConv2d(PerDomain, nn.Conv2d):
             on = switch.score.detach() > switch.threshold
             found = on if found is None else found | on
         return found
-
-    def train(self, mode: bool = True) -> SwitchedConv2d:
-        """Sets the mode; packed weights of the mode before are dropped."""
-        drop_packed([self._parameters.get("weight")])
-        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         place = f"{prefix}domains."

@@ -107,7 +107,7 @@ def test_lists_follow_a_weight_that_goes_to_meta_by_hand() -> None:
     _check(model)
 
 
-@pytest.fixture(params=["set_overwrite_module_params_on_conversion"])
+@pytest.fixture(params=["set_swap_module_params_on_conversion", "set_overwrite_module_params_on_conversion"])
 def _future(request: pytest.FixtureRequest) -> Iterator[None]:
     change = getattr(torch.__future__, request.param)
     change(True)
