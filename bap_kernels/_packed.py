@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bap_kernels._load import _C
 
-__all__ = ["drop_packed", "triton_weights"]
+__all__ = ["count_steps", "drop_packed", "triton_weights"]
+
+# Steps of optimisers that each watched tensor was part of.
+_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def triton_weights() -> Any:
@@ -30,10 +34,21 @@ def drop_packed(tensors: Iterable[Tensor | None]) -> None:
                 weights.drop_of(tensor)
 
 
+def count_steps(tensor: Tensor) -> int:
+    """Steps of optimisers that the tensor was part of since this was first asked; for tensors that are not compared."""
+    return _steps.setdefault(tensor, 0)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # The fused steps, and those that are followed by a broadcast, leave the versions of the parameters as they were.
-    if not torch.compiler.is_compiling():
-        drop_packed(parameter for group in optimizer.param_groups for parameter in group["params"])
+    if torch.compiler.is_compiling():
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    drop_packed(parameters)
+    if _steps:
+        for parameter in parameters:
+            if parameter in _steps:
+                _steps[parameter] += 1
 
 
 # Of all optimisers, those that exist included.

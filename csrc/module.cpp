@@ -6,8 +6,11 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstring>
+
 #include "aten/route_cuda.h"
 #include "cpu/choice.h"
+#include "cpu/fingerprint.h"
 #include "cpu/isa.h"
 #include "cpu/native.h"
 #include "cpu/packed_cache.h"
@@ -168,6 +171,34 @@ std::pair<std::string, at::Tensor> choose_as_on_gpu(
   return {route_name(route), run_cuda_route(call, route, op)};
 }
 
+// Whether two tensors of one shape and dtype on the CPU hold the same bits.
+bool same_values(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || !a.sizes().equals(b.sizes())) return false;
+  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+}
+
+// What tells whether tensors have changed: of those on the CPU the values; of others, which cannot be read without a
+// stall, the tensor, its storage, address and version.
+py::bytes fingerprint(const std::vector<at::Tensor>& tensors) {
+  std::vector<Fingerprint> parts;
+  for (const at::Tensor& t : tensors) {
+    if (t.is_cpu()) {
+      parts.push_back(fingerprint_values(t));
+      continue;
+    }
+    const std::array<uint64_t, 3> state = {reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()),
+                                           t.has_storage()
+                                               ? reinterpret_cast<uintptr_t>(t.storage().unsafeGetStorageImpl()) +
+                                                     static_cast<uint64_t>(t.storage_offset())
+                                               : 0,
+                                           t.is_inference() ? 0 : static_cast<uint64_t>(t._version())};
+    parts.push_back(fingerprint_bytes(state.data(), sizeof(state)));
+  }
+  const Fingerprint all = fingerprint_bytes(parts.data(), static_cast<int64_t>(parts.size() * sizeof(Fingerprint)));
+  return {reinterpret_cast<const char*>(all.data()), sizeof(all)};
+}
+
 py::dict packed_cache_info() {
   const auto info = PackedCache::instance().info();
   py::dict d;
@@ -231,6 +262,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_cache_info", &packed_cache_info);
   m.def("set_packed_cache_limit", [](int64_t bytes) { PackedCache::instance().set_limit(bytes); }, py::arg("bytes"));
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
+  m.def("same_values", &same_values, py::arg("a"), py::arg("b"));
+  m.def("fingerprint", &fingerprint, py::arg("tensors"));
   m.def("drop_packed", [](const at::Tensor& weight) { PackedCache::instance().drop(weight); }, py::arg("weight"));
 }
 

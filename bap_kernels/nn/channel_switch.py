@@ -9,12 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._load import _C
+from bap_kernels._packed import count_steps
 from bap_kernels.channels import ChannelLists
 
 __all__ = ["ChannelSwitch"]
 
 # From 1: the operators take 0 for callers without a number.
 _numbers = itertools.count(1)
+
+
+def _state_of(score: Tensor) -> Any:
+    """What a change of scores is seen by: a copy of their values, or of those on a GPU all but the values."""
+    if score.is_cpu:
+        return score.clone()
+    if score.is_inference():
+        return None
+    # The storage is held, so that no other gets its address.
+    return score.untyped_storage(), score.data_ptr(), score._version, count_steps(score)
+
+
+def _is_state(score: Tensor, state: Any) -> bool:
+    if isinstance(state, Tensor):
+        return score.is_cpu and _C.same_values(score, state)
+    if state is None or score.is_cpu or score.is_inference():
+        return False
+    storage, *rest = state
+    return score.untyped_storage()._cdata == storage._cdata and rest == [
+        score.data_ptr(),
+        score._version,
+        count_steps(score),
+    ]
 
 
 class ChannelSwitch(nn.Module):
@@ -67,7 +92,8 @@ class ChannelSwitch(nn.Module):
         # Training forwards since the channels that are off last got a gradient.
         self.since = 0
         self.score = nn.Parameter(torch.full((channels,), float(initial), dtype=torch.float32, device=device))
-        self._listed: tuple[tuple[int, int, float], ChannelLists] | None = None
+        # Threshold, scores, and the lists that they made.
+        self._listed: tuple[float, Any, ChannelLists] | None = None
         # Its own among all that are alive: by it the backward knows which lists it has seen.
         self.number = next(_numbers)
 
@@ -88,20 +114,22 @@ class ChannelSwitch(nn.Module):
     def channels(self) -> ChannelLists:
         """The channels that are on, as the in-list; made anew only after the scores have changed.
 
-        As the packed weights do, this overlooks writes through ``score.data``, except those that move it.
+        On a CPU the scores are compared by value, so that every change is seen. To read those on a GPU would stall it:
+        there a change is seen by the version, by another storage, or by a step of an optimiser, and a write that leaves
+        none of these, such as one through ``score.data``, is overlooked.
         """
         # Past nn.Module.__getattr__: an eval forward of a small layer takes only a few microseconds.
         score = self._parameters["score"]
         assert score is not None
-        if score.is_inference():
-            return ChannelLists.from_mask(score > self.threshold)
-        state = score.data_ptr(), score._version, self.threshold
         listed = self._listed
-        if listed is None or listed[0] != state:
-            # Tensors made in inference mode have no version, without which no packed weights are kept.
-            with torch.inference_mode(False):
-                listed = self._listed = state, ChannelLists.from_mask(score.detach() > self.threshold)
-        return listed[1]
+        if listed is not None and listed[0] == self.threshold and _is_state(score, listed[1]):
+            return listed[2]
+        # Tensors made in inference mode have no version, without which lists on a GPU are not kept.
+        with torch.inference_mode(False), torch.no_grad():
+            state = _state_of(score)
+            values = state if score.is_cpu else score.detach()
+            listed = self._listed = self.threshold, state, ChannelLists.from_mask(values > self.threshold)
+        return listed[2]
 
     def reset_parameters(self) -> None:
         """Sets all scores to :attr:`initial`."""

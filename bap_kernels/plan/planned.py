@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.trace import Recording, same_widths, trace
+from bap_kernels.plan.watch import Watch
 
 __all__ = ["PlannedNetwork", "plan"]
 
@@ -23,10 +25,12 @@ __all__ = ["PlannedNetwork", "plan"]
 class PlannedNetwork(nn.Module):
     """A network lowered for one domain at a time: compact activations, no dead filters, everything fused.
 
-    Made by :func:`bap_kernels.plan`. The weights are the model's own parameters, read at every call; batch norms and
-    depthwise filters were copied when the plan was made, so after a change of those :meth:`remake` is needed. It serves
-    inference: no gradient flows through it, and it refuses training mode. A copy, a pickle and a move to another device
-    or dtype are made by planning again.
+    Made by :func:`bap_kernels.plan`. The weights are the model's own parameters, read at every call. Batch norms,
+    filters of grouped convolutions and lists were copied when the plan was made; where a call finds that the model's
+    have changed since, it first makes the plan again, for which the model must be in eval mode. After a change of the
+    model's modules or code :meth:`remake` is needed, and on a GPU after a write to a batch norm that leaves its version
+    as it was and is no step of an optimiser. It serves inference: no gradient flows through it, and it refuses training
+    mode. A copy, a pickle and a move to another device or dtype are made by planning again.
 
     Attributes:
         model: the network that was planned.
@@ -59,6 +63,9 @@ class PlannedNetwork(nn.Module):
         self._recording: Recording | None = None
         self._mixed: tuple[MixedBatch, list[Program]] | None = None
         self.training = False
+        self._remaking = threading.Lock()
+        # Before the plan is made: a change meanwhile makes it old, not wrong.
+        self._watch = Watch(model)
         self._program, self.max_error = self._made(domain)
 
     def _made(self, domain: str | None) -> tuple[Program, float | None]:
@@ -116,11 +123,24 @@ class PlannedNetwork(nn.Module):
 
     def remake(self) -> PlannedNetwork:
         """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
+        watch = Watch(self.model)
         self._programs.clear()
         self._recording = None
         self._mixed = None
         self._program, self.max_error = self._made(self.domain)
+        self._watch = watch
         return self
+
+    def _renew(self) -> None:
+        """Makes the active plan, and that of a mixed batch, again where the model has changed."""
+        with self._remaking:
+            if not self._watch.changed():
+                return
+            mixed = self._mixed
+            self.remake()
+            if mixed is not None:
+                domains, batch = domain_names(self.model), mixed[0]
+                self._mixed = batch, [self._made(domains[number])[0] for number in batch.numbers]
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the active domain's plan.
@@ -153,6 +173,8 @@ class PlannedNetwork(nn.Module):
                 raise ValueError(
                     f"PlannedNetwork(): expected an input of shape (N, {known.shape[1]}, H, W), got {tuple(x.shape)}."
                 )
+        if not torch.compiler.is_compiling() and self._watch.changed():
+            self._renew()
         if self._mixed is not None:
             return self._run_mixed(inputs, *self._mixed)
         return self._program.run(inputs)
@@ -235,7 +257,7 @@ def plan(
         memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.
 
     Returns:
-        A :class:`PlannedNetwork`. It shares the model's parameters and is a snapshot of its batch norms.
+        A :class:`PlannedNetwork`. It shares the model's parameters, and follows changes of its batch norms.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the

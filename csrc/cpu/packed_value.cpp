@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kFewestSamples = 16, kMostSamples = 256, kValuesPerSample = 1024;
 // Of an entry, its nodes in the maps, a tensor with its storage, and what malloc adds to each.
 constexpr int64_t kBookkeeping = 1024;
-// oneDNN's tensors begin on pages of their own.
-constexpr int64_t kPage = 4096;
+// What a reordered weight takes beside its numbers: it begins on a page of its own, and has a description.
+constexpr int64_t kOfReordered = 5 * 1024;
 
 uint32_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<uint32_t>(t._version()); }
 
@@ -152,8 +152,7 @@ bool PackedValue::holds(const ConvCall& c, PackedTrust trust) const {
 }
 
 void PackedValue::count_bytes(bool reordered) {
-  const auto up = [](int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; };
-  bytes = reordered ? up(reordered_bytes(packed), kPage) + kPage : static_cast<int64_t>(packed.storage().nbytes());
+  bytes = reordered ? reordered_bytes(packed) + kOfReordered : static_cast<int64_t>(packed.storage().nbytes());
   bytes += kBookkeeping + static_cast<int64_t>(sample.offsets.size() * 2 * sizeof(int64_t));
   for (const List& list : lists) bytes += static_cast<int64_t>(list.values.size() * sizeof(int32_t));
 }

@@ -183,3 +183,47 @@ def test_to_gathered_has_the_lists_of_all_domains(kind: type[GatheredConv2d]) ->
     assert isinstance(layer.domains, nn.ModuleDict)
     x = torch.randn(2, 12, 9, 7)
     assert torch.equal(gathered(x), layer(x))
+
+
+def _by_numpy(score: Tensor) -> None:
+    score.detach().numpy()[OFF[0]] = 1
+
+
+def _by_data(score: Tensor) -> None:
+    score.data[OFF[0]] = 1
+
+
+def _by_vector(score: Tensor) -> None:
+    values = score.detach().clone()
+    values[OFF[0]] = 1
+    nn.utils.vector_to_parameters(values, [score])
+
+
+def _by_fused_step(score: Tensor) -> None:
+    score.grad = torch.zeros_like(score)
+    score.grad[OFF[0]] = -1
+    torch.optim.SGD([score], 1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", [_by_numpy, _by_data, _by_vector, _by_fused_step])
+def test_lists_follow_the_values_of_scores(write: Callable[[Tensor], None], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        layer = _layer().eval()
+        score, x = layer.domains["a"].score, torch.randn(2, 12, 5, 5)
+        assert layer.channels() == ChannelLists(ON)
+        assert layer.channels() is layer.channels()
+        for _ in range(2):
+            with torch.no_grad():
+                write(score)
+            more = ChannelLists(sorted([*ON, OFF[0]]))
+            assert layer.channels() == more
+            assert bk.ChannelTable.from_switches(layer)["a"][""] == more
+            with torch.no_grad():
+                on = layer.switch("a").view(-1, 1, 1)
+                _close(layer(x), F.conv2d(x * on, layer.weight, layer.bias, padding=1))
+                score[OFF[0]] = 0
+            assert layer.channels() == ChannelLists(ON)
+            layer.domains["a"].threshold = 2.0
+            assert layer.channels() == ChannelLists([])
+            layer.domains["a"].threshold = 5e-3
