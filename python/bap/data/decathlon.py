@@ -38,6 +38,8 @@ DECATHLON: dict[str, _Facts] = {
     "vgg-flowers": ((102, 1020, 1020, 6149), (0.4341, 0.3831, 0.2971), (0.2851, 0.2384, 0.264), True),
 }
 _RESIZE, _CROP = 72, 64
+# Ids of a domain's categories follow a multiple of this [P].
+_BLOCK = 10**7
 
 
 def _fail(what: str, problems: list[str]) -> None:
@@ -226,6 +228,12 @@ def load_decathlon(
             # The numbers of ImageNet's images are those of its extract, which was not at hand to check.
             expected = dict(zip(SPLITS, counts, strict=True)) if name != "imagenet12" else {}
             found = [] if len(classes) == count else [f"{len(classes)} classes, expected {count}"]
+            first = min(classes) // _BLOCK * _BLOCK
+            if sorted(classes) != list(range(first + 1, first + len(classes) + 1)):
+                found.append(
+                    f"categories {min(classes)} to {max(classes)}, expected 1 to {len(classes)} beyond a multiple of "
+                    f"{_BLOCK:,}"
+                )
             for split in held:
                 if len(held[split]) != expected.get(split, len(held[split])):
                     found.append(f"{len(held[split])} {split} images, expected {expected[split]}")
