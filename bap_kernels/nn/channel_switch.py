@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
 from bap_kernels.channels import ChannelLists
+from bap_kernels.nn.in_backward import once_for_each_forward
 
 __all__ = ["ChannelSwitch"]
 
@@ -104,9 +105,13 @@ class ChannelSwitch(nn.Module):
         return (value > self.threshold).to(value.dtype) + (self.score - value)
 
     def takes_off_gradient(self) -> bool:
-        """Counts a training forward; says whether channels that are off get a gradient in it."""
-        if self.ste_every == 1:
-            return True
+        """Counts a training forward; says whether channels that are off get a gradient in it.
+
+        Without gradient nothing is counted, and a forward that checkpointing computes again counts once.
+        """
+        return True if self.ste_every == 1 else once_for_each_forward(self, self._counted)
+
+    def _counted(self) -> bool:
         due = self.since == 0
         self.since = (self.since + 1) % self.ste_every
         return due

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided
+from bap_kernels.nn.in_backward import NEVER, change_now, check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.recompute import _RecomputedForward
@@ -27,8 +28,6 @@ __all__ = [
     "why_not",
     "why_not_groups",
 ]
-
-_mixed_operator = torch.ops.bap_kernels._gathered_conv2d_mixed.default
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
@@ -163,6 +162,8 @@ class GatheredConv2d(PackedConv2d):
     lists: dict[str, ChannelLists]
     # Set while a mixed batch is: the lists of its runs.
     _mixed: Runs | None = None
+    # When the active lists last changed.
+    _changed = NEVER
 
     def __init__(
         self,
@@ -252,6 +253,7 @@ class GatheredConv2d(PackedConv2d):
         self.lists = {domain: one.to(device) for domain, one in lists.items()}
         self.channels = ChannelLists()
         self._mixed = None
+        self._changed = change_now()
 
     def set_domain(self, name: str | None) -> None:
         """Activates the lists of one domain; None keeps all channels.
@@ -266,6 +268,7 @@ class GatheredConv2d(PackedConv2d):
         else:
             raise ValueError(f"set_domain(): expected `name` to be one of {list(self.lists)}, got {name!r}.")
         self._mixed = None
+        self._changed = change_now()
 
     def _settled(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """The input, and its padding on four sides."""
@@ -295,6 +298,8 @@ class GatheredConv2d(PackedConv2d):
         """Convolves the listed channels of ``input``."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
         if self._mixed is not None:
             self._follow_weight()
             return self._gathered_mixed(input, self._mixed)
@@ -310,24 +315,11 @@ class GatheredConv2d(PackedConv2d):
 
     def _gathered_mixed(self, input: Tensor, runs: Runs) -> Tensor:
         # One kernel for all runs serves inference; in every other case each run is a call of its own.
-        in_indices = [lists.in_index for lists in runs.states]
-        tracked = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        alone = tracked or self.groups != 1 or torch.is_autocast_enabled(input.device.type)
-        if alone or any(lists.out_index is not None for lists in runs.states):
-            return runs.apply(self, input, self._gathered)
-        runs.batch.check(self, input)
+        if any(lists.out_index is not None for lists in runs.states) or not runs.at_once(self, input):
+            return runs.apply(self, input, self._gathered, 4)
+        runs.batch.check(self, input, 4)
         input, sides = self._settled(input)
-        return _mixed_operator(
-            input,
-            self.weight,
-            self.bias,
-            in_indices,
-            runs.batch.counts,
-            self.stride,
-            sides,
-            self.dilation,
-            not self.training,
-        )
+        return runs.gathered(self, input, [lists.in_index for lists in runs.states], sides, not self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
         super()._apply(fn, recurse)
@@ -336,6 +328,8 @@ class GatheredConv2d(PackedConv2d):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Of another process, perhaps.
+        self.__dict__.pop("_changed", None)
         self._follow_weight()
 
     def _follow_weight(self) -> None:

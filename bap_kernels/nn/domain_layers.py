@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.nn.conv import has_own_forward
+from bap_kernels.nn.in_backward import check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.norms import norm_parts
@@ -114,6 +115,8 @@ class DomainNorm(PerDomain):
         """Normalises with the active domain's parameters and statistics."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
         if self._mixed is not None:
             return self._normalised_mixed(input, self._mixed)
         return self._current()(input)
@@ -198,15 +201,12 @@ class DomainBatchNorm2d(DomainNorm):
         hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in runs.states)
         if not fixed or hooked or torch.is_autocast_enabled(input.device.type):
             return super()._normalised_mixed(input, runs)
-        runs.batch.check(self, input)
+        runs.batch.check(self, input, 4)
         # One scale and one shift for each sample and channel: a single pass over the batch.
         scales, shifts = zip(*(one.scale_and_shift() for one in parts), strict=True)
-        counts = torch.tensor(runs.batch.counts, device=input.device)
+        places = runs.batch.on("places", input.device)
         scale, shift = (
-            torch.stack(rows)
-            .repeat_interleave(counts, 0, output_size=runs.batch.size)[:, :, None, None]
-            .to(input.dtype)
-            for rows in (scales, shifts)
+            torch.stack(rows).index_select(0, places)[:, :, None, None].to(input.dtype) for rows in (scales, shifts)
         )
         return torch.addcmul(shift, input, scale)
 
@@ -357,6 +357,8 @@ class DomainLinear(_DomainHead):
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
         if self._mixed is not None:
             return self._applied_mixed(input, self._mixed)
         return self._current()(input)
@@ -425,6 +427,8 @@ class DomainConv2d(_DomainHead):
         """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
         if self._mixed is None:
             return self._current()(input)
         most = max(conv.out_channels for conv in self._mixed.states)
@@ -433,4 +437,4 @@ class DomainConv2d(_DomainHead):
             # No probability and never the largest: softmax and argmax are each domain's own.
             return F.pad(conv(part), (0, 0, 0, 0, 0, most - conv.out_channels), value=-torch.inf)
 
-        return self._mixed.apply(self, input, one)
+        return self._mixed.apply(self, input, one, 4)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.nn.mixed import MixedBatch, Runs, mixed_numbers, release_, sort_batches_
+from bap_kernels.nn.in_backward import NEVER, change_now
+from bap_kernels.nn.mixed import MixedBatch, Runs, mixed_numbers
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
 from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
@@ -34,10 +35,10 @@ class _Layers:
         self.owning: list[tuple[dict[str, Any], dict[Any, Any], bool]] = []
         self.parents: list[tuple[dict[str, Any], tuple[nn.Module | None, ...]]] = []
         self.leaves: list[dict[str, Any]] = []
+        # Planned networks, which have a plan for each domain instead.
+        self.planned: list[ReferenceType[nn.Module]] = []
         # Once for each model: lists are often made before torch.compile is loaded.
         self.marked = False
-        # Whether a mixed batch is set; a copy of a model may come with one.
-        self.mixed = any(module.__dict__.get("_mixed") is not None for module in model.modules())
         seen: set[nn.Module] = set()
         waiting = [model]
         while waiting:
@@ -45,6 +46,9 @@ class _Layers:
             if module in seen:
                 continue
             seen.add(module)
+            if hasattr(type(module), "_prepared"):
+                self.planned.append(ref(module))
+                continue
             children = module._modules
             if isinstance(module, GatheredConv2d):
                 self.gathered.append(module.__dict__)
@@ -61,6 +65,11 @@ class _Layers:
     def fits(self) -> bool:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
         return not any(self.leaves) and all(tuple(children.values()) == known for children, known in self.parents)
+
+    def planned_networks(self, model: nn.Module) -> list[Any]:
+        """The planned networks in the model that depend on the domain; a model that is one itself always counts."""
+        found = [one for one in (reference() for reference in self.planned) if one is not None]
+        return [one for one in found if one is model or domain_names(one)]
 
     def mark_dynamic(self) -> None:
         """Tells torch.compile which sizes vary between domains."""
@@ -162,10 +171,16 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
 
     Gathered layers that no table was attached to keep the lists that they were made with.
 
-    For a mixed batch, ``name`` holds one domain number per sample. The model then takes batches of just these samples:
-    it sorts them by domain, computes each with its domain's channels, batch norm and classifier, and gives the results
-    in the caller's order. Layers must give every domain as many channels, so out-lists need
-    :class:`~bap_kernels.nn.MaskedConv2d`; classifiers with fewer outputs than the largest are filled up with -inf.
+    For a mixed batch, ``name`` holds one domain number per sample. Every layer then takes batches of just these samples
+    in their order, and computes each with its domain's channels, batch norm and classifier. Samples keep their places
+    throughout, so a model may do with its batch, and return, whatever it likes. A layer that gets another number of
+    samples than there are numbers raises. Layers must give every domain as many channels, so out-lists need
+    :class:`~bap_kernels.nn.MaskedConv2d`; classifiers with fewer outputs than the largest are filled up with -inf. A
+    batch whose samples are sorted by domain is the fastest.
+
+    A domain stays until the next call, also for a part of the model alone. A backward that computes a forward again,
+    as :func:`torch.utils.checkpoint.checkpoint` does, raises if the domain was set in between;
+    :func:`bap_kernels.nn.recompute` remembers it.
 
     Args:
         model: a model that went through :func:`bap_kernels.attach_` or :func:`bap_kernels.nn.switch_`.
@@ -188,20 +203,17 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
         >>> model(torch.randn(3, 8, 5, 5)).shape
         torch.Size([3, 4, 3, 3])
     """
-    switch = getattr(model, "_switch_domain", None)
-    if switch is not None:
-        switch(name)
-        return
     layers = _layers(model)
     # Truthiness of `lists`: a layer that was never attached to is not switched.
     gathered = [layer for layer in layers.gathered if layer["lists"]]
     owning = layers.owning
-    if not (gathered or owning):
+    planned = layers.planned_networks(model) if layers.planned else []
+    if not (gathered or owning or planned):
         raise ValueError(
             "set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_; or nn.switch_."
         )
     if isinstance(name, Tensor):
-        _set_mixed(model, gathered, owning, name)
+        _set_mixed(gathered, owning, planned, name)
         return
     try:
         if name is None:
@@ -213,37 +225,40 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
             lists = [layer["lists"][name] for layer in gathered]
     except (KeyError, TypeError):
         raise _refusal(gathered, owning, name) from None
-    if layers.mixed:
-        _end_mixed(model, layers)
+    # Plans are made here, which may fail; nothing has changed so far.
+    activations = [one._prepared(name) for one in planned]
+    now = change_now()
     # Past nn.Module.__setattr__, which costs a microsecond for each layer.
     for layer, one in zip(gathered, lists, strict=True):
-        layer["channels"] = one
+        if layer["channels"] is not one or layer.get("_mixed") is not None:
+            layer["channels"], layer["_mixed"], layer["_changed"] = one, None, now
+        elif now.by >= 0:
+            layer["_changed"] = now.again(layer.get("_changed", NEVER))
     for (attributes, _, _), module in zip(owning, active, strict=True):
-        attributes["_active"] = module
+        if attributes["_active"] is not module or attributes.get("_mixed") is not None:
+            attributes["_active"], attributes["_mixed"], attributes["_changed"] = module, None, now
+        elif now.by >= 0:
+            attributes["_changed"] = now.again(attributes.get("_changed", NEVER))
+    for activate in activations:
+        activate()
 
 
 def _set_mixed(
-    model: nn.Module,
     gathered: list[dict[str, Any]],
     owning: list[tuple[dict[str, Any], dict[Any, Any], bool]],
+    planned: list[Any],
     numbers: Tensor,
 ) -> None:
     tables = _tables(gathered, owning)
-    domains = _numbered(tables)
+    domains = _numbered([*tables, *(dict.fromkeys(domain_names(one)) for one in planned)])
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
-    release_(model)
+    activations = [one._prepared(numbers, domains) for one in planned]
+    now = change_now()
     for layer, table in zip([*gathered, *(attributes for attributes, _, _ in owning)], tables, strict=True):
-        layer["_mixed"] = Runs(batch, [table[name] for name in names])
-    sort_batches_(model, batch)
-    _layers(model).mixed = True
-
-
-def _end_mixed(model: nn.Module, layers: _Layers) -> None:
-    release_(model)
-    for layer in [*layers.gathered, *(attributes for attributes, _, _ in layers.owning)]:
-        layer.pop("_mixed", None)
-    layers.mixed = False
+        layer["_mixed"], layer["_changed"] = Runs(batch, [table[name] for name in names]), now
+    for activate in activations:
+        activate()
 
 
 def _refusal(
@@ -299,4 +314,5 @@ def domain_names(model: nn.Module) -> list[str]:
     """
     layers = _layers(model)
     tables = _tables([layer for layer in layers.gathered if layer["lists"]], layers.owning)
+    tables += [dict.fromkeys(domain_names(one.model)) for one in layers.planned_networks(model)]
     return _numbered(tables)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels.nn.in_backward import NEVER, change_now
 from bap_kernels.nn.mixed import Runs
 
 __all__ = ["PerDomain", "checked_names", "domain_layers", "domain_parameters"]
@@ -67,6 +68,8 @@ class PerDomain(nn.Module):
     _active: nn.Module | None
     # Set while a mixed batch is: the modules of its runs.
     _mixed: Runs | None = None
+    # When the active module last changed.
+    _changed = NEVER
     _without_domain_allowed = False
 
     def _hold(self, modules: Mapping[str, nn.Module]) -> None:
@@ -122,6 +125,7 @@ class PerDomain(nn.Module):
         else:
             raise ValueError(f"set_domain(): expected `name` to be one of {list(self.domains)}, got {name!r}.")
         self.__dict__["_mixed"] = None
+        self.__dict__["_changed"] = change_now()
 
     def _add(self, name: str, module: nn.Module) -> None:
         checked_names(f"{type(self).__name__}.add_domain", [*self.domains, name])
@@ -170,6 +174,8 @@ class PerDomain(nn.Module):
         super().__setstate__(state)
         # A copy that torch.compile or an export made may lack it.
         self.__dict__.setdefault("_active", None)
+        # Of another process, perhaps.
+        self.__dict__.pop("_changed", None)
 
 
 def domain_layers(model: nn.Module) -> Iterator[tuple[str, PerDomain]]:

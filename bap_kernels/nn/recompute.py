@@ -8,28 +8,23 @@ ReLU, which cost little, run twice. The convolution that ends a region is not co
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from bap_kernels.nn.in_backward import replaying
 from bap_kernels.nn.per_domain import PerDomain
 
-__all__ = ["held_input", "recompute", "recompute_", "recomputes"]
-
-_here = threading.local()
-
-
-def recomputes() -> bool:
-    """Whether this thread is inside a region."""
-    return bool(getattr(_here, "regions", 0))
+__all__ = ["RecomputedForward", "held_input", "is_recomputed", "plain_", "recompute", "recompute_"]
 
 
 class _Hold(torch.autograd.Function):
-    """Saves its input under the region's rules, for the convolution that reads the result."""
+    """Saves its input as checkpointing does, for the convolution that reads the result."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
@@ -43,7 +38,7 @@ class _Hold(torch.autograd.Function):
 
 @contextlib.contextmanager
 def held_input(input: Tensor) -> Iterator[Tensor]:
-    """Inside a region, lets the op that is called on the result save its input at once, before it computes anything.
+    """In a checkpoint, lets the op that is called on the result save its input at once, before it computes anything.
 
     Recomputing stops as soon as all that the backward needs is there again. An operator of a library saves after its
     forward, and would be computed again for nothing.
@@ -70,24 +65,18 @@ def held_input(input: Tensor) -> Iterator[Tensor]:
         yield held
 
 
-@contextlib.contextmanager
-def _region() -> Iterator[None]:
-    _here.regions = getattr(_here, "regions", 0) + 1
-    try:
-        yield
-    finally:
-        _here.regions -= 1
-
-
 # Attributes that decide what a forward computes and that may differ by the time of the backward: the mode, the domain's
-# module, lists and counter.
-_STATE = ("training", "_active", "channels", "since")
+# module or lists, and those of a mixed batch.
+_STATE = ("training", "_active", "channels", "_mixed")
+_ABSENT = object()
 
 
 def _used_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside one, repeats included, but of layers with domains only what the active domain uses."""
+    """The modules inside one, repeats included, but of layers with domains only what the domains in use need."""
     yield module
-    children = [module._active] if isinstance(module, PerDomain) else module._modules.values()
+    children: Iterable[nn.Module | None] = module._modules.values()
+    if isinstance(module, PerDomain):
+        children = [module._active] if module._mixed is None else module._mixed.states
     for child in children:
         if child is not None:
             yield from _used_modules(child)
@@ -98,8 +87,13 @@ class _Replay:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(dict.fromkeys(_used_modules(module)))
+        # A switched layer asks the layers that read its result, which may be outside.
+        readers = [reader for one in modules for reader in getattr(one, "readers", None) or ()]
         self.then = [
-            (one.__dict__, name, one.__dict__[name]) for one in modules for name in _STATE if name in one.__dict__
+            (one.__dict__, name, one.__dict__.get(name, _ABSENT))
+            for one in dict.fromkeys([*modules, *readers])
+            for name in _STATE
+            if name in one.__dict__ or (name == "_mixed" and hasattr(one, name))
         ]
         # Running statistics were updated in the first forward; the second one updates copies.
         self.buffers = [one._buffers for one in modules if one.training and one._buffers]
@@ -107,38 +101,47 @@ class _Replay:
         self.kept: list[dict[str, Tensor | None]] = []
 
     def __enter__(self) -> None:
-        _here.regions = getattr(_here, "regions", 0) + 1
-        self.now = [values[name] for values, name, _ in self.then]
+        self.now = [values.get(name, _ABSENT) for values, name, _ in self.then]
         self.kept = [dict(buffers) for buffers in self.buffers]
         for values, name, value in self.then:
-            values[name] = value
+            _put(values, name, value)
         for buffers in self.buffers:
             buffers.update({name: value.clone() for name, value in buffers.items() if value is not None})
+        self.replaying = replaying(True)
 
     def __exit__(self, *error: object) -> None:
-        _here.regions -= 1
+        replaying(self.replaying)
         for (values, name, _), value in zip(self.then, self.now, strict=True):
-            values[name] = value
+            _put(values, name, value)
         for buffers, kept in zip(self.buffers, self.kept, strict=True):
             buffers.update(kept)
 
 
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        values.pop(name, None)
+    else:
+        values[name] = value
+
+
 def _recomputed(function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A compiler decides by itself what it computes again.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    # A compiler decides by itself what it computes again; torch.fx records what is inside.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _is_recorded(args, kwargs):
         return function(*args, **kwargs)
     replay = _Replay(module)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (_region(), replay), **kwargs)
+    return checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), replay), **kwargs
+    )
 
 
 def recompute(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Calls a module and keeps none of the tensors inside it; the backward computes them again from the inputs.
 
     It is :func:`torch.utils.checkpoint.checkpoint` (not reentrant) for layers with domains. The second forward sees the
-    domain, the mode and the counters of the first, whatever was set meanwhile, so one backward can serve the losses of
-    several domains; running statistics of batch norm change once. A :class:`~bap_kernels.nn.SwitchedConv2d` at the end
-    of the module is not computed again. Forward hooks of the module run twice. Under torch.compile the module is called
-    as it is: the compiler decides what to recompute.
+    domain or the mixed batch and the mode of the first, whatever was set meanwhile, so one backward can serve the
+    losses of several domains; running statistics of batch norm change once, and forwards are counted once. A
+    :class:`~bap_kernels.nn.SwitchedConv2d` at the end of the module is not computed again. Forward hooks of the module
+    run twice. Under torch.compile the module is called as it is: the compiler decides what to recompute.
 
     Args:
         module: best a batch norm, a ReLU and a convolution in :class:`torch.nn.Sequential`. Of a network of them a
@@ -162,15 +165,45 @@ def recompute(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _recomputed(module, module, *args, **kwargs)
 
 
-class _RecomputedForward:
-    """Takes the place of a module's forward."""
+def _is_recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(leaf, torch.fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+
+
+class RecomputedForward:
+    """Takes the place of a module's forward.
+
+    Attributes:
+        module: whose forward it is.
+        own: a forward that the module had as an attribute before, such as a wrapper of another library; None: that of
+            its class.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the forward, and keeps none of the tensors inside it."""
         module = self.module
-        return _recomputed(type(module).forward.__get__(module), module, *args, **kwargs)
+        forward = type(module).forward.__get__(module) if self.own is None else self.own
+        return _recomputed(forward, module, *args, **kwargs)
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether :func:`recompute_` chose this module."""
+    return isinstance(module.__dict__.get("forward"), RecomputedForward)
+
+
+def plain_(module: nn.Module) -> None:
+    """Undoes :func:`recompute_` for one module, without those inside.
+
+    A shallow copy needs it: the wrapper that it shares calls the module that it was copied from.
+    """
+    wrapper = module.__dict__.get("forward")
+    if isinstance(wrapper, RecomputedForward):
+        del module.__dict__["forward"]
+        if wrapper.own is not None:
+            module.__dict__["forward"] = wrapper.own
 
 
 def recompute_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> nn.Module:
@@ -197,7 +230,8 @@ def recompute_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) ->
         inside = any(not other or name.startswith(other + ".") for other in chosen)
         if not inside and filter_fn(module, name):
             chosen.append(name)
-            module.forward = _RecomputedForward(module)
+            if not is_recomputed(module):
+                module.forward = RecomputedForward(module)
     if not chosen:
         raise ValueError("recompute_(): expected `filter_fn` to choose a module of `model`, got none.")
     return model

@@ -22,9 +22,11 @@ from bap_kernels.nn.conv import (
     why_not,
     why_not_groups,
 )
+from bap_kernels.nn.in_backward import check_domain, in_backward, in_checkpoint
 from bap_kernels.nn.leaf import Proxy, as_one_step
+from bap_kernels.nn.mixed import Runs
 from bap_kernels.nn.per_domain import PerDomain, checked_names
-from bap_kernels.nn.recompute import held_input, recomputes
+from bap_kernels.nn.recompute import held_input
 
 __all__ = ["SwitchedConv2d"]
 
@@ -56,7 +58,7 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         threshold: τ; a channel is on where its score is greater.
         initial: the value of all scores to start with; the defaults of both are Piggyback's [P].
         ste_every: channels that are off get a gradient in every ``ste_every``-th training forward of a domain only,
-            which saves time in the others.
+            which saves time in the others. A forward that checkpointing computes again counts once.
 
     Attributes:
         readers: the layers that read the result, and nothing else does; None where that is not known. See
@@ -241,11 +243,24 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         """Convolves the channels of ``input`` that are on."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
         if self._mixed is not None:
-            return self._mixed.apply(self, input, self._switched)
+            return self._switched_mixed(input, self._mixed)
         if input.dim() == 3:
             return self._switched(input.unsqueeze(0), self._active).squeeze(0)
         return self._switched(input, self._active)
+
+    def _switched_mixed(self, input: Tensor, runs: Runs) -> Tensor:
+        if self.training or torch.compiler.is_compiling() or self.weight.is_meta or not runs.at_once(self, input):
+            return runs.apply(self, input, self._switched, 4)
+        runs.batch.check(self, input, 4)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        sides = four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
+        return runs.gathered(self, input, [switch.channels().in_index for switch in runs.states], sides, True)
 
     def _switched(self, input: Tensor, active: Any) -> Tensor:
         padding: Any = self.padding
@@ -262,14 +277,13 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             listed = active.channels().in_index
             sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
             return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
-        counts = self.training and torch.is_grad_enabled()
-        off_gradient = active.takes_off_gradient() if counts else True
+        off_gradient = active.takes_off_gradient() if self.training else True
         sides = four_sided("switched_conv2d", padding, self.kernel_size, stride, dilation)
         read = self._read(input)
         # A number would be a constant of a compiled graph, which serves all domains.
         number = 0 if read is None else active.number
         last = (stride, sides, dilation, self.groups, off_gradient, read, number)
-        if not recomputes():
+        if not in_checkpoint():
             return switched_operator(input, weight, bias, active(), *last)
         with held_input(input) as held:
             return switched_operator(held, weight, bias, active(), *last)

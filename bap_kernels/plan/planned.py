@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bap_kernels.nn.domains import domain_names
-from bap_kernels.nn.mixed import MixedBatch, joined, mixed_numbers
+from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan.compare import TOLERANCES, largest_error
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
+from bap_kernels.plan.mixed import MixedPlans
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.trace import Recording, same_widths, trace
 from bap_kernels.plan.watch import Watch
@@ -61,7 +63,7 @@ class PlannedNetwork(nn.Module):
         self._options = (check, tolerance, memory_format)
         self._programs: dict[str | None, tuple[Program, float | None]] = {}
         self._recording: Recording | None = None
-        self._mixed: tuple[MixedBatch, list[Program]] | None = None
+        self._mixed_plans: MixedPlans | None = None
         self.training = False
         self._remaking = threading.Lock()
         # Before the plan is made: a change meanwhile makes it old, not wrong.
@@ -98,35 +100,36 @@ class PlannedNetwork(nn.Module):
             )
         return program, share
 
-    def _switch_domain(self, name: str | Tensor | None) -> None:
-        """Makes another domain's plan the active one; it is made on first use and kept."""
-        if isinstance(name, Tensor):
-            domains = domain_names(self.model)
-            batch = MixedBatch(mixed_numbers(name, domains))
-            self._mixed = batch, [self._made(domains[number])[0] for number in batch.numbers]
-            return
-        self._program, self.max_error = self._made(name)
-        self.domain = name
-        self._mixed = None
+    def _prepared(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
+        """Makes the plans of a domain or of a mixed batch, which are kept, and returns what makes them the active ones.
 
-    def _run_mixed(self, inputs: tuple[Any, ...], batch: MixedBatch, programs: Sequence[Program]) -> Any:
-        inputs, found = batch.moved(inputs, batch.order)
-        if not found:
-            raise ValueError(
-                f"PlannedNetwork(): expected an input with the {batch.size} samples of the mixed batch, got none. "
-                "Hint: set_domain(planned, numbers) takes one number for each sample of the next batch."
-            )
-        results = []
-        for program, part in zip(programs, batch.parts(inputs), strict=True):
-            results.append(program.run(part))
-        return batch.moved(joined("PlannedNetwork", results), batch.back)[0]
+        Args:
+            name: as for :func:`bap_kernels.set_domain`.
+            domains: what the numbers of a mixed batch stand for; None: the model's domains.
+        """
+        if isinstance(name, Tensor):
+            known = list(domain_names(self.model) if domains is None else domains)
+            batch = MixedBatch(mixed_numbers(name, known))
+            plans = self._plans_of(batch, [known[number] for number in batch.numbers])
+            return functools.partial(setattr, self, "_mixed_plans", plans)
+        program, error = self._made(name)
+
+        def activate() -> None:
+            self._program, self.max_error = program, error
+            self.domain = name
+            self._mixed_plans = None
+
+        return activate
+
+    def _plans_of(self, batch: MixedBatch, domains: list[str]) -> MixedPlans:
+        return MixedPlans(batch, domains, [self._made(domain)[0] for domain in domains], self._example)
 
     def remake(self) -> PlannedNetwork:
         """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
         watch = Watch(self.model)
         self._programs.clear()
         self._recording = None
-        self._mixed = None
+        self._mixed_plans = None
         self._program, self.max_error = self._made(self.domain)
         self._watch = watch
         return self
@@ -136,11 +139,10 @@ class PlannedNetwork(nn.Module):
         with self._remaking:
             if not self._watch.changed():
                 return
-            mixed = self._mixed
+            mixed = self._mixed_plans
             self.remake()
             if mixed is not None:
-                domains, batch = domain_names(self.model), mixed[0]
-                self._mixed = batch, [self._made(domains[number])[0] for number in batch.numbers]
+                self._mixed_plans = self._plans_of(mixed.batch, mixed.domains)
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the active domain's plan.
@@ -175,8 +177,8 @@ class PlannedNetwork(nn.Module):
                 )
         if not torch.compiler.is_compiling() and self._watch.changed():
             self._renew()
-        if self._mixed is not None:
-            return self._run_mixed(inputs, *self._mixed)
+        if self._mixed_plans is not None:
+            return self._mixed_plans.run(inputs)
         return self._program.run(inputs)
 
     def peak_bytes(self, *shapes: Sequence[int]) -> int:

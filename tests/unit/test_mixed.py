@@ -274,16 +274,24 @@ def test_wrong_numbers(numbers: Tensor, error: type[Exception], message: str) ->
     assert not model._forward_hooks
 
 
-def test_wrong_batches_and_calls_of_a_part() -> None:
-    model = gathered().eval()
+@pytest.mark.parametrize("make", [gathered, switched])
+@pytest.mark.parametrize("shape", [(6, 12, 9, 8), (0, 12, 9, 8), (12, 9, 8)])
+def test_batches_of_another_size_are_refused(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    model = make().eval()
     bk.set_domain(model, NUMBERS)
-    with pytest.raises(ValueError, match="expected an input with the 7 samples of the mixed batch"):
-        model(torch.randn(6, 12, 9, 8))
-    with pytest.raises(RuntimeError, match="expected a mixed batch to come by the model"):
-        model.first(torch.randn(7, 12, 9, 8))
-    model(torch.randn(7, 12, 9, 8))
-    with pytest.raises(RuntimeError, match="expected a mixed batch to come by the model"):
-        model.first(torch.randn(7, 12, 9, 8))
+    with pytest.raises(ValueError, match="expected an input with the 7 samples of the mixed batch, got shape"):
+        model(torch.randn(shape))
+    assert model(torch.randn(7, 12, 9, 8)).shape == (7, 5)
+
+
+def test_one_image_is_no_batch_of_as_many_samples_as_it_has_channels() -> None:
+    for layer in (bk.nn.GatheredConv2d(3, 4, 1), bk.nn.SwitchedConv2d(3, 4, 1, domains=["a", "b"])):
+        model = nn.Sequential(layer)
+        if isinstance(layer, bk.nn.GatheredConv2d):
+            bk.attach_(model, {"a": {"0": bk.ChannelLists([0])}, "b": {"0": bk.ChannelLists([1])}})
+        bk.set_domain(model.eval(), torch.tensor([1, 0, 1]))
+        with pytest.raises(ValueError, match=r"expected an input with the 3 samples .* got shape \(3, 5, 5\)"):
+            model(torch.randn(3, 5, 5))
 
 
 @pytest.mark.parametrize(
@@ -334,14 +342,10 @@ def test_planned_networks_take_mixed_batches(make: Callable[[], nn.Module], layo
         torch.testing.assert_close(planned(x[:1])[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_is_copied_to_a_device_once() -> None:
+@pytest.mark.parametrize("name", ["places", "order", "back"])
+def test_indices_are_copied_to_a_device_once(name: str) -> None:
     batch = MixedBatch([1, 0, 1])
-    x = torch.randn(3, 8, 6, 6)
-    (sorted_x,), _ = batch.moved((x,), batch.order)
-    assert torch.equal(sorted_x, x[[1, 0, 2]])
-    assert batch.copies == {}
-    there = torch.empty(3, 8, 6, 6, device="meta")
-    for _ in range(2):
-        for index in (batch.order, batch.back):
-            assert batch.moved((there,), index)[0][0].device.type == "meta"
-    assert len(batch.copies) == 2
+    assert batch.on(name, torch.device("cpu")) is getattr(batch, name)
+    there = torch.device("meta")
+    assert batch.on(name, there).device == there
+    assert batch.on(name, there) is batch.on(name, there)

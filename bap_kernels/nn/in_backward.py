@@ -1,0 +1,169 @@
+"""Forwards inside a backward: what checkpointing computes again has to be what was computed first.
+
+:func:`torch.utils.checkpoint.checkpoint` calls a layer a second time during the backward, when another domain may be
+set, and when the layer has counted the call already. Autograd's sequence numbers tell: they grow with every node of a
+thread, so a node that runs now and is older than the last change of a layer's domain belongs to a forward before it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = [
+    "NEVER",
+    "Change",
+    "change_now",
+    "check_domain",
+    "in_backward",
+    "in_checkpoint",
+    "once_for_each_forward",
+    "replaying",
+]
+
+_here = threading.local()
+_graph_task = torch._C._current_graph_task_id
+_reentrant_code = CheckpointFunction.forward.__code__
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward; always false while compiling."""
+    return not torch.compiler.is_compiling() and _graph_task() != -1
+
+
+class Change(NamedTuple):
+    """When a layer's domain last changed.
+
+    Attributes:
+        at: autograd nodes made before have smaller numbers.
+        by: the node for which a backward computed the function that set the domain; -1 outside of a backward.
+        thread: that of the change; every thread numbers its own nodes.
+    """
+
+    at: int = 0
+    by: int = -1
+    thread: int = 0
+
+    def again(self, before: Change) -> Change:
+        """This one, for a layer that has the domain already since ``before``."""
+        return before if self.by < 0 else before._replace(by=self.by)
+
+
+NEVER = Change()
+
+
+def change_now() -> Change:
+    """For a layer whose domain is set now."""
+    if torch.compiler.is_compiling():
+        return NEVER
+    node = None if _graph_task() == -1 else torch._C._current_autograd_node()
+    by = -1 if node is None else node._sequence_nr()
+    return Change(torch._C._autograd._get_sequence_nr(), by, threading.get_ident())
+
+
+def replaying(on: bool) -> bool:
+    """Says that layers have the state of the first forward from now on, or no longer; gives what was said before."""
+    before = getattr(_here, "replaying", False)
+    _here.replaying = on
+    return before
+
+
+def check_domain(layer: nn.Module) -> None:
+    """Refuses a recomputed forward whose first one may have seen another domain; to be called in a backward.
+
+    A domain that was set in another thread than that of the forward is not compared.
+
+    Raises:
+        RuntimeError: if the layer's domain was changed since.
+    """
+    if getattr(_here, "replaying", False):
+        return
+    changed: Any = layer._changed
+    node = torch._C._current_autograd_node()
+    if node is None or _numbers_of_another_thread(changed):
+        return
+    if node._sequence_nr() < changed.at and node._sequence_nr() != changed.by:
+        raise RuntimeError(
+            f"{type(layer).__name__}(): expected the domain of the first forward when checkpointing computes it again, "
+            "got one that was set in between. Hint: call backward() before set_domain, or use bk.nn.recompute, which "
+            "remembers the domain."
+        )
+
+
+def _numbers_of_another_thread(changed: Change) -> bool:
+    # Forwards are in the thread that calls backward(), or else in that of the change: threads of the engine are no
+    # threads of Python's.
+    if threading.get_ident() == changed.thread:
+        return False
+    return not isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _hook_name() -> str:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return "" if hooks is None else getattr(hooks[0], "__qualname__", "")
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint that is not reentrant takes what autograd saves, in its first forward or in the second."""
+    return not torch.compiler.is_compiling() and _hook_name().startswith(("_checkpoint_hook", "_recomputation_hook"))
+
+
+def once_for_each_forward(key: object, decide: Callable[[], bool]) -> bool:
+    """What ``decide()`` says, which counts training forwards: asked once for each, however often it is computed.
+
+    Args:
+        key: stands for what counts.
+        decide: called in every forward that has a gradient and is no recomputation.
+
+    Returns:
+        The answer; True where it has no effect.
+    """
+    if torch.compiler.is_compiling():
+        return decide()
+    # The first forward of a reentrant checkpoint is without gradient; the second one makes the node.
+    firsts = [] if torch.is_grad_enabled() else _reentrant_contexts()
+    if not (firsts or torch.is_grad_enabled()):
+        return True
+    if _graph_task() == -1:
+        made = decide()
+    else:
+        node = torch._C._current_autograd_node()
+        if _hook_name().startswith("_recomputation_hook") or type(node).__name__ != "CheckpointFunctionBackward":
+            # Not reentrant: the node of the first forward stays, and its decision with it.
+            return True
+        known = _decisions(node).get(key)
+        if known:
+            made = known[0]
+            # In their order for another backward through the same graph.
+            known.rotate(-1)
+        else:
+            made = decide()
+    for context in firsts:
+        _decisions(context).setdefault(key, deque()).append(made)
+    return made
+
+
+def _decisions(context: Any) -> dict[object, deque[bool]]:
+    if not hasattr(context, "_bap_decisions"):
+        context._bap_decisions = {}
+    found: dict[object, deque[bool]] = context._bap_decisions
+    return found
+
+
+def _reentrant_contexts() -> list[Any]:
+    """The autograd contexts of the reentrant checkpoints whose first forward this is, the innermost first."""
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _reentrant_code:
+            found.append(frame.f_locals["ctx"])
+        frame = frame.f_back
+    return found

@@ -1,0 +1,215 @@
+"""Mixed batches of planned networks: each domain's samples go through its plan, and the results are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bap_kernels.nn.mixed import MixedBatch
+from bap_kernels.plan.program import Program
+
+__all__ = ["MixedPlans"]
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+_HINT = "Hint: call the model itself, which takes mixed batches whatever it returns, or plans of one domain each."
+
+
+class MixedPlans:
+    """The plans of the domains that occur in a batch.
+
+    Which axis of a result counts the samples is not guessed from its size: each plan runs once on two and once on three
+    samples, and the axis that grows is taken.
+
+    Args:
+        batch: the batch.
+        domains: the names of its domains.
+        programs: the plan of each of them.
+        example: the inputs that the plans were made with.
+    """
+
+    def __init__(
+        self, batch: MixedBatch, domains: list[str], programs: Sequence[Program], example: tuple[Any, ...]
+    ) -> None:
+        self.batch = batch
+        self.domains = domains
+        self.programs = list(programs)
+        self.example = example
+        # What each program gives for two and for three samples.
+        self.probes: list[tuple[Any, Any]] | None = None
+
+    def run(self, inputs: tuple[Any, ...]) -> Any:
+        """The results of all samples, in the caller's order.
+
+        Raises:
+            ValueError: for inputs without the batch's samples, and for results whose other axes differ.
+            NotImplementedError: for results of which it cannot be told what belongs to which sample.
+        """
+        sampled = self._sampled(inputs)
+        if self.batch.size == 0:
+            return self.programs[0].run(inputs)
+        if self.probes is None:
+            few = [_at(inputs, sampled, torch.zeros(count, dtype=torch.int64)) for count in (2, 3)]
+            self.probes = [(program.run(few[0]), program.run(few[1])) for program in self.programs]
+        order = torch.arange(self.batch.size) if self.batch.order is None else self.batch.order
+        if len(self.programs) == 1:
+            results = [self.programs[0].run(inputs)]
+        else:
+            places = order.split(self.batch.counts)
+            results = [
+                program.run(_at(inputs, sampled, place)) for program, place in zip(self.programs, places, strict=True)
+            ]
+        return self._joined(results, self.probes, "output")
+
+    def _sampled(self, inputs: tuple[Any, ...]) -> set[int]:
+        """Which of the inputs' tensors, in order, hold the samples."""
+        N = self.batch.size
+        now, then = _tensors(inputs), _tensors(self.example)
+        usual = next((one.shape[0] for one in then if one.dim() > 0), None)
+        found: set[int] = set()
+        for number, (one, known) in enumerate(zip(now, then, strict=True)):
+            if one.dim() == 0 or known.dim() == 0 or known.shape[0] != usual:
+                continue
+            if one.shape[0] == N:
+                found.add(number)
+            elif not found or one.shape[0] != known.shape[0]:
+                raise ValueError(
+                    f"PlannedNetwork(): expected an input with the {N} samples of the mixed batch, got shape "
+                    f"{tuple(one.shape)}. Hint: set_domain(planned, numbers) takes one number for each sample of the "
+                    "next batch."
+                )
+        if not found:
+            raise ValueError(f"PlannedNetwork(): expected an input with the {N} samples of the mixed batch, got none.")
+        return found
+
+    def _joined(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Any:
+        first = results[0]
+        every = _every(results, probes)
+        if any(type(one) is not type(first) for one in every):
+            raise _refusal(path, "values of different types", sorted({type(one).__name__ for one in every}))
+        if isinstance(first, Tensor):
+            return self._joined_tensors(results, probes, path)
+        if isinstance(first, _PLAIN):
+            if any(one != first for one in every):
+                raise _refusal(path, "a value that varies with the samples", first)
+            return first
+        if type(first) is dict:
+            if any(list(one) != list(first) for one in every):
+                raise _refusal(path, "keys that vary with the samples", list(first))
+            return {key: self._joined(*_entries(results, probes, key), f"{path}[{key!r}]") for key in first}
+        if type(first) in (list, tuple) or hasattr(first, "_fields"):
+            return self._joined_sequences(results, probes, path)
+        raise _refusal(path, "a value of a type that is not known,", type(first).__name__)
+
+    def _joined_sequences(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Any:
+        first = results[0]
+        lengths = [(len(two), len(three)) for two, three in probes]
+        if all(pair == (2, 3) for pair in lengths) and [len(one) for one in results] == self.batch.counts:
+            # One entry for each sample.
+            flat = [entry for one in results for entry in one]
+            if self.batch.back is not None:
+                flat = [flat[place] for place in self.batch.back.tolist()]
+            return type(first)(flat)
+        if any(len(one) != len(first) for one in _every(results, probes)):
+            raise _refusal(path, "lengths that vary with the samples,", [len(one) for one in results])
+        values = [self._joined(*_entries(results, probes, i), f"{path}[{i}]") for i in range(len(first))]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
+
+    def _joined_tensors(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Tensor:
+        first: Tensor = results[0]
+        if all(one is first for one in _every(results, probes)):
+            # A parameter or a constant of the model.
+            return first
+        axes = {_axis_of_samples(two, three) for two, three in probes}
+        axis = axes.pop()
+        if axes or axis is None or any(one.shape[axis] != n for one, n in zip(results, self.batch.counts, strict=True)):
+            shapes = [tuple(one.shape) for one in probes[0]]
+            raise _refusal(path, "no axis that counts the samples: of two and three, shapes", shapes)
+        others = {(*one.shape[:axis], *one.shape[axis + 1 :]) for one in results}
+        if len(others) > 1:
+            if first.dim() != 2 or axis != 0 or not first.is_floating_point():
+                raise ValueError(
+                    f"PlannedNetwork(): expected all domains of a mixed batch to give results of one shape, got "
+                    f"{sorted(others)} at {path!r}. {_HINT}"
+                )
+            most = max(one.shape[1] for one in results)
+            # No probability and never the largest: softmax and argmax are each domain's own.
+            results = [F.pad(one, (0, most - one.shape[1]), value=-torch.inf) for one in results]
+        whole = torch.cat(list(results), axis)
+        if self.batch.back is None or len(results) == 1:
+            return whole
+        if axis == 0:
+            return self.batch.restored(whole)
+        return whole.index_select(axis, self.batch.on("back", whole.device))
+
+
+def _axis_of_samples(two: Tensor, three: Tensor) -> int | None:
+    if two.dim() != three.dim():
+        return None
+    grown = [axis for axis in range(two.dim()) if two.shape[axis] != three.shape[axis]]
+    if len(grown) != 1 or (two.shape[grown[0]], three.shape[grown[0]]) != (2, 3):
+        return None
+    return grown[0]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among inputs, also in dictionaries."""
+    found: list[Tensor] = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += _tensors(value)
+        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            if not all(isinstance(one, _PLAIN) for one in value):
+                raise NotImplementedError(
+                    "PlannedNetwork(): expected the inputs of a mixed batch to be tensors or dictionaries of tensors, "
+                    f"got a {type(value).__name__} of {type(value[0]).__name__}. {_HINT}"
+                )
+        elif not isinstance(value, _PLAIN):
+            raise NotImplementedError(
+                "PlannedNetwork(): expected the inputs of a mixed batch to be tensors or dictionaries of tensors, got "
+                f"{type(value).__name__}. {_HINT}"
+            )
+    return found
+
+
+def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any, ...]:
+    """The inputs with some of the samples, in the order of :func:`_tensors`."""
+    number = -1
+
+    def taken(value: Any) -> Any:
+        nonlocal number
+        if isinstance(value, dict):
+            return {key: taken(one) for key, one in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        number += 1
+        if number not in sampled:
+            return value
+        some = value.index_select(0, index.to(value.device))
+        # index_select forgets the memory format.
+        last = value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+        return some.contiguous(memory_format=torch.channels_last) if last else some
+
+    return tuple(taken(value) for value in inputs)
+
+
+def _every(results: Sequence[Any], probes: Sequence[tuple[Any, Any]]) -> list[Any]:
+    return [*results, *(one for pair in probes for one in pair)]
+
+
+def _entries(
+    results: Sequence[Any], probes: Sequence[tuple[Any, Any]], key: Any
+) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    return [one[key] for one in results], [(two[key], three[key]) for two, three in probes]
+
+
+def _refusal(path: str, what: str, found: object) -> NotImplementedError:
+    return NotImplementedError(
+        "PlannedNetwork(): expected results of a mixed batch that can be put together, got "
+        f"{what} {found} at {path!r}. {_HINT}"
+    )
