@@ -15,7 +15,7 @@ from bap_kernels.functional import call_gathered_conv2d, four_sided
 from bap_kernels.nn.in_backward import NEVER, change_now, check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
-from bap_kernels.nn.recompute import _RecomputedForward
+from bap_kernels.nn.recompute import RecomputedForward
 
 __all__ = [
     "OWN_FORWARD",
@@ -50,7 +50,9 @@ def has_own_forward(module: nn.Module) -> bool:
     count: it can be made again.
     """
     own = module.__dict__.get("forward")
-    return (own is not None and not isinstance(own, _RecomputedForward)) or "_conv_forward" in module.__dict__
+    if isinstance(own, RecomputedForward):
+        own = own.own
+    return own is not None or "_conv_forward" in module.__dict__
 
 
 def refuse_own_forward(where: str, name: str, module: nn.Module) -> None:

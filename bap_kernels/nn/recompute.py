@@ -178,9 +178,9 @@ class RecomputedForward:
             its class.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, own: Callable[..., Any] | None = None) -> None:
         self.module = module
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+        self.own = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward, and keeps none of the tensors inside it."""
@@ -231,7 +231,7 @@ def recompute_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) ->
         if not inside and filter_fn(module, name):
             chosen.append(name)
             if not is_recomputed(module):
-                module.forward = RecomputedForward(module)
+                module.forward = RecomputedForward(module, module.__dict__.get("forward"))
     if not chosen:
         raise ValueError("recompute_(): expected `filter_fn` to choose a module of `model`, got none.")
     return model
