@@ -232,7 +232,7 @@ def test_threads_share_a_batch() -> None:
 def everything() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten())
     model.append(nn.Linear(4 * 9, 3))
-    return bk.nn.switch_(model, ["a", "b"], heads={"a": 3, "b": 2})
+    return bk.nn.switch_(model, ["a", "b"], heads={"a": 3, "b": 2}, head="5")
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bap_kernels as bk
+from bap_kernels.nn.mixed import MixedBatch
+from bap_kernels.plan.mixed import MixedPlans
 
 NUMBERS = torch.tensor([1, 0, 0, 1, 1])
 
@@ -94,56 +98,41 @@ def test_what_cannot_be_put_together_is_refused(kind: str, numbers: Tensor) -> N
     planned(x)
 
 
-class Opaque(nn.Module):
-    """Code that torch.fx does not record, so that it runs as it is."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, y: Tensor) -> Any:
-        if float(y.abs().max()) > 1e9:
-            return None
-        return self.function(y)
-
-
 class Thing:
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
 
-def opaque(function: Callable[[Tensor], Any]) -> nn.Module:
-    model = Net(lambda net, y: net.last(y))
-    model.last = Opaque(function)
-    return two_domains(model)
+def plans(function: Callable[[Tensor], Any]) -> MixedPlans:
+    """As of a network with code that is run as it is, and so may return anything."""
+    batch = MixedBatch(NUMBERS.tolist())
+    programs = [SimpleNamespace(run=lambda inputs, k=k: function(inputs[0] + 10 * k)) for k in batch.numbers]
+    return MixedPlans(batch, programs, (torch.randn(1, 3),))
 
 
-@torch.no_grad()
 def test_one_entry_for_each_sample() -> None:
-    model, x = opaque(lambda y: [{"score": one.mean()} for one in y]), torch.randn(5, 3, 4, 6)
-    planned = bk.plan(model, x[:1], "a", check=False)
-    bk.set_domain(planned, NUMBERS)
-    got = torch.stack([one["score"] for one in planned(x)])
-    torch.testing.assert_close(got, masked(model, x).mean((1, 2, 3)))
+    x = torch.randn(5, 3)
+    got = plans(lambda y: [{"score": one.mean()} for one in y]).run((x,))
+    torch.testing.assert_close(torch.stack([one["score"] for one in got]), x.mean(1) + 10 * NUMBERS)
+    got = plans(lambda y: {"names": [str(int(one.mean() > 5)) for one in y]}).run((x,))
+    assert got == {"names": ["1", "0", "0", "1", "1"]}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (Thing, "a value of a type that is not known, Thing at 'output'"),
         (lambda y: y.numpy(), "a value of a type that is not known, ndarray"),
         (lambda y: [one for one in y for _ in range(2)], "lengths that vary with the samples"),
-        (lambda y: y.max().item(), "a value that varies with the samples"),
+        (lambda y: (y, y.max().item()), r"a value that varies with the samples .* at 'output\[1\]'"),
         (lambda y: {int(i): y for i in range(len(y))}, "keys that vary with the samples"),
+        (lambda y: y if len(y) == 2 else [y], "values of different types"),
+        (lambda y: collections.OrderedDict(y=y), "a value of a type that is not known, OrderedDict"),
     ],
 )
-def test_opaque_results_are_refused(function: Callable[[Tensor], Any], message: str) -> None:
-    x = torch.randn(5, 3, 4, 6)
-    planned = bk.plan(opaque(function), x[:1], "a", check=False)
-    bk.set_domain(planned, NUMBERS)
+def test_other_results_are_refused(function: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        planned(x)
+        plans(function).run((torch.randn(5, 3),))
 
 
 class Scaled(nn.Module):
@@ -191,7 +180,7 @@ def test_an_input_with_as_many_entries_by_chance_stays_whole() -> None:
 @pytest.mark.parametrize("heads", [None, {"a": 3, "b": 2}])
 def test_no_samples(heads: dict[str, int] | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten())
-    model = bk.nn.switch_(model.append(nn.Linear(16, 3)), ["a", "b"], heads=heads).eval()
+    model = bk.nn.switch_(model.append(nn.Linear(16, 3)), ["a", "b"], heads=heads, head="5" if heads else None).eval()
     planned = bk.plan(model, torch.randn(1, 3, 4, 4), "b")
     bk.set_domain(planned, torch.tensor([], dtype=torch.int64))
     assert planned(torch.randn(0, 3, 4, 4)).shape == (0, 3)
