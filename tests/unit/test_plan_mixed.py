@@ -107,7 +107,7 @@ def plans(function: Callable[[Tensor], Any]) -> MixedPlans:
     """As of a network with code that is run as it is, and so may return anything."""
     batch = MixedBatch(NUMBERS.tolist())
     programs = [SimpleNamespace(run=lambda inputs, k=k: function(inputs[0] + 10 * k)) for k in batch.numbers]
-    return MixedPlans(batch, programs, (torch.randn(1, 3),))
+    return MixedPlans(batch, ["a", "b"], programs, (torch.randn(1, 3),))
 
 
 def test_one_entry_for_each_sample() -> None:
