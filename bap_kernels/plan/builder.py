@@ -437,7 +437,7 @@ def _plain(part: Any) -> Any:
         return kept if isinstance(part, list) else tuple(kept)
     if isinstance(part, dict):
         return {key: _plain(one) for key, one in part.items()}
-    return part
+    return slice(_plain(part.start), _plain(part.stop), _plain(part.step)) if isinstance(part, slice) else part
 
 
 def _numbers(listed: np.ndarray | None, channels: int) -> Channels:

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "largest_error"]
+__all__ = ["largest_error", "tolerance_of"]
 
 # Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
 # layer is far above.
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _INFINITE = (float("inf"), float("inf"), torch.float64)
 _NONE = (0.0, 0.0, torch.float64)
+
+
+def tolerance_of(dtype: torch.dtype, cast: torch.dtype | None = None) -> float:
+    """The largest difference that passes, as a share of the largest number in a result.
+
+    Args:
+        dtype: the result's.
+        cast: the dtype in which autocast computed it.
+    """
+    return max(_TOLERANCES.get(dtype, 0.0), 0.0 if cast is None else _TOLERANCES.get(cast, 0.0))
 
 
 def _of_tensors(got: Any, expected: Tensor) -> tuple[float, float, torch.dtype]:

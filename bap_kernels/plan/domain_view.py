@@ -14,7 +14,9 @@ from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["InDomain", "frozen", "in_domain", "lists_of"]
+__all__ = ["InDomain", "domain_set", "frozen", "in_domain", "lists_of"]
+
+_ABSENT = object()
 
 
 def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
@@ -29,7 +31,7 @@ def _depends(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _set(module: nn.Module, domain: str | None) -> Iterator[None]:
+def domain_set(module: nn.Module, domain: str | None) -> Iterator[None]:
     """A module's layers in a domain, and afterwards as they were."""
     now: list[tuple[dict[str, Any], str, Any]] = []
     for one in module.modules():
@@ -38,14 +40,14 @@ def _set(module: nn.Module, domain: str | None) -> Iterator[None]:
         elif isinstance(one, PerDomain):
             active = None if domain is None else one.domains[domain]
             now += [(one.__dict__, "_active", active), (one.__dict__, "_mixed", None)]
-    before = [(held, name, held[name]) if name in held else (held, name, _set) for held, name, _ in now]
+    before = [(held, name, held[name]) if name in held else (held, name, _ABSENT) for held, name, _ in now]
     try:
         for held, name, value in now:
             held[name] = value
         yield
     finally:
         for held, name, value in before:
-            if value is _set:
+            if value is _ABSENT:
                 held.pop(name, None)
             else:
                 held[name] = value
@@ -64,7 +66,7 @@ class InDomain(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls it."""
-        with _set(self.module, self.domain):
+        with domain_set(self.module, self.domain):
             return self.module(*args, **kwargs)
 
 

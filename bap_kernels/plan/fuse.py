@@ -45,7 +45,7 @@ def _is_relu(op: Op | None) -> bool:
 
 def _after(group: Group, layout: Layout, taken: set[Op]) -> None:
     following = _only_reader(group.last.output)
-    if following is not None and following.kind == "norm":
+    if following is not None and following.kind == "norm" and following.output.dtype is group.last.output.dtype:
         group.norm = group.last = following
         group.taken.append(following)
         following = _only_reader(following.output)
@@ -54,8 +54,10 @@ def _after(group: Group, layout: Layout, taken: set[Op]) -> None:
     if following is not None and following.kind == "binary" and following.act == "add" and following not in taken:
         first, second = following.inputs if len(following.inputs) == 2 else (following.inputs[0],) * 2
         wanted = layout.stored[following.output]
+        # Under autocast the terms may have several dtypes.
+        alike = first.dtype is second.dtype is following.output.dtype
         # Where this term is a constant, it is not computed: the sum needs a step of its own.
-        if first is not second and np.isnan(layout.constant[group.last.output][wanted]).all():
+        if alike and first is not second and np.isnan(layout.constant[group.last.output][wanted]).all():
             group.residual = second if first is group.last.output else first
             group.last = following
             group.taken.append(following)
@@ -73,7 +75,7 @@ def _before(groups: dict[Op, Group], producer: dict[Value, Op], layout: Layout, 
     for value, found in readers.items():
         if len(found) != len(value.consumers) or len(found) > _MOST_READERS:
             continue
-        if any(group.conv.kind != "conv" for group in found):
+        if any(group.conv.kind != "conv" or group.conv.output.dtype is not value.dtype for group in found):
             continue
         relu = producer[value] if _is_relu(producer[value]) else None
         norm = producer[relu.inputs[0]] if relu is not None else producer[value]

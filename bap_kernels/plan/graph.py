@@ -167,6 +167,7 @@ class Graph:
     expected: Any  # the masked dense network's result on the example; None if it was not run
     recording: Any = None  # what the graph was made from, for those of other domains
     not_lowered: dict[str, str] = field(default_factory=dict)  # {convolution: why it is run as it is}
+    draws: bool = False  # whether the model draws random numbers; `expected` is then of a run with a seed
 
     @property
     def values(self) -> Iterator[Value]:

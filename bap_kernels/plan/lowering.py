@@ -8,7 +8,9 @@ a gather.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import functools
+from typing import Any
+from typing import cast as typed
 
 import numpy as np
 import torch
@@ -160,10 +162,11 @@ class _Lowering:
         reads: tuple[int, ...] = (x,)
         if group.residual is not None:
             reads = (x, self.fetch(group.residual, self.layout.stored[op.output], op))
-        sides = cast("str | tuple[int, int]", conv.padding if group.conv.padding is None else group.conv.padding)
+        sides = typed("str | tuple[int, int]", conv.padding if group.conv.padding is None else group.conv.padding)
         padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
         lists = (in_index, self.lists(written, conv.out_channels), weight_index)
-        step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output])
+        cast = None if group.conv.output.dtype is conv.weight.dtype else group.conv.output.dtype
+        step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output], cast)
         text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
         copy = self.copies.get(op.output)
         if copy is not None:
@@ -230,10 +233,16 @@ class _Lowering:
         first = chain not in self.buffers
         if first:
             self.buffers[chain] = self.new_slot()
+        # Under autocast parts may have several dtypes, and a shorter concatenation another one than a longer.
+        dtypes = {value.dtype for value in (*chain.parts, *(member.output for member in chain.members))}
+        mixed = len(dtypes) > 1
         if parts:
-            self.emit(steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain]), op, width)
+            dtype = functools.reduce(torch.promote_types, [one for one in dtypes if one is not None]) if mixed else None
+            step = steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain], dtype)
+            self.emit(step, op, width)
         self.written[chain] = len(op.inputs)
-        self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out), op)
+        own = op.output.dtype if mixed else None
+        self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out, dtype=own), op)
 
     def handed(self, op: Op, part: Any) -> Any:
         """Arguments with slots in the places of values, all channels in the dense network's order."""

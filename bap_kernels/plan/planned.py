@@ -9,19 +9,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
-from bap_kernels.plan.compare import TOLERANCES, largest_error
+from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
 from bap_kernels.plan.mixed import MixedPlans
 from bap_kernels.plan.program import Program
-from bap_kernels.plan.trace import Recording, same_widths, trace
+from bap_kernels.plan.trace import Recording, called, same_widths, trace
 from bap_kernels.plan.watch import Watch
 
 __all__ = ["PlannedNetwork", "plan"]
+
+# Which dtype autocast gives on the device of a plan; None outside of it.
+_Cast = torch.dtype | None
+
+
+def _same(given: Any, known: Any) -> bool:
+    """Whether an argument that is no tensor is what it was in the example."""
+    if isinstance(known, Tensor):
+        return isinstance(given, Tensor)
+    if isinstance(known, (list, tuple)):
+        alike = type(given) is type(known) and len(given) == len(known)
+        return alike and all(_same(*pair) for pair in zip(given, known, strict=True))
+    if isinstance(known, dict):
+        return (
+            type(given) is type(known) and list(given) == list(known) and all(_same(given[k], known[k]) for k in known)
+        )
+    return given is known or (type(given) is type(known) and bool(given == known))
 
 
 class PlannedNetwork(nn.Module):
@@ -61,26 +79,36 @@ class PlannedNetwork(nn.Module):
         self.domain = domain
         self._example = example
         self._options = (check, tolerance, memory_format)
-        self._programs: dict[str | None, tuple[Program, float | None]] = {}
-        self._recording: Recording | None = None
+        self._programs: dict[tuple[str | None, _Cast], tuple[Program, float | None]] = {}
+        self._recordings: dict[_Cast, Recording] = {}
         self._mixed_plans: MixedPlans | None = None
+        # Its like for another state of autocast than that of `_program`.
+        self._mixed_cast: tuple[MixedPlans, _Cast, MixedPlans] | None = None
         self.training = False
+        self._device = next((x.device for x in example if isinstance(x, Tensor)), torch.device("cpu"))
+        self._cast = self._cast_now()
         self._remaking = threading.Lock()
         # Before the plan is made: a change meanwhile makes it old, not wrong.
         self._watch = Watch(model)
         self._program, self.max_error = self._made(domain)
 
+    def _cast_now(self) -> _Cast:
+        kind = self._device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
     def _made(self, domain: str | None) -> tuple[Program, float | None]:
-        if domain not in self._programs:
-            self._programs[domain] = self._make(domain)
-        return self._programs[domain]
+        key = domain, self._cast_now()
+        if key not in self._programs:
+            self._programs[key] = self._make(domain)
+        return self._programs[key]
 
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
         check, tolerance, memory_format = self._options
+        cast = self._cast_now()
         # Without a check, one run of the model tells what the plans of all domains need to know.
-        known = None if check or not same_widths(self.model) else self._recording
+        known = None if check or not same_widths(self.model) else self._recordings.get(cast)
         graph = trace("plan", self.model, self._example, domain, known=known)
-        self._recording = graph.recording
+        self._recordings[cast] = graph.recording
         self.lowered, self.not_lowered = graph.lowered, graph.not_lowered
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
@@ -89,9 +117,9 @@ class PlannedNetwork(nn.Module):
         program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device)
         if not check:
             return program, None
-        with torch.no_grad():
-            share, error, dtype = largest_error(program.run(self._example), graph.expected)
-        limit = TOLERANCES.get(dtype, 0.0) if tolerance is None else tolerance
+        result = called(lambda *inputs: program.run(inputs), self._example, graph.draws)
+        share, error, dtype = largest_error(result, graph.expected)
+        limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
         if not share <= limit:
             raise RuntimeError(
                 f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
@@ -113,9 +141,10 @@ class PlannedNetwork(nn.Module):
             plans = self._plans_of(batch, [known[number] for number in batch.numbers])
             return functools.partial(setattr, self, "_mixed_plans", plans)
         program, error = self._made(name)
+        cast = self._cast_now()
 
         def activate() -> None:
-            self._program, self.max_error = program, error
+            self._program, self.max_error, self._cast = program, error, cast
             self.domain = name
             self._mixed_plans = None
 
@@ -128,9 +157,10 @@ class PlannedNetwork(nn.Module):
         """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
         watch = Watch(self.model)
         self._programs.clear()
-        self._recording = None
+        self._recordings.clear()
         self._mixed_plans = None
         self._program, self.max_error = self._made(self.domain)
+        self._cast = self._cast_now()
         self._watch = watch
         return self
 
@@ -149,10 +179,10 @@ class PlannedNetwork(nn.Module):
 
         Args:
             inputs: as the model's, with any batch size; the size of images may differ from the example's where the
-                model itself is written for any.
+                model itself is written for any. What is no tensor (flags, numbers, None) is what it was in the example.
 
         Raises:
-            ValueError: for another number of inputs, and for inputs of another width.
+            ValueError: for another number of inputs, for inputs of another width, and for other flags.
             NotImplementedError: for an input that needs a gradient.
         """
         if not torch.is_grad_enabled():
@@ -171,15 +201,37 @@ class PlannedNetwork(nn.Module):
                 f"PlannedNetwork(): expected {len(self._example)} inputs, as in the example, got {len(inputs)}."
             )
         for x, known in zip(inputs, self._example, strict=True):
-            if isinstance(known, Tensor) and known.dim() == 4 and (x.dim() != 4 or x.shape[1] != known.shape[1]):
+            if not isinstance(known, Tensor):
+                if not _same(x, known):
+                    raise ValueError(
+                        f"PlannedNetwork(): expected {known!r} for an input that is no tensor, as in the example, got "
+                        f"{x!r}. Hint: plan again with an example of such inputs."
+                    )
+            elif not isinstance(x, Tensor):
                 raise ValueError(
-                    f"PlannedNetwork(): expected an input of shape (N, {known.shape[1]}, H, W), got {tuple(x.shape)}."
+                    f"PlannedNetwork(): expected a tensor where the example has one, got {type(x).__name__}. "
+                    "Hint: plan again with an example of such inputs."
                 )
+            elif x.dim() != known.dim() or (known.dim() == 4 and x.shape[1] != known.shape[1]):
+                shape = f"(N, {known.shape[1]}, H, W)" if known.dim() == 4 else f"{known.dim()} dimensions"
+                raise ValueError(f"PlannedNetwork(): expected an input of shape {shape}, got {tuple(x.shape)}.")
         if not torch.compiler.is_compiling() and self._watch.changed():
             self._renew()
+        if self._cast_now() is not self._cast:
+            return self._run_cast(inputs)
         if self._mixed_plans is not None:
             return self._mixed_plans.run(inputs)
         return self._program.run(inputs)
+
+    def _run_cast(self, inputs: tuple[Any, ...]) -> Any:
+        # Under autocast, or no longer under it, by a plan of its own: made at first use and kept.
+        mixed = self._mixed_plans
+        if mixed is None:
+            return self._made(self.domain)[0].run(inputs)
+        cast, known = self._cast_now(), self._mixed_cast
+        if known is None or known[0] is not mixed or known[1] is not cast:
+            known = self._mixed_cast = mixed, cast, self._plans_of(mixed.batch, mixed.domains)
+        return known[2].run(inputs)
 
     def peak_bytes(self, *shapes: Sequence[int]) -> int:
         """Most bytes of activations held at once, found without running: the inputs and the results of steps.
@@ -217,7 +269,8 @@ class PlannedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlannedNetwork:
         super()._apply(fn, recurse)
-        self._example = tuple(fn(x) if isinstance(x, Tensor) else x for x in self._example)
+        self._example = tree_map_only(Tensor, fn, self._example)
+        self._device = next((x.device for x in self._example if isinstance(x, Tensor)), self._device)
         return self.remake()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

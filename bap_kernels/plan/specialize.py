@@ -17,11 +17,15 @@ from torch import Tensor, fx, nn
 
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.norms import norm_parts
+from bap_kernels.nn.recording import Written
+from bap_kernels.plan.compare import largest_error, tolerance_of
+from bap_kernels.plan.domain_view import InDomain
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.plan.graph import Channels, Graph, Op, Value, groups_of, members
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.operations import Call, dense_size
+from bap_kernels.plan.trace import called, check_reach, run_masked
 
 __all__ = ["specialize"]
 
@@ -30,6 +34,13 @@ _IN_PLACE = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 def _plain(module: nn.Module) -> nn.Module:
     """A copy without the package's layers; unlisted slices are zero, for what is around them expects full width."""
+    for one in module.modules():
+        if isinstance(one, InDomain) or (isinstance(one, GatheredConv2d) and "forward" in one.__dict__):
+            name = type(one.module if isinstance(one, InDomain) else one).__name__
+            raise NotImplementedError(
+                f"specialize(): expected layers with lists to be called by their class's forward, got a {name} with "
+                "another function in its place. Hint: delattr(layer, 'forward')."
+            )
     made = copy.deepcopy(module)
     for name, layer in list(made.named_modules()):
         if isinstance(layer, GatheredConv2d):
@@ -90,6 +101,7 @@ class _Specializing:
         self.graph = self.module.graph
         self.node: dict[Value, Any] = {}
         self.fetched: dict[tuple[Value, bytes], Any] = {}
+        self.writing: set[fx.Node] = set()  # steps that write, though nothing reads what they return
 
     def call_layer(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
         """A step that calls a layer, under its name in the model where that is free."""
@@ -105,11 +117,24 @@ class _Specializing:
         kwargs = kwargs or {}
         if isinstance(call, Call):
             args, kwargs, call = (*args, *call.args), {**call.kwargs, **kwargs}, call.target
+        if isinstance(call, Written):
+            return self.write(name, call, args, kwargs)
         if isinstance(call, nn.Module):
             return self.call_layer(name, _plain(call), *args, **kwargs)
         if isinstance(call, str):
             return self.graph.call_method(call, args, kwargs)
         return self.graph.call_function(call, args, kwargs)
+
+    def write(self, name: str, call: Written, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A step that writes to a copy of one of its arguments; the copy is what is read afterwards."""
+        place = call.place
+        copied = self.graph.call_function(torch.clone, (kwargs[place] if isinstance(place, str) else args[place],))
+        if isinstance(place, str):
+            kwargs = {**kwargs, place: copied}
+        else:
+            args = (*args[:place], copied, *args[place + 1 :])
+        self.writing.add(self.call(name, call.target, args, kwargs))
+        return copied
 
     def constant(self, tensor: Tensor) -> fx.Node:
         name = f"_constant{len(list(self.module.named_buffers()))}"
@@ -243,8 +268,35 @@ def _norm_like(norm: nn.Module | None, channels: Channels) -> nn.BatchNorm2d:
     return made
 
 
+def _check(model: nn.Module, domain: str | None, graph: Graph, made: fx.GraphModule, example: Any) -> None:
+    """Compares with the masked dense network, on the example or on random numbers of the size that was found."""
+    expected = graph.expected
+    if example is None:
+        if any(one.is_meta for one in (*model.parameters(), *model.buffers())):
+            return
+        (value,) = (op.output for op in graph.ops if op.kind == "input")
+        weight = next(model.parameters())
+        numbers = torch.randn(value.shape or (), generator=torch.Generator().manual_seed(0))
+        example = (numbers.to(weight.device, value.dtype),)
+        check_reach("specialize", model, domain, graph.recording, example, graph.draws)
+        expected = run_masked(model, domain, example, graph.draws)
+    example = example if isinstance(example, tuple) else (example,)
+    share, error, dtype = largest_error(called(made, example, graph.draws), expected)
+    limit = tolerance_of(dtype)
+    if not share <= limit:
+        raise RuntimeError(
+            f"specialize(): expected the small network to equal the masked dense network to {limit:.1e} of its largest "
+            f"result, got {share:.1e} (an error of {error:.3g}). Hint: give an `example_input` as in use. "
+            "`check=False` leaves this comparison out. Else it is a defect: please report the network."
+        )
+
+
 def specialize(
-    model: nn.Module, domain: str | None = None, example_input: Tensor | tuple[Any, ...] | None = None
+    model: nn.Module,
+    domain: str | None = None,
+    example_input: Tensor | tuple[Any, ...] | None = None,
+    *,
+    check: bool = True,
 ) -> fx.GraphModule:
     """Makes a small network of PyTorch's own layers that computes what one domain computes.
 
@@ -252,16 +304,23 @@ def specialize(
     layers keep their names. Where the plan of :func:`bap_kernels.plan` reads a tensor through a list, this network has
     an ``index_select``.
 
+    It has the model's steps in eval mode: dropout and what else passes its input on is left out, and is not there after
+    ``.train()`` either. Nothing is frozen: parameters are new ones that need gradients, batch norms would learn in
+    training mode. Flags, and the dtypes that the model's code asks tensors for, are those of the example.
+
     Args:
         model: a network in eval mode, swapped and with lists.
         domain: whose lists; None keeps all channels.
-        example_input: what the model is called with; only shapes matter. None tries square images without computing.
+        example_input: what the model is called with: a tensor, or a tuple of all arguments. None tries square images.
+        check: compare with the masked dense network on the example, or on random numbers where none was given.
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode.
 
     Raises:
         ValueError: as :func:`bap_kernels.plan`.
+        RuntimeError: if the result differs from the masked dense network.
+        NotImplementedError: for layers with lists that are called through a function set on the instance.
 
     Examples:
         >>> import torch, bap_kernels as bk
@@ -280,7 +339,10 @@ def specialize(
             live = layout.live.get(op.output)
             if op.kind in ("input", "opaque") or live is None or live.any():
                 making.node[op.output] = making.convert(op)
-    making.graph.eliminate_dead_code()
+    making.graph.eliminate_dead_code(lambda node: node in making.writing or node.is_impure())
     making.module.delete_all_unused_submodules()
     making.module.recompile()
-    return making.module.eval()
+    made = making.module.eval()
+    if check:
+        _check(model, domain, graph, made, example_input)
+    return made

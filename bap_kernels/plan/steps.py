@@ -98,6 +98,7 @@ class ConvStep(Step):
     """A convolution with lists and all that was fused around it.
 
     Attributes:
+        cast: the dtype in which it computes under autocast; None: the weight's.
         copy: the slot of a second, compact store of the result's channels ``copy_index``; None: there is none.
     """
 
@@ -114,7 +115,9 @@ class ConvStep(Step):
         relu: bool,
         reads: tuple[int, ...],
         out: int,
+        cast: torch.dtype | None = None,
     ) -> None:
+        self.cast = cast
         self.parameters: dict[str, Any] = conv._parameters
         self.stride, self.padding, self.dilation = tuple(conv.stride), padding, tuple(conv.dilation)
         self.in_index, self.out_index, self.weight_index = lists
@@ -129,6 +132,8 @@ class ConvStep(Step):
         weight, bias = parameters["weight"], parameters["bias"]
         residual = None if self.residual is None else env[self.residual]
         x = env[self.reads[0]]
+        if self.cast is not None:
+            x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
         lists = (self.in_index, self.out_index)
         copied = () if self.copy is None else (self.copy_index,)
         fusion = (*self.before, *self.after, residual, self.relu, *copied, True, self.weight_index)
@@ -249,8 +254,10 @@ class BufferStep(Step):
         first: bool,
         memory_format: torch.memory_format,
         out: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.parts, self.width, self.first = parts, width, first
+        self.dtype = dtype
         self.memory_format = memory_format
         self.reads, self.out = tuple(slot for slot, _, _ in parts) + (() if first else (out,)), out
 
@@ -259,7 +266,10 @@ class BufferStep(Step):
             part = env[self.parts[0][0]]
             N, _, H, W = part.shape
             env[self.out] = torch.empty(
-                (N, self.width, H, W), dtype=part.dtype, device=part.device, memory_format=self.memory_format
+                (N, self.width, H, W),
+                dtype=self.dtype or part.dtype,
+                device=part.device,
+                memory_format=self.memory_format,
             )
         buffer = env[self.out]
         for slot, begin, count in self.parts:
@@ -271,12 +281,13 @@ class ViewStep(Step):
 
     fresh = False
 
-    def __init__(self, x: int, count: int, out: int, begin: int = 0) -> None:
-        self.begin, self.count = begin, count
+    def __init__(self, x: int, count: int, out: int, begin: int = 0, dtype: torch.dtype | None = None) -> None:
+        self.begin, self.count, self.dtype = begin, count, dtype
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = env[self.reads[0]].narrow(1, self.begin, self.count)
+        x = env[self.reads[0]].narrow(1, self.begin, self.count)
+        env[self.out] = x if self.dtype is None else x.to(self.dtype)
 
 
 def filled(x: Tensor, fill: Tensor | int) -> Tensor:
