@@ -17,6 +17,7 @@ the file already holds is not run again. Prints a table in Markdown, and a summa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import fnmatch
 import importlib
@@ -26,7 +27,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,35 +253,61 @@ def _outcome(operation: str, subject: Subject) -> Facts:
     return {**facts, "warnings": said} if said else facts
 
 
-def _try(name: str, shape: tuple[int, ...], operation: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    start = time.time()
-    subject = Subject(name, shape)
+def _try(subject: Subject, name: str, shape: tuple[int, ...], operation: str, pipe: Any) -> None:
+    start = time.process_time()
     facts = _outcome(operation, subject)
     if facts["status"] == "WRONG":
         again = _outcome(operation, Subject(name, shape, torch.float64))
         if again["status"] == "ok":
             facts = {**again, "note": f"float32: {facts['detail']}; float64 is right"}
-    pipe.send({**facts, "seconds": round(time.time() - start, 1)})
+    pipe.send({**facts, "cpu_seconds": round(time.process_time() - start, 1)})
 
 
-def in_a_process(name: str, shape: tuple[int, ...], operation: str, limit: float) -> Facts:
-    """One operation on one network, whatever it does."""
-    # Forked: what was imported here need not be imported again. No thread runs in the parent.
+def _try_all(name: str, shape: tuple[int, ...], operations: list[str], limit: float, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    subject = Subject(name, shape)
+    for domain in (None, *DOMAINS):
+        subject.expected(domain)
+    for operation in operations:
+        pipe.send((operation, _in_a_process(_try, (subject, name, shape, operation), limit)))
+
+
+def _in_a_process(run: Callable[..., None], arguments: tuple[Any, ...], limit: float) -> Facts:
+    """What a function sends from a process of its own, whatever becomes of it."""
+    # Forked: what was imported and built here is there. No thread runs in the parent.
     context = mp.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_try, args=(name, shape, operation, theirs))
+    process = context.Process(target=run, args=(*arguments, theirs))
     process.start()
     theirs.close()
-    try:
-        facts = ours.recv() if ours.poll(limit) else None
-    except EOFError:
-        process.join()
-        return {"status": "crash", "detail": f"the process ended with {process.exitcode}"}
-    if facts is None:
+    facts: Facts | None = None
+    with contextlib.suppress(EOFError):
+        facts = ours.recv() if ours.poll(limit) else {"status": "hang", "detail": f"no end within {limit:.0f} s"}
+    if facts is not None and facts["status"] == "hang":
         process.kill()
     process.join()
-    return facts or {"status": "hang", "detail": f"no end within {limit:.0f} s"}
+    return facts or {"status": "crash", "detail": f"the process ended with {process.exitcode}"}
+
+
+def of_network(name: str, shape: tuple[int, ...], operations: list[str], limit: float) -> Iterator[tuple[str, Facts]]:
+    """Each operation and what became of it."""
+    context = mp.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_try_all, args=(name, shape, operations, limit, theirs))
+    process.start()
+    theirs.close()
+    left = list(operations)
+    try:
+        while left and ours.poll(2 * limit):
+            operation, facts = ours.recv()
+            left.remove(operation)
+            yield operation, facts
+    except EOFError:
+        pass
+    process.kill()
+    process.join()
+    for operation in left:
+        yield operation, {"status": "crash", "detail": "the network could not be built and run"}
 
 
 def read(path: Path) -> dict[tuple[str, str], Facts]:
@@ -348,10 +375,9 @@ def main() -> None:
         if any(name.startswith(prefix) for name in networks):
             importlib.import_module(package)
     for name in networks:
-        for operation in options.operations.split(","):
-            if options.table or ((name, operation) in rows and not options.again):
-                continue
-            facts = in_a_process(name, shapes[name], operation, options.limit)
+        wanted = [] if options.table else options.operations.split(",")
+        wanted = [operation for operation in wanted if options.again or (name, operation) not in rows]
+        for operation, facts in of_network(name, shapes[name], wanted, options.limit) if wanted else ():
             rows[name, operation] = {"network": name, "operation": operation, **facts}
             with options.out.open("a") as file:
                 file.write(json.dumps(rows[name, operation]) + "\n")

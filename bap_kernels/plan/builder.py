@@ -16,7 +16,7 @@ from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.recording import Facts
 from bap_kernels.plan.domain_view import frozen, lists_of
 from bap_kernels.plan.graph import Channels, Op, Value
-from bap_kernels.plan.leaves import Blur, PadSame, effective_conv, same_conv
+from bap_kernels.plan.leaves import Blur, PadSame, conv_of, effective_conv, same_conv
 from bap_kernels.plan.operations import (
     COMMUTING,
     Call,
@@ -103,12 +103,9 @@ class Builder:
         elif node.op == "output":
             self._opaque(node, "output", None)
         elif node.op == "get_attr":
-            value: Any = self.constants.get(str(node.target))
-            if value is None:
-                value = self.root
-                for part in str(node.target).split("."):
-                    value = getattr(value, part)
-            self._add(node, kind="opaque", inputs=[], call=Call(_itself, (value,)))
+            self._add(
+                node, kind="opaque", inputs=[], call=Call(_itself, (self._attribute(str(node.target)),)), pure=True
+            )
         else:
             module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
             target: Any = str(node.target) if node.op == "call_method" else node.target
@@ -124,7 +121,7 @@ class Builder:
         kind = "output" if node.op == "output" else "opaque"
         inputs = self._values_in(node.args, node.kwargs)
         self._note_convolutions(name, target)
-        pure = node in self.labels
+        pure = node in self.labels or bool(node.meta.get("pure"))
         self._add(
             node, kind=kind, inputs=inputs, call=call, args=args, kwargs=kwargs, name=name, mutates=mutates, pure=pure
         )
@@ -139,7 +136,7 @@ class Builder:
                     reason = f"inside {name!r} ({type(target).__name__}), which is run as one step"
                     self.not_lowered[f"{name}.{inner}"] = reason
         elif target in (torch.conv2d, nn.functional.conv2d):
-            self.not_lowered[name] = "a call of F.conv2d, not of a layer"
+            self.not_lowered[name] = "a call of F.conv2d whose weight is no parameter"
 
     def _known(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
         """Adds the step if there is a rule for it."""
@@ -178,6 +175,8 @@ class Builder:
         if module is not None:
             return constant and not rest and not kwargs and self._layer(node, x, module, name)
         target, kwargs = out_of_place(target, kwargs)
+        if target in (torch.conv2d, nn.functional.conv2d):
+            return self._called_conv(node, x, rest, kwargs)
         if target is nn.functional.pad and constant:
             return self._pad(node, x, rest, kwargs)
         if constant:
@@ -294,6 +293,9 @@ class Builder:
                 return False
             self._norm(node, x, module, parts.after, name)
             return True
+        if isinstance(module, nn.ChannelShuffle):
+            groups = module.groups
+            return self._take(node, x, np.arange(x.channels or 0).reshape(groups, -1).T.ravel())
         found = known_layer(module)
         if found is None:
             return isinstance(module, nn.PReLU) and self._prelu(node, x, module, name)
@@ -328,8 +330,8 @@ class Builder:
         self._add(node, kind="binary", inputs=[x, slopes], call=Call(leaky), name=name)
         return True
 
-    def _conv(self, node: fx.Node, x: Value, conv: nn.Conv2d, name: str) -> bool:
-        fixed, padding = False, None
+    def _conv(self, node: fx.Node, x: Value, conv: nn.Conv2d, name: str, fixed: bool = False) -> bool:
+        padding = None
         if conv.in_channels != x.channels or has_hooks(conv):
             return False
         if same_conv(conv):
@@ -340,7 +342,7 @@ class Builder:
             effective = effective_conv(conv)
             if effective is None:
                 return False
-            (conv, _), fixed = effective, True
+            conv, fixed = effective, True
         if conv.padding_mode != "zeros":
             call = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
             padding = (0, 0)
@@ -362,6 +364,30 @@ class Builder:
         fields = {"module": conv, "name": name, "sources": sources, "filters": filters}
         self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
         return True
+
+    def _called_conv(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """``F.conv2d`` with a parameter of the model."""
+        given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        given |= dict(zip(("weight", *given), rest, strict=False)) | kwargs
+        held = [given.pop("weight", None), given.pop("bias")]
+        names = [one.target if isinstance(one, fx.Node) and one.op == "get_attr" else None for one in held]
+        if names[0] is None or (held[1] is not None and names[1] is None) or self._values_in(given):
+            return False
+        tensors = [None if name is None else self._attribute(str(name)) for name in names]
+        weight, bias = tensors
+        if weight is None or not all(isinstance(one, nn.Parameter) for one in tensors if one is not None):
+            return False
+        layer = str(names[0]).rpartition(".")[0]
+        conv = conv_of(weight, bias, tuple(given.values()))
+        return self._conv(node, x, conv, layer or node.name, fixed=True)
+
+    def _attribute(self, name: str) -> Any:
+        value: Any = self.constants.get(name)
+        if value is None:
+            value = self.root
+            for part in name.split("."):
+                value = getattr(value, part)
+        return value
 
     def _binary(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         found = known_binary(target, rest[1:], kwargs)

@@ -23,6 +23,7 @@ __all__ = [
     "Blur",
     "PadSame",
     "class_name",
+    "conv_of",
     "effective_conv",
     "is_elementwise",
     "is_spatial",
@@ -152,7 +153,21 @@ def _one_call(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
     return tuple((defaults | given)[name] for name in names[1:])
 
 
-def effective_conv(conv: nn.Conv2d) -> tuple[nn.Conv2d, bool] | None:
+def conv_of(weight: Any, bias: Any, options: tuple[Any, ...]) -> nn.Conv2d:
+    """A layer with these parameters.
+
+    Args:
+        weight, bias: parameters; the bias may be None.
+        options: stride, padding, dilation and groups, as ``F.conv2d`` takes them.
+    """
+    with torch.device("meta"):
+        channels, kernel = (weight.shape[1] * options[3], weight.shape[0]), tuple(weight.shape[2:])
+        conv = nn.Conv2d(*channels, kernel, *options, bias is not None)  # type: ignore[call-arg]
+    conv.weight, conv.bias = weight, bias
+    return conv.eval()
+
+
+def effective_conv(conv: nn.Conv2d) -> nn.Conv2d | None:
     """What a convolution of a class that is not known computes, found by calling it on small inputs.
 
     Where two calls on different inputs are nothing but the same call of ``F.conv2d``, the layer is a plain one with
@@ -162,8 +177,8 @@ def effective_conv(conv: nn.Conv2d) -> tuple[nn.Conv2d, bool] | None:
         conv: in eval mode.
 
     Returns:
-        (a plain layer with that weight, whether that is the layer's own parameter and so stays up to date); None for
-        layers that do anything else, have hooks, or pad by another rule.
+        A plain layer with that weight, the layer's own parameter where it is that; None for layers that do anything
+        else, have hooks, or pad by another rule.
     """
     if has_hooks(conv) or isinstance(conv, GatheredConv2d) or conv.in_channels % conv.groups:
         return None
@@ -186,18 +201,14 @@ def effective_conv(conv: nn.Conv2d) -> tuple[nn.Conv2d, bool] | None:
             return None
         if not _same_tensor(first[1], second[1]):
             return None
-        (filters, bias), groups = first[:2], first[5]
-        with torch.device("meta"):
-            channels, kernel = (filters.shape[1] * groups, filters.shape[0]), tuple(filters.shape[2:])
-            plain = nn.Conv2d(*channels, kernel, *first[2:], bias is not None)  # type: ignore[call-arg]
-        own = filters is weight and (bias is conv._parameters.get("bias"))
-        if own:
+        filters, bias = first[:2]
+        if filters is weight and bias is conv._parameters.get("bias"):
+            plain = conv_of(filters, bias, first[2:])
             # The same table, so that a parameter that is replaced is seen.
             plain.__dict__["_parameters"] = conv._parameters
-        else:
-            plain.weight = nn.Parameter(filters.detach().clone(), False)
-            plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
-    return plain.eval(), own
+            return plain
+        kept = [None if one is None else nn.Parameter(one.detach().clone(), False) for one in (filters, bias)]
+        return conv_of(kept[0], kept[1], first[2:])
 
 
 def same_conv(conv: nn.Module) -> bool:

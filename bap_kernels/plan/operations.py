@@ -169,7 +169,9 @@ def known_map(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def known_layer(module: nn.Module) -> tuple[nn.Module, str, bool] | None:
     """(layer, activation's name, whether elementwise) for layers that keep channels apart."""
     kind = type(module)
-    if kind in _ELEMENTWISE_LAYERS or is_elementwise(module) or (kind is nn.PReLU and module.num_parameters == 1):
+    if kind is nn.PReLU and module.num_parameters == 1:
+        return module, "", False  # its slope has a dtype, which constants may not have
+    if kind in _ELEMENTWISE_LAYERS or is_elementwise(module):
         return layer_out_of_place(module), {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind, ""), True
     if kind in _SPATIAL_LAYERS and not getattr(module, "return_indices", False):
         return module, "", False

@@ -286,6 +286,11 @@ def masked_dense(model: nn.Module, table: bk.ChannelTable, domain: str) -> nn.Mo
     for name, lists in table[domain].items():
         conv = model.get_submodule(name)
         reads, writes = mask(lists.in_index, conv.in_channels), mask(lists.out_index, conv.out_channels)
-        conv.register_forward_pre_hook(lambda _, args, reads=reads: (args[0] * reads.to(args[0].dtype),))
+
+        def masked(_: nn.Module, args: tuple, kwargs: dict, reads: Tensor = reads) -> tuple[tuple, dict]:
+            x = args[0] if args else kwargs["input"]
+            return (x * reads.to(x.dtype),), {}
+
+        conv.register_forward_pre_hook(masked, with_kwargs=True)
         conv.register_forward_hook(lambda _, __, y, writes=writes: y * writes.to(y.dtype))
     return model
