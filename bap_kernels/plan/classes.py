@@ -6,7 +6,7 @@ concatenations, a layer used twice) are one class.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from bap_kernels.nn.switched import SwitchedConv2d
 from bap_kernels.plan.graph import Channels, Graph, Op, Value
 from bap_kernels.plan.operations import Call
 
-__all__ = ["Classes", "domains_to_change", "keep_unknown", "tied"]
+__all__ = ["Classes", "domains_to_change", "keep_unknown", "tied", "unknown"]
 
 
 class Classes:
@@ -64,6 +64,16 @@ class Classes:
         """Marks channels of a value; others are no concern of this."""
         if value in self.first:
             self.kept[self.first[value] + np.arange(value.channels or 0)[channels]] = True
+
+    def marked(self, leaders: np.ndarray, value: Value) -> np.ndarray:
+        """What stands for the classes of a value's channels.
+
+        Args:
+            leaders: of :meth:`leaders`.
+            value: the value.
+        """
+        first = self.first.get(value, 0)
+        return leaders[first : first + (value.channels or 0)] if value in self.first else leaders[:0]
 
     def settle(self) -> None:
         """Marks whole classes where one of their elements is marked."""
@@ -124,20 +134,32 @@ def keep_unknown(classes: Classes, graph: Graph, free: Collection[Op] = (), widt
         free: steps without a rule around which nothing is marked.
         widths: mark what the model's code asks the number of channels of, too.
     """
+    for op, values, _ in unknown(graph, widths):
+        for value in () if op in free else values:
+            classes.keep(value, slice(None))
+
+
+def unknown(graph: Graph, widths: bool = False) -> Iterator[tuple[Op, list[Value], str]]:
+    """The steps whose channels must stay: (step, the values whose channels these are, why)."""
     held = _held_elsewhere(graph)
     for op in graph.ops:
-        module = op.module
         # A layer that a step without a rule has as well.
-        stores = () if module is None else (*module._parameters.values(), *module._buffers.values())
-        for value in op.others:
-            classes.keep(value, slice(None))
-        if widths and op.kind == "size" and op.tells_channels:
-            classes.keep(op.inputs[0], slice(None))
-        # Which channels `take` takes, and what computes filters, are the model's code.
-        unknown = op.kind in ("input", "opaque", "output", "take") or op.fixed
-        if (unknown and op not in free) or any(id(one) in held for one in stores):
-            for value in (*op.inputs, op.output):
-                classes.keep(value, slice(None))
+        stores = () if op.module is None else (*op.module._parameters.values(), *op.module._buffers.values())
+        around = [*op.inputs, op.output]
+        if op.kind in ("input", "output"):
+            yield op, around, f"it is the model's {op.kind}"
+        elif op.kind == "opaque":
+            yield op, around, f"{op.call!r} has no rule"
+        elif op.kind == "take":
+            yield op, around, "the model's code takes channels by their numbers"
+        elif op.fixed:
+            yield op, around, "its filters are computed, or made for a number of channels"
+        elif any(id(one) in held for one in stores):
+            yield op, around, "a step without a rule has its parameters, too"
+        elif widths and op.kind == "size" and op.tells_channels:
+            yield op, around, "the model's code asks for the number of channels"
+        elif op.others:
+            yield op, op.others, "it is the same for all channels"
 
 
 def domains_to_change(op: str, model: nn.Module) -> list[str | None]:

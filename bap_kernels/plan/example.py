@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bap_kernels.plan.graph import Graph
-from bap_kernels.plan.trace import trace
+from bap_kernels.plan.trace import run_masked, trace
 
-__all__ = ["trace_shapes"]
+__all__ = ["conv_macs", "trace_shapes"]
 
 # Sides of square images, tried in order: what networks for photographs and for small images are made for.
 _SIDES = (224, 64, 32, 299, 28)
@@ -52,3 +52,35 @@ def trace_shapes(
         f"{op}(): expected `model` to take one image, got an error on every size tried: {error}. "
         "Hint: give an `example_input`."
     ) from error
+
+
+def conv_macs(model: nn.Module, example: Tensor | tuple[Any, ...] | None, graph: Graph, domain: str | None) -> int:
+    """Multiply-adds of every convolution that one call of a model runs, swapped or not, all channels kept.
+
+    Args:
+        model: in eval mode.
+        example: what it is called with; None: images of the graph's size.
+        graph: of the model.
+        domain: one of the model's.
+    """
+    total = 0
+
+    def count(conv: nn.Module, _: Any, y: Any) -> None:
+        nonlocal total
+        if isinstance(conv, nn.Conv2d) and isinstance(y, Tensor):
+            total += y.numel() * (conv.in_channels // conv.groups) * conv.kernel_size[0] * conv.kernel_size[1]
+
+    def inputs() -> tuple[Any, ...]:
+        if example is not None:
+            return example if isinstance(example, tuple) else (example,)
+        device = next((one.device for one in model.parameters()), None)
+        given = [op.output for op in graph.ops if op.kind == "input"]
+        return tuple(torch.zeros(one.shape or (), dtype=one.dtype, device=device) for one in given)
+
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run_masked(model, domain, inputs(), False, count)
+    except Exception:  # code that looks at numbers in tensors
+        total = 0
+        run_masked(model, domain, inputs(), False, count)
+    return total

@@ -18,7 +18,9 @@ says how the channels of its result come from those of its inputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +30,18 @@ from torch import Tensor, nn
 
 from bap_kernels.nn.norms import norm_parts
 
-__all__ = ["Channels", "Graph", "Kind", "Op", "Value", "folded_norm", "groups_of", "members"]
+__all__ = [
+    "Channels",
+    "Graph",
+    "Kind",
+    "Op",
+    "Value",
+    "find_stacklevel",
+    "first_reasons",
+    "folded_norm",
+    "groups_of",
+    "members",
+]
 
 Kind = Literal[
     "input",
@@ -180,9 +193,42 @@ class Graph:
         names = dict.fromkeys(op.name for op in self.ops if isinstance(op.module, nn.Conv2d))
         return tuple(name for name in names if name not in self.not_lowered)
 
+    def warn_if_nothing(self, op: str) -> None:
+        """Warns where there are convolutions and none was lowered.
+
+        Args:
+            op: the caller's name.
+        """
+        if self.not_lowered and not self.lowered:
+            warnings.warn(
+                f"{op}(): no convolution of the model was lowered: it is run as it is, on all channels. "
+                f"{first_reasons(self.not_lowered)}",
+                stacklevel=find_stacklevel(),
+            )
+
     def producer(self) -> dict[Value, Op]:
         """The operation that makes each value."""
         return {op.output: op for op in self.ops}
+
+
+def first_reasons(reasons: Mapping[str, str], most: int = 3) -> str:
+    """The first of {layer: reason}, as text.
+
+    Examples:
+        >>> from bap_kernels.plan.graph import first_reasons
+        >>> first_reasons({"a": "it has hooks", "b": "it has hooks"}, most=1)
+        "'a': it has hooks; and 1 more."
+    """
+    text = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:most])
+    return f"{text}; and {len(reasons) - most} more." if len(reasons) > most else f"{text}."
+
+
+def find_stacklevel() -> int:
+    """How many frames of the package are above its caller, for warnings."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("bap_kernels."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _holds_values(part: slice) -> bool:

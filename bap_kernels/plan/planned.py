@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan.compare import largest_error, tolerance_of
+from bap_kernels.plan.graph import first_reasons
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
@@ -110,6 +111,8 @@ class PlannedNetwork(nn.Module):
         graph = trace("plan", self.model, self._example, domain, known=known)
         self._recordings[cast] = graph.recording
         self.lowered, self.not_lowered = graph.lowered, graph.not_lowered
+        if not self._programs:
+            graph.warn_if_nothing("plan")
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
             last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
@@ -280,7 +283,11 @@ class PlannedNetwork(nn.Module):
         error = "not checked" if self.max_error is None else f"largest error {self.max_error:.1e}"
         domain = "all channels" if self.domain is None else f"domain {self.domain!r}"
         steps = len(self._program.steps)
-        return f"PlannedNetwork({domain}, {steps} steps, {error})\n{self._program.table()}"
+        text = f"PlannedNetwork({domain}, {steps} steps, {error})\n{self._program.table()}"
+        if self.not_lowered:
+            count = len(self.lowered) + len(self.not_lowered)
+            text += f"\nnot lowered ({len(self.not_lowered)} of {count}): {first_reasons(self.not_lowered, 10)}"
+        return text
 
 
 def plan(
@@ -297,8 +304,11 @@ def plan(
     The model is recorded with torch.fx. From the lists of its layers it follows which channels of every tensor anything
     reads; the plan computes and stores only these, each tensor in the order in which its reader wants it. Batch norms,
     ReLUs and sums are done by the convolution before them, or by the one after them in networks that normalise first.
-    Operations that are not known are run as they are, on all channels. The result equals the masked dense network, in
-    which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the example.
+    Operations that are not known are run as they are, on all channels; printing the plan names the convolutions among
+    them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions, and weights that a
+    layer computes (standardised, parametrized), are copied when the plan is made. The result equals the masked dense
+    network, in which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the
+    example.
 
     Args:
         model: a network in eval mode, swapped and with lists, or any other.
@@ -312,7 +322,8 @@ def plan(
         memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.
 
     Returns:
-        A :class:`PlannedNetwork`. It shares the model's parameters, and follows changes of its batch norms.
+        A :class:`PlannedNetwork`. It shares the model's parameters, and follows changes of its batch norms. A warning
+        names the first obstacles if no convolution could be lowered.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the

@@ -8,7 +8,8 @@ this layer reads stays where another layer reads the same channel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.plan.classes import Classes, domains_to_change, keep_unknown, tied
-from bap_kernels.plan.example import trace_shapes
-from bap_kernels.plan.graph import Channels, Graph
+from bap_kernels.plan.classes import Classes, domains_to_change, keep_unknown, tied, unknown
+from bap_kernels.plan.example import conv_macs, trace_shapes
+from bap_kernels.plan.graph import Channels, Graph, find_stacklevel, first_reasons
 from bap_kernels.plan.liveness import Liveness
 from bap_kernels.table import ChannelTable
 
@@ -32,15 +33,18 @@ class PruneReport:
 
     Attributes:
         parameters: (before, after), all parameters of the model.
-        macs: (before, after), multiply-adds of all convolutions for one call of the example, all channels kept.
+        macs: (before, after), multiply-adds of all convolutions, swapped or not, for one call of the example without
+            lists.
         layers: {layer: ((C_out, C_in) before, (C_out, C_in) after)} of the convolutions.
         table: the renumbered lists.
+        obstacles: {step: reason} of what keeps channels that no domain reads.
     """
 
     parameters: tuple[int, int]
     macs: tuple[int, int]
     layers: dict[str, tuple[tuple[int, int], tuple[int, int]]]
     table: ChannelTable
+    obstacles: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         facts = [("parameters", self.parameters), ("MACs", self.macs)]
@@ -48,10 +52,24 @@ class PruneReport:
         for name, (old, new) in self.layers.items():
             if old != new:
                 lines.append(f"  {name}: {old[1]} -> {old[0]} became {new[1]} -> {new[0]} channels")
+        if self.obstacles:
+            lines.append(f"  unused channels stay: {first_reasons(self.obstacles, 10)}")
         return "\n".join(lines)
 
 
-def _classes(graphs: list[Graph]) -> Classes:
+def _obstacles(classes: Classes, graph: Graph) -> dict[str, str]:
+    """{step: reason} of what keeps channels that no domain reads; to be called before these are marked."""
+    leaders = classes.leaders()
+    read = np.zeros(len(leaders), dtype=bool)
+    read[leaders[classes.kept]] = True
+    found: dict[str, str] = {}
+    for op, values, reason in unknown(graph, widths=True):
+        if any(not read[classes.marked(leaders, value)].all() for value in values):
+            found.setdefault(op.name, reason)
+    return found
+
+
+def _classes(graphs: list[Graph]) -> tuple[Classes, dict[str, str]]:
     graph = graphs[0]
     classes = tied(graph)
     for op in graph.ops:
@@ -61,20 +79,21 @@ def _classes(graphs: list[Graph]) -> Classes:
             padded = np.ones(op.output.channels or 0, dtype=bool)
             padded[op.before : op.before + (value.channels or 0)] = False
             classes.keep(op.output, np.flatnonzero(padded))
-    keep_unknown(classes, graph, widths=True)
     for other in graphs:
         # All domains have the same recording, so operations correspond by number.
         live = Liveness(other, constants=False).live
         for op, theirs in zip(graph.ops, other.ops, strict=True):
             if op.output in classes.first:
                 classes.keep(op.output, np.flatnonzero(live[theirs.output]))
+    obstacles = _obstacles(classes, graph)
+    keep_unknown(classes, graph, widths=True)
     classes.settle()
     for value in classes.first:
         # A layer without any channel is none.
         if len(classes.of(value)) == 0:
             classes.keep(value, np.zeros(1, dtype=np.int64))
             classes.settle()
-    return classes
+    return classes, obstacles
 
 
 def _renumbered(listed: Tensor | None, kept: Channels, width: int) -> Channels | None:
@@ -130,7 +149,8 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
         example_input: what the model is called with; only shapes matter. None tries square images without computing.
 
     Returns:
-        A :class:`PruneReport`, which prints what went; its ``table`` holds the new lists.
+        A :class:`PruneReport`, which prints what went, and what kept channels that no domain reads; its ``table`` holds
+        the new lists. A warning names the first obstacles if there are unused channels and none could be dropped.
 
     Raises:
         ValueError: if no layer was swapped, and as :func:`bap_kernels.plan`.
@@ -152,9 +172,9 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
     """
     domains = domains_to_change("prune_unused_", model)
     graphs = [trace_shapes("prune_unused_", model, example_input, domain, unread=True) for domain in domains]
-    classes = _classes(graphs)
+    classes, obstacles = _classes(graphs)
+    macs = [conv_macs(model, example_input, graphs[0], domains[0])]
     before = sum(parameter.numel() for parameter in model.parameters())
-    macs = [0, 0]
     layers: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
     done: set[nn.Module] = set()
     for number, op in enumerate(graphs[0].ops):
@@ -162,15 +182,11 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
             continue
         reads, writes = classes.of(op.inputs[0]), classes.of(op.output)
         if isinstance(op.module, nn.Conv2d):
-            conv, shape = op.module, op.output.shape
-            assert shape is not None
+            conv = op.module
             if conv not in done:
                 old = conv.out_channels, conv.in_channels
                 _shrink_conv_(conv, reads, writes)
                 layers[op.name] = old, (len(writes), len(reads))
-            per_filter = shape[0] * shape[2] * shape[3] * conv.weight[0, 0].numel()
-            for side, (c_out, c_in) in enumerate(layers.get(op.name, ())):
-                macs[side] += per_filter * c_out * (c_in if conv.groups == 1 else conv.weight.shape[1])
         else:
             # A batch norm per domain is another module in each domain's recording.
             for norm in dict.fromkeys(graph.ops[number].module for graph in graphs):
@@ -181,6 +197,12 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
                     done.add(norm)
         done.add(op.module)
     after = sum(parameter.numel() for parameter in model.parameters())
+    macs.append(conv_macs(model, example_input, graphs[0], domains[0]))
+    if obstacles and after == before:
+        warnings.warn(
+            f"prune_unused_(): no channel was dropped, though some are read in no domain. {first_reasons(obstacles)}",
+            stacklevel=find_stacklevel(),
+        )
     gathered = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d) and one.lists}
     table = ChannelTable(
         {
@@ -189,4 +211,4 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
             if domain is not None
         }
     )
-    return PruneReport((before, after), (macs[0], macs[1]), layers, table)
+    return PruneReport((before, after), (macs[0], macs[1]), layers, table, obstacles)

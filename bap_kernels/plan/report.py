@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bap_kernels._load import _C
 from bap_kernels.functional import four_sided
 from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.nn.swap import skipped
+from bap_kernels.plan.graph import first_reasons
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.roof import limit_of, roof
 
@@ -56,9 +58,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """All layers, in the order in which they ran; printing it shows a table."""
+    """All layers, in the order in which they ran; printing it shows a table.
+
+    Attributes:
+        layers: what ran.
+        not_served: {layer: reason}, as :func:`bap_kernels.nn.skipped` gives it.
+    """
 
     layers: tuple[LayerReport, ...]
+    not_served: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "roof", "backend", "why")]
@@ -85,6 +93,8 @@ class NetworkReport:
         ]
         kept, whole = (sum(layer.macs[side] for layer in self.layers) for side in (0, 1))
         lines.append(f"{len(self.layers)} layers, {kept:,} of {whole:,} MACs ({kept / max(whole, 1):.0%})")
+        if self.not_served:
+            lines.append(f"not served: {first_reasons(self.not_served, 10)}")
         return "\n".join(lines)
 
 
@@ -213,4 +223,4 @@ def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Network
         for handle in handles:
             handle.remove()
     with torch.no_grad():
-        return NetworkReport(tuple(_explained(layers[layer], layer, x, y) for layer, x, y in seen))
+        return NetworkReport(tuple(_explained(layers[layer], layer, x, y) for layer, x, y in seen), skipped(model))

@@ -332,6 +332,7 @@ def specialize(
         [(3, 3, 3, 3), (4, 3, 1, 1)]
     """
     graph = trace_shapes("specialize", model, example_input, domain)
+    graph.warn_if_nothing("specialize")
     layout = Layout(graph, Liveness(graph))
     making = _Specializing(graph, layout, next((p.device for p in model.parameters()), None))
     with torch.no_grad():

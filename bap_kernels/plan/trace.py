@@ -97,9 +97,28 @@ def called(call: Callable[..., Any], inputs: tuple[Any, ...], draws: bool = Fals
             return call(*_copies(inputs))
 
 
-def run_masked(model: nn.Module, domain: str | None, inputs: tuple[Any, ...], draws: bool) -> Any:
-    """What the masked dense network returns, nothing recorded."""
-    return called(_masked_copy(_rooted(in_domain(model, domain)), domain), inputs, draws)
+def run_masked(
+    model: nn.Module,
+    domain: str | None,
+    inputs: tuple[Any, ...],
+    draws: bool,
+    watch: Callable[[nn.Module, Any, Any], None] | None = None,
+) -> Any:
+    """What the masked dense network returns, nothing recorded.
+
+    Args:
+        model, domain, inputs: as in :func:`trace`.
+        draws: whether the model draws random numbers.
+        watch: called with every convolution that runs, its arguments and its result.
+    """
+    root = _masked_copy(_rooted(in_domain(model, domain)), domain)
+    watched = [one for one in root.modules() if watch is not None and isinstance(one, nn.Conv2d)]
+    handles = [one.register_forward_hook(watch) for one in watched]  # type: ignore[arg-type]
+    try:
+        return called(root, inputs, draws)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _drop_unread(graph: Graph) -> None:
