@@ -184,7 +184,7 @@ py::bytes fingerprint(const std::vector<at::Tensor>& tensors) {
   std::vector<Fingerprint> parts;
   for (const at::Tensor& t : tensors) {
     if (t.is_cpu()) {
-      parts.push_back(fingerprint_values(t));
+      parts.push_back(fingerprint_values(t.dim() == 0 ? t.view({1}) : t));
       continue;
     }
     const std::array<uint64_t, 3> state = {reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()),

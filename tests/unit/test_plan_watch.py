@@ -189,3 +189,19 @@ def test_switches_of_a_planned_model() -> None:
     right(model, planned)
     model[2].domains["a"].score.data[3] = 0
     right(model, planned)
+
+
+@torch.no_grad()
+def test_scales_without_an_axis() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gain = nn.Conv2d(3, 4, 1), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) * self.gain
+
+    model, x = Scaled().eval(), torch.randn(1, 3, 5, 5)
+    planned = bk.plan(model, x)
+    model.gain.mul_(3)
+    torch.testing.assert_close(planned(x), model(x))
