@@ -88,7 +88,8 @@ def check_domain(layer: nn.Module) -> None:
         return
     changed: Any = layer._changed
     node = torch._C._current_autograd_node()
-    if node is None or _numbers_of_another_thread(changed):
+    # Replicas of DataParallel run in threads of their own.
+    if node is None or _numbers_of_another_thread(changed) or hasattr(layer, "_is_replica"):
         return
     if node._sequence_nr() < changed.at and node._sequence_nr() != changed.by:
         raise RuntimeError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bap_kernels.nn.mixed import MixedBatch
 from bap_kernels.plan.program import Program
@@ -21,8 +22,8 @@ _HINT = "Hint: call the model itself, which takes mixed batches whatever it retu
 class MixedPlans:
     """The plans of the domains that occur in a batch.
 
-    Which axis of a result counts the samples is not guessed from its size: each plan runs once on two and once on three
-    samples, and the axis that grows is taken.
+    Which axis of a result counts the samples is not guessed from its size: at its first mixed batch each plan runs once
+    on two and once on three samples, and the axis that grows is taken.
 
     Args:
         batch: the batch.
@@ -38,8 +39,6 @@ class MixedPlans:
         self.domains = domains
         self.programs = list(programs)
         self.example = example
-        # What each program gives for two and for three samples.
-        self.probes: list[tuple[Any, Any]] | None = None
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """The results of all samples, in the caller's order.
@@ -51,9 +50,11 @@ class MixedPlans:
         sampled = self._sampled(inputs)
         if self.batch.size == 0:
             return self.programs[0].run(inputs)
-        if self.probes is None:
-            few = [_at(inputs, sampled, torch.zeros(count, dtype=torch.int64)) for count in (2, 3)]
-            self.probes = [(program.run(few[0]), program.run(few[1])) for program in self.programs]
+        for program in self.programs:
+            if program.probe is None:
+                two, three = (_at(inputs, sampled, torch.zeros(n, dtype=torch.int64)) for n in (2, 3))
+                program.probe = _without_data(program.run(two), program.run(three))
+        probes = [program.probe for program in self.programs if program.probe is not None]
         order = torch.arange(self.batch.size) if self.batch.order is None else self.batch.order
         if len(self.programs) == 1:
             results = [self.programs[0].run(inputs)]
@@ -62,7 +63,7 @@ class MixedPlans:
             results = [
                 program.run(_at(inputs, sampled, place)) for program, place in zip(self.programs, places, strict=True)
             ]
-        return self._joined(results, self.probes, "output")
+        return self._joined(results, probes, "output")
 
     def _sampled(self, inputs: tuple[Any, ...]) -> set[int]:
         """Which of the inputs' tensors, in order, hold the samples."""
@@ -144,6 +145,16 @@ class MixedPlans:
         if axis == 0:
             return self.batch.restored(whole)
         return whole.index_select(axis, self.batch.on("back", whole.device))
+
+
+def _without_data(two: Any, three: Any) -> tuple[Any, Any]:
+    """Two results with tensors of the same shapes in place of theirs; a tensor that stands in both stays."""
+    same = {id(one) for one in tree_leaves(two)} & {id(one) for one in tree_leaves(three)}
+
+    def shape_of(tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in same else torch.empty(tensor.shape, device="meta")
+
+    return tree_map_only(Tensor, shape_of, two), tree_map_only(Tensor, shape_of, three)
 
 
 def _axis_of_samples(two: Tensor, three: Tensor) -> int | None:

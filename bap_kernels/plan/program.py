@@ -55,6 +55,8 @@ class Program:
                 freed[number].append(slot)
         self.freed = [tuple(slots) for slots in freed]
         self._order = list(zip(steps, self.freed, strict=True))
+        # What it gives for two and for three samples, without data; known after the first mixed batch.
+        self.probe: tuple[Any, Any] | None = None
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """Computes the result."""

@@ -73,7 +73,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def steps(way: Callable, ste_every: int, forwards: int, retain: bool) -> list[dict[str, Tensor]]:
     """Gradients of some steps, each a backward through several forwards of two checkpointed parts."""
     model, found = model_of(ste_every), []
-    for step in range(4):
+    for step in range(3):
         model.zero_grad()
         loss = torch.zeros(())
         for number in range(forwards):
@@ -91,8 +91,7 @@ def steps(way: Callable, ste_every: int, forwards: int, retain: bool) -> list[di
 
 
 @pytest.mark.parametrize("retain", [False, True], ids=["once", "twice"])
-@pytest.mark.parametrize("forwards", [1, 3])
-@pytest.mark.parametrize("ste_every", [2, 3])
+@pytest.mark.parametrize(("ste_every", "forwards"), [(2, 1), (3, 2), (2, 3)])
 @pytest.mark.parametrize("way", ALL)
 def test_a_recomputed_forward_decides_as_its_first_one(way: str, ste_every: int, forwards: int, retain: bool) -> None:
     for got, want in zip(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels.nn.mixed import MixedBatch
 from bap_kernels.plan.mixed import MixedPlans
+from bap_kernels.plan.program import Program
 
 NUMBERS = torch.tensor([1, 0, 0, 1, 1])
 
@@ -106,7 +107,9 @@ class Thing:
 def plans(function: Callable[[Tensor], Any]) -> MixedPlans:
     """As of a network with code that is run as it is, and so may return anything."""
     batch = MixedBatch(NUMBERS.tolist())
-    programs = [SimpleNamespace(run=lambda inputs, k=k: function(inputs[0] + 10 * k)) for k in batch.numbers]
+    programs = [
+        SimpleNamespace(probe=None, run=lambda inputs, k=k: function(inputs[0] + 10 * k)) for k in batch.numbers
+    ]
     return MixedPlans(batch, ["a", "b"], programs, (torch.randn(1, 3),))
 
 
@@ -174,6 +177,20 @@ def test_an_input_with_as_many_entries_by_chance_stays_whole() -> None:
     planned = bk.plan(model, (x[:1], gain), "a")
     bk.set_domain(planned, NUMBERS)
     torch.testing.assert_close(planned(x, gain), masked(model, x) * gain.view(1, 5, 1, 1))
+
+
+@torch.no_grad()
+def test_plans_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = bk.plan(two_domains(Net()), torch.randn(1, 3, 4, 6), "a")
+    sizes: list[int] = []
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda self, inputs: sizes.append(len(inputs[0])) or run(self, inputs))
+    for shape in ((5, 3, 4, 6), (5, 3, 8, 8)):
+        bk.set_domain(planned, NUMBERS)
+        planned(torch.randn(shape))
+    # In the first batch, after the check of the second plan.
+    assert sizes == [1, 2, 3, 2, 3, 2, 3, 2, 3]
+    assert all(program.probe[0].is_meta for program, _ in planned._programs.values())
 
 
 @torch.no_grad()
