@@ -198,6 +198,7 @@ class _Recorder(TorchFunctionMode):
         self.itself: dict[fx.Node, fx.Node] = {}
         self.stale: dict[int, tuple[Any, tuple[str, ...], str]] = {}
         self.static: set[fx.Node] = set()
+        self.fresh: set[int] = set()  # identities of constants that the code makes; they are held
         self.attributes: dict[str, fx.Node] = {}
         self.within: list[str] = [""]
         self.recording, self.paused = True, False
@@ -406,6 +407,7 @@ class _Recorder(TorchFunctionMode):
             return result
         if found and func in _CONSTANT_MAKERS and not given and not numbers:
             self.bind(result, self._constant(result))
+            self.fresh.add(id(result))
             return result
         if self._autocast() != self.autocast:
             raise self.unrecordable("it changes autocast")
@@ -478,12 +480,18 @@ class _Recorder(TorchFunctionMode):
             raise self.unrecordable("it writes to a parameter, a buffer or several tensors at once")
         tensor = written[0]
         self._only_shown_before(tensor)
+        source = self.steps[id(tensor)][1]
+        while source in self.view_of or source in self.itself:
+            source = self.view_of.get(source, self.itself.get(source, source))
+        if source.op == "get_attr" and id(self.constants.get(str(source.target))) not in self.fresh:
+            raise self.unrecordable("it writes to a parameter, a buffer or what was there before")
         if result is tensor and args and args[0] is tensor and _writes_to_first(op, target, kwargs):
             node = self._add(op, target, args, kwargs, result=result)
             self.wrote(tensor, node)
             return result
-        place: int | str | None = next((at for at, one in enumerate(args) if one is tensor), None)
-        place = next((key for key, one in kwargs.items() if one is tensor), None) if place is None else place
+        # `out` first: the tensor may be read as well.
+        place: int | str | None = next((key for key, one in kwargs.items() if one is tensor), None)
+        place = next((at for at, one in enumerate(args) if one is tensor), None) if place is None else place
         if place is None or not (result is None or result is tensor):
             raise self.unrecordable("it writes to a tensor and returns another")
         node = self._add("call_function", Written(target, place), args, kwargs, result=tensor)
@@ -536,6 +544,8 @@ class _Recorder(TorchFunctionMode):
         given = _tensors((args, kwargs))
         self.paused = True
         try:
+            if self._autocast() != self.autocast:
+                raise self.unrecordable("it changes autocast")
             versions = [_version(one) for one in given]
             result = module._call_impl(*_number_free(args), **_number_free(kwargs))
             written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,13 +137,17 @@ class PlannedNetwork(nn.Module):
             name: as for :func:`bap_kernels.set_domain`.
             domains: what the numbers of a mixed batch stand for; None: the model's domains.
         """
+        cast = self._cast_now()
         if isinstance(name, Tensor):
             known = list(domain_names(self.model) if domains is None else domains)
             batch = MixedBatch(mixed_numbers(name, known))
             plans = self._plans_of(batch, [known[number] for number in batch.numbers])
-            return functools.partial(setattr, self, "_mixed_plans", plans)
+
+            def activate_batch() -> None:
+                self._mixed_plans, self._cast = plans, cast
+
+            return activate_batch
         program, error = self._made(name)
-        cast = self._cast_now()
 
         def activate() -> None:
             self._program, self.max_error, self._cast = program, error, cast

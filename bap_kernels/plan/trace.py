@@ -199,7 +199,8 @@ def trace(
             ) from error
         known = _recorded(op, make, inputs, lambda one: _is_step(one) or one in known_layers)
         if _differs(known.result, expected):
-            draws = _differs(called(make(), inputs), expected)
+            # Two random numbers may be close to each other by chance.
+            draws = any(_differs(called(make(), inputs), expected) for _ in range(3))
             if not draws:
                 raise ValueError(
                     f"{op}(): expected `model` to be recordable, got {type(model).__name__}, which returns something "
