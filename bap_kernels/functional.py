@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,31 @@ __all__ = ["gathered_conv2d", "switched_conv2d"]
 _operator = torch.ops.bap_kernels.gathered_conv2d.default
 # With what is settled there: pairs, four sides, and who reads the result.
 switched_operator = torch.ops.bap_kernels.switched_conv2d.default
+
+
+def _in_onnx_export() -> bool:
+    # Only an export has loaded it.
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler.
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traces(op: str) -> bool:
+    """Whether the caller is being compiled or exported.
+
+    Raises:
+        NotImplementedError: if it is exported to ONNX, which has no operator for lists.
+    """
+    compiling = torch.compiler.is_compiling()
+    if (compiling or torch._C._get_tracing_state()) and _in_onnx_export():
+        raise NotImplementedError(
+            f"{op}(): expected a caller other than torch.onnx.export, as ONNX has no such operator. "
+            "Hint: export bap_kernels.specialize(model, domain), a plain network with the same results."
+        )
+    return compiling
 
 
 def call_gathered_conv2d(
@@ -36,7 +62,7 @@ def call_gathered_conv2d(
     Tracers and overrides see ``torch.ops``; plain eager code takes a binding of the same dispatcher entry that costs
     a few microseconds less. Arguments as :func:`gathered_conv2d`, with pairs and four sides settled.
     """
-    if not (torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, weight)):
+    if not (traces("gathered_conv2d") or torch.overrides.has_torch_function_variadic(input, weight)):
         try:
             return _C.gathered_conv2d(
                 input, weight, bias, in_index, out_index, *stride, *padding, *dilation, groups, cache_packed
@@ -201,6 +227,7 @@ def switched_conv2d(
         >>> switch.grad.count_nonzero().item()
         4
     """
+    traces("switched_conv2d")
     strides = (stride, stride) if isinstance(stride, int) else stride
     dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
     pair = (padding, padding) if isinstance(padding, int) else padding
