@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "GatheredConv2d",
     "MaskedConv2d",
     "PackedConv2d",
+    "check_options",
     "has_own_forward",
     "refuse_own_forward",
     "take_over",
@@ -41,6 +42,54 @@ def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | No
         return None
     found = f"groups={groups} with {in_channels} -> {out_channels} channels"
     return f"{found}: only 1 and depthwise (C_in == C_out) are supported"
+
+
+def _why_not_options(conv: nn.Conv2d) -> str | None:
+    """Why a convolution with these options has no result; PyTorch's own says so when it is called."""
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        value = getattr(conv, name)
+        if not isinstance(value, (int, str)) and len(value) != 2:
+            return f"its {name} is {tuple(value)}, not a pair"
+    return None
+
+
+def check_options(
+    where: str, channels: tuple[Any, Any], groups: Any, padding: Any, others: Mapping[str, Any], padding_mode: str
+) -> None:
+    """Checks what a convolution is constructed with.
+
+    Args:
+        where: the class, for messages.
+        channels: C_in and C_out.
+        groups, padding, padding_mode: as in :class:`torch.nn.Conv2d`.
+        others: kernel_size, stride and dilation, {name: value}.
+
+    Raises:
+        TypeError: for what is no int.
+        ValueError: for numbers that are too small, and tuples of another length than two.
+        NotImplementedError: for groups that are not supported.
+    """
+    C_in, C_out = channels
+    counts = {"in_channels": (C_in, 0), "out_channels": (C_out, 0), "groups": (groups, 1)}
+    pairs = {name: (value, 1) for name, value in others.items()}
+    if not isinstance(padding, str):
+        pairs["padding"] = (padding, 0)
+    for name, (value, least) in [*counts.items(), *pairs.items()]:
+        numbers = list(value) if name in pairs and isinstance(value, Sequence) else [value]
+        if not all(isinstance(number, int) for number in numbers):
+            wanted = "an int or a pair of ints" if name in pairs else "an int"
+            raise TypeError(f"{where}(): expected `{name}` to be {wanted}, got {value!r}.")
+        if name in pairs and isinstance(value, Sequence) and len(numbers) != 2:
+            hint = " Hint: torch.nn.ZeroPad2d pads four sides by themselves." if name == "padding" else ""
+            raise ValueError(f"{where}(): expected `{name}` to be an int or a pair, got {value!r}.{hint}")
+        if min(numbers) < least:
+            raise ValueError(f"{where}(): expected `{name}` to be at least {least}, got {value!r}.")
+    modes = ("zeros", "reflect", "replicate", "circular")
+    if padding_mode not in modes:
+        raise ValueError(f"{where}(): expected `padding_mode` to be one of {modes}, got {padding_mode!r}.")
+    reason = why_not_groups(C_in, C_out, groups)
+    if reason is not None:
+        raise NotImplementedError(f"{where}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -81,8 +130,17 @@ def why_not(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
     if conv._parameters.get("weight") is None:
         return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
-    reason = why_not_groups(conv.in_channels, conv.out_channels, conv.groups)
+    reason = why_not_groups(conv.in_channels, conv.out_channels, conv.groups) or _why_not_options(conv)
     return OWN_FORWARD if reason is None and has_own_forward(conv) else reason
+
+
+def _checked_lists(where: str, name: str, lists: Any) -> ChannelLists:
+    if not isinstance(lists, ChannelLists):
+        raise TypeError(
+            f"{where}(): expected `{name}` to be ChannelLists, got {type(lists).__name__}. "
+            "Hint: ChannelLists(in_index=[0, 2]) reads channels 0 and 2."
+        )
+    return lists
 
 
 def take_over(layer: nn.Module, conv: nn.Module) -> None:
@@ -183,9 +241,11 @@ class GatheredConv2d(PackedConv2d):
         *,
         channels: ChannelLists | None = None,
     ) -> None:
-        reason = why_not_groups(in_channels, out_channels, groups)
-        if reason is not None:
-            raise NotImplementedError(f"{type(self).__name__}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
+        others = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        where = type(self).__name__
+        check_options(where, (in_channels, out_channels), groups, padding, others, padding_mode)
+        if channels is not None:
+            _checked_lists(where, "channels", channels)
         super().__init__(
             in_channels,
             out_channels,
@@ -236,6 +296,7 @@ class GatheredConv2d(PackedConv2d):
         if isinstance(conv, GatheredConv2d):
             layer._start_with(conv.channels if channels is None else channels)
             layer.lists = dict(conv.lists)
+            layer._mixed = conv._mixed
         else:
             layer._start_with(channels)
         return layer
@@ -250,7 +311,7 @@ class GatheredConv2d(PackedConv2d):
             IndexError, ValueError: if lists do not fit the layer; nothing is changed then.
         """
         for one in lists.values():
-            one.validate_for(self)
+            _checked_lists(f"{type(self).__name__}.attach", "lists", one).validate_for(self)
         device = self.weight.device
         self.lists = {domain: one.to(device) for domain, one in lists.items()}
         self.channels = ChannelLists()
@@ -274,12 +335,13 @@ class GatheredConv2d(PackedConv2d):
 
     def _settled(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """The input, and its padding on four sides."""
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0, 0, 0)
-        if isinstance(padding, str):
-            return input, four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
-        return input, (padding[0], padding[0], padding[1], padding[1])
+        if isinstance(padding, tuple) and len(padding) == 2:
+            return input, (padding[0], padding[0], padding[1], padding[1])
+        pair = (padding, padding) if isinstance(padding, int) else padding
+        return input, four_sided(type(self).__name__, pair, self.kernel_size, self.stride, self.dilation)
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
         input, sides = self._settled(input)
@@ -307,8 +369,10 @@ class GatheredConv2d(PackedConv2d):
             return self._gathered_mixed(input, self._mixed)
         channels = self.channels
         listed = channels.in_index if channels.out_index is None else channels.out_index
+        # Past nn.Module.__getattr__; None where the weight is computed, which is done once, below.
+        weight = self._parameters.get("weight")
         # The weight may have been assigned, past _apply: load_state_dict(assign=True), parameters put in by hand.
-        if listed is not None and listed.device != self.weight.device:
+        if listed is not None and weight is not None and listed.device != weight.device:
             self._follow_weight()
             channels = self.channels
         if input.dim() == 3:

@@ -147,7 +147,7 @@ class Runs:
         if len(widths) > 1:
             raise ValueError(
                 f"{type(layer).__name__}(): expected all domains of a mixed batch to give as many channels, got "
-                f"{sorted(widths)}. Hint: MaskedConv2d keeps the full width."
+                f"{sorted(widths)}. Hint: swap_(model, layer_type=MaskedConv2d) keeps the full width."
             )
         return batch.restored(torch.cat(parts))
 

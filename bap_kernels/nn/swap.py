@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, refuse_own_forward, why_not
 from bap_kernels.nn.domain_layers import DomainConv2d, DomainLinear
 from bap_kernels.nn.heads import shared_classifiers
 from bap_kernels.nn.norms import depends_on_data, is_norm
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def swap_(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    layer_type: type[GatheredConv2d] = GatheredConv2d,
+    layer_type: type[GatheredConv2d] | None = None,
 ) -> nn.Module:
     """Replaces every :class:`torch.nn.Conv2d` of a model, in place, by a layer that can work on listed channels.
 
@@ -38,12 +38,14 @@ def swap_(
         model: any module. If it is a convolution itself, the result is the new layer.
         filter_fn: ``filter_fn(module, name) -> bool``; False leaves that convolution as it is.
         layer_type: :class:`~bap_kernels.nn.GatheredConv2d`, or :class:`~bap_kernels.nn.MaskedConv2d` where out-lists
-            are to be used in a network that expects full width.
+            are to be used in a network that expects full width. If given, layers that were swapped before change to it
+            and keep their lists; None leaves them, and swaps to GatheredConv2d.
 
     Returns:
         ``model``, or the new layer.
 
     Raises:
+        TypeError: for another ``layer_type``.
         NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do: it would hide the
             lists. Nothing is changed then.
 
@@ -57,17 +59,21 @@ def swap_(
           (2): GatheredConv2d(8, 4, kernel_size=(1, 1), stride=(1, 1))
         )
     """
+    wanted = GatheredConv2d if layer_type is None else layer_type
+    if not (isinstance(wanted, type) and issubclass(wanted, GatheredConv2d)):
+        raise TypeError(f"swap_(): expected `layer_type` to be GatheredConv2d or MaskedConv2d, got {layer_type!r}.")
     new: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d) or isinstance(module, GatheredConv2d):
+        swapped = isinstance(module, GatheredConv2d) and (layer_type is None or type(module) is layer_type)
+        if swapped or not isinstance(module, nn.Conv2d):
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
         reason = why_not_swapped(module)
         if reason is None and isinstance(module, SwitchedConv2d):
-            new[module] = module.to_gathered(layer_type)
+            new[module] = module.to_gathered(wanted)
         elif reason is None:
-            new[module] = layer_type.from_conv2d(module)
+            new[module] = wanted.from_conv2d(module)
         elif reason == OWN_FORWARD:
             refuse_own_forward("swap_", name, module)
         else:
@@ -91,9 +97,7 @@ def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 def why_not_swapped(conv: nn.Module) -> str | None:
     """Why :func:`swap_` leaves a module as it is; None if it replaces it."""
     if isinstance(conv, SwitchedConv2d):
-        if conv.groups != 1:
-            return "a depthwise layer with switches writes its bias to channels that are off"
-        return OWN_FORWARD if has_own_forward(conv) else None
+        return conv.why_not_gathered()
     return why_not(conv)
 
 

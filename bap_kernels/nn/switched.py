@@ -17,10 +17,10 @@ from bap_kernels.nn.conv import (
     OWN_FORWARD,
     GatheredConv2d,
     PackedConv2d,
+    check_options,
     has_own_forward,
     take_over,
     why_not,
-    why_not_groups,
 )
 from bap_kernels.nn.in_backward import check_domain, in_backward, in_checkpoint
 from bap_kernels.nn.leaf import Proxy, as_one_step
@@ -108,9 +108,8 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         initial: float = 1e-2,
         ste_every: int = 1,
     ) -> None:
-        reason = why_not_groups(in_channels, out_channels, groups)
-        if reason is not None:
-            raise NotImplementedError(f"{type(self).__name__}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
+        others = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        check_options(type(self).__name__, (in_channels, out_channels), groups, padding, others, padding_mode)
         names = checked_names(type(self).__name__, domains)
         nn.Conv2d.__init__(
             self,
@@ -171,6 +170,14 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         layer._start_with(names, threshold, initial, ste_every)
         return layer
 
+    def why_not_gathered(self) -> str | None:
+        """Why :meth:`to_gathered` refuses the layer; None if it does not."""
+        if self.groups != 1:
+            return "a depthwise layer with switches writes its bias to channels that are off"
+        if self._parameters.get("weight") is None:
+            return "its weight is computed, by a parametrization or a hook"
+        return OWN_FORWARD if has_own_forward(self) else None
+
     def to_gathered(self, layer_type: type[GatheredConv2d] = GatheredConv2d) -> GatheredConv2d:
         """The layer for inference with the lists of all domains, fixed as they are now; it shares weight and bias.
 
@@ -178,17 +185,14 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             layer_type: the class of the new layer.
 
         Raises:
-            NotImplementedError: for depthwise layers, which write their bias to channels that are off, and for layers
-                on which another forward was set.
+            NotImplementedError: for depthwise layers, which write their bias to channels that are off, for layers whose
+                weight is computed, and for layers on which another forward was set.
         """
-        if self.groups != 1:
+        reason = self.why_not_gathered()
+        if reason is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}.to_gathered(): expected a layer with groups=1, got groups={self.groups}: a "
-                "depthwise layer writes its bias to channels that are off. Hint: keep it; in eval mode it is right."
-            )
-        if has_own_forward(self):
-            raise NotImplementedError(
-                f"{type(self).__name__}.to_gathered(): expected a layer with the forward of its class: {OWN_FORWARD}."
+                f"{type(self).__name__}.to_gathered(): expected a layer that can be gathered, got one that cannot: "
+                f"{reason}. Hint: keep it; in eval mode it is right."
             )
         layer = layer_type.__new__(layer_type)
         take_over(layer, self)

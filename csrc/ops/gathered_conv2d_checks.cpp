@@ -79,7 +79,9 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
                                      c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
                                      const OptionalTensor& weight_index) {
   TORCH_CHECK_VALUE(input.dim() == 4, op, "(): expected `input` to have the shape (N, C_in, H, W), got ", input.dim(),
-                    " dimensions. Hint: add a batch axis with input.unsqueeze(0).");
+                    " dimensions. Hint: ",
+                    input.dim() == 3 ? "add a batch axis with input.unsqueeze(0)."
+                                     : "images have 4; further axes go into the batch with input.flatten(0, -4).");
   TORCH_CHECK_VALUE(weight.dim() == 4, op,
                     "(): expected `weight` to have the shape (C_out, C_in / groups, kH, kW), got ", weight.dim(),
                     " dimensions.");
@@ -119,7 +121,8 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   } else {
     TORCH_CHECK_VALUE(w[1] == s.channels_in, op, "(): expected `weight` to have the input's C_in=", s.channels_in,
                       " channels in dimension 1, got ", w[1],
-                      ". Hint: weight is full-size; lists and switches select from it.");
+                      ". Hint: weight is full-size; lists and switches select from it. After a layer that writes "
+                      "listed channels only, swap_(model, layer_type=MaskedConv2d) keeps the full width.");
   }
   if (has_value(bias)) {
     TORCH_CHECK_TYPE(bias->scalar_type() == dtype, op, "(): expected `bias` to have the input's dtype ", dtype,
