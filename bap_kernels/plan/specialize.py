@@ -291,6 +291,16 @@ def _check(model: nn.Module, domain: str | None, graph: Graph, made: fx.GraphMod
         )
 
 
+def _refuse_hooked(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(module.__dict__.get(tensor), Tensor) for tensor in ("weight", "bias")):
+            raise NotImplementedError(
+                f"specialize(): expected weights that are parameters, got {name!r}, a {type(module).__name__} whose "
+                "weight a hook computes in every forward. Hint: torch.nn.utils.prune.remove(layer, 'weight'), or "
+                "remove_weight_norm or remove_spectral_norm, makes it a parameter."
+            )
+
+
 def specialize(
     model: nn.Module,
     domain: str | None = None,
@@ -320,7 +330,8 @@ def specialize(
     Raises:
         ValueError: as :func:`bap_kernels.plan`.
         RuntimeError: if the result differs from the masked dense network.
-        NotImplementedError: for layers with lists that are called through a function set on the instance.
+        NotImplementedError: for layers with lists that are called through a function set on the instance, and for
+            weights that a hook computes, as those of :mod:`torch.nn.utils.prune`.
 
     Examples:
         >>> import torch, bap_kernels as bk
@@ -331,6 +342,7 @@ def specialize(
         >>> [tuple(p.shape) for p in small.parameters() if p.dim() == 4]
         [(3, 3, 3, 3), (4, 3, 1, 1)]
     """
+    _refuse_hooked(model)
     graph = trace_shapes("specialize", model, example_input, domain)
     graph.warn_if_nothing("specialize")
     layout = Layout(graph, Liveness(graph))

@@ -143,7 +143,7 @@ def test_another_layer_type_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 6, 5), (3, 6)])
 def test_inputs_that_are_no_images_are_refused_with_a_hint_that_helps(shape: tuple[int, ...]) -> None:
-    model = _swapped()
+    model = _read_only()
     bk.set_domain(model, "a")
     with pytest.raises(
         ValueError, match=rf"got {len(shape)} dimensions. Hint: images have 4; .*input.flatten\(0, -4\)"
