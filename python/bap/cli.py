@@ -36,14 +36,14 @@ def __getattr__(name: str) -> Any:
 
 def _message(error: BaseException) -> str | None:
     """What to tell a user; None for an error that is no user's, which is a defect and shows its traceback."""
-    import torch
-
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").split(".")[0]
         if package in _EXTRA:
             return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[method]'"
         return None
-    if isinstance(error, torch.OutOfMemoryError):
+    # Without torch it can't be torch's, and importing it takes seconds.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"{error} Hint: a smaller `batch`, or a larger `accumulate`, needs less memory."
     if isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
         return f"{error}"

@@ -358,4 +358,4 @@ def demo(out: Out, set_: Set = None) -> None:
     """The whole story on the embedded suite: pre-train, train at half the budget, prune, evaluate, report."""
     from bap.demo import run_demo
 
-    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True)))
+    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True), progress=True))

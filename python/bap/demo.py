@@ -12,10 +12,11 @@ import torch
 
 import bap_kernels as bk
 from bap.checkpoint import load_checkpoint, save_checkpoint
-from bap.config import load_config
+from bap.config import Config, load_config
 from bap.deploy import deploy, speed_facts, speed_table
 from bap.evaluate import evaluate
 from bap.files import write_json
+from bap.lock import folder_lock
 from bap.network import load_domains
 from bap.prune import prune_
 from bap.report import make_report, results_table
@@ -49,32 +50,41 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
-def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_demo(
+    out: str | Path, overrides: Iterable[str] = (), say: Callable[[str], None] = print, progress: bool = False
+) -> dict[str, Any]:
     """Pre-trains the source, trains jointly at β = .5 (sharing loss) and β = 1, prunes, evaluates, measures, reports.
 
     Args:
         out: folder for everything.
         overrides: settings, as ``name=value``.
         say: told what happens.
+        progress: whether training prints its own lines, to the error stream.
 
     Returns:
         Time, accuracies before and after pruning, costs, what the narrow network takes, and the path of the report.
 
     Raises:
-        RuntimeError: if pruning changed the answers of a domain.
+        ValueError: for settings that cannot be used, or that are not those of the runs in the folder.
+        FileError: if files cannot be written, or another run writes into the folder.
+        PruneError: if pruning changed the answers of a domain.
     """
-    out = Path(out)
-    started = time.perf_counter()
     config = load_config(overrides=overrides, base=EMBEDDED)
+    with folder_lock(out):
+        return _run(config, Path(out), say, progress)
+
+
+def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
+    started = time.perf_counter()
     domains = load_domains(config)
     say(f"pre-training the source for {config.pretrain_epochs} epochs ...")
-    config = dataclasses.replace(config, weights=str(pretrained(config, domains, out)))
+    config = dataclasses.replace(config, weights=str(pretrained(config, domains, out, progress)))
     runs = []
     for beta in (config.beta, 1.0):
         say(f"training {len(domains)} domains for {config.epochs} epochs at budget {beta:g} ...")
         one = dataclasses.replace(config, beta=beta, sharing=config.sharing if beta < 1 else None)
         path = out / f"beta{beta:g}"
-        results = train_run(one, path, resume=True, baseline={}, domains=domains)
+        results = train_run(one, path, resume=True, baseline={}, domains=domains, progress=progress)
         runs.append((path, results))
     path, results = runs[0]
     model, _, facts = load_checkpoint(path / "checkpoint")
@@ -82,8 +92,7 @@ def run_demo(out: str | Path, overrides: Iterable[str] = (), say: Callable[[str]
     images = {name: next(one.batches("test", 32))[0] for name, one in domains.items()}
     with bk.use_backend(backend_of(config)):
         made = prune_(model, torch.zeros(1, 3, size, size), images)
-    own = {k: {n: v for n, v in one.items() if n not in ("format", "name")} for k, one in facts.items()}
-    save_checkpoint(out / "pruned", model, config, own, kept=(made.rows, made.columns))
+    save_checkpoint(out / "pruned", model, config, facts, kept=(made.rows, made.columns))
     pruned, _, _ = load_checkpoint(out / "pruned")
     with bk.use_backend(backend_of(config)):
         after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}

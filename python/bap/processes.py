@@ -44,7 +44,7 @@ def leave() -> None:
 
 
 class Processes:
-    """The processes of a run; joins the group that torchrun describes, if it does.
+    """The processes of a run; joins the group that torchrun describes, if it does, until the process ends.
 
     Args:
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL, one GPU for each process).
@@ -53,7 +53,6 @@ class Processes:
         ValueError: if the device is not there.
 
     Attributes:
-        joined: whether this object joined the group; it is left when the process ends, at the latest.
         rank, world: this process and their number.
         first: whether this one writes files.
         device: of this process.
@@ -66,8 +65,8 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         self.device = device_of(device)
-        self.joined = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-        if self.joined:
+        joined = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+        if joined:
             if self.device.type == "cuda":
                 device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

@@ -197,7 +197,7 @@ def train_run(
     """Trains a network and writes config.yaml, metrics.jsonl, curves, results.json and the checkpoint into a folder.
 
     The folder is locked meanwhile, see :func:`bap.lock.folder_lock`. A group of processes that is joined here is left
-    at the end, whatever happens.
+    when the process ends, whatever happens: to join one anew, while the same torchrun goes on, would wait for ever.
 
     Args:
         config: the settings.
@@ -218,15 +218,10 @@ def train_run(
         TrainError: if a loss or a parameter is not finite.
     """
     path = None if folder is None else Path(folder)
-    processes = Processes(config.device)
-    try:
-        with processes.lock(path):
-            if path is not None:
-                _check_folder(config, path, resume)
-            return _train(config, path, resume, baseline, domains, progress)
-    finally:
-        if processes.joined:
-            processes.leave()
+    with Processes(config.device).lock(path):
+        if path is not None:
+            _check_folder(config, path, resume)
+        return _train(config, path, resume, baseline, domains, progress)
 
 
 def _train(

@@ -26,6 +26,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+from bap.cli import main
 from bap.config import load_config
 from bap.files import write_tensors
 from bap.network import load_domains
@@ -42,6 +43,11 @@ train_run(config, folder / "run", resume=True, baseline={}, domains=domains)
 whole = Trainer(config, domains, folder / "run", resume=True)
 assert whole.epoch == 2
 half.processes.wait()
+sys.argv = ["bap", "train", "-c", str(folder / "config.yaml"), "-o", str(folder / "command"), "-s", "epochs=1"]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
 half.processes.leave()
 """
 
@@ -65,6 +71,10 @@ def test_two_processes(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -
     assert [one["epoch"] for one in read_metrics(tmp_path / "run")] == [1, 2]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all(value <= 0.5 for value in results["kept"].values())
+    # The command prints one result.
+    made = json.loads(done.stdout)
+    assert made == json.loads((tmp_path / "command" / "results.json").read_text())
+    assert not (tmp_path / "command" / ".lock").exists()
     # What two processes evaluated together is what one finds.
     model, _, _ = load_checkpoint(tmp_path / "run" / "checkpoint")
     with bk.use_backend("aten"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from bap.counting import adapters_params, backbone_params, count, masks_params
-from bap.metrics import DECATHLON_BASELINE, SKETCH_BASELINE, domain_scores, score, scores
+from bap.metrics import DECATHLON_BASELINE, SKETCH_BASELINE, domain_scores, score, scores, shown_score
 from bap.models import build
 from bap.published import DECATHLON_ROWS, PIGGYBACK, SCRATCH, SKETCH_ROWS
+from bap.report import _published, results_table
+from bap.run import scored
 
 import bap_kernels as bk
 
@@ -75,3 +77,51 @@ def test_switches_and_norms_of_ten_domains_are_those_of_ba2() -> None:
 def test_errors(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_published_scores_are_those_that_were_printed() -> None:
+    rows = {row.method: row for row in (*DECATHLON_ROWS, *SKETCH_ROWS)}
+    assert (rows["Scratch"].s, rows["Scratch"].mark, round(rows["Scratch"].recomputed)) == (1625, "P", 1627)
+    assert (rows["Piggyback"].s, rows["Piggyback"].mark, round(rows["Piggyback"].recomputed)) == (2838, "P", 2840)
+    assert (rows["Finetune"].s, rows["Finetune"].recomputed) == (2500, 2500)
+    assert all(row.s == int(row.s) for row in rows.values())
+    for row in rows.values():
+        assert row.recomputed is None or row.recomputed == pytest.approx(row.s, rel=6e-3)
+
+
+def _results(names: list[str], split: str = "test", whole: bool = True) -> dict:
+    results = {
+        "accuracy": {name: DECATHLON_BASELINE[name] for name in names},
+        "mean_accuracy": 70.0,
+        "beta": 0.5,
+        "sharing": None,
+        "split": split,
+        "union": 0.5,
+        "intersection": 0.5,
+        "cost": {"flop": 0.5, "exact_flop": 0.5, "params": 2.0},
+        "protocol": {"data": "decathlon", "evaluated_on": split, "whole": whole},
+    }
+    return results | scored(results, DECATHLON_BASELINE)
+
+
+def test_a_part_of_the_decathlon_never_stands_beside_the_whole() -> None:
+    names = list(DECATHLON_BASELINE)
+    whole = _results(names)
+    assert whole["scores"]["S"] == 2500
+    assert shown_score(whole["scores"]) == (2500, "")
+    assert any("| Piggyback | 2838 | [P] | 2840 |" in line for line in _published("decathlon", [("all", whole)]))
+    for other, key, note in (
+        (_results(names[:2]), "S_partial", "2 of 10 domains"),
+        (_results(names, "val"), "S_val", "val"),
+        (_results(names[:2], "val"), "S_partial_val", "2 of 10 domains, val"),
+    ):
+        assert "S" not in other["scores"]
+        assert shown_score(other["scores"]) == (other["scores"][key], note)
+        lines = _published("decathlon", [("all", whole), ("part", other)])
+        assert not any("Piggyback" in line for line in lines)
+        assert f"part is not ({note})" in lines[-1]
+        assert f"{other['scores'][key]:.0f} ({note}) |" in results_table([("part", other)])
+    extract = _published("decathlon", [("extract", _results(names, whole=False))])
+    assert "an extract, or relative to another baseline" in extract[-1]
+    # Results of earlier versions did not say of which images they were.
+    assert shown_score({"S": 2500.0, "domains": {}}) == (2500.0, "split not recorded")
