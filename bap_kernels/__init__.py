@@ -1,7 +1,7 @@
 """Convolutions that read and compute only the channels that a domain keeps, as drop-in ``torch.nn`` layers."""
 
+from bap_kernels import counters, nn
 from bap_kernels import flops as _flops  # noqa: F401  registers its formulas
-from bap_kernels import nn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.config import (
     choices,
@@ -40,6 +40,7 @@ __all__ = [
     "choices",
     "clear_choices",
     "clear_packed_cache",
+    "counters",
     "domain_names",
     "gathered_conv2d",
     "info",
