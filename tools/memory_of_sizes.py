@@ -12,7 +12,7 @@ table of choices.
 from __future__ import annotations
 
 import argparse
-import itertools
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +32,14 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def sizes(count: int) -> Iterator[tuple[int, int]]:
-    """Pairs (height, width), each once, the small ones first."""
-    every = ((low, side - low) for side in itertools.count(8) for low in range(4, side - 3))
-    return itertools.islice(every, count)
+def sizes(count: int) -> list[tuple[int, int]]:
+    """Pairs (height, width), each once; large and small ones mixed, so that what calls need does not grow with them."""
+    side = 4
+    while (side - 3) ** 2 < count:
+        side += 1
+    every = [(height, width) for height in range(4, side + 1) for width in range(4, side + 1)]
+    random.Random(0).shuffle(every)
+    return every[:count]
 
 
 def layers() -> list[nn.Module]:
@@ -46,8 +50,10 @@ def layers() -> list[nn.Module]:
     return [small.eval(), large.eval()]
 
 
-def measure(count: int, limit_bytes: int, every: int, large_every: int = 10) -> list[tuple[int, int, int, int]]:
-    """Runs the layers and returns (sizes so far, resident bytes, bytes of packed weights, measured cases) as it goes.
+def measure(
+    count: int, limit_bytes: int, every: int, large_every: int = 10
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Runs the layers and gives (sizes so far, resident bytes, packed weights, their bytes, measured cases) as it goes.
 
     Args:
         count: sizes.
@@ -57,15 +63,14 @@ def measure(count: int, limit_bytes: int, every: int, large_every: int = 10) -> 
     """
     bk.set_packed_cache_limit(limit_bytes)
     small, large = layers()
-    rows = []
     with torch.no_grad():
         for number, size in enumerate(sizes(count), 1):
             small(torch.randn(1, 4, *size))
             if number % large_every == 0:
                 large(torch.randn(1, 128, *size))
             if number % every == 0 or number == count:
-                rows.append((number, resident_bytes(), bk.packed_cache_info()["bytes"], len(bk.choices())))
-    return rows
+                packed = bk.packed_cache_info()
+                yield number, resident_bytes(), packed["entries"], packed["bytes"], len(bk.choices())
 
 
 def main() -> None:
@@ -78,14 +83,15 @@ def main() -> None:
     given = parser.parse_args()
     _C.set_choice_file("")  # a table of its own: it would fill the user's
     first, start = resident_bytes(), time.perf_counter()
-    rows = measure(given.sizes, given.limit_mib * MIB, given.every, given.large_every)
-    print(f"limit {given.limit_mib} MiB, {bk.packed_cache_info()['entries']} packed weights, torch {torch.__version__}")
-    print(f"{'sizes':>8}  {'RSS MiB':>8}  {'more':>6}  {'packed MiB':>10}  {'cases':>6}")
-    print(f"{0:>8}  {first / MIB:>8.1f}  {0:>6.1f}  {0:>10.2f}  {0:>6}")
-    for number, resident, packed, cases in rows:
-        print(
-            f"{number:>8}  {resident / MIB:>8.1f}  {(resident - first) / MIB:>6.1f}  {packed / MIB:>10.2f}  {cases:>6}"
-        )
+    print(f"limit {given.limit_mib} MiB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'sizes':>8}  {'RSS MiB':>8}  {'more':>6}  {'packed':>6}  {'MiB':>6}  {'cases':>6}")
+    print(f"{0:>8}  {first / MIB:>8.1f}  {0:>6.1f}  {0:>6}  {0:>6.2f}  {0:>6}")
+    for number, resident, entries, packed, cases in measure(
+        given.sizes, given.limit_mib * MIB, given.every, given.large_every
+    ):
+        more = (resident - first) / MIB
+        row = f"{number:>8}  {resident / MIB:>8.1f}  {more:>6.1f}  {entries:>6}  {packed / MIB:>6.2f}  {cases:>6}"
+        print(row, flush=True)
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -13,7 +13,7 @@ namespace {
 // packed form.
 constexpr int64_t kFewestSamples = 16, kMostSamples = 256, kValuesPerSample = 1024;
 // Of an entry, its nodes in the maps, a tensor with its storage, and what malloc adds to each.
-constexpr int64_t kBookkeeping = 1024;
+constexpr int64_t kBookkeeping = 1280;
 // What a reordered weight takes beside its numbers: it begins on a page of its own, and has a description.
 constexpr int64_t kOfReordered = 5 * 1024;
 
