@@ -33,7 +33,9 @@ const char* untraced(const at::Tensor& w) {
   } else if (storage.unsafeGetStorageImpl()->received_cuda()) {
     return "its memory is another process's";
   }
-  if (storage.use_count() > 1) {
+  // Python's object of a storage is an owner, and once it was asked for it stays as long as the storage.
+  const size_t objects = storage.unsafeGetStorageImpl()->pyobj_slot()->load_pyobj() != nullptr ? 1 : 0;
+  if (storage.use_count() > 1 + objects) {
     return "another tensor has the same memory: a state_dict or a view that is kept, `.data`, or a flat vector";
   }
   return nullptr;

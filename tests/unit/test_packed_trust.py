@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import multiprocessing
@@ -256,6 +257,10 @@ def test_a_weight_of_its_own_is_kept_without_a_word() -> None:
     conv = layer()
     state = conv.state_dict()
     del state
+    assert "every call" not in bk.report(conv, X).layers[0].why
+    # As saving and copying do; Python's object of the storage stays.
+    assert conv.weight.untyped_storage().nbytes() > 0
+    copy.deepcopy(conv)
     assert "every call" not in bk.report(conv, X).layers[0].why
 
 
