@@ -160,11 +160,12 @@ def _decisions(context: Any) -> dict[object, deque[bool]]:
 
 
 def _reentrant_contexts() -> list[Any]:
-    """The autograd contexts of the reentrant checkpoints whose first forward this is, the innermost first."""
+    """The autograd contexts of the reentrant checkpoints whose first forward this is, and that will have a second."""
     found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _reentrant_code:
             found.append(frame.f_locals["ctx"])
         frame = frame.f_back
-    return found
+    # Without gradient a context leads nowhere.
+    return [context for context in found if context.next_functions]

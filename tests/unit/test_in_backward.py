@@ -105,6 +105,8 @@ def test_evaluation_and_forwards_without_gradient_do_not_count() -> None:
     switch = layer.domains["a"]
     x = torch.randn(2, 4, 6, 6)
     with torch.no_grad():
+        for way in WAYS.values():
+            way(layer, x.clone().requires_grad_())
         layer(x)
     layer.eval()(x)
     layer.train()
