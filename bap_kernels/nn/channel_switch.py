@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
@@ -130,7 +131,8 @@ class ChannelSwitch(nn.Module):
         if listed is not None and listed[0] == self.threshold and _is_state(score, listed[1]):
             return listed[2]
         # Tensors made in inference mode have no version, without which lists on a GPU are not kept.
-        with torch.inference_mode(False), torch.no_grad():
+        # Those of a fake mode, in which shapes are followed, have no values; scores do.
+        with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
             state = _state_of(score)
             values = state if score.is_cpu else score.detach()
             listed = self._listed = self.threshold, state, ChannelLists.from_mask(values > self.threshold)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d, has_own_forward
 from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.recording import Written
 from bap_kernels.plan.compare import largest_error, tolerance_of
@@ -35,7 +35,7 @@ _IN_PLACE = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 def _plain(module: nn.Module) -> nn.Module:
     """A copy without the package's layers; unlisted slices are zero, for what is around them expects full width."""
     for one in module.modules():
-        if isinstance(one, InDomain) or (isinstance(one, GatheredConv2d) and "forward" in one.__dict__):
+        if isinstance(one, InDomain) or (isinstance(one, GatheredConv2d) and has_own_forward(one)):
             name = type(one.module if isinstance(one, InDomain) else one).__name__
             raise NotImplementedError(
                 f"specialize(): expected layers with lists to be called by their class's forward, got a {name} with "

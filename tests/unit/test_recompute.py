@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bap_kernels as bk
 from bap_kernels.nn import recompute, recompute_, switch_
+from bap_kernels.nn.recompute import is_recomputed, plain_
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +289,60 @@ def test_compiles_as_it_is() -> None:
 def test_nothing_chosen_is_an_error() -> None:
     with pytest.raises(ValueError, match="`filter_fn` to choose a module of `model`, got none"):
         recompute_(_blocks(), lambda module, name: False)
+
+
+@pytest.mark.parametrize("kind", ["switched", "gathered"])
+@pytest.mark.parametrize("first", [True, False], ids=["recompute first", "recompute last"])
+def test_every_operation_sees_through_it(kind: str, first: bool) -> None:
+    """Blocks, and a convolution itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_blocks(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if first:
+        recompute_(model, lambda module, name: _chosen(module, name) or name == "0.0")
+    if kind == "switched":
+        switch_(model, ["a", "b"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("score"):
+                    parameter.uniform_(-0.01, 0.02)
+    else:
+        bk.swap_(model)
+        bk.attach_(model, bk.ChannelTable.random(model, ["a", "b"], 0.5, seed=1))
+    if not first:
+        recompute_(model, lambda module, name: _chosen(module, name) or name == "0.0")
+    assert is_recomputed(model[0][0])
+    x = torch.randn(2, 3, 9, 7)
+    bk.set_domain(model.eval(), "b")
+    want = model(x)
+    bk.set_domain(model, "a")
+    torch.testing.assert_close(bk.plan(model, x, "b")(x), want)
+    torch.testing.assert_close(bk.specialize(model, "b")(x), want)
+    for change in (bk.order_channels_, bk.prune_unused_) if kind == "gathered" else ():
+        other = copy.deepcopy(model)
+        change(other)
+        bk.set_domain(other, "b")
+        torch.testing.assert_close(other(x), want)
+        other(x).sum().backward()
+
+
+def test_a_forward_that_was_set_before_is_kept() -> None:
+    model = nn.Sequential(Block(), nn.ReLU())
+    calls, old = [], model[0].forward
+    model[0].forward = lambda x: calls.append(1) or old(x)
+    recompute_(model, _chosen)
+    # Once more changes nothing.
+    recompute_(model, _chosen)
+    model(torch.randn(2, 8, 5, 5)).sum().backward()
+    assert calls == [1, 1]
+    plain_(model[0])
+    model(torch.randn(2, 8, 5, 5)).sum().backward()
+    assert calls == [1, 1, 1]
+    assert not is_recomputed(model[0])
+
+
+def test_plain_takes_it_off() -> None:
+    model = recompute_(_blocks(), _chosen)
+    plain_(model[1])
+    assert "forward" not in model[1].__dict__
+    assert is_recomputed(model[2][0])
+    plain_(model)

@@ -118,3 +118,13 @@ def test_aot_inductor(tmp_path: Path) -> None:
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
         loaded = torch._inductor.aoti_load_package(package)
         assert_equal(loaded(x), masked(x))
+
+
+def test_switched_models_need_no_example() -> None:
+    torch.manual_seed(0)
+    model = bk.nn.switch_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)), ["a", "b"]).eval()
+    with torch.no_grad():
+        model[2].domains["b"].score[::2] = 0
+    bk.set_domain(model, "b")
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(bk.specialize(model, "b")(x), model(x))
