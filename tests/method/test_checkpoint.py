@@ -19,6 +19,7 @@ from bap.files import FileError, read_tensors, write_tensors
 from bap.models import build, load_weights
 from bap.network import switched_network
 from bap.train import STATE, Trainer
+from safetensors.torch import save_file
 
 import bap_kernels as bk
 
@@ -249,3 +250,15 @@ def test_flips_in_a_backbone_are_found(tmp_path: Path) -> None:
             assert str(path) in problem
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found > 190
+
+
+def test_a_backbone_loads_without_the_classifier_that_does_not_fit(tmp_path: Path) -> None:
+    options = {"widths": [2, 2, 2], "blocks": [1, 1, 1]}
+    source, model = build("resnet26", 3, **options), build("resnet26", 2, **options)
+    for name in ("ours.safetensors", "foreign.safetensors"):
+        if name == "ours.safetensors":
+            write_tensors(tmp_path / name, source.state_dict(), {"source": "a"})
+        else:
+            save_file(source.state_dict(), tmp_path / name)
+        assert load_weights(model, tmp_path / name, "fc") == ["fc.weight", "fc.bias"]
+        assert torch.equal(model.conv1.weight, source.conv1.weight)

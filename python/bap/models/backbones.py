@@ -121,8 +121,8 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
         if path.suffix == ".safetensors":
             data = read_bytes(path)
             state: Mapping[str, Any] = load(data)
-            head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-            if {"info", "checksum"} & set(head):
+            facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            if {"info", "checksum"} & set(facts):
                 # One of ours, with a checksum.
                 state = parse_tensors(data, path)[0]
         else:
