@@ -30,19 +30,17 @@ def _in_onnx_export() -> bool:
 _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def traces(op: str) -> bool:
-    """Whether the caller is being compiled or exported.
+def refuse_onnx(op: str) -> None:
+    """For callers that are being traced, compiled or exported.
 
     Raises:
-        NotImplementedError: if it is exported to ONNX, which has no operator for lists.
+        NotImplementedError: if it is an export to ONNX, which has no operator for lists.
     """
-    compiling = torch.compiler.is_compiling()
-    if (compiling or torch._C._get_tracing_state()) and _in_onnx_export():
+    if _in_onnx_export():
         raise NotImplementedError(
             f"{op}(): expected a caller other than torch.onnx.export, as ONNX has no such operator. "
             "Hint: export bap_kernels.specialize(model, domain), a plain network with the same results."
         )
-    return compiling
 
 
 def call_gathered_conv2d(
@@ -62,7 +60,9 @@ def call_gathered_conv2d(
     Tracers and overrides see ``torch.ops``; plain eager code takes a binding of the same dispatcher entry that costs
     a few microseconds less. Arguments as :func:`gathered_conv2d`, with pairs and four sides settled.
     """
-    if not (traces("gathered_conv2d") or torch.overrides.has_torch_function_variadic(input, weight)):
+    if torch.compiler.is_compiling():
+        refuse_onnx("gathered_conv2d")
+    elif not torch.overrides.has_torch_function_variadic(input, weight):
         try:
             return _C.gathered_conv2d(
                 input, weight, bias, in_index, out_index, *stride, *padding, *dilation, groups, cache_packed
@@ -227,7 +227,8 @@ def switched_conv2d(
         >>> switch.grad.count_nonzero().item()
         4
     """
-    traces("switched_conv2d")
+    if torch.compiler.is_compiling():
+        refuse_onnx("switched_conv2d")
     strides = (stride, stride) if isinstance(stride, int) else stride
     dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
     pair = (padding, padding) if isinstance(padding, int) else padding

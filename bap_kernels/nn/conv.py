@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import call_gathered_conv2d, four_sided
+from bap_kernels.functional import call_gathered_conv2d, four_sided, refuse_onnx
 from bap_kernels.nn.in_backward import NEVER, change_now, check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import Runs
@@ -175,6 +175,11 @@ class PackedConv2d(nn.Conv2d):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
         self._drop()
         return super()._apply(fn, recurse)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A call while TorchScript traces, as its export to ONNX does.
+        refuse_onnx(type(self).__name__)
+        return super()._slow_forward(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._drop()

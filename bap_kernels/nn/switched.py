@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import call_gathered_conv2d, four_sided, switched_operator, traces
+from bap_kernels.functional import call_gathered_conv2d, four_sided, refuse_onnx, switched_operator
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import (
     OWN_FORWARD,
@@ -277,7 +277,10 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         if active is None:
             return F.conv2d(input, weight, bias, stride, padding, dilation, self.groups)
         # Lists are read from the scores on the host, which a traced program and tensors without values do not allow.
-        if not (traces("switched_conv2d") or self.training or self.groups != 1 or weight.is_meta):
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            refuse_onnx("switched_conv2d")
+        if not (self.training or self.groups != 1 or compiling or weight.is_meta):
             listed = active.channels().in_index
             sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
             return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
