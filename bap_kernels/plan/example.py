@@ -1,7 +1,8 @@
-"""Learns a model's shapes where no example is at hand, from tensors without data."""
+"""Learns a model's shapes where no example is at hand, from random images."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _SIDES = (224, 64, 32, 299, 28)
 def trace_shapes(
     op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | None, domain: str | None, unread: bool = False
 ) -> Graph:
-    """A graph of the model; without an example its ``expected`` holds no data.
+    """A graph of the model; of a model on the meta device its ``expected`` holds no data.
 
     Args:
         op: the caller's name, for messages.
@@ -38,12 +39,18 @@ def trace_shapes(
     if first is None:
         raise ValueError(f"{op}(): expected `model` to have convolutions, got none.")
     weight = first.weight
+    # Code may look at the types of tensors and at numbers in them, so tensors without data serve models on meta only.
+    is_meta = any(one.is_meta for one in (*model.parameters(), *model.buffers()))
     error: ValueError | None = None
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True) if is_meta else contextlib.nullcontext():
         for side in _SIDES:
             shape = (1, first.in_channels, side, side)
+            if is_meta:
+                image = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            else:
+                image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
             try:
-                return trace(op, model, (torch.empty(shape, dtype=weight.dtype, device=weight.device),), domain, unread)
+                return trace(op, model, (image,), domain, unread)
             except ValueError as refused:
                 if "example_input" not in str(refused):
                     raise

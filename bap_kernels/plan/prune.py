@@ -146,7 +146,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
 
     Args:
         model: a swapped network in eval mode, with the lists of all domains attached.
-        example_input: what the model is called with; only shapes matter. None tries square images without computing.
+        example_input: what the model is called with; only shapes matter. None tries square images.
 
     Returns:
         A :class:`PruneReport`, which prints what went, and what kept channels that no domain reads; its ``table`` holds

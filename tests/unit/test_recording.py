@@ -100,6 +100,9 @@ CODES: dict[str, Callable[..., Any]] = {
     "kinds": lambda net, x: (
         net.d(net.c(x)) if isinstance(x, Tensor) and torch.is_tensor(x) and type(x) is Tensor else x
     ),
+    "exact kind": lambda net, x: net.d(net.c(x)) if type(net.c(x)) is torch.Tensor else x,
+    "width": lambda net, x: net.d(net.c(x)) if x.shape[1] == 3 and x.size(1) == 3 else x,
+    "list": lambda net, x: torch.cat([torch.relu(y) for y in list(net.c(x).chunk(2, 1))], 1),
     "sizes": lambda net, x: net.d(net.c(x)) * x.shape[0] / x.shape[2] + x.size(3) ** 2 - len(x.shape),
     "attention": attention,
     "slices": sliced,
@@ -274,6 +277,16 @@ def test_or_run_as_it_is_where_a_module_does_it(name: str) -> None:
     assert_kept(model, image(), others=others)
 
 
+def test_a_mixed_batch_of_the_model_is_no_concern_of_a_plan() -> None:
+    model = network(CODES["width"])
+    want = run(model, "a", image())
+    bk.set_domain(model, torch.tensor([1, 0]))
+    mixed = model(image())
+    for one in made(model, "a", (image(),)).values():
+        assert largest_error(one(image()), want)[0] < 1e-5
+    assert torch.equal(model(image()), mixed)
+
+
 def test_random_numbers_are_drawn_anew() -> None:
     model = network(lambda net, x: net.d(net.c(x)) + torch.rand(1))
     state = torch.get_rng_state()
@@ -315,17 +328,27 @@ def test_recording_leaves_nothing_in_the_model() -> None:
     assert_kept(model, image())
 
 
-def changed_in_place(model: nn.Module) -> None:
+def changed_in_place(model: nn.Module, *example: Tensor) -> None:
     before = {name: run(model, name, image()) for name in ("a", "b")}
     for call in (bk.prune_unused_, bk.order_channels_):
-        call(model, image())
+        call(model, *example)
         for name, want in before.items():
             assert largest_error(run(model, name, image()), want)[0] < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:prune_unused_")
 @pytest.mark.parametrize("name", [*CODES, *VIEWS])
 def test_pruning_and_ordering_keep_results(name: str) -> None:
-    changed_in_place(network(CODES[name] if name in CODES else through(VIEWS[name], WRITES["relu"])))
+    changed_in_place(network(CODES[name] if name in CODES else through(VIEWS[name], WRITES["relu"])), image())
+
+
+@pytest.mark.filterwarnings("ignore:prune_unused_")
+@pytest.mark.parametrize("name", ["exact kind", "list", "contiguous"])
+def test_without_an_example(name: str) -> None:
+    code = CODES[name] if name in CODES else through(VIEWS[name], WRITES["relu"])
+    model = network(code)
+    assert largest_error(bk.specialize(model, "a")(image()), run(model, "a", image()))[0] < 1e-5
+    changed_in_place(model)
 
 
 # A forward of an instance.
