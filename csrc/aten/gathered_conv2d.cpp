@@ -4,12 +4,12 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "aten/convolution.h"
 #include "aten/packed_convolution.h"
 #include "cpu/packed_cache.h"
 #include "cpu/pixel_gather.h"
@@ -90,11 +90,17 @@ std::array<int64_t, 2> pad_unevenly(const ConvCall& c, at::Tensor& x) {
   return {0, 0};
 }
 
+// Whether oneDNN may not have the call, which kGatherPacked would hand to it.
+bool packed_fails(const ConvCall& c, const at::Tensor& x, c10::IntArrayRef padding) {
+  return convolution_fails(x.scalar_type(), c.shape.depthwise ? 1 : c.shape.kept_in, x.sizes().slice(2),
+                           c.weight.sizes().slice(2), {c.stride, padding, c.dilation, 1}, /*weight_gradient=*/false);
+}
+
 at::Tensor convolve(const ConvCall& c, at::Tensor x, const at::Tensor& w) {
   const auto padding = pad_unevenly(c, x);
   const at::Tensor bias = listed_bias(c);
-  return at::convolution(x, w, bias.defined() ? OptionalTensor(bias) : std::nullopt, c.stride, padding, c.dilation,
-                         /*transposed=*/false, {0, 0}, c.shape.depthwise ? c.shape.kept_in : 1);
+  return convolution(x, w, bias.defined() ? OptionalTensor(bias) : std::nullopt,
+                     {c.stride, padding, c.dilation, c.shape.depthwise ? c.shape.kept_in : 1});
 }
 
 }  // namespace
@@ -138,11 +144,13 @@ at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
   at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
   if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
   if (route == AtenRoute::kGatherPacked) {
-    const auto padding = pad_unevenly(c, x);
-    y = packed_convolution(c, x, padding, listed_bias(c), [&] { return slice_weight(c); });
-  } else {
-    y = convolve(c, x, listed_weight(c));
+    at::Tensor padded = x;
+    const auto padding = pad_unevenly(c, padded);
+    if (!packed_fails(c, padded, padding)) {
+      y = packed_convolution(c, padded, padding, listed_bias(c), [&] { return slice_weight(c); });
+    }
   }
+  if (!y.defined()) y = convolve(c, x, listed_weight(c));
   return apply_epilogue(y, c.fusion).contiguous(c.format());
 }
 

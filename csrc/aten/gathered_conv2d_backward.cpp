@@ -1,13 +1,13 @@
-// Backward of the gathered convolution through PyTorch's convolution_backward on the listed slices.
+// Backward of the gathered convolution through PyTorch's convolution on the listed slices.
 //   dx[:, in] = conv_backward(dy, x[:, in], w[out, in]), zeros elsewhere;  dw[out, in] likewise;  db[out] = sum dy
 #include "aten/gathered_conv2d_backward.h"
 
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include "aten/convolution.h"
 #include "aten/listed_channels.h"
 #include "ops/named_backend.h"
 
@@ -32,8 +32,8 @@ GradientTriple aten_gathered_conv2d_backward(const at::Tensor& grad_output, cons
       x = at::constant_pad_nd(x, {padding[kLeft], padding[kRight], padding[kTop], padding[kBottom]});
       pad = {0, 0};
     }
-    auto [dx, dw, db] = at::convolution_backward(grad_output, x, w, std::nullopt, stride, pad, dilation, false, {0, 0},
-                                                 s.depthwise ? s.kept_in : 1, {mask[0], mask[1], false});
+    auto [dx, dw] = convolution_gradients(grad_output, x, w, {stride, pad, dilation, s.depthwise ? s.kept_in : 1},
+                                          mask[0], mask[1]);
     if (mask[0]) {
       if (!symmetric) dx = dx.narrow(2, padding[kTop], s.height).narrow(3, padding[kLeft], s.width);
       grad_input = spread(dx, input, 1, in_index);

@@ -1,4 +1,4 @@
-// Backward of the switched convolution through PyTorch's convolution_backward.
+// Backward of the switched convolution through PyTorch's convolution.
 //   dx = conv_backward(dy, w) on channels that are on, zeros elsewhere;  dw likewise;  db = sum dy
 //   ds[c] = sum over k, kh, kw of w[k, c, kh, kw] * dW[k, c, kh, kw] = sum over n, h, w of x[n, c, h, w] * dX[n, c, h,
 //   w] where dW and dX are the gradients of the convolution on the unmasked input
@@ -6,11 +6,11 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "aten/convolution.h"
 #include "aten/listed_channels.h"
 #include "aten/switched_conv2d.h"
 
@@ -23,8 +23,8 @@ struct InputAndWeight {
 
 // Gradients of the convolution of x with w, as many channels as they have; `x` may be undefined where only that of the
 // input is wanted, for which its values are not needed.
-InputAndWeight convolution_gradients(const SwitchedCall& c, const at::Tensor& grad_output, at::Tensor x,
-                                     const at::Tensor& w, bool want_input, bool want_weight) {
+InputAndWeight gradients_of(const SwitchedCall& c, const at::Tensor& grad_output, at::Tensor x, const at::Tensor& w,
+                            bool want_input, bool want_weight) {
   const auto& s = c.shape;
   const bool symmetric = c.symmetric_padding();
   std::array<int64_t, 2> padding = {c.padding[kTop], c.padding[kLeft]};
@@ -37,9 +37,8 @@ InputAndWeight convolution_gradients(const SwitchedCall& c, const at::Tensor& gr
   } else if (!symmetric) {
     x = at::constant_pad_nd(x, {c.padding[kLeft], c.padding[kRight], c.padding[kTop], c.padding[kBottom]});
   }
-  auto [dx, dw, db] =
-      at::convolution_backward(grad_output, x, w, std::nullopt, c.stride, padding, c.dilation, /*transposed=*/false,
-                               {0, 0}, s.depthwise ? channels : 1, {want_input, want_weight, false});
+  auto [dx, dw] = convolution_gradients(grad_output, x, w, {c.stride, padding, c.dilation, s.depthwise ? channels : 1},
+                                        want_input, want_weight);
   if (want_input && !symmetric) {
     dx = dx.narrow(2, c.padding[kTop], s.height).narrow(3, c.padding[kLeft], s.width);
   }
@@ -81,8 +80,7 @@ SwitchedGradients masked_switched_conv2d_backward(const SwitchedCall& c, const a
   const bool from_input = mask[kGradInput] && !mask[kGradWeight] && !c.off_gradient;
   const bool want_weight = mask[kGradWeight] || (mask[kGradSwitch] && !from_input);
   const at::Tensor w = mask[kGradInput] ? at::where(on_weight, c.weight, 0) : c.weight;
-  auto [dx, dw] =
-      convolution_gradients(c, grad_output, want_weight ? c.input : at::Tensor(), w, mask[kGradInput], want_weight);
+  auto [dx, dw] = gradients_of(c, grad_output, want_weight ? c.input : at::Tensor(), w, mask[kGradInput], want_weight);
   if (mask[kGradInput]) grad_input = spread(at::where(on_input, dx, 0), c.input, 1, {});
   if (mask[kGradWeight]) grad_weight = spread(at::where(on_weight, dw, 0), c.weight, 1, {});
   if (mask[kGradSwitch]) {
@@ -118,16 +116,16 @@ SwitchedGradients listed_switched_conv2d_backward(const SwitchedCall& c, const S
     const bool want_weight = mask[kGradWeight] || (mask[kGradSwitch] && !mask[kGradInput]);
     const at::Tensor w = selected(c.weight, dim, lists.on);
     const at::Tensor x = want_weight || mask[kGradSwitch] ? selected(c.input, 1, lists.on) : at::Tensor();
-    auto [dx, dw] = convolution_gradients(c, listed_grad_output(lists.on), want_weight ? x : at::Tensor(), w,
-                                          mask[kGradInput], want_weight);
+    auto [dx, dw] =
+        gradients_of(c, listed_grad_output(lists.on), want_weight ? x : at::Tensor(), w, mask[kGradInput], want_weight);
     if (mask[kGradInput]) grad_input = spread(dx, c.input, 1, lists.on);
     if (mask[kGradWeight]) grad_weight = spread(dw, c.weight, dim, lists.on);
     if (mask[kGradSwitch]) put(lists.on, want_weight ? channel_products(w, dw, dim) : channel_products(x, dx, 1));
   }
   if (mask[kGradSwitch] && c.off_gradient && !c.trivial() && off_count > 0) {
     const at::Tensor w = selected(c.weight, dim, lists.off);
-    auto [dx, dw] = convolution_gradients(c, listed_grad_output(lists.off), selected(c.input, 1, lists.off), w,
-                                          /*want_input=*/false, /*want_weight=*/true);
+    auto [dx, dw] = gradients_of(c, listed_grad_output(lists.off), selected(c.input, 1, lists.off), w,
+                                 /*want_input=*/false, /*want_weight=*/true);
     put(lists.off, channel_products(w, dw, dim));
   }
   return result;

@@ -1,13 +1,16 @@
-// Autograd of the gathered convolution: the backward is an op of its own; differentiating that op raises.
+// Autograd of the gathered convolution: the backward is an op of its own. All other derivatives are those of PyTorch's
+// operators: see decomposed.h.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "autograd/decomposed.h"
 #include "cpu/choice.h"
 #include "cpu/packed_cache.h"
 #include "ops/gathered_conv2d_copied.h"
+#include "ops/gathered_conv2d_mixed.h"
 
 namespace bap_kernels {
 namespace {
@@ -39,6 +42,8 @@ auto& backward_op() {
 }
 
 OptionalTensor if_defined(const Variable& v) { return v.defined() ? OptionalTensor(v) : std::nullopt; }
+
+const at::Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
 
 class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
  public:
@@ -86,6 +91,9 @@ at::Tensor gathered_conv2d_autograd(const at::Tensor& input, const at::Tensor& w
                                     const OptionalTensor& in_index, const OptionalTensor& out_index,
                                     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                                     SymInt groups, bool cache_packed) {
+  if (C10_UNLIKELY(needs_decomposition({&input, &weight, pointer(bias)}))) {
+    return decomposed_gathered_conv2d(input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
+  }
   const bool tracked = c10::GradMode::is_enabled() &&
                        (input.requires_grad() || weight.requires_grad() || (has_value(bias) && bias->requires_grad()));
   // Recording a node costs more than a small convolution, so it is left out when nothing asks for a gradient.
@@ -98,39 +106,29 @@ at::Tensor gathered_conv2d_autograd(const at::Tensor& input, const at::Tensor& w
                                 cache_packed);
 }
 
-class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
- public:
-  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& input,
-                               const Variable& weight, const OptionalTensor& in_index, const OptionalTensor& out_index,
-                               SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                               const SymInt& groups, std::array<bool, 3> mask) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [a, b, c] =
-        backward_op().call(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
-    return {a, b, c};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false,
-        "gathered_conv2d(): expected to be differentiated once, got a request for its second "
-        "derivative. Hint: use torch.nn.functional.conv2d on index_select-ed tensors for that.");
-  }
-};
-
 Triple gathered_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                                          const at::Tensor& weight, const OptionalTensor& in_index,
                                          const OptionalTensor& out_index, SymIntArrayRef stride, SymIntArrayRef padding,
                                          SymIntArrayRef dilation, SymInt groups, std::array<bool, 3> mask) {
-  auto grads =
-      BackwardFunction::apply(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
-  return {grads[0], grads[1], grads[2]};
+  const bool tracked =
+      c10::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad() || weight.requires_grad());
+  if (C10_UNLIKELY(tracked || needs_decomposition({&grad_output, &input, &weight}))) {
+    return decomposed_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding,
+                                               dilation, groups, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return backward_op().call(grad_output, input, weight, in_index, out_index, stride, padding, dilation,
+                            std::move(groups), mask);
 }
 
 void refuse_gradients(const char* op, const at::Tensor& input, const at::Tensor& weight,
                       std::initializer_list<const OptionalTensor*> others) {
   bool tracked = input.requires_grad() || weight.requires_grad();
-  for (const OptionalTensor* t : others) tracked = tracked || (has_value(*t) && (*t)->requires_grad());
+  refuse_decomposition(op, {&input, &weight});
+  for (const OptionalTensor* t : others) {
+    tracked = tracked || (has_value(*t) && (*t)->requires_grad());
+    refuse_decomposition(op, {pointer(*t)});
+  }
   TORCH_CHECK_NOT_IMPLEMENTED(!(tracked && c10::GradMode::is_enabled()), op,
                               "(): expected tensors that need no gradient, got one with "
                               "requires_grad=True. Hint: it serves inference; call it under torch.no_grad().");
@@ -180,9 +178,23 @@ ResultAndCopy copied_autograd(const at::Tensor& input, const at::Tensor& weight,
                  in_shift, in_relu, out_scale, out_shift, residual, out_relu, copy_index, cache_packed, weight_index);
 }
 
+using MixedSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensorList&,
+                               c10::IntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool);
+
+at::Tensor mixed_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensorList& in_indices, c10::IntArrayRef counts, SymIntArrayRef stride,
+                          SymIntArrayRef padding, SymIntArrayRef dilation, bool cache_packed) {
+  refuse_gradients("_gathered_conv2d_mixed", input, weight, {&bias});
+  at::AutoDispatchBelowADInplaceOrView below;
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::_gathered_conv2d_mixed", "").typed<MixedSchema>();
+  return op.call(input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
+  m.impl("_gathered_conv2d_mixed", mixed_autograd);
   m.impl("_gathered_conv2d_fused", fused_autograd);
   m.impl("_gathered_conv2d_fused_copied", copied_autograd);
   m.impl("gathered_conv2d", gathered_conv2d_autograd);

@@ -1,10 +1,12 @@
-// Autograd of the switched convolution: the backward is an op of its own; differentiating that op raises.
+// Autograd of the switched convolution: the backward is an op of its own. All other derivatives are those of PyTorch's
+// operators: see decomposed.h.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "autograd/decomposed.h"
 #include "cpu/choice.h"
 #include "ops/switched_call.h"
 
@@ -88,6 +90,9 @@ at::Tensor switched_conv2d_autograd(const at::Tensor& input, const at::Tensor& w
                                     const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
                                     SymIntArrayRef dilation, SymInt groups, bool off_gradient,
                                     const OptionalTensor& read, int64_t reader) {
+  if (C10_UNLIKELY(needs_decomposition({&input, &weight, bias.has_value() ? &*bias : nullptr, &switches}))) {
+    return decomposed_switched_conv2d(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
+  }
   const bool tracked =
       c10::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || switches.requires_grad() ||
                                       (has_value(bias) && bias->requires_grad()));
@@ -100,34 +105,20 @@ at::Tensor switched_conv2d_autograd(const at::Tensor& input, const at::Tensor& w
                                 reader);
 }
 
-class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
- public:
-  static variable_list forward(AutogradContext*, const Variable& grad_output, const Variable& input,
-                               const Variable& weight, const Variable& switches, SymIntArrayRef stride,
-                               SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
-                               SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [a, b, c, d] = backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, groups,
-                                           off_gradient, mask, read, reader);
-    return {a, b, c, d};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false,
-        "switched_conv2d(): expected to be differentiated once, got a request for its second derivative. Hint: use "
-        "torch.nn.functional.conv2d on the input times the switch for that.");
-  }
-};
-
 SwitchedGradients switched_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
                                                     const at::Tensor& weight, const at::Tensor& switches,
                                                     SymIntArrayRef stride, SymIntArrayRef padding,
                                                     SymIntArrayRef dilation, SymInt groups, bool off_gradient,
                                                     SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
-  auto grads = BackwardFunction::apply(grad_output, input, weight, switches, stride, padding, dilation, groups,
-                                       off_gradient, mask, read, reader);
-  return {grads[0], grads[1], grads[2], grads[3]};
+  const bool tracked = c10::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad() ||
+                                                       weight.requires_grad() || switches.requires_grad());
+  if (C10_UNLIKELY(tracked || needs_decomposition({&grad_output, &input, &weight, &switches}))) {
+    return decomposed_switched_conv2d_backward(grad_output, input, weight, switches, stride, padding, dilation, groups,
+                                               off_gradient, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, std::move(groups),
+                            off_gradient, mask, read, reader);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Schema, checks and Meta kernel of the gathered convolution of mixed batches.
 #include "ops/gathered_conv2d_mixed.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
@@ -21,22 +20,6 @@ at::Tensor mixed_meta(const at::Tensor& input, const at::Tensor& weight, const O
                                                      stride, padding, dilation);
   const std::array<SymInt, 4> sizes = {s.batch, s.channels_out, s.out_h, s.out_w};
   return at::empty_symint(sizes, input.options().memory_format(input.suggest_memory_format()));
-}
-
-using Schema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensorList&,
-                          c10::IntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool);
-
-at::Tensor mixed_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                          const OptionalTensorList& in_indices, c10::IntArrayRef counts, SymIntArrayRef stride,
-                          SymIntArrayRef padding, SymIntArrayRef dilation, bool cache_packed) {
-  const bool tracked = input.requires_grad() || weight.requires_grad() || (has_value(bias) && bias->requires_grad());
-  TORCH_CHECK_NOT_IMPLEMENTED(!(tracked && c10::GradMode::is_enabled()),
-                              "_gathered_conv2d_mixed(): expected tensors that need no gradient, got one with "
-                              "requires_grad=True. Hint: it serves inference; call it under torch.no_grad().");
-  at::AutoDispatchBelowADInplaceOrView below;
-  static auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::_gathered_conv2d_mixed", "").typed<Schema>();
-  return op.call(input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed);
 }
 
 }  // namespace
@@ -76,6 +59,5 @@ TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(bap_kernels, Meta, m) { m.impl("_gathered_conv2d_mixed", mixed_meta); }
-TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) { m.impl("_gathered_conv2d_mixed", mixed_autograd); }
 
 }  // namespace bap_kernels

@@ -159,16 +159,6 @@ def test_gradients_follow_the_layout_of_their_tensor(layout: str) -> None:
     assert got[1].stride() == sample.weight.stride()
 
 
-@pytest.mark.parametrize("wrt", ["input", "weight"])
-def test_double_backward_raises(wrt: str) -> None:
-    sample = make_tensors(BASE.but(dtype=torch.float64))
-    leaf = getattr(sample, wrt).requires_grad_()
-    y = op(*sample.args)
-    (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"gathered_conv2d\(\).*second derivative.*Hint"):
-        grad.sum().backward()
-
-
 def test_inference_records_nothing() -> None:
     sample = make_tensors(BASE)
     sample.weight.requires_grad_()
