@@ -124,7 +124,9 @@ def gathered_conv2d(
         \qquad c = \text{in\_index},\ o = \text{out\_index}
 
     It is the convolution of *Budget-Aware Adapters for Multi-Domain Learning* (arXiv 1905.06242) for binary switches,
-    and differentiable in ``input``, ``weight`` and ``bias``; what no list names gets a gradient of zero.
+    and differentiable in ``input``, ``weight`` and ``bias``; what no list names gets a gradient of zero. Second
+    derivatives, forward-mode AD and the transforms of ``torch.func`` are right, and run PyTorch's own convolution on
+    what the lists select.
 
     Args:
         input: (N, C_in, H, W), float32, float64, bfloat16 or float16; all channels, any strides.
@@ -144,7 +146,7 @@ def gathered_conv2d(
         TypeError: for dtypes that do not fit each other, and lists that are not int32.
         ValueError: for shapes and options that do not fit, and lists with repeats.
         IndexError: for lists out of range.
-        NotImplementedError: for other groups, and for differentiating twice.
+        NotImplementedError: for other groups, and for lists that ``torch.func.vmap`` maps over.
 
     Examples:
         >>> import torch, bap_kernels as bk
@@ -213,7 +215,7 @@ def switched_conv2d(
     Raises:
         TypeError: for dtypes that do not fit each other.
         ValueError: for shapes and options that do not fit, and a switch with other values than 0 and 1.
-        NotImplementedError: for other groups, and for differentiating twice.
+        NotImplementedError: for other groups.
 
     Examples:
         >>> import torch, bap_kernels as bk

@@ -122,8 +122,9 @@ bool convolution_fails(at::ScalarType dtype, int64_t channels, c10::IntArrayRef 
       reads_only_padding(size[1], kernel[1], o.padding[1], o.dilation[1])) {
     return true;
   }
-  if (half && kernel[1] >= 4 && channels > 1 && channels < 64 && channels % 2 == 0 &&
-      (kernel[1] >= 8 || channels * kernel[1] % 32 == 0)) {
+  const bool dense = o.groups == 1 || channels > 1;
+  if (half && dense && channels < 64 &&
+      (kernel[1] >= 8 || (kernel[1] >= 4 && channels % 2 == 0 && channels * kernel[1] % 32 == 0))) {
     return true;
   }
   return weight_gradient && channels < 16 && kernel[0] * kernel[1] == 1 && (o.stride[0] > 1 || o.stride[1] > 1);
