@@ -188,12 +188,17 @@ def effective_conv(conv: nn.Conv2d) -> nn.Conv2d | None:
         return None
     H, W = (4 + dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True))
     generator = torch.Generator().manual_seed(0)
+    # What its forward keeps stays in an object of its own.
+    probe = type(conv).__new__(type(conv))
+    probe.__dict__.update(conv.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        probe.__dict__[table] = conv.__dict__[table].copy()
     made = []
     with unset_fake_temporarily(), torch.no_grad():
         for shape in ((2, conv.in_channels, H, W), (1, conv.in_channels, H + 3, W + 1)):
             x = torch.randn(shape, generator=generator).to(like)
             try:
-                made.append(_one_call(conv, x))
+                made.append(_one_call(probe, x))
             except Exception:  # whatever the layer's own code raises: it is then run as it is
                 return None
         first, second = made

@@ -303,6 +303,27 @@ def test_other_convolutions_are_run_as_they_are() -> None:
     assert list(planned.not_lowered.values()) == ["a call of F.conv2d whose weight is no parameter"]
 
 
+class Remembering(nn.Conv2d):
+    """It keeps what it was called with last."""
+
+    def __init__(self, *args: int, **options: int) -> None:
+        super().__init__(*args, **options)
+        self.last: object = None
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.last, self.calls = input, self.calls + 1
+        return super().forward(input)
+
+
+@torch.no_grad()
+def test_a_plan_leaves_nothing_in_a_convolution() -> None:
+    model = bk.swap_(randomise(Around(Remembering(12, 12, 3, padding=1))))
+    bk.plan(model, torch.randn(1, 3, 8, 8))
+    assert model.part.last is None
+    assert model.part.calls == 0
+
+
 def test_parametrized_convolutions() -> None:
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3, padding=1))
     assert "part" in check(Around(conv)).lowered
