@@ -6,6 +6,7 @@
 #                      PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #            ARGS    more arguments for the command itself, for instance make test ARGS="-k gather"
 #            WORKERS processes that tests are shared out to; 0 runs them in one, for --pdb
+#            TORCH   for test-torch: the version of torch, such as 2.11.0, or newest
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -13,6 +14,8 @@ PIP_ARGS ?=
 ARGS ?=
 ISA ?= avx2
 WORKERS ?= 2
+TORCH ?= newest
+TORCH_SPEC ?= torch>=2.11
 BENCH_OUT ?= benches/out
 DEMO_OUT ?= demo/out
 
@@ -31,7 +34,7 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo test test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo test test-torch test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +50,14 @@ demo: setup ## Set up, train, prune and evaluate on the embedded suite, report t
 
 test: setup ## Set up and run all tests
 	$(PYTEST) $(ARGS)
+
+# Libraries are built in place, so two versions of torch need two copies of the sources, with an environment each.
+TORCH_COPY = build/torch-$(TORCH)
+test-torch: ## Run all tests with TORCH=2.11.0 or another version, in an environment and a copy of the sources of their own
+	mkdir -p $(TORCH_COPY)
+	find $(TORCH_COPY) -path $(TORCH_COPY)/build -prune -o -type f ! -name '*.so' -exec rm {} +
+	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C $(TORCH_COPY)
+	$(MAKE) -C $(TORCH_COPY) test VENV=$(abspath .venv-torch$(TORCH)) TORCH_SPEC="$(if $(filter newest,$(TORCH)),torch>=2.11,torch==$(TORCH))"
 
 test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
 	BAP_KERNELS_ISA=$(ISA) $(PYTEST) -q $(OP_TESTS) $(ARGS)
@@ -101,7 +112,7 @@ $(BIN)/python: | check
 # torch and torchvision are resolved together, so that pip does not fetch two versions of torch.
 $(STAMPS)/tools: pyproject.toml | check $(BIN)/python
 	@echo "Installing torch and the build tools into $(VENV): a few minutes on the first run"
-	$(PIP) install $(PIP_ARGS) "torch>=2.11" torchvision "setuptools>=77" wheel "ninja>=1.11"
+	$(PIP) install $(PIP_ARGS) "$(TORCH_SPEC)" torchvision "setuptools>=77" wheel "ninja>=1.11"
 	@mkdir -p $(@D) && touch $@
 
 # Built before pip runs, which would hide what is built and what is not; pip then finds nothing left to compile.

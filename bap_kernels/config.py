@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bap_kernels import _dispatch  # noqa: F401  knows why Triton cannot run
+from bap_kernels import (
+    _dispatch,  # noqa: F401  knows why Triton cannot run
+    _warn,  # noqa: F401  issues the warnings of the C++ part
+)
 from bap_kernels._load import _C
 from bap_kernels._packed import triton_weights
 
@@ -32,6 +34,7 @@ __all__ = [
 
 BACKENDS = ("auto", "native", "aten", "triton", "cuda")
 ISAS = ("avx512", "avx2", "none", "avx512_emulated")
+_MOST_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ class Settings:
     cache_dir: Path | None
     packed_cache_bytes: int
     autotune: bool = False
+    cache_problem: str = ""  # why there is no cache_dir although one is wanted
 
     @property
     def choice_file(self) -> Path | None:
         """File of the measured choices of ``auto``; None keeps them in memory only."""
-        return None if self.cache_dir is None else self.cache_dir / "choices-v2.tsv"
+        return None if self.cache_dir is None else self.cache_dir / "choices-v5.tsv"
 
 
 def _one_of(environment: Mapping[str, str], name: str, values: tuple[str, ...]) -> str | None:
@@ -89,6 +93,14 @@ def _one_of(environment: Mapping[str, str], name: str, values: tuple[str, ...]) 
     if value and value not in values:
         raise ValueError(f"bap_kernels: expected `{name}` to be one of {', '.join(values)}, got {environment[name]!r}.")
     return value or None
+
+
+def _cache_folder(text: str) -> tuple[Path | None, str]:
+    """The folder that a setting names, or None and why it names none: in a container a user may have no home."""
+    try:
+        return (Path(text).expanduser() if text else None), ""
+    except RuntimeError:
+        return None, f"`{text}` has no home folder in front"
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -105,15 +117,18 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     name = "BAP_KERNELS_PACKED_CACHE_BYTES"
     text = environment.get(name, "").strip() or str(2**30)
     # int() alone would also take signs, underscores and digits of other scripts.
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"bap_kernels: expected `{name}` to be a number of bytes, 0 or more, got {text!r}.")
-    folder = environment.get("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= _MOST_BYTES):
+        raise ValueError(
+            f"bap_kernels: expected `{name}` to be a number of bytes, 0 or more and less than 2**63, got {text!r}."
+        )
+    folder, problem = _cache_folder(environment.get("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels"))
     return Settings(
         isa=_one_of(environment, "BAP_KERNELS_ISA", ISAS),
         backend=_one_of(environment, "BAP_KERNELS_BACKEND", BACKENDS) or "auto",
-        cache_dir=Path(folder).expanduser() if folder else None,
+        cache_dir=folder,
         packed_cache_bytes=int(text),
         autotune=_one_of(environment, "BAP_KERNELS_AUTOTUNE", ("0", "1")) == "1",
+        cache_problem=problem,
     )
 
 
@@ -124,9 +139,14 @@ def why_not(backend: str) -> str | None:
 
 
 class use_backend:  # noqa: N801
-    """Sets which backend computes, from now on; as a context manager, until the block ends.
+    """Sets which backend computes in the calling thread, from now on; as a context manager, until the block ends.
 
     ``auto`` measures once per case and takes the fastest; a named backend is used or an error says why it cannot be.
+
+    As with grad mode and autocast, the setting belongs to one thread. A new thread begins with ``BAP_KERNELS_BACKEND``
+    (``auto`` if it is not set), whatever the thread that started it has set; so do the workers of a ``DataLoader`` that
+    are started as new processes, while forked ones begin with the setting of the thread that forks. A backward pass
+    uses the backend of its forward, in whichever thread and block it runs.
 
     Args:
         name: ``"auto"``, ``"native"``, ``"aten"``, ``"triton"`` or ``"cuda"``.
@@ -140,6 +160,21 @@ class use_backend:  # noqa: N801
         >>> with bk.use_backend("aten"):
         ...     print(bk.info().backend)
         aten
+
+        A thread that is started in the block has to set it again:
+
+        >>> import threading
+        >>> def work(seen):
+        ...     seen.append(bk.info().backend)
+        ...     with bk.use_backend("aten"):
+        ...         seen.append(bk.info().backend)
+        >>> seen = []
+        >>> with bk.use_backend("aten"):
+        ...     thread = threading.Thread(target=work, args=(seen,))
+        ...     thread.start()
+        ...     thread.join()
+        >>> seen
+        ['auto', 'aten']
     """
 
     def __init__(self, name: str) -> None:
@@ -188,10 +223,15 @@ def set_packed_cache_limit(limit_bytes: int) -> None:
     """Sets the most bytes of packed weights that are kept; the least recently used go first, and 0 keeps none.
 
     Raises:
-        ValueError: if ``limit_bytes`` is negative.
+        TypeError: if ``limit_bytes`` is not an integer.
+        ValueError: if ``limit_bytes`` is negative or beyond 64 bits.
     """
-    if limit_bytes < 0:
-        raise ValueError(f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more, got {limit_bytes}.")
+    if not isinstance(limit_bytes, int) or isinstance(limit_bytes, bool):
+        raise TypeError(f"set_packed_cache_limit(): expected `limit_bytes` to be an integer, got {limit_bytes!r}.")
+    if not 0 <= limit_bytes <= _MOST_BYTES:
+        raise ValueError(
+            f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more and less than 2**63, got {limit_bytes}."
+        )
     _C.set_packed_cache_limit(limit_bytes)
     weights = triton_weights()
     if weights is not None:
@@ -222,25 +262,39 @@ def clear_packed_cache() -> None:
 
 
 def choices() -> list[dict[str, Any]]:
-    """What ``auto`` has chosen so far, one dictionary for each case it has measured."""
+    """What ``auto`` has chosen so far, one dictionary for each case that it has measured.
+
+    Returns:
+        For each case, sorted by its text:
+
+        - ``case``: dtype, layout, shapes, numbers of listed channels, and threads or the GPU;
+        - ``backend``: the way that was chosen;
+        - ``candidates``: microseconds of each way, the least of all measurements;
+        - ``margin``: time of the next best way over that of the chosen one;
+        - ``confidence``: from 0 to 1, the share of the interleaved rounds that the chosen one won against it, with one
+          round more that it won and one that it lost, so that few rounds prove little;
+        - ``measurements``: how often the case was measured, also by earlier processes;
+        - ``settled``: whether it is measured again. It is while measurements do not agree or are close, a minute apart
+          or more, within 2 % of the time in the case, and once more after a month.
+    """
     return list(_C.choices())
 
 
 def clear_choices() -> None:
-    """Forgets what ``auto`` has measured; it measures again when next needed."""
+    """Forgets what ``auto`` has measured; it measures again when next needed.
+
+    The file that :func:`bap_kernels.info` names stays as it is: later processes read it, each case until it is measured
+    again. Delete that file to forget its content too.
+    """
     _C.clear_choices()
 
 
-def _make_folder(folder: Path) -> None:
-    # Where it cannot be made the choices stay in memory: that is no reason not to import.
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 settings = read_environment()
-if settings.cache_dir is not None:
-    _make_folder(settings.cache_dir)
-_C.set_choice_file(str(settings.choice_file or ""))
+if settings.cache_problem:
+    _C.set_choice_file(os.environ.get("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels"), settings.cache_problem)
+else:
+    _C.set_choice_file(str(settings.choice_file or ""))
 _C.set_packed_cache_limit(settings.packed_cache_bytes)
 if settings.backend != "auto":
+    _C.set_default_backend(settings.backend)
     use_backend(settings.backend)

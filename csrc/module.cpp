@@ -17,6 +17,7 @@
 #include "cpu/run.h"
 #include "ops/gathered_conv2d_copied.h"
 #include "ops/named_backend.h"
+#include "ops/python_hooks.h"
 
 namespace py = pybind11;
 
@@ -93,6 +94,10 @@ py::dict choice_dict(const Choice& choice) {
   d["case"] = choice.key;
   d["backend"] = route_name(choice.route);
   d["candidates"] = times;
+  d["confidence"] = choice.confidence();
+  d["margin"] = choice.margin();
+  d["measurements"] = choice.measurements;
+  d["settled"] = choice.settled(seconds_since_1970());
   return d;
 }
 
@@ -121,9 +126,9 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
                                                      padding, dilation, groups)};
   py::dict result;
   const std::string key = case_key(call, place_of(input));
-  const Choice* known = ChoiceTable::instance().find(key);
-  if (known != nullptr) {
-    result = choice_dict(*known);
+  Choice known{};
+  if (ChoiceTable::instance().find(key, known)) {
+    result = choice_dict(known);
   } else {
     result["case"] = key;
     result["backend"] = py::none();  // not measured yet
@@ -146,7 +151,8 @@ std::pair<std::string, at::Tensor> choose_as_on_gpu(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_index,
     const OptionalTensor& out_index, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, int64_t groups, const std::string& name,
-    const std::function<double(std::string)>& seconds, bool capturing, const std::vector<std::string>& shown) {
+    const std::function<double(std::string)>& seconds, bool capturing, const std::vector<std::string>& shown,
+    const std::function<double()>& now, bool first_run_tells) {
   const char* op = "choose_as_on_gpu";
   const ConvCall call{
       input,
@@ -160,11 +166,15 @@ std::pair<std::string, at::Tensor> choose_as_on_gpu(
       groups,
       /*cache_packed=*/false,
       check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
-  const Place place{name, place_id(name), [&] { return !capturing; },
+  const Place place{name,
+                    place_id(name),
+                    [&] { return !capturing; },
                     [&](Route route, c10::function_ref<void()> run) {
                       run();
                       return seconds(route_name(route));
-                    }};
+                    },
+                    now ? now : seconds_since_1970,
+                    first_run_tells};
   const Route route = ChoiceTable::instance().choose(
       call, place, [&] { return cuda_candidate_routes(call, shown); },
       [&](const ConvCall& c, Route one) { run_cuda_route(c, one, op); });
@@ -197,6 +207,31 @@ py::bytes fingerprint(const std::vector<at::Tensor>& tensors) {
   }
   const Fingerprint all = fingerprint_bytes(parts.data(), static_cast<int64_t>(parts.size() * sizeof(Fingerprint)));
   return {reinterpret_cast<const char*>(all.data()), sizeof(all)};
+}
+
+// Whether Python would let `except Exception` pass it by. What torch has not taken from Python yet is taken, so that no
+// error stays pending behind a result.
+bool python_interrupt(const std::exception_ptr& error) {
+  py::gil_scoped_acquire lock;
+  try {
+    std::rethrow_exception(error);
+  } catch (py::error_already_set& raised) {
+    return !raised.matches(PyExc_Exception);
+  } catch (python_error& raised) {
+    raised.persist();
+    return raised.type == nullptr || PyErr_GivenExceptionMatches(raised.type, PyExc_Exception) == 0;
+  } catch (...) {
+    return false;
+  }
+}
+
+void raise_interrupt() {
+  py::gil_scoped_acquire lock;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+void set_hooks(std::function<void(const std::string&)> issue) {
+  set_python_hooks({std::move(issue), raise_interrupt, python_interrupt});
 }
 
 py::dict packed_cache_info() {
@@ -236,6 +271,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("gathered_conv2d_fused_copied", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused_copied));
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
+  m.def("set_default_backend", &set_default_backend, py::arg("name"));
+  m.def(
+      "set_warn", [](std::function<void(const std::string&)> issue) { set_hooks(std::move(issue)); }, py::arg("issue"));
   m.def(
       "why_not",
       [](const std::string& name) -> std::optional<std::string> {
@@ -246,6 +284,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_why_not", &set_why_not, py::arg("reason"));
   m.def("isa", [] { return isa(); });
   m.def("isa_available", &isa_available);
+  m.def("cpu_model", &cpu_model);
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);
   m.def("build_facts", &build_facts);
   m.def("explain", &explain, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("in_index"),
@@ -254,11 +293,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_as_on_gpu", &choose_as_on_gpu, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("in_index"), py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
         py::arg("groups"), py::arg("name"), py::arg("seconds"), py::arg("capturing") = false,
-        py::arg("shown") = std::vector<std::string>());
+        py::arg("shown") = std::vector<std::string>(), py::arg("now") = std::function<double()>(),
+        py::arg("first_run_tells") = false);
   m.def("set_cuda_facts", &set_cuda_facts, py::arg("name"), py::arg("capturing"));
   m.def("choices", &choices);
   m.def("clear_choices", [] { ChoiceTable::instance().clear(); });
-  m.def("set_choice_file", [](const std::string& path) { ChoiceTable::instance().set_file(path); }, py::arg("path"));
+  m.def(
+      "set_choice_file",
+      [](const std::string& path, const std::string& problem) { ChoiceTable::instance().set_file(path, problem); },
+      py::arg("path"), py::arg("problem") = "");
+  m.def("choice_file_problem", [] { return ChoiceTable::instance().file_problem(); });
+  m.def("set_choice_limit", [](int64_t cases) { ChoiceTable::instance().set_limit(cases); }, py::arg("cases"));
   m.def("packed_cache_info", &packed_cache_info);
   m.def("set_packed_cache_limit", [](int64_t bytes) { PackedCache::instance().set_limit(bytes); }, py::arg("bytes"));
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });

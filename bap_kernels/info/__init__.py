@@ -22,6 +22,7 @@ class Info:
 
     Attributes:
         versions: of bap_kernels, torch, Python, and CUDA as torch was built for.
+        cpu: the processor's name.
         isa: the CPU kernels in use, "avx512", "avx2" or "none".
         isa_available: those that this machine could use.
         avx512_bf16: whether the machine has bfloat16 products.
@@ -32,6 +33,8 @@ class Info:
         gpus: names of the GPUs.
         build: compiler, flags and ISAs of the build.
         choice_file: where ``auto`` keeps what it measured; None: in memory.
+        choice_problem: why that file is not used, such as a folder that cannot be written; None if it is, or if it was
+            not tried yet.
         choice_bytes: size of that file.
         choices: cases measured so far.
         packed_cache: see :func:`~bap_kernels.packed_cache_info`.
@@ -39,6 +42,7 @@ class Info:
     """
 
     versions: dict[str, str]
+    cpu: str
     isa: str
     isa_available: list[str]
     avx512_bf16: bool
@@ -49,6 +53,7 @@ class Info:
     gpus: list[str]
     build: dict[str, str]
     choice_file: Path | None
+    choice_problem: str | None
     choice_bytes: int
     choices: int
     packed_cache: dict[str, int]
@@ -58,6 +63,7 @@ class Info:
         cache = self.packed_cache
         rows = [
             *self.versions.items(),
+            ("cpu", self.cpu),
             ("isa", f"{self.isa} (available: {', '.join(self.isa_available) or 'none'})"),
             ("avx512_bf16", "yes" if self.avx512_bf16 else "no"),
             ("threads", str(self.threads)),
@@ -65,7 +71,7 @@ class Info:
             ("backend", self.backend),
             *((f"  {name}", "can run" if reason is None else reason) for name, reason in self.backends.items()),
             ("cuda library", self.cuda_library or "loaded"),
-            ("choices", f"{self.choices} in {self.choice_file or 'memory'} ({self.choice_bytes} bytes)"),
+            ("choices", f"{self.choices} in {self._choice_place()}"),
             ("packed weights", f"{cache['entries']} in {cache['bytes']} of {cache['limit_bytes']} bytes"),
             (
                 "  calls",
@@ -77,6 +83,11 @@ class Info:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def _choice_place(self) -> str:
+        if self.choice_problem is not None:
+            return f"memory: {self.choice_file or 'no file'} cannot be used, {self.choice_problem}"
+        return f"{self.choice_file or 'memory'} ({self.choice_bytes} bytes)"
 
 
 def info() -> Info:
@@ -93,6 +104,7 @@ def info() -> Info:
     import bap_kernels
 
     file = config.settings.choice_file
+    choices = len(config.choices())  # reads the file, which may show that it cannot be used
     return Info(
         versions={
             "bap_kernels": bap_kernels.__version__,
@@ -100,6 +112,7 @@ def info() -> Info:
             "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
             "cuda of torch": torch.version.cuda or "none",
         },
+        cpu=_C.cpu_model(),
         isa=_C.isa(),
         isa_available=list(_C.isa_available()),
         avx512_bf16=_C.has_avx512_bf16(),
@@ -110,8 +123,9 @@ def info() -> Info:
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         build=dict(_C.build_facts()),
         choice_file=file,
-        choice_bytes=file.stat().st_size if file is not None and file.is_file() else 0,
-        choices=len(config.choices()),
+        choice_problem=_C.choice_file_problem() or None,
+        choice_bytes=os.path.getsize(file) if file is not None and os.path.isfile(file) else 0,
+        choices=choices,
         packed_cache=config.packed_cache_info(),
         environment={one.name: os.environ[one.name] for one in config.ENVIRONMENT if one.name in os.environ},
     )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bap_kernels._files import read_text, write_text
 from bap_kernels.config import settings
 from bap_kernels.triton import configs
 from bap_kernels.triton.configs import Config, Problem
@@ -129,8 +128,9 @@ def file_of(device: torch.device) -> Path | None:
 def load(device: torch.device) -> None:
     """Reads what earlier runs have measured on such a device, once; a file that is damaged counts as none."""
     file = file_of(device)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        for row in json.loads(file.read_text(encoding="utf-8")) if file else ():
+    text = read_text(file) if file else None
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        for row in json.loads(text) if text else ():
             problem, config = Problem(**row["problem"]), Config(**row["config"])
             if all(isinstance(n, int) and n > 0 for n in astuple(config)):
                 configs.tuned.setdefault((int(row["capability"]), str(row["products"]), problem), config)
@@ -145,8 +145,4 @@ def save(device: torch.device) -> None:
         {"capability": capability, "products": products, "problem": problem._asdict(), "config": vars(config)}
         for (capability, products, problem), config in configs.tuned.items()
     ]
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(rows, stream)
-        Path(name).replace(file)
+    write_text(file, json.dumps(rows))

@@ -44,6 +44,7 @@ Place make_place(c10::Device device) {
   place.id = place_id(place.name);
   place.may_measure = [] { return facts() != nullptr && !facts()->capturing(); };
   place.seconds = [device](Route, c10::function_ref<void()> run) { return device_seconds(device, run); };
+  place.now = seconds_since_1970;
   return place;
 }
 

@@ -57,8 +57,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     Variable output =
         forward_op().call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
     ctx->save_for_backward({input, weight, in_index.value_or(at::Tensor()), out_index.value_or(at::Tensor())});
-    // The engine runs the backward of CUDA tensors in a thread of its own, which does not know the caller's backend.
-    if (input.is_cuda()) ctx->saved_data["backend"] = get_backend();
+    // The backward may run in another block, or in a thread of the engine that does not know the caller's backend.
+    ctx->saved_data["backend"] = get_backend();
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
@@ -69,9 +69,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
-    std::optional<BackendScope> scope;
-    const auto named = ctx->saved_data.find("backend");
-    if (named != ctx->saved_data.end()) scope.emplace(named->second.toStringRef());
+    const BackendScope scope(ctx->saved_data["backend"].toStringRef());
     const auto saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       ctx->saved_data["bias"].toBool()};

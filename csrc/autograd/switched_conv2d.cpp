@@ -51,8 +51,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     variable_list saved{input, weight, switches};
     if (has_value(read)) saved.push_back(*read);
     ctx->save_for_backward(saved);
-    // The engine runs the backward of CUDA tensors in a thread of its own, which does not know the caller's backend.
-    if (input.is_cuda()) ctx->saved_data["backend"] = get_backend();
+    // The backward may run in another block, or in a thread of the engine that does not know the caller's backend.
+    ctx->saved_data["backend"] = get_backend();
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
@@ -64,9 +64,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
-    std::optional<BackendScope> scope;
-    const auto named = ctx->saved_data.find("backend");
-    if (named != ctx->saved_data.end()) scope.emplace(named->second.toStringRef());
+    const BackendScope scope(ctx->saved_data["backend"].toStringRef());
     const auto saved = ctx->get_saved_variables();
     // needs_input_grad counts tensors that are there: an absent bias shifts the place of the switch.
     const bool bias = ctx->saved_data["bias"].toBool();

@@ -1,7 +1,6 @@
 // The user's choice of a backend.
 #include <c10/util/Exception.h>
 
-#include <cstdlib>
 #include <utility>
 
 #include "cpu/choice.h"
@@ -11,12 +10,14 @@
 namespace bap_kernels {
 namespace {
 
+std::string& default_backend() {
+  static auto* name = new std::string("auto");
+  return *name;
+}
+
 // Each thread's own, as grad mode and autocast are: two threads that overlap cannot restore each other's setting.
 std::string& backend_name() {
-  thread_local std::string name = [] {
-    const char* wish = std::getenv("BAP_KERNELS_BACKEND");
-    return std::string(wish != nullptr && *wish != '\0' ? wish : "auto");
-  }();
+  thread_local std::string name = default_backend();
   return name;
 }
 
@@ -55,6 +56,9 @@ void set_backend(const std::string& name) {
 }
 
 const std::string& get_backend() { return backend_name(); }
+
+// At import, before other threads call us.
+void set_default_backend(const std::string& name) { default_backend() = name; }
 
 const NamedBackend* named_backend() {
   const std::string& name = backend_name();

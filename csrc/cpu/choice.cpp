@@ -1,113 +1,54 @@
-// Measured choice of a backend, its file, and the user's setting.
+// Measured choice of a backend: which cases are known, and when one is measured again. See choice.h.
 #include "cpu/choice.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/irange.h>
 #include <torch/version.h>
 
 #include <algorithm>
 #include <chrono>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <limits>
+#include <map>
+#include <memory>
 #include <mutex>
-#include <random>
+#include <optional>
 #include <sstream>
-#include <unordered_map>
+#include <unordered_set>
+#include <utility>
 
 #include "aten/packed_convolution.h"
+#include "cpu/bounded_map.h"
+#include "cpu/choice_file.h"
 #include "cpu/isa.h"
+#include "cpu/measure.h"
 #include "cpu/packed_cache.h"
+#include "ops/python_hooks.h"
 
 namespace bap_kernels {
 namespace {
 
-// A first line that any other content of the file would not have; the version changes with the meaning of a line.
-constexpr const char* kFileHead = "bap_kernels choices v4";
-// Measured with fewer routes, or in an order that favoured some of them: begun anew.
-constexpr const char* kOldFileHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2", "bap_kernels choices v3"};
-// A backend must win by this much to be preferred to one before it: less is noise.
-constexpr double kMargin = 0.97;
-// What is slower than the fastest by this factor after kMinRounds leaves its time to the others.
-constexpr double kHopeless = 1.25;
-constexpr int kMinRounds = 8, kMaxRounds = 32;
+// A case at its first call. The more cases a process measures, the less time each gets: n of them take
+// kSecondsPerCase * kFullCases * (1 + ln(n / kFullCases)) in all, and a round of each that stays.
 constexpr double kSecondsPerCase = 0.1;
-// Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
-constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
-
-using Run = c10::function_ref<void(const ConvCall&, Route)>;
+constexpr int64_t kFullCases = 128;
+constexpr int kMinRounds = 8, kMaxRounds = 32;
+// Measured again: a few rounds, as soon as this share of the time in the case pays for them beyond a first allowance,
+// and not before a busy minute has passed; twice as long each time after that.
+constexpr int kRoundsAgain = 6;
+constexpr double kShare = 0.02, kAllowance = 0.01, kSecondsApart = 60;
+// A choice is settled by kAgreeing measurements in a row where it wins more than kSure of the rounds. One that stays
+// close or noisy is settled by kEnough in a row: its rival is as good. One that changes is given up on after kMost.
+constexpr int kAgreeing = 2, kEnough = 4, kMost = 8;
+constexpr double kSure = 0.75;
+// Other software, cooling and neighbours: after a month a settled choice is measured once more.
+constexpr double kSecondsValid = 30 * 86400.;
+// Cases that are remembered; 10 MB.
+constexpr size_t kMostCases = 1 << 14;
+constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
 double wall_seconds(c10::function_ref<void()> run) {
   const auto start = std::chrono::steady_clock::now();
   run();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// The input and copies of it, to be used in turn: within a network a layer finds its input in an outer cache at best,
-// but the second candidate to read one tensor would find it in the inner ones.
-std::vector<at::Tensor> input_pool(const at::Tensor& input) {
-  std::vector<at::Tensor> pool = {input};
-  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(input.nbytes()));
-  // A copy of a tensor with gaps would lie otherwise in memory.
-  if (!input.is_non_overlapping_and_dense()) return pool;
-  const int64_t count = std::min(kMostInputs, (kPoolBytes + bytes - 1) / bytes);
-  while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
-  return pool;
-}
-
-// Less than half of the time may be undisturbed, and a single run may be quicker than any other ever was.
-double lower_quartile(std::vector<double> values) {
-  const auto place = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
-  std::nth_element(values.begin(), place, values.end());
-  return *place;
-}
-
-// Lower quartile of the runs of each candidate, in seconds; 0 for the other routes. Every round has an order of its
-// own: what ran before leaves its tensors in the caches, and a candidate that always follows the same one gains or
-// loses by it.
-std::array<double, kRouteCount> measure(const ConvCall& c, const Place& place, std::vector<Route> candidates, Run run) {
-  std::array<std::vector<double>, kRouteCount> samples;
-  std::array<double, kRouteCount> seconds{};
-  const std::vector<at::Tensor> inputs = input_pool(c.input);
-  size_t turn = 0;
-  const auto timed = [&](Route r) {
-    const at::Tensor& input = inputs[turn++ % inputs.size()];
-    const ConvCall call{input,      c.weight, c.bias,         c.in_index, c.out_index, c.stride,      c.padding,
-                        c.dilation, c.groups, c.cache_packed, c.shape,    c.fusion,    c.weight_index};
-    return place.seconds(r, [&] { run(call, r); });
-  };
-  // A copy that a candidate leaves is not that of the one which is taken.
-  ConvCall plain = c;
-  plain.copy = nullptr;
-  const auto declines = [&](Route r) {
-    try {
-      run(plain, r);  // packs weights, warms caches and thread pools
-      return false;
-    } catch (const c10::NotImplementedError&) {
-      return true;
-    }
-  };
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), declines), candidates.end());
-  std::minstd_rand random(1);
-  double spent = 0;
-  for (int round = 0; round < kMaxRounds && (round < kMinRounds || spent < kSecondsPerCase); ++round) {
-    std::shuffle(candidates.begin(), candidates.end(), random);
-    for (const Route r : candidates) {
-      samples[static_cast<int>(r)].push_back(timed(r));
-      spent += samples[static_cast<int>(r)].back();
-    }
-    if (round + 1 < kMinRounds) continue;
-    double fastest = std::numeric_limits<double>::max();
-    for (const Route r : candidates) {
-      seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
-      fastest = std::min(fastest, seconds[static_cast<int>(r)]);
-    }
-    const auto hopeless = [&](Route r) { return seconds[static_cast<int>(r)] > kHopeless * fastest; };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), hopeless), candidates.end());
-    if (candidates.size() == 1) break;
-  }
-  return seconds;
 }
 
 // Identifies the machine and the software that a measurement holds for.
@@ -124,9 +65,35 @@ const char* layout_name(const ConvCall& c) {
 
 }  // namespace
 
+double seconds_since_1970() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+double Choice::confidence() const {
+  return measurements == 0 ? 1 : static_cast<double>(wins + 1) / static_cast<double>(rounds + 2);
+}
+
+double Choice::margin() const {
+  double rival = std::numeric_limits<double>::infinity();
+  for (int r = 0; r < kRouteCount; ++r) {
+    if (r != static_cast<int>(route) && seconds[r] > 0) rival = std::min(rival, seconds[r]);
+  }
+  return rival / seconds[static_cast<int>(route)];
+}
+
+bool Choice::settled(double now) const {
+  if (measurements == 0) return true;
+  if (now - measured_at > kSecondsValid) return false;
+  return (agreeing >= kAgreeing && confidence() > kSure) || agreeing >= kEnough || measurements >= kMost;
+}
+
 const Place& cpu_place() {
-  static const auto* place =
-      new Place{"", 0, [] { return true; }, [](Route, c10::function_ref<void()> run) { return wall_seconds(run); }};
+  static const auto* place = new Place{"",
+                                       0,
+                                       [] { return true; },
+                                       [](Route, c10::function_ref<void()> run) { return wall_seconds(run); },
+                                       seconds_since_1970,
+                                       /*first_run_tells=*/true};
   return *place;
 }
 
@@ -210,81 +177,108 @@ FastKey fast_key(const ConvCall& c, const Place& place) {
   return key;
 }
 
+// What a call finds in the table. Routes that were not measured in this process are due at once where they are not
+// settled.
+struct Known {
+  std::shared_ptr<const Choice> choice;  // its own: the table of all choices may have forgotten it
+  uint32_t calls = 0;
+  uint32_t due = kNever;  // the call that asks whether to measure again
+  double spent = 0;       // seconds of this process in measuring again
+};
+
+// Seconds of a second measurement, as far as the first one tells: every candidate runs, those that are hopeless drop
+// out after two rounds, and the first run of each may find the cache of packed weights cleared.
+double cost_again(const Choice& choice) {
+  const double best = choice.seconds[static_cast<int>(choice.route)];
+  double cost = 0;
+  for (const double t : choice.seconds) cost += t * (t < 2 * best ? 1 + kRoundsAgain : 3);
+  return cost;
+}
+
+// The call at which measuring again is within its share of the time in the case.
+uint32_t due_call(const Choice& choice, const Known& known, double now) {
+  if (choice.settled(now)) return kNever;
+  const double best = std::max(1e-9, choice.seconds[static_cast<int>(choice.route)]);
+  const double calls = (known.spent + cost_again(choice) - kAllowance) / (kShare * best);
+  return static_cast<uint32_t>(std::clamp(calls, known.calls + 1., kNever - 1.));
+}
+
+// When that is not the time: a busy minute may not have passed.
+bool too_early(const Choice& choice, double now) {
+  const double age = now - choice.measured_at;
+  return age >= 0 && age < kSecondsApart * static_cast<double>(1 << std::max(0, choice.measurements - 1));
+}
+
+// Two measurements of a case as one. A disturbance only ever adds time, so of each candidate the lesser one counts.
+Choice combined(const Choice& known, const Measurement& found, const std::vector<Route>& candidates, double now) {
+  Choice result = known;
+  for (const Route r : candidates) {
+    const int i = static_cast<int>(r);
+    if (found.seconds[i] <= 0) continue;
+    result.seconds[i] = known.seconds[i] > 0 ? std::min(known.seconds[i], found.seconds[i]) : found.seconds[i];
+  }
+  result.route = fastest_route(candidates, result.seconds);
+  result.measurements = known.measurements + 1;
+  result.measured_at = now;
+  // Rounds that another one won were lost by this one.
+  result.rounds = known.rounds + found.rounds;
+  result.wins = (result.route == known.route ? known.wins : 0) + (result.route == found.winner ? found.wins : 0);
+  const bool agrees = result.route == known.route && result.route == found.winner;
+  result.agreeing = agrees ? known.agreeing + 1 : 1;
+  return result;
+}
+
 }  // namespace
 
 struct ChoiceTable::State {
   std::mutex mutex;
-  std::unordered_map<FastKey, Route, FastHash> routes;
-  std::unordered_map<std::string, Choice> choices;
-  std::string path;
+  BoundedMap<FastKey, Known, FastHash> known{kMostCases};
+  BoundedMap<std::string, std::shared_ptr<const Choice>> choices{kMostCases};
+  std::unordered_set<std::string> measuring;  // cases that some thread measures now
+  ChoiceFile file{"", ""};
   bool loaded = true;
+  int64_t measured = 0;  // cases at their first call
 
-  // Reads the lines of this machine: fingerprint, case, route, microseconds, tab-separated.
   void load() {
+    if (loaded) return;
     loaded = true;
-    std::ifstream file(path);
-    if (!file) return;
-    std::string line;
-    int64_t bad = 0;
-    if (!std::getline(file, line)) return;  // an empty file is a new one
-    if (std::find(std::begin(kOldFileHeads), std::end(kOldFileHeads), line) != std::end(kOldFileHeads)) {
-      file.close();
-      std::ofstream(path, std::ios::trunc).flush();
-      return;
-    }
-    const bool known = line == kFileHead;
-    while (known && std::getline(file, line)) {
-      if (line.empty() || line == kFileHead) continue;  // two processes may have begun the file at once
-      std::istringstream fields(line);
-      std::string machine, key, route, times;
-      Choice choice{};
-      bool good = std::getline(fields, machine, '\t') && std::getline(fields, key, '\t') &&
-                  std::getline(fields, route, '\t') && std::getline(fields, times, '\t');
-      int number = -1;
-      for (const auto r : c10::irange(kRouteCount)) {
-        if (route == route_name(static_cast<Route>(r))) number = r;
-      }
-      std::istringstream numbers(times);
-      for (double& t : choice.seconds) {
-        double microseconds = 0;
-        good = good && static_cast<bool>(numbers >> microseconds) && microseconds >= 0;
-        t = microseconds * 1e-6;
-      }
-      if (!good || number < 0) {
-        ++bad;
-        continue;
-      }
-      if (machine != fingerprint()) continue;
-      choice.key = key;
-      choice.route = static_cast<Route>(number);
-      choices[key] = choice;
-    }
-    if (!known || bad > 0) {
-      TORCH_WARN("bap_kernels: expected `", path, "` to hold measured choices, got ",
-                 known ? std::to_string(bad) + " unreadable lines" : std::string("another kind of file"),
-                 "; these are ignored and measured again.");
-    }
-    if (!known) path.clear();  // not our file: it is left as it is
+    for (const Choice& choice : file.read()) choices.put(choice.key, std::make_shared<const Choice>(choice));
   }
 
-  void append(const Choice& choice) {
-    if (path.empty()) return;
-    std::error_code ignored;
-    std::filesystem::create_directories(std::filesystem::path(path).parent_path(), ignored);
-    std::ifstream before(path, std::ios::ate | std::ios::binary);
-    const std::streamoff size = before ? static_cast<std::streamoff>(before.tellg()) : 0;
-    std::ostringstream line;
-    if (size == 0) line << kFileHead << '\n';
-    // A line that was cut short by a crash must not swallow this one.
-    if (size > 0 && (before.seekg(size - 1), before.get() != '\n')) line << '\n';
-    line << fingerprint() << '\t' << choice.key << '\t' << route_name(choice.route) << '\t';
-    for (const double t : choice.seconds) line << t * 1e6 << ' ';
-    line << '\n';
-    std::ofstream file(path, std::ios::app);
-    file << line.str() << std::flush;
-    if (!file) path.clear();  // a read-only place: choices stay in memory
+  void keep(const FastKey& fast, const Choice& choice, Known known) {
+    known.choice = std::make_shared<const Choice>(choice);
+    choices.put(choice.key, known.choice);
+    this->known.put(fast, std::move(known));
+    if (choice.measurements > 0) file.append(choice);
   }
 };
+
+namespace {
+
+// Marks a case as being measured until the scope ends; false where another thread measures it.
+class Measuring {
+ public:
+  Measuring(std::mutex& mutex, std::unordered_set<std::string>& all, const std::string& key)
+      : mutex_(mutex), all_(all), key_(key) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    mine = all_.insert(key_).second;
+  }
+  ~Measuring() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (mine) all_.erase(key_);
+  }
+  Measuring(const Measuring&) = delete;
+  Measuring& operator=(const Measuring&) = delete;
+
+  bool mine = false;
+
+ private:
+  std::mutex& mutex_;
+  std::unordered_set<std::string>& all_;
+  const std::string key_;
+};
+
+}  // namespace
 
 ChoiceTable::ChoiceTable() : state_(new State()) {}
 
@@ -296,68 +290,171 @@ ChoiceTable& ChoiceTable::instance() {
 Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::function_ref<std::vector<Route>()> list,
                           c10::function_ref<void(const ConvCall&, Route)> run) {
   const FastKey fast = fast_key(call, place);
-  std::vector<Route> candidates;
+  std::shared_ptr<const Choice> choice;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    const auto found = state_->routes.find(fast);
-    if (found != state_->routes.end()) return found->second;
+    Known* known = state_->known.get(fast);
+    if (known != nullptr) {
+      if (++known->calls != known->due) return known->choice->route;
+      known->due = kNever;  // one thread measures; the others go on with what is known
+      choice = known->choice;
+    }
   }
-  // Outside the lock: it may ask Python, whose lock another thread may hold while it waits for this one.
-  candidates = list();
+  const bool due = choice != nullptr;
+  // Outside the lock: both may ask Python, whose lock another thread may hold while it waits for this one.
+  const std::vector<Route> candidates = list();
+  const double now = place.now();
+  const auto covers = [&](const Choice& c) {
+    const bool weighed = c.measurements > 0 || candidates.size() == 1;
+    return weighed && std::find(candidates.begin(), candidates.end(), c.route) != candidates.end();
+  };
+  if (!due) {
+    const std::string key = case_key(call, place);
+    std::string warning;
+    {
+      std::lock_guard<std::mutex> lock(state_->mutex);
+      state_->load();
+      warning = state_->file.take_warning();
+      const std::shared_ptr<const Choice>* found = state_->choices.get(key);
+      if (found != nullptr && covers(**found)) {
+        choice = *found;
+        Known known{choice, 1};
+        known.due = due_call(*choice, known, now);
+        state_->known.put(fast, std::move(known));
+      }
+    }
+    if (!warning.empty()) warn(warning);
+  }
+  if (choice == nullptr || !covers(*choice)) return measure_first(call, place, candidates, run);
+  return due ? measure_again(call, place, *choice, candidates, run) : choice->route;
+}
+
+Route ChoiceTable::measure_first(const ConvCall& call, const Place& place, const std::vector<Route>& candidates,
+                                 c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
+  Choice choice{case_key(call, place), candidates.front()};
+  if (candidates.size() == 1) {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->keep(fast, choice, {});
+    return choice.route;
+  }
+  if (!place.may_measure()) return choice.route;
+  const Measuring measuring(state_->mutex, state_->measuring, choice.key);
+  // Two threads that measure at once would disturb each other.
+  if (!measuring.mine) return choice.route;
+  double effort = kSecondsPerCase;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    if (!state_->loaded) state_->load();
-    const auto known = state_->choices.find(case_key(call, place));
-    if (known != state_->choices.end() &&
-        std::find(candidates.begin(), candidates.end(), known->second.route) != candidates.end()) {
-      state_->routes[fast] = known->second.route;
-      return known->second.route;
-    }
+    effort *= static_cast<double>(kFullCases) / static_cast<double>(std::max(kFullCases, ++state_->measured));
   }
-  Choice choice{case_key(call, place), candidates.front(), {}};
-  if (candidates.size() > 1) {
-    if (!place.may_measure()) return candidates.front();
-    const PackedCache::Trial trial;  // those that lose need no packed weights
-    choice.seconds = measure(call, place, candidates, run);
-    for (const Route r : candidates) {
-      const double best = choice.seconds[static_cast<int>(choice.route)];
-      const double own = choice.seconds[static_cast<int>(r)];
-      if (own > 0 && own < best * kMargin) choice.route = r;
-    }
+  const PackedCache::Trial trial;  // those that lose need no packed weights
+  const Measurement found = measure(call, place, candidates, {effort, kMinRounds, kMaxRounds}, run);
+  choice.route = found.winner;
+  choice.seconds = found.seconds;
+  choice.measurements = choice.agreeing = 1;
+  choice.rounds = found.rounds;
+  choice.wins = found.wins;
+  choice.measured_at = place.now();
+  Known known{nullptr, 1};
+  known.due = due_call(choice, known, choice.measured_at);
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->keep(fast, choice, known);
+    warning = state_->file.take_warning();
   }
-  std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->routes[fast] = choice.route;
-  state_->choices[choice.key] = choice;
-  if (candidates.size() > 1) state_->append(choice);
+  if (!warning.empty()) warn(warning);
   return choice.route;
 }
 
-const Choice* ChoiceTable::find(const std::string& key) {
+Route ChoiceTable::measure_again(const ConvCall& call, const Place& place, Choice choice,
+                                 const std::vector<Route>& candidates,
+                                 c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
+  const double start = place.now();
+  const auto postpone = [&](double spent) {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    if (Known* known = state_->known.get(fast)) {
+      known->spent += spent;
+      const uint32_t later = known->calls < kNever / 2 ? std::max<uint32_t>(2 * known->calls, 16) : kNever;
+      known->due = choice.settled(start) ? kNever : later;
+    }
+    return choice.route;
+  };
+  if (choice.settled(start) || too_early(choice, start) || !place.may_measure()) return postpone(0);
+  const Measuring measuring(state_->mutex, state_->measuring, choice.key);
+  if (!measuring.mine) return postpone(0);
+  const PackedCache::Trial trial;
+  Measurement found{};
+  try {
+    found = measure(call, place, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain}, run);
+  } catch (...) {
+    postpone(place.now() - start);  // Ctrl-C, or nothing can run: the call itself says so
+    throw;
+  }
+  const double end = place.now();
+  choice = combined(choice, found, candidates, end);
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    const Known* before = state_->known.get(fast);
+    Known known = before != nullptr ? *before : Known{nullptr, 1};
+    known.spent += end - start;
+    known.due = due_call(choice, known, choice.measured_at);
+    state_->keep(fast, choice, known);
+    warning = state_->file.take_warning();
+  }
+  if (!warning.empty()) warn(warning);
+  return choice.route;
+}
+
+bool ChoiceTable::find(const std::string& key, Choice& choice) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  const auto found = state_->choices.find(key);
-  return found == state_->choices.end() ? nullptr : &found->second;
+  const std::shared_ptr<const Choice>* found = state_->choices.get(key);
+  if (found != nullptr) choice = **found;
+  return found != nullptr;
 }
 
 std::vector<Choice> ChoiceTable::all() {
-  std::lock_guard<std::mutex> lock(state_->mutex);
-  if (!state_->loaded) state_->load();
+  std::map<std::string, Choice> by_key;
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->load();
+    warning = state_->file.take_warning();
+    state_->choices.for_each([&](const auto& choice) { by_key.insert_or_assign(choice->key, *choice); });
+    state_->known.for_each([&](const Known& known) { by_key.insert_or_assign(known.choice->key, *known.choice); });
+  }
+  if (!warning.empty()) warn(warning);
   std::vector<Choice> result;
-  for (const auto& item : state_->choices) result.push_back(item.second);
-  std::sort(result.begin(), result.end(), [](const Choice& a, const Choice& b) { return a.key < b.key; });
+  for (auto& item : by_key) result.push_back(std::move(item.second));
   return result;
 }
 
 void ChoiceTable::clear() {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->routes.clear();
+  state_->known.clear();
   state_->choices.clear();
+  state_->measured = 0;
   state_->loaded = true;
 }
 
-void ChoiceTable::set_file(const std::string& path) {
+void ChoiceTable::set_file(const std::string& path, const std::string& problem) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->path = path;
-  state_->loaded = path.empty();
+  state_->file = ChoiceFile(path, fingerprint());
+  if (!problem.empty()) state_->file.give_up(problem);
+  state_->loaded = false;
+}
+
+std::string ChoiceTable::file_problem() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->file.problem();
+}
+
+void ChoiceTable::set_limit(int64_t cases) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->known.set_limit(static_cast<size_t>(cases));
+  state_->choices.set_limit(static_cast<size_t>(cases));
 }
 
 }  // namespace bap_kernels

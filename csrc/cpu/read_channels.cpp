@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <mutex>
+#include <string>
 #include <unordered_map>
+
+#include "ops/python_hooks.h"
 
 namespace bap_kernels {
 namespace {
@@ -61,10 +64,10 @@ std::vector<bool> unread_channels(const at::Tensor& read, int64_t reader,
   for (size_t c = 0; c < unread.size(); ++c) {
     if (!unread[c] || zero[c]) continue;
     remember(reader, unread, /*refuted=*/true);
-    TORCH_WARN(
+    warn(
         "switched_conv2d_backward(): expected the output gradient to be zero in channels that `read` leaves out, "
-        "got other values in channel ",
-        c,
+        "got other values in channel " +
+        std::to_string(c) +
         ". Hint: something reads the layer's result that its list of readers does not name, such as a hook or a "
         "loss on features; gradients are right, and the list is not used again.");
     return zero;

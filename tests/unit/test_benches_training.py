@@ -356,7 +356,6 @@ def test_parts_of_a_step(mode: str, tmp_path: Path) -> None:
     live = (3.5 * 0.5 + 4) / 7.5
     assert one.backward_work == pytest.approx(live if mode == "frozen" else live * (1 + 0.5) / 2, rel=1e-3)
     assert all(value > 0 for seconds in one.seconds.values() for value in seconds.values())
-    assert one.bound > 1
     table = report.parts_table([one])
     assert [row[3] for row in table.rows] == ["masked autograd", "ours"]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,3 +134,266 @@ def test_the_masked_route_keeps_unlisted_channels_out(layout: str, dtype: torch.
         route, y = _C.choose_as_on_gpu(*sample.args, name="H200", seconds=clock(masked=1e-4))
         assert route == "masked"
         assert_close(y, expected, dtype, sample.depth)
+
+
+class Machine:
+    """A GPU whose candidates take what they are told to, and whose clock goes on with what runs."""
+
+    def __init__(self, name: str = "H200", **times: float) -> None:
+        self.name, self.times, self.now = name, TIMES | times, 1e9
+        self.runs: list[str] = []
+        self.measuring = 0.0
+        self.sample = make_tensors(CASE)
+
+    def seconds(self, route: str) -> float:
+        self.runs.append(route)
+        self.measuring += self.times[route]
+        self.now += self.times[route]
+        return self.times[route]
+
+    def call(self, count: int = 1, **options) -> str:
+        route = ""
+        for _ in range(count):
+            route, _ = _C.choose_as_on_gpu(
+                *self.sample.args, name=self.name, seconds=self.seconds, now=lambda: self.now, **options
+            )
+            self.now += self.times[route]
+        return route
+
+    def calls_until(self, measured: int, most: int) -> int:
+        """Calls until as many measurements were made, an hour apart."""
+        for count in range(1, most + 1):
+            self.now += 3600
+            self.call()
+            if self.choice()["measurements"] >= measured:
+                return count
+        return most + 1
+
+    def choice(self) -> dict:
+        (choice,) = [one for one in _C.choices() if one["case"].endswith(f" on {self.name}")]
+        return choice
+
+
+def test_what_a_busy_minute_has_chosen_is_found_out_later() -> None:
+    machine = Machine(gather=6e-4)
+    assert machine.call() == "masked"
+    assert machine.choice()["measurements"] == 1
+    assert not machine.choice()["settled"]
+    machine.times["gather"] = 1e-4
+    # Not within the same minute, however many calls there are.
+    calls_in_it = int(50 / machine.times["masked"])
+    assert machine.call(min(calls_in_it, 300)) == "masked"
+    assert machine.choice()["measurements"] == 1
+    assert machine.calls_until(2, 1000) < 1000
+    assert machine.call() == "gather"
+    # Two that disagree prove nothing yet: it goes on until two in a row agree.
+    assert not machine.choice()["settled"]
+    assert machine.calls_until(3, 10000) < 10000
+    assert machine.call() == "gather"
+    assert machine.choice()["settled"] == (machine.choice()["confidence"] > 0.75)
+
+
+def test_a_clear_choice_is_settled_by_a_second_measurement_and_never_measured_again() -> None:
+    machine = Machine(gather=1e-4)
+    machine.call()
+    assert machine.choice()["confidence"] == pytest.approx(0.9)  # eight rounds of eight
+    assert machine.choice()["margin"] == pytest.approx(3)
+    assert machine.calls_until(2, 1000) < 1000
+    assert machine.choice()["settled"]
+    runs = len(machine.runs)
+    assert machine.calls_until(3, 3) == 4
+    machine.now -= 3600 * 4
+    machine.call(500)
+    assert len(machine.runs) == runs
+
+
+def test_a_settled_choice_is_measured_once_more_after_a_month(tmp_path: Path) -> None:
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    machine = Machine(gather=1e-4)
+    machine.call()
+    assert machine.calls_until(2, 1000) < 1000
+    machine.times["gather"] = 9e-4
+
+    def in_a_later_process(days: int) -> int:
+        _C.clear_choices()
+        _C.set_choice_file(str(path))
+        machine.now += days * 86400
+        machine.call(40)
+        return machine.choice()["measurements"]
+
+    assert in_a_later_process(29) == 2
+    assert in_a_later_process(2) == 3
+
+
+def test_a_choice_that_is_not_settled_is_measured_again_by_a_later_process(tmp_path: Path) -> None:
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    machine = Machine(gather=6e-4)
+    assert machine.call() == "masked"
+    machine.times["gather"] = 1e-4
+    for age, expected, count in ((30, "masked", 1), (100, "gather", 2)):
+        _C.clear_choices()
+        _C.set_choice_file(str(path))
+        machine.now += age
+        machine.call(2)
+        assert machine.call() == expected
+        assert machine.choice()["measurements"] == count
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_measuring_again_takes_a_fiftieth_of_the_time_at_most() -> None:
+    machine = Machine(gather=0.02, masked=0.0201)
+    machine.call()
+    first = machine.measuring
+    for calls in range(1, 1500):
+        machine.now += 3600
+        machine.call()
+        assert machine.measuring - first <= 0.01 + 0.02 * (calls + 1) * 0.02 + 1e-9
+    # It is close, so it was measured until four agreed.
+    assert machine.measuring > first
+    assert machine.choice()["measurements"] >= 2
+
+
+def test_a_choice_that_stays_close_is_settled_in_the_end() -> None:
+    machine = Machine(gather=1e-4, masked=0.99e-4)
+    machine.call()
+    assert machine.choice()["confidence"] < 0.2  # it lost all rounds, by less than counts
+    assert machine.calls_until(4, 5000) < 5000
+    assert machine.choice()["settled"]
+    assert machine.call() == "gather"
+
+
+def test_a_choice_that_changes_each_time_is_given_up_on() -> None:
+    machine = Machine()
+    machine.call()
+    for count in range(2, 9):
+        machine.times = TIMES | {("gather", "masked")[count % 2]: 1e-4 / 1.5**count}
+        assert machine.calls_until(count, 20000) < 20000
+    assert machine.choice()["settled"]
+
+
+@pytest.mark.parametrize("first_run_tells", [False, True])
+def test_a_large_case_is_measured_within_a_limit_of_time(first_run_tells: bool) -> None:
+    machine = Machine(gather=0.42, masked=0.9)
+    assert machine.call(first_run_tells=first_run_tells) == "gather"
+    # One run of each, a second one only where the first does not tell.
+    assert sorted(machine.runs) == ["gather", "masked"] * 1 if first_run_tells else ["gather"] * 2 + ["masked"] * 2
+    close = Machine("close", gather=0.42, masked=0.4)
+    assert close.call(first_run_tells=first_run_tells) == "masked"
+    assert sorted(close.runs) == ["gather"] * 2 + ["masked"] * 2
+    middle = Machine("middle", gather=0.02, masked=0.021)
+    middle.call(first_run_tells=first_run_tells)
+    assert middle.measuring <= 2.5 * 0.1 + 0.041 + 1e-9
+
+
+def test_the_more_cases_the_less_time_for_each() -> None:
+    machine = Machine(gather=2e-3, masked=2.2e-3)
+    rounds = []
+    for width in range(5, 5 + 260):
+        machine.sample = make_tensors(Case(1, 4, 4, (3, width), seed=1))
+        machine.runs.clear()
+        machine.call()
+        rounds.append(len(machine.runs) // 2)
+    assert rounds[0] > 20
+    assert 8 <= rounds[-1] < 16
+
+
+def test_any_error_of_a_candidate_leaves_it_out() -> None:
+    for error in (RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("no memory"), ValueError("no")):
+
+        def seconds(route: str, error: Exception = error) -> float:
+            if route == "gather":
+                raise error
+            return 1e-3
+
+        _C.clear_choices()
+        assert chosen(make_tensors(CASE), seconds) == "masked"
+        assert candidates() == {"masked"}
+
+
+def test_an_error_in_the_middle_of_measuring_leaves_a_candidate_out() -> None:
+    runs = []
+
+    def seconds(route: str) -> float:
+        runs.append(route)
+        if runs.count("masked") == 3:
+            raise RuntimeError("no memory any more")
+        return 1e-3
+
+    assert chosen(make_tensors(CASE), seconds) == "gather"
+    assert candidates() == {"gather"}
+
+
+def test_the_first_error_is_raised_where_all_candidates_fail() -> None:
+    def seconds(route: str) -> float:
+        raise RuntimeError(f"{route} fails")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="gather fails"):
+            _C.choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
+    assert _C.choices() == []
+    assert chosen(make_tensors(CASE), clock(masked=1e-4)) == "masked"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_what_ends_a_program_is_not_swallowed_and_leaves_nothing_behind(stop: type[BaseException], at: int) -> None:
+    runs = []
+
+    def seconds(route: str) -> float:
+        runs.append(route)
+        if len(runs) == at:
+            raise stop
+        return 1e-3
+
+    with pytest.raises(stop):
+        _C.choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
+    assert _C.choices() == []
+    assert chosen(make_tensors(CASE), clock(masked=1e-4)) == "masked"
+
+
+CTRL_C = """
+import ctypes, functools, signal, torch
+from bap_kernels import _C
+from bap_kernels.testing import Case, make_tensors
+torch.set_num_threads(1)
+# From C, so that Python does not see it before the next run.
+press = ctypes.PyDLL(None)["raise"]
+sample = make_tensors(Case(8, 128, 64, (112, 112), dtype=torch.float64))
+try:
+    _C.choose_as_on_gpu(*sample.args, name="H200", seconds=functools.partial(press, signal.SIGINT))
+except KeyboardInterrupt:
+    print("heard", _C.choices())
+"""
+
+
+def test_ctrl_c_is_heard_between_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C],
+        env=os.environ | {"BAP_KERNELS_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "heard []", done.stderr
+    assert done.returncode == 0
+
+
+def test_while_one_thread_measures_others_go_on() -> None:
+    sample = make_tensors(CASE)
+    inside, done = threading.Event(), threading.Event()
+
+    def seconds(route: str) -> float:
+        inside.set()
+        assert done.wait(60)
+        return {"gather": 3e-4}.get(route, 1e-4)
+
+    thread = threading.Thread(target=lambda: chosen(sample, seconds))
+    thread.start()
+    assert inside.wait(60)
+    assert chosen(sample, refusing) == "gather"
+    assert _C.choices() == []
+    done.set()
+    thread.join()
+    assert chosen(sample, refusing) == "masked"

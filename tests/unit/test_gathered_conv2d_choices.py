@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import bap_kernels as bk
 from bap_kernels import _C, config, reference
 from bap_kernels.testing import Case, assert_close, make_tensors, poison, run
 
@@ -131,9 +134,9 @@ def test_every_candidate_is_right(name: str, layout: str, tmp_path: Path) -> Non
     candidates = list(_C.choices()[0]["candidates"])
     assert {"gather", "dense"} <= set(candidates)
     head, line = path.read_text().splitlines()
-    machine, key, _, times = line.split("\t")
+    machine, key, _, *rest = line.split("\t")
     for route in candidates:
-        path.write_text(f"{head}\n{machine}\t{key}\t{route}\t{times}\n")
+        path.write_text("\n".join([head, "\t".join([machine, key, route, *rest]), ""]))
         assert [choice["backend"] for choice in reread(path)] == [route]
         assert_close(run(sample), expected, case.dtype, sample.depth)
         for value in (torch.nan, torch.inf):
@@ -223,13 +226,13 @@ def test_empty_table_is_a_fresh_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
 def test_table_of_a_version_before_is_begun_anew(version: str, tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
     _, line = path.read_text().splitlines()
-    machine, case, _, _ = line.split("\t")
+    machine, case, *_ = line.split("\t")
     path.write_text(f"bap_kernels choices {version}\n{machine}\t{case}\tdense\t4 3 2 1\n")
     assert reread(path) == []
     run(make_tensors(CASE))
@@ -244,21 +247,40 @@ def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
     head, line = path.read_text().splitlines()
-    machine, case, route, times = line.split("\t")
-    for fields in (
-        (machine, case, "fastest", times),
-        (machine, case, route, "1 2 x 4 5"),
-        (machine, case, route, "1 2 3 4"),
-        (machine, case, route, "-1 -2 -3 -4 -5"),
-        (machine, case, route),
-        (machine,),
+    machine, case, route, times, counts, when = line.split("\t")
+    good = {"machine": machine, "case": case, "route": route, "times": times, "counts": counts, "when": when}
+    for damage in (
+        {"case": ""},
+        {"route": "fastest"},
+        {"times": f"{route}=x"},
+        {"times": f"{route}=-1 gather=2"},
+        {"times": f"{route}=nan"},
+        {"times": f"{route}=inf"},
+        {"times": f"{route}="},
+        {"times": "1 2 3 4"},
+        {"times": ""},
+        {"counts": "1 1 8"},
+        {"counts": "1 1 8 8 8"},
+        {"counts": "1 2 8 8"},
+        {"counts": "1 1 9 8"},
+        {"counts": "-1 -1 8 8"},
+        {"counts": "1 1 8 99999999999999999999"},
+        {"counts": "a b c d"},
+        {"when": ""},
+        {"when": "yesterday"},
+        {"when": "-5"},
+        {"when": "nan"},
+        *({name: None} for name in good),
     ):
+        fields = [text for text in (good | damage).values() if text is not None]
         path.write_text(head + "\n" + "\t".join(fields) + "\n")
         _C.clear_choices()
         _C.set_choice_file(str(path))
-        with pytest.warns(UserWarning, match="1 unreadable line"):
+        with pytest.warns(UserWarning, match="1 unreadable line;"):
             run(make_tensors(CASE))
-        assert len(_C.choices()) == 1
+        assert len(_C.choices()) == 1, damage
+        path.write_text("\n".join([head, "\t".join(good.values()), ""]))
+        assert len(reread(path)) == 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -290,14 +312,108 @@ def test_cut_line_does_not_take_the_others_along(tmp_path: Path) -> None:
         assert_same_table(reread(path), written)
 
 
-def test_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    # A file where the folder should be: not even root can write below it.
-    blocked = tmp_path / "blocked"
-    blocked.write_text("")
-    _, after, _ = in_new_process(blocked / "cache")
+def in_the_way_of(kind: str, folder: Path) -> Path:
+    """Something other than a table of choices, where the table or its folder should be."""
+    path = file_in(folder)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/full")
+    elif kind == "terminal":
+        path.symlink_to("/dev/ptmx")
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    elif kind == "file for a folder":
+        # Not even root can write below it.
+        (folder / "file").write_text("")
+        return file_in(folder / "file" / "cache")
+    else:
+        return file_in(Path("/proc/nosuch"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "folder", "socket", "device", "terminal", "link to itself", "file for a folder", "proc"]
+)
+def test_whatever_is_in_its_place_choices_stay_in_memory_and_one_warning_says_why(kind: str, tmp_path: Path) -> None:
+    path = in_the_way_of(kind, tmp_path)
+    _C.set_choice_file(str(path))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for width in (13, 15, 13):
+            run(make_tensors(CASE.but(size=(12, width))))
+    assert len(_C.choices()) == 2
+    (text,) = [str(one.message) for one in seen if "choices" in str(one.message)]
+    assert f"`{path}` cannot be used: " in text
+    problem = _C.choice_file_problem()
+    assert problem in text
+    assert len(problem) > 5
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "file for a folder"])
+def test_a_process_starts_whatever_is_in_its_place(kind: str, tmp_path: Path) -> None:
+    path = in_the_way_of(kind, tmp_path)
+    _, after, stderr = in_new_process(path.parent)
     assert len(after) == 1
+    assert stderr.count("UserWarning") == 1
+    assert str(path) in stderr
 
 
+@pytest.mark.parametrize("folder", ["~nosuch", "~nosuch/cache"])
+def test_a_process_starts_without_a_home(folder: str) -> None:
+    _, after, stderr = in_new_process(folder)
+    assert len(after) == 1
+    assert stderr.count("UserWarning") == 1
+    assert f"`{folder}` has no home folder in front" in stderr
+
+
+def test_info_says_where_choices_are_and_why_not(tmp_path: Path) -> None:
+    path = in_the_way_of("pipe", tmp_path)
+    _C.set_choice_file(str(path))
+    with pytest.warns(UserWarning, match="it is a pipe"):
+        facts = bk.info()
+    assert facts.choice_problem == "it is a pipe"
+    assert "cannot be used, it is a pipe" in str(facts)
+    _C.set_choice_file(str(tmp_path / "good.tsv"))
+    assert bk.info().choice_problem is None
+
+
+FULL = """
+import resource, sys, torch
+from bap_kernels import _C
+from bap_kernels.testing import Case, make_tensors, run
+run(make_tensors(Case(1, 40, 30, (12, 13), seed=3)))
+from pathlib import Path
+(path,) = Path(sys.argv[1]).iterdir()
+limit = path.stat().st_size + 40
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for width in (14, 15, 16):
+    run(make_tensors(Case(1, 40, 30, (12, width), seed=3)))
+print(len(_C.choices()), _C.choice_file_problem())
+"""
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        env=os.environ | {"BAP_KERNELS_CACHE_DIR": str(tmp_path), "BAP_KERNELS_BACKEND": "auto"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1) == ["4", "File too large\n"]
+    assert done.stderr.count("UserWarning") == 1
+    with pytest.warns(UserWarning, match="1 unreadable line;"):
+        assert len(reread(file_in(tmp_path))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:bap_kernels")
 def test_read_only_cache_folder(tmp_path: Path) -> None:
     _C.set_choice_file(str(file_in(tmp_path)))
     run(make_tensors(CASE))
@@ -316,6 +432,64 @@ def test_no_cache_folder(tmp_path: Path) -> None:
     _, after, stderr = in_new_process("")
     assert len(after) == 1
     assert "warn" not in stderr.lower()
+
+
+def line(machine: str, case: str, filler: int = 0) -> str:
+    return "\t".join([machine, case, "gather", "gather=5 dense=7 ", "2 2 16 16", "1700000000", "x" * filler]) + "\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_long_file_is_compacted_and_keeps_what_holds(tmp_path: Path) -> None:
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    run(make_tensors(CASE))
+    head, own = path.read_text().splitlines(keepends=True)
+    others = [line("another machine", f"case {i}") for i in range(100)]
+    # The same few cases, measured again and again, and lines of another machine before and between them.
+    repeated = [line("a third machine", f"case {i % 10}", filler=1000) for i in range(5000)]
+    path.write_text("".join([head, own, *others[:50], *repeated, *others[50:]]))
+    before = path.stat().st_size
+    run(make_tensors(CASE.but(size=(12, 15))))
+    lines = path.read_text().splitlines(keepends=True)
+    assert path.stat().st_size < before / 4
+    assert lines[0] == head
+    assert own in lines
+    assert set(others) < set(lines)
+    assert len(lines) == 1 + 2 + 100 + 10
+    assert len(reread(path)) == 2
+    assert [name.name for name in tmp_path.iterdir()] == ["choices.tsv"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_too_many_cases_drops_the_oldest(tmp_path: Path) -> None:
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    run(make_tensors(CASE))
+    head, own = path.read_text().splitlines(keepends=True)
+    path.write_text(head + "".join(line("another machine", f"case {i}", 1000) for i in range(5000)) + own)
+    run(make_tensors(CASE.but(size=(12, 15))))
+    lines = path.read_text().splitlines()
+    assert path.stat().st_size < 2.1 * 2**20
+    assert not any("\tcase 0\t" in text for text in lines)
+    assert any("\tcase 4999\t" in text for text in lines)
+    assert len(reread(path)) == 2
+
+
+def test_memory_of_many_cases_is_bounded() -> None:
+    _C.set_choice_limit(6)
+    try:
+        for width in range(40, 50):
+            run(make_tensors(CASE.but(size=(2, width), in_list="null")), "auto")
+        kept = [choice["case"] for choice in _C.choices()]
+        assert 3 <= len(kept) <= 6
+        assert any(" 2x49 " in case for case in kept)
+        # What is used all the time is not forgotten.
+        for width in range(50, 58):
+            run(make_tensors(CASE.but(size=(2, width), in_list="null")), "auto")
+            run(make_tensors(CASE.but(size=(2, 49), in_list="null")), "auto")
+        assert any(" 2x49 " in choice["case"] for choice in _C.choices())
+    finally:
+        _C.set_choice_limit(1 << 14)
 
 
 @pytest.mark.filterwarnings("error")

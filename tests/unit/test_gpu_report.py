@@ -23,25 +23,39 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def is_killed(process: int) -> bool:
+    """Whether a process has ended; its killer has returned, so that it does not go on for long."""
+    for _ in range(1000):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report(tmp_path, 60)
+    # Long limits, except for the one that never ends by itself: a busy machine must not end the others.
+    report = Report(tmp_path, 500)
     parts = [
-        Part("fine", python("print('{\"cases\": 3}')"), 30, read=gpu_report.last_json),
-        Part("failing", python("print('why'); raise SystemExit(3)"), 30),
-        Part("hanging", ["sh", "-c", f"(sleep 7; touch {tmp_path}/child) & wait"], 5.5),
-        Part("left out", python("print(1)"), 30, skip="no CUDA device here"),
-        Part("silent", python("print('no JSON')"), 30, read=gpu_report.last_json),
-        Part("missing", ["/nowhere/program"], 30),
-        Part("told", python("import os; print(os.environ['SOME_SETTING'])"), 30, environment={"SOME_SETTING": "7"}),
+        Part("fine", python("print('{\"cases\": 3}')"), 400, read=gpu_report.last_json),
+        Part("failing", python("print('why'); raise SystemExit(3)"), 400),
+        Part("hanging", ["sh", "-c", f"sleep 100000 & echo $! > {tmp_path}/child; wait"], 5.5),
+        Part("left out", python("print(1)"), 400, skip="no CUDA device here"),
+        Part("silent", python("print('no JSON')"), 400, read=gpu_report.last_json),
+        Part("missing", ["/nowhere/program"], 400),
+        Part("told", python("import os; print(os.environ['SOME_SETTING'])"), 400, environment={"SOME_SETTING": "7"}),
     ]
     results = {result.part: result for result in report.run_together(parts)}
     assert [result.part for result in report.results] == [part.name for part in parts]
     assert (results["fine"].state, results["fine"].data) == ("ok", {"cases": 3})
     assert (results["failing"].state, results["failing"].reason) == ("failed", "status 3: why, see failing.log")
     assert results["hanging"].state == "failed"
-    assert results["hanging"].reason.startswith("ran past 6 s") or results["hanging"].reason.startswith("ran past 5 s")
-    time.sleep(2.5)
-    assert not (tmp_path / "child").exists(), "what it had started ran on"
+    assert results["hanging"].reason.startswith("ran past ")
+    child = tmp_path / "child"
+    assert not child.exists() or is_killed(int(child.read_text())), "what it had started ran on"
     assert (results["left out"].state, results["left out"].reason) == ("skipped", "no CUDA device here")
     assert "expected a line of JSON" in results["silent"].reason
     assert results["missing"].reason.startswith("FileNotFoundError")
@@ -109,13 +123,14 @@ def test_rehearsal_of_the_networks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu_networks", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
     command += ["--markdown", str(tmp_path / "rows.md")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["part"] for row in rows} == {"network", "mixed", "training"}
     assert not [row for row in rows if "failed" in row]
     assert all(row["p50_s"] > 0 for row in rows)
-    assert gpu_report.last_json(done.stdout)["failed"] == 0
+    last = gpu_report.last_json(done.stdout)
+    assert (last["failed"], last["left_out"]) == (0, [])
     assert "| planned, auto |" in (tmp_path / "rows.md").read_text()
 
 

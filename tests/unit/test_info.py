@@ -36,6 +36,8 @@ def test_info_states_the_facts() -> None:
         assert bk.info().backend == "aten"
     assert facts.packed_cache.keys() >= {"bytes", "entries", "limit_bytes", "hits", "misses", "evictions"}
     assert facts.choice_file == config.settings.choice_file
+    assert facts.cpu
+    assert re.search(rf"^cpu +{re.escape(facts.cpu)}$", str(facts), re.MULTILINE)
 
 
 def test_info_names_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,10 +48,10 @@ def test_info_names_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_info_counts_the_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "choices-v2.tsv").write_bytes(b"12345")
+    (tmp_path / "choices-v5.tsv").write_bytes(b"12345")
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=tmp_path))
     assert bk.info().choice_bytes == 5
-    assert str(tmp_path / "choices-v2.tsv") in str(bk.info())
+    assert str(tmp_path / "choices-v5.tsv") in str(bk.info())
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=None))
     assert bk.info().choice_file is None
     assert bk.info().choice_bytes == 0
@@ -112,17 +114,21 @@ def test_environment_values() -> None:
         }
     )
     assert settings == config.Settings("avx2", "aten", Path("/somewhere"), 0)
-    assert settings.choice_file == Path("/somewhere/choices-v2.tsv")
+    assert settings.choice_file == Path("/somewhere/choices-v5.tsv")
     assert config.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
 
 
-def test_cache_folder_is_made_where_it_can_be(tmp_path: Path) -> None:
-    config._make_folder(tmp_path / "a" / "b")
-    config._make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").write_text("")
-    config._make_folder(tmp_path / "file" / "b")
-    assert (tmp_path / "file").is_file()
+@pytest.mark.parametrize("text", ["~/x", "~nosuch/x", "~nosuch"])
+def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: object) -> None:
+        raise KeyError(name)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", missing)
+    monkeypatch.setattr("pwd.getpwnam", missing)
+    found = config.read_environment({"BAP_KERNELS_CACHE_DIR": text})
+    assert (found.cache_dir, found.choice_file) == (None, None)
+    assert found.cache_problem == f"`{text}` has no home folder in front"
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,14 @@ def test_cache_folder_is_made_where_it_can_be(tmp_path: Path) -> None:
     [
         ("BAP_KERNELS_ISA", "sse", f"to be one of {', '.join(config.ISAS)}, got 'sse'"),
         ("BAP_KERNELS_BACKEND", "fast", "to be one of auto, native, aten, triton, cuda, got 'fast'"),
-        ("BAP_KERNELS_PACKED_CACHE_BYTES", "-1", "to be a number of bytes, 0 or more, got '-1'"),
-        ("BAP_KERNELS_PACKED_CACHE_BYTES", "1GiB", "to be a number of bytes, 0 or more, got '1GiB'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", "-1", "to be a number of bytes, .* got '-1'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", "1GiB", "to be a number of bytes, .* got '1GiB'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", "nan", "to be a number of bytes, .* got 'nan'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", "1e9", "to be a number of bytes, .* got '1e9'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**63), f"to be a number of bytes, .* got '{2**63}'"),
+        ("BAP_KERNELS_PACKED_CACHE_BYTES", "9" * 5000, "to be a number of bytes, .* got '999"),
+        ("BAP_KERNELS_AUTOTUNE", "yes", "to be one of 0, 1, got 'yes'"),
+        ("BAP_KERNELS_AUTOTUNE", "-1", "to be one of 0, 1, got '-1'"),
     ],
 )
 def test_environment_refuses(name: str, value: str, message: str) -> None:

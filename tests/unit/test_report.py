@@ -99,9 +99,10 @@ def test_what_limits_a_layer(changes: dict[str, Any], expected: str) -> None:
 
 def test_peaks_of_this_machine() -> None:
     peaks = roof(torch.float32, torch.get_num_threads())
-    assert 1e8 < peaks.flop_per_s < 1e15
-    assert 1e7 < peaks.bytes_per_s < 1e13
-    assert 1e-7 < peaks.call_s < 1
+    # Units, not speeds: how busy the machine is must not matter.
+    assert 1e4 < peaks.flop_per_s < 1e16
+    assert 1e4 < peaks.bytes_per_s < 1e14
+    assert 1e-8 < peaks.call_s < 100
     assert roof(torch.float32, torch.get_num_threads()) is peaks
     model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)).eval())
     (layer,) = bk.report(model, torch.randn(1, 8, 9, 9)).layers
