@@ -121,6 +121,13 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         raise ValueError(
             f"bap_kernels: expected `{name}` to be a number of bytes, 0 or more and less than 2**63, got {text!r}."
         )
+    processors = environment.get("BAP_KERNELS_SIMULATED_PROCESSORS", "").strip() or "1"
+    if not (processors.isascii() and processors.isdigit() and len(processors) < 10 and int(processors) > 0):
+        raise ValueError(
+            "bap_kernels: expected `BAP_KERNELS_SIMULATED_PROCESSORS` to be a number, 1 or more and less than 10**9, "
+            f"got {processors!r}."
+        )
+    _one_of(environment, "BAP_KERNELS_SIMULATED_WARPGROUPS", ("0", "1"))
     folder, problem = _cache_folder(environment.get("BAP_KERNELS_CACHE_DIR", "~/.cache/bap_kernels"))
     return Settings(
         isa=_one_of(environment, "BAP_KERNELS_ISA", ISAS),

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <memory>
@@ -199,7 +200,7 @@ double cost_again(const Choice& choice) {
 uint32_t due_call(const Choice& choice, const Known& known, double now) {
   if (choice.settled(now)) return kNever;
   const double best = std::max(1e-9, choice.seconds[static_cast<int>(choice.route)]);
-  const double calls = (known.spent + cost_again(choice) - kAllowance) / (kShare * best);
+  const double calls = std::ceil((known.spent + cost_again(choice) - kAllowance) / (kShare * best));
   return static_cast<uint32_t>(std::clamp(calls, known.calls + 1., kNever - 1.));
 }
 

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <fstream>
 
@@ -23,9 +24,12 @@ bool usable(const std::string& isa) {
 }
 
 std::string choose() {
+  // In capitals or with spaces around it, as bap_kernels.config reads it.
   const char* forced = std::getenv("BAP_KERNELS_ISA");
-  if (forced == nullptr || *forced == '\0') return isa_available().front();
-  const std::string isa = forced;
+  std::string isa = forced != nullptr ? forced : "";
+  isa.erase(std::remove_if(isa.begin(), isa.end(), [](unsigned char c) { return std::isspace(c) != 0; }), isa.end());
+  std::transform(isa.begin(), isa.end(), isa.begin(), [](unsigned char c) { return std::tolower(c); });
+  if (isa.empty()) return isa_available().front();
   TORCH_CHECK_VALUE(isa == "avx512" || isa == "avx2" || isa == "none" || isa == "avx512_emulated",
                     "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa,
                     ".");

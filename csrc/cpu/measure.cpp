@@ -159,10 +159,14 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
   found.winner = running.size() == 1 ? running.front() : fastest_route(candidates, found.seconds);
   const std::vector<double>& own = samples[static_cast<int>(found.winner)];
   const std::vector<double>* rival = nullptr;
+  bool hopeless = false;
   for (const Route r : candidates) {
     const std::vector<double>& others = samples[static_cast<int>(r)];
     if (r == found.winner || others.empty()) continue;
-    if (rival == nullptr || lower_quartile(others) < lower_quartile(*rival)) rival = &others;
+    if (rival == nullptr || lower_quartile(others) < lower_quartile(*rival)) {
+      rival = &others;
+      hopeless = std::find(running.begin(), running.end(), r) == running.end();
+    }
   }
   if (rival == nullptr) {
     // Alone from the start, or ahead after the warm-ups already: that is a round, too.
@@ -172,6 +176,10 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
   }
   found.rounds = static_cast<int>(std::min(own.size(), rival->size()));
   for (int i = 0; i < found.rounds; ++i) found.wins += own[i] <= (*rival)[i];
+  // What was left out as hopeless would have lost those rounds, too.
+  const int missed = hopeless ? std::max(0, effort.min_rounds - found.rounds) : 0;
+  found.rounds += missed;
+  found.wins += missed;
   return found;
 }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import bap_kernels
-from bap_kernels import _C, reference
+from bap_kernels import _C, _dispatch, reference
 from bap_kernels.testing import Case, assert_close, make_tensors, run
 
 CASE = Case(in_channels=20, out_channels=12)
@@ -189,6 +191,111 @@ def test_wrong_variable_is_an_error_that_names_it(name: str) -> None:
 def test_variable_sets_the_first_backend() -> None:
     done = run_python("from bap_kernels import _C; print(_C.get_backend())", BAP_KERNELS_BACKEND="aten")
     assert done.stdout.split() == ["aten"], done.stderr
+
+
+def backward_backend(forward: str, backward: str, in_thread: bool = False) -> str:
+    """The backend that the backward pass sees, from its refusal of a dtype that only `native` refuses."""
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    with bap_kernels.use_backend(forward):
+        y = bap_kernels.gathered_conv2d(x, torch.randn(4, 3, 3, 3, dtype=torch.float64)).sum()
+    seen = []
+
+    def run_backward() -> None:
+        with bap_kernels.use_backend(backward):
+            try:
+                y.backward()
+                seen.append("not native")
+            except NotImplementedError:
+                seen.append("native")
+
+    if in_thread:
+        thread = threading.Thread(target=run_backward)
+        thread.start()
+        thread.join()
+    else:
+        run_backward()
+    return seen[0]
+
+
+@native
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_the_backward_uses_the_backend_of_the_forward(in_thread: bool) -> None:
+    # Native has no kernel for float64 and says so.
+    assert backward_backend("aten", "native", in_thread) == "not native"
+    assert backward_backend("auto", "native", in_thread) == "not native"
+    with pytest.raises(NotImplementedError, match="native"):
+        backward_backend("native", "aten", in_thread)
+
+
+def test_the_switched_backward_uses_the_backend_of_the_forward() -> None:
+    x = torch.randn(1, 3, 6, 6, requires_grad=True)
+    with bap_kernels.use_backend("aten"):
+        y = bap_kernels.switched_conv2d(x, torch.randn(4, 3, 3, 3), None, torch.ones(3)).sum()
+    _C.set_why_not(lambda name: "")
+    try:
+        # Triton cannot run here; a backward that took it would fail.
+        with bap_kernels.use_backend("triton"):
+            y.backward()
+    finally:
+        _C.set_why_not(_dispatch._reason)
+    assert x.grad is not None
+
+
+def in_thread(action: Callable[[], str]) -> str:
+    seen: list[str] = []
+    thread = threading.Thread(target=lambda: seen.append(action()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+def test_a_thread_has_a_setting_of_its_own() -> None:
+    start = _C.get_backend()
+    with bap_kernels.use_backend("aten"):
+        assert in_thread(_C.get_backend) == start
+
+        def sets_its_own() -> str:
+            bap_kernels.use_backend("aten")
+            return _C.get_backend()
+
+        with bap_kernels.use_backend("auto"):
+            assert in_thread(sets_its_own) == "aten"
+            assert _C.get_backend() == "auto"
+
+
+@pytest.mark.parametrize("value", ["", " ", "none", "NONE", " None "])
+def test_instruction_sets_are_read_as_the_settings_say(value: str) -> None:
+    done = run_python("from bap_kernels import _C; print(_C.isa(), *_C.isa_available())", BAP_KERNELS_ISA=value)
+    found, best, *_ = done.stdout.split()
+    assert found == ("none" if value.strip() else best)
+
+
+@pytest.mark.parametrize("value", ["aten", " ATEN ", "Aten"])
+def test_the_variable_is_the_default_of_every_thread(value: str) -> None:
+    code = (
+        "import threading; from bap_kernels import _C, use_backend; seen = []\n"
+        "with use_backend('auto'):\n"
+        "    thread = threading.Thread(target=lambda: seen.append(_C.get_backend()))\n"
+        "    thread.start(); thread.join()\n"
+        "print(*seen, _C.get_backend())"
+    )
+    done = run_python(code, BAP_KERNELS_BACKEND=value)
+    assert done.stdout.split() == ["aten", "aten"], done.stderr
+
+
+class _Backends(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> bool:
+        return _C.get_backend() == "aten"
+
+
+def test_workers_that_are_forked_begin_with_the_setting_of_their_parent() -> None:
+    loader = torch.utils.data.DataLoader(_Backends(), num_workers=1, multiprocessing_context="fork")
+    with bap_kernels.use_backend("aten"):
+        assert [bool(seen) for seen in loader] == [True, True]
+    assert [bool(seen) for seen in loader] == [False, False]
 
 
 def test_build_facts_are_text() -> None:
