@@ -34,7 +34,7 @@ OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fuse
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo test test-torch test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-training: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the study of trai
 
 demo: setup ## Set up, train, prune and evaluate on the embedded suite, report to demo/out
 	$(BIN)/python -m bap.cli demo --out $(DEMO_OUT) $(ARGS)
+
+docs: setup ## Build the documentation in docs/_build/html, warnings as errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 test: setup ## Set up and run all tests
 	$(PYTEST) $(ARGS)
@@ -99,7 +102,7 @@ sanitize: setup ## Run the tests of the ops under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 clean: ## Remove what was built; the virtual environment stays
-	rm -rf build dist *.egg-info benches/out bap_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info benches/out docs/_build bap_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # One clear line where something is missing that only the system can provide.

@@ -285,8 +285,8 @@ class DomainLinear(_DomainHead):
         bias, device, dtype: as in :class:`torch.nn.Linear`.
 
     Shape:
-        - Input: (*, in_features)
-        - Output: (*, out_features of the active domain); of a mixed batch (N, *, the largest out_features in it)
+        - Input: (..., in_features)
+        - Output: (..., out_features of the active domain); of a mixed batch (N, ..., the largest out_features in it)
 
     Raises:
         ValueError: for names of domains that are empty, have dots or repeat.

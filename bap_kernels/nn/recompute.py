@@ -147,7 +147,7 @@ def recompute(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         module: best a batch norm, a ReLU and a convolution in :class:`torch.nn.Sequential`. Of a network of them a
             step keeps one tensor for each convolution, the input of its batch norm, and not two. Of a whole residual
             block it keeps the input only, but its inner convolutions run again.
-        *args, **kwargs: for the module.
+        args, kwargs: for the module.
 
     Returns:
         What the module returns; gradients are the same too.

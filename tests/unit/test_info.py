@@ -167,7 +167,6 @@ def test_the_table_names_every_variable_that_is_read() -> None:
     # As a whole string literal: macros of the build have the same prefix.
     read = {name for path in sources for name in re.findall(r'"(BAP_KERNELS_[A-Z_]+)"', path.read_text())}
     assert read <= names
-    assert names <= set(re.findall(r"BAP_KERNELS_[A-Z_]+", (ROOT / "README.md").read_text()))
 
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
