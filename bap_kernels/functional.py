@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from bap_kernels._load import _C
 
@@ -70,6 +71,27 @@ def call_gathered_conv2d(
         except TypeError:
             pass  # the operator's own message names the argument
     return _operator(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed)
+
+
+def plain_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``F.conv2d`` for inference, kept away from what PyTorch's CPU kernels get wrong (csrc/aten/convolution.h)."""
+    pair = (0, 0) if padding == "valid" else padding
+    if (
+        input.device.type == "cpu"
+        and input.dim() == 4
+        and not isinstance(pair, str)
+        and _C.convolution_fails(input, weight, stride, pair, dilation, groups)
+    ):
+        return _C.convolution(input, weight.to(input.dtype), bias, stride, pair, dilation, groups)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _same_padding(size: int, dilation: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "aten/convolution.h"
 #include "aten/route_cuda.h"
 #include "cpu/choice.h"
 #include "cpu/fingerprint.h"
@@ -309,6 +310,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
   m.def("same_values", &same_values, py::arg("a"), py::arg("b"));
   m.def("fingerprint", &fingerprint, py::arg("tensors"));
+  m.def(
+      "convolution_fails",
+      [](const at::Tensor& x, const at::Tensor& w, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+        return convolution_fails(x, w, {stride, padding, dilation, groups}, /*weight_gradient=*/false);
+      },
+      py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("groups"));
+  m.def(
+      "convolution",
+      [](const at::Tensor& x, const at::Tensor& w, const OptionalTensor& bias, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+        py::gil_scoped_release no_gil;
+        return convolution(x, w, bias, {stride, padding, dilation, groups});
+      },
+      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("groups"));
   m.def("drop_packed", [](const at::Tensor& weight) { PackedCache::instance().drop(weight); }, py::arg("weight"));
 }
 

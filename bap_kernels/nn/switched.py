@@ -275,7 +275,8 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             padding = (0, 0)
         weight, bias = self.weight, self.bias
         if active is None:
-            return F.conv2d(input, weight, bias, stride, padding, dilation, self.groups)
+            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
+            return call_gathered_conv2d(input, weight, bias, None, None, stride, sides, dilation, self.groups, False)
         # Lists are read from the scores on the host, which a traced program and tensors without values do not allow.
         compiling = torch.compiler.is_compiling()
         if compiling:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels._load import _C
+from bap_kernels.functional import plain_conv2d
 
 __all__ = [
     "BinaryStep",
@@ -176,7 +177,7 @@ class DepthwiseStep(Step):
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = F.conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
+        env[self.out] = plain_conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
 
 
 class GroupedStep(DepthwiseStep):

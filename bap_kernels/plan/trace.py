@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.functional import plain_conv2d
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
@@ -39,7 +40,11 @@ def _masked(layer: GatheredConv2d, lists: ChannelLists, input: Tensor) -> Tensor
         mask = x.new_zeros(x.shape[-3], 1, 1)
         mask[lists.in_index.long()] = 1
         x = x * mask
-    y = layer._conv_forward(x, layer.weight, layer.bias)
+    if layer.padding_mode == "zeros":
+        options: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        y = plain_conv2d(x, layer.weight, layer.bias, *options)
+    else:
+        y = layer._conv_forward(x, layer.weight, layer.bias)
     if lists.out_index is None:
         return y
     listed = lists.out_index.long()

@@ -110,6 +110,17 @@ struct Columns {
   }
 };
 
+// Groups of several channels one after the other.
+at::Tensor forward_by_columns(const at::Tensor& x, const at::Tensor& w, const ConvolutionOptions& options) {
+  if (options.groups == 1 || (w.size(1) == 1 && w.size(0) == options.groups)) return Columns{x, w, options}.forward();
+  const auto xs = x.chunk(options.groups, 1), ws = w.chunk(options.groups, 0);
+  ConvolutionOptions one = options;
+  one.groups = 1;
+  std::vector<at::Tensor> parts;
+  for (const auto i : c10::irange(xs.size())) parts.push_back(Columns{xs[i], ws[i], one}.forward());
+  return at::cat(parts, 1);
+}
+
 }  // namespace
 
 bool convolution_fails(at::ScalarType dtype, int64_t channels, c10::IntArrayRef size, c10::IntArrayRef kernel,
@@ -142,7 +153,7 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const OptionalT
     return at::convolution(plain ? x : with_plain_strides(x), plain ? w : with_plain_strides(w), bias, options.stride,
                            options.padding, options.dilation, /*transposed=*/false, {0, 0}, options.groups);
   }
-  at::Tensor y = Columns{x, w, options}.forward();
+  at::Tensor y = forward_by_columns(x, w, options);
   if (has_value(bias)) y = y + bias->to(y.scalar_type()).view({1, -1, 1, 1});
   return y.to(x.scalar_type());
 }

@@ -18,7 +18,7 @@
 
 namespace bap_kernels {
 
-// Padding is (rows, columns); `groups` is 1, or the number of channels of both input and result.
+// Padding is (rows, columns). For gradients `groups` is 1, or the number of channels of both input and result.
 struct ConvolutionOptions {
   c10::IntArrayRef stride, padding, dilation;
   int64_t groups;

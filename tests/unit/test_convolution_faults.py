@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import bap_kernels as bk
 from bap_kernels import _C
@@ -187,3 +188,22 @@ def test_a_search_goes_on_where_its_file_ends(tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         assert search.main(["--cases", "10", "--out", str(tmp_path / "found.json")]) == 0
     assert ran == list(range(20))
+
+
+@pytest.mark.parametrize("groups", [4, 2], ids=["depthwise", "grouped"])
+def test_steps_of_plans_are_kept_away(groups: int) -> None:
+    # One column of results at a stride of 2, and rows of results that read padding only.
+    model = nn.Sequential(nn.Conv2d(4, 8 if groups == 2 else 4, 2, (1, 2), (2, 0), groups=groups)).eval().bfloat16()
+    x = torch.randn(2, 4, 5, 3).bfloat16().to(memory_format=torch.channels_last)
+    weight, bias = model[0].weight.detach().double(), model[0].bias.detach().double()
+    expected = nn.functional.conv2d(x.double(), weight, bias, (1, 2), (2, 0), 1, groups)
+    with torch.no_grad():
+        got = bk.plan(bk.swap_(model), x)(x)
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+
+
+def test_a_switched_layer_without_a_domain_is_kept_away() -> None:
+    layer = bk.nn.SwitchedConv2d(1, 3, 2, (1, 2), domains=["a"])
+    x = torch.randn(2, 1, 4, 3).to(memory_format=torch.channels_last)
+    expected = nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), (1, 2))
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
