@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bap_kernels.nn.mixed import MixedBatch
+from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.program import Program
 
 __all__ = ["MixedPlans"]
@@ -23,7 +24,8 @@ class MixedPlans:
     """The plans of the domains that occur in a batch.
 
     Which axis of a result counts the samples is not guessed from its size: at its first mixed batch each plan runs once
-    on two and once on three samples, and the axis that grows is taken.
+    on three samples and once on two of them, and the axis that grows is taken. Networks whose results for a sample depend
+    on the others of the batch are found by the same two runs, and refused.
 
     Args:
         batch: the batch.
@@ -52,8 +54,11 @@ class MixedPlans:
             return self.programs[0].run(inputs)
         for program in self.programs:
             if program.probe is None:
-                two, three = (_at(inputs, sampled, torch.zeros(n, dtype=torch.int64)) for n in (2, 3))
-                program.probe = _without_data(program.run(two), program.run(three))
+                probe = _three_samples(inputs, sampled)
+                three = program.run(probe)
+                two = program.run(_at(probe, sampled, torch.arange(2)))
+                _check_samples(two, three, "output")
+                program.probe = _without_data(two, three)
         probes = [program.probe for program in self.programs if program.probe is not None]
         order = torch.arange(self.batch.size) if self.batch.order is None else self.batch.order
         if len(self.programs) == 1:
@@ -145,6 +150,48 @@ class MixedPlans:
         if axis == 0:
             return self.batch.restored(whole)
         return whole.index_select(axis, self.batch.on("back", whole.device))
+
+
+def _three_samples(inputs: tuple[Any, ...], sampled: set[int]) -> tuple[Any, ...]:
+    """Three samples like the first one; numbers that are no integers differ between them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] != (3,) or not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return tensor + noise * (tensor.abs().mean() + 0.1)
+
+    numbers = iter(range(len(_tensors(inputs))))
+    repeated = _at(inputs, sampled, torch.zeros(3, dtype=torch.int64))
+    return tree_map_only(Tensor, lambda one: varied(one) if next(numbers) in sampled else one, repeated)
+
+
+def _check_samples(two: Any, three: Any, path: str) -> None:
+    """Raises where the first two of three samples get other results than the same two alone."""
+    if isinstance(two, Tensor) and isinstance(three, Tensor):
+        axis = _axis_of_samples(two, three)
+        if axis is not None and not _alike(two, three.narrow(axis, 0, 2)):
+            raise _refusal(path, "results that depend on the other samples of the batch: shapes", tuple(three.shape))
+    elif isinstance(two, dict) and isinstance(three, dict):
+        for key in two.keys() & three.keys():
+            _check_samples(two[key], three[key], f"{path}[{key!r}]")
+    elif isinstance(two, (list, tuple)) and isinstance(three, (list, tuple)):
+        for place, (one, other) in enumerate(zip(two, three, strict=False)):
+            if isinstance(one, Tensor) and isinstance(other, Tensor) and (len(two), len(three)) == (2, 3):
+                if not _alike(one, other):
+                    raise _refusal(path, "results that depend on the other samples of the batch: entry", place)
+            else:
+                _check_samples(one, other, f"{path}[{place}]")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal up to rounding, which may turn single decisions."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return one.numel() == 0 or (one != other).double().mean().item() <= 0.01
+    return largest_error(one, other)[0] <= 10 * tolerance_of(one.dtype)
 
 
 def _without_data(two: Any, three: Any) -> tuple[Any, Any]:

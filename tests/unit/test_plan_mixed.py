@@ -268,3 +268,23 @@ def test_lists_of_images_are_refused() -> None:
     bk.set_domain(planned, torch.tensor([1, 0]))
     with pytest.raises(NotImplementedError, match="expected the inputs of a mixed batch to be tensors or dictionaries"):
         planned(x, [torch.zeros(1)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda net, y: y.flip(0),
+        lambda net, y: y - y.mean(0),
+        lambda net, y: y.roll(1, 0),
+        lambda net, y: {"a": y.softmax(0)},
+        lambda net, y: y.flip(0).argmax(1),
+    ],
+    ids=["flip", "mean", "roll", "softmax", "argmax"],
+)
+def test_networks_that_mix_samples_are_refused(finish: Callable[[Any, Tensor], Any]) -> None:
+    model, x = two_domains(Net(finish)), torch.randn(len(NUMBERS), 3, 4, 6)
+    planned = bk.plan(model, x, "a")
+    bk.set_domain(planned, NUMBERS)
+    with pytest.raises(NotImplementedError, match="depend on the other samples of the batch"):
+        planned(x)
