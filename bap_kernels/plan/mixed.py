@@ -24,7 +24,7 @@ class MixedPlans:
     """The plans of the domains that occur in a batch.
 
     Which axis of a result counts the samples is not guessed from its size: at its first mixed batch each plan runs once
-    on three samples and once on two of them, and the axis that grows is taken. Networks whose results for a sample depend
+    on three samples and once on two of them; the axis that grows is taken. Networks whose results for a sample depend
     on the others of the batch are found by the same two runs, and refused.
 
     Args:

@@ -189,7 +189,7 @@ def test_plans_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         bk.set_domain(planned, NUMBERS)
         planned(torch.randn(shape))
     # In the first batch, after the check of the second plan.
-    assert sizes == [1, 2, 3, 2, 3, 2, 3, 2, 3]
+    assert sizes == [1, 3, 2, 3, 2, 2, 3, 2, 3]
     assert all(program.probe[0].is_meta for program, _ in planned._programs.values())
 
 
