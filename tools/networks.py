@@ -99,7 +99,7 @@ def _torchvision(name: str) -> nn.Module:
         return backbone_utils.mobilenet_backbone(
             backbone_name="mobilenet_v3_large", weights=None, fpn=True, norm_layer=nn.BatchNorm2d
         )
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith(("fcn_", "deeplabv3_", "lraspp_")):
         options = {"weights_backbone": None}
     return torchvision.models.get_model(name, weights=None, **options)
@@ -146,8 +146,8 @@ def calibrate_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.momentum, norm.training = 1.0, True
         else:
-            norm.running_mean.copy_(drawn(norm.running_mean) - 0.5)  # type: ignore[operator, arg-type, union-attr]
-            norm.running_var.copy_(drawn(norm.running_var) + 0.5)  # type: ignore[operator, arg-type, union-attr]
+            norm.running_mean.copy_(drawn(norm.running_mean) - 0.5)  # type: ignore[operator, arg-type]
+            norm.running_var.copy_(drawn(norm.running_var) + 0.5)  # type: ignore[operator, arg-type]
     model(x)
     for norm in norms:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):

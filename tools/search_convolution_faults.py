@@ -249,8 +249,8 @@ def reference(case: Case, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) ->
     y = np.zeros((case.batch, case.groups, filters.shape[1], *case.out))
     for i, j, place in taps(case):
         y += np.einsum("ngchw,gkc->ngkhw", full[..., place[0], place[1]], filters[..., i, j])
-    y = y.reshape(case.batch, -1, *case.out)
-    return y if b is None else y + b[:, None, None]
+    whole = y.reshape(case.batch, -1, *case.out)
+    return whole if b is None else whole + b[:, None, None]
 
 
 def reference_backward(case: Case, dy: np.ndarray, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -534,6 +534,11 @@ def search(
     return number, ran, faults
 
 
+def _case(fields: dict[str, Any]) -> Case:
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Case(**plain)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -601,10 +606,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state["faults"] += [{"case": dataclasses.asdict(f.case), "what": f.what} for f in faults]
     if options.out is not None:
         options.out.write_text(json.dumps(state))
-    everything = [
-        Fault(Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in f["case"].items()}), f["what"])
-        for f in state["faults"]
-    ]
+    everything = [Fault(_case(f["case"]), f["what"]) for f in state["faults"]]
     print(table(everything))
     print(f"{len(everything)} faults in {state['ran']} cases through {options.through}, torch {torch.__version__}")
     return 1 if everything else 0
