@@ -377,7 +377,12 @@ class GatheredConv2d(PackedConv2d):
         # Past nn.Module.__getattr__; None where the weight is computed, which is done once, below.
         weight = self._parameters.get("weight")
         # The weight may have been assigned, past _apply: load_state_dict(assign=True), parameters put in by hand.
-        if listed is not None and weight is not None and listed.device != weight.device:
+        if (
+            listed is not None
+            and weight is not None
+            and not (listed.is_cpu and weight.is_cpu)  # quicker to ask than devices are to compare
+            and listed.device != weight.device
+        ):
             self._follow_weight()
             channels = self.channels
         if input.dim() == 3:

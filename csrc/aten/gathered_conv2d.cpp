@@ -127,12 +127,11 @@ bool dense_route_applies(const ConvCall& c) {
 }
 
 at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
-  at::Tensor y;
   if (route == AtenRoute::kDense) {
-    y = convolve(c, c.input, zeroed_weight(c));
+    const at::Tensor dense = convolve(c, c.input, zeroed_weight(c));
     // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
-    if (at::isfinite(y.sum(at::toOpMathType(y.scalar_type()))).item<bool>()) {
-      return apply_epilogue(y, c.fusion).contiguous(c.format());
+    if (at::isfinite(dense.sum(at::toOpMathType(dense.scalar_type()))).item<bool>()) {
+      return apply_epilogue(dense, c.fusion).contiguous(c.format());
     }
     route = AtenRoute::kGather;
   }
@@ -143,6 +142,7 @@ at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
   }
   at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
   if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
+  at::Tensor y;
   if (route == AtenRoute::kGatherPacked) {
     at::Tensor padded = x;
     const auto padding = pad_unevenly(c, padded);

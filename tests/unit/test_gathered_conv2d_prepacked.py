@@ -45,8 +45,9 @@ def force(path: Path, route: str = ROUTE) -> None:
     _C.set_choice_file(str(path))
     run(make_tensors(Case(1, 9, 9, (5, 5))))
     head, line = path.read_text().splitlines()
-    machine, _, _, times = line.split("\t")
-    path.write_text(head + "\n" + "".join(f"{machine}\t{key}\t{route}\t{times}\n" for key in keys))
+    machine, _, _, times, counts, when = line.split("\t")
+    times += f"{route}=1 " if f"{route}=" not in times else ""
+    path.write_text(head + "\n" + "".join("\t".join([machine, key, route, times, counts, when]) + "\n" for key in keys))
     _C.set_choice_file("")
     _C.clear_choices()
     _C.set_choice_file(str(path))

@@ -166,5 +166,5 @@ def test_dead_layers_free_their_entries(packed: Callable[[], dict[str, int]]) ->
 
 
 def test_negative_limit() -> None:
-    with pytest.raises(ValueError, match="`limit_bytes` to be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"`limit_bytes` to be 0 or more and less than 2\*\*63, got -1"):
         bk.set_packed_cache_limit(-1)

@@ -284,7 +284,7 @@ def test_repr() -> None:
         (lambda: _layer().channels("c"), ValueError, r"`domain` to be one of \['a', 'b'\], got 'c'"),
         (lambda: _layer().add_domain("a"), ValueError, "add_domain.*got 'a': it was given twice"),
         (lambda: _layer().add_domain("c", like="d"), ValueError, r"one of \['a', 'b'\], got 'd'"),
-        (lambda: _layer("depthwise").to_gathered(), NotImplementedError, r"groups=1, got groups=12"),
+        (lambda: _layer("depthwise").to_gathered(), NotImplementedError, r"depthwise layer with switches"),
         (lambda: SwitchedConv2d.from_conv2d(nn.Linear(4, 4), ["a"]), NotImplementedError, "Linear is no"),
         (lambda: GatheredConv2d.from_conv2d(_layer()), NotImplementedError, "SwitchedConv2d is a subclass"),
     ],
