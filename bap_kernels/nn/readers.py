@@ -110,7 +110,7 @@ def link_readers_(model: nn.Module) -> nn.Module:
     decides, and the layer's links are not used again in that domain. Results are the same with and without links.
 
     Args:
-        model: a model that went through :func:`switch_`. What torch.fx cannot record gets no links.
+        model: a model that went through :func:`switch_`. What cannot be recorded gets no links.
 
     Returns:
         ``model``.

@@ -304,7 +304,8 @@ def plan(
 ) -> PlannedNetwork:
     """Lowers a whole network for one domain.
 
-    The model is recorded with torch.fx. From the lists of its layers it follows which channels of every tensor anything
+    The model is recorded while it runs on the example. From the lists of its layers it follows which channels of every
+    tensor anything
     reads; the plan computes and stores only these, each tensor in the order in which its reader wants it. Batch norms,
     ReLUs and sums are done by the convolution before them, or by the one after them in networks that normalise first.
     Operations that are not known are run as they are, on all channels; printing the plan names the convolutions among
