@@ -28,8 +28,8 @@ BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(
 CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # What the short runs under a sanitizer or a forced instruction set cover.
-OP_TESTS := $(addprefix tests/unit/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py gathered_conv2d_packed.py) \
-  $(addprefix tests/unit/test_,autograd.py native_backward.py)
+OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py autograd.py) \
+  tests/dispatch/test_gathered_conv2d_packed.py tests/backends/test_native_backward.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

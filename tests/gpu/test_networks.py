@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels import reference
 from bap_kernels.testing import assert_close
-from tests.unit.networks import Dense, PreActivation, Residual, masked_dense, randomise
+from tests.networks import Dense, PreActivation, Residual, masked_dense, randomise
 
 # The CUDA C++ kernels take no inputs that hold only some of a weight's channels.
 PLANNING = pytest.mark.parametrize("gpu_backend", ["auto", "aten", "triton"], indirect=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels import reference
 from bap_kernels.testing import assert_close, lay_out
-from tests.unit.networks import Dense, PreActivation, Residual, masked_dense, randomise
+from tests.networks import Dense, PreActivation, Residual, masked_dense, randomise
 
 op = torch.ops.bap_kernels._gathered_conv2d_mixed
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels.plan.compare import largest_error
-from tests.unit.networks import SMALL, randomise
+from tests.networks import SMALL, randomise
 
 
 def prepared(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 import bap_kernels as bk
 from bap_kernels import _load, config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def test_public_names_are_there() -> None:

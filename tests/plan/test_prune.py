@@ -10,8 +10,8 @@ from torch import nn
 
 import bap_kernels as bk
 from bap_kernels.nn import MaskedConv2d
-from tests.unit.networks import LARGE, SMALL, Dense, Residual, random_network, randomise
-from tests.unit.test_plan import assert_equal
+from tests.networks import LARGE, SMALL, Dense, Residual, random_network, randomise
+from tests.plan.test_planned import assert_equal
 
 # One domain among the two reads little, so that much can go.
 DENSITIES = {"a": 0.3, "b": 0.15}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import bap_kernels as bk
-from tests.unit.networks import LARGE, SMALL, Residual, random_network, randomise
-from tests.unit.test_plan import assert_equal, swapped
+from tests.networks import LARGE, SMALL, Residual, random_network, randomise
+from tests.plan.test_planned import assert_equal, swapped
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["in", "both"])

@@ -67,7 +67,7 @@ def test_unknown_peers_and_gpus() -> None:
 
 def test_the_report_of_a_gpu_has_predictions() -> None:
     from benches.report import tables
-    from tests.unit.test_benches import HEADER, make_row
+    from tests.benches.test_study import HEADER, make_row
 
     rows = [make_row(device="cuda", dtype="bfloat16", peer=peer, p50_s=5e-6) for peer in ("dense", "auto", "cuda")]
     table = roofline.prediction_table("NVIDIA H200", rows)
@@ -79,7 +79,7 @@ def test_the_report_of_a_gpu_has_predictions() -> None:
 
 
 def test_a_gpu_that_is_not_listed_is_predicted_by_its_measured_peaks() -> None:
-    from tests.unit.test_benches import make_row
+    from tests.benches.test_study import make_row
 
     rows = [make_row(device="cuda", dtype="bfloat16", peer="dense", p50_s=5e-6)]
     roof = {"bytes_per_s": 1e12, "matmul_flop_per_s": 1e14, "register_flop_per_s": None}

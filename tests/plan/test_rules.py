@@ -15,8 +15,8 @@ from bap_kernels.nn import MaskedConv2d
 from bap_kernels.plan.graph import Op
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.trace import trace
-from tests.unit.networks import masked_dense, randomise
-from tests.unit.test_plan import assert_equal
+from tests.networks import masked_dense, randomise
+from tests.plan.test_planned import assert_equal
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels._load import _C
-from tests.unit.networks import (
+from tests.networks import (
     LARGE,
     SMALL,
     Dense,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels.nn import MaskedConv2d
 from bap_kernels.plan.cover import candidate_orders, covered, runs
-from tests.unit.networks import LARGE, SMALL, Residual, random_network, randomise
-from tests.unit.test_plan_domains import DOMAINS, trained
+from tests.networks import LARGE, SMALL, Residual, random_network, randomise
+from tests.plan.test_domains import DOMAINS, trained
 
 NAMES = ("a", "b", "c")
 

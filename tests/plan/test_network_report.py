@@ -11,8 +11,8 @@ from torch import nn
 import bap_kernels as bk
 from bap_kernels.plan.report import NetworkReport
 from bap_kernels.plan.roof import Roof, limit_of, roof
-from tests.unit.networks import Inverted, Residual, randomise
-from tests.unit.test_plan import swapped
+from tests.networks import Inverted, Residual, randomise
+from tests.plan.test_planned import swapped
 
 
 def test_figures() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("torchvision")
 from benches import compiled, gate, memory_of_domains, networks, ours, report, rows, study
 from benches.memory_of_domains import Served, Serving, timed_row
 from benches.networks import NetworkBench, NetworkCell, network_cells
-from tests.unit.test_benches import HEADER
+from tests.benches.test_study import HEADER
 
 CPU = torch.device("cpu")
 

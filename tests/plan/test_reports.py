@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import bap_kernels as bk
-from tests.unit.networks import DataDependent, Residual, randomise, unit
-from tests.unit.test_plan_rules import Around
+from tests.networks import DataDependent, Residual, randomise, unit
+from tests.plan.test_rules import Around
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from bap_kernels.plan import copies
 from bap_kernels.plan.copies import cheaper
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.steps import ConvStep, Step
-from tests.unit.networks import LARGE, SMALL, PreActivation, Residual, masked_dense, random_network, randomise
+from tests.networks import LARGE, SMALL, PreActivation, Residual, masked_dense, random_network, randomise
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
 STREAMS = ("residual", "preactivation", "option_a")
