@@ -17,18 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmarks of benches/ and nothing else; without it no benchmark runs",
     )
     parser.addoption(
-        "--every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="run one test of N, always the same ones: a sample, for slow builds such as one with sanitizers",
-    )
-    parser.addoption(
         "--part",
         type=_part,
         default=(1, 1),
         metavar="I/N",
-        help="run the I-th of N parts of the tests, always the same ones: for processes that run side by side",
+        help="run the I-th of N parts of the tests: a sample for slow builds, or a share for one of N processes",
     )
 
 
@@ -43,14 +36,11 @@ def _part(text: str) -> tuple[int, int]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     which, of = config.option.part
     if of > 1:
-        # By place among those that -k has left, so that the parts are alike.
-        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != which - 1])
-        items[:] = items[which - 1 :: of]
-    every = config.option.every
-    if every > 1:
-        left_out = [item for item in items if zlib.crc32(item.nodeid.encode()) % every]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0]
+        # In an order of their own, so that a part never holds the same value of every parameter.
+        shuffled = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        chosen = {item.nodeid for item in shuffled[which - 1 :: of]}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = [item for item in items if item.nodeid in chosen]
 
 
 @pytest.hookimpl(tryfirst=True)
