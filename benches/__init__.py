@@ -1,1 +1,1 @@
-"""The speed-up study: frozen cases, peers, a correctness gate, timers and reports."""
+"""The speed-up study: frozen cases, variants, a correctness gate, timers and reports."""

@@ -101,7 +101,7 @@ CASES: tuple[Case, ...] = tuple(
 
 @dataclass(frozen=True)
 class Cell:
-    """A case with its batch, density, kind of lists and memory format: what the peers are compared on."""
+    """A case with its batch, density, kind of lists and memory format: what the variants are compared on."""
 
     case: Case
     batch: int

@@ -35,7 +35,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 class LayerBench(Bench):
-    """A study's bench that keeps the tensors of the last cell: its peers follow one another."""
+    """A study's bench that keeps the tensors of the last cell: its variants follow one another."""
 
     def __init__(self) -> None:
         super().__init__(CPU, "float32")
@@ -97,7 +97,7 @@ def require_backend() -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def time_in_rounds(benchmark: Any) -> Callable[[Timed], None]:
-    """Return a function that benchmarks a prepared peer in about a tenth of a second, rotating its inputs."""
+    """Return a function that benchmarks a prepared variant in about a tenth of a second, rotating its inputs."""
 
     def run(timed: Timed) -> None:
         timed.enter()

@@ -63,7 +63,7 @@ def matmul(weight: Tensor, layout: str) -> Conv:
     return run
 
 
-def variants(weight: Tensor, stride: int, padding: int, layout: str, example: Tensor) -> dict[str, Conv]:
+def alternatives(weight: Tensor, stride: int, padding: int, layout: str, example: Tensor) -> dict[str, Conv]:
     """Collect all ways that apply; the example is a compact input in the cell's memory format."""
     found = {"conv2d": plain(weight, stride, padding)}
     if can_prepack(weight):

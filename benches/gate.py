@@ -18,7 +18,7 @@ ACCUMULATION_FACTOR = 8.0
 
 
 class WrongResultError(AssertionError):
-    """A peer's result is wrong; it must not be timed."""
+    """A variant's result is wrong; it must not be timed."""
 
 
 def tolerance(dtype: torch.dtype, length: int, magnitude: float) -> float:
@@ -58,7 +58,7 @@ def check(name: str, result: Tensor, reference: Tensor, length: int) -> float:
 
 
 def check_layout(name: str, result: Tensor, layout: str) -> None:
-    """Raise unless the result has the memory format of the input: peers are compared like for like.
+    """Raise unless the result has the memory format of the input: variants are compared like for like.
 
     Raises:
         WrongResultError: If the result is in another memory format.

@@ -53,7 +53,7 @@ def subsampled(gather: Gather, stride: int) -> Gather:
     return lambda x: gather(x[:, :, ::stride, ::stride])
 
 
-def variants(index: Tensor, layout: str, example: Tensor) -> dict[str, Gather]:
+def alternatives(index: Tensor, layout: str, example: Tensor) -> dict[str, Gather]:
     """All gathers for a memory format; the example is an input of the cell."""
     if layout == "nchw":
         return {"planes": planes(index)}

@@ -38,7 +38,7 @@ def keep_freed() -> bool:
     """Tell malloc to keep what is freed, in this process from now on; returns whether it does (glibc's does).
 
     A result of some MiB is otherwise given back and mapped anew in a call, or not, as the heap happens to lie. Its page
-    faults take as long as many a convolution, the same for all peers, but not in the same rounds: they hide who is
+    faults take as long as many a convolution, the same for all variants, but not in the same rounds: they hide who is
     faster. A network whose layers use each other's memory has none of them.
     """
     malloc = ctypes.CDLL(None)

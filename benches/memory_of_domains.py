@@ -37,7 +37,7 @@ from benches.tables import Table
 from benches.timers import Spread
 
 # auto: layer by layer, without a plan. pruned: a small network for each domain.
-PEERS = ("planned", "auto", "pruned")
+BASELINES = ("planned", "auto", "pruned")
 SWITCHES = 200
 FORWARDS = 5
 
@@ -80,15 +80,15 @@ class Serving:
 
 
 class Served:
-    """A peer that serves the domains of a cell one after another.
+    """A variant that serves the domains of a cell one after another.
 
     Args:
         serving: The cell.
-        peer: Of `PEERS`.
+        variant: Of `BASELINES`.
     """
 
-    def __init__(self, serving: Serving, peer: str) -> None:
-        self.peer, self.names = peer, serving.names
+    def __init__(self, serving: Serving, variant: str) -> None:
+        self.variant, self.names = variant, serving.names
         self.bench = NetworkBench(torch.device("cpu"), serving.dtype)
         cell = NetworkCell(serving.network, serving.batch, serving.density, serving.layout)
         self.inputs = self.bench.inputs(cell)
@@ -113,13 +113,13 @@ class Served:
                 },
             )
             bk.use_backend("auto")
-            if self.peer == "planned":
+            if self.variant == "planned":
                 self.model = bk.plan(self.model, self.inputs[0], self.names[0], check=False)
             self.switch(self.names[0])
 
     def switch(self, name: str) -> None:
         """Make a domain the active one; what it needs is made on first use."""
-        if self.peer != "pruned":
+        if self.variant != "pruned":
             ours.package().set_domain(self.model, name)
             self.active = self.model
             return
@@ -131,7 +131,7 @@ class Served:
 
     def finish(self) -> None:
         """Drop what is not needed once every domain was used."""
-        if self.peer == "pruned":
+        if self.variant == "pruned":
             self.model = None
 
     def weight_bytes(self) -> int:
@@ -142,10 +142,10 @@ class Served:
         return sum(sizes.values()) + ours.packed_bytes()
 
 
-def held_bytes(serving: Serving, peer: str) -> tuple[int, int]:
+def held_bytes(serving: Serving, variant: str) -> tuple[int, int]:
     """(growth of the resident set, bytes of weights and packed weights); only in a process of its own."""
     ours.fresh_choices()
-    served = Served(serving, peer)
+    served = Served(serving, variant)
     with torch.inference_mode():
         # What a library takes once, whatever the network, is there before.
         served.base(served.inputs[0][:1].to(torch.float32).contiguous())
@@ -169,14 +169,14 @@ def _reference(serving: Serving, model: nn.Module, name: str, x: Tensor) -> Tens
     return masked(x[:1].double())
 
 
-def timed_row(serving: Serving, peer: str, held: tuple[int, int] | None) -> Row:
+def timed_row(serving: Serving, variant: str, held: tuple[int, int] | None) -> Row:
     """Check every domain, then take the times.
 
     Raises:
         WrongResultError: If logits of a domain differ from the masked network's by more than rounding.
     """
     clock: Callable[[], float] = time.perf_counter
-    served = Served(serving, peer)
+    served = Served(serving, variant)
     x = served.inputs[0]
     error, first_uses, forwards, switches = 0.0, [], [], []
     with torch.inference_mode():
@@ -190,7 +190,7 @@ def timed_row(serving: Serving, peer: str, held: tuple[int, int] | None) -> Row:
             reference = _reference(serving, served.base, name, x)
             share = ((result[:1].double() - reference).abs().max() / reference.abs().max()).item()
             if not share <= TOLERANCE[serving.dtype]:
-                raise gate.WrongResultError(f"timed_row(): {peer} on {serving.id} differs by {share:.1e} in {name}.")
+                raise gate.WrongResultError(f"timed_row(): {variant} on {serving.id} differs by {share:.1e} in {name}.")
             error = max(error, share)
         for turn in range(FORWARDS):
             start = clock()
@@ -207,7 +207,7 @@ def timed_row(serving: Serving, peer: str, held: tuple[int, int] | None) -> Row:
         Spread.of(switches),
         network=serving.network,
         case=DOMAINS,
-        peer=peer,
+        variant=variant,
         dtype=serving.dtype,
         max_error=error,
         weight_bytes=held[1] if held else None,
@@ -251,10 +251,10 @@ def study(options: argparse.Namespace, console: Console) -> None:
     serving = Serving(options.network, options.domains, options.density, options.batch, options.layout, options.dtype)
     ours.fresh_choices()
     header, _, journal = begin(options, console, torch.device("cpu"), options.dtype)
-    for peer in PEERS:
-        console.print(f"{serving.id}: {peer} ...", highlight=False)
-        held = in_fresh_process(held_bytes, serving, peer) if can_measure_peak() else None
-        journal.append([timed_row(serving, peer, held)])
+    for variant in BASELINES:
+        console.print(f"{serving.id}: {variant} ...", highlight=False)
+        held = in_fresh_process(held_bytes, serving, variant) if can_measure_peak() else None
+        journal.append([timed_row(serving, variant, held)])
     tables: list[Table] = report.write(options.out, header, journal.rows)
     finish(options.out, console, [table for table in tables if table.title == "Several domains"], journal.rows)
 

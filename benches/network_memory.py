@@ -1,4 +1,4 @@
-"""Most memory that a forward of a whole network takes, each peer measured in a process of its own."""
+"""Most memory that a forward of a whole network takes, each variant measured in a process of its own."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from benches.networks import NetworkBench, NetworkCell
 
 
 def network_peaks(cell: NetworkCell, names: Sequence[str], dtype: str) -> dict[str, int]:
-    """Bytes that a forward takes at most beyond what is resident before it, {peer: bytes}; CPU only.
+    """Bytes that a forward takes at most beyond what is resident before it, {variant: bytes}; CPU only.
 
     Weights and packed weights are there before, and so is the input. Empty where this system cannot tell.
     """

@@ -191,7 +191,7 @@ class NetworkBench:
         device: Where to measure.
         dtype: ``float32`` or ``bfloat16``.
         min_rounds: Rounds for each cell, however long they take.
-        peaks: Says the most memory that peers take on a cell, {peer: bytes}.
+        peaks: Says the most memory that variants take on a cell, {variant: bytes}.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class NetworkBench:
         spreads = {name: Spread.of(samples[name]) for name in prepared}
         peaks = self.peaks(cell, list(prepared), self.dtype) if self.peaks else {}
         rows = (self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
-        return with_ratios(replace(row, peak_bytes=peaks.get(row.peer)) for row in rows)
+        return with_ratios(replace(row, peak_bytes=peaks.get(row.variant)) for row in rows)
 
     def _row(
         self, cell: NetworkCell, name: str, spread: Spread, error: float, held: int, flop: tuple[float, float]
@@ -357,7 +357,7 @@ class NetworkBench:
             cell.batch * flop[0 if name in DENSE else 1],
             network=cell.network,
             case=WHOLE_NETWORK,
-            peer=name,
+            variant=name,
             device=self.device.type,
             dtype=self.dtype,
             max_error=error,

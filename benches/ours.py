@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benches.peers import Peer
+from benches.baselines import Variant
 from benches.problem import Problem, normal_tensors
 
 BACKENDS = ("native", "auto", "aten", "triton", "cuda")
@@ -27,7 +27,7 @@ def package() -> Any:
     except ImportError as error:
         raise PackageMissingError(
             f"benches: bap_kernels cannot be imported: {error}. "
-            "Hint: `--peers dense,masked,naive,best,oracle` measures PyTorch alone."
+            "Hint: `--variants dense,masked,naive,best,oracle` measures PyTorch alone."
         ) from error
 
 
@@ -66,7 +66,7 @@ def forget_packed() -> None:
     library().clear_packed_cache()
 
 
-def prepare(backend: str, problem: Problem) -> Peer:
+def prepare(backend: str, problem: Problem) -> Variant:
     """Prepare the op under one backend; its first call packs the weight, and under ``auto`` measures and chooses."""
     use_backend = package().use_backend
     op = torch.ops.bap_kernels.gathered_conv2d.default
@@ -76,18 +76,18 @@ def prepare(backend: str, problem: Problem) -> Peer:
         # Its own: packed weights that another backend has just read would be found in the cache.
         weight = problem.weight.clone()
     strides, paddings, dilations = [stride] * 2, [padding] * 4, [1, 1]
-    peer = Peer(
+    variant = Variant(
         lambda x: op(x, weight, None, in_index, out_index, strides, paddings, dilations, 1, True),
         problem.inputs,
         enter=lambda: use_backend(backend),
         length=problem.sliced_weight[0].numel(),
     )
-    peer.enter()
-    peer.run(problem.inputs[0])
+    variant.enter()
+    variant.run(problem.inputs[0])
     if backend == "auto" and problem.weight.device.type == "cpu":
         facts = library().explain(problem.inputs[0], weight, None, in_index, out_index, strides, paddings, dilations, 1)
-        peer.candidate = str(facts["backend"])
-    return peer
+        variant.candidate = str(facts["backend"])
+    return variant
 
 
 def packed_bytes() -> int:

@@ -18,13 +18,15 @@ from benches.summary import OVERHEAD
 from benches.timers import Spread
 
 CHANNELS, KEPT = 8, 4
-PEERS = ("op", "functional", "layer", "conv2d")
+BASELINES = ("op", "functional", "layer", "conv2d")
 CALLS = 100
 SAMPLES = 25
 
 
-def calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = PEERS) -> dict[str, Callable[[], object]]:
-    """Build the calls of the named peers; tensors are made as a user makes them, outside inference mode."""
+def calls(
+    device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = BASELINES
+) -> dict[str, Callable[[], object]]:
+    """Build the calls of the named variants; tensors are made as a user makes them, outside inference mode."""
     with normal_tensors():
         return _calls(device, dtype, names)
 
@@ -38,7 +40,7 @@ def _calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> 
     found: dict[str, Callable[[], object]] = {}
     if "conv2d" in names:
         found["conv2d"] = lambda: F.conv2d(compact, sliced)
-    if set(names) & set(PEERS[:3]):
+    if set(names) & set(BASELINES[:3]):
         bk = ours.package()
         bk.use_backend("auto")
         op = torch.ops.bap_kernels.gathered_conv2d.default
@@ -48,7 +50,7 @@ def _calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> 
         conv.weight.copy_(weight)
         layer = bk.nn.GatheredConv2d.from_conv2d(conv, bk.ChannelLists(in_index)).eval()
         found["layer"] = lambda: layer(x)
-    return {name: found[name] for name in PEERS if name in names}
+    return {name: found[name] for name in BASELINES if name in names}
 
 
 def gated(made: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -64,7 +66,7 @@ def gated(made: dict[str, Callable[[], object]]) -> dict[str, float]:
     }
 
 
-def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = PEERS) -> list[Row]:
+def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = BASELINES) -> list[Row]:
     """Time the calls in interleaved rounds of a hundred each."""
     with torch.inference_mode():
         made = calls(device, DTYPES[dtype], names)
@@ -87,7 +89,7 @@ def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = 
                 network=OVERHEAD,
                 case=f"1x1-{CHANNELS}-{CHANNELS}-k1s1",
                 cell=OVERHEAD,
-                peer=name,
+                variant=name,
                 candidate="",
                 device=device.type,
                 dtype=dtype,

@@ -9,7 +9,7 @@ from benches.cases import CASES
 from benches.rows import Row
 from benches.summary import Setting, geomean, layer_rows, network_rows, settings
 
-# One colour and marker per peer in all figures; ours are strong, PyTorch's muted.
+# One colour and marker per variant in all figures; ours are strong, PyTorch's muted.
 STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#4d4d4d", "marker": "s", "linestyle": "--"},
     "masked": {"color": "#a6761d", "marker": "v", "linestyle": "--"},
@@ -27,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }
-LABELS = {"best": "best gather", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
+LABELS = {"best": "gather + conv", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
 # Layers shown one by one: both kinds of kernel from early to late in both networks.
 SHOWN = (
     "56x56-64-64-k3s1",
@@ -50,9 +50,9 @@ class Figure:
     png: bytes
 
 
-def label(peer: str) -> str:
-    """Return the name of a peer in legends."""
-    return LABELS.get(peer, peer)
+def label(variant: str) -> str:
+    """Return the name of a variant in legends."""
+    return LABELS.get(variant, variant)
 
 
 def setting_title(setting: Setting, density: bool = False) -> str:
@@ -102,9 +102,9 @@ def _of_panel(rows: Iterable[Row], panel: Setting) -> list[Row]:
     return [row for row in rows if (row.layout, row.batch, row.lists) == (panel.layout, panel.batch, panel.lists)]
 
 
-def _peers(rows: Iterable[Row]) -> list[str]:
-    present = {row.peer for row in rows}
-    return [peer for peer in STYLES if peer in present]
+def _variants(rows: Iterable[Row]) -> list[str]:
+    present = {row.variant for row in rows}
+    return [variant for variant in STYLES if variant in present]
 
 
 def density_axis(axis: Any, densities: Sequence[float]) -> None:
@@ -125,7 +125,7 @@ def _time_axis(axis: Any, text: str, pattern: str) -> None:
 
 
 def mean_times(rows: Sequence[Row]) -> Figure | None:
-    """Time relative to dense against density, geometric mean over the cases: one line per peer."""
+    """Time relative to dense against density, geometric mean over the cases: one line per variant."""
     rows = [row for row in layer_rows(rows) if row.vs_dense]
     panels = _panels(rows)
     if not panels:
@@ -135,13 +135,13 @@ def mean_times(rows: Sequence[Row]) -> Figure | None:
     for axis, panel in zip(axes, panels, strict=False):
         mine = _of_panel(rows, panel)
         densities = sorted({row.density for row in mine})
-        for peer in _peers(mine):
+        for variant in _variants(mine):
             shares: dict[float, list[float]] = {}
             for row in mine:
-                if row.peer == peer and row.vs_dense:
+                if row.variant == variant and row.vs_dense:
                     shares.setdefault(row.density, []).append(1 / row.vs_dense)
             points = sorted((density, geomean(values)) for density, values in shares.items())
-            axis.plot(*zip(*points, strict=True), label=label(peer), markersize=6, linewidth=1.6, **STYLES[peer])
+            axis.plot(*zip(*points, strict=True), label=label(variant), markersize=6, linewidth=1.6, **STYLES[variant])
         power = 1 if panel.lists == "in" else 2
         axis.plot(
             densities,
@@ -175,8 +175,8 @@ def layer_times(rows: Sequence[Row]) -> list[Figure]:
         canvas, axes = new_canvas(columns, -(-len(shown) // columns), 3.6, 3.2)
         for axis, case in zip(axes, shown, strict=False):
             of_case = [row for row in mine if row.case == case]
-            for peer in _peers(of_case):
-                line = sorted((row.density, row) for row in of_case if row.peer == peer)
+            for variant in _variants(of_case):
+                line = sorted((row.density, row) for row in of_case if row.variant == variant)
                 densities = [density for density, _ in line]
                 middle = [row.p50_s * 1e3 for _, row in line]
                 spread = [
@@ -187,11 +187,11 @@ def layer_times(rows: Sequence[Row]) -> list[Figure]:
                     densities,
                     middle,
                     spread,
-                    label=label(peer),
+                    label=label(variant),
                     markersize=5,
                     linewidth=1.4,
                     elinewidth=0.7,
-                    **STYLES[peer],
+                    **STYLES[variant],
                 )
             axis.set_title(f"{of_case[0].network} {case}", fontsize=9)
             density_axis(axis, sorted({row.density for row in of_case}))
@@ -218,11 +218,13 @@ def roof_shares(rows: Sequence[Row]) -> list[Figure]:
         order = [f"{case.network} {case.shape}" for case in CASES]
         names = [name for name in reversed(order) if any(f"{row.network} {row.case}" == name for row in mine)]
         canvas, axes = new_canvas(1, 1, 8.6, 2.0 + 0.23 * len(names))
-        for peer in _peers(mine):
-            points = [(row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.peer == peer]
-            style = {key: value for key, value in STYLES[peer].items() if key != "linestyle"}
-            size = 70 if peer in ("native", "auto") else 28
-            axes[0].scatter(*zip(*points, strict=True), label=label(peer), s=size, alpha=0.85, **style)
+        for variant in _variants(mine):
+            points = [
+                (row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.variant == variant
+            ]
+            style = {key: value for key, value in STYLES[variant].items() if key != "linestyle"}
+            size = 70 if variant in ("native", "auto") else 28
+            axes[0].scatter(*zip(*points, strict=True), label=label(variant), s=size, alpha=0.85, **style)
         axes[0].axvline(1.0, color="#999999", linewidth=4, alpha=0.35)
         axes[0].set_yticks(range(len(names)), names, fontsize=8)
         axes[0].set_ylim(-0.7, len(names) - 0.3)
@@ -252,17 +254,19 @@ def network_speedups(rows: Sequence[Row]) -> Figure | None:
     for axis, group in zip(axes, groups, strict=False):
         mine = [row for row in rows if (row.network, row.layout, row.batch) == group]
         densities = sorted({row.density for row in mine})
-        present = _peers(mine)
+        present = _variants(mine)
         width = 0.8 / len(present)
-        for i, peer in enumerate(present):
+        for i, variant in enumerate(present):
             bars = [
                 (j, row.vs_dense)
                 for j, d in enumerate(densities)
                 for row in mine
-                if row.peer == peer and row.density == d
+                if row.variant == variant and row.density == d
             ]
             places = [j + (i - (len(present) - 1) / 2) * width for j, _ in bars]
-            drawn = axis.bar(places, [v for _, v in bars], width * 0.92, color=STYLES[peer]["color"], label=label(peer))
+            drawn = axis.bar(
+                places, [v for _, v in bars], width * 0.92, color=STYLES[variant]["color"], label=label(variant)
+            )
             axis.bar_label(drawn, fmt="%.2f", fontsize=6, padding=1)
         axis.axhline(1.0, color="#4d4d4d", linewidth=0.8)
         axis.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])

@@ -25,15 +25,15 @@ class Text:
 
 METHOD = (
     "Every result is compared with a float64 convolution before it is timed; a wrong one stops the study.",
-    "All peers of a case are timed in interleaved rounds, each in another order. Times are medians, and speed-ups are "
-    "ratios of the medians of one run: above 1 is faster.",
+    "All variants of a case are timed in interleaved rounds, each in another order. Times are medians, and speed-ups "
+    "are ratios of the medians of one run: above 1 is faster.",
     "Slicing and packing of weights is outside the timing, for everyone alike.",
     "Inputs are random (never zeros) and taken from a pool larger than the last-level cache, unless a row says warm.",
     "Freed memory stays with the process (glibc's malloc), so that results are not mapped anew at every call.",
     "Lists are random with a fixed seed per case and keep exactly density x channels.",
     "dense: F.conv2d on all channels. masked: the input (and with an out-list the result) times the mask, dense "
     "convolution. naive: index_select, then F.conv2d with the sliced weight; it loses channels_last on a CPU.",
-    "best gather: the fastest, per case, of several gathers that keep the memory format, followed by the fastest of "
+    "gather + conv: the fastest, per case, of several gathers that keep the memory format, followed by the fastest of "
     "F.conv2d, oneDNN with a prepacked weight and, for 1x1, one matrix product.",
     "oracle: PyTorch's convolution on inputs that are compact already: the better, per case, of both memory formats "
     "and of F.conv2d and oneDNN with a prepacked weight. oracle8 is the same with channel counts rounded up to 8, "
@@ -112,10 +112,10 @@ def short(setting: Setting) -> str:
 
 def targets_table(rows: Sequence[Row]) -> Table:
     """Targets beside the figures."""
-    peers = summary.subjects(rows)
+    variants = summary.subjects(rows)
     lines = []
-    for verdict in summary.verdicts(rows, peers):
-        figures = [number(verdict.figures.get(peer)) for peer in peers]
+    for verdict in summary.verdicts(rows, variants):
+        figures = [number(verdict.figures.get(variant)) for variant in variants]
         setting = verdict.setting
         lines.append(
             [
@@ -128,30 +128,30 @@ def targets_table(rows: Sequence[Row]) -> Table:
                 GOOD if verdict.met else BAD,
             ]
         )
-    note = f"{label(peers[-1])} decides. For every layer, the figure is the worst one." if peers else ""
-    columns = ["speed-up", "setting", "d", "layers", "wanted", *map(label, peers), "verdict"]
+    note = f"{label(variants[-1])} decides. For every layer, the figure is the worst one." if variants else ""
+    columns = ["speed-up", "setting", "d", "layers", "wanted", *map(label, variants), "verdict"]
     return Table("Targets", columns, lines, note, left=2)
 
 
 def means_table(rows: Sequence[Row]) -> Table:
     """Geometric means over every base, worst case in brackets."""
-    peers = summary.subjects(rows)
-    found = {(mean.setting, mean.peer, mean.base): mean for mean in summary.means(rows, peers)}
+    variants = summary.subjects(rows)
+    found = {(mean.setting, mean.variant, mean.base): mean for mean in summary.means(rows, variants)}
     lines = []
     for setting in summary.settings(summary.layer_rows(rows)):
-        for peer in peers:
-            mine = [found.get((setting, peer, base)) for base in BASES]
+        for variant in variants:
+            mine = [found.get((setting, variant, base)) for base in BASES]
             cells = [f"{mean.geomean:.2f} ({mean.worst:.2f})" if mean else "–" for mean in mine]
             count = max((mean.count for mean in mine if mean), default=0)
-            lines.append([short(setting), setting.lists, f"{setting.density:g}", str(count), label(peer), *cells])
-    note = "Geometric mean over the layers of the speed-up over each peer, the worst layer in brackets."
+            lines.append([short(setting), setting.lists, f"{setting.density:g}", str(count), label(variant), *cells])
+    note = "Geometric mean over the layers of the speed-up over each variant, the worst layer in brackets."
     columns = ["setting", "lists", "d", "layers", "", *map(label, BASES)]
     return Table("Speed-up of single layers", columns, lines, note, left=2)
 
 
 def losses_table(rows: Sequence[Row]) -> Table:
     """Cases in which auto loses."""
-    auto = [row for row in rows if row.peer == "auto" and row.C_in is not None]
+    auto = [row for row in rows if row.variant == "auto" and row.C_in is not None]
     losses = summary.losses(rows)
     lines = [[loss.cell, loss.candidate, label(loss.base), number(loss.speedup)] for loss in losses]
     counts = ", ".join(f"{sum(loss.base == base for loss in losses)} to {label(base)}" for base in ("dense", "best"))
@@ -169,13 +169,13 @@ def losses_table(rows: Sequence[Row]) -> Table:
 def networks_table(rows: Sequence[Row]) -> Table:
     """Whole networks."""
     copies = ("pruned", "compiled")
-    times = {(row.cell, row.peer): row.p50_s for row in summary.network_rows(rows) if row.peer in copies}
+    times = {(row.cell, row.variant): row.p50_s for row in summary.network_rows(rows) if row.variant in copies}
     lines = [
         [
             f"{row.network} b{row.batch}",
             SHORT_LAYOUTS.get(row.layout, row.layout),
             f"{row.density:g}",
-            label(row.peer),
+            label(row.variant),
             time_text(row.p50_s),
             number(row.vs_dense),
             number(row.vs_masked),
@@ -188,7 +188,7 @@ def networks_table(rows: Sequence[Row]) -> Table:
     ]
     note = (
         "Photographs, in-lists only; planned as a whole network (ordered: with its channels in an order of their own), "
-        "native and auto layer by layer. /: speed-up over that peer, compiled being the pruned one. MiB: parameters "
+        "native and auto layer by layer. /: speed-up over that variant, compiled being the pruned one. MiB: parameters "
         "and packed copies, without what torch.compile lays out anew. Peak: most MiB that a forward takes besides. "
         "Error: of logits, against float64 of the masked network."
     )
@@ -204,7 +204,7 @@ def domains_table(rows: Sequence[Row]) -> Table:
             f"{row.network} b{row.batch}",
             str(row.domains),
             f"{row.density:g}",
-            label(row.peer),
+            label(row.variant),
             mebibytes(row.resident_bytes),
             mebibytes(row.weight_bytes),
             time_text(row.p50_s),
@@ -226,25 +226,27 @@ def domains_table(rows: Sequence[Row]) -> Table:
 def overhead_table(rows: Sequence[Row]) -> Table:
     """Time of one call."""
     mine = summary.overhead_rows(rows)
-    lines = [[row.peer, f"{row.p50_s * 1e6:.2f}", f"{row.p20_s * 1e6:.2f}", f"{row.p80_s * 1e6:.2f}"] for row in mine]
+    lines = [
+        [row.variant, f"{row.p50_s * 1e6:.2f}", f"{row.p20_s * 1e6:.2f}", f"{row.p80_s * 1e6:.2f}"] for row in mine
+    ]
     note = "One pixel, without autograd, warm. Wanted: at most 5 µs. conv2d: F.conv2d on the compact tensors."
     return Table("Time of one call", ["call", "p50 [µs]", "p20 [µs]", "p80 [µs]"], lines, note)
 
 
 def cases_table(rows: Sequence[Row]) -> Table:
-    """Every case with the time of each peer and what was chosen."""
+    """Every case with the time of each variant and what was chosen."""
     rows = [row for row in rows if row.C_in is not None]
-    peers = list(dict.fromkeys(row.peer for row in rows))
+    variants = list(dict.fromkeys(row.variant for row in rows))
     cells: dict[str, dict[str, Row]] = {}
     for row in rows:
-        cells.setdefault(row.cell, {})[row.peer] = row
+        cells.setdefault(row.cell, {})[row.variant] = row
     lines = []
     for cell, found in cells.items():
-        chosen = [f"{label(peer)}: {row.candidate}" for peer, row in found.items() if row.candidate]
-        times = [f"{found[peer].p50_s * 1e6:.0f}" if peer in found else "–" for peer in peers]
-        shares = [number(found[peer].roof_share) if peer in found else "–" for peer in ("auto", "oracle")]
+        chosen = [f"{label(variant)}: {row.candidate}" for variant, row in found.items() if row.candidate]
+        times = [f"{found[variant].p50_s * 1e6:.0f}" if variant in found else "–" for variant in variants]
+        shares = [number(found[variant].roof_share) if variant in found else "–" for variant in ("auto", "oracle")]
         lines.append([cell, *times, *shares, "; ".join(chosen)])
-    columns = ["case", *(f"{label(peer)} [µs]" for peer in peers), "auto/roof", "oracle/roof", "chosen"]
+    columns = ["case", *(f"{label(variant)} [µs]" for variant in variants), "auto/roof", "oracle/roof", "chosen"]
     return Table("Every case", columns, lines, "Medians.", screen=False)
 
 
@@ -253,7 +255,7 @@ def tables(header: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
     found = [
         targets_table(rows),
         means_table(rows),
-        losses_table(rows) if any(row.peer == "auto" and row.C_in is not None for row in rows) else None,
+        losses_table(rows) if any(row.variant == "auto" and row.C_in is not None for row in rows) else None,
         networks_table(rows),
         domains_table(rows),
         overhead_table(rows),

@@ -98,35 +98,35 @@ def _met_pixels(case: Case) -> int:
     return case.H * case.W if case.kernel >= case.stride else oH * oW
 
 
-def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dtype: str, peer: str) -> list[Work]:
-    """The kernels that a peer runs.
+def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dtype: str, variant: str) -> list[Work]:
+    """The kernels that a variant runs.
 
     ``dense`` and ``masked`` compute all channels; ``oracle`` finds its tensors compact; ``naive``, ``best``, ``auto``
     and ``aten`` copy the listed channels first; ``triton`` reads planes of 1x1 convolutions where they lie, and copies
     first what lies otherwise.
 
     Raises:
-        ValueError: for another peer.
+        ValueError: for another variant.
     """
     size = BYTES[dtype]
     K_in, K_out = kept(case.C_in, density), kept(case.C_out, density) if lists == "both" else case.C_out
-    if peer in ("dense", "masked"):
+    if variant in ("dense", "masked"):
         return [convolution(case, batch, case.C_in, case.C_out, size)]
     compact = convolution(case, batch, K_in, K_out, size)
-    if peer in ("oracle", "oracle8"):
+    if variant in ("oracle", "oracle8"):
         return [compact]
     whole = batch * case.C_in * _met_pixels(case) * size
     read = whole * touched(K_in / case.C_in, layout, size)
-    if peer == "triton" and layout == "nchw" and case.kernel == 1 and case.stride == 1:
+    if variant == "triton" and layout == "nchw" and case.kernel == 1 and case.stride == 1:
         return [convolution(case, batch, K_in, K_out, size, read)]
-    if peer in ("naive", "best", "aten", "auto", "triton"):
+    if variant in ("naive", "best", "aten", "auto", "triton"):
         written = batch * K_in * _met_pixels(case) * size
         return [Work(0.0, read + written, read + written), compact]
-    raise ValueError(f"kernels(): expected `peer` to be one that is modelled, got {peer!r}.")
+    raise ValueError(f"kernels(): expected `variant` to be one that is modelled, got {variant!r}.")
 
 
 def predicted(row: Row, gpu: Gpu) -> float | None:
-    """Predicted seconds of a row's layer on a GPU, or None for what is not modelled (networks, other peers)."""
+    """Predicted seconds of a row's layer on a GPU, or None for what is not modelled (networks, other variants)."""
     if row.C_in is None or row.dtype not in gpu.flop_per_s:
         return None
     H, W, C_in, C_out, kernel, stride = (
@@ -134,7 +134,7 @@ def predicted(row: Row, gpu: Gpu) -> float | None:
     )
     case = Case(row.network, H, W, C_in, C_out, kernel, stride, count=1)
     try:
-        works = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.peer)
+        works = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.variant)
     except ValueError:
         return None
     return sum(work.seconds(gpu, row.dtype) for work in works)
@@ -179,11 +179,11 @@ def prediction_table(
         seconds = predicted(row, gpu) if row.device == "cuda" else None
         if seconds is not None:
             lines.append(
-                [row.cell, row.peer, f"{seconds * 1e6:.1f}", f"{row.p50_s * 1e6:.1f}", f"{seconds / row.p50_s:.2f}"]
+                [row.cell, row.variant, f"{seconds * 1e6:.1f}", f"{row.p50_s * 1e6:.1f}", f"{seconds / row.p50_s:.2f}"]
             )
     peaks = f"of {name}" if name is not None else "of this GPU's measured peaks"
     note = f"Roofline {peaks}: bytes, FLOPs, second-level cache and launches."
-    columns = ["case", "peer", "predicted [µs]", "measured [µs]", "predicted / measured"]
+    columns = ["case", "variant", "predicted [µs]", "measured [µs]", "predicted / measured"]
     return Table("Predicted and measured", columns, lines, note, left=2, screen=False) if lines else None
 
 
@@ -195,22 +195,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=max(BATCHES))
     parser.add_argument("--lists", choices=("in", "both"), default="in")
     chosen = parser.parse_args()
-    peers = ("dense", "oracle", "best", "triton")
-    print("| case | d | layout | " + " | ".join(f"{peer} [µs]" for peer in peers) + " | triton over dense |")
-    print("|---|---|---|" + "---|" * (len(peers) + 1))
+    variants = ("dense", "oracle", "best", "triton")
+    print("| case | d | layout | " + " | ".join(f"{variant} [µs]" for variant in variants) + " | triton over dense |")
+    print("|---|---|---|" + "---|" * (len(variants) + 1))
     for layout in ("channels_last", "nchw"):
         for density in DENSITIES:
             for case in CASES:
                 cell = Cell(case, chosen.batch, density, chosen.lists, layout)
                 gpu = GPUS[chosen.gpu]
                 times = {
-                    peer: sum(
+                    variant: sum(
                         work.seconds(gpu, chosen.dtype)
-                        for work in kernels(case, cell.batch, density, chosen.lists, layout, chosen.dtype, peer)
+                        for work in kernels(case, cell.batch, density, chosen.lists, layout, chosen.dtype, variant)
                     )
-                    for peer in peers
+                    for variant in variants
                 }
-                figures = " | ".join(f"{times[peer] * 1e6:.1f}" for peer in peers)
+                figures = " | ".join(f"{times[variant] * 1e6:.1f}" for variant in variants)
                 ratio = times["dense"] / times["triton"]
                 print(f"| {case.network} {case.shape} | {density} | {layout} | {figures} | {ratio:.2f} |")
 

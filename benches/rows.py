@@ -1,6 +1,7 @@
 """The one schema of every figure, and its three files: JSON, JSON lines and CSV.
 
-Speed-ups are ratios of medians of one interleaved run: ``vs_dense`` = dense's p50 / this peer's p50; above 1 is faster.
+Speed-ups are ratios of medians of one interleaved run: ``vs_dense`` is dense's p50 over this variant's; above 1 is
+faster.
 """
 
 import csv
@@ -17,22 +18,22 @@ import torch
 
 from benches.timers import Spread
 
-# Peers that a row is divided by, where the same run timed them.
+# Variants that a row is divided by, where the same run timed them.
 BASES = ("dense", "masked", "naive", "best", "oracle", "oracle8")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer on one cell. Fields that have no meaning for whole networks or for call overhead are None.
+    """One variant on one cell. Fields that have no meaning for whole networks or for call overhead are None.
 
     Args:
         network: ``resnet50``, ``resnet26``, ``densenet121`` or ``wrn28_4``; ``overhead`` for the time of one call.
         case: Shape in letters, ``network`` for a whole network, ``domains`` for one that serves several domains,
             ``step`` for a whole step of training.
-        cell: Id of what the peers of one comparison share.
-        peer: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8``, a backend of the package, or
+        cell: Id of what the variants of one comparison share.
+        variant: ``dense``, ``masked``, ``naive``, ``best``, ``oracle``, ``oracle8``, a backend of the package, or
             of whole networks ``planned``, ``ordered``, ``pruned``, ``compiled``, ``compiled_dense``.
-        candidate: What a peer that chooses has chosen.
+        candidate: What a variant that chooses has chosen.
         device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.
         layout: ``channels_last`` or ``nchw``: of the input, and of the result.
@@ -67,7 +68,7 @@ class Row:
     network: str
     case: str
     cell: str
-    peer: str
+    variant: str
     candidate: str
     device: str
     dtype: str
@@ -119,7 +120,7 @@ class Row:
     @property
     def key(self) -> tuple[str, str, str, str, int]:
         """What makes a row the same measurement as another."""
-        return self.cell, self.peer, self.device, self.dtype, self.threads
+        return self.cell, self.variant, self.device, self.dtype, self.threads
 
 
 NAMES = tuple(field.name for field in fields(Row))
@@ -167,7 +168,7 @@ class Setting(Protocol):
 
 
 def row_of(setting: Setting, spread: Spread, flop: float | None = None, **fields: Any) -> Row:
-    """Put one peer's figures together, without the ratios.
+    """Put one variant's figures together, without the ratios.
 
     Args:
         setting: What was measured.
@@ -196,7 +197,7 @@ def row_of(setting: Setting, spread: Spread, flop: float | None = None, **fields
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
     """Fill in the speed-ups of the rows of one cell."""
     rows = list(rows)
-    p50 = {row.peer: row.p50_s for row in rows}
+    p50 = {row.variant: row.p50_s for row in rows}
     return [
         replace(row, **{f"vs_{base}": p50[base] / row.p50_s for base in BASES if base in p50})  # type: ignore[arg-type]
         for row in rows

@@ -25,7 +25,7 @@ class Task:
 
     Args:
         id: The cell's id.
-        names: Peers that it compares.
+        names: Variants that it compares.
         measure: Given seconds, returns rows.
         network: Whole network that is measured; None for a single convolution, which is over soon.
         batch: N.

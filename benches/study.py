@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 
 from benches import ours, report
+from benches.baselines import BASELINES
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
 from benches.measure import DTYPES, Bench
 from benches.network_memory import network_peaks
 from benches.networks import FEW, MIN_ROUNDS, NAMED, NETWORKS, WHOLE, NetworkBench, network_cells
-from benches.overhead import PEERS as OVERHEAD_PEERS
+from benches.overhead import BASELINES as OVERHEAD_VARIANTS
 from benches.overhead import measure_overhead
-from benches.peers import PEERS
 from benches.running import Task, begin, command_line, finish, numbers, progress_bars, run_tasks
 from benches.summary import OVERHEAD
 
@@ -76,31 +76,35 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure the most memory that networks take, each in a process of its own; compiled ones compile again",
     )
-    command.add_argument("--peers", type=lambda text: text.split(","), help="peers, comma-separated (default: all)")
+    command.add_argument(
+        "--variants", "--peers", type=lambda text: text.split(","), help="variants, comma-separated (default: all)"
+    )
     return command
 
 
-def peer_names(given: Sequence[str] | None, device: torch.device, dtype: torch.dtype, console: Console) -> list[str]:
-    """Return the peers to time: as given, or PyTorch's and every backend that can run; the others' reasons are shown.
+def variant_names(given: Sequence[str] | None, device: torch.device, dtype: torch.dtype, console: Console) -> list[str]:
+    """Return the variants to time: as given, or PyTorch's and every backend that can run here.
+
+    For backends that cannot run the reason is shown.
 
     Raises:
-        ValueError: For a name that is no peer.
+        ValueError: For a name that is no variant.
         NotImplementedError: For a named backend that cannot run.
         PackageMissingError: If the package is to be measured and cannot be imported.
     """
-    known = (*PEERS, *ours.BACKENDS, *WHOLE)
+    known = (*BASELINES, *ours.BACKENDS, *WHOLE)
     if given is None:
         reasons = {name: ours.why_not(name, device, dtype) for name in ours.DEFAULT_BACKENDS[device.type]}
         for name, reason in reasons.items():
             if reason:
                 console.print(f"Not measured: {name} ({reason})", highlight=False)
-        return [*PEERS, *(name for name, reason in reasons.items() if not reason), *WHOLE]
+        return [*BASELINES, *(name for name, reason in reasons.items() if not reason), *WHOLE]
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"study: expected `--peers` to be of {', '.join(known)}, got {', '.join(unknown)}.")
+        raise ValueError(f"study: expected `--variants` to be of {', '.join(known)}, got {', '.join(unknown)}.")
     names = [name for name in known if name in given]
     for name in names:
         if name in ours.BACKENDS and (reason := ours.why_not(name, device, dtype)):
-            raise NotImplementedError(f"study: expected `--peers` to be able to run here, got {name}: {reason}")
+            raise NotImplementedError(f"study: expected `--variants` to be able to run here, got {name}: {reason}")
     return names
 
 
@@ -134,7 +138,7 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     layouts = (options.layout,) if options.layout in LAYOUTS else default_layouts
     wanted = {"dense", "masked", "planned", "pruned", *(ours.BACKENDS if options.full else ("native", "auto"))}
     # Compiling takes longer than all that the default study measures; to name it is to ask for it.
-    wanted.update(name for name in NAMED if options.full or name in (options.peers or ()))
+    wanted.update(name for name in NAMED if options.full or name in (options.variants or ()))
     compared = [name for name in names if name in wanted]
     rounds = options.rounds or (FULL_ROUNDS if options.full else MIN_ROUNDS)
     peaks = network_peaks if options.peaks and options.device == "cpu" else None
@@ -157,7 +161,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    names = peer_names(options.peers, device, DTYPES[options.dtype], console)
+    names = variant_names(options.variants, device, DTYPES[options.dtype], console)
     with_ours = any(name in ours.BACKENDS or name in WHOLE for name in names)
     if with_ours:
         ours.fresh_choices()
@@ -173,7 +177,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     layer_seconds = FULL_LAYER_SECONDS if options.full else far
     with progress_bars(console) as progress:
         if options.full or (options.only.search(OVERHEAD) and not options.no_layers):
-            journal.append(measure_overhead(device, options.dtype, OVERHEAD_PEERS if with_ours else ("conv2d",)))
+            journal.append(measure_overhead(device, options.dtype, OVERHEAD_VARIANTS if with_ours else ("conv2d",)))
         layers_done = run_tasks(
             layers, journal, progress, "layers", end - network_seconds, layer_seconds, options.dtype, device.type
         )

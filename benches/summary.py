@@ -30,11 +30,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric mean of one peer's speed-up over another, with its worst case.
+    """Geometric mean of one variant's speed-up over another, with its worst case.
 
     Args:
         setting: Layout, batch, lists and density.
-        peer: Whose speed-up.
+        variant: Whose speed-up.
         base: Over whom.
         geomean: Above 1 is faster.
         count: Cases behind it.
@@ -43,7 +43,7 @@ class Mean:
     """
 
     setting: Setting
-    peer: str
+    variant: str
     base: str
     geomean: float
     count: int
@@ -53,10 +53,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Loss:
-    """A case in which a peer is slower than it may be."""
+    """A case in which a variant is slower than it may be."""
 
     cell: str
-    peer: str
+    variant: str
     candidate: str
     base: str
     speedup: float
@@ -98,12 +98,12 @@ def _same(value: float) -> dict[float, float]:
     return dict.fromkeys((0.75, 0.5, 0.25), value)
 
 
-# For fp32 on a CPU. "Never slower than best gather" means beyond noise.
+# For fp32 on a CPU. "Never slower than gather + conv" means beyond noise.
 TARGETS = (
     Target("in over dense", "in", "dense", {0.75: 1.28, 0.5: 1.9, 0.25: 3.6}),
     Target("in over oracle", "in", "oracle", _same(1.0)),
     Target("in over oracle, each", "in", "oracle", _same(0.9), each=True),
-    Target("in over best gather, each", "in", "best", _same(1 - NOISE), each=True),
+    Target("in over gather + conv, each", "in", "best", _same(1 - NOISE), each=True),
     Target("both over dense", "both", "dense", {0.75: 1.65, 0.5: 3.4, 0.25: 10.0}),
     Target("both over oracle", "both", "oracle", _same(1.0)),
     Target("1x1 in over naive", "in", "naive", _same(3.0), pointwise=True, layout="channels_last"),
@@ -164,58 +164,58 @@ def settings(rows: Iterable[Row]) -> list[Setting]:
 
 
 def subjects(rows: Iterable[Row]) -> list[str]:
-    """Return the peers that the report is about: native and auto, or PyTorch's best where these were not timed."""
-    present = {row.peer for row in rows}
-    ours: list[str] = [peer for peer in ("native", "auto", "triton", "cuda") if peer in present]
-    theirs: list[str] = [peer for peer in ("best", "oracle") if peer in present]
+    """Return the variants that the report is about: native and auto, or PyTorch's best where these were not timed."""
+    present = {row.variant for row in rows}
+    ours: list[str] = [variant for variant in ("native", "auto", "triton", "cuda") if variant in present]
+    theirs: list[str] = [variant for variant in ("best", "oracle") if variant in present]
     return ours or theirs
 
 
-def means(rows: Sequence[Row], peers: Sequence[str], bases: Sequence[str] = BASES) -> list[Mean]:
-    """Mean speed-ups of the peers over the bases, by setting, over the cases with enough channels."""
+def means(rows: Sequence[Row], variants: Sequence[str], bases: Sequence[str] = BASES) -> list[Mean]:
+    """Mean speed-ups of the variants over the bases, by setting, over the cases with enough channels."""
     rows = layer_rows(rows)
     found = []
     for setting in settings(rows):
-        for peer in peers:
-            of_peer = [row for row in rows if row.peer == peer and setting_of(row) == setting]
+        for variant in variants:
+            of_variant = [row for row in rows if row.variant == variant and setting_of(row) == setting]
             for base in bases:
-                pairs = [(speedup, row.cell) for row in of_peer if (speedup := row.speedup(base)) is not None]
-                if pairs and peer != base:
+                pairs = [(speedup, row.cell) for row in of_variant if (speedup := row.speedup(base)) is not None]
+                if pairs and variant != base:
                     worst, cell = min(pairs)
-                    found.append(Mean(setting, peer, base, geomean(s for s, _ in pairs), len(pairs), worst, cell))
+                    found.append(Mean(setting, variant, base, geomean(s for s, _ in pairs), len(pairs), worst, cell))
     return found
 
 
-def losses(rows: Iterable[Row], peer: str = "auto", bases: Sequence[str] = ("dense", "best")) -> list[Loss]:
-    """Cases in which a peer is slower than a base by more than noise, the worst first."""
+def losses(rows: Iterable[Row], variant: str = "auto", bases: Sequence[str] = ("dense", "best")) -> list[Loss]:
+    """Cases in which a variant is slower than a base by more than noise, the worst first."""
     found = [
-        Loss(row.cell, row.peer, row.candidate, base, speedup)
+        Loss(row.cell, row.variant, row.candidate, base, speedup)
         for row in rows
-        if row.peer == peer and row.C_in is not None
+        if row.variant == variant and row.C_in is not None
         for base in bases
         if (speedup := row.speedup(base)) is not None and speedup < 1 - NOISE
     ]
     return sorted(found, key=lambda loss: loss.speedup)
 
 
-def verdicts(rows: Iterable[Row], peers: Sequence[str]) -> list[Verdict]:
-    """Targets beside the figures, by layout, batch and density; met is decided by the last peer, as a user gets it."""
+def verdicts(rows: Iterable[Row], variants: Sequence[str]) -> list[Verdict]:
+    """Targets beside the figures, by layout, batch and density. The last variant, what a user gets, decides."""
     rows = [row for row in layer_rows(rows) if row.device == "cpu" and row.dtype == "float32"]
     found = []
     for target in TARGETS:
         counted = [row for row in rows if target.applies(row)]
         for setting in settings(counted):
             figures, count = {}, 0
-            for peer in peers:
+            for variant in variants:
                 speedups = [
                     speedup
                     for row in counted
-                    if row.peer == peer
+                    if row.variant == variant
                     and setting_of(row) == setting
                     and (speedup := row.speedup(target.base)) is not None
                 ]
                 if speedups:
-                    figures[peer] = min(speedups) if target.each else geomean(speedups)
+                    figures[variant] = min(speedups) if target.each else geomean(speedups)
                     count = len(speedups)
             if figures:
                 wanted = target.values[setting.density]

@@ -1,6 +1,7 @@
-"""Benchmarks of every frozen case with every peer, each checked against float64 before it is timed.
+"""Benchmarks of every frozen case with every variant, each checked against float64 before it is timed.
 
-``--benchmark-group-by=group`` (the default) compares the peers of one case; ``-k "resnet26 and d50 and native"`` picks.
+``--benchmark-group-by=group`` (the default) compares the variants of one case; ``-k "resnet26 and d50 and native"``
+picks.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,23 +9,31 @@ from typing import Any
 
 import pytest
 
-from benches import peers
+from benches import baselines
 from benches.cases import Cell, full_cells
 from benches.conftest import LayerBench
 from benches.timers import Timed
 
 OURS = ("native", "auto", "aten")
 CELLS = {cell.id: cell for cell in full_cells()}
-NAMES = ("network", "batch", "shape", "density", "lists", "layout", "peer")
+NAMES = ("network", "batch", "shape", "density", "lists", "layout", "variant")
 
 
 def parameters() -> Iterator[Any]:
-    """Yield every cell with every peer that differs from the others there."""
+    """Yield every cell with every variant that differs from the others there."""
     for cell in CELLS.values():
-        for peer in (*peers.PEERS, *OURS):
-            if peers.applies(peer, cell):
-                values = (cell.case.network, cell.batch, cell.case.shape, cell.density, cell.lists, cell.layout, peer)
-                yield pytest.param(*values, id=f"{cell.id}-{peer}")
+        for variant in (*baselines.BASELINES, *OURS):
+            if baselines.applies(variant, cell):
+                values = (
+                    cell.case.network,
+                    cell.batch,
+                    cell.case.shape,
+                    cell.density,
+                    cell.lists,
+                    cell.layout,
+                    variant,
+                )
+                yield pytest.param(*values, id=f"{cell.id}-{variant}")
 
 
 def cell_of(network: str, batch: int, shape: str, density: float, lists: str, layout: str) -> Cell:
@@ -44,15 +53,15 @@ def test_layer(
     density: float,
     lists: str,
     layout: str,
-    peer: str,
+    variant: str,
 ) -> None:
-    """Time one peer on one cell."""
-    require_backend(peer)
+    """Time one variant on one cell."""
+    require_backend(variant)
     cell = cell_of(network, batch, shape, density, lists, layout)
     problem, reference = layer_bench.tensors(cell)
-    prepared = layer_bench.prepare(peer, problem)
-    error = layer_bench.gated(peer, prepared, problem, reference)
-    flop, moved = problem.work(dense=peer == "dense")
+    prepared = layer_bench.prepare(variant, problem)
+    error = layer_bench.gated(variant, prepared, problem, reference)
+    flop, moved = problem.work(dense=variant == "dense")
     benchmark.group = cell.id
     benchmark.extra_info.update(
         candidate=prepared.candidate,

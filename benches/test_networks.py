@@ -10,16 +10,16 @@ from benches.conftest import WholeBench
 from benches.networks import NetworkCell, network_cells
 from benches.timers import Timed
 
-PEERS = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")
-NAMES = ("network", "batch", "density", "layout", "peer")
+BASELINES = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")
+NAMES = ("network", "batch", "density", "layout", "variant")
 
 
 @pytest.mark.parametrize(
     NAMES,
     [
-        pytest.param(cell.network, cell.batch, cell.density, cell.layout, peer, id=f"{cell.id}-{peer}")
+        pytest.param(cell.network, cell.batch, cell.density, cell.layout, variant, id=f"{cell.id}-{variant}")
         for cell in network_cells(BATCHES, DENSITIES, LAYOUTS)
-        for peer in PEERS
+        for variant in BASELINES
     ],
 )
 def test_network(
@@ -31,14 +31,14 @@ def test_network(
     batch: int,
     density: float,
     layout: str,
-    peer: str,
+    variant: str,
 ) -> None:
     """Time one network."""
-    require_backend(peer)
+    require_backend(variant)
     cell = NetworkCell(network, batch, density, layout)
-    prepared = network_bench.prepare(cell, [peer])[peer]
-    if peer != "dense":
-        error = network_bench.gated(peer, prepared, cell, network_bench.logits(cell), None)
+    prepared = network_bench.prepare(cell, [variant])[variant]
+    if variant != "dense":
+        error = network_bench.gated(variant, prepared, cell, network_bench.logits(cell), None)
         benchmark.extra_info["max_error"] = error
     benchmark.group = cell.id
     benchmark.extra_info["seed"] = cell.seed

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from benches.overhead import CALLS, PEERS, SAMPLES, calls, gated
+from benches.overhead import BASELINES, CALLS, SAMPLES, calls, gated
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_overhead(benchmark: Any, require_backend: Callable[[str], None], peer: str) -> None:
+@pytest.mark.parametrize("variant", BASELINES)
+def test_overhead(benchmark: Any, require_backend: Callable[[str], None], variant: str) -> None:
     """Time the call on a single pixel."""
-    if peer != "conv2d":
+    if variant != "conv2d":
         require_backend("auto")
-    made = calls(torch.device("cpu"), torch.float32, ("conv2d", peer))
-    benchmark.extra_info["max_error"] = gated(made)[peer]
+    made = calls(torch.device("cpu"), torch.float32, ("conv2d", variant))
+    benchmark.extra_info["max_error"] = gated(made)[variant]
     benchmark.group = "overhead"
-    benchmark.pedantic(made[peer], rounds=SAMPLES, iterations=CALLS, warmup_rounds=1)
+    benchmark.pedantic(made[variant], rounds=SAMPLES, iterations=CALLS, warmup_rounds=1)

@@ -1,6 +1,6 @@
 """Benchmarks of training: forward and backward of single convolutions, and whole steps, checked before they are timed.
 
-``-k "resnet26 and d50 and frozen"`` picks; peers of one case are one group.
+``-k "resnet26 and d50 and frozen"`` picks; variants of one case are one group.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,36 +36,38 @@ def _name(value: object) -> str:
     return value.id if isinstance(value, (LayerCell, StepCell)) else str(value)
 
 
-@pytest.mark.parametrize("peer", layers.PEERS)
+@pytest.mark.parametrize("variant", layers.BASELINES)
 @pytest.mark.parametrize("cell", layer_cells(LAYOUTS, DENSITIES, MODES), ids=_name)
 def test_layer(
     benchmark: Any,
     training_layers: layers.LayerBench,
     time_in_rounds: Callable[[Timed], None],
     cell: LayerCell,
-    peer: str,
+    variant: str,
 ) -> None:
-    """Time forward and backward of one peer on one convolution."""
-    prepared = training_layers.layer(cell.cell).peer(peer, cell.mode)
-    benchmark.extra_info["max_error"] = training_layers.gated(peer, prepared, cell)
+    """Time forward and backward of one variant on one convolution."""
+    prepared = training_layers.layer(cell.cell).variant(variant, cell.mode)
+    benchmark.extra_info["max_error"] = training_layers.gated(variant, prepared, cell)
     benchmark.extra_info["seed"] = cell.cell.seed
     benchmark.group = cell.id
     time_in_rounds(prepared)
 
 
-@pytest.mark.parametrize("peer", steps.PEERS)
+@pytest.mark.parametrize("variant", steps.BASELINES)
 @pytest.mark.parametrize("cell", step_cells(LAYOUTS, DENSITIES, MODES), ids=_name)
 def test_step(
     benchmark: Any,
     training_steps: steps.StepBench,
     time_in_rounds: Callable[[Timed], None],
     cell: StepCell,
-    peer: str,
+    variant: str,
 ) -> None:
     """Time whole steps of one network."""
-    prepared = training_steps.prepare(cell, peer)
-    if peer != "dense":
-        benchmark.extra_info["max_error"] = training_steps.gated(peer, prepared, cell, training_steps.reference(cell))
+    prepared = training_steps.prepare(cell, variant)
+    if variant != "dense":
+        benchmark.extra_info["max_error"] = training_steps.gated(
+            variant, prepared, cell, training_steps.reference(cell)
+        )
     benchmark.extra_info["seed"] = cell.seed
     benchmark.group = cell.id
     time_in_rounds(prepared)

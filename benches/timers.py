@@ -1,4 +1,4 @@
-"""Clocks and the interleaved rounds in which all peers of a cell are timed."""
+"""Clocks and the interleaved rounds in which all variants of a cell are timed."""
 
 import random
 import time
@@ -116,8 +116,8 @@ def interleave(
     """Time in rounds, each in an order of its own, so that a disturbance falls on all alike.
 
     The order is drawn anew (the same in every run): what one leaves in the caches and on the heap would otherwise
-    favour or hinder whichever always follows it. Each call takes the next input of its pool, so that no peer finds in
-    the cache the input that another has just read.
+    favour or hinder whichever always follows it. Each call takes the next input of its pool, so that no
+    variant finds in the cache the input that another has just read.
 
     Args:
         timed: Functions by name.
@@ -131,7 +131,7 @@ def interleave(
     """
     samples: dict[str, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
-    # By pool, not by peer: peers that share a pool go through it together.
+    # By pool, not by variant: variants that share a pool go through it together.
     taken: dict[int, int] = {}
     names, order = list(timed), random.Random(0)
     for done in range(1, max_rounds + 1):

@@ -119,7 +119,7 @@ def measured(
                 raise RuntimeError(f"wrong by {error:.2g} of the largest value")
             errors[name], ready[name] = error, Timed(run, pool)
         except Exception as reason:  # whatever one of them raises, the others are measured
-            yield {**case, "peer": name, "failed": f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"}
+            yield {**case, "variant": name, "failed": f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"}
     seconds = 0.0 if setting.small else max(0.2, min(2.0 if setting.quick else 5.0, setting.left() / 4))
     rounds = 1 if setting.small else 10
     samples = interleave(ready, clock(setting.device), seconds, min_rounds=rounds + 1) if ready else {}
@@ -127,7 +127,7 @@ def measured(
         spread = Spread.of(times[1:])
         yield {
             **case,
-            "peer": name,
+            "variant": name,
             "p20_s": spread.p20,
             "p50_s": spread.p50,
             "p80_s": spread.p80,
@@ -294,11 +294,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         key = tuple(row[name] for name in ("part", "network", "batch", "density", "dtype"))
         if "failed" in row:
-            lines.append(f"| {' | '.join(map(str, key))} | {row['peer']} | – | – | {row['failed'].replace('|', '/')} |")
+            lines.append(
+                f"| {' | '.join(map(str, key))} | {row['variant']} | – | – | {row['failed'].replace('|', '/')} |"
+            )
             continue
         base = first.setdefault(key, row["p50_s"])
         figures = f"{row['p50_s'] * 1e3:.3f} | {base / row['p50_s']:.2f}"
-        lines.append(f"| {' | '.join(map(str, key))} | {row['peer']} | {figures} | error {row['max_error']:.1e} |")
+        lines.append(f"| {' | '.join(map(str, key))} | {row['variant']} | {figures} | error {row['max_error']:.1e} |")
     return "\n".join(lines) + "\n"
 
 
@@ -331,7 +333,7 @@ def main() -> None:
                     "batch": "",
                     "density": "",
                     "dtype": "",
-                    "peer": "all",
+                    "variant": "all",
                     "failed": f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}",
                 }
             )

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("dense", "masked", "naive", "best", "oracle", "auto", "aten", "triton", "cuda")
+IMPLEMENTATIONS = ("dense", "masked", "naive", "best", "oracle", "auto", "aten", "triton", "cuda")
 FACTS = """
 import json, platform, sys, torch
 cuda = torch.cuda.is_available()
@@ -266,7 +266,7 @@ def run_benches(report: Report, skip: str | None, wrong: Sequence[str], quick: b
     python, out = sys.executable, report.out
     short = ["--quick"] if quick else []
     budget = 20 if quick else 60
-    peers = ["--peers", ",".join(name for name in PEERS if name not in wrong)] if wrong else []
+    variants = ["--variants", ",".join(name for name in IMPLEMENTATIONS if name not in wrong)] if wrong else []
 
     def study(dtype: str, seconds: int) -> None:
         command = [
@@ -280,7 +280,7 @@ def run_benches(report: Report, skip: str | None, wrong: Sequence[str], quick: b
             "--budget-seconds",
             str(seconds),
         ]
-        command += ["--out", str(out / f"study-{dtype}"), *peers]
+        command += ["--out", str(out / f"study-{dtype}"), *variants]
         report.run(Part(f"study-{dtype}", command, 2 * seconds + 40, skip))
 
     study("bfloat16", budget)

@@ -87,9 +87,9 @@ def choose_kinds(options: argparse.Namespace) -> None:
 def tasks_of(
     options: argparse.Namespace, layer_bench: layers.LayerBench, step_bench: steps.StepBench, named: Sequence[str] = ()
 ) -> tuple[list[Task], list[Task]]:
-    """Return the single layers and the steps that the options ask for; ``named`` are further peers."""
+    """Return the single layers and the steps that the options ask for; ``named`` are further variants."""
     chosen = settings_of(options)
-    of_layers, of_steps = (*layers.PEERS, *named), (*steps.PEERS, *named)
+    of_layers, of_steps = (*layers.BASELINES, *named), (*steps.BASELINES, *named)
     single = [
         Task(cell.id, of_layers, partial(layer_bench.rows, cell, of_layers))
         for cell in layer_cells(*chosen)
@@ -120,12 +120,12 @@ def study(options: argparse.Namespace, console: Console) -> None:
     curves = curve.read(options.out)
     end = start + options.budget_seconds
     with progress_bars(console) as progress:
-        if options.curve and {one.peer for one in curves} != set(curve.PEERS):
-            bar = progress.add_task("curve", total=curve.STEPS * len(curve.PEERS) * len(curve.DTYPES), what="")
+        if options.curve and {one.variant for one in curves} != set(curve.BASELINES):
+            bar = progress.add_task("curve", total=curve.STEPS * len(curve.BASELINES) * len(curve.DTYPES), what="")
             curves = [
-                curve.train(peer, dtype, tick=lambda: progress.advance(bar))
+                curve.train(variant, dtype, tick=lambda: progress.advance(bar))
                 for dtype in curve.DTYPES
-                for peer in curve.PEERS
+                for variant in curve.BASELINES
             ]
             curve.write(options.out, curves)
         now = time.perf_counter()

@@ -42,16 +42,16 @@ def named_backends(device: torch.device, console: Console) -> list[str]:
 def gated(
     names: Sequence[str], check: Callable[[str], float], left_out: list[str], required: Sequence[str]
 ) -> dict[str, float]:
-    """Check peers, and return the errors of those that are right.
+    """Check variants, and return the errors of those that are right.
 
     Args:
-        names: Peers.
+        names: Variants.
         check: Given a name, returns its largest error.
         left_out: Gets the reasons of named backends that cannot run a cell, or do it wrong.
-        required: Peers of which that is an error.
+        required: Variants of which that is an error.
 
     Raises:
-        WrongResultError: If a required peer is wrong.
+        WrongResultError: If a required variant is wrong.
         NotImplementedError: If it cannot run.
     """
     errors = {}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import ours
-from benches.training.step_peers import MaskedSwitchConv2d
+from benches.training.step_baselines import MaskedSwitchConv2d
 
 STEPS, EARLY = 200, 20
 BATCH, SIZE, CLASSES = 32, 32, 10
@@ -40,7 +40,7 @@ DOMAIN = "digits"
 REFERENCE, OURS = "masked", "auto"
 # Masked autograd with other rounding.
 YARDSTICKS = ("channels_last", "reversed")
-PEERS = (REFERENCE, OURS, *YARDSTICKS)
+BASELINES = (REFERENCE, OURS, *YARDSTICKS)
 # Differences of the loss whose first step is reported.
 SMALL, LARGE = 1e-4, 1e-2
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -48,17 +48,17 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass
 class Curve:
-    """Losses of one peer.
+    """Losses of one variant.
 
     Args:
-        peer: Of `PEERS`.
+        variant: Of `BASELINES`.
         dtype: Of everything.
         losses: Of every step, before its update.
         density: Share of switches that are on after the last step.
         switches: All switches after the last step.
     """
 
-    peer: str
+    variant: str
     dtype: str
     losses: list[float] = field(default_factory=list)
     density: float = 1.0
@@ -71,17 +71,17 @@ class Comparison:
 
     Args:
         dtype: Of both.
-        peer: Whose curve.
+        variant: Whose curve.
         early: Largest difference of the loss in the first steps.
         largest: In all.
         small_at, large_at: First steps that differ by `SMALL` and by `LARGE`; None if none does.
         switches: How many differ after the last step, of ``all_switches``.
-        first, last: Losses of the peer.
-        density: Of the peer, at last.
+        first, last: Losses of the variant.
+        density: Of the variant, at last.
     """
 
     dtype: str
-    peer: str
+    variant: str
     early: float
     largest: float
     small_at: int | None
@@ -108,8 +108,8 @@ def start_scores(channels: int, generator: torch.Generator) -> Tensor:
     return INITIAL + SPREAD * torch.randn(channels, generator=generator)
 
 
-def build(peer: str) -> nn.Sequential:
-    """One peer's network with its scores."""
+def build(variant: str) -> nn.Sequential:
+    """One variant's network with its scores."""
     model = network()
     generator = torch.Generator().manual_seed(1)
     given = {
@@ -117,10 +117,10 @@ def build(peer: str) -> nn.Sequential:
         for name, module in model.named_children()
         if isinstance(module, nn.Conv2d) and name != STEM
     }
-    if peer != OURS:
+    if variant != OURS:
         for name, score in given.items():
             model[int(name)] = MaskedSwitchConv2d(model[int(name)], score)  # type: ignore[arg-type]
-        return model.to(memory_format=torch.channels_last) if peer == "channels_last" else model
+        return model.to(memory_format=torch.channels_last) if variant == "channels_last" else model
     bk = ours.package()
     bk.nn.switch_(model, [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
     bk.set_domain(model, DOMAIN)
@@ -140,18 +140,18 @@ def digits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return sized.to(dtype), torch.from_numpy(found.target)
 
 
-def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] = lambda: None) -> Curve:
-    """Train one peer's network.
+def train(variant: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] = lambda: None) -> Curve:
+    """Train one variant's network.
 
     Args:
-        peer: Of `PEERS`.
+        variant: Of `BASELINES`.
         dtype: ``float32`` or ``float64``.
         steps: How many.
         tick: Called after each step.
     """
-    model = build(peer).to(DTYPES[dtype]).train()
-    if peer != OURS:
-        # The package keeps scores in float32 whatever the model's dtype, and so does its peer.
+    model = build(variant).to(DTYPES[dtype]).train()
+    if variant != OURS:
+        # The package keeps scores in float32 whatever the model's dtype, and so does its variant.
         for module in model:
             if isinstance(module, MaskedSwitchConv2d):
                 module.score.data = module.score.data.float()
@@ -159,12 +159,12 @@ def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] 
     others = [p for name, p in model.named_parameters() if not name.endswith("score")]
     optimisers = [torch.optim.SGD(others, lr=RATE, momentum=MOMENTUM), torch.optim.Adam(scores, lr=SCORE_RATE)]
     images, labels = digits(DTYPES[dtype])
-    memory_format = torch.channels_last if peer == "channels_last" else torch.contiguous_format
+    memory_format = torch.channels_last if variant == "channels_last" else torch.contiguous_format
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2)).repeat(-(-steps * BATCH // 1797))
-    curve = Curve(peer, dtype)
+    curve = Curve(variant, dtype)
     for step in range(steps):
         picked = order[step * BATCH : (step + 1) * BATCH]
-        if peer == "reversed":
+        if variant == "reversed":
             picked = picked.flip(0)
         x = images[picked].contiguous(memory_format=memory_format)
         share = torch.cat([(s > THRESHOLD).to(s.dtype) + s - s.detach() for s in scores]).mean()
@@ -181,19 +181,19 @@ def train(peer: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] 
 
 
 def compare(curves: Sequence[Curve]) -> list[Comparison]:
-    """Compare every peer that is there with masked autograd in the same dtype."""
+    """Compare every variant that is there with masked autograd in the same dtype."""
     found = []
     for dtype in dict.fromkeys(curve.dtype for curve in curves):
-        mine = {curve.peer: curve for curve in curves if curve.dtype == dtype}
+        mine = {curve.variant: curve for curve in curves if curve.dtype == dtype}
         masked = mine[REFERENCE]
-        for peer in (name for name in PEERS if name in mine and name != REFERENCE):
-            other = mine[peer]
+        for variant in (name for name in BASELINES if name in mine and name != REFERENCE):
+            other = mine[variant]
             apart = differences(masked, other)
             turned = sum(a != b for a, b in zip(masked.switches, other.switches, strict=True))
             found.append(
                 Comparison(
                     dtype,
-                    peer,
+                    variant,
                     max(apart[:EARLY]),
                     max(apart),
                     first_beyond(apart, SMALL),
@@ -220,8 +220,8 @@ def first_beyond(apart: Sequence[float], limit: float) -> int | None:
 
 def verdict(compared: Sequence[Comparison], dtype: str) -> str:
     """Say whether ours parts from masked autograd sooner or further than masked autograd from itself."""
-    mine = [one for one in compared if one.dtype == dtype and one.peer == OURS]
-    itself = [one for one in compared if one.dtype == dtype and one.peer in YARDSTICKS]
+    mine = [one for one in compared if one.dtype == dtype and one.variant == OURS]
+    itself = [one for one in compared if one.dtype == dtype and one.variant in YARDSTICKS]
     if not (mine and itself):
         return ""
     (ours_apart,) = mine
@@ -245,7 +245,7 @@ def write(folder: Path, curves: Sequence[Curve]) -> None:
     (folder / "curve.json").write_text(json.dumps(content, indent=1) + "\n")
     with (folder / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", *(f"{curve.peer}_{curve.dtype}" for curve in curves)])
+        writer.writerow(["step", *(f"{curve.variant}_{curve.dtype}" for curve in curves)])
         writer.writerows([i, *row] for i, row in enumerate(zip(*(curve.losses for curve in curves), strict=True)))
 
 

@@ -1,6 +1,6 @@
 """Forward and backward of one convolution with switches, with an output gradient that has no zeros.
 
-Peers, all differentiated by autograd in the input and, where weights are trained, in the weight:
+Variants, all differentiated by autograd in the input and, where weights are trained, in the weight:
     auto:   the package's ``switched_conv2d``; also differentiated in the switch
     masked: ``F.conv2d(x * s, w)``, likewise: the reference
     dense:  ``F.conv2d(x, w)``, without switches
@@ -28,7 +28,7 @@ from benches.timers import Marks, Spread, Timed, clock, interleave
 from benches.training.backends import gated
 from benches.training.cells import LayerCell
 
-PEERS = ("masked", "dense", "naive", "auto")
+BASELINES = ("masked", "dense", "naive", "auto")
 CPU = torch.device("cpu")
 MIN_ROUNDS, MAX_ROUNDS = {"cpu": 5, "cuda": 30}, {"cpu": 30, "cuda": 100}
 # Inputs and output gradients must not be correlated.
@@ -38,7 +38,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class Peer(Timed):
+class Variant(Timed):
     """A convolution that is differentiated in each run.
 
     Args:
@@ -95,11 +95,11 @@ class Layer:
         found = torch.autograd.grad(y, list(leaves.values()), self.gradients[0].double())
         return dict(zip(("result", *leaves), (y.detach(), *found), strict=True))
 
-    def peer(self, name: str, mode: str) -> Peer:
-        """Prepare a peer.
+    def variant(self, name: str, mode: str) -> Variant:
+        """Prepare a variant.
 
         Raises:
-            ValueError: If the name is none of `PEERS`, nor a backend's.
+            ValueError: If the name is none of `BASELINES`, nor a backend's.
         """
         problem = self.problem
         stride, padding = problem.conv_args
@@ -121,11 +121,11 @@ class Layer:
                 x.index_select(1, index), weight.index_select(1, index), None, stride, padding
             )
         else:
-            known = tuple(dict.fromkeys((*PEERS, *ours.BACKENDS)))
-            raise ValueError(f"peer(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
+            known = tuple(dict.fromkeys((*BASELINES, *ours.BACKENDS)))
+            raise ValueError(f"variant(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
         if name not in ("dense", "naive"):
             leaves = {**leaves, "switch": switch}
-        return Peer(forward, problem.inputs, enter, forward=forward, leaves=leaves, gradients=self.gradients)
+        return Variant(forward, problem.inputs, enter, forward=forward, leaves=leaves, gradients=self.gradients)
 
 
 class LayerBench:
@@ -158,8 +158,8 @@ class LayerBench:
         switch[problem.in_index.long()] = 1
         return Layer(problem, self.grads.pool(shape, cell.layout)[0], switch)
 
-    def gated(self, name: str, peer: Peer, cell: LayerCell) -> float:
-        """Check the result and every gradient of a peer, and return the largest error as a share of the largest value.
+    def gated(self, name: str, variant: Variant, cell: LayerCell) -> float:
+        """Check the result and every gradient of a variant; return the largest error over the largest value.
 
         Raises:
             WrongResultError: If one is wrong, or ours are in another memory format than the input.
@@ -170,8 +170,8 @@ class LayerBench:
             return self._dense_errors[key]
         layer = self.layer(cell.cell)
         reference, lengths = self._reference(cell.cell, name != "dense"), layer.lengths()
-        peer.enter()
-        found = peer.differentiate(layer.problem.inputs[0], layer.gradients[0])
+        variant.enter()
+        found = variant.differentiate(layer.problem.inputs[0], layer.gradients[0])
         largest = 0.0
         for what, value in found.items():
             where = f"{name} ({what}) on {cell.id}"
@@ -187,7 +187,7 @@ class LayerBench:
         if not self.peaks:
             return None
         if self.device.type == "cuda":
-            return _peak_beyond_first(self.layer(cell.cell).peer(name, cell.mode), memory.cuda_peak_bytes)
+            return _peak_beyond_first(self.layer(cell.cell).variant(name, cell.mode), memory.cuda_peak_bytes)
         if self._worker is None:
             self._worker = memory.worker()
         return self._worker.submit(layer_peak, cell, name).result()
@@ -207,33 +207,33 @@ class LayerBench:
         """
         start = time.perf_counter()
         layer = self.layer(cell.cell)
-        peers = {name: layer.peer(name, cell.mode) for name in names}
-        errors = gated(names, lambda name: self.gated(name, peers[name], cell), self.left_out, PEERS)
-        peers = {name: peers[name] for name in errors}
+        variants = {name: layer.variant(name, cell.mode) for name in names}
+        errors = gated(names, lambda name: self.gated(name, variants[name], cell), self.left_out, BASELINES)
+        variants = {name: variants[name] for name in errors}
         saved, peaks = {}, {}
-        for name, peer in peers.items():
-            run = partial(peer.forward, layer.problem.inputs[0])
+        for name, variant in variants.items():
+            run = partial(variant.forward, layer.problem.inputs[0])
             saved[name] = memory.saved_bytes(run, [layer.problem.weight, layer.switch])
             peaks[name] = self._peak(cell, name)
-            peer.marks.clear()
+            variant.marks.clear()
         left = seconds - (time.perf_counter() - start)
         kind = self.device.type
-        samples = interleave(peers, self.clock, left, MIN_ROUNDS[kind], MAX_ROUNDS[kind])
+        samples = interleave(variants, self.clock, left, MIN_ROUNDS[kind], MAX_ROUNDS[kind])
         return with_ratios(
-            _row(cell, layer, name, peer, Spread.of(samples[name]), errors[name], saved[name], peaks[name])
-            for name, peer in peers.items()
+            _row(cell, layer, name, variant, Spread.of(samples[name]), errors[name], saved[name], peaks[name])
+            for name, variant in variants.items()
         )
 
 
 def layer_peak(cell: LayerCell, name: str) -> int:
     """Peak of one forward with backward, after one that leaves what a kernel keeps between calls."""
-    return _peak_beyond_first(_worker_bench().layer(cell.cell).peer(name, cell.mode), memory.peak_bytes)
+    return _peak_beyond_first(_worker_bench().layer(cell.cell).variant(name, cell.mode), memory.peak_bytes)
 
 
-def _peak_beyond_first(peer: Peer, peak_bytes: Callable[[Callable[[], object]], int]) -> int:
-    peer.enter()
-    peer.run(peer.inputs[0])
-    return peak_bytes(lambda: peer.run(peer.inputs[0]))
+def _peak_beyond_first(variant: Variant, peak_bytes: Callable[[Callable[[], object]], int]) -> int:
+    variant.enter()
+    variant.run(variant.inputs[0])
+    return peak_bytes(lambda: variant.run(variant.inputs[0]))
 
 
 @lru_cache(maxsize=1)
@@ -252,18 +252,25 @@ def useful_flop(cell: LayerCell, problem: Problem, dense: bool) -> float:
 
 
 def _row(
-    cell: LayerCell, layer: Layer, name: str, peer: Peer, spread: Spread, error: float, saved: int, peak: int | None
+    cell: LayerCell,
+    layer: Layer,
+    name: str,
+    variant: Variant,
+    spread: Spread,
+    error: float,
+    saved: int,
+    peak: int | None,
 ) -> Row:
     problem = layer.problem
-    forward, backward = (median(part) for part in zip(*(marks.seconds() for marks in peer.marks), strict=True))
+    forward, backward = (median(part) for part in zip(*(marks.seconds() for marks in variant.marks), strict=True))
     return row_of(
         cell.cell,
         spread,
         useful_flop(cell, problem, dense=name == "dense"),
         cell=cell.id,
         **cell.cell.facts,
-        peer=name,
-        device=peer.inputs[0].device.type,
+        variant=name,
+        device=variant.inputs[0].device.type,
         inputs="rotated" if problem.rotated else "warm",
         max_error=error,
         mode=cell.mode,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 
 from benches.training.cells import StepCell
-from benches.training.step_peers import MaskedSwitchConv2d
+from benches.training.step_baselines import MaskedSwitchConv2d
 from benches.training.steps import GATED_IMAGES, Step, StepBench, gradients
 
-PEERS = ("masked", "auto")
+BASELINES = ("masked", "auto")
 STEPS = 3
 FORWARD, BACKWARD, NORM, REST = "convolutions", "their backward", "batch norm", "the rest"
 
@@ -31,7 +31,7 @@ class Parts:
     Args:
         cell: Id of the step.
         layout, mode, density: Of the cell.
-        seconds: {peer: {part: seconds}}, medians of a few profiled steps.
+        seconds: {variant: {part: seconds}}, medians of a few profiled steps.
         forward_work: Multiply-adds of ours as a share of the masked network's, in the forward.
         backward_work: The same in the backward, where channels of the output gradient that are zero are left out.
     """
@@ -47,14 +47,14 @@ class Parts:
     @property
     def bound(self) -> float:
         """Speed-up over masked autograd that the arithmetic allows."""
-        masked, ours = (self.seconds[peer] for peer in PEERS)
+        masked, ours = (self.seconds[variant] for variant in BASELINES)
         least = self.forward_work * masked[FORWARD] + self.backward_work * masked[BACKWARD] + ours[NORM] + ours[REST]
         return sum(masked.values()) / least
 
     @property
     def speedup(self) -> float:
         """Speed-up over masked autograd under the profiler."""
-        masked, ours = (sum(self.seconds[peer].values()) for peer in PEERS)
+        masked, ours = (sum(self.seconds[variant].values()) for variant in BASELINES)
         return masked / ours
 
 
@@ -117,14 +117,14 @@ def work(model: nn.Module, x: Tensor, labels: Tensor, trained: bool) -> tuple[fl
 
 def measure(bench: StepBench, cell: StepCell) -> Parts:
     """Profile a few steps of masked autograd and of ours, in turns."""
-    steps = {name: bench.prepare(cell, name) for name in PEERS}
+    steps = {name: bench.prepare(cell, name) for name in BASELINES}
     inputs, labels = bench.data(cell)
     masked = bench.model(cell, "masked")
     shares = work(masked, inputs[0][:GATED_IMAGES], labels[:GATED_IMAGES], cell.mode == "trained")
     for step in steps.values():
         step.enter()
         step.step(step.inputs[0])
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in BASELINES}
     for _ in range(STEPS):
         for name, step in steps.items():
             samples[name].append(profiled(step))

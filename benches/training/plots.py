@@ -18,16 +18,16 @@ LABELS = {
     "reversed": "masked, batches reversed",
 }
 CURVES: dict[str, dict[str, Any]] = {
-    **{peer: {key: STYLES[peer][key] for key in ("color", "linestyle")} for peer in ("masked", "auto")},
+    **{variant: {key: STYLES[variant][key] for key in ("color", "linestyle")} for variant in ("masked", "auto")},
     "channels_last": {"color": "#e7298a", "linestyle": ":"},
     "reversed": {"color": "#66a61e", "linestyle": ":"},
 }
 PARTS = (("forward", "#1f4fd8"), ("backward", "#80b1d3"), ("SGD", "#4d4d4d"))
 
 
-def label(peer: str) -> str:
-    """Return the name of a peer in legends."""
-    return LABELS.get(peer, peer)
+def label(variant: str) -> str:
+    """Return the name of a variant in legends."""
+    return LABELS.get(variant, variant)
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -39,7 +39,7 @@ def _of_panel(rows: Sequence[Row], panel: tuple[str, str]) -> list[Row]:
 
 
 def layer_speedups(rows: Sequence[Row]) -> Figure | None:
-    """Speed-up over masked autograd against density: one line per peer, with the targets."""
+    """Speed-up over masked autograd against density: one line per variant, with the targets."""
     rows = layer_rows(rows)
     panels = _panels(rows)
     if not panels:
@@ -48,13 +48,17 @@ def layer_speedups(rows: Sequence[Row]) -> Figure | None:
     for axis, panel in zip(axes, panels, strict=True):
         mine = _of_panel(rows, panel)
         densities = sorted({row.density for row in mine})
-        for peer in (name for name in STYLES if any(row.peer == name for row in mine)):
-            means = [(d, summary.speedup(mine, Setting(*panel, d), peer, REFERENCE)) for d in densities]
+        for variant in (name for name in STYLES if any(row.variant == name for row in mine)):
+            means = [(d, summary.speedup(mine, Setting(*panel, d), variant, REFERENCE)) for d in densities]
             points = (
-                [(d, mean.value) for d, mean in means if mean] if peer != REFERENCE else [(d, 1.0) for d in densities]
+                [(d, mean.value) for d, mean in means if mean]
+                if variant != REFERENCE
+                else [(d, 1.0) for d in densities]
             )
             if points:
-                axis.plot(*zip(*points, strict=True), label=label(peer), markersize=6, linewidth=1.6, **STYLES[peer])
+                axis.plot(
+                    *zip(*points, strict=True), label=label(variant), markersize=6, linewidth=1.6, **STYLES[variant]
+                )
         wanted = [(d, LAYER_TARGETS[panel[1]][d]) for d in densities if d in LAYER_TARGETS[panel[1]]]
         if wanted:
             axis.plot(*zip(*wanted, strict=True), color="#999999", linewidth=5, alpha=0.35, label="target")
@@ -69,17 +73,17 @@ def layer_speedups(rows: Sequence[Row]) -> Figure | None:
 def _bars(
     rows: Sequence[Row], unit: str, heights: Callable[[Row], Sequence[tuple[str, float, str]]]
 ) -> tuple[Any, list[Any]]:
-    """Draw stacked bars for every peer and density of the steps, one panel per layout and mode."""
+    """Draw stacked bars for every variant and density of the steps, one panel per layout and mode."""
     panels = _panels(rows)
     canvas, axes = new_canvas(len(panels), 1, 3.8, 3.8)
     for axis, panel in zip(axes, panels, strict=True):
         mine = sorted(_of_panel(rows, panel), key=lambda row: -row.density)
         densities = list(dict.fromkeys(row.density for row in mine))
-        names = [peer for peer in STYLES if any(row.peer == peer for row in mine)]
+        names = [variant for variant in STYLES if any(row.variant == variant for row in mine)]
         ticks = []
         for row in mine:
-            place = densities.index(row.density) * (len(names) + 1) + names.index(row.peer)
-            ticks.append((place, f"{label(row.peer).split()[0]} {row.density:g}"))
+            place = densities.index(row.density) * (len(names) + 1) + names.index(row.variant)
+            ticks.append((place, f"{label(row.variant).split()[0]} {row.density:g}"))
             bottom = 0.0
             for part, height, colour in heights(row):
                 axis.bar(place, height, 0.85, bottom=bottom, color=colour, label=part)
@@ -120,19 +124,19 @@ def step_memory(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_curves(curves: Sequence[Curve]) -> Figure | None:
-    """Losses of all peers, and their differences from masked autograd below."""
+    """Losses of all variants, and their differences from masked autograd below."""
     if not curves:
         return None
     dtypes = list(dict.fromkeys(curve.dtype for curve in curves))
     canvas, axes = new_canvas(len(dtypes), 2, 5.0, 2.8)
     for i, dtype in enumerate(dtypes):
         above, below = axes[i], axes[len(dtypes) + i]
-        mine = {curve.peer: curve for curve in curves if curve.dtype == dtype}
-        for peer, curve in mine.items():
-            above.plot(curve.losses, label=label(peer), linewidth=1.4, **CURVES[peer])
+        mine = {curve.variant: curve for curve in curves if curve.dtype == dtype}
+        for variant, curve in mine.items():
+            above.plot(curve.losses, label=label(variant), linewidth=1.4, **CURVES[variant])
             apart = differences(mine[REFERENCE], curve)
             # Exact zeros have no place on a logarithmic axis.
-            below.plot([i for i, a in enumerate(apart) if a], [a for a in apart if a], linewidth=1.0, **CURVES[peer])
+            below.plot([i for i, a in enumerate(apart) if a], [a for a in apart if a], linewidth=1.0, **CURVES[variant])
         below.set_yscale("log")
         above.set_title(dtype, fontsize=10)
         above.set_ylabel("loss")

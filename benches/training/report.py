@@ -21,8 +21,8 @@ TEXT = Text(
         "Gradients come first: the result and every gradient of a single convolution are compared with autograd of "
         "F.conv2d(x * s, w) in float64 before it is timed; those of a whole step with the masked network in float64 on "
         "four images, and on the whole batch with the masked network in float32. A wrong one stops the study.",
-        "All peers of a case are timed in interleaved rounds, each in another order. Times are medians, and speed-ups "
-        "are ratios of the medians of one run: above 1 is faster.",
+        "All variants of a case are timed in interleaved rounds, each in another order. Times are medians, and "
+        "speed-ups are ratios of the medians of one run: above 1 is faster.",
         "masked autograd: F.conv2d(x * s, w), differentiated by PyTorch. dense: F.conv2d(x, w) without switches. "
         "naive: F.conv2d(x.index_select(1, on), w.index_select(1, on)); it gives switches no gradient at all, so those "
         "that are off can never come back: it is no way to train them, and stands here as a measure only. ours: "
@@ -73,20 +73,20 @@ def means_table(rows: Sequence[Row]) -> Table:
     """Single layers: speed-ups, their parts and memory."""
     rows = layer_rows(rows)
     lines = []
-    for setting, peer in product(summary.settings(rows), summary.backends(rows)):
-        over = [summary.speedup(rows, setting, peer, base) for base in BASES]
+    for setting, variant in product(summary.settings(rows), summary.backends(rows)):
+        over = [summary.speedup(rows, setting, variant, base) for base in BASES]
         parts = [
-            summary.ratios(rows, setting, peer, REFERENCE, lambda row: row.forward_s),
-            summary.ratios(rows, setting, peer, REFERENCE, lambda row: row.backward_s),
+            summary.ratios(rows, setting, variant, REFERENCE, lambda row: row.forward_s),
+            summary.ratios(rows, setting, variant, REFERENCE, lambda row: row.backward_s),
         ]
-        kept = summary.ratios(rows, setting, REFERENCE, peer, lambda row: row.saved_bytes)
-        peak = summary.peak_share(rows, setting, peer)
+        kept = summary.ratios(rows, setting, REFERENCE, variant, lambda row: row.saved_bytes)
+        peak = summary.peak_share(rows, setting, variant)
         lines.append(
             [
                 setting.layout,
                 setting.mode,
                 f"{setting.density:g}",
-                label(peer),
+                label(variant),
                 str(max((mean.count for mean in over if mean), default=0)),
                 *(f"{mean.value:.2f} ({mean.smallest:.2f})" if mean else "–" for mean in over),
                 *(number(mean.value if mean else None) for mean in parts),
@@ -126,7 +126,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
             row.layout,
             row.mode,
             f"{row.density:g}",
-            label(row.peer).split(" (")[0],
+            label(row.variant).split(" (")[0],
             time_text(row.p50_s),
             *(
                 time_text(part) if part is not None else "–"
@@ -153,10 +153,10 @@ def parts_table(found: Sequence[Parts]) -> Table:
     """Where the time of whole steps goes."""
     lines = []
     for one in sorted(found, key=lambda p: (p.layout, p.mode, -p.density)):
-        for peer, seconds in one.seconds.items():
-            ratios = [number(one.speedup), number(one.bound)] if peer == OURS else ["", ""]
+        for variant, seconds in one.seconds.items():
+            ratios = [number(one.speedup), number(one.bound)] if variant == OURS else ["", ""]
             times = [f"{1e3 * value:.0f}" for value in (*seconds.values(), sum(seconds.values()))]
-            lines.append([one.layout, one.mode, f"{one.density:g}", label(peer), *times, *ratios])
+            lines.append([one.layout, one.mode, f"{one.density:g}", label(variant), *times, *ratios])
     names = [f"{part} [ms]" for part in (found[0].seconds[OURS] if found else ())]
     note = (
         "Own time of the operators of a profiled step. Bound: the speed-up if masked autograd's convolutions shrank "
@@ -172,7 +172,7 @@ def curve_table(curves: Sequence[curve.Curve]) -> Table:
     lines = [
         [
             one.dtype,
-            label(one.peer),
+            label(one.variant),
             f"{one.early:.1e}",
             f"{one.largest:.1e}",
             *("never" if at is None else str(at) for at in (one.small_at, one.large_at)),
@@ -208,25 +208,32 @@ def curve_table(curves: Sequence[curve.Curve]) -> Table:
 
 
 def cases_table(rows: Sequence[Row]) -> Table:
-    """Every single layer with the time of each peer."""
+    """Every single layer with the time of each variant."""
     cells: dict[str, dict[str, Row]] = {}
     for row in layer_rows(rows):
-        cells.setdefault(row.cell, {})[row.peer] = row
-    peers = list(dict.fromkeys(row.peer for row in layer_rows(rows)))
+        cells.setdefault(row.cell, {})[row.variant] = row
+    variants = list(dict.fromkeys(row.variant for row in layer_rows(rows)))
     lines = []
     for cell, found in cells.items():
         mine = found.get(OURS)
-        peaks = [mebibytes(found[peer].peak_bytes) if peer in found else "–" for peer in (REFERENCE, OURS)]
+        peaks = [mebibytes(found[variant].peak_bytes) if variant in found else "–" for variant in (REFERENCE, OURS)]
         lines.append(
             [
                 cell,
-                *(f"{found[peer].p50_s * 1e3:.2f}" if peer in found else "–" for peer in peers),
+                *(f"{found[variant].p50_s * 1e3:.2f}" if variant in found else "–" for variant in variants),
                 number(mine.vs_masked if mine else None),
                 *peaks,
                 f"{mine.max_error:.0e}" if mine else "–",
             ]
         )
-    columns = ["case", *(f"{label(peer)} [ms]" for peer in peers), "over masked", "masked [MiB]", "ours [MiB]", "error"]
+    columns = [
+        "case",
+        *(f"{label(variant)} [ms]" for variant in variants),
+        "over masked",
+        "masked [MiB]",
+        "ours [MiB]",
+        "error",
+    ]
     note = (
         "Medians of forward and backward. MiB: peaks. Error: of any gradient of ours, as a share of its largest value."
     )

@@ -1,6 +1,6 @@
 """Whole steps of training: ResNet-26 on photographs, one domain, switches in every convolution but the stem.
 
-Peers, all with batch norm and classifier trained, and the convolutions' weights frozen or trained:
+Variants, all with batch norm and classifier trained, and the convolutions' weights frozen or trained:
     auto:   the plain network converted by the package's own `switch_`
     masked: the same network with ``F.conv2d(x * s, w)`` in place of each convolution: the reference
     dense:  the plain network, without switches
@@ -30,10 +30,10 @@ from benches.rows import Row, row_of, with_ratios
 from benches.timers import Marks, Spread, Timed, clock, interleave
 from benches.training.backends import gated
 from benches.training.cells import STEP, StepCell
-from benches.training.step_peers import SIZE, THRESHOLD, freeze, network, plain, scores, trained
+from benches.training.step_baselines import SIZE, THRESHOLD, freeze, network, plain, scores, trained
 
-PEERS = ("masked", "dense", "naive", "auto")
-# Peers without gradients of switches.
+BASELINES = ("masked", "dense", "naive", "auto")
+# Variants without gradients of switches.
 NOT_SWITCHING = ("dense", "naive")
 CPU = torch.device("cpu")
 RATE, MOMENTUM = 1e-4, 0.9
@@ -122,12 +122,12 @@ class StepBench:
         self._dense_peak = lru_cache(lambda cell: self._peak_of(cell, "dense"))
 
     def model(self, cell: StepCell, name: str) -> nn.Module:
-        """Build one peer's network.
+        """Build one variant's network.
 
         Raises:
-            ValueError: If the name is none of `PEERS`, nor a backend's.
+            ValueError: If the name is none of `BASELINES`, nor a backend's.
         """
-        known = tuple(dict.fromkeys((*PEERS, *ours.BACKENDS)))
+        known = tuple(dict.fromkeys((*BASELINES, *ours.BACKENDS)))
         if name not in known:
             raise ValueError(f"model(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
         made = network(name, scores(plain(), cell.density, cell.seed))
@@ -144,7 +144,7 @@ class StepBench:
         return inputs, labels.to(self.device)
 
     def prepare(self, cell: StepCell, name: str) -> Step:
-        """Build one peer with its data."""
+        """Build one variant with its data."""
         inputs, labels = self.data(cell)
         use_backend = ours.package().use_backend if name in ours.BACKENDS else None
         enter = (lambda: use_backend(name)) if use_backend else Timed.enter
@@ -159,7 +159,7 @@ class StepBench:
     def gated(self, name: str, step: Step, cell: StepCell, reference: dict[str, Tensor]) -> float:
         """Compare the gradients of the first images with the reference, and return the largest error.
 
-        Those of switches are left out where a peer trains none.
+        Those of switches are left out where a variant trains none.
 
         Raises:
             WrongResultError: If a gradient differs by more than rounding.
@@ -193,7 +193,7 @@ class StepBench:
                 within(f"{name} on {cell.id}, whole batch", found, computed(name, whole))
             return error
 
-        errors = gated(names, check, self.left_out, PEERS)
+        errors = gated(names, check, self.left_out, BASELINES)
         names = list(errors)
         steps = {name: steps[name] for name in names}
         whole.clear()
@@ -240,7 +240,7 @@ class StepBench:
 
 
 def computed(name: str, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those gradients that a peer computes: all, or all but the switches'."""
+    """Those gradients that a variant computes: all, or all but the switches'."""
     if name not in NOT_SWITCHING:
         return wanted
     return {where: value for where, value in wanted.items() if not where.endswith(".score")}
@@ -304,7 +304,7 @@ def _row(
         useful_flop(cell, flop[0], flop[0 if name == "dense" else 1]),
         network="resnet26",
         case=STEP,
-        peer=name,
+        variant=name,
         device=step.inputs[0].device.type,
         max_error=error,
         mode=cell.mode,

@@ -68,31 +68,31 @@ def step_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def ratios(
-    rows: Sequence[Row], setting: Setting, peer: str, base: str, of: Callable[[Row], float | None]
+    rows: Sequence[Row], setting: Setting, variant: str, base: str, of: Callable[[Row], float | None]
 ) -> Mean | None:
-    """Mean over the cells of a setting of a figure of ``base`` over that of ``peer``; None where neither has it."""
+    """Mean over the cells of a setting of a figure of ``base`` over that of ``variant``; None where neither has it."""
     mine = [row for row in rows if setting_of(row) == setting]
     found: dict[str, dict[str, float]] = {}
     for row in mine:
-        if (value := of(row)) is not None and row.peer in (peer, base):
-            found.setdefault(row.cell, {})[row.peer] = value
-    values = [pair[base] / pair[peer] for pair in found.values() if len(pair) == 2 and pair[peer] > 0]
+        if (value := of(row)) is not None and row.variant in (variant, base):
+            found.setdefault(row.cell, {})[row.variant] = value
+    values = [pair[base] / pair[variant] for pair in found.values() if len(pair) == 2 and pair[variant] > 0]
     return Mean(geomean(values), min(values), max(values), len(values)) if values and min(values) > 0 else None
 
 
-def speedup(rows: Sequence[Row], setting: Setting, peer: str, base: str) -> Mean | None:
-    """Mean speed-up of a peer over another."""
-    return ratios(rows, setting, peer, base, lambda row: row.p50_s)
+def speedup(rows: Sequence[Row], setting: Setting, variant: str, base: str) -> Mean | None:
+    """Mean speed-up of a variant over another."""
+    return ratios(rows, setting, variant, base, lambda row: row.p50_s)
 
 
-def peak_share(rows: Sequence[Row], setting: Setting, peer: str = OURS) -> Mean | None:
-    """A peer's peak memory as a share of the reference's."""
-    return ratios(rows, setting, REFERENCE, peer, lambda row: float(row.peak_bytes) if row.peak_bytes else None)
+def peak_share(rows: Sequence[Row], setting: Setting, variant: str = OURS) -> Mean | None:
+    """A variant's peak memory as a share of the reference's."""
+    return ratios(rows, setting, REFERENCE, variant, lambda row: float(row.peak_bytes) if row.peak_bytes else None)
 
 
 def backends(rows: Iterable[Row]) -> list[str]:
     """Ours first, then the backends that were named."""
-    present = {row.peer for row in rows}
+    present = {row.variant for row in rows}
     return [name for name in (OURS, *(name for name in BACKENDS if name != OURS)) if name in present]
 
 

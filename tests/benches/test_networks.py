@@ -1,4 +1,4 @@
-"""Benchmarks of whole networks: cells, peers, compiled networks, several domains."""
+"""Benchmarks of whole networks: cells, variants, compiled networks, several domains."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_rows_of_a_network(tiny: str) -> None:
     bench = NetworkBench(CPU, "float32", 4, lambda cell, names, dtype: dict.fromkeys(names, 1000))
     names = ["dense", "masked", "planned", "ordered", "pruned"]
     made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), names, 0.0)
-    assert [row.peer for row in made] == names
+    assert [row.variant for row in made] == names
     assert all(row.rounds == 4 and row.peak_bytes == 1000 and row.vs_masked for row in made)
     assert all(0 < row.max_error < 1e-3 for row in made[1:])
     assert made[4].weight_bytes < made[0].weight_bytes  # type: ignore[operator]
@@ -91,11 +91,11 @@ def test_compiled_for_one_batch_each() -> None:
         torch.testing.assert_close(compiled.frozen(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("peer", memory_of_domains.PEERS)
-def test_a_network_that_serves_domains(tiny: str, peer: str) -> None:
+@pytest.mark.parametrize("variant", memory_of_domains.BASELINES)
+def test_a_network_that_serves_domains(tiny: str, variant: str) -> None:
     serving = Serving(tiny, 3, 0.5, 2, "channels_last", "float32")
     assert serving.id == "tiny-b2-domains3-d50-in-channels_last"
-    row = timed_row(serving, peer, (2**20, 2**19))
+    row = timed_row(serving, variant, (2**20, 2**19))
     assert (row.domains, row.resident_bytes, row.weight_bytes) == (3, 2**20, 2**19)
     assert 0 < row.max_error < 1e-3
     assert row.p50_s > 0
@@ -105,8 +105,8 @@ def test_a_network_that_serves_domains(tiny: str, peer: str) -> None:
 
 def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> None:
     held = {}
-    for peer in memory_of_domains.PEERS:
-        served = Served(Serving(tiny, 3, 0.5, 1, "nchw", "float32"), peer)
+    for variant in memory_of_domains.BASELINES:
+        served = Served(Serving(tiny, 3, 0.5, 1, "nchw", "float32"), variant)
         with torch.inference_mode():
             served.build()
             shared = served.weight_bytes()
@@ -114,11 +114,11 @@ def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> No
                 served.switch(name)
                 served.active(served.inputs[0])
             served.finish()
-        held[peer] = served.weight_bytes()
-        if peer == "pruned":
-            assert held[peer] < 3 * shared
+        held[variant] = served.weight_bytes()
+        if variant == "pruned":
+            assert held[variant] < 3 * shared
         else:
-            assert held[peer] > shared
+            assert held[variant] > shared
         ours.forget_packed()
 
 
@@ -138,17 +138,19 @@ def test_command_of_domains(
     assert memory_of_domains.main(arguments) == 0
     assert "Several domains" in capsys.readouterr().out
     _, made = rows.read_json(tmp_path / "results.json")
-    assert [(row.peer, row.case, row.domains) for row in made] == [(p, "domains", 2) for p in memory_of_domains.PEERS]
+    assert [(row.variant, row.case, row.domains) for row in made] == [
+        (p, "domains", 2) for p in memory_of_domains.BASELINES
+    ]
     assert memory_of_domains.main([*arguments[:-1], "0"]) == 1
     assert "expected --domains and --batch from 1" in capsys.readouterr().out
 
 
 def test_study_of_named_networks(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--out", str(tmp_path), "--no-layers", "--networks", tiny, "--peers", "dense,masked,planned"]
+    arguments = ["--out", str(tmp_path), "--no-layers", "--networks", tiny, "--variants", "dense,masked,planned"]
     arguments += ["--density", "0.5", "--batch", "2", "--layout", "nchw", "--rounds", "3"]
     assert study.main(arguments) == 0
     _, made = rows.read_json(tmp_path / "results.json")
-    assert [row.peer for row in made] == ["dense", "masked", "planned"]
+    assert [row.variant for row in made] == ["dense", "masked", "planned"]
     assert {row.cell for row in made} == {"tiny-b2-network-d50-in-nchw"}
     assert study.main(["--out", str(tmp_path), "--no-layers", "--networks", "resnet27"]) == 1
     assert "expected `--networks` to be of resnet50, resnet26" in capsys.readouterr().out.replace("\n", " ")

@@ -44,21 +44,21 @@ def test_planes_are_read_where_they_lie() -> None:
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
-def test_order_of_the_peers(gpu: str) -> None:
+def test_order_of_the_variants(gpu: str) -> None:
     for case in CASES:
         for layout in ("nchw", "channels_last"):
             seconds = {
-                peer: sum(
-                    w.seconds(GPUS[gpu], "bfloat16") for w in kernels(case, 8, 0.5, "in", layout, "bfloat16", peer)
+                variant: sum(
+                    w.seconds(GPUS[gpu], "bfloat16") for w in kernels(case, 8, 0.5, "in", layout, "bfloat16", variant)
                 )
-                for peer in ("dense", "oracle", "best", "triton")
+                for variant in ("dense", "oracle", "best", "triton")
             }
             assert seconds["oracle"] <= seconds["dense"]
             assert seconds["oracle"] <= seconds["triton"] <= seconds["best"]
 
 
-def test_unknown_peers_and_gpus() -> None:
-    with pytest.raises(ValueError, match="expected `peer` to be one that is modelled, got 'cuda'"):
+def test_unknown_variants_and_gpus() -> None:
+    with pytest.raises(ValueError, match="expected `variant` to be one that is modelled, got 'cuda'"):
         kernels(SQUARE, 1, 0.5, "in", "nchw", "bfloat16", "cuda")
     assert roofline.known_gpu("NVIDIA GeForce RTX 3090") is None
     assert roofline.known_gpu(None) is None
@@ -69,7 +69,9 @@ def test_the_report_of_a_gpu_has_predictions() -> None:
     from benches.report import tables
     from tests.benches.test_study import HEADER, make_row
 
-    rows = [make_row(device="cuda", dtype="bfloat16", peer=peer, p50_s=5e-6) for peer in ("dense", "auto", "cuda")]
+    rows = [
+        make_row(device="cuda", dtype="bfloat16", variant=variant, p50_s=5e-6) for variant in ("dense", "auto", "cuda")
+    ]
     table = roofline.prediction_table("NVIDIA H200", rows)
     assert table is not None
     assert [line[1] for line in table.rows] == ["dense", "auto"]
@@ -81,7 +83,7 @@ def test_the_report_of_a_gpu_has_predictions() -> None:
 def test_a_gpu_that_is_not_listed_is_predicted_by_its_measured_peaks() -> None:
     from tests.benches.test_study import make_row
 
-    rows = [make_row(device="cuda", dtype="bfloat16", peer="dense", p50_s=5e-6)]
+    rows = [make_row(device="cuda", dtype="bfloat16", variant="dense", p50_s=5e-6)]
     roof = {"bytes_per_s": 1e12, "matmul_flop_per_s": 1e14, "register_flop_per_s": None}
     slow, fast = (
         roofline.prediction_table("NVIDIA GeForce RTX 3090", rows, each, "bfloat16")

@@ -1,4 +1,4 @@
-"""The speed-up study's own parts: frozen cases, rows, gate, peers, arithmetic, report and command line."""
+"""The speed-up study's own parts: frozen cases, rows, gate, variants, arithmetic, report and command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benches import gate, memory, ours, peers, report, rows, study, summary, timers
+from benches import baselines, gate, memory, ours, report, rows, study, summary, timers
 from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
 from benches.machine import Roof
 from benches.measure import Bench
@@ -28,7 +28,7 @@ from benches.networks import NETWORKS, MaskedInputConv2d, in_lists, mask_
 
 CPU = torch.device("cpu")
 SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")
-PYTORCH_PEERS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+PYTORCH_VARIANTS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
 
 
 @pytest.mark.parametrize("network", ["resnet50", "resnet26"])
@@ -85,7 +85,7 @@ def make_row(**changes: object) -> rows.Row:
         "network": cell.case.network,
         "case": cell.case.shape,
         "cell": cell.id,
-        "peer": "auto",
+        "variant": "auto",
         "candidate": "",
         "device": "cpu",
         "dtype": "float32",
@@ -118,13 +118,13 @@ def make_row(**changes: object) -> rows.Row:
 
 
 def synthetic(cells: list[Cell]) -> list[rows.Row]:
-    """Rows of a machine on which time is as simple as its peers' definitions."""
+    """Rows of a machine on which time is as simple as its variants' definitions."""
     cost = {"dense": lambda c: 1.0, "masked": lambda c: 1.1, "naive": lambda c: c.density + 0.4}
     cost |= {"best": lambda c: c.density + 0.1, "oracle": lambda c: c.density, "auto": lambda c: 0.9 * c.density}
     cost |= {"native": lambda c: 0.8 * c.density}
     made = []
     for cell in cells:
-        mine = [make_row(of=cell, peer=peer, p50_s=1e-3 * of(cell)) for peer, of in cost.items()]
+        mine = [make_row(of=cell, variant=variant, p50_s=1e-3 * of(cell)) for variant, of in cost.items()]
         made += rows.with_ratios(mine)
     return made
 
@@ -157,25 +157,25 @@ def test_rows_survive_json_and_csv(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_schema_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"from_dict\(\): expected `values`.*peerless"):
-        rows.from_dict({"peerless": 1})
+    with pytest.raises(ValueError, match=r"from_dict\(\): expected `values`.*variantless"):
+        rows.from_dict({"variantless": 1})
 
 
 def test_ratios_are_medians_over_medians() -> None:
-    dense, fast = rows.with_ratios([make_row(peer="dense", p50_s=2.0), make_row(peer="native", p50_s=0.5)])
+    dense, fast = rows.with_ratios([make_row(variant="dense", p50_s=2.0), make_row(variant="native", p50_s=0.5)])
     assert (fast.vs_dense, dense.vs_dense, fast.vs_oracle) == (4.0, 1.0, None)
 
 
 def test_journal_goes_on_and_drops_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     first = rows.Journal(path, HEADER)
-    first.append([make_row(peer="dense"), make_row(peer="native")])
+    first.append([make_row(variant="dense"), make_row(variant="native")])
     path.write_text(path.read_text()[:-40])
     second = rows.Journal(path, HEADER)
-    assert [row.peer for row in second.rows] == ["dense"]
-    second.append([make_row(peer="dense", p50_s=7.0), make_row(peer="native")])
+    assert [row.variant for row in second.rows] == ["dense"]
+    second.append([make_row(variant="dense", p50_s=7.0), make_row(variant="native")])
     third = rows.Journal(path, HEADER)
-    assert [(row.peer, row.p50_s) for row in third.rows] == [("dense", 7.0), ("native", 1e-3)]
+    assert [(row.variant, row.p50_s) for row in third.rows] == [("dense", 7.0), ("native", 1e-3)]
     assert third.done == {row.key for row in second.rows}
 
 
@@ -192,12 +192,12 @@ def test_journal_refuses_times_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lists", LISTS)
-def test_peers_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
+def test_variants_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
     bench = Bench(CPU, "float32", Roof(1e11, None, 1e10))
     for shape in ("8x8-256-256-k3s1", "7x7-512-2048-k1s1", "28x28-256-256-k3s2", "14x14-1024-2048-k1s2"):
         case = next(case for case in CASES if case.shape == shape)
-        made = bench.rows(Cell(case, 1, 0.25, lists, layout), PYTORCH_PEERS, seconds=0)
-        assert [row.peer for row in made] == ["dense", "masked", "naive", "best", "oracle"]
+        made = bench.rows(Cell(case, 1, 0.25, lists, layout), PYTORCH_VARIANTS, seconds=0)
+        assert [row.variant for row in made] == ["dense", "masked", "naive", "best", "oracle"]
         assert all(0 < row.max_error < 1e-4 and row.p20_s <= row.p50_s <= row.p80_s for row in made)
         assert made[0].gflop == pytest.approx(made[1].gflop * (4 if lists == "in" else 16))  # type: ignore[operator]
         assert all(row.inputs == "rotated" and row.rounds >= 5 for row in made)
@@ -205,25 +205,27 @@ def test_peers_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
 
 def test_oracle8_is_padded_where_counts_are_odd() -> None:
     stem = next(case for case in CASES if case.C_in == 3 and case.network == "resnet26")
-    made = Bench(CPU, "float32").rows(Cell(stem, 1, 0.5, "both", "nchw"), PYTORCH_PEERS, seconds=0)
-    assert [row.peer for row in made][-1] == "oracle8"
+    made = Bench(CPU, "float32").rows(Cell(stem, 1, 0.5, "both", "nchw"), PYTORCH_VARIANTS, seconds=0)
+    assert [row.variant for row in made][-1] == "oracle8"
 
 
 def test_gate_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(CPU, "float32")
-    right = peers.prepare
+    right = baselines.prepare
 
-    def wrong(name: str, problem: peers.Problem, clock: peers.Clock, pool_share: float = 1.0) -> peers.Peer:
-        peer = right(name, problem, clock, pool_share)
+    def wrong(
+        name: str, problem: baselines.Problem, clock: baselines.Clock, pool_share: float = 1.0
+    ) -> baselines.Variant:
+        variant = right(name, problem, clock, pool_share)
         if name == "naive":
             # One channel of the list is off by one.
             index = problem.in_index.clone()
             index[3] = index[2] + 1 if index[3] != index[2] + 1 else index[4]
             weight = problem.sliced_weight
-            peer.run = lambda x: torch.conv2d(x.index_select(1, index), weight, None, *problem.conv_args)
-        return peer
+            variant.run = lambda x: torch.conv2d(x.index_select(1, index), weight, None, *problem.conv_args)
+        return variant
 
-    monkeypatch.setattr(peers, "prepare", wrong)
+    monkeypatch.setattr(baselines, "prepare", wrong)
     with pytest.raises(gate.WrongResultError, match="naive on resnet26-b1-8x8"):
         bench.rows(SMALL, ("dense", "naive"), seconds=0)
 
@@ -275,8 +277,8 @@ def test_means_worst_cases_and_losses() -> None:
     cells = [cell for cell in default_cells() if cell.density == 0.5 and cell.lists == "in" and cell.layout == "nchw"][
         :2
     ]
-    slow = make_row(of=cells[0], peer="auto", vs_dense=1.0, vs_best=0.9, candidate="gather")
-    fast = make_row(of=cells[1], peer="auto", vs_dense=4.0, vs_best=0.96)
+    slow = make_row(of=cells[0], variant="auto", vs_dense=1.0, vs_best=0.9, candidate="gather")
+    fast = make_row(of=cells[1], variant="auto", vs_dense=4.0, vs_best=0.96)
     (mean,) = summary.means([slow, fast], ["auto"], ["dense"])
     assert (mean.geomean, mean.count, mean.worst, mean.worst_case) == (pytest.approx(2.0), 2, 1.0, cells[0].id)
     assert [(loss.cell, loss.base, loss.candidate) for loss in summary.losses([slow, fast])] == [
@@ -312,8 +314,8 @@ def test_report_from_rows_alone(tmp_path: Path) -> None:
     made = synthetic(default_cells())
     for batch in BATCHES:
         cell = {"network": "resnet26", "case": summary.WHOLE_NETWORK, "cell": f"n{batch}", "batch": batch, "C_in": None}
-        made += rows.with_ratios([make_row(peer=peer, **cell) for peer in ("dense", "masked", "auto")])
-    made += [make_row(network=summary.OVERHEAD, case="one", cell="overhead", peer="op", C_in=None)]
+        made += rows.with_ratios([make_row(variant=variant, **cell) for variant in ("dense", "masked", "auto")])
+    made += [make_row(network=summary.OVERHEAD, case="one", cell="overhead", variant="op", C_in=None)]
     tables = report.write(tmp_path, HEADER, made)
     assert {table.title for table in tables} >= {"Targets", "Whole networks", "Time of one call", "Every case"}
     page = (tmp_path / "report.html").read_text()
@@ -345,7 +347,15 @@ def test_masked_network_ignores_what_is_off() -> None:
 @pytest.mark.slow
 def test_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
-    arguments = ["--out", str(tmp_path), "--full", "--only", "resnet26-b1-8x8.*-d50-in", "--peers", "dense,best,oracle"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--full",
+        "--only",
+        "resnet26-b1-8x8.*-d50-in",
+        "--variants",
+        "dense,best,oracle",
+    ]
     assert study.main([*arguments, "--threads", str(before)]) == 0
     path = tmp_path / "rows.jsonl"
     lines = path.read_text().splitlines()
@@ -368,8 +378,8 @@ def test_study_says_that_the_package_is_missing(
     assert "bap_kernels cannot be imported: not built" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_study_names_unknown_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main(["--out", str(tmp_path), "--peers", "dense,fastest"]) == 1
+def test_study_names_unknown_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["--out", str(tmp_path), "--variants", "dense,fastest"]) == 1
     assert "fastest" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The study of training: its gate, memory, peers, rows, targets, curves and command line."""
+"""The study of training: its gate, memory, variants, rows, targets, curves and command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 from benches import gate, memory, rows
 from benches.cases import CASES, LAYOUTS, Cell
 from benches.training import __main__ as command
-from benches.training import curve, layers, parts, report, step_peers, steps, summary
+from benches.training import curve, layers, parts, report, step_baselines, steps, summary
 from benches.training.cells import MODES, LayerCell, StepCell, layer_cells, passes, step_cells
 
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
@@ -44,8 +44,8 @@ def test_passes_begin_with_what_says_most_and_leave_nothing_out() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_a_layer(layout: str, mode: str) -> None:
     cell = LayerCell(replace(TINY, layout=layout), mode)
-    made = {row.peer: row for row in layers.LayerBench(peaks=False).rows(cell, layers.PEERS, seconds=0)}
-    assert tuple(made) == layers.PEERS
+    made = {row.variant: row for row in layers.LayerBench(peaks=False).rows(cell, layers.BASELINES, seconds=0)}
+    assert tuple(made) == layers.BASELINES
     assert all(0 < row.max_error < 1e-4 and row.mode == mode and row.rounds >= 5 for row in made.values())
     assert all(
         row.forward_s and row.backward_s and row.forward_s + row.backward_s < 2 * row.p80_s for row in made.values()
@@ -67,16 +67,16 @@ def test_rows_of_a_layer(layout: str, mode: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["input", "weight", "switch", "result"])
 def test_gate_refuses_a_wrong_gradient(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = layers.Peer.differentiate
+    right = layers.Variant.differentiate
 
-    def spoilt(peer: layers.Peer, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        found = right(peer, x, grad)
+    def spoilt(variant: layers.Variant, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        found = right(variant, x, grad)
         if "switch" in found:
             # The last channel alone is off by a little.
             found[wrong].select(min(1, found[wrong].dim() - 1), -1).add_(2e-3 * found[wrong].abs().max())
         return found
 
-    monkeypatch.setattr(layers.Peer, "differentiate", spoilt)
+    monkeypatch.setattr(layers.Variant, "differentiate", spoilt)
     bench = layers.LayerBench(peaks=False)
     bench.rows(LayerCell(TINY, "trained"), ("dense", "naive"), 0)
     with pytest.raises(gate.WrongResultError, match=rf"auto \({wrong}\) on resnet50-b1-7x7"):
@@ -91,9 +91,9 @@ def test_output_gradients_are_no_inputs() -> None:
     assert layer.switch.sum() == TINY.K_in == 128
 
 
-def test_peers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"peer\(\): expected `name` to be one of masked.*got 'fast'"):
-        layers.LayerBench(peaks=False).layer(TINY).peer("fast", "frozen")
+def test_variants_are_named() -> None:
+    with pytest.raises(ValueError, match=r"variant\(\): expected `name` to be one of masked.*got 'fast'"):
+        layers.LayerBench(peaks=False).layer(TINY).variant("fast", "frozen")
     with pytest.raises(ValueError, match=r"model\(\): expected `name` to be one of masked.*got 'best'"):
         steps.StepBench(peaks=False).model(STEP, "best")
 
@@ -135,7 +135,7 @@ def test_peak_of_a_layer() -> None:
     bench = layers.LayerBench()
     cell = LayerCell(replace(TINY, batch=16), "frozen")
     try:
-        made = {row.peer: row.peak_bytes for row in bench.rows(cell, ("masked", "auto"), 0)}
+        made = {row.variant: row.peak_bytes for row in bench.rows(cell, ("masked", "auto"), 0)}
     finally:
         bench.close()
     # The result and the input's gradient at least; masked also keeps the product.
@@ -149,7 +149,7 @@ def test_peak_of_a_layer() -> None:
 def test_steps_are_the_same_network() -> None:
     bench = steps.StepBench(peaks=False)
     cell = replace(STEP, mode="frozen")
-    models = {name: bench.model(cell, name) for name in steps.PEERS}
+    models = {name: bench.model(cell, name) for name in steps.BASELINES}
     named = {name: {where for where, _ in steps.trained(model)} for name, model in models.items()}
     assert named["auto"] == named["masked"]
     scores = {where for where in named["auto"] if where.endswith(".score")}
@@ -161,13 +161,13 @@ def test_steps_are_the_same_network() -> None:
         if where in scores:
             assert (score > steps.THRESHOLD).sum() == len(score) // 2
             naive = models["naive"].get_submodule(where.removesuffix(".score"))
-            assert isinstance(naive, step_peers.NaiveSwitchConv2d)
+            assert isinstance(naive, step_baselines.NaiveSwitchConv2d)
             assert naive.on.tolist() == (score > steps.THRESHOLD).nonzero().flatten().tolist()
 
 
 def test_rows_of_a_step() -> None:
-    made = {row.peer: row for row in steps.StepBench(peaks=False).rows(STEP, steps.PEERS, seconds=0)}
-    assert tuple(made) == steps.PEERS
+    made = {row.variant: row for row in steps.StepBench(peaks=False).rows(STEP, steps.BASELINES, seconds=0)}
+    assert tuple(made) == steps.BASELINES
     masked, auto, naive = made["masked"], made["auto"], made["naive"]
     assert all(0 < row.max_error < steps.TOLERANCE for row in (masked, auto, naive))
     assert auto.saved_bytes is not None
@@ -176,7 +176,7 @@ def test_rows_of_a_step() -> None:
     assert masked.saved_bytes > 1.3 * auto.saved_bytes
     # Half of every weight and of every input is copied, beside what batch norm and ReLU keep.
     assert naive.saved_bytes is not None
-    weights = [p for name, p in step_peers.plain().named_parameters() if p.dim() == 4 and name != "conv1.weight"]
+    weights = [p for name, p in step_baselines.plain().named_parameters() if p.dim() == 4 and name != "conv1.weight"]
     sliced = 4 * sum(weight.numel() for weight in weights) / 2
     assert auto.saved_bytes + sliced < naive.saved_bytes < masked.saved_bytes + sliced
     assert naive.vs_masked == pytest.approx(masked.p50_s / naive.p50_s)
@@ -215,7 +215,7 @@ def test_gate_refuses_a_naive_step_of_other_channels() -> None:
     step = bench.prepare(STEP, "naive")
     assert bench.gated("naive", step, STEP, reference) < steps.TOLERANCE
     layer = step.model.get_submodule("layer3.1.conv2")
-    assert isinstance(layer, step_peers.NaiveSwitchConv2d)
+    assert isinstance(layer, step_baselines.NaiveSwitchConv2d)
     off = torch.ones(layer.weight.shape[1], dtype=torch.bool)
     off[layer.on] = False
     layer.on[0] = off.nonzero()[0, 0]
@@ -232,13 +232,13 @@ def test_turned_switches_are_noticed() -> None:
         steps.check_density("masked", model, STEP)
 
 
-def make_row(cell: LayerCell | StepCell, peer: str, seconds: float, **changes: object) -> rows.Row:
+def make_row(cell: LayerCell | StepCell, variant: str, seconds: float, **changes: object) -> rows.Row:
     inner = cell.cell if isinstance(cell, LayerCell) else cell
     values: dict[str, object] = {
         "network": "resnet26",
         "case": "step",
         "cell": cell.id,
-        "peer": peer,
+        "variant": variant,
         "candidate": "",
         "device": "cpu",
         "dtype": "float32",
@@ -273,7 +273,7 @@ def synthetic() -> list[rows.Row]:
     for cell in [*layer_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES), *step_cells(LAYOUTS, (0.75, 0.5, 0.25), MODES)]:
         density = cell.cell.density if isinstance(cell, LayerCell) else cell.density
         pairs = [("masked", 1.0), ("dense", 0.9), ("naive", 0.8), ("auto", 0.4 + 0.4 * density)]
-        found += rows.with_ratios(make_row(cell, peer, seconds) for peer, seconds in pairs)
+        found += rows.with_ratios(make_row(cell, variant, seconds) for variant, seconds in pairs)
     return found
 
 
@@ -308,7 +308,9 @@ def test_verdicts() -> None:
 
 def test_memory_is_missed_by_one_case() -> None:
     made = [
-        make_row(cell, peer, 1.0) for cell in layer_cells(("nchw",), (0.5,), ("frozen",)) for peer in ("masked", "auto")
+        make_row(cell, variant, 1.0)
+        for cell in layer_cells(("nchw",), (0.5,), ("frozen",))
+        for variant in ("masked", "auto")
     ]
     assert made[-1].peak_bytes is not None
     made[-1] = replace(made[-1], peak_bytes=made[-1].peak_bytes + 1)

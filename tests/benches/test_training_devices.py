@@ -1,4 +1,4 @@
-"""The study of training by device and backend: peers that are named, moments, and what the command line refuses."""
+"""The study of training by device and backend: variants that are named, moments, and what the command line refuses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from benches.training.cells import LayerCell
 TINY = Cell(next(case for case in CASES if case.shape == "7x7-512-512-k3s1"), 1, 0.25, "in", "nchw")
 
 
-def test_named_backends_are_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_backends_are_variants_too(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = layers.LayerBench(peaks=False)
     cell = LayerCell(TINY, "trained")
-    made = {row.peer: row for row in bench.rows(cell, ("masked", "auto", "aten"), 0)}
+    made = {row.variant: row for row in bench.rows(cell, ("masked", "auto", "aten"), 0)}
     assert set(made) == {"masked", "auto", "aten"}
     assert bench.left_out == []
     assert {row.device for row in made.values()} == {"cpu"}
@@ -32,13 +32,13 @@ def test_named_backends_are_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = layers.LayerBench.gated
 
-    def wrong_aten(self: layers.LayerBench, name: str, peer: layers.Peer, cell: LayerCell) -> float:
+    def wrong_aten(self: layers.LayerBench, name: str, variant: layers.Variant, cell: LayerCell) -> float:
         if name == "aten":
             raise gate.WrongResultError("aten is wrong")
-        return right(self, name, peer, cell)
+        return right(self, name, variant, cell)
 
     monkeypatch.setattr(layers.LayerBench, "gated", wrong_aten)
-    assert {row.peer for row in bench.rows(cell, ("masked", "auto", "aten"), 0)} == {"masked", "auto"}
+    assert {row.variant for row in bench.rows(cell, ("masked", "auto", "aten"), 0)} == {"masked", "auto"}
     assert bench.left_out == ["aten is wrong"]
 
 
@@ -50,10 +50,10 @@ def test_a_wrong_backend_is_left_out_of_steps_and_ours_is_an_error() -> None:
             raise NotImplementedError(f"{name} cannot")
         return 1e-6
 
-    assert backends.gated(("masked", "triton"), check, reasons, steps.PEERS) == {"masked": 1e-6}
+    assert backends.gated(("masked", "triton"), check, reasons, steps.BASELINES) == {"masked": 1e-6}
     assert reasons == ["triton cannot"]
     with pytest.raises(NotImplementedError, match="auto cannot"):
-        backends.gated(("masked", "auto"), check, reasons, steps.PEERS)
+        backends.gated(("masked", "auto"), check, reasons, steps.BASELINES)
 
 
 def test_marks_are_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The networks of whole steps: ResNet-26 with each peer's convolutions, one domain, the same weights and switches."""
+"""Whole steps of ResNet-26 with each variant's convolutions: one domain, the same weights and switches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -92,7 +92,7 @@ def switched(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
 
 
 def replaced(model: nn.Module, given: dict[str, Tensor], name: str) -> nn.Module:
-    """Convert a copy of a plain network to a peer's own convolutions with these scores."""
+    """Convert a copy of a plain network to a variant's own convolutions with these scores."""
     made = copy.deepcopy(model)
     for where, score in given.items():
         parent, _, child = where.rpartition(".")
@@ -102,7 +102,7 @@ def replaced(model: nn.Module, given: dict[str, Tensor], name: str) -> nn.Module
 
 
 def network(name: str, given: dict[str, Tensor]) -> Any:
-    """One peer's network: ``dense``, of `REPLACED`, or the package's own under any of its backends."""
+    """One variant's network: ``dense``, of `REPLACED`, or the package's own under any of its backends."""
     if name == "dense":
         return copy.deepcopy(plain())
     return replaced(plain(), given, name) if name in REPLACED else switched(plain(), given)
@@ -116,7 +116,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that are trained, under names that all peers share."""
+    """Parameters that are trained, under names that all variants share."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name.replace(f"domains.{DOMAIN}.", ""), parameter

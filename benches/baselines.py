@@ -1,6 +1,6 @@
-"""What the package is compared with: dense, masked, naive, best gather and oracle.
+"""What the package is compared with: dense, masked, naive, gather + conv and oracle.
 
-Every peer is prepared outside the timing: weights are sliced, and packed where the peer can pack, for everyone alike.
+Every variant is prepared outside the timing: weights are sliced, and packed where the variant can pack.
 """
 
 import math
@@ -16,7 +16,7 @@ from benches.cases import Cell
 from benches.problem import MEMORY_FORMATS, Problem
 from benches.timers import Timed, fastest
 
-PEERS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+BASELINES = ("dense", "masked", "naive", "best", "oracle", "oracle8")
 # oneDNN works in blocks of 8 or 16 channels: an odd count costs it as much as the next block.
 ROUNDING = 8
 
@@ -24,8 +24,8 @@ Clock = Callable[[Callable[[Tensor], object], Tensor], float]
 
 
 @dataclass
-class Peer(Timed):
-    """A prepared peer.
+class Variant(Timed):
+    """A prepared variant.
 
     Args:
         candidate: What it chose, where it chooses.
@@ -40,13 +40,13 @@ class Peer(Timed):
     same_layout: bool = True
 
 
-def dense(problem: Problem) -> Peer:
+def dense(problem: Problem) -> Variant:
     """The full convolution."""
     run = convs.plain(problem.weight, *problem.conv_args)
-    return Peer(run, problem.inputs, all_outputs=True, length=problem.weight[0].numel())
+    return Variant(run, problem.inputs, all_outputs=True, length=problem.weight[0].numel())
 
 
-def masked(problem: Problem) -> Peer:
+def masked(problem: Problem) -> Variant:
     """The full convolution of x times the mask; with an out-list the result is masked too."""
     x = problem.inputs[0]
     in_mask = torch.zeros(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
@@ -54,16 +54,16 @@ def masked(problem: Problem) -> Peer:
     run = convs.plain(problem.weight, *problem.conv_args)
     length = problem.weight[0].numel()
     if problem.out_index is None:
-        return Peer(lambda x: run(x * in_mask), problem.inputs, all_outputs=True, length=length)
+        return Variant(lambda x: run(x * in_mask), problem.inputs, all_outputs=True, length=length)
     out_mask = torch.zeros(1, len(problem.weight), 1, 1, dtype=x.dtype, device=x.device)
     out_mask[:, problem.out_index.long()] = 1
-    return Peer(lambda x: run(x * in_mask) * out_mask, problem.inputs, all_outputs=True, length=length)
+    return Variant(lambda x: run(x * in_mask) * out_mask, problem.inputs, all_outputs=True, length=length)
 
 
-def naive(problem: Problem) -> Peer:
+def naive(problem: Problem) -> Variant:
     """Run ``x.index_select(1, list)`` and a convolution with pre-sliced weight; channels_last is lost on a CPU."""
     weight, index, (stride, padding) = problem.sliced_weight, problem.in_index, problem.conv_args
-    return Peer(
+    return Variant(
         lambda x: F.conv2d(x.index_select(1, index), weight, None, stride, padding),
         problem.inputs,
         length=weight[0].numel(),
@@ -71,7 +71,7 @@ def naive(problem: Problem) -> Peer:
     )
 
 
-def best(problem: Problem, clock: Clock) -> Peer:
+def best(problem: Problem, clock: Clock) -> Variant:
     """The fastest gather with the fastest convolution behind it, measured here for this very cell."""
     layout, index, (stride, padding) = problem.cell.layout, problem.in_index, problem.conv_args
     example = problem.compact(problem.inputs[0])
@@ -79,17 +79,17 @@ def best(problem: Problem, clock: Clock) -> Peer:
     strided = problem.cell.case.kernel == 1 and stride > 1
     if strided:
         example = problem.compact(problem.inputs[0][:, :, ::stride, ::stride])
-        gather_of = gathers.variants(index, layout, problem.inputs[0][:, :, ::stride, ::stride])
+        gather_of = gathers.alternatives(index, layout, problem.inputs[0][:, :, ::stride, ::stride])
         gather_of = {name: gathers.subsampled(run, stride) for name, run in gather_of.items()}
         stride = 1
     else:
-        gather_of = gathers.variants(index, layout, example=problem.inputs[0])
-    conv_of = convs.variants(problem.sliced_weight, stride, padding, layout, example)
+        gather_of = gathers.alternatives(index, layout, example=problem.inputs[0])
+    conv_of = convs.alternatives(problem.sliced_weight, stride, padding, layout, example)
     gather_name = fastest(gather_of, problem.inputs, clock)
     gather = gather_of[gather_name]
     whole = {name: _chain(gather, conv, MEMORY_FORMATS[layout]) for name, conv in conv_of.items()}
     conv_name = fastest(whole, problem.inputs, clock)
-    return Peer(
+    return Variant(
         whole[conv_name],
         problem.inputs,
         candidate=f"{gather_name}+{conv_name}",
@@ -102,7 +102,7 @@ def _chain(gather: gathers.Gather, conv: convs.Conv, memory_format: torch.memory
     return lambda x: conv(gather(x)).contiguous(memory_format=memory_format)
 
 
-def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1) -> Peer:
+def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1) -> Variant:
     """Run PyTorch's convolution on inputs that are compact already: the better of its memory formats and of
     ``F.conv2d`` and oneDNN with a prepacked weight.
 
@@ -117,20 +117,20 @@ def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1)
     extra_in, extra_out = -K_in % rounding, -K_out % rounding
     weight = F.pad(problem.sliced_weight, (0, 0, 0, 0, 0, extra_in, 0, extra_out))
     count = max(3, math.ceil(len(problem.inputs) * pool_share))
-    variants: dict[str, tuple[convs.Conv, list[Tensor]]] = {}
+    alternatives: dict[str, tuple[convs.Conv, list[Tensor]]] = {}
     # Few inputs are enough to choose with; the pool is made for the winner alone.
     for layout, memory_format in MEMORY_FORMATS.items():
         few = [_padded(problem.compact(x), extra_in, memory_format) for x in problem.inputs[:3]]
         formatted = weight.contiguous(memory_format=memory_format)
-        variants[f"{layout}+conv2d"] = convs.plain(formatted, stride, padding), few
+        alternatives[f"{layout}+conv2d"] = convs.plain(formatted, stride, padding), few
         if convs.can_prepack(weight):
-            variants[f"{layout}+prepacked"] = convs.prepacked(formatted, stride, padding, few[0]), few
-    name = _fastest_on_own_inputs(variants, clock)
+            alternatives[f"{layout}+prepacked"] = convs.prepacked(formatted, stride, padding, few[0]), few
+    name = _fastest_on_own_inputs(alternatives, clock)
     memory_format = MEMORY_FORMATS[name.split("+")[0]]
     pool = [_padded(problem.compact(x), extra_in, memory_format) for x in problem.inputs[:count]]
-    conv = variants[name][0]
+    conv = alternatives[name][0]
     run = (lambda x: conv(x)[:, :K_out]) if extra_out else conv
-    return Peer(run, pool, candidate=name, length=weight[0].numel(), same_layout=False)
+    return Variant(run, pool, candidate=name, length=weight[0].numel(), same_layout=False)
 
 
 def _padded(x: Tensor, extra: int, memory_format: torch.memory_format) -> Tensor:
@@ -142,23 +142,23 @@ def _padded(x: Tensor, extra: int, memory_format: torch.memory_format) -> Tensor
     )
 
 
-def _fastest_on_own_inputs(variants: dict[str, tuple[convs.Conv, list[Tensor]]], clock: Clock) -> str:
+def _fastest_on_own_inputs(alternatives: dict[str, tuple[convs.Conv, list[Tensor]]], clock: Clock) -> str:
     """Pick between functions that take inputs of different formats: each is bound to its own."""
 
     def bind(run: convs.Conv, few: list[Tensor]) -> convs.Conv:
         turn = iter(range(1 << 30))
         return lambda _: run(few[next(turn) % len(few)])
 
-    bound = {name: bind(run, few) for name, (run, few) in variants.items()}
-    first = next(iter(variants.values()))[1]
+    bound = {name: bind(run, few) for name, (run, few) in alternatives.items()}
+    first = next(iter(alternatives.values()))[1]
     return fastest(bound, first, clock)
 
 
-def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) -> Peer:
-    """Prepare a peer by name.
+def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) -> Variant:
+    """Prepare a variant by name.
 
     Raises:
-        ValueError: If the name is none of `PEERS`.
+        ValueError: If the name is none of `BASELINES`.
     """
     simple = {"dense": dense, "masked": masked, "naive": naive}
     if name in simple:
@@ -167,9 +167,9 @@ def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) 
         return best(problem, clock)
     if name in ("oracle", "oracle8"):
         return oracle(problem, clock, pool_share, rounding=ROUNDING if name == "oracle8" else 1)
-    raise ValueError(f"prepare(): expected `name` to be one of {', '.join(PEERS)}, got {name!r}.")
+    raise ValueError(f"prepare(): expected `name` to be one of {', '.join(BASELINES)}, got {name!r}.")
 
 
 def applies(name: str, cell: Cell) -> bool:
-    """Whether the peer differs from the others: oracle8 only where a channel count is no multiple of 8."""
+    """Whether the variant differs from the others: oracle8 only where a channel count is no multiple of 8."""
     return name != "oracle8" or cell.K_in % ROUNDING != 0 or cell.K_out % ROUNDING != 0
