@@ -28,7 +28,7 @@ from bap_kernels.plan import (
 from bap_kernels.table import ChannelTable
 from bap_kernels.tune import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChannelLists",

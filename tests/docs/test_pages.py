@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bap_kernels
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*/*.md")), ROOT / "docs/index.md"]
 # Those that stand alone; the others are excerpts.
@@ -42,3 +44,16 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_licences_of_all_dependencies_are_listed() -> None:
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    groups = [project["build-system"]["requires"], project["project"]["dependencies"]]
+    groups += project["project"]["optional-dependencies"].values()
+    needed = {re.split(r"[<>=\[; ]", requirement)[0] for group in groups for requirement in group} - {"bap_kernels"}
+    listed = re.findall(r"^\| ([\w-]+) \|", (ROOT / "docs/reference/licences.md").read_text(), flags=re.M)
+    assert sorted(needed | {"triton"}) == sorted(set(listed) - {"Package"})
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {bap_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
