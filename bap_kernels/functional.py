@@ -82,7 +82,7 @@ def plain_conv2d(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """``F.conv2d`` for inference, kept away from what PyTorch's CPU kernels get wrong (csrc/aten/convolution.h)."""
+    """``F.conv2d`` for inference, kept away from what PyTorch's CPU kernels get wrong (backends/aten/convolution.h)."""
     pair = (0, 0) if padding == "valid" else padding
     if (
         input.device.type == "cpu"

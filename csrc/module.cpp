@@ -8,17 +8,17 @@
 
 #include <cstring>
 
-#include "aten/convolution.h"
-#include "aten/route_cuda.h"
-#include "cpu/choice.h"
-#include "cpu/fingerprint.h"
-#include "cpu/isa.h"
-#include "cpu/native.h"
-#include "cpu/packed_cache.h"
-#include "cpu/run.h"
+#include "backends/aten/convolution.h"
+#include "backends/cpu/isa.h"
+#include "backends/cpu/native.h"
+#include "dispatch/choice.h"
+#include "dispatch/fingerprint.h"
+#include "dispatch/named_backend.h"
+#include "dispatch/packed_cache.h"
+#include "dispatch/python_hooks.h"
+#include "dispatch/route_cuda.h"
+#include "dispatch/run_cpu.h"
 #include "ops/gathered_conv2d_copied.h"
-#include "ops/named_backend.h"
-#include "ops/python_hooks.h"
 
 namespace py = pybind11;
 

@@ -74,6 +74,11 @@ class PlatformFacts:
     cores: int = 1
 
 
+# Sources of the library bap_kernels._C_cuda, and of its simulation; all others are those of bap_kernels._C.
+CUDA_FOLDERS = ("csrc/backends/cuda/ops/", "csrc/backends/cuda/kernels/")
+SIMULATION = "csrc/backends/cuda/simulate/"
+# What a build with sanitizers checks: code that reads and writes memory itself.
+CHECKED_FOLDERS = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/")
 # Precompiled for the sources that include torch.
 PRECOMPILED = "csrc/precompiled.h"
 
@@ -268,8 +273,7 @@ def _cpu_units(
     units = []
     for source in sources:
         path = PurePosixPath(source)
-        folder = path.parts[1]
-        if path.suffix != ".cpp" or folder in ("cuda", "kernels", "simulate"):
+        if path.suffix != ".cpp" or source.startswith(CUDA_FOLDERS) or source.startswith(SIMULATION):
             continue
         flags = facts if source == "csrc/module.cpp" else ()
         if path.parent.name == "microkernels":
@@ -280,7 +284,7 @@ def _cpu_units(
                 continue
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
-        own_checks = checks if folder in ("cpu", "ops") else ()
+        own_checks = checks if source.startswith(CHECKED_FOLDERS) else ()
         reused = bool(checks) and not own_checks and not flags
         includes_torch = path.parent.name != "microkernels"
         # Worth it where many sources share it.
@@ -302,7 +306,7 @@ def _cuda_part(
     units = tuple(
         Unit(source, compiler="nvcc")
         for source in sources
-        if PurePosixPath(source).parts[1] in ("cuda", "kernels") and source.endswith((".cu", ".cpp"))
+        if source.startswith(CUDA_FOLDERS) and source.endswith((".cu", ".cpp"))
     )
     obstacle = _cuda_obstacle(units, torch, platform, sanitize)
     if wish == "0":

@@ -4,7 +4,7 @@
 
 Needs g++ and torch, neither nvcc nor a GPU. Prints the path of the library, which takes the place of
 ``bap_kernels._C_cuda``; with it ``use_backend("cuda")`` computes on CPU tensors, slowly. What it checks on the way is
-in csrc/simulate/simulated_block.h.
+in csrc/backends/cuda/simulate/simulated_block.h.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from tools import ninja_build
 from tools.build_plan import TORCH_TARGET_VERSION, BuildPlan, Part, TorchFacts, Unit
 
-SOURCES = ("csrc/cuda/", "csrc/simulate/", "csrc/kernels/launch.cpp")
+SOURCES = ("csrc/backends/cuda/ops/", "csrc/backends/cuda/simulate/", "csrc/backends/cuda/kernels/launch.cpp")
 # The gather has no simulation: its kernel is not written against a block. The checks are a program of their own.
-WITHOUT = ("csrc/cuda/channel_gather.cpp", "csrc/simulate/check_")
+WITHOUT = ("csrc/backends/cuda/ops/channel_gather.cpp", "csrc/backends/cuda/simulate/check_")
 
 
 def simulation_part(sources: list[str], torch: TorchFacts, python_include: str) -> Part:

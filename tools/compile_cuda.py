@@ -68,7 +68,7 @@ class Instance:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of dynamic shared memory, as in csrc/kernels/tile_layout.h."""
+        """Bytes of dynamic shared memory, as in csrc/backends/cuda/kernels/tile_layout.h."""
         if not self.tile:
             return {"pack": 64 * 65 * 4, "unpack": 64 * 4 + 64 * 65 * 4}.get(self.kernel, 0)
         if self.kernel == "halo":
@@ -225,7 +225,7 @@ def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc, "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
-        command += ["-Xptxas", "-v", f"csrc/kernels/{name}.cu", "-o", str(cubin)]
+        command += ["-Xptxas", "-v", f"csrc/backends/cuda/kernels/{name}.cu", "-o", str(cubin)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compile_cuda: nvcc failed for {name} and sm_{arch}:\n{done.stderr}")

@@ -39,11 +39,11 @@ def build(
     """Compiles the test with the tiles of ``isas`` under ``sources`` and links it to ``target``."""
     macros = tuple(f"-DBAP_KERNELS_HAVE_{isa.upper()}" for isa in isas)
     jobs: list[tuple[Path, tuple[str, ...]]] = [
-        (sources / "cpu/cpu_features.cpp", ()),
+        (sources / "backends/cpu/cpu_features.cpp", ()),
         (ROOT / "tests/microkernels/tile_test.cpp", macros),
     ]
     for isa in isas:
-        tiles = sorted((sources / "cpu/microkernels").glob(f"tile_*{isa}.cpp"))
+        tiles = sorted((sources / "backends/cpu/microkernels").glob(f"tile_*{isa}.cpp"))
         jobs += [(path, ISA_FLAGS[isa]) for path in tiles if path.stem.endswith(f"_{isa}")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{path.stem}.o") for path, _ in jobs]

@@ -18,7 +18,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
-#include "aten/convolution.h"
+#include "backends/aten/convolution.h"
 
 namespace bap_kernels {
 namespace {

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "autograd/decomposed.h"
-#include "cpu/choice.h"
-#include "cpu/packed_cache.h"
+#include "dispatch/choice.h"
+#include "dispatch/packed_cache.h"
 #include "ops/gathered_conv2d_copied.h"
 #include "ops/gathered_conv2d_mixed.h"
 

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "autograd/decomposed.h"
-#include "cpu/choice.h"
+#include "dispatch/choice.h"
 #include "ops/switched_call.h"
 
 namespace bap_kernels {

@@ -1,4 +1,4 @@
-"""Index arithmetic of the CUDA kernels, compiled for the host: csrc/simulate/check_*.cpp, one test a check."""
+"""Index arithmetic of the CUDA kernels, compiled for the host: each `check_*.cpp` of their simulation is one test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("index") / "check_index"
     command = [*str(CXX).split(), "-std=c++20", "-O1", "-I", str(ROOT / "csrc")]
-    sources = sorted(map(str, (ROOT / "csrc/simulate").glob("check_*.cpp")))
+    sources = sorted(map(str, (ROOT / "csrc/backends/cuda/simulate").glob("check_*.cpp")))
     subprocess.run([*command, *sources, "-o", str(path)], check=True, timeout=300)
     return path
 

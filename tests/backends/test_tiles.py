@@ -1,4 +1,4 @@
-"""The tiles under ``csrc/cpu/microkernels`` and what packs their panels, by programs without torch: see
+"""The tiles under ``csrc/backends/cpu/microkernels`` and what packs their panels, by programs without torch: see
 ``tests/microkernels/*.cpp``.
 """
 
@@ -71,11 +71,11 @@ def test_tables_that_cannot_run_are_errors(program: Path) -> None:
 )
 def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
-    for part in ("cpu/microkernels", "cpu/cpu_features.h", "cpu/cpu_features.cpp"):
+    for part in ("backends/cpu/microkernels", "backends/cpu/cpu_features.h", "backends/cpu/cpu_features.cpp"):
         source = tile_test.ROOT / "csrc" / part
         (sources / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, sources / part) if source.is_dir() else shutil.copy(source, sources / part)
-    tile = sources / "cpu/microkernels/tile_kernel.h"
+    tile = sources / "backends/cpu/microkernels/tile_kernel.h"
     text = tile.read_text()
     assert text.count(right) == 1
     tile.write_text(text.replace(right, wrong))
@@ -99,7 +99,7 @@ def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: st
     ids=["as_it_is", "reads_past_the_mask", "rounds_up", "shifts_the_padding"],
 )
 def test_rows_are_packed_as_loops_do_it(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
-    source = tile_test.ROOT / "csrc/cpu/microkernels/pack_row_avx2.cpp"
+    source = tile_test.ROOT / "csrc/backends/cpu/microkernels/pack_row_avx2.cpp"
     text = source.read_text()
     assert not right or text.count(right) == 1
     changed = tmp_path / source.name

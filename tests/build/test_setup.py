@@ -26,11 +26,11 @@ from tools.ninja_build import ninja_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    "csrc/cpu/conv_kernel.cpp",
-    *(f"csrc/cpu/microkernels/tile_{isa}.cpp" for isa in ISA_FLAGS),
+    "csrc/backends/cpu/conv_kernel.cpp",
+    *(f"csrc/backends/cpu/microkernels/tile_{isa}.cpp" for isa in ISA_FLAGS),
     "csrc/module.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/gather.cu", "csrc/kernels/gather_kernel.cu"]
+CUDA_SOURCES = ["csrc/backends/cuda/ops/gather.cu", "csrc/backends/cuda/kernels/gather_kernel.cu"]
 TORCH = TorchFacts("2.15.0+cu130", ("/torch/include",), "/torch/lib", "13.0", True, "/torch/lib/libgomp.so.1")
 PLATFORM = PlatformFacts(python_include="/py/include", cores=4, nvcc="/usr/bin/nvcc", nvcc_version=(13, 0))
 
@@ -65,8 +65,8 @@ def test_versions_compare_as_numbers() -> None:
 def test_each_microkernel_gets_its_own_flags() -> None:
     flags = unit_flags(plan())
     for isa, expected in ISA_FLAGS.items():
-        assert flags[f"csrc/cpu/microkernels/tile_{isa}.cpp"] == expected
-    assert flags["csrc/cpu/conv_kernel.cpp"] == ()
+        assert flags[f"csrc/backends/cpu/microkernels/tile_{isa}.cpp"] == expected
+    assert flags["csrc/backends/cpu/conv_kernel.cpp"] == ()
     assert not any("-mavx" in flag for flag in plan().cpu.flags)
 
 
@@ -78,7 +78,7 @@ def test_cuda_sources_stay_out_of_the_cpu_part() -> None:
 
 def test_other_machines_have_no_microkernels() -> None:
     made = plan(platform=dataclasses.replace(PLATFORM, machine="aarch64"))
-    assert list(unit_flags(made)) == ["csrc/cpu/conv_kernel.cpp", "csrc/module.cpp"]
+    assert list(unit_flags(made)) == ["csrc/backends/cpu/conv_kernel.cpp", "csrc/module.cpp"]
     assert made.cpu.targets == ("none",)
     assert not any("BAP_KERNELS_HAVE" in flag for flag in made.cpu.flags)
     assert "aarch64 has no avx2, avx512, avx512bf16" in banner(made)
@@ -86,7 +86,7 @@ def test_other_machines_have_no_microkernels() -> None:
 
 def test_instruction_sets_that_the_compiler_lacks_are_left_out() -> None:
     made = plan(platform=dataclasses.replace(PLATFORM, compiled_isas=("avx2", "avx512")))
-    assert "csrc/cpu/microkernels/tile_avx512bf16.cpp" not in unit_flags(made)
+    assert "csrc/backends/cpu/microkernels/tile_avx512bf16.cpp" not in unit_flags(made)
     assert "-DBAP_KERNELS_HAVE_AVX512=1" in made.cpu.flags
     assert "-DBAP_KERNELS_HAVE_AVX512BF16=1" not in made.cpu.flags
     assert "the compiler lacks avx512bf16" in banner(made)
@@ -94,7 +94,7 @@ def test_instruction_sets_that_the_compiler_lacks_are_left_out() -> None:
 
 def test_microkernel_without_an_instruction_set_is_refused() -> None:
     with pytest.raises(BuildError, match="expected a microkernel to end in _avx2"):
-        plan(sources=["csrc/cpu/microkernels/tile.cpp"])
+        plan(sources=["csrc/backends/cpu/microkernels/tile.cpp"])
 
 
 def test_links_the_openmp_runtime_of_torch() -> None:
@@ -170,8 +170,8 @@ def test_sanitizer_build_is_separate() -> None:
     normal, made = plan(), plan({"BAP_KERNELS_SANITIZE": "address,undefined"})
     assert made.build_dir == "build/sanitize" != normal.build_dir
     flags = unit_flags(made)
-    assert "-fsanitize=address,undefined" in flags["csrc/cpu/conv_kernel.cpp"]
-    assert "-fsanitize=address,undefined" in flags["csrc/cpu/microkernels/tile_avx2.cpp"]
+    assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/conv_kernel.cpp"]
+    assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/microkernels/tile_avx2.cpp"]
     assert "-fsanitize=address,undefined" not in flags["csrc/module.cpp"]
     assert not any("-fsanitize" in flag for unit in normal.cpu.units for flag in (*unit.flags, *normal.cpu.flags))
     assert "-fsanitize=address,undefined" in made.cpu.link_flags

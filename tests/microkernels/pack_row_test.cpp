@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cpu/microkernels/pack_row.h"
+#include "backends/cpu/microkernels/pack_row.h"
 #include "guarded.h"
 
 namespace {

@@ -1,5 +1,5 @@
-// Runs the tiles of csrc/cpu/microkernels against plain loops in double precision: every size, every number of valid
-// lanes, everything else at random. No torch, so that it runs in an emulator of another CPU too.
+// Runs the tiles of csrc/backends/cpu/microkernels against plain loops in double precision: every size, every number of
+// valid lanes, everything else at random. No torch, so that it runs in an emulator of another CPU too.
 //   tile_test [--rounds N] [table...]
 // Without names: each table that was compiled in and whose instructions the CPU has. Exit status: 0 if all agree, 1 if
 // not, 2 if a table that was named cannot run. Operands end, or begin, at a page that may not be touched; whatever else
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/cpu_features.h"
-#include "cpu/microkernels/tile.h"
+#include "backends/cpu/cpu_features.h"
+#include "backends/cpu/microkernels/tile.h"
 #include "guarded.h"
 
 namespace {

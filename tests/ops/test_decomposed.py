@@ -242,7 +242,7 @@ def test_ops_for_inference_refuse_transforms() -> None:
 
 
 def test_a_narrow_bfloat16_layer_in_transforms() -> None:
-    # PyTorch's own kernels return uninitialised values for it: see csrc/aten/convolution.h.
+    # PyTorch's own kernels return uninitialised values for it: see csrc/backends/aten/convolution.h.
     torch.manual_seed(0)
     x = torch.randint(-2, 3, (2, 4, 5, 3)).bfloat16()
     w = torch.randint(-2, 3, (3, 4, 2, 2)).bfloat16()

@@ -1,7 +1,8 @@
 """Runs the text of the CUDA kernels on the host, on CPU tensors; these tests have a process of their own.
 
 Without BAP_KERNELS_CUDA_LIBRARY they are skipped: the library is loaded when the package is imported. The simulation is
-described in csrc/simulate/simulated_block.h; it raises where a block would read or overwrite shared memory too early.
+described in csrc/backends/cuda/simulate/simulated_block.h; it raises where a block would read or overwrite shared
+memory too early.
 """
 
 from __future__ import annotations

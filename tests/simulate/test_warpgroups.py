@@ -1,7 +1,7 @@
 """The kernel of warpgroups (wgmma, compute capability 9.0a), on a simulated device that has them.
 
 Every case says that the kernel took it: the other kernel gives the same results. What the simulation withholds and
-checks is in csrc/simulate/simulated_warpgroups.h.
+checks is in csrc/backends/cuda/simulate/simulated_warpgroups.h.
 """
 
 from __future__ import annotations

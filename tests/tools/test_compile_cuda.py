@@ -14,6 +14,7 @@ from tools import compile_cuda, ninja_build
 from tools.compile_cuda import Instance, examine, functions_of, instance_of, occupancy
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "csrc/backends/cuda/kernels"
 LARGE, SMALL = (128, 128, 2, 4, 3, 1), (64, 64, 2, 2, 4, 2)
 CONV = Instance("conv", "bfloat16", LARGE, False)
 HALO = Instance("halo", "bfloat16", (128, 128, 2, 4, 2, 1), False)
@@ -67,13 +68,13 @@ def test_occupancy_by_each_limit() -> None:
 
 
 def test_tiles_are_those_of_the_kernels() -> None:
-    text = (ROOT / "csrc/kernels/instances.h").read_text()
+    text = (KERNELS / "instances.h").read_text()
     tiles = {
         tuple(int(number) for number in numbers.split(","))
         for numbers in re.findall(r"X\(\w+, (\d[\d, ]*)\)", text.split("BAP_KERNELS_PLANES_TILES")[0])
     }
     assert {LARGE, SMALL} < tiles
-    limit = re.search(r"kHaloSharedBytes = (\d+) \* 1024", (ROOT / "csrc/kernels/halo_shape.h").read_text())
+    limit = re.search(r"kHaloSharedBytes = (\d+) \* 1024", (KERNELS / "halo_shape.h").read_text())
     assert limit is not None
     assert HALO.shared_bytes == int(limit.group(1)) * 1024
     # As Tile::kSharedBytes says, which check_index compares with what every device has.
@@ -100,7 +101,7 @@ def test_machine_code_of_the_small_kernels() -> None:
 
 
 def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
-    files = {path.stem for path in (ROOT / "csrc/kernels").glob("*.cu")}
+    files = {path.stem for path in KERNELS.glob("*.cu")}
     assert files == {f"gathered_conv2d_{name}" for name in compile_cuda.SOURCES} | {
         *(f"warpgroup_conv2d_{name}" for name in compile_cuda.WARPGROUP_SOURCES),
         *("channel_pack", "channel_gather"),
@@ -119,5 +120,5 @@ def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
         "launch.h",
     ):
         source = tmp_path / "one.cpp"
-        source.write_text(f'#include "kernels/{header}"\n')
+        source.write_text(f'#include "backends/cuda/kernels/{header}"\n')
         subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)], check=True)

@@ -1,0 +1,90 @@
+// Choice of the instruction set at run time.
+#include "backends/cpu/isa.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <fstream>
+
+#include "backends/cpu/cpu_features.h"
+
+namespace bap_kernels {
+namespace {
+
+bool usable(const std::string& isa) {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa == "avx512") return cpu_has("avx512");
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa == "avx2" || isa == "avx512_emulated") return cpu_has("avx2");
+#endif
+  return isa == "none";
+}
+
+std::string choose() {
+  // In capitals or with spaces around it, as bap_kernels.config reads it.
+  const char* forced = std::getenv("BAP_KERNELS_ISA");
+  std::string isa = forced != nullptr ? forced : "";
+  isa.erase(std::remove_if(isa.begin(), isa.end(), [](unsigned char c) { return std::isspace(c) != 0; }), isa.end());
+  std::transform(isa.begin(), isa.end(), isa.begin(), [](unsigned char c) { return std::tolower(c); });
+  if (isa.empty()) return isa_available().front();
+  TORCH_CHECK_VALUE(isa == "avx512" || isa == "avx2" || isa == "none" || isa == "avx512_emulated",
+                    "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa,
+                    ".");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      usable(isa),
+      "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ", isa,
+      ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
+  return isa;
+}
+
+}  // namespace
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> found;
+  for (const char* name : {"avx512", "avx2", "none"}) {
+    if (usable(name)) found.emplace_back(name);
+  }
+  return found;
+}
+
+const std::string& isa() {
+  static const std::string chosen = choose();
+  return chosen;
+}
+
+bool isa_has_bfloat16_pairs() { return isa_tiles(/*pairs=*/true) != nullptr; }
+
+const micro::KernelTable* isa_tiles(bool pairs) {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa() == "avx512") {
+    if (!pairs) return micro::table_avx512();
+#if defined(BAP_KERNELS_HAVE_AVX512BF16)
+    return cpu_has("avx512bf16") ? micro::table_avx512_pairs() : nullptr;
+#else
+    return nullptr;
+#endif
+  }
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa() == "avx512_emulated") return pairs ? micro::table_avx512_emulated_pairs() : micro::table_avx512_emulated();
+  if (isa() == "avx2") return pairs ? nullptr : micro::table_avx2();
+#endif
+  return nullptr;
+}
+
+std::string cpu_model() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.rfind("model name", 0) == 0) {
+      std::string name = line.substr(std::min(line.size(), line.find(':') + 2));
+      std::replace(name.begin(), name.end(), '\t', ' ');
+      return name;
+    }
+  }
+  return "unknown CPU";
+}
+
+}  // namespace bap_kernels

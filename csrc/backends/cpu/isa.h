@@ -1,0 +1,27 @@
+// Which instruction set the native kernels use in this process.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "backends/cpu/microkernels/tile.h"
+
+namespace bap_kernels {
+
+// "avx512", "avx2" or "none". BAP_KERNELS_ISA forces one; asking for one that the CPU or the build lacks raises.
+// "avx512_emulated" runs the AVX-512 tiles in AVX2 code: slow, for tests.
+const std::string& isa();
+
+// The instruction sets that this CPU has and this library was built for, best first; always ends with "none".
+std::vector<std::string> isa_available();
+
+// True where pairs of bfloat16 are multiplied directly (AVX512_BF16, or its emulation).
+bool isa_has_bfloat16_pairs();
+
+// The tiles for plain fp32 lanes, or for pairs of bfloat16; null where there are none.
+const micro::KernelTable* isa_tiles(bool pairs);
+
+// Text that names the CPU model; part of the key under which measurements are kept.
+std::string cpu_model();
+
+}  // namespace bap_kernels

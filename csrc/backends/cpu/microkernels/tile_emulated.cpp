@@ -1,0 +1,14 @@
+// The AVX-512 tiles compiled for AVX2: slow, for testing their logic on machines without AVX-512.
+#include <immintrin.h>
+
+#include "backends/cpu/microkernels/tile.h"
+
+namespace bap_kernels::micro {
+namespace {
+#include "backends/cpu/microkernels/tile_kernel.h"
+constexpr KernelTable kTable = make_table<16, false, 14>();
+}  // namespace
+
+const KernelTable* table_avx512_emulated() { return &kTable; }
+
+}  // namespace bap_kernels::micro

@@ -1,0 +1,203 @@
+// The native CPU path: what it can run, and the preparation that both drivers share.
+#include "backends/cpu/native.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "backends/cpu/isa.h"
+#include "backends/cpu/native_call.h"
+#include "dispatch/choice.h"
+#include "dispatch/packed_cache.h"
+
+namespace bap_kernels {
+namespace {
+
+// Below this a second thread costs more to wake than it saves.
+constexpr int64_t kProductsPerThread = 200'000;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+const float* float_data(NativeCall& n, const OptionalTensor& t) {
+  if (!has_value(t)) return nullptr;
+  n.keep_alive.push_back(t->to(at::kFloat).contiguous());
+  return n.keep_alive.back().const_data_ptr<float>();
+}
+
+const int32_t* list_data(NativeCall& n, const OptionalTensor& list) {
+  if (!has_value(list)) return nullptr;
+  if (list->is_contiguous()) return list->const_data_ptr<int32_t>();
+  n.keep_alive.push_back(list->contiguous());
+  return n.keep_alive.back().const_data_ptr<int32_t>();
+}
+
+// scale * (sum + bias) + shift becomes scale * sum + (scale * bias + shift).
+void fold_epilogue(const ConvCall& c, NativeCall& n) {
+  const float* bias = float_data(n, c.bias);
+  const float* scale = float_data(n, c.fusion.out_scale);
+  const float* shift = float_data(n, c.fusion.out_shift);
+  const int64_t padded = round_up(n.kept_out, micro::kMaxVectors * n.tiles->lanes) + n.tiles->rows;
+  if (scale) {
+    n.scale.assign(padded, 1.f);
+    std::copy_n(scale, n.kept_out, n.scale.begin());
+  }
+  if (!bias && !shift) return;
+  n.shift.assign(padded, 0.f);
+  for (int64_t j = 0; j < n.kept_out; ++j) {
+    float v = bias ? bias[n.out_index ? n.out_index[j] : j] : 0.f;
+    if (scale) v *= scale[j];
+    n.shift[j] = v + (shift ? shift[j] : 0.f);
+  }
+}
+
+// Elements between neighbouring pixels where all pixels of a channels_last tensor follow each other at one distance, as
+// in the first channels of a wider tensor; else 0.
+int64_t pixel_step(const at::Tensor& t, at::MemoryFormat format) {
+  if (format != at::MemoryFormat::ChannelsLast || (t.stride(1) != 1 && t.size(1) != 1)) return 0;
+  const int64_t sizes[3] = {t.size(3), t.size(2), t.size(0)}, strides[3] = {t.stride(3), t.stride(2), t.stride(0)};
+  int64_t step = 0, pixels = 1;
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 1) continue;
+    if (step == 0) step = strides[i];
+    if (strides[i] != step * pixels) return 0;
+    pixels *= sizes[i];
+  }
+  return step;
+}
+
+}  // namespace
+
+std::string native_why_not(const ConvCall& c) {
+  const auto dtype = c.input.scalar_type();
+  if (isa() == "none") return backend_why_not("native");
+  if (dtype != at::kFloat && dtype != at::kBFloat16) {
+    return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
+  }
+  if (c.groups != 1) return "no native kernel for depthwise convolutions";
+  const int64_t depth = c.shape.kept_in * c.taps();
+  const int64_t largest = std::numeric_limits<int32_t>::max() / 4;
+  if (depth > largest / 1024 || c.shape.channels_in > largest ||
+      c.shape.batch * c.shape.out_h * c.shape.out_w > largest) {
+    return "the shape is beyond 32-bit tile arithmetic";
+  }
+  return "";
+}
+
+NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
+  NativeCall n{};
+  const auto& s = c.shape;
+  n.bfloat16 = n.out_bfloat16 = c.input.scalar_type() == at::kBFloat16;
+  n.pairs = n.bfloat16 && isa_has_bfloat16_pairs();
+  n.tiles = isa_tiles(n.pairs);
+  n.units = n.pairs ? (s.kept_in + 1) / 2 : s.kept_in;
+  n.taps = c.taps();
+  n.depth = n.units * n.taps;
+  n.x = static_cast<const char*>(c.input.const_data_ptr());
+  n.x_stride_n = c.input.stride(0);
+  n.x_stride_c = c.input.stride(1);
+  n.x_stride_h = c.input.stride(2);
+  n.x_stride_w = c.input.stride(3);
+  n.height = s.height;
+  n.width = s.width;
+  n.kernel_w = s.kernel_w;
+  n.stride_h = c.stride[0];
+  n.stride_w = c.stride[1];
+  n.dilation_h = c.dilation[0];
+  n.dilation_w = c.dilation[1];
+  n.pad_top = c.padding[kTop];
+  n.pad_left = c.padding[kLeft];
+  n.batch = s.batch;
+  n.out_h = s.out_h;
+  n.out_w = s.out_w;
+  n.kept_in = s.kept_in;
+  n.kept_out = s.kept_out;
+  n.channels_in = s.channels_in;
+  n.in_index = list_data(n, c.in_index);
+  n.out_index = list_data(n, c.out_index);
+  n.w = static_cast<const char*>(c.weight.const_data_ptr());
+  n.w_stride_out = c.weight.stride(0);
+  n.w_stride_in = c.weight.stride(1);
+  n.w_stride_h = c.weight.stride(2);
+  n.w_stride_w = c.weight.stride(3);
+  n.weight_index = list_data(n, c.weight_index);
+  const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.out_h == n.height && n.out_w == n.width;
+  if (pointwise && n.x_stride_h == n.width * n.x_stride_w) {
+    n.width = n.out_w = n.height * n.width;
+    n.height = n.out_h = 1;
+    n.x_stride_h = 0;
+  }
+  n.in_scale = float_data(n, c.fusion.in_scale);
+  n.in_shift = float_data(n, c.fusion.in_shift);
+  n.in_relu = c.fusion.in_relu;
+  n.has_prologue = c.fusion.has_prologue();
+  n.out_relu = c.fusion.out_relu;
+  fold_epilogue(c, n);
+  if (has_value(c.fusion.residual)) {
+    int64_t step = pixel_step(*c.fusion.residual, c.format());
+    n.keep_alive.push_back(step ? *c.fusion.residual : c.fusion.residual->contiguous(c.format()));
+    n.residual = static_cast<const char*>(n.keep_alive.back().const_data_ptr());
+    n.residual_pixel = (step ? step : s.kept_out) * n.element_size();
+  }
+  if (!result.defined()) {
+    result = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
+  }
+  n.y = static_cast<char*>(result.mutable_data_ptr());
+  const int64_t products = n.pixels() * n.kept_out * n.kept_in * n.taps;
+  n.threads = products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
+  return n;
+}
+
+TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads) {
+  TaskGrid grid{std::max<int64_t>(1, (tiles + tiles_per_block / 2) / tiles_per_block), 1};
+  if (threads == 1) return grid;
+  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each
+  // thread.
+  if (tiles < tiles_per_block * threads / 2 && panels >= threads) {
+    grid.channel_groups = threads;
+  } else {
+    grid.pixel_blocks = std::min(tiles, round_up(grid.pixel_blocks, threads));
+  }
+  return grid;
+}
+
+float* thread_scratch(int slot, int64_t floats) {
+  struct Buffer {
+    c10::DataPtr data;
+    int64_t floats = 0;
+  };
+  thread_local Buffer buffers[4];
+  Buffer& b = buffers[slot];
+  if (b.floats < floats) {
+    b.data = c10::GetCPUAllocator()->allocate(floats * sizeof(float));  // 64-byte aligned
+    b.floats = floats;
+  }
+  return static_cast<float*>(b.data.get());
+}
+
+at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  // The packed form depends on the tiles, so on the lanes' meaning too.
+  const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
+  return PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
+                                     [&] { return last ? pack_weight_pixel_rows(n) : pack_weight_channel_rows(n); });
+}
+
+void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_last) {
+  const auto* w = weight.const_data_ptr<float>();
+  const NativeTasks tasks = channels_last ? pixel_rows_tasks(n, w) : channel_rows_tasks(n, w);
+  at::parallel_for(0, tasks.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) tasks.run(task);
+  });
+}
+
+at::Tensor native_gathered_conv2d(const ConvCall& c) {
+  at::Tensor result;
+  const NativeCall n = prepare_native(c, result);
+  run_driver(n, packed_weight(c, n), c.format() == at::MemoryFormat::ChannelsLast);
+  return result;
+}
+
+}  // namespace bap_kernels

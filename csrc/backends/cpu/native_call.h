@@ -1,0 +1,107 @@
+// A call prepared for the native kernels: geometry in element strides, listed channels, folded epilogue.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "backends/cpu/microkernels/tile.h"
+#include "ops/conv_call.h"
+
+namespace bap_kernels {
+
+// Most steps of the reduction in one pass over the weights: a weight panel of this depth stays in the L1 cache.
+constexpr int64_t kReductionBlock = 320;
+
+// Steps of each pass when `depth` steps, `grain` at a time, are shared out evenly: a short last pass would cost as much
+// around its loops as in them.
+inline int64_t reduction_block(int64_t depth, int64_t grain) {
+  const int64_t passes = std::max<int64_t>(1, (depth + kReductionBlock - 1) / kReductionBlock);
+  const int64_t grains = (depth + grain - 1) / grain;
+  return (grains + passes - 1) / passes * grain;
+}
+
+struct NativeCall {
+  const micro::KernelTable* tiles;
+  bool bfloat16;        // element type of input and weight; else float
+  bool out_bfloat16;    // element type of result and residual; else float
+  bool pairs;           // two channels in each 32-bit lane, multiplied by the *_pairs tiles
+  int64_t units;        // listed input channels in lanes: kept_in, or half of it rounded up
+  int64_t taps, depth;  // depth = units * taps
+
+  // Input: strides in elements. A 1x1 convolution over whole planes is seen as one row of H * W pixels.
+  const char* x;
+  int64_t height, width, x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  int64_t kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+  int64_t batch, out_h, out_w, kept_in, kept_out, channels_in;
+  const int32_t* in_index;   // null: all
+  const int32_t* out_index;  // null: all
+
+  // Weight: strides in elements, those of the taps may be negative.
+  const char* w;
+  int64_t w_stride_out, w_stride_in, w_stride_h, w_stride_w;
+  const int32_t* weight_index;  // its channels where the input's are numbered otherwise; null: as in_index
+
+  // Prologue on listed channels; null where absent.
+  const float* in_scale;
+  const float* in_shift;
+  bool in_relu;
+  bool has_prologue;
+
+  // Epilogue: y = relu?(scale * sum + shift + residual), the bias folded into shift. Padded to whole tiles.
+  std::vector<float> scale, shift;
+  const char* residual;  // same strides as y, but for the bytes from pixel to pixel of channels_last
+  int64_t residual_pixel;
+  bool out_relu;
+
+  char* y;  // contiguous in the call's memory format
+  int threads;
+
+  std::vector<at::Tensor> keep_alive;
+
+  int64_t element_size() const { return bfloat16 ? 2 : 4; }
+  int64_t out_size() const { return out_bfloat16 ? 2 : 4; }
+  int64_t pixels() const { return batch * out_h * out_w; }
+  int64_t channel(int64_t i) const { return in_index ? in_index[i] : i; }
+  int64_t weight_channel(int64_t i) const { return weight_index ? weight_index[i] : channel(i); }
+  const char* pixel(int64_t n, int64_t ih, int64_t iw) const {
+    return x + (n * x_stride_n + ih * x_stride_h + iw * x_stride_w) * element_size();
+  }
+};
+
+// Fills in everything; `result` is allocated in the call's memory format, unless it comes as a place to write to.
+NativeCall prepare_native(const ConvCall& call, at::Tensor& result);
+
+// Packed weights, [panel][reduction step][lane or row] in 32-bit lanes; see pack_weights.cpp for the two orders.
+at::Tensor pack_weight_pixel_rows(const NativeCall& native);
+at::Tensor pack_weight_channel_rows(const NativeCall& native);
+
+// The work of one call, cut into tasks that may run in any order, at once or not.
+struct NativeTasks {
+  int64_t count;
+  std::function<void(int64_t)> run;
+};
+
+// The two drivers: channels_last results, and contiguous results. Tasks refer to the arguments.
+NativeTasks pixel_rows_tasks(const NativeCall& native, const float* weight);
+NativeTasks channel_rows_tasks(const NativeCall& native, const float* weight);
+
+// The call's weight as its driver wants it, from the cache where the call asks for that.
+at::Tensor packed_weight(const ConvCall& call, const NativeCall& native);
+
+// Runs the driver of channels_last results, or that of contiguous ones, on all threads.
+void run_driver(const NativeCall& native, const at::Tensor& weight, bool channels_last);
+
+// How a task grid covers tiles of pixels and panels of channels: enough tasks for all threads, weights read as seldom
+// as possible. The grid never changes the order of a sum.
+struct TaskGrid {
+  int64_t pixel_blocks, channel_groups;
+  int64_t tasks() const { return pixel_blocks * channel_groups; }
+};
+TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads);
+
+// Memory of one thread for packing, 64-byte aligned, kept between calls.
+float* thread_scratch(int slot, int64_t floats);
+
+}  // namespace bap_kernels

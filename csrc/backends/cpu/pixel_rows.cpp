@@ -1,0 +1,144 @@
+// Driver of channels_last results: tiles of output pixels x output channels.
+//   y[pixel, j] = sum over taps and listed channels of x[pixel's tap, in_index[i]] * w[j, i, tap]
+// A table of pointers names where each pixel's taps begin (see pixel_source.h), so stride, padding and dilation cost
+// nothing in the kernel; padded taps point at zeros.
+// Tasks are blocks of pixels x groups of weight panels. No atomics; the order of each sum is fixed by the reduction.
+#include <algorithm>
+
+#include "backends/cpu/native_call.h"
+#include "backends/cpu/pixel_source.h"
+
+namespace bap_kernels {
+namespace {
+
+using micro::Segment;
+using micro::TileArgs;
+
+constexpr int kPointerSlot = 0, kPartialSlot = 1;
+constexpr int64_t kPixelsPerBlock = 120;
+// Blocks that pack image rows share fewer of them with their neighbours when they are larger.
+constexpr int64_t kPixelsPerPackedBlock = 240;
+// Weights of one reduction block up to this size stay in the L2 cache, so a tile can visit all of them in turn.
+constexpr int64_t kWeightsNear = 192 * 1024;
+// More prefetches than a core tracks at once would stall it.
+constexpr int64_t kLinesAtOnce = 16;
+
+// The reduction cut into blocks of about equal length, each a run of segments.
+struct Reduction {
+  struct Block {
+    int64_t first_segment, segments, first_step;
+  };
+  std::vector<Segment> segments;
+  std::vector<Block> blocks;
+
+  explicit Reduction(const PixelAccess& access) {
+    const int64_t most = reduction_block(access.runs * access.steps, 1);
+    int64_t step = 0, room = 0;
+    for (int64_t run = 0; run < access.runs; ++run) {
+      for (int64_t begin = 0; begin < access.steps;) {
+        if (room == 0) {
+          blocks.push_back({static_cast<int64_t>(segments.size()), 0, step});
+          room = most;
+        }
+        const int64_t count = std::min(room, access.steps - begin);
+        segments.push_back({static_cast<int32_t>(run), static_cast<int32_t>(begin), static_cast<int32_t>(count)});
+        ++blocks.back().segments;
+        begin += count;
+        room -= count;
+        step += count;
+      }
+    }
+  }
+};
+
+// One task: output pixels [begin, end), weight panels [first_panel, last_panel).
+void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, const float* weight,
+              int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+  const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
+  const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
+  PixelSource source(n, access);
+  auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * access.runs * rows * 2));
+  source.pointers(begin, end, rows, table);
+  const bool blocked = reduction.blocks.size() > 1;
+  float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
+  const int64_t row_bytes = n.kept_out * n.out_size();
+  const int64_t full_tiles = (end - begin) / rows, last_rows = (end - begin) % rows;
+
+  TileArgs t{};
+  t.row_stride = static_cast<int32_t>(rows);
+  t.out_row_stride = row_bytes;
+  t.residual_row_stride = n.residual_pixel;
+  t.offsets = source.offsets();
+  t.relu = n.out_relu;
+  t.bfloat16 = n.out_bfloat16;
+  for (size_t b = 0; b < reduction.blocks.size(); ++b) {
+    const auto& block = reduction.blocks[b];
+    t.segments = reduction.segments.data() + block.first_segment;
+    t.segment_count = static_cast<int32_t>(block.segments);
+    t.load_partial = b > 0;
+    t.store_partial = b + 1 < reduction.blocks.size();
+    // `count` tiles from (tile, panel) on, the next tile or the next panel each time.
+    const auto run = [&](int64_t tile, int64_t tile_rows, int64_t panel, int64_t count, bool along_panels) {
+      const int64_t channel = panel * width;
+      const int vectors = n.kept_out - channel <= lanes ? 1 : 2;
+      t.tiles = static_cast<int32_t>(count);
+      t.weight = weight + channel * n.depth + block.first_step * vectors * lanes;
+      t.valid = static_cast<int32_t>(std::min<int64_t>(n.kept_out - channel, vectors * lanes));
+      t.scale = n.scale.empty() ? nullptr : n.scale.data() + channel;
+      t.shift = n.shift.empty() ? nullptr : n.shift.data() + channel;
+      t.source = table + tile * access.runs * rows;
+      t.partial = partial + (tile * panels + panel - first_panel) * rows * width;
+      const int64_t pixel = begin + tile * rows, first_byte = channel * n.out_size();
+      t.out = n.y + pixel * row_bytes + first_byte;
+      t.residual = n.residual ? n.residual + pixel * n.residual_pixel + first_byte : nullptr;
+      t.weight_step = along_panels ? width * n.depth : 0;
+      t.source_step = along_panels ? 0 : access.runs * rows;
+      t.partial_step = (along_panels ? 1 : panels) * rows * width;
+      t.channel_step = along_panels ? width : 0;
+      t.out_step = along_panels ? width * n.out_size() : rows * row_bytes;
+      t.residual_step = along_panels ? t.out_step : rows * n.residual_pixel;
+      n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
+    };
+    const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
+    const bool panels_inside = kReductionBlock * panels * width * int64_t{4} <= kWeightsNear;
+    if (panels_inside) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
+        // While a tile is computed, the next one's pixels come closer, a few lines at a time.
+        const bool ahead = b == 0 && tile + 1 < full_tiles;
+        const float* const* next = table + (tile + 1) * access.runs * rows;
+        const int64_t chunks =
+            ahead ? std::max<int64_t>(1, std::min(full_panels, source.lines(rows) / kLinesAtOnce)) : 1;
+        for (int64_t c = 0; c < chunks; ++c) {
+          if (ahead) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
+          const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
+          if (q > p) run(tile, tile_rows, first_panel + p, q - p, true);
+        }
+        if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
+      }
+    } else {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        if (full_tiles > 0) run(0, rows, panel, full_tiles, false);
+        if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+NativeTasks pixel_rows_tasks(const NativeCall& n, const float* weight) {
+  const PixelAccess access(n);
+  const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
+  const int64_t tiles = (n.pixels() + rows - 1) / rows, panels = (n.kept_out + width - 1) / width;
+  const TaskGrid grid =
+      make_task_grid(tiles, panels, (access.direct ? kPixelsPerBlock : kPixelsPerPackedBlock) / rows, n.threads);
+  return {grid.tasks(), [=, &n, reduction = Reduction(access)](int64_t task) {
+            const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
+            run_task(n, access, reduction, weight, block * tiles / grid.pixel_blocks * rows,
+                     std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * rows),
+                     group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
+          }};
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,158 @@
+// Pointers into x, or into rows packed for a block of output pixels.
+#include "backends/cpu/pixel_source.h"
+
+#include <algorithm>
+
+namespace bap_kernels {
+namespace {
+
+constexpr int kPanelSlot = 2;
+// With fewer results per pixel, copying its channels costs more than the shorter loops save.
+constexpr int64_t kPackedFrom = 32;
+
+const int32_t* counting(int64_t count) {
+  thread_local std::vector<int32_t> numbers;
+  while (static_cast<int64_t>(numbers.size()) < count) numbers.push_back(static_cast<int32_t>(numbers.size()));
+  return numbers.data();
+}
+
+const float* zeros(int64_t count) {
+  thread_local std::vector<float> values;
+  if (static_cast<int64_t>(values.size()) < count) values.assign(count, 0.f);
+  return values.data();
+}
+
+}  // namespace
+
+PixelAccess::PixelAccess(const NativeCall& n) {
+  const bool in_place = !n.bfloat16 && !n.has_prologue && n.x_stride_c == 1;
+  const bool mergeable = n.taps > 1 && n.dilation_w == 1;
+  direct = in_place && !(mergeable && n.kept_out >= kPackedFrom);
+  merged = !direct && mergeable;
+  runs = merged ? n.taps / n.kernel_w : n.taps;
+  steps = merged ? n.kernel_w * n.units : n.units;
+}
+
+const int32_t* PixelSource::offsets() const {
+  return access_.direct && n_.in_index ? n_.in_index : counting(access_.steps);
+}
+
+void PixelSource::pointers(int64_t begin, int64_t end, int64_t rows, const float** table) {
+  zeros_ = zeros(access_.direct ? n_.channels_in : access_.steps);
+  if (!access_.direct) n_.taps == 1 ? pack_pixels(begin, end) : pack_rows(begin, end);
+  const int64_t area = n_.out_h * n_.out_w;
+  int64_t image = begin / area, oh = begin % area / n_.out_w, ow = begin % n_.out_w;
+  for (int64_t tile = begin; tile < end; tile += rows, table += access_.runs * rows) {
+    for (int64_t r = 0; r < std::min(rows, end - tile); ++r) {
+      for (int64_t run = 0; run < access_.runs; ++run) {
+        table[run * rows + r] = run_pointer(image, oh, ow, tile - begin + r, run);
+      }
+      if (++ow == n_.out_w) {
+        ow = 0;
+        if (++oh == n_.out_h) oh = 0, ++image;
+      }
+    }
+  }
+}
+
+const float* PixelSource::run_pointer(int64_t image, int64_t oh, int64_t ow, int64_t local, int64_t run) const {
+  const bool single = n_.taps == 1;
+  const int64_t kh = single || access_.merged ? run : run / n_.kernel_w;
+  const int64_t kw = single || access_.merged ? 0 : run % n_.kernel_w;
+  const int64_t ih = oh * n_.stride_h - n_.pad_top + kh * n_.dilation_h;
+  const int64_t column = ow * n_.stride_w + kw * n_.dilation_w;  // counted from the left padding's first
+  const int64_t iw = column - n_.pad_left;
+  if (ih < 0 || ih >= n_.height) return zeros_;
+  if (single || access_.direct) {
+    if (iw < 0 || iw >= n_.width) return zeros_;
+    if (access_.direct) return reinterpret_cast<const float*>(n_.pixel(image, ih, iw));
+    return panel_ + local * n_.units;
+  }
+  const Rows& r = rows_[image - first_image_];
+  return panel_ + ((r.offset + ih - r.first) * columns_ + column) * n_.units;
+}
+
+void PixelSource::prefetch(const float* const* tile, int64_t first, int64_t last) const {
+  if (!access_.direct || n_.taps != 1) return;
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t c = 0; c < n_.channels_in; c += 16) __builtin_prefetch(tile[r] + c);
+  }
+}
+
+// One pixel of input for each output pixel: a 1x1 convolution of any stride.
+void PixelSource::pack_pixels(int64_t begin, int64_t end) {
+  const int64_t area = n_.out_h * n_.out_w;
+  panel_ = thread_scratch(kPanelSlot, (end - begin) * n_.units);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t ih = p % area / n_.out_w * n_.stride_h - n_.pad_top;
+    const int64_t iw = p % n_.out_w * n_.stride_w - n_.pad_left;
+    if (ih < 0 || ih >= n_.height || iw < 0 || iw >= n_.width) continue;
+    pack_pixel(n_.pixel(p / area, ih, iw), panel_ + (p - begin) * n_.units);
+  }
+}
+
+// The image rows that the block's output rows read, whole, with the columns of padding on both sides.
+void PixelSource::pack_rows(int64_t begin, int64_t end) {
+  const int64_t area = n_.out_h * n_.out_w;
+  const int64_t reach = (n_.taps / n_.kernel_w - 1) * n_.dilation_h;
+  columns_ = (n_.out_w - 1) * n_.stride_w + (n_.kernel_w - 1) * n_.dilation_w + 1;
+  first_image_ = begin / area;
+  rows_.clear();
+  int64_t total = 0;
+  for (int64_t image = first_image_; image * area < end; ++image) {
+    const int64_t oh_first = std::max(begin - image * area, int64_t{0}) / n_.out_w;
+    const int64_t oh_last = (std::min(end - image * area, area) - 1) / n_.out_w;
+    const int64_t first = std::max<int64_t>(0, oh_first * n_.stride_h - n_.pad_top);
+    const int64_t last = std::min(n_.height - 1, oh_last * n_.stride_h - n_.pad_top + reach);
+    rows_.push_back({first, std::max<int64_t>(0, last - first + 1), total});
+    total += rows_.back().count;
+  }
+  panel_ = thread_scratch(kPanelSlot, total * columns_ * n_.units);
+  float* dst = panel_;
+  for (size_t k = 0; k < rows_.size(); ++k) {
+    for (int64_t ih = rows_[k].first; ih < rows_[k].first + rows_[k].count; ++ih) {
+      for (int64_t iw = -n_.pad_left; iw < columns_ - n_.pad_left; ++iw, dst += n_.units) {
+        if (iw < 0 || iw >= n_.width) {
+          std::fill(dst, dst + n_.units, 0.f);
+        } else {
+          pack_pixel(n_.pixel(first_image_ + static_cast<int64_t>(k), ih, iw), dst);
+        }
+      }
+    }
+  }
+}
+
+void PixelSource::pack_pixel(const char* pixel, float* dst) const {
+  if (n_.bfloat16) {
+    pack_channels(reinterpret_cast<const c10::BFloat16*>(pixel), dst);
+  } else {
+    pack_channels(reinterpret_cast<const float*>(pixel), dst);
+  }
+}
+
+template <class scalar_t>
+void PixelSource::pack_channels(const scalar_t* pixel, float* dst) const {
+  const auto value = [&](int64_t i) {
+    float v = static_cast<float>(pixel[n_.channel(i) * n_.x_stride_c]);
+    if (n_.in_scale) v *= n_.in_scale[i];
+    if (n_.in_shift) v += n_.in_shift[i];
+    return n_.in_relu && v < 0.f ? 0.f : v;
+  };
+  if (n_.pairs) {
+    auto* halves = reinterpret_cast<c10::BFloat16*>(dst);
+    if (!n_.has_prologue) {
+      for (int64_t i = 0; i < n_.kept_in; ++i) halves[i] = pixel[n_.channel(i) * n_.x_stride_c];
+    } else {
+      for (int64_t i = 0; i < n_.kept_in; ++i) halves[i] = static_cast<c10::BFloat16>(value(i));
+    }
+    if (n_.kept_in % 2) halves[n_.kept_in] = c10::BFloat16(0.f);
+  } else if (n_.has_prologue) {
+    for (int64_t i = 0; i < n_.kept_in; ++i) dst[i] = value(i);
+  } else if (n_.x_stride_c == 1 && n_.in_index) {
+    for (int64_t i = 0; i < n_.kept_in; ++i) dst[i] = static_cast<float>(pixel[n_.in_index[i]]);
+  } else {
+    for (int64_t i = 0; i < n_.kept_in; ++i) dst[i] = static_cast<float>(pixel[n_.channel(i) * n_.x_stride_c]);
+  }
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,59 @@
+// Where the pixel-row tiles find the channels of an output pixel's taps.
+#pragma once
+
+#include <vector>
+
+#include "backends/cpu/native_call.h"
+
+namespace bap_kernels {
+
+// How the reduction of one pixel is laid out: `runs` pointers, `steps` consecutive channel units behind each.
+//   direct   the pointers lead into x and the list gives the offsets: nothing is copied. One run for each tap.
+//   packed   a thread first copies the listed channels of the image rows that its block needs, padded with columns of
+//            zeros. Neighbouring taps of an image row are then one run, which makes few, long loops of many short ones.
+// Packing serves convolutions of several taps, and whatever the kernel cannot read in place: bfloat16, a fused
+// prologue, strided channels.
+struct PixelAccess {
+  bool direct, merged;
+  int64_t runs, steps;
+
+  explicit PixelAccess(const NativeCall& n);
+};
+
+class PixelSource {
+ public:
+  PixelSource(const NativeCall& n, const PixelAccess& access) : n_(n), access_(access) {}
+
+  // Offsets of the channel units from a pointer.
+  const int32_t* offsets() const;
+
+  // Prepares the output pixels [begin, end) and fills table[tile][run][row].
+  void pointers(int64_t begin, int64_t end, int64_t rows, const float** table);
+
+  // Cache lines to ask for ahead of a tile; none where several taps share them or a thread packs them first.
+  int64_t lines(int64_t rows) const { return access_.direct && n_.taps == 1 ? rows * (n_.channels_in / 16 + 1) : 0; }
+
+  // Asks for the channels of the tile's pixels [first, last).
+  void prefetch(const float* const* tile, int64_t first, int64_t last) const;
+
+ private:
+  struct Rows {  // the input rows of one image that a block reads, and where they lie in the panel
+    int64_t first, count, offset;
+  };
+
+  const float* run_pointer(int64_t image, int64_t oh, int64_t ow, int64_t local, int64_t run) const;
+  void pack_pixels(int64_t begin, int64_t end);
+  void pack_rows(int64_t begin, int64_t end);
+  void pack_pixel(const char* pixel, float* dst) const;
+  template <class scalar_t>
+  void pack_channels(const scalar_t* pixel, float* dst) const;
+
+  const NativeCall& n_;
+  const PixelAccess& access_;
+  const float* zeros_ = nullptr;
+  float* panel_ = nullptr;
+  int64_t first_image_ = 0, columns_ = 0;
+  std::vector<Rows> rows_;
+};
+
+}  // namespace bap_kernels

@@ -1,0 +1,75 @@
+// Routes of the gradients on the CUDA kernels.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "backends/aten/gathered_conv2d_backward.h"
+#include "backends/cuda/routes.h"
+
+namespace bap_kernels {
+namespace {
+
+at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                             const OptionalTensor& in_index, const OptionalTensor& out_index,
+                             const std::array<AxisOptions, 2>& axes) {
+  const at::Tensor dx = at::empty_like(input);
+  ConvLaunch launch;
+  launch.result = dx;
+  launch.runs = {{packed_weight(weight, out_index, in_index, /*by_input=*/true),
+                  {std::nullopt, 0, grad.size(1)},
+                  0,
+                  grad.size(0)}};
+  launch.result_list = list_form(in_index, input.size(1));
+  launch.full_width = has_value(in_index);
+  launch.columns = launch.result_list.length;
+  launch.h = axes[0];
+  launch.w = axes[1];
+  // A pointwise convolution's gradient is a pointwise convolution with the lists changed over.
+  launch.gradient = !pointwise(axes);
+  run_conv_route(launch, grad);
+  return dx;
+}
+
+}  // namespace
+
+at::Tensor with_aligned_chunks(const at::Tensor& t) {
+  return aligned_chunks(t, false) ? t : packed_channels(t, {std::nullopt, 0, t.size(1)});
+}
+
+void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& input,
+                         const ListForm& rows, const ListForm& columns, const OptionalTensor& used,
+                         const std::array<AxisOptions, 2>& axes) {
+  const int64_t vector = 16 / static_cast<int64_t>(input.element_size());
+  const bool direct = columns.block % vector == 0 && aligned_chunks(input, false);
+  const at::Tensor source = direct ? input : packed_channels(input, columns, used);
+  const ListForm read = direct ? columns : ListForm{std::nullopt, 0, columns.length};
+  launch_weight_gradient(result, with_aligned_chunks(grad), source, read, rows, columns, used, axes[0], axes[1]);
+}
+
+GradientTriple cuda_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& weight, const OptionalTensor& in_index,
+                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
+                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
+                                             std::array<bool, 3> mask) {
+  const int64_t out_h = grad_output.size(2), out_w = grad_output.size(3);
+  refuse_uncovered("gathered_conv2d_backward", input, weight, groups, out_h, out_w);
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  GradientTriple grads{none(), none(), none()};
+  const auto axes = axes_of(input, weight, out_h, out_w, stride, padding, dilation);
+  if (mask[0]) std::get<0>(grads) = gradient_of_input(grad_output, input, weight, in_index, out_index, axes);
+  if (mask[1]) {
+    const bool all = !has_value(in_index) && !has_value(out_index);
+    const at::Tensor dw = all ? at::empty_like(weight) : at::zeros_like(weight);
+    run_weight_gradient(dw, grad_output, input, list_form(out_index, weight.size(0)),
+                        list_form(in_index, input.size(1)), {}, axes);
+    std::get<1>(grads) = dw;
+  }
+  if (mask[2]) {
+    ConvShape<int64_t> s{};
+    s.channels_out = weight.size(0);
+    std::get<2>(grads) = listed_bias_gradient(grad_output, out_index, s);
+  }
+  return grads;
+}
+
+}  // namespace bap_kernels

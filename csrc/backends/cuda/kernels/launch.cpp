@@ -1,0 +1,50 @@
+// From a kind of products, known at run time, to the kernels that were compiled for it.
+#include "backends/cuda/kernels/launch.h"
+
+namespace bap_kernels {
+
+Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape tile, bool planes, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_conv_of<Products::kBFloat16>(p, tile, planes, stream);
+    case Products::kHalf:
+      return launch_conv_of<Products::kHalf>(p, tile, planes, stream);
+    case Products::kTf32:
+      return launch_conv_of<Products::kTf32>(p, tile, planes, stream);
+    default:
+      return launch_conv_of<Products::kFloat32>(p, tile, planes, stream);
+  }
+}
+
+Status launch_warpgroup_conv2d(const ConvParams& p, Products products, WarpgroupTileShape tile, void* stream) {
+  return products == Products::kBFloat16 ? launch_warpgroup_conv_of<Products::kBFloat16>(p, tile, stream)
+                                         : launch_warpgroup_conv_of<Products::kHalf>(p, tile, stream);
+}
+
+Status launch_halo_conv2d(const HaloParams& p, Products products, HaloTileShape tile, int shared_bytes, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_halo_of<Products::kBFloat16>(p, tile, shared_bytes, stream);
+    case Products::kHalf:
+      return launch_halo_of<Products::kHalf>(p, tile, shared_bytes, stream);
+    case Products::kTf32:
+      return launch_halo_of<Products::kTf32>(p, tile, shared_bytes, stream);
+    default:
+      return launch_halo_of<Products::kFloat32>(p, tile, shared_bytes, stream);
+  }
+}
+
+Status launch_weight_gradient(const WeightGradientParams& p, Products products, TileShape tile, void* stream) {
+  switch (products) {
+    case Products::kBFloat16:
+      return launch_weight_gradient_of<Products::kBFloat16>(p, tile, stream);
+    case Products::kHalf:
+      return launch_weight_gradient_of<Products::kHalf>(p, tile, stream);
+    case Products::kTf32:
+      return launch_weight_gradient_of<Products::kTf32>(p, tile, stream);
+    default:
+      return launch_weight_gradient_of<Products::kFloat32>(p, tile, stream);
+  }
+}
+
+}  // namespace bap_kernels

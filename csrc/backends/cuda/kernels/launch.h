@@ -1,0 +1,41 @@
+// Launches of the convolution kernels on a stream of the current device. No CUDA type appears here, so that launchers
+// can be compiled against a simulation; a status is a cudaError_t, 0 for success.
+#pragma once
+
+#include "backends/cuda/kernels/conv_params.h"
+#include "backends/cuda/kernels/halo_shape.h"
+#include "backends/cuda/kernels/instances.h"
+
+namespace bap_kernels {
+
+using Status = int;
+
+Status launch_gathered_conv2d(const ConvParams& params, Products products, TileShape tile, bool planes, void* stream);
+// Products of the 16-bit kinds, by sources that are not planar and without terms of a switch's gradient; on devices
+// that have warpgroups.
+Status launch_warpgroup_conv2d(const ConvParams& params, Products products, WarpgroupTileShape tile, void* stream);
+// `shared_bytes`: what the choice of the shape said.
+Status launch_halo_conv2d(const HaloParams& params, Products products, HaloTileShape tile, int shared_bytes,
+                          void* stream);
+Status launch_weight_gradient(const WeightGradientParams& params, Products products, TileShape tile, void* stream);
+Status launch_sum_partials(const SumPartialsParams& params, Products products, void* stream);
+Status launch_channel_pack(const ChannelPackParams& params, Products products, void* stream);
+Status launch_channel_unpack(const ChannelUnpackParams& params, Products products, void* stream);
+
+const char* status_text(Status status);
+// Streaming multiprocessors of a device.
+int processor_count(int device);
+// Whether a device, the current one, runs the products of warpgroups, and code for it was compiled.
+bool has_warpgroups(int device);
+
+// One products' part of the first four: what the file of each compiles.
+template <Products kProducts>
+Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
+template <Products kProducts>
+Status launch_warpgroup_conv_of(const ConvParams& params, WarpgroupTileShape tile, void* stream);
+template <Products kProducts>
+Status launch_halo_of(const HaloParams& params, HaloTileShape tile, int shared_bytes, void* stream);
+template <Products kProducts>
+Status launch_weight_gradient_of(const WeightGradientParams& params, TileShape tile, void* stream);
+
+}  // namespace bap_kernels

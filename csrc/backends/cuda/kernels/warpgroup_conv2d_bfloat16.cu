@@ -1,0 +1,27 @@
+// The convolution by products of warpgroups, of one kind of products, and whether a device runs them; see
+// warpgroup_conv2d_block.h.
+#include "backends/cuda/kernels/launch_warpgroups.cuh"
+
+namespace bap_kernels {
+
+template Status launch_warpgroup_conv_of<Products::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
+
+bool has_warpgroups(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet
+  if (device < 0 || device >= kDevices) return false;
+  if (known[device] == 0) {
+    using Kernel = WarpgroupConv2d<Products::kBFloat16, SquareWarpgroupTile>;
+    int major = 0;
+    cudaFuncAttributes attributes{};
+    const bool runs = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                      major == 9 && cudaFuncGetAttributes(&attributes, warpgroup_kernel<Kernel>) == cudaSuccess &&
+                      attributes.maxThreadsPerBlock >= Kernel::kThreads;
+    // A device without code for it is no error of a later call.
+    if (!runs) cudaGetLastError();
+    known[device] = runs ? 1 : -1;
+  }
+  return known[device] > 0;
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,82 @@
+// Callers of the private ops of bap_kernels._C_cuda, and what their arguments are made from.
+#pragma once
+
+#include "backends/cuda/lists.h"
+#include "backends/cuda/ops/options.h"
+#include "ops/conv_call.h"
+
+namespace bap_kernels {
+
+// Elements that a packed or compact axis is rounded up to, so that each line has whole runs of 16 bytes.
+constexpr int64_t kPackedAlignment = 16;
+
+// Images that share a list of the source's channels, and the weight that was packed for it.
+struct LaunchRun {
+  at::Tensor weight;
+  ListForm list;
+  int64_t first, images;
+};
+
+// One launch of the implicit GEMM, or one for each kMaxRuns runs; what is absent is not done. See ConvParams.
+struct ConvLaunch {
+  OptionalTensor result;
+  at::Tensor source;
+  std::vector<LaunchRun> runs;
+  ListForm result_list;
+  OptionalTensor bias, scale, shift, residual;
+  OptionalTensor source_scale, source_shift;
+  OptionalTensor depth, stored;       // counts on the device, int32, (1,)
+  OptionalTensor input, grad_switch;  // terms of a switch's gradient, added into its listed places
+  // A second store of the columns that `copy_list` names, into a tensor that is made where the launch can fill it.
+  OptionalTensor copy_list;
+  at::Tensor* copy = nullptr;
+  at::MemoryFormat copy_format = at::MemoryFormat::Contiguous;
+  AxisOptions h, w;
+  int64_t columns = 0;
+  ConvRoute route = ConvRoute::kRows;
+  bool gradient = false, full_width = false, relu = false, reduce_off = false, source_relu = false;
+};
+void launch_conv(const ConvLaunch& launch);
+
+// The same into a result of any layout. One of planes is computed in a compact NHWC tensor and spread from there, where
+// the kernel has NHWC at hand: its own stores would be single elements, a plane apart. Unlisted channels of a result of
+// full width become zeros.
+void launch_conv_into_result(ConvLaunch launch);
+
+// The gradient (C_out, C_in, kH, kW) at the listed places; `source` holds the channels that `source_list` reads.
+void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
+                            const ListForm& source_list, const ListForm& rows, const ListForm& columns,
+                            const OptionalTensor& used, const AxisOptions& h, const AxisOptions& w);
+
+// A compact NHWC copy (N, K rounded up, H, W) of the listed channels of each run, zeros behind them. With a count, what
+// lies beyond it is not read and may be left unwritten.
+at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun>& runs,
+                           const OptionalTensor& used = {}, const Fusion& prologue = {});
+// The same of one list for all images.
+at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const OptionalTensor& used = {});
+
+// Spreads the channels of such a copy over the listed ones of `result`, zeros between them. With a count, channels
+// beyond it are taken for zeros and not read.
+void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const ListForm& list,
+                     const OptionalTensor& used = {});
+
+// Packed weights: (K_out, taps, K_in rounded up) by filters, (K_in, taps, K_out rounded up) by input channels.
+at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,
+                         bool by_input);
+
+bool capturing_cuda(const at::Tensor& t);
+
+// Whether the kernels can copy runs of 16 bytes from the tensor: of channels, or with `planes` of pixels.
+bool aligned_chunks(const at::Tensor& t, bool planes);
+
+// Raises NotImplementedError where no kernel covers a call.
+void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
+                      int64_t out_w);
+
+std::array<AxisOptions, 2> axes_of(const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
+                                   c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation);
+
+// Whether each result pixel meets the input pixel at its place and no other.
+bool pointwise(const std::array<AxisOptions, 2>& axes);
+
+}  // namespace bap_kernels

@@ -1,0 +1,461 @@
+// Measured choice of a backend: which cases are known, and when one is measured again. See choice.h.
+#include "dispatch/choice.h"
+
+#include <ATen/Parallel.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <unordered_set>
+#include <utility>
+
+#include "backends/aten/packed_convolution.h"
+#include "backends/cpu/isa.h"
+#include "dispatch/bounded_map.h"
+#include "dispatch/choice_file.h"
+#include "dispatch/measure.h"
+#include "dispatch/packed_cache.h"
+#include "dispatch/python_hooks.h"
+
+namespace bap_kernels {
+namespace {
+
+// A case at its first call. The more cases a process measures, the less time each gets: n of them take
+// kSecondsPerCase * kFullCases * (1 + ln(n / kFullCases)) in all, and a round of each that stays.
+constexpr double kSecondsPerCase = 0.1;
+constexpr int64_t kFullCases = 128;
+constexpr int kMinRounds = 8, kMaxRounds = 32;
+// Measured again: a few rounds, as soon as this share of the time in the case pays for them beyond a first allowance,
+// and not before a busy minute has passed; twice as long each time after that.
+constexpr int kRoundsAgain = 6;
+constexpr double kShare = 0.02, kAllowance = 0.01, kSecondsApart = 60;
+// A choice is settled by kAgreeing measurements in a row where it wins more than kSure of the rounds. One that stays
+// close or noisy is settled by kEnough in a row: its rival is as good. One that changes is given up on after kMost.
+constexpr int kAgreeing = 2, kEnough = 4, kMost = 8;
+constexpr double kSure = 0.75;
+// Other software, cooling and neighbours: after a month a settled choice is measured once more.
+constexpr double kSecondsValid = 30 * 86400.;
+// Cases that are remembered; 10 MB.
+constexpr size_t kMostCases = 1 << 14;
+constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
+
+double wall_seconds(c10::function_ref<void()> run) {
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Identifies the machine and the software that a measurement holds for.
+const std::string& fingerprint() {
+  static const std::string text = cpu_model() + "|" + isa() + "|torch " TORCH_VERSION;
+  return text;
+}
+
+// Whether memory order is the format's own, or strided in some other way.
+const char* layout_name(const ConvCall& c) {
+  if (c.format() == at::MemoryFormat::ChannelsLast) return c.input.is_contiguous(c.format()) ? "nhwc" : "nhwc-strided";
+  return c.input.is_contiguous() ? "nchw" : "nchw-strided";
+}
+
+}  // namespace
+
+double seconds_since_1970() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+double Choice::confidence() const {
+  return measurements == 0 ? 1 : static_cast<double>(wins + 1) / static_cast<double>(rounds + 2);
+}
+
+double Choice::margin() const {
+  double rival = std::numeric_limits<double>::infinity();
+  for (int r = 0; r < kRouteCount; ++r) {
+    if (r != static_cast<int>(route) && seconds[r] > 0) rival = std::min(rival, seconds[r]);
+  }
+  return rival / seconds[static_cast<int>(route)];
+}
+
+bool Choice::settled(double now) const {
+  if (measurements == 0) return true;
+  if (now - measured_at > kSecondsValid) return false;
+  return (agreeing >= kAgreeing && confidence() > kSure) || agreeing >= kEnough || measurements >= kMost;
+}
+
+const Place& cpu_place() {
+  static const auto* place = new Place{"",
+                                       0,
+                                       [] { return true; },
+                                       [](Route, c10::function_ref<void()> run) { return wall_seconds(run); },
+                                       seconds_since_1970,
+                                       /*first_run_tells=*/true};
+  return *place;
+}
+
+int32_t place_id(const std::string& name) {
+  return name.empty() ? 0 : static_cast<int32_t>(std::hash<std::string>()(name) | 1);
+}
+
+const char* route_name(Route route) {
+  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "gather_packed",
+                                               "dense",  "masked", "cuda",        "triton"};
+  return kNames[static_cast<int>(route)];
+}
+
+std::string case_key(const ConvCall& c, const Place& place) {
+  const auto& s = c.shape;
+  std::ostringstream key;
+  key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in
+      << ':' << (has_value(c.in_index) ? std::to_string(s.kept_in) : "all") << " k" << s.channels_out << ':'
+      << (has_value(c.out_index) ? std::to_string(s.kept_out) : "all") << ' ' << s.height << 'x' << s.width << " f"
+      << s.kernel_h << 'x' << s.kernel_w << " s" << c.stride[0] << 'x' << c.stride[1] << " p" << c.padding[0] << ','
+      << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
+      << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
+      << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
+      << (onednn_enabled() ? "" : " no-onednn");
+  if (place.name.empty()) {
+    key << " t" << at::get_num_threads();
+  } else {
+    key << " on " << place.name;
+  }
+  return key.str();
+}
+
+namespace {
+
+// The same facts as case_key in a form that costs no allocation to build.
+struct FastKey {
+  std::array<int32_t, 28> v{};
+  bool operator==(const FastKey& o) const { return v == o.v; }
+};
+
+struct FastHash {
+  size_t operator()(const FastKey& k) const {
+    uint64_t h = 0x9e3779b97f4a7c15ull;
+    for (const int32_t x : k.v) h = (h ^ static_cast<uint32_t>(x)) * 0xff51afd7ed558ccdull, h ^= h >> 32;
+    return h;
+  }
+};
+
+FastKey fast_key(const ConvCall& c, const Place& place) {
+  const auto& s = c.shape;
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
+                        (has_value(c.out_index) ? 8 : 0) | (has_value(c.bias) ? 16 : 0) |
+                        (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
+                        (PackedCache::keeps(c) ? 128 : 0) | (onednn_enabled() ? 256 : 0);
+  const int64_t values[] = {s.batch,
+                            s.channels_in,
+                            s.height,
+                            s.width,
+                            s.channels_out,
+                            s.kernel_h,
+                            s.kernel_w,
+                            s.kept_in,
+                            s.kept_out,
+                            c.stride[0],
+                            c.stride[1],
+                            c.padding[0],
+                            c.padding[1],
+                            c.padding[2],
+                            c.padding[3],
+                            c.dilation[0],
+                            c.dilation[1],
+                            c.groups,
+                            flags,
+                            static_cast<int64_t>(c.input.scalar_type()),
+                            place.name.empty() ? at::get_num_threads() : 0,
+                            place.id};
+  FastKey key;
+  size_t i = 0;
+  for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
+  return key;
+}
+
+// What a call finds in the table. Routes that were not measured in this process are due at once where they are not
+// settled.
+struct Known {
+  std::shared_ptr<const Choice> choice;  // its own: the table of all choices may have forgotten it
+  uint32_t calls = 0;
+  uint32_t due = kNever;  // the call that asks whether to measure again
+  double spent = 0;       // seconds of this process in measuring again
+};
+
+// Seconds of a second measurement, as far as the first one tells: every candidate runs, those that are hopeless drop
+// out after two rounds, and the first run of each may find the cache of packed weights cleared.
+double cost_again(const Choice& choice) {
+  const double best = choice.seconds[static_cast<int>(choice.route)];
+  double cost = 0;
+  for (const double t : choice.seconds) cost += t * (t < 2 * best ? 1 + kRoundsAgain : 3);
+  return cost;
+}
+
+// The call at which measuring again is within its share of the time in the case.
+uint32_t due_call(const Choice& choice, const Known& known, double now) {
+  if (choice.settled(now)) return kNever;
+  const double best = std::max(1e-9, choice.seconds[static_cast<int>(choice.route)]);
+  const double calls = std::ceil((known.spent + cost_again(choice) - kAllowance) / (kShare * best));
+  return static_cast<uint32_t>(std::clamp(calls, known.calls + 1., kNever - 1.));
+}
+
+// When that is not the time: a busy minute may not have passed.
+bool too_early(const Choice& choice, double now) {
+  const double age = now - choice.measured_at;
+  return age >= 0 && age < kSecondsApart * static_cast<double>(1 << std::max(0, choice.measurements - 1));
+}
+
+// Two measurements of a case as one. A disturbance only ever adds time, so of each candidate the lesser one counts.
+Choice combined(const Choice& known, const Measurement& found, const std::vector<Route>& candidates, double now) {
+  Choice result = known;
+  for (const Route r : candidates) {
+    const int i = static_cast<int>(r);
+    if (found.seconds[i] <= 0) continue;
+    result.seconds[i] = known.seconds[i] > 0 ? std::min(known.seconds[i], found.seconds[i]) : found.seconds[i];
+  }
+  result.route = fastest_route(candidates, result.seconds);
+  result.measurements = known.measurements + 1;
+  result.measured_at = now;
+  // Rounds that another one won were lost by this one.
+  result.rounds = known.rounds + found.rounds;
+  result.wins = (result.route == known.route ? known.wins : 0) + (result.route == found.winner ? found.wins : 0);
+  const bool agrees = result.route == known.route && result.route == found.winner;
+  result.agreeing = agrees ? known.agreeing + 1 : 1;
+  return result;
+}
+
+}  // namespace
+
+struct ChoiceTable::State {
+  std::mutex mutex;
+  BoundedMap<FastKey, Known, FastHash> known{kMostCases};
+  BoundedMap<std::string, std::shared_ptr<const Choice>> choices{kMostCases};
+  std::unordered_set<std::string> measuring;  // cases that some thread measures now
+  ChoiceFile file{"", ""};
+  bool loaded = true;
+  int64_t measured = 0;  // cases at their first call
+
+  void load() {
+    if (loaded) return;
+    loaded = true;
+    for (const Choice& choice : file.read()) choices.put(choice.key, std::make_shared<const Choice>(choice));
+  }
+
+  void keep(const FastKey& fast, const Choice& choice, Known known) {
+    known.choice = std::make_shared<const Choice>(choice);
+    choices.put(choice.key, known.choice);
+    this->known.put(fast, std::move(known));
+    if (choice.measurements > 0) file.append(choice);
+  }
+};
+
+namespace {
+
+// Marks a case as being measured until the scope ends; false where another thread measures it.
+class Measuring {
+ public:
+  Measuring(std::mutex& mutex, std::unordered_set<std::string>& all, const std::string& key)
+      : mutex_(mutex), all_(all), key_(key) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    mine = all_.insert(key_).second;
+  }
+  ~Measuring() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (mine) all_.erase(key_);
+  }
+  Measuring(const Measuring&) = delete;
+  Measuring& operator=(const Measuring&) = delete;
+
+  bool mine = false;
+
+ private:
+  std::mutex& mutex_;
+  std::unordered_set<std::string>& all_;
+  const std::string key_;
+};
+
+}  // namespace
+
+ChoiceTable::ChoiceTable() : state_(new State()) {}
+
+ChoiceTable& ChoiceTable::instance() {
+  static auto* table = new ChoiceTable();
+  return *table;
+}
+
+Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::function_ref<std::vector<Route>()> list,
+                          c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
+  std::shared_ptr<const Choice> choice;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    Known* known = state_->known.get(fast);
+    if (known != nullptr) {
+      if (++known->calls != known->due) return known->choice->route;
+      known->due = kNever;  // one thread measures; the others go on with what is known
+      choice = known->choice;
+    }
+  }
+  const bool due = choice != nullptr;
+  // Outside the lock: both may ask Python, whose lock another thread may hold while it waits for this one.
+  const std::vector<Route> candidates = list();
+  const double now = place.now();
+  const auto covers = [&](const Choice& c) {
+    const bool weighed = c.measurements > 0 || candidates.size() == 1;
+    return weighed && std::find(candidates.begin(), candidates.end(), c.route) != candidates.end();
+  };
+  if (!due) {
+    const std::string key = case_key(call, place);
+    std::string warning;
+    {
+      std::lock_guard<std::mutex> lock(state_->mutex);
+      state_->load();
+      warning = state_->file.take_warning();
+      const std::shared_ptr<const Choice>* found = state_->choices.get(key);
+      if (found != nullptr && covers(**found)) {
+        choice = *found;
+        Known known{choice, 1};
+        known.due = due_call(*choice, known, now);
+        state_->known.put(fast, std::move(known));
+      }
+    }
+    if (!warning.empty()) warn(warning);
+  }
+  if (choice == nullptr || !covers(*choice)) return measure_first(call, place, candidates, run);
+  return due ? measure_again(call, place, *choice, candidates, run) : choice->route;
+}
+
+Route ChoiceTable::measure_first(const ConvCall& call, const Place& place, const std::vector<Route>& candidates,
+                                 c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
+  Choice choice{case_key(call, place), candidates.front()};
+  if (candidates.size() == 1) {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->keep(fast, choice, {});
+    return choice.route;
+  }
+  if (!place.may_measure()) return choice.route;
+  const Measuring measuring(state_->mutex, state_->measuring, choice.key);
+  // Two threads that measure at once would disturb each other.
+  if (!measuring.mine) return choice.route;
+  double effort = kSecondsPerCase;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    effort *= static_cast<double>(kFullCases) / static_cast<double>(std::max(kFullCases, ++state_->measured));
+  }
+  const PackedCache::Trial trial;  // those that lose need no packed weights
+  const Measurement found = measure(call, place, candidates, {effort, kMinRounds, kMaxRounds}, run);
+  choice.route = found.winner;
+  choice.seconds = found.seconds;
+  choice.measurements = choice.agreeing = 1;
+  choice.rounds = found.rounds;
+  choice.wins = found.wins;
+  choice.measured_at = place.now();
+  Known known{nullptr, 1};
+  known.due = due_call(choice, known, choice.measured_at);
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->keep(fast, choice, known);
+    warning = state_->file.take_warning();
+  }
+  if (!warning.empty()) warn(warning);
+  return choice.route;
+}
+
+Route ChoiceTable::measure_again(const ConvCall& call, const Place& place, Choice choice,
+                                 const std::vector<Route>& candidates,
+                                 c10::function_ref<void(const ConvCall&, Route)> run) {
+  const FastKey fast = fast_key(call, place);
+  const double start = place.now();
+  const auto postpone = [&](double spent) {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    if (Known* known = state_->known.get(fast)) {
+      known->spent += spent;
+      const uint32_t later = known->calls < kNever / 2 ? std::max<uint32_t>(2 * known->calls, 16) : kNever;
+      known->due = choice.settled(start) ? kNever : later;
+    }
+    return choice.route;
+  };
+  if (choice.settled(start) || too_early(choice, start) || !place.may_measure()) return postpone(0);
+  const Measuring measuring(state_->mutex, state_->measuring, choice.key);
+  if (!measuring.mine) return postpone(0);
+  const PackedCache::Trial trial;
+  Measurement found{};
+  try {
+    found = measure(call, place, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain}, run);
+  } catch (...) {
+    postpone(place.now() - start);  // Ctrl-C, or nothing can run: the call itself says so
+    throw;
+  }
+  const double end = place.now();
+  choice = combined(choice, found, candidates, end);
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    const Known* before = state_->known.get(fast);
+    Known known = before != nullptr ? *before : Known{nullptr, 1};
+    known.spent += end - start;
+    known.due = due_call(choice, known, choice.measured_at);
+    state_->keep(fast, choice, known);
+    warning = state_->file.take_warning();
+  }
+  if (!warning.empty()) warn(warning);
+  return choice.route;
+}
+
+bool ChoiceTable::find(const std::string& key, Choice& choice) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const std::shared_ptr<const Choice>* found = state_->choices.get(key);
+  if (found != nullptr) choice = **found;
+  return found != nullptr;
+}
+
+std::vector<Choice> ChoiceTable::all() {
+  std::map<std::string, Choice> by_key;
+  std::string warning;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->load();
+    warning = state_->file.take_warning();
+    state_->choices.for_each([&](const auto& choice) { by_key.insert_or_assign(choice->key, *choice); });
+    state_->known.for_each([&](const Known& known) { by_key.insert_or_assign(known.choice->key, *known.choice); });
+  }
+  if (!warning.empty()) warn(warning);
+  std::vector<Choice> result;
+  for (auto& item : by_key) result.push_back(std::move(item.second));
+  return result;
+}
+
+void ChoiceTable::clear() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->known.clear();
+  state_->choices.clear();
+  state_->measured = 0;
+  state_->loaded = true;
+}
+
+void ChoiceTable::set_file(const std::string& path, const std::string& problem) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->file = ChoiceFile(path, fingerprint());
+  if (!problem.empty()) state_->file.give_up(problem);
+  state_->loaded = false;
+}
+
+std::string ChoiceTable::file_problem() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->file.problem();
+}
+
+void ChoiceTable::set_limit(int64_t cases) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->known.set_limit(static_cast<size_t>(cases));
+  state_->choices.set_limit(static_cast<size_t>(cases));
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,186 @@
+// One measurement of a case. See measure.h.
+#include "dispatch/measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <limits>
+#include <random>
+
+#include "dispatch/python_hooks.h"
+
+namespace bap_kernels {
+namespace {
+
+// A backend must win by this much to be preferred to one before it: less is noise.
+constexpr double kMargin = 0.97;
+// What is slower than the fastest by this factor leaves its time to the others: after one round, after two, and when
+// the least number of rounds is done.
+constexpr double kHopelessAfterOne = 4, kHopelessAfterTwo = 2, kHopeless = 1.25;
+// The same for warm-ups that have spent the time: what one run shows of a case so large that it takes a tenth of a
+// second, weights packed and memory touched for the first time included.
+constexpr double kHopelessCold = 1.5;
+// Fewer rounds than wished are done when the time is exceeded by this factor.
+constexpr double kPatience = 2.5;
+// Ctrl-C is noticed after this time, and asking costs about a microsecond, more where another thread runs Python.
+constexpr double kSecondsDeaf = 0.05;
+// Inputs that measuring goes through: more than inner caches hold, and copied in some 10 ms.
+constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
+
+// The input and copies of it, to be used in turn: within a network a layer finds its input in an outer cache at best,
+// but the second candidate to read one tensor would find it in the inner ones.
+std::vector<at::Tensor> input_pool(const at::Tensor& input, int64_t runs) {
+  std::vector<at::Tensor> pool = {input};
+  const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(input.nbytes()));
+  // A copy of a tensor with gaps would lie otherwise in memory.
+  if (!input.is_non_overlapping_and_dense()) return pool;
+  const int64_t count = std::min({kMostInputs, runs, (kPoolBytes + bytes - 1) / bytes});
+  while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
+  return pool;
+}
+
+// Less than half of the time may be undisturbed, and a single run may be quicker than any other ever was.
+double lower_quartile(std::vector<double> values) {
+  const auto place = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
+  std::nth_element(values.begin(), place, values.end());
+  return *place;
+}
+
+class Interrupts {
+ public:
+  void check() {
+    const auto now = std::chrono::steady_clock::now();
+    if (std::chrono::duration<double>(now - last_).count() < kSecondsDeaf) return;
+    last_ = now;
+    check_interrupt();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+void drop_slower(std::vector<Route>& running, const RouteSeconds& seconds, double factor) {
+  double least = std::numeric_limits<double>::max();
+  for (const Route r : running) least = std::min(least, seconds[static_cast<int>(r)]);
+  const auto slow = [&](Route r) { return seconds[static_cast<int>(r)] > factor * least; };
+  running.erase(std::remove_if(running.begin(), running.end(), slow), running.end());
+}
+
+}  // namespace
+
+Route fastest_route(const std::vector<Route>& candidates, const RouteSeconds& seconds) {
+  Route taken = candidates.front();
+  for (const Route r : candidates) {
+    const double best = seconds[static_cast<int>(taken)], own = seconds[static_cast<int>(r)];
+    if (own > 0 && (best <= 0 || own < best * kMargin)) taken = r;
+  }
+  return taken;
+}
+
+Measurement measure(const ConvCall& c, const Place& place, const std::vector<Route>& candidates, const Effort& effort,
+                    c10::function_ref<void(const ConvCall&, Route)> run) {
+  std::array<std::vector<double>, kRouteCount> samples;  // of round 0, 1, ...: who is dropped stays out
+  Measurement found{candidates.front()};
+  Interrupts interrupts;
+  std::vector<Route> running = candidates;
+  std::exception_ptr first_error;
+  double spent = 0;
+  const auto fails = [&](const ConvCall& call, Route r, double& seconds) {
+    interrupts.check();
+    try {
+      seconds = place.seconds(r, [&] { run(call, r); });
+      spent += seconds;
+      return false;
+    } catch (...) {
+      const std::exception_ptr error = std::current_exception();
+      if (is_interrupt(error)) throw;
+      if (!first_error) first_error = error;
+      return true;
+    }
+  };
+
+  // A first run packs weights and warms caches and thread pools. A copy that a candidate leaves is not that of the one
+  // which is taken.
+  ConvCall plain = c;
+  plain.copy = nullptr;
+  RouteSeconds cold{};
+  const auto declines = [&](Route r) { return fails(plain, r, cold[static_cast<int>(r)]); };
+  running.erase(std::remove_if(running.begin(), running.end(), declines), running.end());
+  if (running.empty()) std::rethrow_exception(first_error);
+  if (place.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessCold);
+
+  const std::vector<at::Tensor> inputs =
+      running.size() == 1 ? std::vector<at::Tensor>{} : input_pool(c.input, effort.max_rounds * running.size());
+  size_t turn = 0;
+  const auto timed = [&](Route r) {
+    const at::Tensor& input = inputs[turn++ % inputs.size()];
+    const ConvCall call{input,      c.weight, c.bias,         c.in_index, c.out_index, c.stride,      c.padding,
+                        c.dilation, c.groups, c.cache_packed, c.shape,    c.fusion,    c.weight_index};
+    double seconds = 0;
+    if (fails(call, r, seconds)) return false;
+    samples[static_cast<int>(r)].push_back(seconds);
+    return true;
+  };
+  // Every round has an order of its own: what ran before leaves its tensors in the caches, and a candidate that always
+  // follows the same one gains or loses by it.
+  std::minstd_rand random(1);
+  const auto may_go_on = [&](int round) {
+    if (running.size() < 2 || round >= effort.max_rounds) return false;
+    return round == 0 || spent < effort.seconds * (round < effort.min_rounds ? kPatience : 1);
+  };
+  for (int round = 0; may_go_on(round); ++round) {
+    std::shuffle(running.begin(), running.end(), random);
+    std::vector<Route> alive;
+    for (const Route r : running) {
+      if (timed(r)) {
+        alive.push_back(r);
+      } else {
+        samples[static_cast<int>(r)].clear();
+        cold[static_cast<int>(r)] = 0;
+      }
+    }
+    running = std::move(alive);
+    if (running.empty()) std::rethrow_exception(first_error);
+    for (const Route r : running) {
+      found.seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
+    }
+    const int done = round + 1;
+    drop_slower(running, found.seconds,
+                done >= effort.min_rounds ? kHopeless
+                : done >= 2               ? kHopelessAfterTwo
+                                          : kHopelessAfterOne);
+  }
+
+  // What fails has no time. What was dropped after its warm-up keeps that, and one that was never compared wins.
+  for (const Route r : candidates) {
+    const int i = static_cast<int>(r);
+    found.seconds[i] = samples[i].empty() ? cold[i] : lower_quartile(samples[i]);
+  }
+  found.winner = running.size() == 1 ? running.front() : fastest_route(candidates, found.seconds);
+  const std::vector<double>& own = samples[static_cast<int>(found.winner)];
+  const std::vector<double>* rival = nullptr;
+  bool hopeless = false;
+  for (const Route r : candidates) {
+    const std::vector<double>& others = samples[static_cast<int>(r)];
+    if (r == found.winner || others.empty()) continue;
+    if (rival == nullptr || lower_quartile(others) < lower_quartile(*rival)) {
+      rival = &others;
+      hopeless = std::find(running.begin(), running.end(), r) == running.end();
+    }
+  }
+  if (rival == nullptr) {
+    // Alone from the start, or ahead after the warm-ups already: that is a round, too.
+    const auto timed_once = [&](Route r) { return cold[static_cast<int>(r)] > 0; };
+    found.rounds = found.wins = std::count_if(candidates.begin(), candidates.end(), timed_once) > 1 ? 1 : 0;
+    return found;
+  }
+  found.rounds = static_cast<int>(std::min(own.size(), rival->size()));
+  for (int i = 0; i < found.rounds; ++i) found.wins += own[i] <= (*rival)[i];
+  // What was left out as hopeless would have lost those rounds, too.
+  const int missed = hopeless ? std::max(0, effort.min_rounds - found.rounds) : 0;
+  found.rounds += missed;
+  found.wins += missed;
+  return found;
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,33 @@
+// One measurement of a case: its candidates in interleaved rounds, within a limit of time.
+#pragma once
+
+#include <vector>
+
+#include "dispatch/choice.h"
+
+namespace bap_kernels {
+
+// How much a measurement may cost. A round in which every candidate runs once after its warm-up is always finished,
+// unless the warm-ups alone have spent the time and tell.
+struct Effort {
+  double seconds;  // once min_rounds are done; two and a half times as much before that
+  int min_rounds;
+  int max_rounds;
+};
+
+struct Measurement {
+  Route winner;
+  RouteSeconds seconds{};  // lower quartile of each candidate's runs; 0 for the other routes and those that failed
+  int rounds = 0;          // in which the winner and its closest rival both ran
+  int wins = 0;            // those in which the winner was no slower
+};
+
+// The candidate to take by their times: the first unless a later one is faster by more than the noise.
+Route fastest_route(const std::vector<Route>& candidates, const RouteSeconds& seconds);
+
+// Runs the candidates, the first of which is preferred. Any error of a candidate leaves it out; the first one's is
+// raised where all fail. Ctrl-C is heard between runs and raises.
+Measurement measure(const ConvCall& call, const Place& place, const std::vector<Route>& candidates,
+                    const Effort& effort, c10::function_ref<void(const ConvCall&, Route)> run);
+
+}  // namespace bap_kernels

@@ -1,0 +1,75 @@
+// One packed weight with what it was made from, so that each use can see whether that still is what the weight holds.
+#pragma once
+
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <array>
+#include <vector>
+
+#include "dispatch/fingerprint.h"
+#include "dispatch/packed_cache.h"
+
+namespace bap_kernels {
+
+// A tensor by identity. The weak references keep the addresses from being reused.
+struct TensorState {
+  c10::weak_intrusive_ptr<c10::TensorImpl> impl;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  const void* data;
+  uint32_t version;
+
+  explicit TensorState(const at::Tensor& t);
+  bool holds(const at::Tensor& t) const;
+  bool expired() const { return impl.expired(); }
+};
+
+// Some values of a weight's listed slices, by their places in memory: the rows at even distances, the places in them
+// spread. A write of the whole weight meets them for certain, a write of a part as likely as it is large.
+struct Sample {
+  std::vector<int64_t> offsets;  // bytes
+  std::vector<uint64_t> values;
+  int64_t element = 0;
+
+  Sample() = default;
+  explicit Sample(const ConvCall& call);
+  bool holds(const at::Tensor& weight) const;
+};
+
+// A call's lists; in this order also those of PackedValue.
+inline std::array<const OptionalTensor*, 3> lists_of(const ConvCall& c) {
+  return {&c.in_index, &c.out_index, &c.weight_index};
+}
+
+// Of the lists' values; those on GPUs count by identity.
+uint64_t hash_lists(const ConvCall& call);
+
+struct PackedValue {
+  // A list: nothing, the values of one on the CPU, or one on a GPU by identity.
+  struct List {
+    bool given = false;
+    std::vector<int32_t> values;
+    std::optional<TensorState> on_device;
+
+    List() = default;
+    explicit List(const OptionalTensor& list);
+    bool holds(const OptionalTensor& list) const;
+  };
+
+  TensorState weight;
+  std::array<List, 3> lists;
+  Sample sample;
+  bool has_whole = false;
+  Fingerprint whole{};
+  at::Tensor packed;
+  int64_t bytes = 0;
+
+  PackedValue(const ConvCall& call, PackedTrust trust);
+  bool expired() const;
+  // Whether the call would be packed into the same; `trust` says how its weight is compared.
+  bool holds(const ConvCall& call, PackedTrust trust) const;
+  // All bytes that the value takes once `packed` is set.
+  void count_bytes(bool reordered);
+};
+
+}  // namespace bap_kernels
