@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.switched import SwitchedConv2d
@@ -59,15 +60,16 @@ def layer_macs(layer: nn.Conv2d, input: Tensor, output: Tensor) -> int:
         >>> layer_macs(layer, x, layer(x))  # 3 x 3 places, 3 x 3 taps, 2 channels read, 4 written
         648
     """
-    mixed = layer.__dict__.get("_mixed")
+    assert isinstance(layer, DomainLayer)
+    mixed = layer._mixed
     if mixed is not None:
         images = sum(
             count * _per_image(layer, _lists_of(state))
             for count, state in zip(mixed.batch.counts, mixed.states, strict=True)
         )
     else:
-        active = layer._active if isinstance(layer, SwitchedConv2d) else getattr(layer, "channels", None)
-        images = (input.shape[0] if input.dim() == 4 else 1) * _per_image(layer, _lists_of(active))
+        active = _lists_of(layer._state)
+        images = (input.shape[0] if input.dim() == 4 else 1) * _per_image(layer, active)
     return images * math.prod(layer.kernel_size) * math.prod(output.shape[-2:])
 
 

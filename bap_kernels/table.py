@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.layer_kinds import GatheredLayer, SwitchedLayer
 
 __all__ = ["ChannelTable"]
 
@@ -32,22 +33,15 @@ def _draw(channels: int, density: float, *seed: object) -> list[int]:
     return sorted(order[:kept].tolist())
 
 
-def _is_gathered(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and isinstance(getattr(module, "channels", None), ChannelLists)
-
-
-def _is_switched(module: nn.Module) -> bool:
-    # Layers are above this module: `channels(domain)` is what tells them.
-    return isinstance(module, nn.Conv2d) and callable(getattr(module, "channels", None))
-
-
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The swapped layers; where there are none yet, those that have the groups to be swapped."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    swapped = {name: conv for name, conv in found.items() if _is_gathered(conv) or _is_switched(conv)}
-    return swapped or {
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    swapped = [name for name, conv in convs.items() if isinstance(conv, (GatheredLayer, SwitchedLayer))]
+    if swapped:
+        return {name: convs[name] for name in swapped}
+    return {
         name: conv
-        for name, conv in found.items()
+        for name, conv in convs.items()
         if conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels
     }
 
@@ -194,7 +188,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             >>> bk.ChannelTable.from_switches(model)["birds"]
             {'0': ChannelLists(in_index=[0, 2, 3], out_index=None)}
         """
-        layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_switched(module)}
+        modules = model.named_modules(remove_duplicate=False)
+        layers = {name: module for name, module in modules if isinstance(module, SwitchedLayer)}
         if not layers:
             raise ValueError(
                 "ChannelTable.from_switches(): expected `model` to have switched layers, got none. "

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, four_sided, refuse_onnx
-from bap_kernels.nn.in_backward import NEVER, change_now, check_domain, in_backward
+from bap_kernels.layer_kinds import GatheredLayer
+from bap_kernels.nn.in_backward import check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
-from bap_kernels.nn.mixed import Runs
+from bap_kernels.nn.mixed import MixedStates
 from bap_kernels.nn.recompute import RecomputedForward
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "check_options",
     "has_own_forward",
     "refuse_own_forward",
-    "take_over",
+    "share_all",
     "why_not",
     "why_not_groups",
 ]
@@ -45,7 +46,7 @@ def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | No
 
 
 def _why_not_options(conv: nn.Conv2d) -> str | None:
-    """Why a convolution with these options has no result; PyTorch's own says so when it is called."""
+    """Why a convolution with these options has no result; PyTorch's own raises when it is called."""
     for name in ("kernel_size", "stride", "padding", "dilation"):
         value = getattr(conv, name)
         if not isinstance(value, (int, str)) and len(value) != 2:
@@ -143,8 +144,8 @@ def _checked_lists(where: str, name: str, lists: Any) -> ChannelLists:
     return lists
 
 
-def take_over(layer: nn.Module, conv: nn.Module) -> None:
-    """Makes ``layer``, an object without state, share all that ``conv`` has, under tables of its own."""
+def share_all(layer: nn.Module, conv: nn.Module) -> None:
+    """Makes ``layer``, an object without attributes, share all that ``conv`` has, under tables of its own."""
     # All of a module is in its dictionary. Hook tables stay shared, so that handles can still remove their hooks.
     layer.__dict__.update(conv.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
@@ -158,11 +159,21 @@ def take_over(layer: nn.Module, conv: nn.Module) -> None:
 
 
 class PackedConv2d(nn.Conv2d):
-    """Base of the layers whose weight is kept packed: what may change the weight drops that.
+    """Base of the convolutions whose packed weight is kept; what may change the weight drops it.
 
     It is dropped before the change: parameters that are swapped, as
-    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must not be known to anyone else.
+    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must have no other references.
     """
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The input, padded where the mode is not "zeros", and the zeros to add on four sides."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0, 0, 0)
+        if isinstance(padding, tuple) and len(padding) == 2:
+            return input, (padding[0], padding[0], padding[1], padding[1])
+        pair = (padding, padding) if isinstance(padding, int) else padding
+        return input, four_sided(type(self).__name__, pair, self.kernel_size, self.stride, self.dilation)
 
     def _drop(self) -> None:
         drop_packed([self._parameters.get("weight")])
@@ -186,7 +197,7 @@ class PackedConv2d(nn.Conv2d):
         super()._load_from_state_dict(*args)
 
 
-class GatheredConv2d(PackedConv2d):
+class GatheredConv2d(GatheredLayer, PackedConv2d):
     """:class:`torch.nn.Conv2d` that reads and computes only listed channels; the result holds only those computed.
 
     Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
@@ -223,12 +234,9 @@ class GatheredConv2d(PackedConv2d):
         GatheredConv2d(8, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), reads 3/8, writes 2/4)
     """
 
-    channels: ChannelLists
-    lists: dict[str, ChannelLists]
-    # Set while a mixed batch is: the lists of its runs.
-    _mixed: Runs | None = None
-    # When the active lists last changed.
-    _changed = NEVER
+    _state_name = "channels"
+    _needs_domain = False
+    _without_domain = ChannelLists()
 
     def __init__(
         self,
@@ -266,6 +274,9 @@ class GatheredConv2d(PackedConv2d):
         )
         self._start_with(channels)
 
+    def _states(self) -> Mapping[str, ChannelLists]:
+        return self.lists
+
     def _start_with(self, channels: ChannelLists | None) -> None:
         channels = ChannelLists() if channels is None else channels
         channels.validate_for(self)
@@ -297,7 +308,7 @@ class GatheredConv2d(PackedConv2d):
                 f"cannot: {reason}."
             )
         layer = cls.__new__(cls)
-        take_over(layer, conv)
+        share_all(layer, conv)
         if isinstance(conv, GatheredConv2d):
             layer._start_with(conv.channels if channels is None else channels)
             layer.lists = dict(conv.lists)
@@ -315,41 +326,14 @@ class GatheredConv2d(PackedConv2d):
         Raises:
             IndexError, ValueError: if lists do not fit the layer; nothing is changed then.
         """
-        for one in lists.values():
-            _checked_lists(f"{type(self).__name__}.attach", "lists", one).validate_for(self)
+        for its_lists in lists.values():
+            _checked_lists(f"{type(self).__name__}.attach", "lists", its_lists).validate_for(self)
         device = self.weight.device
-        self.lists = {domain: one.to(device) for domain, one in lists.items()}
-        self.channels = ChannelLists()
-        self._mixed = None
-        self._changed = change_now()
-
-    def set_domain(self, name: str | None) -> None:
-        """Activates the lists of one domain; None keeps all channels.
-
-        Raises:
-            ValueError: if no lists of that name were attached.
-        """
-        if name is None:
-            self.channels = ChannelLists()
-        elif name in self.lists:
-            self.channels = self.lists[name]
-        else:
-            raise ValueError(f"set_domain(): expected `name` to be one of {list(self.lists)}, got {name!r}.")
-        self._mixed = None
-        self._changed = change_now()
-
-    def _settled(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """The input, and its padding on four sides."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0, 0, 0)
-        if isinstance(padding, tuple) and len(padding) == 2:
-            return input, (padding[0], padding[0], padding[1], padding[1])
-        pair = (padding, padding) if isinstance(padding, int) else padding
-        return input, four_sided(type(self).__name__, pair, self.kernel_size, self.stride, self.dilation)
+        self.lists = {domain: its_lists.to(device) for domain, its_lists in lists.items()}
+        self._use(self._without_domain)
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
-        input, sides = self._settled(input)
+        input, sides = self._padded(input)
         return call_gathered_conv2d(
             input,
             self.weight,
@@ -371,7 +355,7 @@ class GatheredConv2d(PackedConv2d):
             check_domain(self)
         if self._mixed is not None:
             self._follow_weight()
-            return self._gathered_mixed(input, self._mixed)
+            return self._forward_mixed(input, self._mixed)
         channels = self.channels
         listed = channels.in_index if channels.out_index is None else channels.out_index
         # Past nn.Module.__getattr__; None where the weight is computed, which is done once, below.
@@ -389,13 +373,13 @@ class GatheredConv2d(PackedConv2d):
             return self._gathered(input.unsqueeze(0), channels).squeeze(0)
         return self._gathered(input, channels)
 
-    def _gathered_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        # One kernel for all runs serves inference; in every other case each run is a call of its own.
-        if any(lists.out_index is not None for lists in runs.states) or not runs.at_once(self, input):
-            return runs.apply(self, input, self._gathered, 4)
-        runs.batch.check(self, input, 4)
-        input, sides = self._settled(input)
-        return runs.gathered(self, input, [lists.in_index for lists in runs.states], sides, not self.training)
+    def _forward_mixed(self, input: Tensor, mixed: MixedStates) -> Tensor:
+        # One kernel for all domains serves inference; in every other case each domain is a call of its own.
+        if any(lists.out_index is not None for lists in mixed.states) or not mixed.fits_one_call(self, input):
+            return mixed.apply(self, input, self._gathered, 4)
+        mixed.batch.check(self, input, 4)
+        input, sides = self._padded(input)
+        return mixed.gathered(self, input, [lists.in_index for lists in mixed.states], sides, not self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatheredConv2d:
         super()._apply(fn, recurse)
@@ -404,24 +388,26 @@ class GatheredConv2d(PackedConv2d):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Of another process, perhaps.
-        self.__dict__.pop("_changed", None)
         self._follow_weight()
 
     def _follow_weight(self) -> None:
-        # Lists have the weight's device, and never its dtype. The active ones stay one of the domains' objects.
+        # Lists have the weight's device, and never its dtype.
         device = self.weight.device
-        runs = [] if self._mixed is None else self._mixed.states
-        moved = {id(one): one.to(device) for one in (self.channels, *self.lists.values(), *runs)}
-        if all(id(one) == key for key, one in moved.items()):
-            return
-        self.channels = moved[id(self.channels)]
-        self.lists = {domain: moved[id(one)] for domain, one in self.lists.items()}
+        mixed = [] if self._mixed is None else self._mixed.states
+        if any(lists.to(device) is not lists for lists in (self.channels, *self.lists.values(), *mixed)):
+            self._map_lists(lambda lists: lists.to(device))
+
+    def _map_lists(self, function: Callable[[ChannelLists], ChannelLists]) -> None:
+        """Replaces all lists; the active ones stay one of the domains' objects."""
+        mixed = [] if self._mixed is None else self._mixed.states
+        new = {id(lists): function(lists) for lists in (self.channels, *self.lists.values(), *mixed)}
+        self.channels = new[id(self.channels)]
+        self.lists = {domain: new[id(lists)] for domain, lists in self.lists.items()}
         if self._mixed is not None:
-            self._mixed = Runs(self._mixed.batch, [moved[id(one)] for one in runs])
+            self._mixed = MixedStates(self._mixed.batch, [new[id(lists)] for lists in mixed])
 
     def extra_repr(self) -> str:
-        """The dense layer's facts, then the channels read and written."""
+        """The dense layer's options, then the channels read and written."""
         K_in, K_out = self.channels.counts
         text = super().extra_repr()
         if K_in is not None:

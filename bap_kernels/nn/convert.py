@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from bap_kernels.flow.norms import depends_on_data, norm_parts
+from bap_kernels.nn.consumers import link_readers_
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainLinear, DomainNorm
+from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainHead, DomainLinear, DomainNorm
 from bap_kernels.nn.heads import Choice, Numbers, chosen_heads
-from bap_kernels.nn.norms import depends_on_data, norm_parts
 from bap_kernels.nn.per_domain import checked_names, domain_layers
-from bap_kernels.nn.readers import link_readers_
 from bap_kernels.nn.swap import replace_
 from bap_kernels.nn.switched import SwitchedConv2d
 
@@ -90,7 +90,7 @@ def switch_(
         new[module] = make(module, numbers)
     inside = {module for _, layer in domain_layers(model) for module in layer.domains.modules()}
     # A norm's own parts, such as an activation, are copied with it.
-    inside |= {one for module in model.modules() if depends_on_data(module) for one in list(module.modules())[1:]}
+    inside |= {part for module in model.modules() if depends_on_data(module) for part in list(module.modules())[1:]}
     for name, module in model.named_modules():
         if module in inside or module in classifiers:
             continue
@@ -152,19 +152,19 @@ def add_domain_(
         checked_names("add_domain_", [*layer.domains, name])
         if like is not None and like not in layer.domains:
             raise ValueError(f"add_domain_(): expected `like` to be one of {list(layer.domains)}, got {like!r}.")
-    heads = [place for place, layer in layers.items() if isinstance(layer, (DomainLinear, DomainConv2d))]
+    heads = [path for path, layer in layers.items() if isinstance(layer, DomainHead)]
     if bool(heads) != (classes is not None):
         kind = type(layers[heads[0]]).__name__ if heads else "DomainLinear"
-        wanted = f"a number, as the model has a {kind}" if heads else f"None, as the model has no {kind}"
-        raise ValueError(f"add_domain_(): expected `classes` to be {wanted}, got {classes}.")
+        expected = f"a number, as the model has a {kind}" if heads else f"None, as the model has no {kind}"
+        raise ValueError(f"add_domain_(): expected `classes` to be {expected}, got {classes}.")
     numbers = dict(classes) if isinstance(classes, Mapping) else dict.fromkeys(heads, classes)
     if set(numbers) != set(heads):
         raise ValueError(f"add_domain_(): expected `classes` to name the classifiers {heads}, got {list(numbers)}.")
     # Classifiers first: they may refuse.
-    for place in [*heads, *(place for place in layers if place not in heads)]:
-        layer = layers[place]
-        if isinstance(layer, (DomainLinear, DomainConv2d)):
-            layer.add_domain(name, numbers[place])  # type: ignore[arg-type]
+    for path in [*heads, *(path for path in layers if path not in heads)]:
+        layer = layers[path]
+        if isinstance(layer, DomainHead):
+            layer.add_domain(name, numbers[path])  # type: ignore[arg-type]
         elif isinstance(layer, (SwitchedConv2d, DomainNorm)):
             layer.add_domain(name, like)
     return model

@@ -1,4 +1,4 @@
-"""Batch norm and linear layers with one set of parameters per domain."""
+"""Batch norms and classifiers with one set of parameters per domain."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels.flow.norms import norm_parts
 from bap_kernels.nn.conv import has_own_forward
-from bap_kernels.nn.in_backward import check_domain, in_backward
-from bap_kernels.nn.leaf import Proxy, as_one_step
-from bap_kernels.nn.mixed import Runs
-from bap_kernels.nn.norms import norm_parts
+from bap_kernels.nn.mixed import MixedStates
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 
-__all__ = ["DomainBatchNorm2d", "DomainConv2d", "DomainLinear", "DomainNorm"]
+__all__ = ["DomainBatchNorm2d", "DomainConv2d", "DomainHead", "DomainLinear", "DomainNorm", "outputs_of"]
 
-_Layer = TypeVar("_Layer", bound="DomainNorm")
+_Norm = TypeVar("_Norm", bound="DomainNorm")
+_Head = TypeVar("_Head", bound="DomainHead")
 # What copy.deepcopy has seen, for each domain.
 _Memos = Mapping[str, dict[int, Any]]
 
@@ -32,12 +31,20 @@ def _copies(module: nn.Module, names: Iterable[str], memos: _Memos | None) -> di
     """A copy of a module for every domain; what one memo has seen, such as a shared parameter, is copied once."""
     # Hooks are not copied: whoever registered them sees every domain, and can still remove them.
     hooks = [value for one in module.modules() for key, value in one.__dict__.items() if _is_hook_table(key, value)]
-    made = {}
+    copies = {}
     for name in names:
         memo = {} if memos is None else memos[name]
         memo.update({id(table): table for table in hooks})
-        made[name] = copy.deepcopy(module, memo)
-    return made
+        copies[name] = copy.deepcopy(module, memo)
+    return copies
+
+
+def _refuse_own_forward(where: str, argument: str, layer: nn.Module) -> None:
+    if has_own_forward(layer):
+        raise NotImplementedError(
+            f"{where}(): expected `{argument}` to have the forward of its class, got a {type(layer).__name__} on which "
+            "another one was set: it would go on calling the layer it was made for. Hint: remove it first."
+        )
 
 
 def _reset(norm: nn.Module) -> None:
@@ -74,11 +81,11 @@ class DomainNorm(PerDomain):
 
     @classmethod
     def from_norm(
-        cls: type[_Layer],
+        cls: type[_Norm],
         norm: nn.Module,
         domains: Iterable[str],
         memos: _Memos | None = None,
-    ) -> _Layer:
+    ) -> _Norm:
         """A layer whose domains all start from the parameters and the statistics of ``norm``, as copies.
 
         Args:
@@ -87,11 +94,7 @@ class DomainNorm(PerDomain):
             memos: {domain: memo of :func:`copy.deepcopy`}, for layers that share parameters with each other.
         """
         names = checked_names(cls.__name__, domains)
-        if has_own_forward(norm):
-            raise NotImplementedError(
-                f"{cls.__name__}(): expected `norm` to have the forward of its class, got a {type(norm).__name__} on "
-                "which another one was set: it would go on calling the layer it was made for. Hint: remove it first."
-            )
+        _refuse_own_forward(cls.__name__, "norm", norm)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._hold(_copies(norm, names, memos))
@@ -106,27 +109,10 @@ class DomainNorm(PerDomain):
             like: the domain to copy parameters and statistics from; None starts as a new layer does.
         """
         pattern = self._module_of(next(iter(self.domains)) if like is None else like)
-        made = _copies(pattern, [name], None)[name]
+        norm = _copies(pattern, [name], None)[name]
         if like is None:
-            _reset(made)
-        self._add(name, made)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises with the active domain's parameters and statistics."""
-        if isinstance(input, Proxy):
-            return as_one_step(self, input)
-        if in_backward():
-            check_domain(self)
-        if self._mixed is not None:
-            return self._normalised_mixed(input, self._mixed)
-        return self._current()(input)
-
-    def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        return runs.apply(self, input, lambda part, norm: norm(part))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+            _reset(norm)
+        self._add(name, norm)
 
 
 class DomainBatchNorm2d(DomainNorm):
@@ -194,17 +180,17 @@ class DomainBatchNorm2d(DomainNorm):
         """
         return cls.from_norm(norm, domains)
 
-    def _normalised_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        known = [norm_parts(norm) for norm in runs.states]
-        parts = [one for one in known if one is not None and one.has_statistics and not one.after]
-        fixed = len(parts) == len(known) and all(one.fixed or not one.module.training for one in parts)
-        hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in runs.states)
+    def _forward_mixed(self, input: Tensor, mixed: MixedStates) -> Tensor:
+        known = [norm_parts(norm) for norm in mixed.states]
+        parts = [norm for norm in known if norm is not None and norm.has_statistics and not norm.after]
+        fixed = len(parts) == len(known) and all(norm.fixed or not norm.module.training for norm in parts)
+        hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in mixed.states)
         if not fixed or hooked or torch.is_autocast_enabled(input.device.type):
-            return super()._normalised_mixed(input, runs)
-        runs.batch.check(self, input, 4)
+            return super()._forward_mixed(input, mixed)
+        mixed.batch.check(self, input, 4)
         # One scale and one shift for each sample and channel: a single pass over the batch.
-        scales, shifts = zip(*(one.scale_and_shift() for one in parts), strict=True)
-        places = runs.batch.on("places", input.device)
+        scales, shifts = zip(*(norm.scale_and_shift() for norm in parts), strict=True)
+        places = mixed.batch.on("places", input.device)
         scale, shift = (
             torch.stack(rows).index_select(0, places)[:, :, None, None].to(input.dtype) for rows in (scales, shifts)
         )
@@ -218,21 +204,21 @@ def _resized(where: str, layer: nn.Module, size: int) -> nn.Module:
     options: dict[str, Any] = {"bias": has_bias}
     if weight is not None:
         options.update(device=weight.device, dtype=weight.dtype)
-    made: nn.Module
+    new: nn.Module
     if isinstance(layer, nn.Linear):
-        made = nn.Linear(layer.in_features, size, **options)
+        new = nn.Linear(layer.in_features, size, **options)
     else:
         assert isinstance(layer, nn.Conv2d)
         shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        made = nn.Conv2d(layer.in_channels, size, *shape, padding_mode=layer.padding_mode, **options)  # type: ignore[arg-type]
-    if type(layer).forward is not type(made).forward:
+        new = nn.Conv2d(layer.in_channels, size, *shape, padding_mode=layer.padding_mode, **options)  # type: ignore[arg-type]
+    if type(layer).forward is not type(new).forward:
         # The class's own forward knows no number of outputs but those that every such layer has.
-        if weight is None or not layer.__dict__.keys() <= made.__dict__.keys() | {"_domain_name"}:
+        if weight is None or not layer.__dict__.keys() <= new.__dict__.keys() | {"_domain_name"}:
             raise NotImplementedError(
-                f"{where}(): expected a plain {type(made).__name__} for a domain with another number of outputs, got a "
+                f"{where}(): expected a plain {type(new).__name__} for a domain with another number of outputs, got a "
                 f"{type(layer).__name__}, which may compute something else. Hint: make the domain's layer by hand."
             )
-        made.__class__ = type(layer)
+        new.__class__ = type(layer)
     elif weight is None:
         raise NotImplementedError(
             f"{where}(): expected a weight that is a parameter for a domain with another number of outputs, got a "
@@ -240,26 +226,47 @@ def _resized(where: str, layer: nn.Module, size: int) -> nn.Module:
         )
     for key, value in layer.__dict__.items():
         if _is_hook_table(key, value):
-            made.__dict__[key] = value
-    return made.train(layer.training)
+            new.__dict__[key] = value
+    return new.train(layer.training)
 
 
-class _DomainHead(PerDomain):
-    """What classifiers per domain have in common."""
+def outputs_of(layer: nn.Module) -> int:
+    """The number of outputs of a linear layer or a convolution."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
-    def _start_from(self, layer: nn.Module, sizes: Mapping[str, int]) -> None:
-        where = type(self).__name__
-        if has_own_forward(layer):
-            raise NotImplementedError(
-                f"{where}(): expected a layer with the forward of its class, got a {type(layer).__name__} on which "
-                "another one was set: it would go on calling the layer it was made for. Hint: remove it first."
-            )
-        names = checked_names(where, sizes)
-        width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        made = _copies(layer, [name for name in names if sizes[name] == width], None)
-        nn.Module.__init__(self)
-        self._hold({name: made.get(name) or _resized(where, layer, sizes[name]) for name in names})
-        self.training = layer.training
+
+class DomainHead(PerDomain):
+    """Base of the classifiers with one layer per domain."""
+
+    # Of the result: axes after that of the classes, and axes of an input; None takes any.
+    _trailing_axes = 0
+    _input_axes: int | None = None
+
+    @classmethod
+    def _from_layer(cls: type[_Head], argument: str, layer: nn.Module, sizes: Mapping[str, int]) -> _Head:
+        """A layer whose domains start from a copy of ``layer`` where they have as many outputs, else at random."""
+        _refuse_own_forward(cls.__name__, argument, layer)
+        names = checked_names(cls.__name__, sizes)
+        copies = _copies(layer, [name for name in names if sizes[name] == outputs_of(layer)], None)
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head._hold({name: copies.get(name) or _resized(cls.__name__, layer, sizes[name]) for name in names})
+        head.training = layer.training
+        return head
+
+    def add_domain(self, name: str, size: int) -> None:
+        """Adds a domain with new parameters and ``size`` outputs; the others stay as they are."""
+        self._add(name, _resized(type(self).__name__, next(iter(self.domains.values())), size))
+
+    def _forward_mixed(self, input: Tensor, mixed: MixedStates) -> Tensor:
+        most = max(outputs_of(layer) for layer in mixed.states)
+
+        def padded(samples: Tensor, layer: nn.Module) -> Tensor:
+            # -inf is no probability and never the largest: softmax and argmax are each domain's own.
+            missing = (0, 0) * self._trailing_axes + (0, most - outputs_of(layer))
+            return F.pad(layer(samples), missing, value=-torch.inf)
+
+        return mixed.apply(self, input, padded, self._input_axes)
 
     def _dense_values(self, module: nn.Module, dense: dict[str, Any]) -> dict[str, Any]:
         weight = module._parameters.get("weight")
@@ -268,12 +275,8 @@ class _DomainHead(PerDomain):
         # A classifier for other classes: the domain keeps what it has. Without values its keys count as missing.
         return {} if weight.is_meta else module.state_dict()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
-
-class DomainLinear(_DomainHead):
+class DomainLinear(DomainHead):
     """:class:`torch.nn.Linear` with weight, bias and number of outputs of its own for every domain.
 
     :attr:`domains` holds one :class:`torch.nn.Linear` per domain. The state of a dense layer loads too, also strictly:
@@ -339,10 +342,9 @@ class DomainLinear(_DomainHead):
             >>> bool((head.domains["imagenet"].weight == dense.weight).all())
             True
         """
-        layer = cls.__new__(cls)
-        layer._start_from(linear, out_features)
-        layer.in_features = linear.in_features
-        return layer
+        head = cls._from_layer("linear", linear, out_features)
+        head.in_features = linear.in_features
+        return head
 
     def add_domain(self, name: str, out_features: int) -> None:
         """Adds a domain with new parameters; the others stay as they are.
@@ -351,29 +353,10 @@ class DomainLinear(_DomainHead):
             name: the new domain.
             out_features: its number of outputs.
         """
-        self._add(name, _resized(type(self).__name__, next(iter(self.domains.values())), out_features))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
-        if isinstance(input, Proxy):
-            return as_one_step(self, input)
-        if in_backward():
-            check_domain(self)
-        if self._mixed is not None:
-            return self._applied_mixed(input, self._mixed)
-        return self._current()(input)
-
-    def _applied_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        most = max(linear.out_features for linear in runs.states)
-
-        def one(part: Tensor, linear: nn.Linear) -> Tensor:
-            # No probability and never the largest: softmax and argmax are each domain's own.
-            return F.pad(linear(part), (0, most - linear.out_features), value=-torch.inf)
-
-        return runs.apply(self, input, one)
+        super().add_domain(name, out_features)
 
 
-class DomainConv2d(_DomainHead):
+class DomainConv2d(DomainHead):
     """:class:`torch.nn.Conv2d` with weight, bias and number of output channels of its own for every domain.
 
     It is a classifier of pixels, or one before a mean over them. :attr:`domains` holds one :class:`torch.nn.Conv2d` per
@@ -397,6 +380,9 @@ class DomainConv2d(_DomainHead):
         torch.Size([2, 19, 4, 4])
     """
 
+    _trailing_axes = 2
+    _input_axes = 4
+
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, out_channels: Mapping[str, int]) -> DomainConv2d:
         """A layer whose domains start from a copy of ``conv`` where they have as many outputs, else at random.
@@ -410,9 +396,7 @@ class DomainConv2d(_DomainHead):
         """
         if conv.groups != 1:
             raise NotImplementedError(f"{cls.__name__}.from_conv2d(): expected groups=1, got groups={conv.groups}.")
-        layer = cls.__new__(cls)
-        layer._start_from(conv, out_channels)
-        return layer
+        return cls._from_layer("conv", conv, out_channels)
 
     def add_domain(self, name: str, out_channels: int) -> None:
         """Adds a domain with new parameters; the others stay as they are.
@@ -421,20 +405,4 @@ class DomainConv2d(_DomainHead):
             name: the new domain.
             out_channels: its number of outputs.
         """
-        self._add(name, _resized(type(self).__name__, next(iter(self.domains.values())), out_channels))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Applies the active domain's layer; in a mixed batch, each sample's, with -inf beyond its domain's outputs."""
-        if isinstance(input, Proxy):
-            return as_one_step(self, input)
-        if in_backward():
-            check_domain(self)
-        if self._mixed is None:
-            return self._current()(input)
-        most = max(conv.out_channels for conv in self._mixed.states)
-
-        def one(part: Tensor, conv: nn.Conv2d) -> Tensor:
-            # No probability and never the largest: softmax and argmax are each domain's own.
-            return F.pad(conv(part), (0, 0, 0, 0, 0, most - conv.out_channels), value=-torch.inf)
-
-        return self._mixed.apply(self, input, one, 4)
+        super().add_domain(name, out_channels)

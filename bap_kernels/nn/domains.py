@@ -10,9 +10,9 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.layer_kinds import NEVER, PlannedModel, change_now
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.nn.in_backward import NEVER, change_now
-from bap_kernels.nn.mixed import MixedBatch, Runs, mixed_numbers
+from bap_kernels.nn.mixed import MixedBatch, MixedStates, mixed_numbers
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
 from bap_kernels.nn.swap import why_not_swapped
 from bap_kernels.table import ChannelTable
@@ -36,7 +36,7 @@ class _Layers:
         self.parents: list[tuple[dict[str, Any], tuple[nn.Module | None, ...]]] = []
         self.leaves: list[dict[str, Any]] = []
         # Planned networks, which have a plan for each domain instead.
-        self.planned: list[ReferenceType[nn.Module]] = []
+        self.planned: list[ReferenceType[PlannedModel]] = []
         # Once for each model: lists are often made before torch.compile is loaded.
         self.marked = False
         seen: set[nn.Module] = set()
@@ -46,14 +46,14 @@ class _Layers:
             if module in seen:
                 continue
             seen.add(module)
-            if hasattr(type(module), "_prepared"):
+            if isinstance(module, PlannedModel):
                 self.planned.append(ref(module))
                 continue
             children = module._modules
             if isinstance(module, GatheredConv2d):
                 self.gathered.append(module.__dict__)
             if isinstance(module, PerDomain):
-                self.owning.append((module.__dict__, module.domains._modules, module._without_domain_allowed))
+                self.owning.append((module.__dict__, module.domains._modules, not module._needs_domain))
             if children:
                 self.parents.append((children, tuple(children.values())))
             else:
@@ -66,15 +66,16 @@ class _Layers:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
         return not any(self.leaves) and all(tuple(children.values()) == known for children, known in self.parents)
 
-    def planned_networks(self, model: nn.Module) -> list[Any]:
+    def planned_networks(self, model: nn.Module) -> list[PlannedModel]:
         """The planned networks in the model that depend on the domain; a model that is one itself always counts."""
-        found = [one for one in (reference() for reference in self.planned) if one is not None]
-        return [one for one in found if one is model or domain_names(one)]
+        networks = [network for network in (reference() for reference in self.planned) if network is not None]
+        return [network for network in networks if network is model or domain_names(network)]
 
     def mark_dynamic(self) -> None:
         """Tells torch.compile which sizes vary between domains."""
-        for lists in [one for layer in self.gathered for one in layer["lists"].values()]:
-            lists.mark_dynamic()
+        for layer in self.gathered:
+            for lists in layer["lists"].values():
+                lists.mark_dynamic()
         self.marked = True
 
 
@@ -129,19 +130,19 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
     }
     for domain, named in table.items():
         given: dict[GatheredConv2d, str] = {}
-        for name, one in named.items():
+        for name, its_lists in named.items():
             layer = layers.get(name)
             if layer is None:
                 raise ValueError(_unknown_layer(domain, name, modules.get(name), list(layers)))
-            one.validate_for(layer, name)
+            its_lists.validate_for(layer, name)
             # A layer that is used in two places has two names.
-            if layer in given and one != lists[layer][domain]:
+            if layer in given and its_lists != lists[layer][domain]:
                 raise ValueError(
                     f"attach_(): expected one list for the layer that is both {given[layer]!r} and {name!r}, "
                     f"got two in domain {domain!r}."
                 )
             given[layer] = name
-            lists[layer][domain] = one
+            lists[layer][domain] = its_lists
     for layer, domains in lists.items():
         layer.attach(domains)
     return model
@@ -152,18 +153,18 @@ def _in_order(model: nn.Module, table: ChannelTable) -> ChannelTable:
     own = next((layer.domains for _, layer in domain_layers(model)), None)
     if own is None:
         return table
-    known = [domain for domain in own if domain in table]
-    return ChannelTable({domain: table[domain] for domain in [*known, *(one for one in table if one not in known)]})
+    order = [domain for domain in own if domain in table]
+    return ChannelTable({domain: table[domain] for domain in dict.fromkeys([*order, *table])})
 
 
 def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:
     if module is None:
-        found = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
+        reason = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
     elif why_not_swapped(module) is None:
-        found = "which was not swapped. Hint: call swap_ on it, or leave it out of the table"
+        reason = "which was not swapped. Hint: call swap_ on it, or leave it out of the table"
     else:
-        found = f"which cannot be swapped: {why_not_swapped(module)}. Hint: leave it out of the table"
-    return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {found}."
+        reason = f"which cannot be swapped: {why_not_swapped(module)}. Hint: leave it out of the table"
+    return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {reason}."
 
 
 def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
@@ -226,12 +227,12 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
     except (KeyError, TypeError):
         raise _refusal(gathered, owning, name) from None
     # Plans are made here, which may fail; nothing has changed so far.
-    activations = [one._prepared(name) for one in planned]
+    activations = [network.prepare_domain(name) for network in planned]
     now = change_now()
     # Past nn.Module.__setattr__, which costs a microsecond for each layer.
-    for layer, one in zip(gathered, lists, strict=True):
-        if layer["channels"] is not one or layer.get("_mixed") is not None:
-            layer["channels"], layer["_mixed"], layer["_changed"] = one, None, now
+    for layer, its_lists in zip(gathered, lists, strict=True):
+        if layer["channels"] is not its_lists or layer.get("_mixed") is not None:
+            layer["channels"], layer["_mixed"], layer["_changed"] = its_lists, None, now
         elif now.by >= 0:
             layer["_changed"] = now.again(layer.get("_changed", NEVER))
     for (attributes, _, _), module in zip(owning, active, strict=True):
@@ -246,17 +247,17 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
 def _set_mixed(
     gathered: list[dict[str, Any]],
     owning: list[tuple[dict[str, Any], dict[Any, Any], bool]],
-    planned: list[Any],
+    planned: list[PlannedModel],
     numbers: Tensor,
 ) -> None:
     tables = _tables(gathered, owning)
-    domains = _numbered([*tables, *(dict.fromkeys(domain_names(one)) for one in planned)])
+    domains = _numbered([*tables, *(dict.fromkeys(domain_names(network)) for network in planned)])
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
-    activations = [one._prepared(numbers, domains) for one in planned]
+    activations = [network.prepare_domain(numbers, domains) for network in planned]
     now = change_now()
     for layer, table in zip([*gathered, *(attributes for attributes, _, _ in owning)], tables, strict=True):
-        layer["_mixed"], layer["_changed"] = Runs(batch, [table[name] for name in names]), now
+        layer["_mixed"], layer["_changed"] = MixedStates(batch, [table[name] for name in names]), now
     for activate in activations:
         activate()
 
@@ -314,5 +315,5 @@ def domain_names(model: nn.Module) -> list[str]:
     """
     layers = _layers(model)
     tables = _tables([layer for layer in layers.gathered if layer["lists"]], layers.owning)
-    tables += [dict.fromkeys(domain_names(one.model)) for one in layers.planned_networks(model)]
+    tables += [dict.fromkeys(domain_names(network.model)) for network in layers.planned_networks(model)]
     return _numbered(tables)

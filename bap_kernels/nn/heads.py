@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from bap_kernels.flow.ops import rule_of
 from bap_kernels.nn.conv import refuse_own_forward
+from bap_kernels.nn.domain_layers import outputs_of
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
 from bap_kernels.nn.recording import record_calls
@@ -22,36 +21,7 @@ Numbers: TypeAlias = Mapping[str, int]
 # Which layers: a name, names, or a predicate on (module, name).
 Choice: TypeAlias = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
-# Where a result is a product with a weight that no layer's forward applies, what comes before it is no classifier.
-_PRODUCTS = frozenset(
-    [
-        F.linear,
-        F.bilinear,
-        F.conv1d,
-        F.conv2d,
-        F.conv3d,
-        F.multi_head_attention_forward,
-        F.scaled_dot_product_attention,
-        torch.matmul,
-        torch.mm,
-        torch.bmm,
-        torch.addmm,
-        torch.einsum,
-        torch.tensordot,
-        operator.matmul,
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "__matmul__",
-    ]
-)
 _MOST_NAMED = 8
-
-
-def _width(layer: nn.Module) -> int:
-    """The number of classes."""
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
@@ -68,8 +38,8 @@ def _may_classify(module: nn.Module) -> bool:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    inside = {one for _, layer in domain_layers(model) for one in layer.domains.modules()}
-    return {name: one for name, one in model.named_modules() if one not in inside and _may_classify(one)}
+    inside = {module for _, layer in domain_layers(model) for module in layer.domains.modules()}
+    return {name: m for name, m in model.named_modules() if m not in inside and _may_classify(m)}
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -90,7 +60,7 @@ def _last_layers(model: nn.Module, candidates: Mapping[str, nn.Module]) -> tuple
     except Exception as error:  # whatever the model's own code raises
         return list(candidates), f"the model cannot be recorded ({error})"
     names = {module: name for name, module in candidates.items()}
-    found: dict[str, None] = {}
+    last: dict[str, None] = {}
     doubt: str | None = None
     seen: set[fx.Node] = set()
     waiting = [node for node in graph.nodes if node.op == "output"]
@@ -102,24 +72,27 @@ def _last_layers(model: nn.Module, candidates: Mapping[str, nn.Module]) -> tuple
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             if module in names:
-                found[names[module]] = None
+                last[names[module]] = None
                 continue
             if isinstance(module, PerDomain):
                 continue
             parts = set(module.modules())
-            within = [name for one, name in names.items() if one in parts]
+            within = [name for candidate, name in names.items() if candidate in parts]
             if within:
-                # A part that is run as it is: any of its layers may be the last.
-                found.update(dict.fromkeys(within))
+                # A part that is one step: any of its layers may be the last.
+                last.update(dict.fromkeys(within))
                 doubt = doubt or f"{node.target!r}, which holds them, cannot be recorded"
                 continue
             if next(module.parameters(), None) is not None:
                 continue
-        elif node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
-            doubt = doubt or "the result is a product of tensors that no layer computes"
-            continue
+        elif node.op in ("call_function", "call_method"):
+            rule = rule_of(node.target)
+            if rule is not None and rule.kind == "product":
+                # What comes before a product with a weight of no layer is no classifier.
+                doubt = doubt or "the result is a product of tensors that no layer computes"
+                continue
         waiting += node.all_input_nodes
-    return list(found), doubt
+    return list(last), doubt
 
 
 def shared_classifiers(model: nn.Module) -> list[str]:
@@ -129,22 +102,22 @@ def shared_classifiers(model: nn.Module) -> list[str]:
 
 def _default(model: nn.Module) -> list[str]:
     candidates = _candidates(model)
-    found, doubt = _last_layers(model, candidates)
-    if len(found) == 1 and (doubt is None or len(candidates) == 1):
-        return found
+    last, doubt = _last_layers(model, candidates)
+    if len(last) == 1 and (doubt is None or len(candidates) == 1):
+        return last
     if not candidates:
         raise ValueError(
             "switch_(): expected `model` to have a torch.nn.Linear for `heads`, or a 1x1 convolution, got none. "
             "Hint: put a bap_kernels.nn.DomainLinear where the classifier is."
         )
-    named = _listed(found or candidates)
+    named = _listed(last or candidates)
     if doubt:
         reason = f"one that may be {named}: {doubt}"
-    elif found:
-        reason = f"{len(found)}: {named}"
+    elif last:
+        reason = f"{len(last)}: {named}"
     else:
         reason = f"none of its linear layers and 1x1 convolutions, which are {named}"
-    first = (found or list(candidates))[-1]
+    first = (last or list(candidates))[-1]
     raise ValueError(
         f"switch_(): expected `model` to have one classifier before its result, got {reason}. "
         f"Hint: choose with head={first!r}, a list of names, or a predicate (module, name) -> bool."
@@ -236,17 +209,17 @@ def chosen_heads(
         if head is not None:
             raise ValueError("switch_(): expected one of `heads` and `head` to choose the classifier, got both.")
         head = heads
-    places = _named(model, list(given)) if given else _default(model) if head is None else _named(model, head)
+    layers = _named(model, list(given)) if given else _default(model) if head is None else _named(model, head)
     chosen: dict[nn.Module, dict[str, int]] = {}
-    for place in places:
-        module = model.get_submodule(place)
+    for name in layers:
+        module = model.get_submodule(name)
         if "forward" in module.__dict__:
-            refuse_own_forward("switch_", place, module)
-        # A layer that stands in two places is one.
+            refuse_own_forward("switch_", name, module)
+        # A layer with two names is one.
         if given:
-            wanted = _checked_numbers(given[place], names)
+            classes = _checked_numbers(given[name], names)
         else:
-            wanted = dict.fromkeys(names, _width(module)) if numbers is None else numbers
-        if chosen.setdefault(module, wanted) != wanted:
-            raise ValueError(f"switch_(): expected one number of classes for the layer {place!r}, got two.")
+            classes = dict.fromkeys(names, outputs_of(module)) if numbers is None else numbers
+        if chosen.setdefault(module, classes) != classes:
+            raise ValueError(f"switch_(): expected one number of classes for the layer {name!r}, got two.")
     return chosen

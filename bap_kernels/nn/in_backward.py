@@ -1,4 +1,4 @@
-"""Forwards inside a backward: what checkpointing computes again has to be what was computed first.
+"""Forwards inside a backward: what checkpointing computes again has to equal what was computed first.
 
 :func:`torch.utils.checkpoint.checkpoint` calls a layer a second time during the backward, when another domain may be
 set, and when the layer has counted the call already. Autograd's sequence numbers tell: they grow with every node of a
@@ -12,22 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = [
-    "NEVER",
-    "Change",
-    "change_now",
-    "check_domain",
-    "in_backward",
-    "in_checkpoint",
-    "once_for_each_forward",
-    "replaying",
-]
+from bap_kernels.layer_kinds import Change, DomainLayer
+
+__all__ = ["check_domain", "in_backward", "in_checkpoint", "once_for_each_forward", "replaying"]
 
 _here = threading.local()
 _graph_task = torch._C._current_graph_task_id
@@ -39,36 +31,6 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and _graph_task() != -1
 
 
-class Change(NamedTuple):
-    """When a layer's domain last changed.
-
-    Attributes:
-        at: autograd nodes made before have smaller numbers.
-        by: the node for which a backward computed the function that set the domain; -1 outside of a backward.
-        thread: that of the change; every thread numbers its own nodes.
-    """
-
-    at: int = 0
-    by: int = -1
-    thread: int = 0
-
-    def again(self, before: Change) -> Change:
-        """This one, for a layer that has the domain already since ``before``."""
-        return before if self.by < 0 else before._replace(by=self.by)
-
-
-NEVER = Change()
-
-
-def change_now() -> Change:
-    """For a layer whose domain is set now."""
-    if torch.compiler.is_compiling():
-        return NEVER
-    node = None if _graph_task() == -1 else torch._C._current_autograd_node()
-    by = -1 if node is None else node._sequence_nr()
-    return Change(torch._C._autograd._get_sequence_nr(), by, threading.get_ident())
-
-
 def replaying(on: bool) -> bool:
     """Says that layers have the state of the first forward from now on, or no longer; gives what was said before."""
     before = getattr(_here, "replaying", False)
@@ -76,7 +38,7 @@ def replaying(on: bool) -> bool:
     return before
 
 
-def check_domain(layer: nn.Module) -> None:
+def check_domain(layer: DomainLayer) -> None:
     """Refuses a recomputed forward whose first one may have seen another domain; to be called in a backward.
 
     A domain that was set in another thread than that of the forward is not compared.
@@ -86,7 +48,7 @@ def check_domain(layer: nn.Module) -> None:
     """
     if getattr(_here, "replaying", False):
         return
-    changed: Any = layer._changed
+    changed = layer._changed
     node = torch._C._current_autograd_node()
     # Replicas of DataParallel run in threads of their own.
     if node is None or _numbers_of_another_thread(changed) or hasattr(layer, "_is_replica"):
@@ -134,7 +96,7 @@ def once_for_each_forward(key: object, decide: Callable[[], bool]) -> bool:
     if not (firsts or torch.is_grad_enabled()):
         return True
     if _graph_task() == -1:
-        made = decide()
+        decision = decide()
     else:
         node = torch._C._current_autograd_node()
         if _hook_name().startswith("_recomputation_hook") or type(node).__name__ != "CheckpointFunctionBackward":
@@ -142,30 +104,29 @@ def once_for_each_forward(key: object, decide: Callable[[], bool]) -> bool:
             return True
         known = _decisions(node).get(key)
         if known:
-            made = known[0]
+            decision = known[0]
             # In their order for another backward through the same graph.
             known.rotate(-1)
         else:
-            made = decide()
+            decision = decide()
     for context in firsts:
-        _decisions(context).setdefault(key, deque()).append(made)
-    return made
+        _decisions(context).setdefault(key, deque()).append(decision)
+    return decision
 
 
 def _decisions(context: Any) -> dict[object, deque[bool]]:
-    if not hasattr(context, "_bap_decisions"):
-        context._bap_decisions = {}
-    found: dict[object, deque[bool]] = context._bap_decisions
-    return found
+    # An autograd context takes attributes of anyone.
+    decisions: dict[object, deque[bool]] = context.__dict__.setdefault("_bap_decisions", {})
+    return decisions
 
 
 def _reentrant_contexts() -> list[Any]:
     """The autograd contexts of the reentrant checkpoints whose first forward this is, and that will have a second."""
-    found = []
+    contexts = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _reentrant_code:
-            found.append(frame.f_locals["ctx"])
+            contexts.append(frame.f_locals["ctx"])
         frame = frame.f_back
     # Without gradient a context leads nowhere.
-    return [context for context in found if context.next_functions]
+    return [context for context in contexts if context.next_functions]

@@ -1,8 +1,7 @@
 """Batches whose samples belong to several domains.
 
-Every layer that depends on the domain takes the batch in the caller's order and gives its result in that order: samples
-never change their place outside a layer. So whatever a model does with its batch, and whatever it returns, is as it is
-for one domain.
+Every layer that depends on the domain takes the batch in the caller's order and returns its result in that order;
+samples change their order only inside a layer. So a model's code and its result are as for one domain.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MixedBatch", "Runs", "mixed_numbers"]
+__all__ = ["MixedBatch", "MixedStates", "mixed_numbers", "selected_samples"]
 
 # An element that is copied is read, written, and soon read again; one of a weight is only read.
 _COPY_COST = 4
@@ -109,26 +108,26 @@ class MixedBatch:
 
     def sorted(self, input: Tensor) -> Tensor:
         """The samples of one domain after those of another."""
-        return input if self.order is None else _taken(input, self.on("order", input.device))
+        return input if self.order is None else selected_samples(input, self.on("order", input.device))
 
     def restored(self, result: Tensor) -> Tensor:
         """Undoes :meth:`sorted`."""
-        return result if self.back is None else _taken(result, self.on("back", result.device))
+        return result if self.back is None else selected_samples(result, self.on("back", result.device))
 
 
-def _taken(tensor: Tensor, index: Tensor) -> Tensor:
-    # index_select forgets the memory format.
+def selected_samples(tensor: Tensor, index: Tensor) -> Tensor:
+    """The listed samples, in the tensor's memory format, which index_select does not keep."""
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return tensor.index_select(0, index)
 
 
-class Runs:
-    """One layer's part in a mixed batch.
+class MixedStates:
+    """What one layer uses in a mixed batch.
 
     Attributes:
         batch: the batch, shared by all layers.
-        states: what the layer uses for each domain in it: its lists, or one of its domains' modules.
+        states: the layer's state in each of the batch's domains: lists, or a module.
     """
 
     def __init__(self, batch: MixedBatch, states: Sequence[Any]) -> None:
@@ -136,13 +135,13 @@ class Runs:
         self.states = list(states)
 
     def apply(
-        self, layer: nn.Module, input: Tensor, one: Callable[[Tensor, Any], Tensor], dim: int | None = None
+        self, layer: nn.Module, input: Tensor, compute: Callable[[Tensor, Any], Tensor], dim: int | None = None
     ) -> Tensor:
-        """The results of all samples; ``one(samples, state)`` computes those of a domain."""
+        """The results of all samples; ``compute(samples, state)`` gives those of a domain."""
         batch = self.batch
         batch.check(layer, input, dim)
         samples = batch.sorted(input).split(batch.counts)
-        parts = [one(part, state) for part, state in zip(samples, self.states, strict=True)]
+        parts = [compute(part, state) for part, state in zip(samples, self.states, strict=True)]
         widths = {part.shape[1] for part in parts}
         if len(widths) > 1:
             raise ValueError(
@@ -151,10 +150,10 @@ class Runs:
             )
         return batch.restored(torch.cat(parts))
 
-    def at_once(self, layer: nn.Conv2d, input: Tensor) -> bool:
-        """Whether :meth:`gathered` serves a call, which has no gradient and obeys no autocast."""
+    def fits_one_call(self, layer: nn.Conv2d, input: Tensor) -> bool:
+        """Whether :meth:`gathered` serves a call; it has no gradient and ignores autocast."""
         used = (input, layer.weight, layer.bias)
-        tracked = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in used)
+        tracked = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in used)
         return not (tracked or layer.groups != 1 or torch.is_autocast_enabled(input.device.type))
 
     def gathered(

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bap_kernels.nn.in_backward import NEVER, change_now
-from bap_kernels.nn.mixed import Runs
+from bap_kernels.layer_kinds import DomainLayer
+from bap_kernels.nn.in_backward import check_domain, in_backward
+from bap_kernels.nn.leaf import Proxy, as_one_step
+from bap_kernels.nn.mixed import MixedStates
 
 __all__ = ["PerDomain", "checked_names", "domain_layers", "domain_parameters"]
 
@@ -20,7 +22,7 @@ _RESERVED = frozenset(dir(nn.ModuleDict()))
 _DOMAIN = "_domain_name"
 
 
-def _reason_against(name: object) -> str | None:
+def _unusable_reason(name: object) -> str | None:
     if not isinstance(name, str):
         return "a name is text"
     if not name or "." in name:
@@ -40,7 +42,7 @@ def checked_names(where: str, names: Iterable[str]) -> list[str]:
         raise ValueError(f"{where}(): expected `domains` to be several names, got {names!r}. Hint: pass [{names!r}].")
     listed: list[str] = []
     for name in names:
-        reason = "it was given twice" if name in listed else _reason_against(name)
+        reason = "it was given twice" if name in listed else _unusable_reason(name)
         if reason is not None:
             raise ValueError(f"{where}(): expected `domains` to be usable names, got {name!r}: {reason}.")
         listed.append(name)
@@ -53,8 +55,12 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-class PerDomain(nn.Module):
+class PerDomain(DomainLayer):
     """Base of the layers that hold one module per domain, in :attr:`domains`, and use that of the active domain.
+
+    A subclass computes the result of one domain in :meth:`_forward_in`, and that of a mixed batch in
+    :meth:`_forward_mixed`. The state of the dense layer that it replaces loads too: every domain for which the file has
+    no values takes those under the dense layer's keys.
 
     The active module is kept outside the module tree, which names it once, under its domain. Held as an object and not
     looked up by name, it lets torch.compile serve all domains with one graph.
@@ -66,17 +72,16 @@ class PerDomain(nn.Module):
     domains: nn.ModuleDict
     # In the instance's dictionary, past nn.Module.__setattr__.
     _active: nn.Module | None
-    # Set while a mixed batch is: the modules of its runs.
-    _mixed: Runs | None = None
-    # When the active module last changed.
-    _changed = NEVER
-    _without_domain_allowed = False
+    _state_name = "_active"
 
     def _hold(self, modules: Mapping[str, nn.Module]) -> None:
         self.domains = nn.ModuleDict(dict(modules))
         for name, module in modules.items():
             module.__dict__[_DOMAIN] = name
         self.__dict__["_active"] = None
+
+    def _states(self) -> Mapping[str, Any]:
+        return self.domains._modules
 
     @property
     def active(self) -> nn.Module | None:
@@ -112,20 +117,21 @@ class PerDomain(nn.Module):
                 return name
         return None
 
-    def set_domain(self, name: str | None) -> None:
-        """Activates one domain; :func:`bap_kernels.set_domain` does that for a whole model.
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the active domain's module; in a mixed batch, to each sample its own domain's."""
+        if isinstance(input, Proxy):
+            return as_one_step(self, input)
+        if in_backward():
+            check_domain(self)
+        if self._mixed is not None:
+            return self._forward_mixed(input, self._mixed)
+        return self._forward_in(input)
 
-        Raises:
-            ValueError: if the layer has no domain of that name.
-        """
-        if name is None and self._without_domain_allowed:
-            self.__dict__["_active"] = None
-        elif isinstance(name, str) and name in self.domains:
-            self.__dict__["_active"] = self.domains[name]
-        else:
-            raise ValueError(f"set_domain(): expected `name` to be one of {list(self.domains)}, got {name!r}.")
-        self.__dict__["_mixed"] = None
-        self.__dict__["_changed"] = change_now()
+    def _forward_in(self, input: Tensor) -> Tensor:
+        return self._current()(input)
+
+    def _forward_mixed(self, input: Tensor, mixed: MixedStates) -> Tensor:
+        return mixed.apply(self, input, lambda samples, module: module(samples))
 
     def _add(self, name: str, module: nn.Module) -> None:
         checked_names(f"{type(self).__name__}.add_domain", [*self.domains, name])
@@ -170,12 +176,14 @@ class PerDomain(nn.Module):
         """What a domain's module takes from the state of a dense layer."""
         return dense
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        self._spread_dense_keys(state_dict, prefix, bool(metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy that torch.compile or an export made may lack it.
         self.__dict__.setdefault("_active", None)
-        # Of another process, perhaps.
-        self.__dict__.pop("_changed", None)
 
 
 def domain_layers(model: nn.Module) -> Iterator[tuple[str, PerDomain]]:
@@ -209,13 +217,13 @@ def domain_parameters(model: nn.Module, domain: str | None = None) -> Iterator[t
         ['1.domains.cars.weight', '1.domains.cars.bias']
     """
     known: dict[str, None] = {}
-    found = []
+    parameters = []
     for path, layer in domain_layers(model):
         for name, module in layer.domains.items():
             known[name] = None
             if domain is None or name == domain:
                 prefix = f"{path}.domains.{name}" if path else f"domains.{name}"
-                found += list(module.named_parameters(prefix))
+                parameters += list(module.named_parameters(prefix))
     if domain is not None and domain not in known:
         raise ValueError(f"domain_parameters(): expected `domain` to be one of {list(known)}, got {domain!r}.")
-    return iter(found)
+    return iter(parameters)

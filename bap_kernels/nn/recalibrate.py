@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.domain_layers import DomainNorm
 from bap_kernels.nn.domains import set_domain
 
@@ -55,13 +56,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
             "recalibrate_bn(): expected `model` to have DomainBatchNorm2d layers, got none. Hint: call nn.switch_."
         )
     modes = [(module, module.training) for module in modules]
-    # What set_domain writes: the same attributes come back below.
-    active = [
-        (module.__dict__, name, module.__dict__[name])
-        for module in modules
-        for name in ("_active", "channels")
-        if name in module.__dict__
-    ]
+    active = [(layer, layer._state) for layer in modules if isinstance(layer, DomainLayer)]
     # A layer without the domain is for set_domain to refuse.
     held = [layer.domains[domain] for layer in layers if domain in layer.domains]
     norms = [norm for one in held for norm in one.modules() if isinstance(norm, _BatchNorm)]
@@ -94,8 +89,8 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
                     value.copy_(values[name])
         for module, training in modes:
             module.training = training
-        for attributes, name, value in active:
-            attributes[name] = value
+        for layer, state in active:
+            layer.__dict__[layer._state_name] = state
 
 
 def _run(model: nn.Module, loader: Iterable[Any], batches: int | None) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.in_backward import replaying
 from bap_kernels.nn.per_domain import PerDomain
 
@@ -65,10 +66,12 @@ def held_input(input: Tensor) -> Iterator[Tensor]:
         yield held
 
 
-# Attributes that decide what a forward computes and that may differ by the time of the backward: the mode, the domain's
-# module or lists, and those of a mixed batch.
-_STATE = ("training", "_active", "channels", "_mixed")
 _ABSENT = object()
+
+
+def _state_names(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that decide what a forward computes and that may have changed by the time of the backward."""
+    return ("training", module._state_name, "_mixed") if isinstance(module, DomainLayer) else ("training",)
 
 
 def _used_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -87,13 +90,12 @@ class _Replay:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(dict.fromkeys(_used_modules(module)))
-        # A switched layer asks the layers that read its result, which may be outside.
-        readers = [reader for one in modules for reader in getattr(one, "readers", None) or ()]
+        # These may be outside of the region.
+        asked = [layer for one in modules if isinstance(one, DomainLayer) for layer in one._also_asks()]
         self.then = [
             (one.__dict__, name, one.__dict__.get(name, _ABSENT))
-            for one in dict.fromkeys([*modules, *readers])
-            for name in _STATE
-            if name in one.__dict__ or (name == "_mixed" and hasattr(one, name))
+            for one in dict.fromkeys([*modules, *asked])
+            for name in _state_names(one)
         ]
         # Running statistics were updated in the first forward; the second one updates copies.
         self.buffers = [one._buffers for one in modules if one.training and one._buffers]

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from bap_kernels.flow.arguments import leaves_of, map_leaves, tensors_of
+from bap_kernels.flow.ops import has_hooks, writes_to_input
 from bap_kernels.nn.sizes import Number, Unrecordable, make_number
 
-__all__ = ["Facts", "Recorded", "Written", "differences", "has_hooks", "is_layer", "record", "record_calls"]
+__all__ = ["Recording", "Specs", "Written", "first_difference", "is_layer", "record", "record_calls"]
 
 # Shape and dtype of what each step returned on the example; (None, None) for what is no tensor.
-Facts = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
+Specs = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 # Methods of two tensors, or a tensor and a number, as the operators that call them.
@@ -61,11 +63,11 @@ class Written:
 
     Args:
         target: the function, or the name of a method.
-        place: the position or the keyword of the argument.
+        argument: the position or the keyword of the argument.
     """
 
-    def __init__(self, target: Callable[..., Any] | str, place: int | str) -> None:
-        self.target, self.place = target, place
+    def __init__(self, target: Callable[..., Any] | str, argument: int | str) -> None:
+        self.target, self.argument = target, argument
 
     @property
     def __name__(self) -> str:
@@ -80,44 +82,39 @@ class Written:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the argument holds afterwards; the argument stays as it was."""
         changed: Tensor
-        if isinstance(self.place, str):
-            changed = kwargs[self.place].clone()
-            kwargs = {**kwargs, self.place: changed}
+        if isinstance(self.argument, str):
+            changed = kwargs[self.argument].clone()
+            kwargs = {**kwargs, self.argument: changed}
         else:
-            changed = args[self.place].clone()
-            args = (*args[: self.place], changed, *args[self.place + 1 :])
+            changed = args[self.argument].clone()
+            args = (*args[: self.argument], changed, *args[self.argument + 1 :])
         self.call(*args, **kwargs)
         return changed
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Written) and (self.target, self.place) == (other.target, other.place)
+        return isinstance(other, Written) and (self.target, self.argument) == (other.target, other.argument)
 
     def __hash__(self) -> int:
-        return hash((self.target, self.place))
+        return hash((self.target, self.argument))
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded:
-    """A recording.
+class Recording:
+    """A recording of one run.
 
     Attributes:
         graph: the steps.
-        facts: shape and dtype of each step's result.
+        specs: shape and dtype of each step's result.
         constants: tensors that steps of kind ``get_attr`` name and that are no parameters or buffers.
         result: what the model returned.
         whole: {name: reason} of the modules that became one step.
     """
 
     graph: fx.Graph
-    facts: Facts
+    specs: Specs
     constants: dict[str, Tensor]
     result: Any
     whole: dict[str, str]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else runs when the module is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -125,32 +122,8 @@ def is_layer(module: nn.Module) -> bool:
     return module.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
 
 
-def _mapped(part: Any, one: Callable[[Any], Any]) -> Any:
-    """A structure of arguments with every leaf replaced."""
-    if isinstance(part, (torch.Size, tuple)):
-        parts = [_mapped(item, one) for item in part]
-        return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-    if isinstance(part, list):
-        return [_mapped(item, one) for item in part]
-    if type(part) in (dict, OrderedDict):
-        return type(part)((key, _mapped(item, one)) for key, item in part.items())
-    if isinstance(part, slice):
-        return slice(_mapped(part.start, one), _mapped(part.stop, one), _mapped(part.step, one))
-    return one(part)
-
-
-def _leaves(part: Any) -> list[Any]:
-    found: list[Any] = []
-    _mapped(part, found.append)
-    return found
-
-
-def _tensors(part: Any) -> list[Tensor]:
-    return list({id(one): one for one in _leaves(part) if isinstance(one, Tensor)}.values())
-
-
-def _number_free(part: Any) -> Any:
-    return _mapped(part, lambda one: one.value if isinstance(one, Number) else one)
+def _without_numbers(part: Any) -> Any:
+    return map_leaves(part, lambda leaf: leaf.value if isinstance(leaf, Number) else leaf)
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -183,7 +156,7 @@ class _Recorder(TorchFunctionMode):
         self.root, self.is_layer, self.whole = root, is_layer, whole
         self.known = None if known is None else {id(one): one for one in known}
         self.graph = fx.Graph()
-        self.facts: Facts = {}
+        self.specs: Specs = {}
         self.constants: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}
         for store in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
@@ -225,7 +198,7 @@ class _Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, self.argument(args), self.argument(kwargs or {}))
         node.meta["within"], node.meta["pure"] = tuple(self.within), pure
         is_tensor = isinstance(result, Tensor)
-        self.facts[node] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
+        self.specs[node] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
         same = all(one in self.static for one in node.all_input_nodes) and not _is_random(target)
         if op == "get_attr" or (op != "placeholder" and same):
             self.static.add(node)
@@ -237,7 +210,7 @@ class _Recorder(TorchFunctionMode):
 
     def argument(self, part: Any) -> Any:
         """Arguments with steps in the places of what they returned."""
-        return _mapped(part, self._argument)
+        return map_leaves(part, self._argument)
 
     def _argument(self, one: Any) -> Any:
         if isinstance(one, fx.Node):
@@ -306,7 +279,7 @@ class _Recorder(TorchFunctionMode):
                 shared = [one for one in sources if key is not None and _storage(one) == key]
                 if shared:
                     self.view_of[node] = self.node_of(shared[0])
-            self.facts[node] = tuple(value.shape), value.dtype
+            self.specs[node] = tuple(value.shape), value.dtype
             self.bind(value, node)
             return value
         if type(value) in (int, float):
@@ -375,7 +348,7 @@ class _Recorder(TorchFunctionMode):
         for old in reversed(chain):
             copied = self.graph.node_copy(old, lambda one: now.get(one, one))
             copied.meta = dict(old.meta)
-            self.facts[copied] = self.facts[old]
+            self.specs[copied] = self.specs[old]
             self.view_of[copied] = now[self.view_of[old]]
             now[old] = copied
         self.bind(other, now[self.steps[id(other)][1]])
@@ -398,11 +371,11 @@ class _Recorder(TorchFunctionMode):
             return self._get(func, args)
         if name in ("__set__", "__delete__"):
             raise self.unrecordable("it sets an attribute of a tensor")
-        given = _tensors((args, kwargs))
-        numbers = any(isinstance(one, Number) for one in _leaves((args, kwargs)))
+        given = tensors_of((args, kwargs))
+        numbers = any(isinstance(one, Number) for one in leaves_of((args, kwargs)))
         versions = [_version(one) for one in given]
-        result = func(*_number_free(args), **_number_free(kwargs))
-        found = _tensors(result)
+        result = func(*_without_numbers(args), **_without_numbers(kwargs))
+        found = tensors_of(result)
         if not found and not given and not numbers:
             return result
         if found and func in _CONSTANT_MAKERS and not given and not numbers:
@@ -494,7 +467,7 @@ class _Recorder(TorchFunctionMode):
             source = self.view_of.get(source, self.itself.get(source, source))
         if source.op == "get_attr" and id(self.constants.get(str(source.target))) not in self.fresh:
             raise self.unrecordable("it writes to a parameter, a buffer or what was there before")
-        if result is tensor and args and args[0] is tensor and _writes_to_first(op, target, kwargs):
+        if result is tensor and args and args[0] is tensor and writes_to_input(target, kwargs):
             node = self._add(op, target, args, kwargs, result=result)
             self.wrote(tensor, node)
             return result
@@ -550,13 +523,13 @@ class _Recorder(TorchFunctionMode):
         return self._layer(name, module, args, kwargs)
 
     def _layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        given = _tensors((args, kwargs))
+        given = tensors_of((args, kwargs))
         self.paused = True
         try:
             if self._autocast() != self.autocast:
                 raise self.unrecordable("it changes autocast")
             versions = [_version(one) for one in given]
-            result = module._call_impl(*_number_free(args), **_number_free(kwargs))
+            result = module._call_impl(*_without_numbers(args), **_without_numbers(kwargs))
             written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]
             if written:
                 if not (result is written[0] and len(written) == 1 and args and args[0] is result):
@@ -581,7 +554,7 @@ class _Recorder(TorchFunctionMode):
         names = _argument_names(self.root, len(inputs))
         with torch.inference_mode(False), torch.no_grad():
             # Copies, as the model may write to what it is given.
-            inputs = _mapped(inputs, lambda one: one.clone() if isinstance(one, Tensor) else one)
+            inputs = map_leaves(inputs, lambda one: one.clone() if isinstance(one, Tensor) else one)
             given = []
             self.paused = True
             for name, value in zip(names, inputs, strict=True):
@@ -597,7 +570,7 @@ class _Recorder(TorchFunctionMode):
                 self.graph.output(self.argument(self._plain_result(result)))
             finally:
                 self.recording = False
-        return _number_free(result)
+        return _without_numbers(result)
 
     def _plain_result(self, value: Any) -> Any:
         """A result with objects that hold tensors made by steps."""
@@ -618,17 +591,9 @@ class _Recorder(TorchFunctionMode):
         if type(value) is OrderedDict:
             pairs = [(key, self._plain_result(one)) for key, one in value.items()]
             return self._add("call_function", OrderedDict, (pairs,))
-        if _tensors(list(vars(value).values()) if hasattr(value, "__dict__") else []) or isinstance(value, dict):
+        if tensors_of(list(vars(value).values()) if hasattr(value, "__dict__") else []) or isinstance(value, dict):
             raise self.unrecordable(f"it returns a {type(value).__name__}")
         return value
-
-
-def _writes_to_first(op: str, target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes to its first argument and returns it, as its name tells."""
-    name = target if op == "call_method" else getattr(target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return kwargs.get("inplace") is True or target in [getattr(operator, f"i{one}") for one in _OPERATORS]
 
 
 def _normal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
@@ -682,7 +647,7 @@ def _equal(a: Any, b: Any, places: dict[fx.Node, int], others: dict[fx.Node, int
         return False
 
 
-def differences(one: Recorded, other: Recorded) -> fx.Node | None:
+def first_difference(one: Recording, other: Recording) -> fx.Node | None:
     """The first step of a recording in which another one differs, apart from shapes; None if there is none."""
     places = {node: place for place, node in enumerate(one.graph.nodes)}
     others = {node: place for place, node in enumerate(other.graph.nodes)}
@@ -716,7 +681,7 @@ def record(
     inputs: tuple[Any, ...],
     is_layer: Callable[[nn.Module], bool],
     whole: dict[str, str] | None = None,
-) -> Recorded:
+) -> Recording:
     """Records a model on an example.
 
     Args:
@@ -753,7 +718,7 @@ def record(
         if recorder.grew:
             continue
         _drop_pure(recorder.graph)
-        return Recorded(recorder.graph, recorder.facts, recorder.constants, result, dict(whole))
+        return Recording(recorder.graph, recorder.specs, recorder.constants, result, dict(whole))
 
 
 class _Calls(fx.Tracer):
@@ -767,7 +732,7 @@ class _Calls(fx.Tracer):
 
     def module(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of one of the root's modules."""
-        if not any(isinstance(one, fx.Proxy) for one in _leaves((args, kwargs))):
+        if not any(isinstance(one, fx.Proxy) for one in leaves_of((args, kwargs))):
             return module._call_impl(*args, **kwargs)
         begin = len(self.graph.nodes)
         if not (self.is_step(module) or is_layer(module) or has_hooks(module)):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from bap_kernels.flow.norms import depends_on_data, is_norm
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, refuse_own_forward, why_not
-from bap_kernels.nn.domain_layers import DomainConv2d, DomainLinear
+from bap_kernels.nn.domain_layers import DomainHead
 from bap_kernels.nn.heads import shared_classifiers
-from bap_kernels.nn.norms import depends_on_data, is_norm
 from bap_kernels.nn.per_domain import domain_layers
 from bap_kernels.nn.switched import SwitchedConv2d
 
@@ -59,8 +59,8 @@ def swap_(
           (2): GatheredConv2d(8, 4, kernel_size=(1, 1), stride=(1, 1))
         )
     """
-    wanted = GatheredConv2d if layer_type is None else layer_type
-    if not (isinstance(wanted, type) and issubclass(wanted, GatheredConv2d)):
+    kind = GatheredConv2d if layer_type is None else layer_type
+    if not (isinstance(kind, type) and issubclass(kind, GatheredConv2d)):
         raise TypeError(f"swap_(): expected `layer_type` to be GatheredConv2d or MaskedConv2d, got {layer_type!r}.")
     new: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
@@ -71,9 +71,9 @@ def swap_(
             continue
         reason = why_not_swapped(module)
         if reason is None and isinstance(module, SwitchedConv2d):
-            new[module] = module.to_gathered(wanted)
+            new[module] = module.to_gathered(kind)
         elif reason is None:
-            new[module] = wanted.from_conv2d(module)
+            new[module] = kind.from_conv2d(module)
         elif reason == OWN_FORWARD:
             refuse_own_forward("swap_", name, module)
         else:
@@ -129,11 +129,12 @@ def skipped(model: nn.Module) -> dict[str, str]:
         {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
     """
     own = [layer for _, layer in domain_layers(model)]
-    inside = {one for layer in own for one in layer.domains.modules()}
-    reasons = {
-        name: _why_not_served(module, bool(own)) for name, module in model.named_modules() if module not in inside
-    }
-    found = {name: reason for name, reason in reasons.items() if reason is not None}
-    if own and not any(isinstance(layer, (DomainLinear, DomainConv2d)) for layer in own):
-        found.update(dict.fromkeys(shared_classifiers(model), "it is shared by all domains: see `heads` of switch_"))
-    return found
+    inside = {module for layer in own for module in layer.domains.modules()}
+    reasons = {}
+    for name, module in model.named_modules():
+        reason = None if module in inside else _why_not_served(module, bool(own))
+        if reason is not None:
+            reasons[name] = reason
+    if own and not any(isinstance(layer, DomainHead) for layer in own):
+        reasons.update(dict.fromkeys(shared_classifiers(model), "it is shared by all domains: see `heads` of switch_"))
+    return reasons

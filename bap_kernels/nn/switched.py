@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import call_gathered_conv2d, four_sided, refuse_onnx, switched_operator
+from bap_kernels.functional import call_gathered_conv2d, refuse_onnx, switched_operator
+from bap_kernels.layer_kinds import DomainLayer, SwitchedLayer
 from bap_kernels.nn.channel_switch import ChannelSwitch
 from bap_kernels.nn.conv import (
     OWN_FORWARD,
@@ -19,12 +20,11 @@ from bap_kernels.nn.conv import (
     PackedConv2d,
     check_options,
     has_own_forward,
-    take_over,
+    share_all,
     why_not,
 )
-from bap_kernels.nn.in_backward import check_domain, in_backward, in_checkpoint
-from bap_kernels.nn.leaf import Proxy, as_one_step
-from bap_kernels.nn.mixed import Runs
+from bap_kernels.nn.in_backward import in_checkpoint
+from bap_kernels.nn.mixed import MixedStates
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 from bap_kernels.nn.recompute import held_input
 
@@ -33,7 +33,7 @@ __all__ = ["SwitchedConv2d"]
 _Layer = TypeVar("_Layer", bound="SwitchedConv2d")
 
 
-class SwitchedConv2d(PerDomain, PackedConv2d):
+class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
     r""":class:`torch.nn.Conv2d` that trains, for every domain, one binary switch per input channel.
 
     .. math:: y_k = \sum_c s_c \, (W_{kc} \ast x_c) + b_k, \qquad s_c = 1[\tilde s_c > \tau]
@@ -61,8 +61,8 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             which saves time in the others. A forward that checkpointing computes again counts once.
 
     Attributes:
-        readers: the layers that read the result, and nothing else does; None where that is not known. See
-            :func:`bap_kernels.nn.link_readers_`, which sets it; no part of the state, and left behind by copies.
+        consumers: the layers that read the result, if nothing else does; None where that is not known.
+            :func:`bap_kernels.nn.link_readers_` sets it; it is no part of the state, and copies lack it.
 
     Shape:
         - Input: (N, C_in, H, W) or (C_in, H, W)
@@ -85,9 +85,9 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
     """
 
     _active: ChannelSwitch | None
-    _without_domain_allowed = True
-    # Outside the module tree, which names each layer once.
-    readers: tuple[SwitchedConv2d, ...] | None = None
+    _needs_domain = False
+    # A tuple, so that the layers in it are not registered as children.
+    consumers: tuple[SwitchedConv2d, ...] | None = None
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
                 f"cannot: {reason}."
             )
         layer = cls.__new__(cls)
-        take_over(layer, conv)
+        share_all(layer, conv)
         layer.__dict__.pop("channels", None)
         layer.__dict__.pop("lists", None)
         layer._start_with(names, threshold, initial, ste_every)
@@ -195,8 +195,8 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
                 f"{reason}. Hint: keep it; in eval mode it is right."
             )
         layer = layer_type.__new__(layer_type)
-        take_over(layer, self)
-        for name in ("_active", "domains", "readers"):
+        share_all(layer, self)
+        for name in ("_active", "consumers"):
             layer.__dict__.pop(name, None)
         layer._modules.pop("domains")
         layer._start_with(None)
@@ -211,11 +211,11 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             name: the new domain.
             like: the domain to copy scores from; None starts with all scores at the initial value.
         """
-        made = copy.deepcopy(self._switch_of(like) if like is not None else self._any())
-        made.since = 0
+        switch = copy.deepcopy(self._switch_of(next(iter(self.domains)) if like is None else like))
+        switch.since = 0
         if like is None:
-            made.reset_parameters()
-        self._add(name, made)
+            switch.reset_parameters()
+        self._add(name, switch)
 
     def channels(self, domain: str | None = None) -> ChannelLists:
         """The channels that a domain reads; None stands for the active domain, and for all channels if there is none.
@@ -240,42 +240,34 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         assert isinstance(switch, ChannelSwitch)
         return switch
 
-    def _any(self) -> ChannelSwitch:
-        return self._switch_of(next(iter(self.domains)))
+    @property
+    def readers(self) -> tuple[SwitchedConv2d, ...] | None:
+        """Deprecated: :attr:`consumers`."""
+        warnings.warn("SwitchedConv2d.readers is deprecated; use `consumers`.", DeprecationWarning, stacklevel=2)
+        return self.consumers
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolves the channels of ``input`` that are on."""
-        if isinstance(input, Proxy):
-            return as_one_step(self, input)
-        if in_backward():
-            check_domain(self)
-        if self._mixed is not None:
-            return self._switched_mixed(input, self._mixed)
+    def _also_asks(self) -> Sequence[DomainLayer]:
+        return self.consumers or ()
+
+    def _forward_in(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
             return self._switched(input.unsqueeze(0), self._active).squeeze(0)
         return self._switched(input, self._active)
 
-    def _switched_mixed(self, input: Tensor, runs: Runs) -> Tensor:
-        if self.training or torch.compiler.is_compiling() or self.weight.is_meta or not runs.at_once(self, input):
-            return runs.apply(self, input, self._switched, 4)
-        runs.batch.check(self, input, 4)
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
-        sides = four_sided(type(self).__name__, padding, self.kernel_size, self.stride, self.dilation)
-        return runs.gathered(self, input, [switch.channels().in_index for switch in runs.states], sides, True)
+    def _forward_mixed(self, input: Tensor, mixed: MixedStates) -> Tensor:
+        separate = self.training or torch.compiler.is_compiling() or self.weight.is_meta
+        if separate or not mixed.fits_one_call(self, input):
+            return mixed.apply(self, input, self._switched, 4)
+        mixed.batch.check(self, input, 4)
+        input, sides = self._padded(input)
+        return mixed.gathered(self, input, [switch.channels().in_index for switch in mixed.states], sides, True)
 
     def _switched(self, input: Tensor, active: Any) -> Tensor:
-        padding: Any = self.padding
+        input, sides = self._padded(input)
         stride: Any = self.stride
         dilation: Any = self.dilation
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
         weight, bias = self.weight, self.bias
         if active is None:
-            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
             return call_gathered_conv2d(input, weight, bias, None, None, stride, sides, dilation, self.groups, False)
         # Lists are read from the scores on the host, which a traced program and tensors without values do not allow.
         compiling = torch.compiler.is_compiling()
@@ -283,11 +275,9 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
             refuse_onnx("switched_conv2d")
         if not (self.training or self.groups != 1 or compiling or weight.is_meta):
             listed = active.channels().in_index
-            sides = four_sided(type(self).__name__, padding, self.kernel_size, stride, dilation)
             return call_gathered_conv2d(input, weight, bias, listed, None, stride, sides, dilation, 1, True)
         off_gradient = active.takes_off_gradient() if self.training else True
-        sides = four_sided("switched_conv2d", padding, self.kernel_size, stride, dilation)
-        read = self._read(input)
+        read = self._read_by_consumers(input)
         # A number would be a constant of a compiled graph, which serves all domains.
         number = 0 if read is None else active.number
         last = (stride, sides, dilation, self.groups, off_gradient, read, number)
@@ -296,19 +286,19 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         with held_input(input) as held:
             return switched_operator(held, weight, bias, active(), *last)
 
-    def _read(self, input: Tensor) -> Tensor | None:
-        """Of every output channel whether a reader has it on, (C_out,), bool; None if that is not known or no use."""
-        readers = self.readers
-        if readers is None or self._mixed is not None or torch.compiler.is_compiling() or input.device.type != "cpu":
+    def _read_by_consumers(self, input: Tensor) -> Tensor | None:
+        """Of every output channel whether a consumer has it on, (C_out,), bool; None if that is not known or no use."""
+        consumers = self.consumers
+        if consumers is None or self._mixed is not None or torch.compiler.is_compiling() or input.device.type != "cpu":
             return None
-        found: Tensor | None = None
-        for reader in readers:
-            switch = reader._active
+        read: Tensor | None = None
+        for consumer in consumers:
+            switch = consumer._active
             if switch is None:
                 return None
             on = switch.score.detach() > switch.threshold
-            found = on if found is None else found | on
-        return found
+            read = on if read is None else read | on
+        return read
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         place = f"{prefix}domains."
@@ -323,9 +313,9 @@ class SwitchedConv2d(PerDomain, PackedConv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of one layer would take its readers along, and theirs.
-        return {name: value for name, value in self.__dict__.items() if name != "readers"}
+        # A copy of one layer would take its consumers along, and theirs.
+        return {name: value for name, value in self.__dict__.items() if name != "consumers"}
 
     def extra_repr(self) -> str:
-        """The dense layer's facts, then the domains."""
+        """The dense layer's options, then the domains."""
         return f"{super().extra_repr()}, domains={list(self.domains)}"

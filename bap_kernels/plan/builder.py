@@ -1,4 +1,4 @@
-"""Says what each recorded step does to channels: the rules by which a recording becomes operations."""
+"""Turns the steps of a recording into operations on channels."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ import torch
 from torch import Tensor, fx, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
-from bap_kernels.nn.norms import norm_parts
-from bap_kernels.nn.recording import Facts
-from bap_kernels.plan.domain_view import frozen, lists_of
-from bap_kernels.plan.graph import Channels, Op, Value
-from bap_kernels.plan.leaves import Blur, PadSame, conv_of, effective_conv, same_conv
-from bap_kernels.plan.operations import (
-    COMMUTING,
+from bap_kernels.flow.arguments import leaves_of, map_leaves
+from bap_kernels.flow.graph import Channels, Op, Value
+from bap_kernels.flow.norms import norm_parts
+from bap_kernels.flow.ops import (
+    COMMUTATIVE,
+    Blur,
     Call,
+    PadSame,
+    Rule,
+    asks_size,
+    binary_rule,
+    call_rule,
     has_hooks,
-    in_place,
-    is_size,
-    known_binary,
-    known_layer,
-    known_map,
-    only_passes,
+    is_same_padded_conv,
+    is_spatial_slice,
+    layer_rule,
     out_of_place,
-    spatial_slice,
+    passes_input,
+    rule_of,
+    writes_to_input,
 )
-from bap_kernels.plan.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
+from bap_kernels.flow.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.recording import Specs
+from bap_kernels.plan.domain_view import frozen, lists_of
+from bap_kernels.plan.effective_conv import conv_of, effective_conv
 
-__all__ = ["Builder", "Facts", "why_not_lowered"]
+__all__ = ["Builder", "is_plain"]
 
 
 class Builder:
@@ -40,9 +46,10 @@ class Builder:
 
     Args:
         root: has the layers.
-        facts: of every step.
+        specs: of every step.
         domain: whose lists.
-        given: how many arguments the model is called with.
+        inputs: how many arguments the model is called with.
+        constants: tensors that steps name and that are no parameters or buffers.
 
     Attributes:
         ops: the operations so far.
@@ -50,14 +57,12 @@ class Builder:
     """
 
     def __init__(
-        self, root: nn.Module, facts: Facts, domain: str | None, given: int, constants: dict[str, Tensor] | None = None
+        self, root: nn.Module, specs: Specs, domain: str | None, inputs: int, constants: dict[str, Tensor]
     ) -> None:
-        self.constants = constants or {}
-        self.given = given
-        self.root = root
-        self.facts = facts
-        self.domain = domain
-        self.now: dict[fx.Node, Value] = {}
+        self.root, self.specs, self.domain = root, specs, domain
+        self.missing_inputs = inputs
+        self.constants = constants
+        self.values: dict[fx.Node, Value] = {}
         self.ops: list[Op] = []
         self.not_lowered: dict[str, str] = {}
         # Of results of split and the like: the tensor, and the channels of each part.
@@ -70,7 +75,7 @@ class Builder:
             self._convert(node)
         return self.ops
 
-    def _derive(self, value: Value, **fields: Any) -> Value:
+    def _add_op(self, value: Value, **fields: Any) -> Value:
         """Adds an operation with this result."""
         op = Op(output=value, **{"name": value.name, **fields})
         for read in dict.fromkeys(op.inputs):
@@ -78,24 +83,23 @@ class Builder:
         self.ops.append(op)
         return value
 
-    def _add(self, node: fx.Node, **fields: Any) -> Value:
-        """Adds an operation whose result is a step's."""
-        shape, dtype = self.facts[node] if node.op != "output" else (None, None)
-        self.now[node] = self._derive(Value(node.name, shape, dtype), **fields)
-        return self.now[node]
+    def _add(self, node: fx.Node, **fields: Any) -> bool:
+        """Adds an operation whose result is a step's; returns True."""
+        shape, dtype = self.specs[node] if node.op != "output" else (None, None)
+        self.values[node] = self._add_op(Value(node.name, shape, dtype), **fields)
+        return True
 
     def _values_in(self, *arguments: Any) -> list[Value]:
-        found: list[Value] = []
-        fx.node.map_arg(arguments, lambda node: found.append(self.now[node]))
-        return list(dict.fromkeys(found))
+        nodes = [leaf for leaf in leaves_of(arguments) if isinstance(leaf, fx.Node)]
+        return list(dict.fromkeys(self.values[node] for node in nodes))
 
     def _with_values(self, part: Any) -> Any:
-        """Arguments with values in the places of steps."""
-        return _plain(fx.node.map_arg(part, lambda one: self.now[one]))  # type: ignore[arg-type,return-value]
+        """Arguments in which steps are replaced by their values."""
+        return map_leaves(part, lambda leaf: self.values[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def _convert(self, node: fx.Node) -> None:
-        if node.op == "placeholder" and self.given > 0:
-            self.given -= 1
+        if node.op == "placeholder" and self.missing_inputs > 0:
+            self.missing_inputs -= 1
             self._add(node, kind="input", inputs=[])
         elif node.op == "placeholder":
             # An argument that was left out keeps its default.
@@ -103,17 +107,17 @@ class Builder:
         elif node.op == "output":
             self._opaque(node, "output", None)
         elif node.op == "get_attr":
-            self._add(
-                node, kind="opaque", inputs=[], call=Call(_itself, (self._attribute(str(node.target)),)), pure=True
-            )
+            call = Call(_itself, (self._attribute(str(node.target)),))
+            self._add(node, kind="opaque", inputs=[], call=call, pure=True)
         else:
             module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-            target: Any = str(node.target) if node.op == "call_method" else node.target
-            written = in_place(target, node.kwargs, module) or node.meta.get("writes", False)
+            target: Any = module
+            if module is None:
+                target = str(node.target) if node.op == "call_method" else node.target
             name = str(node.target) if module is not None else node.name
-            known = self._known(node, target, module, name)
-            if not known:
-                self._opaque(node, name, module if module is not None else target, written)
+            writes = writes_to_input(target, node.kwargs) or node.meta.get("writes", False)
+            if not self._with_rule(node, target, module, name):
+                self._opaque(node, name, target, writes)
 
     def _opaque(self, node: fx.Node, name: str, target: Any, mutates: bool = False) -> None:
         call = Call(frozen(target, self.domain) if isinstance(target, nn.Module) else target) if target else None
@@ -129,7 +133,7 @@ class Builder:
     def _note_convolutions(self, name: str, target: Any) -> None:
         """Says of each convolution in a step without a rule why it has none."""
         if isinstance(target, nn.Conv2d):
-            self.not_lowered[name] = why_not_lowered(target)
+            self.not_lowered[name] = _why_not_lowered(target)
         elif isinstance(target, nn.Module):
             for inner, module in target.named_modules():
                 if isinstance(module, nn.Conv2d):
@@ -138,39 +142,38 @@ class Builder:
         elif target in (torch.conv2d, nn.functional.conv2d):
             self.not_lowered[name] = "a call of F.conv2d whose weight is no parameter"
 
-    def _known(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
+    def _with_rule(self, node: fx.Node, target: Any, module: nn.Module | None, name: str) -> bool:
         """Adds the step if there is a rule for it."""
-        if target in (torch.cat, torch.concat):
+        rule = rule_of(target)
+        if rule is not None and rule.kind == "concat":
             return self._cat(node)
         args, named = node.args, node.kwargs
         if module is not None and not args and list(named) == ["input"]:
             args, named = (named["input"],), {}
         first = args[0] if args else None
-        if isinstance(first, fx.Node) and first in self.parts and first not in self.now:
-            # Only looked into: `_parts` saw to it.
+        if isinstance(first, fx.Node) and first in self.parts and first not in self.values:
+            # Its consumers are all of the form parts[number]: see `_parts`.
             whole, channels = self.parts[first]
             return self._take(node, whole, channels[node.args[1]])  # type: ignore[index]
         if module is None and isinstance(first, (int, float)) and len(node.args) == 2 and not node.kwargs:
             return self._number_first(node, target, first)
-        tensors = [self.now[one] for one in args[:2] if isinstance(one, fx.Node)]
-        x = tensors[0] if tensors and isinstance(first, fx.Node) else None
+        x = self.values[first] if isinstance(first, fx.Node) else None
         if x is None or (module is not None and (has_hooks(module) or "forward" in module.__dict__)):
             return False
         rest, kwargs = tuple(args[1:]), dict(named)
         constant = not self._values_in(rest, kwargs)
-        if constant and only_passes(target, rest, kwargs, module):
-            self.now[node] = x
+        if constant and passes_input(target, rest, kwargs):
+            self.values[node] = x
             return True
         if module is None and self._rearranged(node, x, target):
             return True
         if x.channels is None:
             return False
-        if constant and module is None and is_size(target, rest, kwargs):
-            self._add(node, kind="size", inputs=[x], call=Call(target), args=rest)
+        if constant and not kwargs and asks_size(target, rest):
+            return self._add(node, kind="size", inputs=[x], call=Call(target), args=rest)
+        if module is None and self._parts(node, x, target, rest, kwargs):
             return True
-        if self._parts(node, x, target, rest, kwargs):
-            return True
-        if len(self.facts[node][0] or ()) != 4:
+        if len(self.specs[node][0] or ()) != 4:
             return False
         if module is not None:
             return constant and not rest and not kwargs and self._layer(node, x, module, name)
@@ -185,79 +188,71 @@ class Builder:
 
     def _number_first(self, node: fx.Node, target: Any, number: float) -> bool:
         """``2 * x``, ``1 - x`` and the like."""
-        if not isinstance(node.args[1], fx.Node) or self.now[node.args[1]].channels is None:
+        if not isinstance(node.args[1], fx.Node) or self.values[node.args[1]].channels is None:
             return False
-        x = self.now[node.args[1]]
+        x = self.values[node.args[1]]
         if target in (operator.sub, torch.sub):
             call = Call(torch.rsub, (number,))
-        elif target in (operator.add, torch.add, operator.mul, torch.mul):
+        elif target in COMMUTATIVE:
             call = Call(target, (number,))
         else:
             return False
-        self._add(node, kind="map", inputs=[x], call=call, elementwise=True)
-        return True
+        return self._add(node, kind="map", inputs=[x], call=call, elementwise=True)
 
     def _map(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if spatial_slice(target, rest):
-            self._add(node, kind="map", inputs=[x], call=Call(target, rest))
-            return True
-        found = known_map(target, rest, kwargs)
-        if found is None and rest and not kwargs and isinstance(rest[0], (int, float)):
-            # A number on the other side; not for x.pow and the like, where it is known to be a sum or a product only.
-            arithmetic = known_binary(target, rest[1:], kwargs)
-            found = (Call(target, rest), "", True) if arithmetic is not None else None
-        if found is None or self.facts[node][0][1] != x.channels:  # type: ignore[index]
+        if is_spatial_slice(target, rest):
+            return self._add(node, kind="map", inputs=[x], call=Call(target, rest))
+        rule = call_rule(target, rest, kwargs)
+        if rule is None and rest and not kwargs and isinstance(rest[0], (int, float)):
+            # x + 1 and the like.
+            rule = None if binary_rule(target, rest[1:], kwargs) is None else Rule("elementwise")
+        if rule is None or self.specs[node][0][1] != x.channels:  # type: ignore[index]
             return False
-        call, act, elementwise = found
-        self._add(node, kind="map", inputs=[x], call=call, act=act, elementwise=elementwise)
-        return True
+        call = Call(target, rest, **kwargs)
+        return self._add(node, kind="map", inputs=[x], call=call, act=rule.act, elementwise=rule.elementwise)
 
     def _map_with_values(
         self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Poolings and slices whose arguments other steps compute, such as sizes."""
         numbers_only = all(value.shape is None for value in self._values_in(rest, kwargs))
-        found = spatial_slice(target, rest) or known_map(target, rest, kwargs) is not None
-        if not found or not numbers_only or self.facts[node][0][1] != x.channels:  # type: ignore[index]
+        has_rule = is_spatial_slice(target, rest) or call_rule(target, rest, kwargs) is not None
+        if not has_rule or not numbers_only or self.specs[node][0][1] != x.channels:  # type: ignore[index]
             return False
-        self._add_map(node, x, target, rest, kwargs)
-        return True
+        return self._add_map(node, x, target, rest, kwargs)
 
-    def _add_map(self, node: fx.Node, x: Value, target: Any, rest: Any, kwargs: Any, zeros: bool = True) -> None:
+    def _add_map(self, node: fx.Node, x: Value, target: Any, rest: Any, kwargs: Any, zeros: bool = True) -> bool:
         args, named = tuple(self._with_values(rest)), dict(self._with_values(kwargs))
         inputs = [x, *self._values_in(rest, kwargs)]
-        self._add(node, kind="map", inputs=inputs, call=Call(target), args=args, kwargs=named, zeros=zeros)
+        return self._add(node, kind="map", inputs=inputs, call=Call(target), args=args, kwargs=named, zeros=zeros)
 
     def _cat(self, node: fx.Node) -> bool:
         parts = node.args[0] if node.args else None
         axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         if not isinstance(parts, (list, tuple)) or axis not in (1, -3):
             return False
-        values = [self.now[one] for one in parts if isinstance(one, fx.Node)]
+        values = [self.values[part] for part in parts if isinstance(part, fx.Node)]
         if len(values) != len(parts) or any(value.channels is None for value in values):
             return False
-        self._add(node, kind="cat", inputs=values)
-        return True
+        return self._add(node, kind="cat", inputs=values)
 
     def _take(self, node: fx.Node, x: Value, sources: Channels) -> bool:
-        self._add(node, kind="take", inputs=[x], sources=sources)
-        return True
+        return self._add(node, kind="take", inputs=[x], sources=sources)
 
     def _parts(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Channels that the model's code takes: ``chunk``, ``split``, ``x[:, :8]``, a shuffle."""
         assert x.shape is not None
         try:
-            found = parts_of(target, x.shape[1], *numbers((rest, kwargs), self.facts))
+            parts = parts_of(target, x.shape[1], *numbers((rest, kwargs), self.specs))
         except UnknownNumberError:
             return False
-        if found is None:
+        if parts is None:
             return False
-        if isinstance(found, np.ndarray):
-            return self.facts[node][0] == (x.shape[0], len(found), *x.shape[2:]) and self._take(node, x, found)
-        users = list(node.users)
-        if not all(one.target is operator.getitem and isinstance(one.args[1], int) for one in users):
+        if isinstance(parts, np.ndarray):
+            return self.specs[node][0] == (x.shape[0], len(parts), *x.shape[2:]) and self._take(node, x, parts)
+        if not all(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users):
             return False
-        self.parts[node] = x, found
+        self.parts[node] = x, parts
         return True
 
     def _rearranged(self, node: fx.Node, x: Value, target: Any) -> bool:
@@ -271,10 +266,10 @@ class Builder:
                 return False
             source = x, Labels.of(x.shape)
         try:
-            labels = source[1].after(target, *numbers((node.args[1:], node.kwargs), self.facts))
+            labels = source[1].after(target, *numbers((node.args[1:], node.kwargs), self.specs))
         except UnknownNumberError:
             return False
-        if labels is None or labels.shape != self.facts[node][0]:
+        if labels is None or labels.shape != self.specs[node][0]:
             return False
         order = sources_of(labels, source[0].shape or ())
         if order is None:
@@ -291,66 +286,66 @@ class Builder:
         if parts is not None:
             if not parts.has_statistics or parts.channels != x.channels:
                 return False
-            self._norm(node, x, module, parts.after, name)
-            return True
+            return self._norm(node, x, module, parts.after, name)
         if isinstance(module, nn.ChannelShuffle):
             groups = module.groups
             return self._take(node, x, np.arange(x.channels or 0).reshape(groups, -1).T.ravel())
-        found = known_layer(module)
-        if found is None:
+        known = layer_rule(module)
+        if known is None:
             return isinstance(module, nn.PReLU) and self._prelu(node, x, module, name)
-        call, act, elementwise = found
+        call, rule = known
         # The model's own layer may have a filter for each channel.
         fixed = isinstance(call, Blur) and module.channels is not None
-        self._add(node, kind="map", inputs=[x], call=call, name=name, act=act, elementwise=elementwise, fixed=fixed)
+        fields = {"act": rule.act, "elementwise": rule.elementwise, "fixed": fixed}
+        return self._add(node, kind="map", inputs=[x], call=call, name=name, **fields)
+
+    def _norm(self, node: fx.Node, x: Value, module: nn.Module, after: Iterable[nn.Module], name: str) -> bool:
+        shape, dtype = self.specs[node]
+        value = self._add_op(Value(name, shape, dtype), kind="norm", inputs=[x], module=module)
+        following = [layer for layer in after if has_hooks(layer) or not passes_input(layer, (), {})]
+        for number, layer in enumerate(following):
+            result = Value(f"{name}.after{number}", shape, dtype)
+            known = None if has_hooks(layer) else layer_rule(layer)
+            if known is None:
+                # Whatever it does, on all channels; `mutates` makes it work on a copy.
+                call = Call(layer)
+                value = self._add_op(result, kind="opaque", inputs=[value], call=call, args=(value,), mutates=True)
+            else:
+                fields = {"call": known[0], "act": known[1].act, "elementwise": known[1].elementwise}
+                value = self._add_op(result, kind="map", inputs=[value], **fields)
+        self.values[node] = value
         return True
 
-    def _norm(self, node: fx.Node, x: Value, module: nn.Module, after: Iterable[nn.Module], name: str) -> None:
-        shape, dtype = self.facts[node]
-        value = self._derive(Value(name, shape, dtype), kind="norm", inputs=[x], module=module)
-        for number, following in enumerate(one for one in after if not only_passes(one, (), {}, one) or has_hooks(one)):
-            result = Value(f"{name}.after{number}", shape, dtype)
-            found = None if has_hooks(following) else known_layer(following)
-            if found is None:
-                # Whatever it does, on all channels; a copy keeps it from writing to what others read.
-                call = Call(following)
-                value = self._derive(result, kind="opaque", inputs=[value], call=call, args=(value,), mutates=True)
-            else:
-                call_, act, elementwise = found
-                value = self._derive(result, kind="map", inputs=[value], call=call_, act=act, elementwise=elementwise)
-        self.now[node] = value
-
     def _prelu(self, node: fx.Node, x: Value, module: nn.PReLU, name: str) -> bool:
-        """A slope for each channel: the second term of a step that takes both apart."""
+        """PReLU with a slope for each channel: a binary operation of the input and the slopes."""
         if module.num_parameters != x.channels or x.shape is None:
             return False
         slopes = Value(f"{name}.weight", (1, x.channels, 1, 1), x.dtype)
         weight = module.weight.detach().view(1, -1, 1, 1)
-        self._derive(slopes, kind="opaque", inputs=[], call=Call(_itself, (weight,)), pure=True)
-        self._add(node, kind="binary", inputs=[x, slopes], call=Call(leaky), name=name)
-        return True
+        self._add_op(slopes, kind="opaque", inputs=[], call=Call(_itself, (weight,)), pure=True)
+        return self._add(node, kind="binary", inputs=[x, slopes], call=Call(_leaky), name=name)
 
     def _conv(self, node: fx.Node, x: Value, conv: nn.Conv2d, name: str, fixed: bool = False) -> bool:
         padding = None
         if conv.in_channels != x.channels or has_hooks(conv):
             return False
-        if same_conv(conv):
-            sides = Call(PadSame(conv.kernel_size, conv.stride, conv.dilation))
+        if is_same_padded_conv(conv):
+            pad = Call(PadSame(conv.kernel_size, conv.stride, conv.dilation))
             padding = (0, 0)
-            x = self._derive(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=sides)
+            x = self._add_op(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=pad)
         elif not is_plain(conv):
             effective = effective_conv(conv)
             if effective is None:
                 return False
             conv, fixed = effective, True
         if conv.padding_mode != "zeros":
-            call = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
+            pad = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
             padding = (0, 0)
-            x = self._derive(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=call)
+            x = self._add_op(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=pad)
         lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
         listed_in, listed_out = lists._host
-        sources = _numbers(listed_in, conv.in_channels)
-        filters = _numbers(listed_out, conv.out_channels)
+        sources = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
+        filters = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
         if isinstance(conv, MaskedConv2d):
             listed = filters
             filters = np.full(conv.out_channels, -1)
@@ -362,20 +357,18 @@ class Builder:
             return False
         kind = "depthwise" if depthwise else ("conv" if conv.groups == 1 else "grouped")
         fields = {"module": conv, "name": name, "sources": sources, "filters": filters}
-        self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
-        return True
+        return self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
 
     def _called_conv(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """``F.conv2d`` with a parameter of the model."""
         given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
         given |= dict(zip(("weight", *given), rest, strict=False)) | kwargs
         held = [given.pop("weight", None), given.pop("bias")]
-        names = [one.target if isinstance(one, fx.Node) and one.op == "get_attr" else None for one in held]
+        names = [arg.target if isinstance(arg, fx.Node) and arg.op == "get_attr" else None for arg in held]
         if names[0] is None or (held[1] is not None and names[1] is None) or self._values_in(given):
             return False
-        tensors = [None if name is None else self._attribute(str(name)) for name in names]
-        weight, bias = tensors
-        if weight is None or not all(isinstance(one, nn.Parameter) for one in tensors if one is not None):
+        weight, bias = (None if name is None else self._attribute(str(name)) for name in names)
+        if not isinstance(weight, nn.Parameter) or not (bias is None or isinstance(bias, nn.Parameter)):
             return False
         layer = str(names[0]).rpartition(".")[0]
         conv = conv_of(weight, bias, tuple(given.values()))
@@ -390,32 +383,27 @@ class Builder:
         return value
 
     def _binary(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        found = known_binary(target, rest[1:], kwargs)
-        if found is None or not rest or not isinstance(rest[0], fx.Node):
+        rule = binary_rule(target, rest[1:], kwargs)
+        if rule is None or not rest or not isinstance(rest[0], fx.Node):
             return False
-        other, shape = self.now[rest[0]], self.facts[node][0]
+        other, shape = self.values[rest[0]], self.specs[node][0]
         assert shape is not None
         if other.channels is not None and other.channels == x.channels:
-            act = found[1] if x.shape == other.shape else ""
-            self._add(node, kind="binary", inputs=[x, other], call=found[0], act=act)
-            return True
+            act = rule.act if x.shape == other.shape else ""
+            return self._add(node, kind="binary", inputs=[x, other], call=Call(target), act=act)
         channels = other.shape[-3] if other.shape is not None and len(other.shape) >= 3 else 1
         if other.shape is None or len(other.shape) > 4 or x is other:
             return False
         if channels == 1 and shape[1] == x.channels:
             # The same for every channel: a scale, or a gate for each pixel.
-            self._add_map(node, x, target, rest, kwargs, zeros=False)
-            return True
+            return self._add_map(node, x, target, rest, kwargs, zeros=False)
         if len(other.shape) == 3 and channels == x.channels == shape[1]:
             wide = Value(f"{other.name}.wide", (1, *other.shape), other.dtype)
-            self._derive(
-                wide, kind="opaque", inputs=[other], call=Call(torch.unsqueeze, (0,)), args=(other,), pure=True
-            )
-            self._add(node, kind="binary", inputs=[x, wide], call=found[0])
-            return True
-        if x.channels == 1 and other.channels == shape[1] and found[0].target in COMMUTING:
-            self._add_map(node, other, target, (node.args[0],), kwargs, zeros=False)
-            return True
+            call = Call(torch.unsqueeze, (0,))
+            self._add_op(wide, kind="opaque", inputs=[other], call=call, args=(other,), pure=True)
+            return self._add(node, kind="binary", inputs=[x, wide], call=Call(target))
+        if x.channels == 1 and other.channels == shape[1] and target in COMMUTATIVE:
+            return self._add_map(node, other, target, (node.args[0],), kwargs, zeros=False)
         return False
 
     def _pad(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -424,12 +412,10 @@ class Builder:
         if not isinstance(sides, (list, tuple)) or any(not isinstance(side, int) for side in sides):
             return False
         if len(sides) <= 4 and (mode != "constant" or fill == 0):
-            self._add(node, kind="map", inputs=[x], call=Call(nn.functional.pad, (list(sides), mode, fill)))
-            return True
+            return self._add(node, kind="map", inputs=[x], call=Call(nn.functional.pad, (list(sides), mode, fill)))
         if len(sides) != 6 or any(sides[:4]) or mode != "constant" or min(sides[4:]) < 0:
             return False
-        self._add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
-        return True
+        return self._add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
 
 
 def is_plain(conv: nn.Conv2d) -> bool:
@@ -438,33 +424,19 @@ def is_plain(conv: nn.Conv2d) -> bool:
     return type(conv) in (nn.Conv2d, GatheredConv2d, MaskedConv2d) and not computed
 
 
-def leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+def _leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """PReLU with a slope for each channel, (1, C, 1, 1)."""
     return torch.where(x > 0, x, x * slopes)
 
 
-def why_not_lowered(conv: nn.Conv2d) -> str:
+def _why_not_lowered(conv: nn.Conv2d) -> str:
     """Why a plan has no rule for a convolution."""
     if has_hooks(conv):
         return "it has hooks"
-    if not is_plain(conv) and not same_conv(conv):
+    if not is_plain(conv) and not is_same_padded_conv(conv):
         return f"{type(conv).__name__} computes something else than one convolution with a fixed weight"
     return "its input has no batch axis, it is called with keywords, or it writes no channel"
 
 
 def _itself(value: Any) -> Any:
     return value
-
-
-def _plain(part: Any) -> Any:
-    """The same without torch.fx's own kinds of list and dictionary."""
-    if isinstance(part, (list, tuple)):
-        kept = [_plain(one) for one in part]
-        return kept if isinstance(part, list) else tuple(kept)
-    if isinstance(part, dict):
-        return {key: _plain(one) for key, one in part.items()}
-    return slice(_plain(part.start), _plain(part.stop), _plain(part.step)) if isinstance(part, slice) else part
-
-
-def _numbers(listed: np.ndarray | None, channels: int) -> Channels:
-    return np.arange(channels) if listed is None else listed.astype(np.int64)

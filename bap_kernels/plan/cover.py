@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bap_kernels.plan.graph import Channels
+from bap_kernels.flow.graph import Channels
 
 __all__ = ["candidate_orders", "covered", "runs"]
 

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["InDomain", "domain_set", "frozen", "in_domain", "lists_of"]
+__all__ = ["InDomain", "domain_set", "fixed_lists", "frozen", "in_domain", "lists_of"]
 
 _ABSENT = object()
 
@@ -26,31 +27,37 @@ def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
     return ChannelLists() if domain is None else layer.lists[domain]
 
 
-def _depends(module: nn.Module) -> bool:
-    return any(isinstance(one, (GatheredConv2d, PerDomain)) for one in module.modules())
+def fixed_lists(layer: GatheredConv2d, domain: str | None, copier: Any) -> GatheredConv2d:
+    """A copy of a layer, made by a copier of `copy_modules`, that has the domain's lists for good."""
+    copied: GatheredConv2d = copier.fresh(layer)
+    copied.channels, copied.lists = lists_of(layer, domain), {}
+    copied.__dict__.pop("_mixed", None)
+    return copied
 
 
 @contextlib.contextmanager
 def domain_set(module: nn.Module, domain: str | None) -> Iterator[None]:
     """A module's layers in a domain, and afterwards as they were."""
-    now: list[tuple[dict[str, Any], str, Any]] = []
-    for one in module.modules():
-        if isinstance(one, GatheredConv2d):
-            now += [(one.__dict__, "channels", lists_of(one, domain)), (one.__dict__, "_mixed", None)]
-        elif isinstance(one, PerDomain):
-            active = None if domain is None else one.domains[domain]
-            now += [(one.__dict__, "_active", active), (one.__dict__, "_mixed", None)]
-    before = [(held, name, held[name]) if name in held else (held, name, _ABSENT) for held, name, _ in now]
+    layers = [layer for layer in module.modules() if isinstance(layer, DomainLayer)]
+    before = [
+        (layer.__dict__, name, layer.__dict__.get(name, _ABSENT))
+        for layer in layers
+        for name in (layer._state_name, "_mixed")
+    ]
     try:
-        for held, name, value in now:
-            held[name] = value
+        for layer in layers:
+            if isinstance(layer, GatheredConv2d):
+                state: Any = lists_of(layer, domain)
+            else:
+                state = None if domain is None else layer._states()[domain]
+            layer.__dict__.update({layer._state_name: state, "_mixed": None})
         yield
     finally:
-        for held, name, value in before:
+        for attributes, name, value in before:
             if value is _ABSENT:
-                held.pop(name, None)
+                attributes.pop(name, None)
             else:
-                held[name] = value
+                attributes[name] = value
 
 
 class InDomain(nn.Module):
@@ -71,24 +78,19 @@ class InDomain(nn.Module):
 
 
 def _in_domain_if_foreign(module: nn.Module, domain: str | None) -> nn.Module | None:
-    return InDomain(module, domain) if has_foreign_forward(module) and _depends(module) else None
+    depends = has_foreign_forward(module) and any(isinstance(inner, DomainLayer) for inner in module.modules())
+    return InDomain(module, domain) if depends else None
 
 
 def frozen(module: nn.Module, domain: str | None) -> nn.Module:
     """The module with the domain's lists for good, sharing its parameters; itself where it has no lists inside."""
 
-    def kept(one: nn.Module) -> bool:
-        return isinstance(one, InDomain) or not any(isinstance(inner, GatheredConv2d) for inner in one.modules())
+    def kept(part: nn.Module) -> bool:
+        return isinstance(part, InDomain) or not any(isinstance(inner, GatheredConv2d) for inner in part.modules())
 
-    def replaced(one: nn.Module, copier: Any) -> nn.Module | None:
-        other = _in_domain_if_foreign(one, domain)
-        if other is None and isinstance(one, GatheredConv2d):
-            made = copier.fresh(one)
-            made.channels, made.lists = lists_of(one, domain), {}
-            made.__dict__.pop("_mixed", None)
-            assert isinstance(made, nn.Module)
-            return made
-        return other
+    def replaced(part: nn.Module, copier: Any) -> nn.Module | None:
+        other = _in_domain_if_foreign(part, domain)
+        return fixed_lists(part, domain, copier) if other is None and isinstance(part, GatheredConv2d) else other
 
     return copy_modules(module, kept, replaced)
 
@@ -100,23 +102,22 @@ def in_domain(module: nn.Module, domain: str | None) -> nn.Module:
     such layers is given back itself.
     """
 
-    def kept(one: nn.Module) -> bool:
-        return not any(isinstance(inner, PerDomain) or has_foreign_forward(inner) for inner in one.modules())
+    def kept(part: nn.Module) -> bool:
+        return not any(isinstance(inner, PerDomain) or has_foreign_forward(inner) for inner in part.modules())
 
-    def replaced(one: nn.Module, copier: Any) -> nn.Module | None:
-        other = _in_domain_if_foreign(one, domain)
-        if other is not None or not isinstance(one, PerDomain):
+    def replaced(part: nn.Module, copier: Any) -> nn.Module | None:
+        other = _in_domain_if_foreign(part, domain)
+        if other is not None or not isinstance(part, PerDomain):
             return other
-        if domain is not None and not isinstance(one, SwitchedConv2d):
-            return one.domains[domain]
-        if domain is not None and isinstance(one, SwitchedConv2d) and one.groups == 1:
-            gathered = one.to_gathered()
-            gathered.channels, gathered.lists = one.channels(domain), {}
+        if domain is not None and not isinstance(part, SwitchedConv2d):
+            return part.domains[domain]
+        if domain is not None and isinstance(part, SwitchedConv2d) and part.groups == 1:
+            gathered = part.to_gathered()
+            gathered.channels, gathered.lists = part.channels(domain), {}
             return gathered
-        made: nn.Module = copier.fresh(one)
-        assert isinstance(made, PerDomain)
-        made.__dict__["_active"] = None if domain is None else made.domains[domain]
-        made.__dict__["_mixed"] = None
-        return made
+        copied: PerDomain = copier.fresh(part)
+        active = None if domain is None else copied.domains[domain]
+        copied.__dict__.update({"_active": active, "_mixed": None})
+        return copied
 
     return copy_modules(module, kept, replaced)

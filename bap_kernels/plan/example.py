@@ -1,4 +1,4 @@
-"""Learns a model's shapes where no example is at hand, from random images."""
+"""Finds the shapes of a model's tensors on an example, or on random images where none is given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bap_kernels.plan.graph import Graph
+from bap_kernels.flow.graph import Graph
 from bap_kernels.plan.trace import run_masked, trace
 
 __all__ = ["conv_macs", "trace_shapes"]
@@ -40,7 +40,7 @@ def trace_shapes(
         raise ValueError(f"{op}(): expected `model` to have convolutions, got none.")
     weight = first.weight
     # Code may look at the types of tensors and at numbers in them, so tensors without data serve models on meta only.
-    is_meta = any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+    is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     error: ValueError | None = None
     with FakeTensorMode(allow_non_fake_inputs=True) if is_meta else contextlib.nullcontext():
         for side in _SIDES:
@@ -80,9 +80,9 @@ def conv_macs(model: nn.Module, example: Tensor | tuple[Any, ...] | None, graph:
     def inputs() -> tuple[Any, ...]:
         if example is not None:
             return example if isinstance(example, tuple) else (example,)
-        device = next((one.device for one in model.parameters()), None)
-        given = [op.output for op in graph.ops if op.kind == "input"]
-        return tuple(torch.zeros(one.shape or (), dtype=one.dtype, device=device) for one in given)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        values = [op.output for op in graph.ops if op.kind == "input"]
+        return tuple(torch.zeros(value.shape or (), dtype=value.dtype, device=device) for value in values)
 
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

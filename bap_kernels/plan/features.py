@@ -1,6 +1,6 @@
-"""Classifiers behind a flattening or a mean over pixels: what keeps the channels of a last tensor in order.
+"""Classifiers behind a flattening or a mean over pixels, whose columns follow the channels of the tensor before it.
 
-To a plan such a step has no rule, as its result has no channels. Column j * P + p of the classifier reads pixel p of
+A plan has no rule for such a step, as its result has no channels. Column j * P + p of the classifier reads pixel p of
 channel j, with P pixels (one after a mean).
 """
 
@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from bap_kernels.plan.graph import Channels, Graph, Op, Value
-from bap_kernels.plan.operations import Call, has_hooks
+from bap_kernels.flow.graph import Channels, Graph, Op, Value
+from bap_kernels.flow.ops import Call, asks_size, has_hooks, rule_of
 
 __all__ = ["Head", "heads_of"]
-
-_FLATTENINGS = (torch.flatten, torch.reshape, torch.squeeze, "flatten", "reshape", "view", "squeeze")
-_MEANS = (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax")
-# They tell sizes, whatever the order of channels.
-_SIZES = ("size", "dim")
 
 
 @dataclass(frozen=True)
@@ -44,9 +38,8 @@ class Head:
         return (order[:, None] * pixels + np.arange(pixels)).ravel()
 
 
-def _tells_size(op: Op) -> bool:
-    target = op.call.target if isinstance(op.call, Call) else None
-    return target in _SIZES or (target is getattr and op.args[1:2] in (("shape",), ("dtype",), ("device",)))
+def _asks_size(op: Op) -> bool:
+    return op.kind == "size" or (isinstance(op.call, Call) and asks_size(op.call.target, op.args[1:]))
 
 
 def _over_pixels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -59,17 +52,14 @@ def _flattened(op: Op) -> Value | None:
     if op.kind != "opaque" or not isinstance(op.call, Call) or not op.args or not isinstance(op.args[0], Value):
         return None
     value, target = op.args[0], op.call.target
-    if value.shape is None or len(value.shape) != 4 or op.output.shape is None:
+    rule = None if isinstance(target, nn.Module) and has_hooks(target) else rule_of(target)
+    if rule is None or value.shape is None or len(value.shape) != 4 or op.output.shape is None:
         return None
     N, C, H, W = value.shape
-    if isinstance(target, nn.Module):
-        known = type(target) is nn.Flatten and not has_hooks(target)
-    elif target in _MEANS:
+    if rule.kind == "reduction":
         return value if op.output.shape == (N, C) and _over_pixels(op.args, op.kwargs) else None
-    else:
-        known = target in _FLATTENINGS
-    # Such steps keep the order of numbers, so the shape says all.
-    return value if known and op.output.shape == (N, C * H * W) else None
+    # Such steps keep the order of numbers where the result has two axes, so the shape says all.
+    return value if rule.kind in ("move", "squeeze") and op.output.shape == (N, C * H * W) else None
 
 
 def _linear(op: Op) -> nn.Linear | None:
@@ -87,18 +77,18 @@ def heads_of(graph: Graph) -> list[Head]:
         target = op.call.target if isinstance(op.call, Call) else None
         for parameter in target.parameters() if isinstance(target, nn.Module) else ():
             held[id(parameter)] = held.get(id(parameter), 0) + 1
-        for one in op.call.args if isinstance(op.call, Call) else ():
-            held[id(one)] = held.get(id(one), 0) + 1
+        for arg in op.call.args if isinstance(op.call, Call) else ():
+            held[id(arg)] = held.get(id(arg), 0) + 1
     heads = []
     for op in graph.ops:
         value = _flattened(op)
         if value is None:
             continue
-        linears = [_linear(reader) for reader in op.output.consumers]
+        linears = [_linear(consumer) for consumer in op.output.consumers]
         # A layer that is used twice would have to follow two orders.
-        if not linears or any(one is None or held[id(one.weight)] > 1 for one in linears):
+        if not linears or any(linear is None or held[id(linear.weight)] > 1 for linear in linears):
             continue
-        sizes = tuple(reader for reader in value.consumers if _tells_size(reader))
+        sizes = tuple(consumer for consumer in value.consumers if _asks_size(consumer))
         steps = (op, *op.output.consumers, *sizes)
-        heads += [Head(value, one, steps) for one in linears if one is not None]
+        heads += [Head(value, linear, steps) for linear in linears if linear is not None]
     return heads

@@ -1,8 +1,8 @@
-"""Which operations one convolution takes over.
+"""Which operations are fused into a convolution.
 
-After it: a batch norm, a sum with another value, a ReLU, each the only reader of what comes before. Before it: a batch
-norm, or a batch norm and a ReLU, whose result only convolutions read (networks that normalise before they convolve);
-each of these convolutions then does that work while it reads.
+After it: a batch norm, a sum with another value, a ReLU, each the only consumer of what comes before. Before it: a
+batch norm, or a batch norm and a ReLU, whose result only convolutions read (networks that normalise before they
+convolve); each of these convolutions then does that work while it reads.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bap_kernels.plan.graph import Graph, Op, Value
+from bap_kernels.flow.graph import Graph, Op, Value
 from bap_kernels.plan.layout import Layout
 
-__all__ = ["Group", "fuse"]
+__all__ = ["FusedConv", "fuse"]
 
-# Each convolution would repeat the work before it.
-_MOST_READERS = 2
+# Each convolution repeats the work before it.
+_MOST_CONSUMERS = 2
 
 
 @dataclass(eq=False)
-class Group:
-    """A convolution with what it takes over; the result is that of the last one."""
+class FusedConv:
+    """A convolution with the operations that it absorbs; the result is that of the last one."""
 
     conv: Op
     source: Value  # what it reads, before `in_norm`
@@ -32,10 +32,15 @@ class Group:
     norm: Op | None = None
     residual: Value | None = None
     relu: bool = False
-    taken: list[Op] = field(default_factory=list)
+    absorbed: list[Op] = field(default_factory=list)
+
+    def absorb(self, op: Op) -> None:
+        """Adds an operation after the last one."""
+        self.last = op
+        self.absorbed.append(op)
 
 
-def _only_reader(value: Value) -> Op | None:
+def _only_consumer(value: Value) -> Op | None:
     return value.consumers[0] if len(value.consumers) == 1 else None
 
 
@@ -43,67 +48,66 @@ def _is_relu(op: Op | None) -> bool:
     return op is not None and op.kind == "map" and op.act == "relu"
 
 
-def _after(group: Group, layout: Layout, taken: set[Op]) -> None:
-    following = _only_reader(group.last.output)
-    if following is not None and following.kind == "norm" and following.output.dtype is group.last.output.dtype:
-        group.norm = group.last = following
-        group.taken.append(following)
-        following = _only_reader(following.output)
-    if group.conv.kind != "conv":
+def _fuse_after(fused: FusedConv, layout: Layout, absorbed: set[Op]) -> None:
+    following = _only_consumer(fused.last.output)
+    if following is not None and following.kind == "norm" and following.output.dtype is fused.last.output.dtype:
+        fused.norm = following
+        fused.absorb(following)
+        following = _only_consumer(following.output)
+    if fused.conv.kind != "conv":
         return
-    if following is not None and following.kind == "binary" and following.act == "add" and following not in taken:
+    if following is not None and following.kind == "binary" and following.act == "add" and following not in absorbed:
         first, second = following.inputs if len(following.inputs) == 2 else (following.inputs[0],) * 2
-        wanted = layout.stored[following.output]
+        stored = layout.stored[following.output]
         # Under autocast the terms may have several dtypes.
-        alike = first.dtype is second.dtype is following.output.dtype
+        same_dtype = first.dtype is second.dtype is following.output.dtype
         # Where this term is a constant, it is not computed: the sum needs a step of its own.
-        if alike and first is not second and np.isnan(layout.constant[group.last.output][wanted]).all():
-            group.residual = second if first is group.last.output else first
-            group.last = following
-            group.taken.append(following)
-            following = _only_reader(following.output)
+        if same_dtype and first is not second and np.isnan(layout.constant[fused.last.output][stored]).all():
+            fused.residual = second if first is fused.last.output else first
+            fused.absorb(following)
+            following = _only_consumer(following.output)
     if _is_relu(following):
         assert following is not None
-        group.relu, group.last = True, following
-        group.taken.append(following)
+        fused.relu = True
+        fused.absorb(following)
 
 
-def _before(groups: dict[Op, Group], producer: dict[Value, Op], layout: Layout, taken: set[Op]) -> None:
-    readers: dict[Value, list[Group]] = {}
-    for group in groups.values():
-        readers.setdefault(group.source, []).append(group)
-    for value, found in readers.items():
-        if len(found) != len(value.consumers) or len(found) > _MOST_READERS:
+def _fuse_before(convs: dict[Op, FusedConv], producer: dict[Value, Op], layout: Layout, absorbed: set[Op]) -> None:
+    consumers: dict[Value, list[FusedConv]] = {}
+    for fused in convs.values():
+        consumers.setdefault(fused.source, []).append(fused)
+    for value, its in consumers.items():
+        if len(its) != len(value.consumers) or len(its) > _MOST_CONSUMERS:
             continue
-        if any(group.conv.kind != "conv" or group.conv.output.dtype is not value.dtype for group in found):
+        if any(fused.conv.kind != "conv" or fused.conv.output.dtype is not value.dtype for fused in its):
             continue
         relu = producer[value] if _is_relu(producer[value]) else None
         norm = producer[relu.inputs[0]] if relu is not None else producer[value]
-        if norm.kind != "norm" or norm in taken or (relu is not None and (_only_reader(norm.output) is not relu)):
+        if norm.kind != "norm" or norm in absorbed or (relu is not None and (_only_consumer(norm.output) is not relu)):
             continue
-        if relu in taken or not np.isnan(layout.constant[value]).all():
+        if relu in absorbed or not np.isnan(layout.constant[value]).all():
             continue
-        for group in found:
-            group.source, group.in_norm, group.in_relu = norm.inputs[0], norm, relu is not None
-            group.taken.extend(op for op in (norm, relu) if op is not None)
+        for fused in its:
+            fused.source, fused.in_norm, fused.in_relu = norm.inputs[0], norm, relu is not None
+            fused.absorbed.extend(op for op in (norm, relu) if op is not None)
 
 
-def fuse(graph: Graph, layout: Layout) -> dict[Op, Group | None]:
-    """The group that an operation ends, or None where another operation's group has taken it over.
+def fuse(graph: Graph, layout: Layout) -> dict[Op, FusedConv | None]:
+    """The convolution whose fused result an operation is, or None for operations that are absorbed otherwise.
 
     Operations that are not in the result stand alone.
     """
-    groups: dict[Op, Group] = {}
-    taken: set[Op] = set()
+    convs: dict[Op, FusedConv] = {}
+    absorbed: set[Op] = set()
     for op in graph.ops:
         if op.kind in ("conv", "depthwise", "grouped"):
-            group = groups[op] = Group(op, op.inputs[0], op)
-            _after(group, layout, taken)
-            taken.update(group.taken)
-    _before(groups, graph.producer(), layout, taken)
-    result: dict[Op, Group | None] = {}
-    for group in groups.values():
-        result.update(dict.fromkeys([group.conv, *group.taken]))
-    for group in groups.values():
-        result[group.last] = group
+            fused = convs[op] = FusedConv(op, op.inputs[0], op)
+            _fuse_after(fused, layout, absorbed)
+            absorbed.update(fused.absorbed)
+    _fuse_before(convs, graph.producer(), layout, absorbed)
+    result: dict[Op, FusedConv | None] = {}
+    for fused in convs.values():
+        result.update(dict.fromkeys([fused.conv, *fused.absorbed]))
+    for fused in convs.values():
+        result[fused.last] = fused
     return result

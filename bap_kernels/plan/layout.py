@@ -2,11 +2,11 @@
 
 A value stores its live channels only. Values whose channels are tied (through batch norms, activations, sums) get one
 common order, in which channels that more of them store come first. In a residual network the channels that later layers
-need are a part of those that earlier ones need, so what the next sum reads of the stream is the first part of it, and
-a view; a convolution that is the only reader gets exactly its list, in its order.
+read are among those that earlier ones read, so what the next sum reads of the stream is its first part, a view; a
+convolution that is the only consumer gets exactly its list, in its order.
 
 Concatenations that each begin with all parts of the one before (DenseNet) are a chain: they share one buffer, which
-holds what any of them needs, and each is the first part of it.
+holds what any of them reads, and each is the first part of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bap_kernels.plan.graph import Channels, Graph, Op, Value
-from bap_kernels.plan.liveness import Liveness
+from bap_kernels.flow.classes import tied_values
+from bap_kernels.flow.graph import Channels, Graph, Op, Value
+from bap_kernels.flow.liveness import Liveness
 
 __all__ = ["Chain", "Fetch", "Layout"]
 
@@ -37,7 +38,7 @@ class Chain:
 
     def width(self, parts: int) -> int:
         """Channels of the first parts of the buffer."""
-        return sum(len(one) for one in self.stored[:parts])
+        return sum(len(stored) for stored in self.stored[:parts])
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Fetch:
     Attributes:
         positions: which of the stored channels.
         fill: constants that follow them.
-        order: the places of the two in the result; None: as they are.
+        order: the permutation of the two that gives the result; None: as they are.
     """
 
     positions: Channels
@@ -70,7 +71,7 @@ class Layout:
         self.stored: dict[Value, Channels] = {}
         self.chains: dict[Op, Chain] = {}
         producer = graph.producer()
-        for members in _tied(graph).values():
+        for members in tied_values(graph):
             width = max(value.channels or 0 for value in members)
             count = np.zeros(width, dtype=np.int64)
             for value in members:
@@ -89,13 +90,13 @@ class Layout:
         for op in graph.ops:
             if op.kind != "cat":
                 continue
-            longer = next((one for one in chains if one.parts == op.inputs[: len(one.parts)]), None)
-            if longer is None:
-                longer = Chain([])
-                chains.append(longer)
-            longer.parts = list(op.inputs)
-            longer.members.append(op)
-            self.chains[op] = longer
+            chain = next((known for known in chains if known.parts == op.inputs[: len(known.parts)]), None)
+            if chain is None:
+                chain = Chain([])
+                chains.append(chain)
+            chain.parts = list(op.inputs)
+            chain.members.append(op)
+            self.chains[op] = chain
         for chain in chains:
             needed = [np.zeros(part.channels or 0, dtype=bool) for part in chain.parts]
             for op in chain.members:
@@ -108,43 +109,28 @@ class Layout:
                 stored = self.stored[part]
                 chain.stored.append(stored[need[stored]])
             for op in chain.members:
-                first, placed = 0, []
+                first, shifted = 0, []
                 for part, stored in zip(op.inputs, chain.stored, strict=False):
-                    placed.append(stored + first)
+                    shifted.append(stored + first)
                     first += part.channels or 0
-                self.stored[op.output] = np.concatenate(placed) if placed else np.arange(0)
+                self.stored[op.output] = np.concatenate(shifted) if shifted else np.arange(0)
 
-    def fetch(self, value: Value, wanted: Channels) -> Fetch | None:
-        """How to get these channels, in this order; None where the value is just that."""
+    def positions(self, value: Value) -> Channels:
+        """Of every channel its position among the stored ones; -1 where it is not stored."""
         stored = self.stored[value]
-        if np.array_equal(stored, wanted):
+        positions = np.full(value.channels or 0, -1)
+        positions[stored] = np.arange(len(stored))
+        return positions
+
+    def fetch(self, value: Value, channels: Channels) -> Fetch | None:
+        """How to get these channels, in this order; None where the value stores just that."""
+        if np.array_equal(self.stored[value], channels):
             return None
-        place = np.full(value.channels or 0, -1)
-        place[stored] = np.arange(len(stored))
-        positions = place[wanted]
+        positions = self.positions(value)[channels]
         missing = positions < 0
-        fill = self.constant[value][wanted[missing]]
+        fill = self.constant[value][channels[missing]]
         assert not np.isnan(fill).any(), f"{value.name}: a channel that is read is neither stored nor constant"
         order = None
         if missing.any() and not missing[np.argmax(missing) :].all():
             order = np.argsort(np.argsort(missing, kind="stable"), kind="stable")
         return Fetch(positions[~missing], fill, order)
-
-
-def _tied(graph: Graph) -> dict[Value, list[Value]]:
-    """Groups of values whose channel j is made of channel j of the others."""
-    leader: dict[Value, Value] = {value: value for value in graph.values if value.channels is not None}
-
-    def find(value: Value) -> Value:
-        while leader[value] is not value:
-            leader[value] = leader[leader[value]]
-            value = leader[value]
-        return value
-
-    for op in graph.ops:
-        for value in op.inputs if op.kind == "pad" and op.before == 0 else op.aligned:
-            leader[find(value)] = find(op.output)
-    groups: dict[Value, list[Value]] = {}
-    for value in leader:
-        groups.setdefault(find(value), []).append(value)
-    return groups

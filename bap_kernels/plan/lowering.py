@@ -1,9 +1,9 @@
 """Turns a graph with its layout into a flat list of steps.
 
-Every group of `fuse` becomes one step at the place of its last operation. A convolution reads the stored input through
-a list of places, with a second list for the weight's channels; where the input is stored as exactly its list, no list
-is left. All others are given the channels they want, by a view where these are the first ones that are stored, else by
-a gather.
+Every fused convolution becomes one step, in the order of its last operation. A convolution reads the stored input
+through a list of positions, with a second list for the weight's channels; where the input is stored as exactly its
+list, no list is needed. All other steps get the channels that they read by a view where these are the first ones that
+are stored, else by a gather.
 """
 
 from __future__ import annotations
@@ -16,38 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bap_kernels.flow.arguments import map_leaves
+from bap_kernels.flow.graph import Channels, Graph, Op, Value, dense_size, groups_of, members
+from bap_kernels.flow.norms import folded_norm, norm_parts
 from bap_kernels.functional import four_sided
-from bap_kernels.nn.norms import norm_parts
 from bap_kernels.plan import steps
-from bap_kernels.plan.copies import Copy, copies, stored_reads
-from bap_kernels.plan.fuse import Group, fuse
-from bap_kernels.plan.graph import Channels, Graph, Op, Value, folded_norm, groups_of, members
+from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
+from bap_kernels.plan.fuse import FusedConv, fuse
 from bap_kernels.plan.layout import Chain, Layout
-from bap_kernels.plan.operations import dense_size
 from bap_kernels.plan.program import Program
-from bap_kernels.plan.steps import Slot, Step
+from bap_kernels.plan.steps import Slot, Step, slots_in
 
 __all__ = ["lower"]
-
-
-def _list(channels: Channels, all_of: int, device: torch.device) -> Tensor | None:
-    """An int32 list; None for all channels in order."""
-    if np.array_equal(channels, np.arange(all_of)):
-        return None
-    return torch.from_numpy(channels.astype(np.int32)).to(device)
 
 
 class _Lowering:
     def __init__(
         self,
-        graph: Graph,
         layout: Layout,
-        copies: dict[Value, Copy],
+        dual_stores: dict[Value, DualStore],
         memory_format: torch.memory_format,
         device: torch.device,
     ) -> None:
-        self.graph, self.layout, self.copies = graph, layout, copies
-        self.copied: dict[Group, int] = {}  # readers of copies, and their slots
+        self.layout, self.dual_stores = layout, dual_stores
+        self.dual_slots: dict[FusedConv, int] = {}  # of convolutions that read a dual store
         self.memory_format, self.device = memory_format, device
         self.steps: list[Step] = []
         self.inputs: list[int] = []
@@ -69,30 +61,33 @@ class _Lowering:
         step.kept = "" if total is None else f"{count}/{total}"
         self.steps.append(step)
 
-    def lists(self, channels: Channels, all_of: int) -> Tensor | None:
-        return _list(channels, all_of, self.device)
+    def index_of(self, channels: Channels, width: int) -> Tensor | None:
+        """An int32 list; None for all channels in order."""
+        if np.array_equal(channels, np.arange(width)):
+            return None
+        return torch.from_numpy(channels.astype(np.int32)).to(self.device)
 
-    def fetch(self, value: Value, wanted: Channels, op: Op) -> int:
+    def fetch(self, value: Value, channels: Channels, op: Op) -> int:
         """The slot of a tensor with these channels."""
-        found = self.layout.fetch(value, wanted)
-        if found is None:
+        fetch = self.layout.fetch(value, channels)
+        if fetch is None:
             return self.slot[value]
-        key = (value, wanted.tobytes())
+        key = (value, channels.tobytes())
         if key not in self.fetched:
             slot, out = self.slot[value], self.new_slot()
             stored = len(self.layout.stored[value])
-            begin = found.begin
-            if begin is not None and len(found.positions) < stored and found.order is None:
-                step: Step = steps.ViewStep(slot, len(found.positions), out, begin)
-                self.emit(step, op, len(found.positions))
-                slot, out, index = out, (self.new_slot() if len(found.fill) else out), None
+            begin = fetch.begin
+            if begin is not None and len(fetch.positions) < stored and fetch.order is None:
+                step: Step = steps.ViewStep(slot, len(fetch.positions), out, begin)
+                self.emit(step, op, len(fetch.positions))
+                slot, out, index = out, (self.new_slot() if len(fetch.fill) else out), None
             else:
-                index = self.lists(found.positions, stored)
-            if index is not None or len(found.fill) or found.order is not None:
-                zeros = len(found.fill) if not found.fill.any() else None
-                fill = zeros if zeros else (torch.from_numpy(found.fill).to(self.device) if len(found.fill) else None)
-                order = None if found.order is None else self.lists(found.order, len(found.order))
-                self.emit(steps.FetchStep(index, fill, order, slot, out), op, len(wanted))
+                index = self.index_of(fetch.positions, stored)
+            if index is not None or len(fetch.fill) or fetch.order is not None:
+                zeros = len(fetch.fill) if not fetch.fill.any() else None
+                fill = zeros if zeros else (torch.from_numpy(fetch.fill).to(self.device) if len(fetch.fill) else None)
+                order = None if fetch.order is None else self.index_of(fetch.order, len(fetch.order))
+                self.emit(steps.FetchStep(index, fill, order, slot, out), op, len(channels))
             self.fetched[key] = out
         return self.fetched[key]
 
@@ -100,14 +95,14 @@ class _Lowering:
         channels = value.channels
         return self.slot[value] if channels is None else self.fetch(value, np.arange(channels), op)
 
-    def convert(self, op: Op, group: Group | None) -> None:
+    def convert(self, op: Op, fused: FusedConv | None) -> None:
         out = op.output
         if op.kind == "output":
-            self.result = self.handed(op, op.args[0])
+            self.result = self.with_slots(op, op.args[0])
             return
         self.slot[out] = self.new_slot()
-        if group is not None:
-            self.conv(group) if group.conv.kind == "conv" else self.grouped(group)
+        if fused is not None:
+            self.conv(fused) if fused.conv.kind == "conv" else self.grouped(fused)
         elif op.kind == "input":
             self.inputs.append(self.slot[out])
             if out.channels is not None and out.dtype is not None and out.dtype.is_floating_point:
@@ -130,83 +125,80 @@ class _Lowering:
             reads = tuple(self.fetch(x, self.layout.stored[out], op) for x in op.aligned)
             assert op.call is not None
             if op.args or op.kwargs:
-                args = (Slot(reads[0]), *self.handed(op, op.args))
-                self.call(op, op.call, args, self.handed(op, op.kwargs))
+                args = (Slot(reads[0]), *self.with_slots(op, op.args))
+                self.call(op, op.call, args, self.with_slots(op, op.kwargs))
             elif op.kind == "map":
-                self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_named(op.call))
+                self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
             else:
-                self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_named(op.call))
+                self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_call_name(op.call))
 
-    def conv(self, group: Group) -> None:
-        conv, op = group.conv.module, group.last
-        assert isinstance(conv, nn.Conv2d)
-        read, places = stored_reads(group, self.layout)
-        if group in self.copied:
-            x, positions, width = self.copied[group], np.arange(len(read)), len(read)
-        elif places is not None:
-            x, positions, width = self.slot[group.source], places, len(self.layout.stored[group.source])
+    def conv(self, fused: FusedConv) -> None:
+        conv, op, source = fused.conv.conv, fused.last, fused.source
+        stored = self.layout.stored[op.output]
+        read, stored_positions = stored_reads(fused, self.layout)
+        if fused not in self.dual_slots and stored_positions is not None:
+            x, positions, width = self.slot[source], stored_positions, len(self.layout.stored[source])
         else:
-            x = self.fetch(group.source, read, op)
+            x = self.dual_slots[fused] if fused in self.dual_slots else self.fetch(source, read, op)
             positions, width = np.arange(len(read)), len(read)
-        written = group.conv.writes[self.layout.stored[op.output]]
-        weight_index = self.lists(read, conv.in_channels)
-        in_index = self.lists(positions, width)
+        weight_index = self.index_of(read, conv.in_channels)
+        in_index = self.index_of(positions, width)
         if weight_index is None and in_index is not None:
             weight_index = torch.from_numpy(read.astype(np.int32)).to(self.device)
-        before: tuple[Tensor | None, Tensor | None, bool] = (None, None, group.in_relu)
-        if group.in_norm is not None:
-            before = (*_vectors(group.in_norm, read, conv.weight.dtype), group.in_relu)
+        before: tuple[Tensor | None, Tensor | None, bool] = (None, None, fused.in_relu)
+        if fused.in_norm is not None:
+            before = (*_vectors(fused.in_norm, read, conv.weight.dtype), fused.in_relu)
         after: tuple[Tensor | None, Tensor | None] = (None, None)
-        if group.norm is not None:
-            after = _vectors(group.norm, self.layout.stored[op.output], conv.weight.dtype)
+        if fused.norm is not None:
+            after = _vectors(fused.norm, stored, conv.weight.dtype)
         reads: tuple[int, ...] = (x,)
-        if group.residual is not None:
-            reads = (x, self.fetch(group.residual, self.layout.stored[op.output], op))
-        sides = typed("str | tuple[int, int]", conv.padding if group.conv.padding is None else group.conv.padding)
+        if fused.residual is not None:
+            reads = (x, self.fetch(fused.residual, stored, op))
+        sides = typed("str | tuple[int, int]", conv.padding if fused.conv.padding is None else fused.conv.padding)
         padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
-        lists = (in_index, self.lists(written, conv.out_channels), weight_index)
-        cast = None if group.conv.output.dtype is conv.weight.dtype else group.conv.output.dtype
-        step = steps.ConvStep(conv, padding, lists, before, after, group.relu, reads, self.slot[op.output], cast)
+        lists = (in_index, self.index_of(fused.conv.writes[stored], conv.out_channels), weight_index)
+        cast = None if fused.conv.output.dtype is conv.weight.dtype else fused.conv.output.dtype
+        step = steps.ConvStep(conv, padding, lists, before, after, fused.relu, reads, self.slot[op.output], cast)
         text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
-        copy = self.copies.get(op.output)
-        if copy is not None:
-            self.copied[copy.reader] = step.copy = self.new_slot()
-            step.copy_index = torch.from_numpy(copy.positions.astype(np.int32)).to(self.device)
-            text += f", stores {len(copy.positions)} again for {copy.reader.conv.name}"
+        dual = self.dual_stores.get(op.output)
+        if dual is not None:
+            self.dual_slots[dual.consumer] = step.dual_store = self.new_slot()
+            step.dual_index = torch.from_numpy(dual.positions.astype(np.int32)).to(self.device)
+            text += f", stores {len(dual.positions)} again for {dual.consumer.conv.name}"
         self.emit(step, op, note=text)
-        step.name = group.conv.name
+        step.name = fused.conv.name
 
-    def grouped(self, group: Group) -> None:
-        conv, op = group.conv.conv, group.last
+    def grouped(self, fused: FusedConv) -> None:
+        conv, op = fused.conv.conv, fused.last
         stored = self.layout.stored[op.output]
-        if group.conv.kind == "depthwise":
-            written, reads, groups = group.conv.writes[stored], group.conv.reads[stored], len(stored)
+        if fused.conv.kind == "depthwise":
+            written, reads, groups = fused.conv.writes[stored], fused.conv.reads[stored], len(stored)
         else:
             # Whole groups are computed.
-            live = groups_of(group.conv, stored)
+            live = groups_of(fused.conv, stored)
             written, groups = members(live, conv.out_channels // conv.groups), len(live)
             reads = members(live, conv.in_channels // conv.groups)
         filters = torch.from_numpy(written).to(self.device)
         weight = conv.weight.detach()[filters]
         bias = None if conv.bias is None else conv.bias.detach()[filters]
-        if group.norm is not None:
-            scale, shift = folded_norm(group.norm.module)  # type: ignore[arg-type]
-            index = torch.from_numpy(stored).to(self.device) if group.conv.kind == "depthwise" else filters
+        if fused.norm is not None:
+            scale, shift = folded_norm(fused.norm.module)  # type: ignore[arg-type]
+            index = torch.from_numpy(stored).to(self.device) if fused.conv.kind == "depthwise" else filters
             scale, shift = scale[index], shift[index]
             shift = shift if bias is None else shift + scale * bias.double()
             weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-        x = self.fetch(group.source, reads, op)
-        padding = conv.padding if group.conv.padding is None else group.conv.padding
+        x = self.fetch(fused.source, reads, op)
+        padding = conv.padding if fused.conv.padding is None else fused.conv.padding
         options = (conv.stride, padding, conv.dilation, groups)
-        note = "+norm" if group.norm is not None else ""
-        if group.conv.kind == "depthwise":
+        note = "+norm" if fused.norm is not None else ""
+        if fused.conv.kind == "depthwise":
             self.emit(steps.DepthwiseStep(options, weight, bias, x, self.slot[op.output]), op, note=note)
         else:
             step = steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
-            step.index = self.lists(np.searchsorted(written, stored), len(written))
+            step.index = self.index_of(np.searchsorted(written, stored), len(written))
             note = f"{groups}/{conv.groups} groups{', ' + note if note else ''}"
             self.emit(step, op, note=note)
-        self.steps[-1].name = group.conv.name
+        self.steps[-1].name = fused.conv.name
 
     def norm(self, op: Op) -> None:
         assert op.module is not None
@@ -214,12 +206,12 @@ class _Lowering:
         assert parts is not None
         index = torch.from_numpy(stored).to(self.device)
         vectors = (parts.weight, parts.bias, parts.running_mean, parts.running_var)
-        kept = tuple(None if one is None else one.detach()[index] for one in vectors)
+        kept = tuple(None if vector is None else vector.detach()[index] for vector in vectors)
         self.emit(steps.NormStep(kept, parts.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
 
     def cat(self, op: Op) -> None:
         chain, out = self.layout.chains[op], self.slot[op.output]
-        # Shorter concatenations that nothing reads were left out.
+        # Shorter concatenations that nothing reads have no step.
         begin = self.written.get(chain, 0)
         parts = [
             (self.fetch(part, stored, op), chain.width(number), len(stored))
@@ -237,37 +229,30 @@ class _Lowering:
         dtypes = {value.dtype for value in (*chain.parts, *(member.output for member in chain.members))}
         mixed = len(dtypes) > 1
         if parts:
-            dtype = functools.reduce(torch.promote_types, [one for one in dtypes if one is not None]) if mixed else None
+            known = [dtype for dtype in dtypes if dtype is not None]
+            dtype = functools.reduce(torch.promote_types, known) if mixed else None
             step = steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain], dtype)
             self.emit(step, op, width)
         self.written[chain] = len(op.inputs)
         own = op.output.dtype if mixed else None
         self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out, dtype=own), op)
 
-    def handed(self, op: Op, part: Any) -> Any:
-        """Arguments with slots in the places of values, all channels in the dense network's order."""
-        if isinstance(part, Value):
-            return Slot(self.whole(part, op))
-        if isinstance(part, (list, tuple)):
-            return type(part)([self.handed(op, one) for one in part])
-        if isinstance(part, dict):
-            return {key: self.handed(op, one) for key, one in part.items()}
-        if isinstance(part, slice):
-            return slice(*(self.handed(op, one) for one in (part.start, part.stop, part.step)))
-        return part
+    def with_slots(self, op: Op, part: Any) -> Any:
+        """Arguments in which values are replaced by slots of all their channels, in the dense network's order."""
+        return map_leaves(part, lambda leaf: Slot(self.whole(leaf, op)) if isinstance(leaf, Value) else leaf)
 
     def opaque(self, op: Op) -> None:
         assert op.call is not None
-        args, kwargs = self.handed(op, op.args), self.handed(op, op.kwargs)
+        args, kwargs = self.with_slots(op, op.args), self.with_slots(op, op.kwargs)
         if op.mutates and args and isinstance(args[0], Slot):
-            copied = self.new_slot()
-            self.emit(steps.MapStep(torch.clone, "", args[0].number, copied), op)
-            args = (Slot(copied), *args[1:])
+            clone = self.new_slot()
+            self.emit(steps.MapStep(torch.clone, "", args[0].number, clone), op)
+            args = (Slot(clone), *args[1:])
         self.call(op, op.call, args, kwargs)
 
     def call(self, op: Op, call: Any, args: Any, kwargs: Any) -> None:
-        reads = tuple(_slots_in((args, kwargs)))
-        self.emit(steps.OpaqueStep(call, args, kwargs, reads, self.slot[op.output]), op, note=_named(call))
+        reads = tuple(slots_in((args, kwargs)))
+        self.emit(steps.OpaqueStep(call, args, kwargs, reads, self.slot[op.output]), op, note=_call_name(call))
 
     def size(self, op: Op) -> None:
         assert op.call is not None
@@ -280,22 +265,12 @@ def _vectors(norm: Op, channels: Channels, dtype: torch.dtype) -> tuple[Tensor, 
     """Scale and shift of the listed channels; float32, as the op adds in it, except for float64."""
     scale, shift = folded_norm(norm.module)  # type: ignore[arg-type]
     index = torch.from_numpy(channels).to(scale.device)
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    return scale[index].to(wanted), shift[index].to(wanted)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    return scale[index].to(accumulation), shift[index].to(accumulation)
 
 
-def _named(call: Any) -> str:
+def _call_name(call: Any) -> str:
     return type(call).__name__ if isinstance(call, nn.Module) else repr(call)
-
-
-def _slots_in(part: Any) -> list[int]:
-    if isinstance(part, Slot):
-        return [part.number]
-    if isinstance(part, dict):
-        part = list(part.values())
-    if isinstance(part, slice):
-        part = [part.start, part.stop, part.step]
-    return [slot for one in part for slot in _slots_in(one)] if isinstance(part, (list, tuple)) else []
 
 
 def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device) -> Program:
@@ -308,13 +283,13 @@ def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, devi
         device: of lists and vectors.
     """
     fused = fuse(graph, layout)
-    lowering = _Lowering(graph, layout, copies(fused, layout, memory_format), memory_format, device)
-    # Ordinary tensors: packed weights are kept for lists whose changes could be seen.
+    lowering = _Lowering(layout, dual_stores(fused, layout, memory_format), memory_format, device)
+    # Tensors made in inference mode have no version, without which packed weights are not kept for them.
     with torch.inference_mode(False), torch.no_grad():
         for op in graph.ops:
-            group = fused.get(op)
+            conv = fused.get(op)
             dead = op.output in layout.live and not layout.live[op.output].any()
-            if (op in fused and group is None) or (dead and op.kind not in ("input", "opaque")):
+            if (op in fused and conv is None) or (dead and op.kind not in ("input", "opaque")):
                 continue
-            lowering.convert(op, group)
-    return Program(lowering.steps, lowering.slots, lowering.inputs, lowering.result, _slots_in(lowering.result))
+            lowering.convert(op, conv)
+    return Program(lowering.steps, lowering.slots, lowering.inputs, lowering.result)

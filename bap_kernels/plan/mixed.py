@@ -1,4 +1,4 @@
-"""Mixed batches of planned networks: each domain's samples go through its plan, and the results are put together."""
+"""Mixed batches of planned networks: each domain's samples run through its plan, and the results are joined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bap_kernels.nn.mixed import MixedBatch
+from bap_kernels.nn.mixed import MixedBatch, selected_samples
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.program import Program
 
@@ -64,9 +64,9 @@ class MixedPlans:
         if len(self.programs) == 1:
             results = [self.programs[0].run(inputs)]
         else:
-            places = order.split(self.batch.counts)
+            samples = order.split(self.batch.counts)
             results = [
-                program.run(_at(inputs, sampled, place)) for program, place in zip(self.programs, places, strict=True)
+                program.run(_at(inputs, sampled, index)) for program, index in zip(self.programs, samples, strict=True)
             ]
         return self._joined(results, probes, "output")
 
@@ -239,21 +239,16 @@ def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any,
     """The inputs with some of the samples, in the order of :func:`_tensors`."""
     number = -1
 
-    def taken(value: Any) -> Any:
+    def selected(value: Any) -> Any:
         nonlocal number
         if isinstance(value, dict):
-            return {key: taken(one) for key, one in value.items()}
+            return {key: selected(item) for key, item in value.items()}
         if not isinstance(value, Tensor):
             return value
         number += 1
-        if number not in sampled:
-            return value
-        some = value.index_select(0, index.to(value.device))
-        # index_select forgets the memory format.
-        last = value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
-        return some.contiguous(memory_format=torch.channels_last) if last else some
+        return selected_samples(value, index.to(value.device)) if number in sampled else value
 
-    return tuple(taken(value) for value in inputs)
+    return tuple(selected(value) for value in inputs)
 
 
 def _every(results: Sequence[Any], probes: Sequence[tuple[Any, Any]]) -> list[Any]:

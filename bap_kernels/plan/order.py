@@ -3,7 +3,7 @@
 A list of scattered channels costs a kernel that reads blocks of 8 or 16 channels nearly all of them. The network
 computes the same in any order of its channels on which all layers agree: filters, batch norms and the slices of what
 reads them move together. Channels that go together are one class (`classes`); classes of one shape, each a copy of the
-others moved by some channels in every value, can change places. Such a group is the stream of a residual stage, or a
+others moved by some channels in every value, can be exchanged. Such a group is the stream of a residual stage, or a
 part of a concatenation, or what lies between two convolutions.
 """
 
@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bap_kernels.channels import ChannelLists
+from bap_kernels.flow.classes import Classes, keep_unknown, tied_channels
+from bap_kernels.flow.graph import Channels, Graph, Op, Value
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.per_domain import domain_layers
-from bap_kernels.plan.classes import Classes, domains_to_change, keep_unknown, tied
 from bap_kernels.plan.cover import candidate_orders, covered, runs
 from bap_kernels.plan.domain_view import lists_of
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.plan.features import Head, heads_of
-from bap_kernels.plan.graph import Channels, Graph, Op, Value
+from bap_kernels.plan.in_place import check_and_list_domains, renumber_lists_, table_of
 from bap_kernels.table import ChannelTable
 
 __all__ = ["ListOrder", "OrderReport", "order_channels_"]
@@ -86,28 +86,28 @@ class OrderReport:
             >>> bk.order_channels_(bk.attach_(model, lists)).efficiency(16)
             (0.5, 1.0)
         """
-        chosen = [one for one in self.lists if layer is None or one.layer == layer]
-        listed = sum(one.listed * one.macs for one in chosen)
-        before, after = (sum(one.covered[size][side] * one.macs for one in chosen) for side in range(2))
+        chosen = [lists for lists in self.lists if layer is None or lists.layer == layer]
+        listed = sum(lists.listed * lists.macs for lists in chosen)
+        before, after = (sum(lists.covered[size][side] * lists.macs for lists in chosen) for side in range(2))
         return listed / before if before else 1.0, listed / after if after else 1.0
 
     def mean_run(self, layer: str | None = None) -> tuple[float, float]:
         """(before, after): mean length of the runs of consecutive channels."""
-        chosen = [one for one in self.lists if layer is None or one.layer == layer]
-        listed = sum(one.listed for one in chosen)
-        before, after = (sum(one.runs[side] for one in chosen) for side in range(2))
+        chosen = [lists for lists in self.lists if layer is None or lists.layer == layer]
+        listed = sum(lists.listed for lists in chosen)
+        before, after = (sum(lists.runs[side] for lists in chosen) for side in range(2))
         return listed / max(before, 1), listed / max(after, 1)
 
     def _line(self, layer: str | None) -> str:
-        sizes = sorted({size for one in self.lists for size in one.covered})
+        sizes = sorted({size for lists in self.lists for size in lists.covered})
         shares = [(size, *self.efficiency(size, layer)) for size in sizes]
-        facts = [f"blocks of {size} {before:.1%} -> {after:.1%}" for size, before, after in shares]
+        parts = [f"blocks of {size} {before:.1%} -> {after:.1%}" for size, before, after in shares]
         before, after = self.mean_run(layer)
-        return ", ".join([*facts, f"mean run {before:.1f} -> {after:.1f}"])
+        return ", ".join([*parts, f"mean run {before:.1f} -> {after:.1f}"])
 
     def __str__(self) -> str:
         lines = [f"{len(self.lists)} lists: {self._line(None)}; {self.moved} channels moved"]
-        for layer in dict.fromkeys(one.layer for one in self.lists):
+        for layer in dict.fromkeys(lists.layer for lists in self.lists):
             lines.append(f"  {layer}: {self._line(layer)}")
         return "\n".join(lines)
 
@@ -123,13 +123,13 @@ class _List:
     mask: np.ndarray
     macs: int
 
-    def now(self, source: np.ndarray) -> np.ndarray:
+    def in_order(self, source: np.ndarray) -> np.ndarray:
         """The mask in an order of the elements."""
         return self.mask[source[self.first : self.first + len(self.mask)] - self.first]
 
 
 def _lists(graphs: list[Graph], classes: Classes, domains: list[str | None]) -> list[_List]:
-    found = []
+    lists = []
     for op in graphs[0].ops:
         conv, shape = op.module, op.output.shape
         if not isinstance(conv, GatheredConv2d) or shape is None:
@@ -143,8 +143,8 @@ def _lists(graphs: list[Graph], classes: Classes, domains: list[str | None]) -> 
                     mask = np.zeros(value.channels or 0, dtype=bool)
                     mask[listed] = True
                     macs = work * (others if conv.groups == 1 else 1)
-                    found.append(_List(op, domain, side, classes.first[value], mask, macs))
-    return found
+                    lists.append(_List(op, domain, side, classes.first[value], mask, macs))
+    return lists
 
 
 def _groups(classes: Classes) -> list[np.ndarray]:
@@ -165,33 +165,33 @@ def _groups(classes: Classes) -> list[np.ndarray]:
 
 def _improved(source: np.ndarray, group: np.ndarray, lists: list[_List], sizes: list[int]) -> np.ndarray | None:
     """A better order of one group's channels, given those of all others; None if none was found."""
-    touching = [one for one in lists if np.any((group[0] >= one.first) & (group[0] < one.first + len(one.mask)))]
+    touching = [its for its in lists if np.any((group[0] >= its.first) & (group[0] < its.first + len(its.mask)))]
     columns, weights, offsets = [], [], []
-    for one in touching:
+    for listed in touching:
         for elements in group.T:
-            if one.first <= elements[0] < one.first + len(one.mask):
-                columns.append(one.mask[elements - one.first])
-                weights.append(one.macs)
-                offsets.append(int(elements[0] - one.first))
+            if listed.first <= elements[0] < listed.first + len(listed.mask):
+                columns.append(listed.mask[elements - listed.first])
+                weights.append(listed.macs)
+                offsets.append(int(elements[0] - listed.first))
     if not columns:
         return None
     rows, costs = np.array(columns).T, np.array(weights, dtype=np.float64)
     costs /= costs.max()
 
-    def judged(order: np.ndarray) -> tuple[list[int], int]:
-        masks = [(one.now(order), one.macs) for one in touching]
+    def cost(order: np.ndarray) -> tuple[list[int], int]:
+        masks = [(listed.in_order(order), listed.macs) for listed in touching]
         by_size = [sum(covered(mask, size) * macs for mask, macs in masks) for size in sizes]
         return by_size, sum(runs(mask) * macs for mask, macs in masks)
 
-    before, its_runs = judged(source)
-    best, key = None, (sum(before), its_runs)
+    before, its_runs = cost(source)
+    best, best_cost = None, (sum(before), its_runs)
     for order in candidate_orders(rows, costs, sizes, offsets[int(np.argmax(costs))]):
-        tried = source.copy()
-        tried[group] = group[order]
-        cover, its_runs = judged(tried)
+        candidate = source.copy()
+        candidate[group] = group[order]
+        cover, its_runs = cost(candidate)
         # No size may get worse for the sake of another.
-        if all(new <= old for new, old in zip(cover, before, strict=True)) and (sum(cover), its_runs) < key:
-            best, key = tried, (sum(cover), its_runs)
+        if all(new <= old for new, old in zip(cover, before, strict=True)) and (sum(cover), its_runs) < best_cost:
+            best, best_cost = candidate, (sum(cover), its_runs)
     return best
 
 
@@ -209,18 +209,11 @@ def _reorder_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
     if conv.groups == 1:
         _reorder_(conv, "weight", reads, 1)
     if isinstance(conv, GatheredConv2d):
-        new = {
-            id(one): ChannelLists(*(_renumbered(*pair) for pair in zip(one._host, (reads, writes), strict=True))).to(
-                conv.weight.device
-            )
-            for one in (conv.channels, *conv.lists.values())
-        }
-        conv.lists = {domain: new[id(one)] for domain, one in conv.lists.items()}
-        conv.channels = new[id(conv.channels)]
-
-
-def _renumbered(listed: np.ndarray | None, order: Channels) -> Channels | None:
-    return None if listed is None else np.flatnonzero(np.isin(order, listed))
+        renumber_lists_(
+            conv,
+            lambda listed: np.flatnonzero(np.isin(reads, listed)),
+            lambda listed: np.flatnonzero(np.isin(writes, listed)),
+        )
 
 
 def _apply_(graphs: list[Graph], heads: list[list[Head]], classes: Classes, source: np.ndarray) -> int:
@@ -248,7 +241,7 @@ def _apply_(graphs: list[Graph], heads: list[list[Head]], classes: Classes, sour
                     _reorder_(module, name, writes)
     # Values of other domains' recordings have the same names.
     values = {value.name: value for value in classes.first}
-    for head in (one for its in heads for one in its):
+    for head in (head for its_heads in heads for head in its_heads):
         if head.linear not in done:
             done.add(head.linear)
             _reorder_(head.linear, "weight", head.columns(order(values[head.value.name])), 1)
@@ -299,30 +292,26 @@ def order_channels_(
         raise TypeError(f"order_channels_(): expected `block` to be an int, got {type(block).__name__}.")
     if block < 1:
         raise ValueError(f"order_channels_(): expected `block` to be positive, got {block}. Hint: 8 or 16.")
-    domains = domains_to_change("order_channels_", model)
+    domains = check_and_list_domains("order_channels_", model)
     # Recordings differ only in the modules that layers hold for each domain.
     recorded = domains if any(domain_layers(model)) else domains[:1]
     graphs = [trace_shapes("order_channels_", model, example_input, domain, unread=True) for domain in recorded]
-    classes = tied(graphs[0])
+    classes = tied_channels(graphs[0])
     heads = [heads_of(graph) for graph in graphs]
     keep_unknown(classes, graphs[0], {op for head in heads[0] for op in head.steps})
-    classes.settle()
+    classes.keep_whole_classes()
     lists = _lists(graphs, classes, domains)
     sizes = sorted({*_BLOCKS, block})
-    start = np.arange(len(classes.leader))
+    start = np.arange(len(classes.kept))
     source = start
     for group in _groups(classes):
         better = _improved(source, group, lists, sizes)
         source = source if better is None else better
-    facts = []
-    for one in lists:
-        old, new = one.now(start), one.now(source)
+    reports = []
+    for listed in lists:
+        old, new = listed.in_order(start), listed.in_order(source)
         cover = {size: (covered(old, size), covered(new, size)) for size in sizes}
-        its = (one.op.name, one.domain, one.side, int(old.sum()), len(old), one.macs)
-        facts.append(ListOrder(*its, (runs(old), runs(new)), cover))
+        of = (listed.op.name, listed.domain, listed.side, int(old.sum()), len(old), listed.macs)
+        reports.append(ListOrder(*of, (runs(old), runs(new)), cover))
     moved = _apply_(graphs, heads, classes, source)
-    gathered = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d) and one.lists}
-    named = {
-        domain: {name: one.lists[domain] for name, one in gathered.items()} for domain in domains if domain is not None
-    }
-    return OrderReport(tuple(facts), moved, ChannelTable(named))
+    return OrderReport(tuple(reports), moved, table_of(model, domains))

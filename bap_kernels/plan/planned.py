@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bap_kernels.flow.graph import first_reasons
+from bap_kernels.flow.liveness import Liveness
+from bap_kernels.layer_kinds import PlannedModel
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
+from bap_kernels.nn.recording import Recording
 from bap_kernels.plan.compare import largest_error, tolerance_of
-from bap_kernels.plan.graph import first_reasons
 from bap_kernels.plan.layout import Layout
-from bap_kernels.plan.liveness import Liveness
 from bap_kernels.plan.lowering import lower
 from bap_kernels.plan.mixed import MixedPlans
 from bap_kernels.plan.program import Program
-from bap_kernels.plan.trace import Recording, called, same_widths, trace
+from bap_kernels.plan.trace import call_copied, same_widths, trace
 from bap_kernels.plan.watch import Watch
 
 __all__ = ["PlannedNetwork", "plan"]
@@ -42,15 +44,15 @@ def _same(given: Any, known: Any) -> bool:
     return given is known or (type(given) is type(known) and bool(given == known))
 
 
-class PlannedNetwork(nn.Module):
+class PlannedNetwork(PlannedModel):
     """A network lowered for one domain at a time: compact activations, no dead filters, everything fused.
 
     Made by :func:`bap_kernels.plan`. The weights are the model's own parameters, read at every call. Batch norms,
-    filters of grouped convolutions and lists were copied when the plan was made; where a call finds that the model's
-    have changed since, it first makes the plan again, for which the model must be in eval mode. After a change of the
-    model's modules or code :meth:`remake` is needed, and on a GPU after a write to a batch norm that leaves its version
-    as it was and is no step of an optimiser. It serves inference: no gradient flows through it, and it refuses training
-    mode. A copy, a pickle and a move to another device or dtype are made by planning again.
+    filters of grouped convolutions and lists are copied when the plan is made; a call that finds that the model's have
+    changed since plans again first, for which the model must be in eval mode. After a change of the model's modules or
+    code call :meth:`remake`, and on a GPU also after a write to a batch norm that neither changes its version nor is a
+    step of an optimiser. It serves inference: no gradient flows through it, and it refuses training mode. Copies,
+    pickles and moves to another device or dtype plan again.
 
     Attributes:
         model: the network that was planned.
@@ -82,21 +84,21 @@ class PlannedNetwork(nn.Module):
         self._programs: dict[tuple[str | None, _Cast], tuple[Program, float | None]] = {}
         self._recordings: dict[_Cast, Recording] = {}
         self._mixed_plans: MixedPlans | None = None
-        # Its like for another state of autocast than that of `_program`.
+        # (those of `_mixed_plans`, another state of autocast than that of `_program`, the plans under it)
         self._mixed_cast: tuple[MixedPlans, _Cast, MixedPlans] | None = None
         self.training = False
         self._device = next((x.device for x in example if isinstance(x, Tensor)), torch.device("cpu"))
         self._cast = self._cast_now()
         self._remaking = threading.Lock()
-        # Before the plan is made: a change meanwhile makes it old, not wrong.
+        # Before planning: a change meanwhile is then noticed at the first call.
         self._watch = Watch(model)
-        self._program, self.max_error = self._made(domain)
+        self._program, self.max_error = self._program_of(domain)
 
     def _cast_now(self) -> _Cast:
         kind = self._device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def _made(self, domain: str | None) -> tuple[Program, float | None]:
+    def _program_of(self, domain: str | None) -> tuple[Program, float | None]:
         key = domain, self._cast_now()
         if key not in self._programs:
             self._programs[key] = self._make(domain)
@@ -105,21 +107,21 @@ class PlannedNetwork(nn.Module):
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
         check, tolerance, memory_format = self._options
         cast = self._cast_now()
-        # Without a check, one run of the model tells what the plans of all domains need to know.
-        known = None if check or not same_widths(self.model) else self._recordings.get(cast)
-        graph = trace("plan", self.model, self._example, domain, known=known)
+        # Without a check, one recording serves all domains.
+        recording = None if check or not same_widths(self.model) else self._recordings.get(cast)
+        graph = trace("plan", self.model, self._example, domain, recording=recording)
         self._recordings[cast] = graph.recording
         self.lowered, self.not_lowered = graph.lowered, graph.not_lowered
         if not self._programs:
             graph.warn_if_nothing("plan")
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         if memory_format is None:
-            last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-            memory_format = torch.channels_last if last and not first.is_contiguous() else torch.contiguous_format
+            nhwc = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if nhwc and not first.is_contiguous() else torch.contiguous_format
         program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device)
         if not check:
             return program, None
-        result = called(lambda *inputs: program.run(inputs), self._example, graph.draws)
+        result = call_copied(lambda *inputs: program.run(inputs), self._example, graph.draws)
         share, error, dtype = largest_error(result, graph.expected)
         limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
         if not share <= limit:
@@ -130,12 +132,12 @@ class PlannedNetwork(nn.Module):
             )
         return program, share
 
-    def _prepared(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
-        """Makes the plans of a domain or of a mixed batch, which are kept, and returns what makes them the active ones.
+    def prepare_domain(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
+        """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them.
 
         Args:
             name: as for :func:`bap_kernels.set_domain`.
-            domains: what the numbers of a mixed batch stand for; None: the model's domains.
+            domains: the names that the numbers of a mixed batch stand for; None: the model's domains.
         """
         cast = self._cast_now()
         if isinstance(name, Tensor):
@@ -147,7 +149,7 @@ class PlannedNetwork(nn.Module):
                 self._mixed_plans, self._cast = plans, cast
 
             return activate_batch
-        program, error = self._made(name)
+        program, error = self._program_of(name)
 
         def activate() -> None:
             self._program, self.max_error, self._cast = program, error, cast
@@ -157,15 +159,15 @@ class PlannedNetwork(nn.Module):
         return activate
 
     def _plans_of(self, batch: MixedBatch, domains: list[str]) -> MixedPlans:
-        return MixedPlans(batch, domains, [self._made(domain)[0] for domain in domains], self._example)
+        return MixedPlans(batch, domains, [self._program_of(domain)[0] for domain in domains], self._example)
 
     def remake(self) -> PlannedNetwork:
-        """Makes the active plan again from the model as it is now, and forgets those of other domains and batches."""
+        """Plans again from the model as it is now, and drops the plans of other domains and batches."""
         watch = Watch(self.model)
         self._programs.clear()
         self._recordings.clear()
         self._mixed_plans = None
-        self._program, self.max_error = self._made(self.domain)
+        self._program, self.max_error = self._program_of(self.domain)
         self._cast = self._cast_now()
         self._watch = watch
         return self
@@ -233,11 +235,11 @@ class PlannedNetwork(nn.Module):
         # Under autocast, or no longer under it, by a plan of its own: made at first use and kept.
         mixed = self._mixed_plans
         if mixed is None:
-            return self._made(self.domain)[0].run(inputs)
-        cast, known = self._cast_now(), self._mixed_cast
-        if known is None or known[0] is not mixed or known[1] is not cast:
-            known = self._mixed_cast = mixed, cast, self._plans_of(mixed.batch, mixed.domains)
-        return known[2].run(inputs)
+            return self._program_of(self.domain)[0].run(inputs)
+        cast, kept = self._cast_now(), self._mixed_cast
+        if kept is None or kept[0] is not mixed or kept[1] is not cast:
+            kept = self._mixed_cast = mixed, cast, self._plans_of(mixed.batch, mixed.domains)
+        return kept[2].run(inputs)
 
     def peak_bytes(self, *shapes: Sequence[int]) -> int:
         """Most bytes of activations held at once, found without running: the inputs and the results of steps.
@@ -304,14 +306,13 @@ def plan(
 ) -> PlannedNetwork:
     """Lowers a whole network for one domain.
 
-    The model is recorded while it runs on the example. From the lists of its layers it follows which channels of every
-    tensor anything
-    reads; the plan computes and stores only these, each tensor in the order in which its reader wants it. Batch norms,
-    ReLUs and sums are done by the convolution before them, or by the one after them in networks that normalise first.
-    Operations that are not known are run as they are, on all channels; printing the plan names the convolutions among
-    them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions, and weights that a
-    layer computes (standardised, parametrized), are copied when the plan is made. The result equals the masked dense
-    network, in which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the
+    The model is recorded while it runs on the example. Its layers' lists decide which channels of every tensor are
+    read; the plan computes and stores only these, each tensor in the order in which its consumer reads it. Batch norms,
+    ReLUs and sums are fused into the convolution before them, or into the one after them in networks that normalise
+    first. Operations without a rule are run as they are, on all channels; printing the plan names the convolutions
+    among them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions, and weights
+    that a layer computes (standardised, parametrized), are copied when the plan is made. The result equals the masked
+    dense network, in which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the
     example.
 
     Args:
@@ -319,8 +320,8 @@ def plan(
         example_input: what to call it with: a tensor, or a tuple of all arguments. Kept for plans of further domains.
         domain: whose lists, as for :func:`bap_kernels.set_domain`, which also switches a planned network; None keeps
             all channels.
-        check: compare with the masked dense network on the example, in every domain whose plan is made. It runs both
-            networks; without it, plans of further domains are made without running anything.
+        check: compare with the masked dense network on the example, in every domain that is planned. It runs both
+            networks; without it, further domains are planned without running anything.
         tolerance: the largest difference that passes, as a share of the largest number in the result; None: 1e-8, 1e-3,
             0.1, 0.02 for float64, float32, bfloat16, float16.
         memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.

@@ -1,4 +1,4 @@
-"""A flat list of steps over slots, each slot emptied after its last reader."""
+"""A flat list of steps over slots, each slot emptied after the last step that reads it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bap_kernels.plan.steps import MapStep, Step, put_in
+from bap_kernels.flow.arguments import tensors_of
+from bap_kernels.plan.steps import MapStep, Step, fill_slots, slots_in
 
 __all__ = ["Program"]
-
-
-def _tensors_in(part: Any) -> list[Tensor]:
-    if isinstance(part, Tensor):
-        return [part]
-    if isinstance(part, dict):
-        part = list(part.values())
-    return [one for item in part for one in _tensors_in(item)] if isinstance(part, (list, tuple)) else []
 
 
 class Program:
@@ -27,26 +20,26 @@ class Program:
         steps: what to run.
         slots: how many slots there are.
         inputs: the slots of the inputs.
-        result: what to return, with slots in the tensors' places.
-        returned: the slots in it.
+        result: what to return, with slots for the tensors.
     """
 
-    def __init__(self, steps: list[Step], slots: int, inputs: list[int], result: Any, returned: list[int]) -> None:
+    def __init__(self, steps: list[Step], slots: int, inputs: list[int], result: Any) -> None:
         self.steps = steps
         self.slots = slots
         self.inputs = inputs
         self.result = result
-        readers: dict[int, int] = {}
+        returned = slots_in(result)
+        consumers: dict[int, int] = {}
         last: dict[int, int] = {}
         for number, step in enumerate(steps):
             for slot in dict.fromkeys((*step.reads, *step.writes)):
                 last[slot] = number
             for slot in set(step.reads):
-                readers[slot] = readers.get(slot, 0) + 1
+                consumers[slot] = consumers.get(slot, 0) + 1
         fresh = {step.out for step in steps if step.fresh}
         for step in steps:
-            # Nothing else sees the input, as no view is fresh.
-            alone = step.reads and readers[step.reads[0]] == 1 and step.reads[0] not in returned
+            # Nothing else sees the input: views are not fresh.
+            alone = step.reads and consumers[step.reads[0]] == 1 and step.reads[0] not in returned
             if isinstance(step, MapStep) and step.reads[0] in fresh and alone:
                 step.reuse_input()
         freed: list[list[int]] = [[] for _ in steps]
@@ -55,7 +48,7 @@ class Program:
                 freed[number].append(slot)
         self.freed = [tuple(slots) for slots in freed]
         self._order = list(zip(steps, self.freed, strict=True))
-        # What it gives for two and for three samples, without data; known after the first mixed batch.
+        # Its results for two and for three samples, without data; known after the first mixed batch.
         self.probe: tuple[Any, Any] | None = None
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
@@ -67,7 +60,7 @@ class Program:
             step(env)
             for slot in freed:
                 env[slot] = None
-        return put_in(self.result, env)
+        return fill_slots(self.result, env)
 
     def peak_bytes(self, inputs: tuple[Any, ...]) -> int:
         """Most bytes of inputs and results that are held at once, found on tensors without data."""
@@ -78,7 +71,8 @@ class Program:
                 env[slot] = mode.from_tensor(x) if isinstance(x, Tensor) else x
             for step, freed in self._order:
                 step(env)
-                held = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in _tensors_in(env)}
+                storages = [tensor.untyped_storage() for tensor in tensors_of(env)]
+                held = {storage._cdata: storage.nbytes() for storage in storages}
                 peak = max(peak, sum(held.values()))
                 for slot in freed:
                     env[slot] = None

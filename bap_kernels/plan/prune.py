@@ -8,7 +8,6 @@ this layer reads stays where another layer reads the same channel.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bap_kernels.channels import ChannelLists
+from bap_kernels._warn import warn
+from bap_kernels.flow.classes import Classes, keep_unknown, tied_channels, unknown
+from bap_kernels.flow.graph import Channels, Graph, first_reasons
+from bap_kernels.flow.liveness import Liveness
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.plan.classes import Classes, domains_to_change, keep_unknown, tied, unknown
 from bap_kernels.plan.example import conv_macs, trace_shapes
-from bap_kernels.plan.graph import Channels, Graph, find_stacklevel, first_reasons
-from bap_kernels.plan.liveness import Liveness
+from bap_kernels.plan.in_place import check_and_list_domains, renumber_lists_, table_of
 from bap_kernels.table import ChannelTable
 
 __all__ = ["PruneReport", "prune_unused_"]
@@ -47,8 +47,8 @@ class PruneReport:
     obstacles: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        facts = [("parameters", self.parameters), ("MACs", self.macs)]
-        lines = [f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.1%})" for name, (old, new) in facts]
+        totals = [("parameters", self.parameters), ("MACs", self.macs)]
+        lines = [f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.1%})" for name, (old, new) in totals]
         for name, (old, new) in self.layers.items():
             if old != new:
                 lines.append(f"  {name}: {old[1]} -> {old[0]} became {new[1]} -> {new[0]} channels")
@@ -62,16 +62,16 @@ def _obstacles(classes: Classes, graph: Graph) -> dict[str, str]:
     leaders = classes.leaders()
     read = np.zeros(len(leaders), dtype=bool)
     read[leaders[classes.kept]] = True
-    found: dict[str, str] = {}
+    obstacles: dict[str, str] = {}
     for op, values, reason in unknown(graph, widths=True):
-        if any(not read[classes.marked(leaders, value)].all() for value in values):
-            found.setdefault(op.name, reason)
-    return found
+        if any(not read[classes.leaders_of(value, leaders)].all() for value in values):
+            obstacles.setdefault(op.name, reason)
+    return obstacles
 
 
-def _classes(graphs: list[Graph]) -> tuple[Classes, dict[str, str]]:
+def _kept_classes(graphs: list[Graph]) -> tuple[Classes, dict[str, str]]:
     graph = graphs[0]
-    classes = tied(graph)
+    classes = tied_channels(graph)
     for op in graph.ops:
         if op.kind == "pad":
             # The model's code pads by a fixed number.
@@ -87,22 +87,13 @@ def _classes(graphs: list[Graph]) -> tuple[Classes, dict[str, str]]:
                 classes.keep(op.output, np.flatnonzero(live[theirs.output]))
     obstacles = _obstacles(classes, graph)
     keep_unknown(classes, graph, widths=True)
-    classes.settle()
+    classes.keep_whole_classes()
     for value in classes.first:
-        # A layer without any channel is none.
-        if len(classes.of(value)) == 0:
+        # A layer needs at least one channel.
+        if len(classes.kept_of(value)) == 0:
             classes.keep(value, np.zeros(1, dtype=np.int64))
-            classes.settle()
+            classes.keep_whole_classes()
     return classes, obstacles
-
-
-def _renumbered(listed: Tensor | None, kept: Channels, width: int) -> Channels | None:
-    if listed is None:
-        return None
-    place = np.full(width, -1)
-    place[kept] = np.arange(len(kept))
-    moved = place[listed.cpu().numpy()]
-    return moved[moved >= 0]
 
 
 def _slice_(module: nn.Module, name: str, index: Tensor, axis: int = 0) -> None:
@@ -117,8 +108,7 @@ def _slice_(module: nn.Module, name: str, index: Tensor, axis: int = 0) -> None:
 
 
 def _shrink_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
-    old_in, old_out = conv.in_channels, conv.out_channels
-    filters = old_out // conv.groups  # of one group
+    filters = conv.out_channels // conv.groups  # of one group
     _slice_(conv, "weight", torch.from_numpy(writes))
     _slice_(conv, "bias", torch.from_numpy(writes))
     if conv.groups == 1:
@@ -127,14 +117,11 @@ def _shrink_conv_(conv: nn.Conv2d, reads: Channels, writes: Channels) -> None:
         conv.groups = len(writes) // filters
     conv.in_channels, conv.out_channels = len(reads), len(writes)
     if isinstance(conv, GatheredConv2d):
-        new = {
-            id(one): ChannelLists(
-                _renumbered(one.in_index, reads, old_in), _renumbered(one.out_index, writes, old_out)
-            ).to(conv.weight.device)
-            for one in (conv.channels, *conv.lists.values())
-        }
-        conv.lists = {domain: new[id(one)] for domain, one in conv.lists.items()}
-        conv.channels = new[id(conv.channels)]
+        renumber_lists_(
+            conv,
+            lambda listed: np.searchsorted(reads, listed[np.isin(listed, reads)]),
+            lambda listed: np.searchsorted(writes, listed[np.isin(listed, writes)]),
+        )
 
 
 def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] | None = None) -> PruneReport:
@@ -170,9 +157,9 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
         >>> model[2].lists["cars"]
         ChannelLists(in_index=[1, 2], out_index=None)
     """
-    domains = domains_to_change("prune_unused_", model)
+    domains = check_and_list_domains("prune_unused_", model)
     graphs = [trace_shapes("prune_unused_", model, example_input, domain, unread=True) for domain in domains]
-    classes, obstacles = _classes(graphs)
+    classes, obstacles = _kept_classes(graphs)
     macs = [conv_macs(model, example_input, graphs[0], domains[0])]
     before = sum(parameter.numel() for parameter in model.parameters())
     layers: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
@@ -180,7 +167,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
     for number, op in enumerate(graphs[0].ops):
         if op.module is None or op.fixed:
             continue
-        reads, writes = classes.of(op.inputs[0]), classes.of(op.output)
+        reads, writes = classes.kept_of(op.inputs[0]), classes.kept_of(op.output)
         if isinstance(op.module, nn.Conv2d):
             conv = op.module
             if conv not in done:
@@ -199,16 +186,5 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
     after = sum(parameter.numel() for parameter in model.parameters())
     macs.append(conv_macs(model, example_input, graphs[0], domains[0]))
     if obstacles and after == before:
-        warnings.warn(
-            f"prune_unused_(): no channel was dropped, though some are read in no domain. {first_reasons(obstacles)}",
-            stacklevel=find_stacklevel(),
-        )
-    gathered = {name: one for name, one in model.named_modules() if isinstance(one, GatheredConv2d) and one.lists}
-    table = ChannelTable(
-        {
-            domain: {name: one.lists[domain] for name, one in gathered.items()}
-            for domain in domains
-            if domain is not None
-        }
-    )
-    return PruneReport((before, after), (macs[0], macs[1]), layers, table, obstacles)
+        warn(f"prune_unused_(): no channel was dropped, though some are read in no domain. {first_reasons(obstacles)}")
+    return PruneReport((before, after), (macs[0], macs[1]), layers, table_of(model, domains), obstacles)

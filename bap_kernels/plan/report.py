@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bap_kernels._load import _C
+from bap_kernels.flow.graph import first_reasons
 from bap_kernels.functional import four_sided
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.swap import skipped
-from bap_kernels.plan.graph import first_reasons
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.roof import limit_of, roof
 

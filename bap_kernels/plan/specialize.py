@@ -1,7 +1,7 @@
 """A small network of PyTorch's own layers for one domain.
 
 It has the plan's layout without its fusion: every convolution keeps the listed filters and slices, every batch norm the
-stored channels, and where a tensor has several readers each takes its channels by a slice or by index_select.
+stored channels, and where a tensor has several consumers each takes its channels by a slice or by index_select.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from bap_kernels.flow.arguments import map_leaves
+from bap_kernels.flow.graph import Channels, Graph, Op, Value, dense_size, groups_of, members
+from bap_kernels.flow.liveness import Liveness
+from bap_kernels.flow.norms import norm_parts
+from bap_kernels.flow.ops import Call
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d, has_own_forward
-from bap_kernels.nn.norms import norm_parts
 from bap_kernels.nn.recording import Written
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain
 from bap_kernels.plan.example import trace_shapes
-from bap_kernels.plan.graph import Channels, Graph, Op, Value, groups_of, members
 from bap_kernels.plan.layout import Layout
-from bap_kernels.plan.liveness import Liveness
-from bap_kernels.plan.operations import Call, dense_size
-from bap_kernels.plan.trace import called, check_reach, run_masked
+from bap_kernels.plan.trace import call_copied, check_reach, run_masked
 
 __all__ = ["specialize"]
 
@@ -33,23 +34,23 @@ _IN_PLACE = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """A copy without the package's layers; unlisted slices are zero, for what is around them expects full width."""
-    for one in module.modules():
-        if isinstance(one, InDomain) or (isinstance(one, GatheredConv2d) and has_own_forward(one)):
-            name = type(one.module if isinstance(one, InDomain) else one).__name__
+    """A copy without the package's layers; unlisted slices are zero, as the code around them expects full width."""
+    for part in module.modules():
+        if isinstance(part, InDomain) or (isinstance(part, GatheredConv2d) and has_own_forward(part)):
+            name = type(part.module if isinstance(part, InDomain) else part).__name__
             raise NotImplementedError(
                 f"specialize(): expected layers with lists to be called by their class's forward, got a {name} with "
                 "another function in its place. Hint: delattr(layer, 'forward')."
             )
-    made = copy.deepcopy(module)
-    for name, layer in list(made.named_modules()):
+    copied = copy.deepcopy(module)
+    for name, layer in list(copied.named_modules()):
         if isinstance(layer, GatheredConv2d):
             parent, _, child = name.rpartition(".")
             conv = _dense(layer)
             if not name:
                 return conv
-            setattr(made.get_submodule(parent), child, conv)
-    return made
+            setattr(copied.get_submodule(parent), child, conv)
+    return copied
 
 
 def _dense(layer: GatheredConv2d) -> nn.Conv2d:
@@ -77,7 +78,7 @@ def _conv_like(
     conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int, groups: int, padding: Any = None
 ) -> nn.Conv2d:
     with torch.device("meta"):
-        made = nn.Conv2d(
+        new = nn.Conv2d(
             reads,
             weight.shape[0],
             conv.kernel_size,  # type: ignore[arg-type]
@@ -88,12 +89,12 @@ def _conv_like(
             bias is not None,
             conv.padding_mode if padding is None else "zeros",
         )
-    made.weight = nn.Parameter(weight)
-    made.bias = None if bias is None else nn.Parameter(bias)
-    return made.eval()
+    new.weight = nn.Parameter(weight)
+    new.bias = None if bias is None else nn.Parameter(bias)
+    return new.eval()
 
 
-class _Specializing:
+class _SmallNetwork:
     def __init__(self, graph: Graph, layout: Layout, device: torch.device | None) -> None:
         self.layout, self.device = layout, device
         self.producer = graph.producer()
@@ -101,19 +102,19 @@ class _Specializing:
         self.graph = self.module.graph
         self.node: dict[Value, Any] = {}
         self.fetched: dict[tuple[Value, bytes], Any] = {}
-        self.writing: set[fx.Node] = set()  # steps that write, though nothing reads what they return
+        self.writing: set[fx.Node] = set()  # nodes that write, though nothing reads what they return
 
     def call_layer(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
-        """A step that calls a layer, under its name in the model where that is free."""
-        taken = {known for known, _ in self.module.named_modules()}
+        """A node that calls a layer, under its name in the model where that is free."""
+        used = {known for known, _ in self.module.named_modules()}
         free, number = name, 2
-        while free in taken:
+        while free in used:
             free, number = f"{name}_{number}", number + 1
         self.module.add_submodule(free, layer)
         return self.graph.call_module(free, args, kwargs)
 
     def call(self, name: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        """A step for what the traced one called."""
+        """A node that calls what an operation calls."""
         kwargs = kwargs or {}
         if isinstance(call, Call):
             args, kwargs, call = (*args, *call.args), {**call.kwargs, **kwargs}, call.target
@@ -126,69 +127,66 @@ class _Specializing:
         return self.graph.call_function(call, args, kwargs)
 
     def write(self, name: str, call: Written, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """A step that writes to a copy of one of its arguments; the copy is what is read afterwards."""
-        place = call.place
-        copied = self.graph.call_function(torch.clone, (kwargs[place] if isinstance(place, str) else args[place],))
-        if isinstance(place, str):
-            kwargs = {**kwargs, place: copied}
+        """A node that writes to a copy of one of its arguments; the copy is what is read afterwards."""
+        at = call.argument
+        clone = self.graph.call_function(torch.clone, (kwargs[at] if isinstance(at, str) else args[at],))
+        if isinstance(at, str):
+            kwargs = {**kwargs, at: clone}
         else:
-            args = (*args[:place], copied, *args[place + 1 :])
+            args = (*args[:at], clone, *args[at + 1 :])
         self.writing.add(self.call(name, call.target, args, kwargs))
-        return copied
+        return clone
 
     def constant(self, tensor: Tensor) -> fx.Node:
         name = f"_constant{len(list(self.module.named_buffers()))}"
         self.module.register_buffer(name, tensor.to(self.device))
         return self.graph.get_attr(name)
 
-    def fetch(self, value: Value, wanted: Channels) -> Any:
-        found = self.layout.fetch(value, wanted)
+    def select(self, x: Any, channels: Channels) -> fx.Node:
+        return self.graph.call_function(torch.index_select, (x, 1, self.constant(torch.from_numpy(channels))))
+
+    def fetch(self, value: Value, channels: Channels) -> Any:
+        fetch = self.layout.fetch(value, channels)
         x = self.node[value]
-        if found is None:
+        if fetch is None:
             return x
-        key = (value, wanted.tobytes())
+        key = (value, channels.tobytes())
         if key not in self.fetched:
-            count, fill = len(found.positions), len(found.fill)
-            begin = found.begin
+            count, fill = len(fetch.positions), len(fetch.fill)
+            begin = fetch.begin
             if begin is None:
-                x = self.graph.call_function(
-                    torch.index_select, (x, 1, self.constant(torch.from_numpy(found.positions)))
-                )
+                x = self.select(x, fetch.positions)
             elif count < len(self.layout.stored[value]):
                 x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(begin, begin + count))))
             if fill:
                 x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, fill)))
-            if found.fill.any():
+            if fetch.fill.any():
                 added = torch.zeros(1, count + fill, 1, 1, dtype=value.dtype)
-                added[0, count:, 0, 0] = torch.from_numpy(found.fill).to(added.dtype)
+                added[0, count:, 0, 0] = torch.from_numpy(fetch.fill).to(added.dtype)
                 x = self.graph.call_function(operator.add, (x, self.constant(added)))
-            if found.order is not None:
-                x = self.graph.call_function(torch.index_select, (x, 1, self.constant(torch.from_numpy(found.order))))
+            if fetch.order is not None:
+                x = self.select(x, fetch.order)
             self.fetched[key] = x
         return self.fetched[key]
 
-    def handed(self, part: Any) -> Any:
-        if isinstance(part, Value):
-            return self.fetch(part, np.arange(part.channels)) if part.channels is not None else self.node[part]
-        if isinstance(part, (list, tuple)):
-            return type(part)([self.handed(one) for one in part])
-        if isinstance(part, dict):
-            return {key: self.handed(one) for key, one in part.items()}
-        if isinstance(part, slice):
-            return slice(*(self.handed(one) for one in (part.start, part.stop, part.step)))
-        return part
+    def whole(self, value: Value) -> Any:
+        return self.node[value] if value.channels is None else self.fetch(value, np.arange(value.channels))
+
+    def with_nodes(self, part: Any) -> Any:
+        """Arguments in which values are replaced by nodes of all their channels, in the dense network's order."""
+        return map_leaves(part, lambda leaf: self.whole(leaf) if isinstance(leaf, Value) else leaf)
 
     def convert(self, op: Op) -> Any:
         stored = self.layout.stored.get(op.output, np.arange(0))
         if op.kind == "input":
             return self.graph.placeholder(op.name)
         if op.kind == "output":
-            return self.graph.output(self.handed(op.args[0]))
+            return self.graph.output(self.with_nodes(op.args[0]))
         if op.kind == "opaque":
             assert isinstance(op.call, Call)
             if not op.inputs and op.call.args and isinstance(op.call.args[0], Tensor):
                 return self.constant(op.call.args[0].detach().clone())
-            args, kwargs = self.handed(op.args), self.handed(op.kwargs)
+            args, kwargs = self.with_nodes(op.args), self.with_nodes(op.kwargs)
             if op.mutates:
                 args = (self.graph.call_function(torch.clone, (args[0],)), *args[1:])
             return self.call(op.name, op.call, args, kwargs)
@@ -215,7 +213,7 @@ class _Specializing:
             if alone and self.producer[op.inputs[0]].kind in ("conv", "depthwise", "norm", "binary"):
                 return self.call_layer(op.name, _IN_PLACE[op.act](inplace=True), reads[0])
         if op.args or op.kwargs:
-            return self.call(op.name, op.call, (*reads, *self.handed(op.args)), self.handed(op.kwargs))
+            return self.call(op.name, op.call, (*reads, *self.with_nodes(op.args)), self.with_nodes(op.kwargs))
         return self.call(op.name, op.call, reads if len(reads) > 1 or op.kind == "map" else reads * 2)
 
     def grouped(self, op: Op, stored: Channels) -> fx.Node:
@@ -231,20 +229,17 @@ class _Specializing:
         layer = _conv_like(conv, conv.weight.detach()[filters], bias, len(reads), groups, op.padding)
         y = self.call_layer(op.name, layer, self.fetch(op.inputs[0], reads))
         kept = np.searchsorted(written, stored)
-        if op.kind == "depthwise" or np.array_equal(kept, np.arange(len(written))):
-            return y
-        return self.graph.call_function(torch.index_select, (y, 1, self.constant(torch.from_numpy(kept))))
+        return y if op.kind == "depthwise" or np.array_equal(kept, np.arange(len(written))) else self.select(y, kept)
 
     def conv(self, op: Op, stored: Channels) -> fx.Node:
-        conv, source = op.module, op.inputs[0]
-        assert isinstance(conv, nn.Conv2d)
-        constant, held = self.layout.constant[source], self.layout.stored[source]
+        conv, source = op.conv, op.inputs[0]
+        constant, available = self.layout.constant[source], self.layout.stored[source]
         # In the order in which they are stored; constants other than zero last.
-        wanted = np.zeros(len(constant), dtype=bool)
-        wanted[op.reads[~(constant[op.reads] == 0)]] = True
-        read = np.concatenate([held[wanted[held]], np.flatnonzero(wanted & ~np.isnan(constant))])
+        is_read = np.zeros(len(constant), dtype=bool)
+        is_read[op.reads[~(constant[op.reads] == 0)]] = True
+        read = np.concatenate([available[is_read[available]], np.flatnonzero(is_read & ~np.isnan(constant))])
         empty = len(read) == 0
-        read = held[:1] if empty else read
+        read = available[:1] if empty else read
         weight = conv.weight.detach()[torch.from_numpy(op.writes[stored])][:, torch.from_numpy(read)]
         bias = None if conv.bias is None else conv.bias.detach()[torch.from_numpy(op.writes[stored])]
         layer = _conv_like(conv, weight * 0 if empty else weight, bias, len(read), 1, op.padding)
@@ -254,25 +249,25 @@ class _Specializing:
 def _norm_like(norm: nn.Module | None, channels: Channels) -> nn.BatchNorm2d:
     parts = None if norm is None else norm_parts(norm)
     assert parts is not None
-    made = parts.plain()
+    small = parts.plain()
     if isinstance(norm, nn.BatchNorm2d):
-        made.momentum = norm.momentum
+        small.momentum = norm.momentum
     index = torch.from_numpy(channels)
-    made.num_features = len(channels)
-    for name, parameter in list(made._parameters.items()):
+    small.num_features = len(channels)
+    for name, parameter in list(small._parameters.items()):
         if parameter is not None:
-            made._parameters[name] = nn.Parameter(parameter.detach()[index])
-    for name, buffer in list(made._buffers.items()):
+            small._parameters[name] = nn.Parameter(parameter.detach()[index])
+    for name, buffer in list(small._buffers.items()):
         if buffer is not None and buffer.dim():
-            made._buffers[name] = buffer[index].clone()
-    return made
+            small._buffers[name] = buffer[index].clone()
+    return small
 
 
-def _check(model: nn.Module, domain: str | None, graph: Graph, made: fx.GraphModule, example: Any) -> None:
-    """Compares with the masked dense network, on the example or on random numbers of the size that was found."""
+def _check(model: nn.Module, domain: str | None, graph: Graph, small: fx.GraphModule, example: Any) -> None:
+    """Compares with the masked dense network, on the example or on random images of the graph's size."""
     expected = graph.expected
     if example is None:
-        if any(one.is_meta for one in (*model.parameters(), *model.buffers())):
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             return
         (value,) = (op.output for op in graph.ops if op.kind == "input")
         weight = next(model.parameters())
@@ -281,7 +276,7 @@ def _check(model: nn.Module, domain: str | None, graph: Graph, made: fx.GraphMod
         check_reach("specialize", model, domain, graph.recording, example, graph.draws)
         expected = run_masked(model, domain, example, graph.draws)
     example = example if isinstance(example, tuple) else (example,)
-    share, error, dtype = largest_error(called(made, example, graph.draws), expected)
+    share, error, dtype = largest_error(call_copied(small, example, graph.draws), expected)
     limit = tolerance_of(dtype)
     if not share <= limit:
         raise RuntimeError(
@@ -346,16 +341,16 @@ def specialize(
     graph = trace_shapes("specialize", model, example_input, domain)
     graph.warn_if_nothing("specialize")
     layout = Layout(graph, Liveness(graph))
-    making = _Specializing(graph, layout, next((p.device for p in model.parameters()), None))
+    builder = _SmallNetwork(graph, layout, next((p.device for p in model.parameters()), None))
     with torch.no_grad():
         for op in graph.ops:
             live = layout.live.get(op.output)
             if op.kind in ("input", "opaque") or live is None or live.any():
-                making.node[op.output] = making.convert(op)
-    making.graph.eliminate_dead_code(lambda node: node in making.writing or node.is_impure())
-    making.module.delete_all_unused_submodules()
-    making.module.recompile()
-    made = making.module.eval()
+                builder.node[op.output] = builder.convert(op)
+    builder.graph.eliminate_dead_code(lambda node: node in builder.writing or node.is_impure())
+    builder.module.delete_all_unused_submodules()
+    builder.module.recompile()
+    small = builder.module.eval()
     if check:
-        _check(model, domain, graph, made, example_input)
-    return made
+        _check(model, domain, graph, small, example_input)
+    return small

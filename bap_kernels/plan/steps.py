@@ -1,8 +1,7 @@
 """The steps of a planned network: each reads slots of a list of tensors and writes one.
 
-A step is called with the list; what it needs besides was settled when the plan was made. Weights are read from the
-model's own parameters at every call, so a step holds no weights, apart from depthwise filters (folded with their
-batch norm, and small).
+A step is called with that list; everything else it holds since the plan was made. Weights are read from the model's own
+parameters at every call; only filters of depthwise and grouped convolutions, folded with their batch norm, are copies.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels._load import _C
+from bap_kernels.flow.arguments import leaves_of, map_leaves
 from bap_kernels.functional import plain_conv2d
 
 __all__ = [
@@ -33,7 +33,8 @@ __all__ = [
     "Slot",
     "Step",
     "ViewStep",
-    "filled",
+    "fill_slots",
+    "slots_in",
 ]
 
 _fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
@@ -43,7 +44,7 @@ Env = list[Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor's place in arguments that are handed over."""
+    """Stands for a tensor in arguments: its place in the list of tensors."""
 
     number: int
 
@@ -52,7 +53,7 @@ class Step:
     """One step.
 
     Attributes:
-        name: the layer or traced node that it comes from.
+        name: the layer, or the node of the recording, that it comes from.
         reads: slots.
         out: the slot that it writes.
         fresh: whether the result is memory of its own, so that the next step may write into it.
@@ -96,15 +97,15 @@ class InputStep(Step):
 
 
 class ConvStep(Step):
-    """A convolution with lists and all that was fused around it.
+    """A convolution with lists and all that was fused into it.
 
     Attributes:
         cast: the dtype in which it computes under autocast; None: the weight's.
-        copy: the slot of a second, compact store of the result's channels ``copy_index``; None: there is none.
+        dual_store: the slot of a second, compact store of the result's channels ``dual_index``; None: there is none.
     """
 
-    copy: int | None = None
-    copy_index: Tensor | None = None
+    dual_store: int | None = None
+    dual_index: Tensor | None = None
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class ConvStep(Step):
         self.relu = relu
         self.reads, self.out = reads, out
         self.residual = reads[1] if len(reads) > 1 else None
-        self._plain = (*self.stride, *self.padding, *self.dilation, 1)
+        self._flat_options = (*self.stride, *self.padding, *self.dilation, 1)
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         parameters = self.parameters
@@ -136,23 +137,23 @@ class ConvStep(Step):
         if self.cast is not None:
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
         lists = (self.in_index, self.out_index)
-        copied = () if self.copy is None else (self.copy_index,)
-        fusion = (*self.before, *self.after, residual, self.relu, *copied, True, self.weight_index)
+        dual = () if self.dual_store is None else (self.dual_index,)
+        fusion = (*self.before, *self.after, residual, self.relu, *dual, True, self.weight_index)
         result: Any
         if torch.compiler.is_compiling():
-            op = _fused_copied if copied else _fused
+            op = _fused_copied if dual else _fused
             result = op(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
-            direct = _C.gathered_conv2d_fused_copied if copied else _C.gathered_conv2d_fused
-            result = direct(x, weight, bias, *lists, *self._plain, *fusion)
-        if self.copy is None:
+            direct = _C.gathered_conv2d_fused_copied if dual else _C.gathered_conv2d_fused
+            result = direct(x, weight, bias, *lists, *self._flat_options, *fusion)
+        if self.dual_store is None:
             env[self.out] = result
         else:
-            env[self.out], env[self.copy] = result
+            env[self.out], env[self.dual_store] = result
 
     @property
     def writes(self) -> tuple[int, ...]:  # noqa: D102
-        return (self.out,) if self.copy is None else (self.out, self.copy)
+        return (self.out,) if self.dual_store is None else (self.out, self.dual_store)
 
     @property
     def kind(self) -> str:
@@ -291,8 +292,8 @@ class ViewStep(Step):
         env[self.out] = x if self.dtype is None else x.to(self.dtype)
 
 
-def filled(x: Tensor, fill: Tensor | int) -> Tensor:
-    """The tensor with constant channels after its own: as many zeros, or those of a vector."""
+def _filled(x: Tensor, fill: Tensor | int) -> Tensor:
+    """The tensor with constant channels after its own: that many zeros, or those of a vector."""
     if isinstance(fill, int):
         return F.pad(x, (0, 0, 0, 0, 0, fill))
     return torch.cat([x, fill.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *x.shape[2:])], 1)
@@ -317,7 +318,7 @@ class FetchStep(Step):
         if self.index is not None:
             x = _selected(x, self.index)
         if self.fill is not None:
-            x = filled(x, self.fill)
+            x = _filled(x, self.fill)
         if self.order is not None:
             x = _selected(x, self.order)
         env[self.out] = x
@@ -338,20 +339,17 @@ class OpaqueStep(Step):
         self.reads, self.out = reads, out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = self.call(*put_in(self.args, env), **put_in(self.kwargs, env))
+        env[self.out] = self.call(*fill_slots(self.args, env), **fill_slots(self.kwargs, env))
 
 
-def put_in(part: Any, env: Env) -> Any:
-    """Arguments with tensors in the places of slots."""
-    if isinstance(part, Slot):
-        return env[part.number]
-    if isinstance(part, (list, tuple)):
-        return type(part)([put_in(one, env) for one in part])
-    if isinstance(part, dict):
-        return {key: put_in(one, env) for key, one in part.items()}
-    if isinstance(part, slice):
-        return slice(put_in(part.start, env), put_in(part.stop, env), put_in(part.step, env))
-    return part
+def fill_slots(part: Any, env: Env) -> Any:
+    """Arguments in which slots are replaced by their tensors."""
+    return map_leaves(part, lambda leaf: env[leaf.number] if isinstance(leaf, Slot) else leaf)
+
+
+def slots_in(part: Any) -> list[int]:
+    """The numbers of the slots in arguments."""
+    return [leaf.number for leaf in leaves_of(part) if isinstance(leaf, Slot)]
 
 
 def _relu6_(x: Tensor) -> Tensor:

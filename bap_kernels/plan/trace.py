@@ -1,8 +1,8 @@
-"""Records a model while it runs as the masked dense network, and says what each step does to channels.
+"""Records a model while it runs as the masked dense network, and turns the recording into a graph.
 
 The masked dense network gives the meaning that every plan must keep: where a layer has an in-list, the dense layer of x
 times a mask; where it has an out-list, the result's other channels left out (`GatheredConv2d`) or zero
-(`MaskedConv2d`). What cannot be recorded or is not known becomes one opaque step, which is handed all channels.
+(`MaskedConv2d`). What cannot be recorded or has no rule becomes one opaque operation, which is given all channels.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.flow.arguments import map_leaves, tensors_of
+from bap_kernels.flow.graph import Graph
+from bap_kernels.flow.norms import norm_parts
+from bap_kernels.flow.ops import is_same_padded_conv, layer_rule
 from bap_kernels.functional import plain_conv2d
+from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
-from bap_kernels.nn.per_domain import PerDomain
-from bap_kernels.nn.recording import Recorded, differences, is_layer, record
-from bap_kernels.plan.builder import Builder
+from bap_kernels.nn.recording import Recording, first_difference, is_layer, record
+from bap_kernels.plan.builder import Builder, is_plain
 from bap_kernels.plan.compare import largest_error, tolerance_of
-from bap_kernels.plan.domain_view import InDomain, domain_set, in_domain, lists_of
-from bap_kernels.plan.graph import Graph
-from bap_kernels.plan.leaves import leaves
+from bap_kernels.plan.domain_view import InDomain, domain_set, fixed_lists, in_domain
+from bap_kernels.plan.effective_conv import effective_conv
 
-__all__ = ["Recording", "called", "check_reach", "run_masked", "same_widths", "trace"]
-
-Recording = Recorded
+__all__ = ["call_copied", "check_reach", "run_masked", "same_widths", "trace"]
 
 
 def _masked(layer: GatheredConv2d, lists: ChannelLists, input: Tensor) -> Tensor:
@@ -59,6 +60,17 @@ def _is_step(module: nn.Module) -> bool:
     return isinstance(module, (GatheredConv2d, InDomain)) or is_layer(module) or has_foreign_forward(module)
 
 
+def _leaf_layers(root: nn.Module) -> set[nn.Module]:
+    """The layers of a model that have a rule, each of which is one step, beside those of :func:`_is_step`."""
+
+    def has_rule(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return is_plain(module) or is_same_padded_conv(module) or effective_conv(module) is not None
+        return layer_rule(module) is not None or norm_parts(module) is not None
+
+    return {module for module in root.modules() if "forward" not in module.__dict__ and has_rule(module)}
+
+
 def _rooted(model: nn.Module) -> nn.Module:
     """The model, inside another one if it is a single layer."""
     single = _is_step(model) and (isinstance(model, InDomain) or not list(model.children()))
@@ -68,38 +80,33 @@ def _rooted(model: nn.Module) -> nn.Module:
 def _masked_copy(root: nn.Module, domain: str | None) -> nn.Module:
     """The masked dense network: the model's code, its hooks included, on a copy of its modules."""
 
-    def replaced(one: nn.Module, copier: Any) -> nn.Module | None:
-        if not isinstance(one, GatheredConv2d):
+    def replaced(module: nn.Module, copier: Any) -> nn.Module | None:
+        if not isinstance(module, GatheredConv2d):
             return None
-        made = copier.fresh(one)
-        made.channels, made.lists = lists_of(one, domain), {}
-        made.__dict__.pop("_mixed", None)
-        if "forward" not in one.__dict__:
-            made.__dict__["forward"] = functools.partial(_masked, made, made.channels)
-        assert isinstance(made, nn.Module)
-        return made
+        layer = fixed_lists(module, domain, copier)
+        if "forward" not in module.__dict__:
+            layer.__dict__["forward"] = functools.partial(_masked, layer, layer.channels)
+        return layer
 
-    return copy_modules(root, lambda one: isinstance(one, InDomain), replaced)
+    return copy_modules(root, lambda module: isinstance(module, InDomain), replaced)
 
 
-def _copies(part: Any) -> Any:
-    """What a model is called with, as it may write to it."""
-    if isinstance(part, Tensor):
-        return part.clone()
-    if isinstance(part, (list, tuple)) and not hasattr(part, "_fields"):
-        return type(part)(_copies(one) for one in part)
-    return {key: _copies(one) for key, one in part.items()} if type(part) is dict else part
+def call_copied(call: Callable[..., Any], inputs: tuple[Any, ...], draws: bool = False) -> Any:
+    """A result on copies of the inputs, which the model may write to, without gradients.
 
-
-def called(call: Callable[..., Any], inputs: tuple[Any, ...], draws: bool = False) -> Any:
-    """A result, without gradients; of a model that draws random numbers, with the same ones each time."""
+    Args:
+        call: the model.
+        inputs: its arguments.
+        draws: whether it draws random numbers; it then draws the same ones each time.
+    """
     with torch.inference_mode(False), torch.no_grad():
+        inputs = map_leaves(inputs, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
         if not draws:
-            return call(*_copies(inputs))
+            return call(*inputs)
         # Only where it is needed: other threads draw from the same generator.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return call(*_copies(inputs))
+            return call(*inputs)
 
 
 def run_masked(
@@ -117,10 +124,10 @@ def run_masked(
         watch: called with every convolution that runs, its arguments and its result.
     """
     root = _masked_copy(_rooted(in_domain(model, domain)), domain)
-    watched = [one for one in root.modules() if watch is not None and isinstance(one, nn.Conv2d)]
-    handles = [one.register_forward_hook(watch) for one in watched]  # type: ignore[arg-type]
+    convs = [module for module in root.modules() if isinstance(module, nn.Conv2d)]
+    handles = [] if watch is None else [conv.register_forward_hook(watch) for conv in convs]
     try:
-        return called(root, inputs, draws)
+        return call_copied(root, inputs, draws)
     finally:
         for handle in handles:
             handle.remove()
@@ -156,8 +163,8 @@ def _check_domain(op: str, model: nn.Module, domain: str | None) -> None:
 
 def same_widths(model: nn.Module) -> bool:
     """Whether every tensor has as many channels in one domain as in another, so that one recording serves all."""
-    layers = [one for one in model.modules() if isinstance(one, GatheredConv2d) and not isinstance(one, MaskedConv2d)]
-    return all(one.counts[1] is None for layer in layers for one in (layer.channels, *layer.lists.values()))
+    compact = [m for m in model.modules() if isinstance(m, GatheredConv2d) and not isinstance(m, MaskedConv2d)]
+    return all(lists.counts[1] is None for layer in compact for lists in (layer.channels, *layer.lists.values()))
 
 
 def trace(
@@ -166,7 +173,7 @@ def trace(
     inputs: tuple[Any, ...],
     domain: str | None,
     unread: bool = False,
-    known: Recording | None = None,
+    recording: Recording | None = None,
 ) -> Graph:
     """Records a model.
 
@@ -176,7 +183,7 @@ def trace(
         inputs: what the model is called with.
         domain: whose lists; None keeps all channels.
         unread: keep operations whose result nothing reads.
-        known: the recording of another domain of a model with the `same_widths`; the model is not run then.
+        recording: that of another domain of a model with the `same_widths`; the model is not run then.
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
@@ -186,54 +193,50 @@ def trace(
     _check_domain(op, model, domain)
     root = _rooted(in_domain(model, domain))
     expected, draws = None, False
-    if known is None:
-        known_layers: set[nn.Module] = set()
+    if recording is None:
+        leaves: set[nn.Module] = set()
 
         def make() -> nn.Module:
             copied = _masked_copy(root, domain)
-            known_layers.clear()
-            known_layers.update(leaves(copied.modules()))
+            leaves.clear()
+            leaves.update(_leaf_layers(copied))
             return copied
 
         try:
-            expected = called(make(), inputs)
+            expected = call_copied(make(), inputs)
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
             raise ValueError(
                 f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
             ) from error
-        known = _recorded(op, make, inputs, lambda one: _is_step(one) or one in known_layers)
-        if _differs(known.result, expected):
+        recording = _recorded(op, make, inputs, lambda module: _is_step(module) or module in leaves)
+        if _differs(recording.result, expected):
             # Two random numbers may be close to each other by chance.
-            draws = any(_differs(called(make(), inputs), expected) for _ in range(3))
+            draws = any(_differs(call_copied(make(), inputs), expected) for _ in range(3))
             if not draws:
                 raise ValueError(
                     f"{op}(): expected `model` to be recordable, got {type(model).__name__}, which returns something "
                     "else while it is recorded. Hint: does its code look at types of numbers, or at its callers?"
                 )
-            expected = called(make(), inputs, draws)
-        check_reach(op, model, domain, known, inputs, draws)
-    builder = Builder(root, known.facts, domain, len(inputs), known.constants)
-    graph = Graph(builder.build(known.graph.nodes), expected, known, builder.not_lowered, draws)
+            expected = call_copied(make(), inputs, draws)
+        check_reach(op, model, domain, recording, inputs, draws)
+    builder = Builder(root, recording.specs, domain, len(inputs), recording.constants)
+    graph = Graph(builder.build(recording.graph.nodes), expected, recording, builder.not_lowered, draws)
     if not unread:
         _drop_unread(graph)
     return graph
 
 
-def _cast() -> torch.dtype | None:
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return torch.get_autocast_dtype(kinds[0]) if kinds else None
-
-
 def _differs(got: Any, expected: Any) -> bool:
-    if any(isinstance(one, FakeTensor) for one in _tensors_in(expected)):
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(expected)):
         return False
     share, _, dtype = largest_error(got, expected)
-    return not share <= tolerance_of(dtype, _cast())
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return not share <= tolerance_of(dtype, torch.get_autocast_dtype(kinds[0]) if kinds else None)
 
 
 def check_reach(
-    op: str, model: nn.Module, domain: str | None, known: Recorded, inputs: tuple[Any, ...], draws: bool
+    op: str, model: nn.Module, domain: str | None, recording: Recording, inputs: tuple[Any, ...], draws: bool
 ) -> None:
     """Compares with the model itself where its code may call layers that a copy of its modules does not reach.
 
@@ -244,15 +247,15 @@ def check_reach(
         ValueError: if the copy computes something else.
     """
     root = _rooted(in_domain(model, domain))
-    seen = {root.get_submodule(str(node.target)) for node in known.graph.nodes if node.op == "call_module"}
-    unseen = [one for one in root.modules() if isinstance(one, (GatheredConv2d, PerDomain)) and one not in seen]
-    if not unseen or any(isinstance(one, FakeTensor) for one in _tensors_in(inputs)):
+    seen = {root.get_submodule(str(node.target)) for node in recording.graph.nodes if node.op == "call_module"}
+    unseen = [module for module in root.modules() if isinstance(module, DomainLayer) and module not in seen]
+    if not unseen or any(isinstance(tensor, FakeTensor) for tensor in tensors_of(inputs)):
         return
-    other = next((one for one in domain_names(model) if one != domain), domain)
+    other = next((name for name in domain_names(model) if name != domain), domain)
     with domain_set(model, other):
-        copied = called(_masked_copy(root, domain), inputs, draws)
+        copied = call_copied(_masked_copy(root, domain), inputs, draws)
     with domain_set(model, domain):
-        real = called(model, inputs, draws)
+        real = call_copied(model, inputs, draws)
     if _differs(copied, real):
         raise ValueError(
             f"{op}(): expected a copy of `model` to compute what it computes in domain {domain!r}, got something else. "
@@ -260,23 +263,14 @@ def check_reach(
         )
 
 
-def _tensors_in(part: Any) -> list[Tensor]:
-    if isinstance(part, Tensor):
-        return [part]
-    if isinstance(part, dict):
-        part = list(part.values())
-    return [one for item in part for one in _tensors_in(item)] if isinstance(part, (list, tuple)) else []
-
-
-def _others(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Examples of another batch and image size, of another batch, and of other numbers."""
-    tensors = _tensors_in(inputs)
-    batch = next((x.shape[0] for x in tensors if x.dim() > 0), 0)
+def _other_inputs(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Examples of another batch and image size, of another batch, and of other values."""
+    batch = next((x.shape[0] for x in tensors_of(inputs) if x.dim() > 0), 0)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(x: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not x.is_floating_point():
-            # Numbers of things: those that are there, repeated.
+            # Labels and indices: those that are there, repeated.
             for axis, size in enumerate(shape):
                 x = x.roll(1, axis).repeat_interleave(-(-size // max(x.shape[axis], 1)), axis).narrow(axis, 0, size)
             return x
@@ -285,36 +279,34 @@ def _others(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         centre = data.mean().item() if not isinstance(x, FakeTensor) and x.numel() > 0 else 0.0
         return (torch.randn(shape, generator=generator) * (spread or 1.0) + centre).to(x.device, x.dtype)
 
-    def other(part: Any, batched: bool, sized: bool) -> Any:
-        if isinstance(part, Tensor):
-            shape = list(part.shape)
-            if batched and shape and shape[0] == batch:
-                shape[0] = 1 if batch > 1 else 2
-            if sized and len(shape) == 4:
-                shape[2:] = [size - 32 if size > 96 else size + 32 for size in shape[2:]]
-            return drawn(part, tuple(shape))
-        if isinstance(part, (list, tuple)) and not hasattr(part, "_fields"):
-            return type(part)(other(one, batched, sized) for one in part)
-        return {key: other(one, batched, sized) for key, one in part.items()} if type(part) is dict else part
+    def other(leaf: Any, batched: bool, sized: bool) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = list(leaf.shape)
+        if batched and shape and shape[0] == batch:
+            shape[0] = 1 if batch > 1 else 2
+        if sized and len(shape) == 4:
+            shape[2:] = [size - 32 if size > 96 else size + 32 for size in shape[2:]]
+        return drawn(leaf, tuple(shape))
 
     for batched, sized in ((True, True), (True, False), (False, False)):
         try:
-            yield other(inputs, batched, sized)
+            yield map_leaves(inputs, functools.partial(other, batched=batched, sized=sized))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             continue
 
 
 def _recorded(
     op: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...], is_step: Callable[[nn.Module], bool]
-) -> Recorded:
+) -> Recording:
     """A recording whose steps are the same for another batch and, where the model takes one, another image size."""
     whole: dict[str, str] = {}
     while True:
         first = record(op, make, inputs, is_step, whole)
         second = None
-        for others in _others(inputs):
+        for others in _other_inputs(inputs):
             try:
-                called(make(), others)
+                call_copied(make(), others)
             except Exception:  # the model does not take these
                 continue
             second = record(op, make, others, is_step, whole)
@@ -323,7 +315,7 @@ def _recorded(
             if second is None:
                 return first
             continue
-        node = differences(first, second)
+        node = first_difference(first, second)
         if node is None:
             return first
         inside = node.meta.get("within", ("",))[-1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bap.facts import SwitchBank, conv_facts
-from bap.liveness import Liveness, find_live
+from bap.liveness import Liveness, find_live_in
 from bap_kernels import set_domain
 from bap_kernels.nn import DomainBatchNorm2d, DomainLinear
 
@@ -135,7 +135,7 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
         model: a model that went through :func:`bap_kernels.nn.switch_`.
         example: (1, 3, H, W): the input size.
         prune: leave out what no domain uses; False counts all shared weights.
-        live: {domain: what it needs}, if :func:`bap.liveness.find_live` has been called already.
+        live: {domain: what it needs}, if :func:`bap.liveness.find_live_in` has been called already.
 
     Examples:
         >>> import torch
@@ -149,7 +149,7 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     """
     bank = SwitchBank(model)
     if live is None:
-        live = {name: find_live(model, example, name) for name in bank.domains}
+        live = find_live_in(model, example, bank.domains)
     set_domain(model, bank.domains[0])
     facts = conv_facts(model, example)
     on = {name: bank.by_layer(bank.mask(name)) for name in bank.domains}

@@ -16,7 +16,7 @@ import bap_kernels as bk
 from bap.counting import Cost, count
 from bap.evaluate import evaluating
 from bap.facts import SwitchBank, conv_facts
-from bap.liveness import find_live
+from bap.liveness import find_live_in
 
 __all__ = ["PruneError", "Pruned", "kept_of", "prune_"]
 
@@ -74,7 +74,7 @@ class Pruned:
 def kept_of(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Filters and input slices of every convolution that at least one domain uses, as in :class:`Pruned`."""
     bank = SwitchBank(model)
-    live = [find_live(model, example, name) for name in bank.domains]
+    live = find_live_in(model, example, bank.domains).values()
     on = bank.by_layer(bank.masks().any(0).cpu())
     bk.set_domain(model, bank.domains[0])
     facts = conv_facts(model, example)
@@ -129,7 +129,7 @@ def prune_(
         inputs = {name: torch.randn(4, *example.shape[1:], generator=generator) for name in domains}
     inputs = {name: x.to(device) for name, x in inputs.items()}
     example = example.to(device)
-    live = {name: find_live(model, example, name) for name in domains}
+    live = find_live_in(model, example, domains)
     before = count(model, example, prune=False, live=live)
     after = count(model, example, prune=True, live=live)
     rows, columns = kept_of(model, example)

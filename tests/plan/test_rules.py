@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bap_kernels as bk
+from bap_kernels.flow.graph import Op
 from bap_kernels.nn import MaskedConv2d
-from bap_kernels.plan.graph import Op
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.trace import trace
 from tests.networks import masked_dense, randomise

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["NormParts", "depends_on_data", "is_norm", "norm_parts", "why_not_norm"]
+__all__ = ["NormParts", "depends_on_data", "folded_norm", "is_norm", "norm_parts", "why_not_norm"]
 
 _TIMM = "timm.layers.norm_act"
 # {(module, class): (whether statistics stay as they are in training, names of what is applied afterwards)}
@@ -65,15 +65,19 @@ class NormParts:
         """Whether there are running statistics, without which the norm is no scale and shift in eval mode either."""
         return self.running_mean is not None and self.running_var is not None
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The norm with its running statistics as ``scale * x + shift``, (C,) each, without :attr:`after`."""
+    def scale_and_shift(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The norm with its running statistics as ``scale * x + shift``, (C,) each, without :attr:`after`.
+
+        Args:
+            dtype: in which both are computed; None: that of the tensors.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
-        scale = torch.rsqrt(self.running_var + self.eps)
+        scale = torch.rsqrt(self.running_var.to(dtype=dtype) + self.eps)
         if self.weight is not None:
-            scale = scale * self.weight
-        shift = -self.running_mean * scale
-        return scale, shift if self.bias is None else shift + self.bias
+            scale = scale * self.weight.to(dtype=dtype)
+        shift = -self.running_mean.to(dtype=dtype) * scale
+        return scale, shift if self.bias is None else shift + self.bias.to(dtype=dtype)
 
     def plain(self) -> nn.BatchNorm2d:
         """A :class:`torch.nn.BatchNorm2d` in eval mode that shares the tensors, for code that wants that class.
@@ -133,7 +137,7 @@ def why_not_norm(module: nn.Module) -> str | None:
 
     Examples:
         >>> from torch import nn
-        >>> from bap_kernels.nn.norms import why_not_norm
+        >>> from bap_kernels.flow.norms import why_not_norm
         >>> why_not_norm(nn.GroupNorm(2, 4))
         'GroupNorm is no batch norm of images'
     """
@@ -170,7 +174,7 @@ def norm_parts(module: nn.Module) -> NormParts | None:
     Examples:
         >>> import torch
         >>> from torch import nn
-        >>> from bap_kernels.nn.norms import norm_parts
+        >>> from bap_kernels.flow.norms import norm_parts
         >>> norm = nn.BatchNorm2d(4).eval()
         >>> norm_parts(norm).weight is norm.weight, norm_parts(norm).after
         (True, ())
@@ -194,3 +198,11 @@ def norm_parts(module: nn.Module) -> NormParts | None:
         fixed=fixed,
         after=tuple(one for one in inner if one is not None and type(one) is not nn.Identity),
     )
+
+
+def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """A known batch norm in eval mode as y = scale * x + shift; two (C,) float64 tensors without a gradient."""
+    parts = norm_parts(norm)
+    assert parts is not None
+    with torch.no_grad():
+        return parts.scale_and_shift(torch.float64)

@@ -1,7 +1,7 @@
 """A network as a list of operations on channels.
 
 A `Value` is a tensor between operations; those with four axes have channels, numbered as in the dense network. An `Op`
-says how the channels of its result come from those of its inputs:
+says how the channels of its result depend on those of its inputs:
 
     conv       each output channel is one filter over the listed input channels
     depthwise  output channel j comes from one input channel
@@ -18,30 +18,18 @@ says how the channels of its result come from those of its inputs:
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bap_kernels.nn.norms import norm_parts
+from bap_kernels._warn import warn
+from bap_kernels.flow.ops import Call
 
-__all__ = [
-    "Channels",
-    "Graph",
-    "Kind",
-    "Op",
-    "Value",
-    "find_stacklevel",
-    "first_reasons",
-    "folded_norm",
-    "groups_of",
-    "members",
-]
+__all__ = ["Channels", "Graph", "Kind", "Op", "Value", "dense_size", "first_reasons", "groups_of", "members"]
 
 Kind = Literal[
     "input",
@@ -138,20 +126,12 @@ class Op:
     @property
     def tells_channels(self) -> bool:
         """Of size, whether the model's code can see the number of channels."""
-        what = self.args[0] if self.args else None
-        if isinstance(what, int):
-            return what % 4 == 1
-        if what in ("dtype", "device") or getattr(self.call, "target", None) == "dim":
+        asked = self.args[0] if self.args else None
+        if isinstance(asked, int):
+            return asked % 4 == 1
+        if asked in ("dtype", "device") or _target(self) == "dim":
             return False
-        for reader in self.output.consumers:
-            named = getattr(getattr(reader.call, "target", None), "__name__", "") == "getitem" and len(reader.args) == 2
-            where = reader.args[1] if named else slice(None)
-            if not isinstance(where, (int, slice)) or (isinstance(where, slice) and _holds_values(where)):
-                return True
-            seen = range(4)[where]
-            if 1 in ([seen] if isinstance(seen, int) else seen):
-                return True
-        return False
+        return any(_sees_channels(consumer) for consumer in self.output.consumers)
 
     @property
     def conv(self) -> nn.Conv2d:
@@ -200,10 +180,9 @@ class Graph:
             op: the caller's name.
         """
         if self.not_lowered and not self.lowered:
-            warnings.warn(
+            warn(
                 f"{op}(): no convolution of the model was lowered: it is run as it is, on all channels. "
-                f"{first_reasons(self.not_lowered)}",
-                stacklevel=find_stacklevel(),
+                f"{first_reasons(self.not_lowered)}"
             )
 
     def producer(self) -> dict[Value, Op]:
@@ -211,44 +190,48 @@ class Graph:
         return {op.output: op for op in self.ops}
 
 
+def _target(op: Op) -> Any:
+    return op.call.target if isinstance(op.call, Call) else None
+
+
+def _sees_channels(op: Op) -> bool:
+    """Whether what reads a shape (N, C, H, W) can see C."""
+    if getattr(_target(op), "__name__", "") != "getitem" or len(op.args) != 2:
+        return True
+    axes = op.args[1]
+    if isinstance(axes, int):
+        return axes % 4 == 1
+    if not isinstance(axes, slice) or any(isinstance(end, Value) for end in (axes.start, axes.stop, axes.step)):
+        return True
+    return 1 in range(4)[axes]
+
+
+def dense_size(op: Op) -> tuple[Call, tuple[Any, ...]]:
+    """What a size operation calls on a tensor that stores only some channels, and the arguments that follow it."""
+    channels = op.inputs[0].channels
+    if op.args and isinstance(op.args[0], int):
+        return Call(_size_of, channels=channels), op.args
+    return Call(_shape_of, channels=channels), ()
+
+
+def _shape_of(x: torch.Tensor, channels: int) -> tuple[int, ...]:
+    return torch.Size((x.shape[0], channels, *x.shape[2:]))
+
+
+def _size_of(x: torch.Tensor, axis: int, channels: int) -> int:
+    return channels if axis % 4 == 1 else x.shape[axis]
+
+
 def first_reasons(reasons: Mapping[str, str], most: int = 3) -> str:
     """The first of {layer: reason}, as text.
 
     Examples:
-        >>> from bap_kernels.plan.graph import first_reasons
+        >>> from bap_kernels.flow.graph import first_reasons
         >>> first_reasons({"a": "it has hooks", "b": "it has hooks"}, most=1)
         "'a': it has hooks; and 1 more."
     """
     text = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:most])
     return f"{text}; and {len(reasons) - most} more." if len(reasons) > most else f"{text}."
-
-
-def find_stacklevel() -> int:
-    """How many frames of the package are above its caller, for warnings."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("bap_kernels."):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _holds_values(part: slice) -> bool:
-    return any(isinstance(one, Value) for one in (part.start, part.stop, part.step))
-
-
-def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A batch norm in eval mode as y = scale * x + shift; two (C,) float64 tensors."""
-    parts = norm_parts(norm)
-    assert parts is not None
-    assert parts.running_mean is not None
-    assert parts.running_var is not None
-    with torch.no_grad():
-        scale = (parts.running_var.double() + parts.eps).rsqrt()
-        if parts.weight is not None:
-            scale = scale * parts.weight.double()
-        shift = -parts.running_mean.double() * scale
-        if parts.bias is not None:
-            shift = shift + parts.bias.double()
-    return scale, shift
 
 
 def groups_of(op: Op, channels: Channels) -> Channels:

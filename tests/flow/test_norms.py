@@ -1,4 +1,4 @@
-"""bap_kernels.nn.norms: which batch norms are known, and what they hold."""
+"""bap_kernels.flow.norms: which batch norms are known, and what they hold."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bap_kernels.nn.norms import is_norm, norm_parts, why_not_norm
+from bap_kernels.flow.norms import is_norm, norm_parts, why_not_norm
 
 
 def _timm(name):

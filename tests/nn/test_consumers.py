@@ -69,7 +69,7 @@ def switched(model: nn.Module | None = None, linked: bool = True) -> nn.Module:
     if not linked:
         for module in made.modules():
             if isinstance(module, bk.nn.SwitchedConv2d):
-                module.readers = None
+                module.consumers = None
     bk.set_domain(made, "birds")
     return made
 
@@ -102,7 +102,7 @@ def _no_warnings() -> Iterator[None]:
 
 def test_links_look_through_what_keeps_channels_apart() -> None:
     model = switched()
-    block, reads = model[4], {name: layer_of(model, name).readers for name in ("0", "4.conv1", "4.conv2", "5", "7")}
+    block, reads = model[4], {name: layer_of(model, name).consumers for name in ("0", "4.conv1", "4.conv2", "5", "7")}
     assert reads["0"] == (block.conv1, model[5])
     assert reads["4.conv1"] == (block.conv2,)
     assert reads["4.conv2"] == (model[5],)
@@ -127,6 +127,10 @@ class Reader(nn.Module):
         (lambda y, second: second(y.relu_() + 1), True),
         (lambda y, second: second(F.max_pool2d(y, 2)), True),
         (lambda y, second: second(second(y)), True),
+        (lambda y, second: second(F.interpolate(y.sigmoid(), scale_factor=2)), True),
+        (lambda y, second: second(y - y.mean((2, 3), keepdim=True)), True),
+        (lambda y, second: second(y.sqrt()), False),
+        (lambda y, second: second(y * y), False),
         (lambda y, second: second(y) + y, False),
         (lambda y, second: second(y.flip(1)), False),
         (lambda y, second: second(torch.cat([y, y], 1)[:, :8]), False),
@@ -136,13 +140,13 @@ class Reader(nn.Module):
 )
 def test_other_readers_leave_no_link(read: Callable[[Tensor, nn.Module], Tensor], linked: bool) -> None:
     model = bk.nn.switch_(Reader(read), DOMAINS)
-    assert layer_of(model, "first").readers == ((model.second,) if linked else None)
+    assert layer_of(model, "first").consumers == ((model.second,) if linked else None)
 
 
 def test_a_hook_leaves_no_link() -> None:
     plain = network()
     plain[2].register_forward_hook(lambda module, given, result: None)
-    assert layer_of(switched(plain), "0").readers is None
+    assert layer_of(switched(plain), "0").consumers is None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -246,17 +250,17 @@ def test_copies_work_and_are_linked_anew() -> None:
     keys = list(model.state_dict())
     assert not any("reader" in key or "number" in key for key in keys)
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert layer_of(made, "4.conv1").readers is None
+        assert layer_of(made, "4.conv1").consumers is None
         assert list(made.state_dict()) == keys
         bk.set_domain(made, "birds")
         assert_equal(gradients(made, x), wanted)
-        assert layer_of(bk.nn.link_readers_(made), "4.conv1").readers == (made.get_submodule("4.conv2"),)
+        assert layer_of(bk.nn.link_readers_(made), "4.conv1").consumers == (made.get_submodule("4.conv2"),)
         assert_equal(gradients(made, x), wanted)
         first, second = (layer_of(one, "4.conv1").domains["birds"] for one in (model, made))
         assert first.number != second.number
     alone = copy.deepcopy(layer_of(model, "4.conv1"))
     assert sum(p.numel() for p in alone.parameters()) == sum(p.numel() for p in model[4].conv1.parameters())
-    assert model[4].conv1.readers == (model[4].conv2,)
+    assert model[4].conv1.consumers == (model[4].conv2,)
     other = switched()
     other.load_state_dict(model.state_dict())
     assert_equal(gradients(other, x), wanted)
@@ -316,18 +320,18 @@ def test_compiled_steps_search() -> None:
 def test_readers_of_resnets() -> None:
     model = bk.nn.switch_(torchvision.models.resnet18(), ["birds"])
     block = model.layer1[0]
-    assert block.conv1.readers == (block.conv2,)
+    assert block.conv1.consumers == (block.conv2,)
     # The stream of the stage: the next block, and both branches of the next stage.
-    assert block.conv2.readers == (
+    assert block.conv2.consumers == (
         model.layer1[1].conv1,
         model.layer2[0].conv1,
         model.layer2[0].downsample[0],
     )
-    assert model.layer4[1].conv2.readers is None
+    assert model.layer4[1].conv2.consumers is None
     dense = bk.nn.switch_(torchvision.models.densenet121(), ["birds"])
     layer = dense.features.denseblock1.denselayer1
-    assert layer.conv1.readers == (layer.conv2,)
-    assert layer.conv2.readers is None
+    assert layer.conv1.consumers == (layer.conv2,)
+    assert layer.conv2.consumers is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -379,7 +383,7 @@ class MixingNorm(nn.BatchNorm2d):
 def test_links_end_at_norms_that_are_not_known() -> None:
     def link(norm: nn.Module) -> object:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))
-        return bk.nn.switch_(model, ["a"])[0].readers
+        return bk.nn.switch_(model, ["a"])[0].consumers
 
     assert link(nn.BatchNorm2d(4)) is not None
     assert link(nn.SyncBatchNorm(4)) is not None

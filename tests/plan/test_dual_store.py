@@ -12,8 +12,8 @@ from torch import nn
 
 import bap_kernels as bk
 from bap_kernels._load import _C
-from bap_kernels.plan import copies
-from bap_kernels.plan.copies import cheaper
+from bap_kernels.plan import dual_store
+from bap_kernels.plan.dual_store import dual_store_pays
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.steps import ConvStep, Step
 from tests.networks import LARGE, SMALL, PreActivation, Residual, masked_dense, random_network, randomise
@@ -31,7 +31,7 @@ def _one_backend() -> None:
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reader of some stored channels gets a copy, as no backend that runs here would want it."""
-    monkeypatch.setattr(copies, "cheaper", lambda *arguments: True)
+    monkeypatch.setattr(dual_store, "dual_store_pays", lambda *arguments: True)
 
 
 def swapped(model: nn.Module, density: float, seed: int) -> tuple[nn.Module, nn.Module]:
@@ -42,7 +42,7 @@ def swapped(model: nn.Module, density: float, seed: int) -> tuple[nn.Module, nn.
 
 
 def twice(steps: list[Step]) -> list[ConvStep]:
-    return [step for step in steps if isinstance(step, ConvStep) and step.copy is not None]
+    return [step for step in steps if isinstance(step, ConvStep) and step.dual_store is not None]
 
 
 def check(model: nn.Module, density: float, seed: int, x: torch.Tensor, layout: torch.memory_format) -> int:
@@ -53,13 +53,13 @@ def check(model: nn.Module, density: float, seed: int, x: torch.Tensor, layout: 
     assert (planned(x) - expected).abs().max() <= 2e-5 * expected.abs().max()
     steps = planned._program.steps
     for producer in twice(steps):
-        (reader,) = [step for step in steps if producer.copy in step.reads]
+        (reader,) = [step for step in steps if producer.dual_store in step.reads]
         assert isinstance(reader, ConvStep)
         assert reader.in_index is None
         assert reader.weight_index is not None
-        assert reader.weight_index.shape == producer.copy_index.shape
-        assert producer.copy not in planned._program.freed[steps.index(producer)]
-        assert producer.copy in planned._program.freed[steps.index(reader)]
+        assert reader.weight_index.shape == producer.dual_index.shape
+        assert producer.dual_store not in planned._program.freed[steps.index(producer)]
+        assert producer.dual_store in planned._program.freed[steps.index(reader)]
     return len(twice(steps))
 
 
@@ -106,7 +106,7 @@ def test_resnet50(forced: None) -> None:
 @torch.no_grad()
 def test_the_copy_is_held_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(copied: bool) -> PlannedNetwork:
-        monkeypatch.setattr(copies, "cheaper", lambda *arguments: copied)
+        monkeypatch.setattr(dual_store, "dual_store_pays", lambda *arguments: copied)
         model = Stream(nn.Conv2d(4, 8, 1)).eval()
         bk.attach_(bk.swap_(model), {"a": {"inner": bk.ChannelLists([1, 4, 6])}})
         return bk.plan(model, torch.randn(2, 4, 10, 10), "a")
@@ -154,18 +154,18 @@ HALF = np.arange(0, 64, 2)
 # 32 of 64 in whole blocks of 8; 4 of 64, each alone in its sector of 16.
 BLOCKS, FEW = np.concatenate([np.arange(8 * b, 8 * b + 8) for b in (0, 3, 4, 6)]), np.array([1, 20, 40, 60])
 RULE: dict[str, tuple[Callable[[], bool], bool]] = {
-    "copied to be gathered": (lambda: cheaper(HALF, 1, 2, LAST, "triton"), True),
-    "the same by the other backend": (lambda: cheaper(HALF, 1, 2, LAST, "cuda"), True),
-    "several taps are copied by Triton": (lambda: cheaper(HALF, 9, 2, LAST, "triton"), True),
-    "in place, all sectors are read, as many channels": (lambda: cheaper(HALF, 9, 2, LAST, "cuda"), False),
-    "in place, few of each sector": (lambda: cheaper(FEW, 9, 2, LAST, "cuda"), True),
-    "in place, words of 4 bytes": (lambda: cheaper(HALF, 1, 4, LAST, "triton"), False),
-    "in place, words of 4 bytes, few": (lambda: cheaper(FEW, 1, 4, LAST, "triton"), True),
-    "blocks": (lambda: cheaper(BLOCKS, 1, 2, LAST, "triton"), False),
-    "blocks that are not aligned": (lambda: cheaper(BLOCKS + 1, 1, 2, LAST, "triton"), True),
-    "planes": (lambda: cheaper(HALF, 1, 2, PLANES, "triton"), False),
-    "cpu": (lambda: cheaper(FEW, 1, 2, LAST, "native"), False),
-    "no backend is named": (lambda: cheaper(FEW, 1, 2, LAST, "auto"), False),
+    "copied to be gathered": (lambda: dual_store_pays(HALF, 1, 2, LAST, "triton"), True),
+    "the same by the other backend": (lambda: dual_store_pays(HALF, 1, 2, LAST, "cuda"), True),
+    "several taps are copied by Triton": (lambda: dual_store_pays(HALF, 9, 2, LAST, "triton"), True),
+    "in place, all sectors are read, as many channels": (lambda: dual_store_pays(HALF, 9, 2, LAST, "cuda"), False),
+    "in place, few of each sector": (lambda: dual_store_pays(FEW, 9, 2, LAST, "cuda"), True),
+    "in place, words of 4 bytes": (lambda: dual_store_pays(HALF, 1, 4, LAST, "triton"), False),
+    "in place, words of 4 bytes, few": (lambda: dual_store_pays(FEW, 1, 4, LAST, "triton"), True),
+    "blocks": (lambda: dual_store_pays(BLOCKS, 1, 2, LAST, "triton"), False),
+    "blocks that are not aligned": (lambda: dual_store_pays(BLOCKS + 1, 1, 2, LAST, "triton"), True),
+    "planes": (lambda: dual_store_pays(HALF, 1, 2, PLANES, "triton"), False),
+    "cpu": (lambda: dual_store_pays(FEW, 1, 2, LAST, "native"), False),
+    "no backend is named": (lambda: dual_store_pays(FEW, 1, 2, LAST, "auto"), False),
 }
 
 
@@ -182,6 +182,6 @@ def test_a_copy_of_what_norms_transform_is_taken_before_them(forced: None) -> No
         planned = bk.plan(model, x, "a")
         expected = masked(x)
         assert (planned(x) - expected).abs().max() <= 2e-5 * expected.abs().max()
-    readers = {step.copy for step in twice(planned._program.steps)}
+    readers = {step.dual_store for step in twice(planned._program.steps)}
     read = [step for step in planned._program.steps if set(step.reads) & readers]
     assert any(step.kind.startswith("norm+relu+conv") for step in read)
