@@ -111,6 +111,12 @@ def test_links_look_through_what_keeps_channels_apart() -> None:
     assert reads["7"] is None
 
 
+def test_readers_is_a_deprecated_name_of_consumers() -> None:
+    layer = layer_of(switched(), "5")
+    with pytest.warns(DeprecationWarning, match=r"SwitchedConv2d\.readers is deprecated; use `consumers`"):
+        assert layer.readers is layer.consumers
+
+
 class Reader(nn.Module):
     def __init__(self, read: Callable[[Tensor, nn.Module], Tensor]) -> None:
         super().__init__()
@@ -274,16 +280,16 @@ def test_gathered_layers_leave_links_behind() -> None:
 def test_domains_that_are_not_set_and_mixed_batches_have_no_list() -> None:
     model, x = switched(), torch.randn(4, 3, 12, 12)
     layer = layer_of(model, "4.conv1")
-    seen = layer._read(x)
+    seen = layer._read_by_consumers(x)
     assert seen is not None
     assert torch.equal(seen, layer_of(model, "4.conv2").switch() == 1)
     layer_of(model, "4.conv2").set_domain(None)
-    assert layer._read(x) is None
+    assert layer._read_by_consumers(x) is None
     bk.set_domain(model, torch.tensor([0, 1, 0, 1]))
-    assert layer._read(x) is None
+    assert layer._read_by_consumers(x) is None
     bk.set_domain(model, "cars")
-    assert torch.equal(layer._read(x), layer_of(model, "4.conv2").switch() == 1)
-    assert layer._read(x.to("meta")) is None
+    assert torch.equal(layer._read_by_consumers(x), layer_of(model, "4.conv2").switch() == 1)
+    assert layer._read_by_consumers(x.to("meta")) is None
 
 
 def test_work_is_counted_alike() -> None:
