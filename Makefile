@@ -45,7 +45,7 @@ bench: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the speed-up study, write 
 bench-training: $(STAMPS)/bench $(STAMPS)/built ## Set up, run the study of training, write its report to benches/out/training
 	$(BIN)/python -m benches.training --out $(BENCH_OUT)/training $(ARGS)
 
-demo: setup ## Set up, train, prune and evaluate on the embedded suite, report to demo/out
+demo: setup ## Set up, train, prune and evaluate on the built-in suite, report to demo/out
 	$(BIN)/python -m bap.cli demo --out $(DEMO_OUT) $(ARGS)
 
 docs: setup ## Build the documentation in docs/_build/html, warnings as errors

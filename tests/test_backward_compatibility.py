@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from bap.checkpoint import load_checkpoint
 from bap.config import load_config
-from bap.network import load_domains
-from bap.run import train_run
+from bap.results.run import train_run
+from bap.train.checkpoint import load_checkpoint
+from bap.train.domains import load_domains
 from safetensors.torch import load_file
 from torch import nn
 

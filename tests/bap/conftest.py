@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from bap.config import Config
-from bap.data import Domain, embedded_suite
+from bap.data import Domain, builtin_suite
 
 TINY: dict[str, Any] = {
     "domains": ["shapes", "digits", "glyphs"],
@@ -44,4 +44,4 @@ def tiny() -> Config:
 
 @pytest.fixture(scope="session")
 def suite() -> dict[str, Domain]:
-    return embedded_suite(TINY["domains"], TINY["images"])
+    return builtin_suite(TINY["domains"], TINY["images"])

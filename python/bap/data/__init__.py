@@ -1,14 +1,17 @@
-"""Domains: the embedded suite, and the loaders of the Visual Decathlon and of ImageNet-to-Sketch."""
+"""Domains: the built-in suite, and the loaders of the Visual Decathlon and of ImageNet-to-Sketch."""
 
+import warnings
+from typing import Any
+
+from bap.data.builtin import BUILTIN_DOMAINS, builtin_suite
 from bap.data.decathlon import DECATHLON, load_decathlon
 from bap.data.domain import SPLITS, Arrays, Domain, Split, order_of, random_of
-from bap.data.embedded import DOMAINS, embedded_suite
 from bap.data.files import DataError, ImageFiles
 from bap.data.sketch import SKETCH, load_sketch
 
 __all__ = [
+    "BUILTIN_DOMAINS",
     "DECATHLON",
-    "DOMAINS",
     "SKETCH",
     "SPLITS",
     "Arrays",
@@ -16,9 +19,17 @@ __all__ = [
     "Domain",
     "ImageFiles",
     "Split",
-    "embedded_suite",
+    "builtin_suite",
     "load_decathlon",
     "load_sketch",
     "order_of",
     "random_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    new = {"DOMAINS": "BUILTIN_DOMAINS", "embedded_suite": "builtin_suite"}.get(name)
+    if new is None:
+        raise AttributeError(f"module 'bap.data' has no attribute {name!r}")
+    warnings.warn(f"bap.data.{name} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]

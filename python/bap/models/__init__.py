@@ -1,7 +1,8 @@
 """Backbones by name: plain networks, before :func:`bap_kernels.nn.switch_`."""
 
 from bap.models.backbones import MODELS, Backbone, build, load_weights, stem_and_shortcuts
+from bap.models.eval_mode import evaluating
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "Backbone", "ResNet26", "WideResNet", "build", "load_weights", "stem_and_shortcuts"]
+__all__ = ["MODELS", "Backbone", "ResNet26", "WideResNet", "build", "evaluating", "load_weights", "stem_and_shortcuts"]

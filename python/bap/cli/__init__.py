@@ -1,0 +1,71 @@
+"""The command ``bap``: runs a command of :mod:`bap.cli.commands`, and says in one line what a user must mend.
+
+It imports nothing that the extra ``method`` brings, so that a missing package is named, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+__all__ = ["main"]
+
+# What `pip install bap_kernels[method]` brings, by the names that are imported.
+_EXTRA = (
+    "matplotlib",
+    "PIL",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+    "typer",
+    "yaml",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from bap.cli.commands import app
+
+        return app
+    raise AttributeError(name)
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell a user; None for an error that is no user's, which is a defect and shows its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in _EXTRA:
+            return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[method]'"
+        return None
+    # Without torch it can't be torch's, and importing it takes seconds.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return f"{error} Hint: a smaller `batch`, or a larger `accumulate`, needs less memory."
+    if isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
+        return f"{error}"
+    try:
+        from bap.files import FileError
+        from bap.prune import PruneError
+        from bap.train import TrainError
+    except ImportError:
+        return None
+    return f"{error}" if isinstance(error, (FileError, PruneError, TrainError)) else None
+
+
+def main() -> None:
+    """Runs the command; the exit status is 2 for what the user must mend, 130 after Ctrl-C."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        from bap.cli.commands import app
+
+        app()
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"bap: {message}" if rank == "0" else f"bap (process {rank}): {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,3 @@
+from bap.cli import main
+
+main()

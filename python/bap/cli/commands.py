@@ -1,0 +1,358 @@
+"""The commands of ``bap``. Results go to the standard output as JSON; progress goes to the error stream.
+
+Training prints a line per epoch, and one in every ``log_every`` steps, whether or not there is a terminal. Under
+torchrun one process prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="bap",
+    help="Budget-aware pruning of multi-domain networks: train, prune, evaluate, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings; see configs/.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="A setting, name=value; may be given several times.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a trained network (RUN/checkpoint).")]
+Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only these domains; others are not read.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data, in place of the one in the settings.")]
+
+
+class SplitName(str, Enum):
+    """Splits that can be evaluated."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+def _first() -> bool:
+    """Whether this is the process that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print(value: Any) -> None:
+    if _first():
+        typer.echo(json.dumps(value, indent=1))
+
+
+@app.callback()
+def _one_process(context: typer.Context) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand != "train":
+        raise ValueError(
+            f"bap {context.invoked_subcommand}: expected one process, got {os.environ['WORLD_SIZE']}. "
+            "Hint: only `bap train` runs under torchrun."
+        )
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table on the error stream, where that is a terminal."""
+    if not sys.stderr.isatty() or not rows or not _first():
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{one:,.3f}" if isinstance(one, float) else f"{one:,}" if isinstance(one, int) else str(one)
+                        for one in row.values()))  # fmt: skip
+    Console(stderr=True).print(table)
+
+
+@app.command()
+def pretrain(out: Out, config: Config = None, set_: Set = None) -> None:
+    """Train the plain backbone on the source domain; writes backbone.safetensors."""
+    from bap.config import load_config
+    from bap.train.domains import check_source, load_domains, source_of, suite_of
+    from bap.train.lock import folder_lock
+    from bap.train.pretrain import pretrain as run
+    from bap.train.processes import device_of
+
+    settings = load_config(config, set_ or [])
+    device_of(settings.run.device)
+    # The source is needed here, also where the joint training leaves it out; the other domains are not.
+    settings = settings.replace(source_mode="switched")
+    names = settings.data.domains or suite_of(settings)
+    check_source(settings, names)
+    source = source_of(settings, names)
+    path = out / "backbone.safetensors"
+    with folder_lock(out):
+        domains = load_domains(settings.replace(domains=[source]), ("train",))
+        run(settings, domains[source], path, progress=True)
+    _print({"weights": str(path), "source": source})
+
+
+@app.command()
+def train(
+    out: Out,
+    config: Config = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
+    baseline: Annotated[Path | None, typer.Option(help="JSON, {domain: accuracy in per cent}, for the scores.")] = None,
+) -> None:
+    """Train all domains jointly under a budget; under torchrun on several processes."""
+    from bap.config import load_config
+    from bap.results.run import baseline_of, train_run
+
+    settings = load_config(config, set_ or [])
+    results = train_run(settings, out, resume, baseline_of(settings, baseline), progress=True)
+    rows = [
+        {
+            "domain": name,
+            "accuracy": value,
+            "kept": results["kept"][name],
+            "projected": results["projected_off"].get(name, 0),
+        }
+        for name, value in results["accuracy"].items()
+    ]
+    _table(f"budget {results['beta']:g} of {results['measure']}", rows)
+    _print(results)
+
+
+def _loaded(
+    checkpoint: Path, domains: list[str] | None, root: Path | None, split: str
+) -> tuple[Any, Any, dict[str, Any]]:
+    from bap.train.checkpoint import load_checkpoint
+    from bap.train.domains import load_domains
+
+    model, config, facts = load_checkpoint(checkpoint, domains or None)
+    config = config.replace(domains=list(facts), source_mode="switched", root=str(root) if root else config.data.root)
+    found = load_domains(config, ("train", split))
+    for name, domain in found.items():
+        if list(domain.classes) != facts[name]["classes"]:
+            raise ValueError(
+                f"bap eval: expected the data of {name!r} to have the classes that {checkpoint} was trained on, got "
+                "others, or in another order."
+            )
+    return model, config, found
+
+
+def _size_of(facts: dict[str, Any], checkpoint: Path) -> int:
+    sizes = {name: one.get("size") for name, one in facts.items()}
+    found = set(sizes.values())
+    if len(found) != 1 or None in found:
+        raise ValueError(f"bap: expected the domains of {checkpoint} to have one input size, got {sizes}.")
+    return found.pop()
+
+
+@app.command()
+def prune(
+    checkpoint: Checkpoint,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the pruned network.")] = None,
+) -> None:
+    """Drop what no domain uses; fails if an output of any domain changes by more than rounding."""
+    import torch
+
+    from bap.prune.prune import prune_
+    from bap.train.checkpoint import load_checkpoint, save_checkpoint
+    from bap.train.lock import folder_lock
+
+    model, config, facts = load_checkpoint(checkpoint)
+    size = _size_of(facts, checkpoint)
+    made = prune_(model, torch.zeros(1, 3, size, size))
+    if out is not None:
+        with folder_lock(out):
+            save_checkpoint(out, model, config, facts, kept=(made.rows, made.columns))
+    _table("after pruning", made.as_rows())
+    _print(
+        {
+            "before": made.before.as_dict(),
+            "after": made.after.as_dict(),
+            "flops": 2 * round(made.after.flop * made.after.backbone_macs),
+            "largest_change": made.largest_change,
+        }
+    )
+
+
+@app.command()
+def speed(
+    checkpoint: Checkpoint,
+    batch: Annotated[int, typer.Option(help="Images of a call.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Calls of which the median is taken.", min=1)] = 15,
+) -> None:
+    """Milliseconds and MiB of the physically narrow network beside the dense and the masked one, for every domain."""
+    import torch
+
+    from bap.prune.deploy import deploy, speed_report
+    from bap.train.checkpoint import load_checkpoint
+
+    model, _, facts = load_checkpoint(checkpoint)
+    size = _size_of(facts, checkpoint)
+    example = torch.zeros(batch, 3, size, size)
+    made = speed_report(model, deploy(model, example), example, rounds)
+    _table(f"batch {batch}", made["domains"])
+    _print(made)
+
+
+@app.command("eval")
+def evaluate_command(
+    checkpoint: Checkpoint,
+    domain: Domains = None,
+    split: Annotated[SplitName, typer.Option(help="Which images.")] = SplitName.test,
+    root: Root = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write the decathlon's results.json for its server in place of accuracies.")
+    ] = None,
+) -> None:
+    """Accuracy of every domain, or answers for a benchmark that keeps its labels."""
+    from bap.files import write_json
+    from bap.train.domains import suite_of
+    from bap.train.evaluate import evaluate, predict
+
+    model, config, domains = _loaded(checkpoint, domain, root, split.value)
+    if predictions is not None:
+        answers = [one for item in domains.values() for one in predict(model, item, split.value)]
+        write_json(predictions, answers)
+        _print(
+            {
+                "predictions": str(predictions),
+                "split": split.value,
+                "domains": list(domains),
+                "missing": [name for name in suite_of(config) if name not in domains],
+                "images": len(answers),
+            }
+        )
+        return
+    accuracy = {name: evaluate(model, one, split.value).percent for name, one in domains.items()}
+    _table(split.value, [{"domain": name, "accuracy": value} for name, value in accuracy.items()])
+    _print({"split": split.value, "accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy)})
+
+
+@app.command("add-domain")
+def add_domain_command(
+    checkpoint: Checkpoint,
+    name: Annotated[str, typer.Argument(help="The new domain.")],
+    set_: Set = None,
+    like: Annotated[str | None, typer.Option(help="Domain to start from; none starts with all channels on.")] = None,
+) -> None:
+    """Train a new domain on a finished network; the files of the others are not touched."""
+    from bap.config import override_values
+    from bap.train.new_domain import add_domain
+
+    facts = add_domain(checkpoint, name, override_values(set_ or []), like, progress=True)
+    _print({key: value for key, value in facts.items() if key != "classes"})
+
+
+@app.command()
+def info(checkpoint: Checkpoint, domain: Domains = None) -> None:
+    """What a trained network is: settings, domains, what each keeps and costs."""
+    import torch
+
+    from bap.prune.counting import count
+    from bap.train.checkpoint import load_checkpoint
+
+    model, config, facts = load_checkpoint(checkpoint, domain or None)
+    size = _size_of(facts, checkpoint)
+    cost = count(model, torch.zeros(1, 3, size, size))
+    rows = [
+        {"domain": name, "classes": len(one["classes"]), "kept": one.get("kept"), "accuracy": one.get("accuracy")}
+        for name, one in facts.items()
+    ]
+    _table(f"{config.model.name}, budget {config.budget.beta:g} of {config.budget.measure}", rows)
+    _print({"config": config.as_dict(), "domains": rows, "cost": cost.as_dict()})
+
+
+@app.command()
+def scores(
+    accuracies: Annotated[Path, typer.Argument(help="JSON, {domain: accuracy in per cent}, or a run's results.json.")],
+    baseline: Annotated[str, typer.Option(help="'decathlon', 'sketch', or a JSON file like the first.")] = "decathlon",
+    flop: Annotated[float, typer.Option(help="Multiply-adds relative to the backbone.")] = 1.0,
+    params: Annotated[float, typer.Option(help="Parameters relative to the backbone.")] = 1.0,
+) -> None:
+    """S, S_O, S_P and the combined score of given accuracies."""
+    from bap.files import read_json
+    from bap.results.run import read_accuracies
+    from bap.results.scores import PUBLISHED_BASELINES, named_scores
+    from bap.train.run_log import checked_results
+
+    read = read_json(accuracies)
+    split = "test"
+    if isinstance(read, dict) and "accuracy" in read:
+        results = checked_results(read, accuracies)
+        flop, params, found = results["cost"]["flop"], results["cost"]["params"], results["accuracy"]
+        split = results.get("split", split)
+    else:
+        found = read_accuracies(accuracies)
+    base = PUBLISHED_BASELINES[baseline] if baseline in PUBLISHED_BASELINES else read_accuracies(baseline)
+    _print(named_scores(found, base, flop, params, baseline, split))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Out,
+) -> None:
+    """Table, pictures and report.md of finished runs."""
+    from bap.results.report import make_report
+    from bap.train.lock import folder_lock
+
+    with folder_lock(out):
+        _print({"report": str(make_report(runs, out))})
+
+
+@app.command()
+def study(
+    out: Out,
+    config: Config = None,
+    set_: Set = None,
+    beta: Annotated[list[float] | None, typer.Option(help="Budgets; 1, .75, .5 and .25 if none is given.")] = None,
+    sharing: Annotated[
+        list[str] | None, typer.Option(help="none, int, union, jaccard; all four if none is given.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, 1 and 2 if none is given.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Also train a whole network for each domain, which S needs.")] = True,
+) -> None:
+    """The table over budgets, sharing losses and seeds; goes on where it was stopped."""
+    from bap.config import load_config
+    from bap.results.study import study as run
+
+    settings = load_config(config, set_ or [])
+    path = run(
+        settings,
+        out,
+        beta or (1.0, 0.75, 0.5, 0.25),
+        [None if one == "none" else one for one in sharing] if sharing else (None, "int", "union", "jaccard"),
+        seed or (0, 1, 2),
+        baseline,
+        lambda line: typer.echo(line, err=True),
+        progress=True,
+    )
+    typer.echo(path.read_text())
+
+
+@app.command("estimate")
+def estimate_command(
+    config: Config = None,
+    set_: Set = None,
+    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 3,
+) -> None:
+    """Hours and memory that a recipe would take here, from measured steps; reads no data."""
+    from bap.config import load_config
+    from bap.results.estimate import estimate
+
+    _print(estimate(load_config(config, set_ or []), steps))
+
+
+@app.command()
+def demo(out: Out, set_: Set = None) -> None:
+    """The whole story on the built-in suite: pre-train, train at half the budget, prune, evaluate, report."""
+    from bap.results.demo import run_demo
+
+    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True), progress=True))

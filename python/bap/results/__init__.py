@@ -1,0 +1,1 @@
+"""Whole runs and what comes of them: results, scores, reports, studies."""

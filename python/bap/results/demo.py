@@ -1,0 +1,117 @@
+"""The whole story on the built-in suite, in minutes on two cores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bap_kernels as bk
+from bap.config import Config, load_config
+from bap.files import write_json
+from bap.prune.deploy import deploy, speed_report, speed_table
+from bap.prune.prune import prune_
+from bap.results.report import make_report, results_table
+from bap.results.run import train_run
+from bap.results.study import pretrained
+from bap.train.checkpoint import load_checkpoint, save_checkpoint
+from bap.train.domains import load_domains
+from bap.train.evaluate import evaluate
+from bap.train.lock import folder_lock
+from bap.train.trainer import backend_of
+
+__all__ = ["BUILTIN_RECIPE", "run_demo"]
+
+# The recipe of the built-in suite, also in configs/builtin.yaml.
+BUILTIN_RECIPE: dict[str, Any] = {
+    "data": {"suite": "builtin"},
+    "model": {"name": "resnet26", "options": {"widths": [16, 32, 64], "blocks": [2, 2, 2]}},
+    "switches": {"freeze_at": 0.5},
+    "budget": {"multiplier_rate": 0.1},
+    "sharing": {"loss": "union", "weight": 0.125, "relaxed": True, "temperature": 1e-2},
+    "optimiser": {
+        "lr_switch": 2e-4,
+        "lr_norm": 1e-2,
+        "lr_head": 5e-2,
+        "train_backbone": True,
+        "lr_backbone": 2e-2,
+    },
+    "schedule": {"epochs": 8, "batch": 32, "round_robin": "batch", "decay": "cosine"},
+    "pretrain": {"epochs": 20},
+}
+
+
+def run_demo(
+    out: str | Path, overrides: Iterable[str] = (), say: Callable[[str], None] = print, progress: bool = False
+) -> dict[str, Any]:
+    """Pre-trains the source, trains jointly at β = .5 (sharing loss) and β = 1, prunes, evaluates, measures, reports.
+
+    Args:
+        out: folder for everything.
+        overrides: settings, as ``name=value``.
+        say: told what happens.
+        progress: whether training prints its own lines, to the error stream.
+
+    Returns:
+        Time, accuracies before and after pruning, costs, what the narrow network takes, and the path of the report.
+
+    Raises:
+        ValueError: for settings that cannot be used, or that are not those of the runs in the folder.
+        FileError: if files cannot be written, or another run writes into the folder.
+        PruneError: if pruning changed the answers of a domain.
+    """
+    config = load_config(overrides=overrides, base=BUILTIN_RECIPE)
+    with folder_lock(out):
+        return _run(config, Path(out), say, progress)
+
+
+def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    domains = load_domains(config)
+    say(f"pre-training the source for {config.pretrain.epochs} epochs ...")
+    config = config.replace(weights=str(pretrained(config, domains, out, progress)))
+    runs = []
+    for beta in (config.budget.beta, 1.0):
+        say(f"training {len(domains)} domains for {config.schedule.epochs} epochs at budget {beta:g} ...")
+        one = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
+        path = out / f"beta{beta:g}"
+        results = train_run(one, path, resume=True, baseline={}, domains=domains, progress=progress)
+        runs.append((path, results))
+    path, results = runs[0]
+    model, _, facts = load_checkpoint(path / "checkpoint")
+    size = next(iter(domains.values())).size
+    images = {name: next(one.batches("test", 32))[0] for name, one in domains.items()}
+    with bk.use_backend(backend_of(config)):
+        made = prune_(model, torch.zeros(1, 3, size, size), images)
+    save_checkpoint(out / "pruned", model, config, facts, kept=(made.rows, made.columns))
+    pruned, _, _ = load_checkpoint(out / "pruned")
+    with bk.use_backend(backend_of(config)):
+        after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
+    example = torch.zeros(8, 3, size, size)
+    served = speed_report(model, deploy(model, example, images), example)
+    write_json(out / "speed.json", served)
+    report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
+    say(results_table([(folder.name, one) for folder, one in runs]))
+    say(speed_table(served))
+    say(
+        f"pruned: {made.before.params:.3f} -> {made.after.params:.3f} of the backbone's parameters for {len(domains)} "
+        f"domains, {made.after.flop:.3f} of its multiply-adds ({made.after.exact_flop:.3f} without dead filters); "
+        f"largest change of an output {made.largest_change:.1e}"
+    )
+    return {
+        "seconds": time.perf_counter() - started,
+        "accuracy": results["accuracy"],
+        "accuracy_after_pruning": after,
+        "params": {"before": made.before.params, "after": made.after.params},
+        "flop": made.after.flop,
+        "exact_flop": made.after.exact_flop,
+        "bytes": {
+            "model": (path / "checkpoint" / "model.safetensors").stat().st_size,
+            "pruned": (out / "pruned" / "model.safetensors").stat().st_size,
+        },
+        "served": served,
+        "report": str(report),
+    }

@@ -1,0 +1,210 @@
+"""The table over budgets, sharing losses and seeds of one suite; stopped, it goes on where it was."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bap.config import Config, load_config
+from bap.data import Domain
+from bap.files import FileError, read_tensors, write_bytes, write_json
+from bap.results.run import scored, train_run
+from bap.results.scores import shown_score
+from bap.train.domains import check_source, load_domains, source_of, suite_of
+from bap.train.evaluate import check_splits, final_split
+from bap.train.lock import folder_lock
+from bap.train.pretrain import pretrain
+from bap.train.resume import check_same_settings
+from bap.train.run_log import read_results
+
+__all__ = ["pretrained", "study", "study_table"]
+
+# Settings that the backbone's weights depend on.
+_PRETRAINING = (
+    "data.suite",
+    "data.images",
+    "data.size",
+    "data.full",
+    "model.name",
+    "model.options",
+    "schedule.batch",
+    "run.seed",
+    "pretrain.epochs",
+    "pretrain.lr",
+)
+
+
+def pretrained(config: Config, domains: dict[str, Domain], folder: Path, progress: bool = False) -> Path:
+    """File with the backbone of a seed, trained on the source if it is not there yet.
+
+    Raises:
+        ValueError: if the file there was trained with other settings or on another source.
+        FileError: if it is damaged.
+    """
+    path = folder / f"backbone_seed{config.run.seed}.safetensors"
+    source = source_of(config, domains)
+    if not path.exists():
+        if source not in domains:
+            raise ValueError(
+                f"pretrained(): expected the source {source!r} to be among the domains, got {list(domains)}."
+            )
+        pretrain(config, domains[source], path, progress)
+        return path
+    _, info = read_tensors(path)
+    if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
+        raise FileError(f"pretrained(): expected {path} to be a backbone of bap pretrain, got another file.")
+    if info.get("source") != source:
+        raise ValueError(
+            f"pretrained(): expected {path} to be trained on {source!r}, got {info.get('source')!r}. "
+            "Hint: use another folder."
+        )
+    check_same_settings(info["config"], config, str(path), only=_PRETRAINING)
+    return path
+
+
+def _finished(path: Path, config: Config) -> bool:
+    """Whether a run is there; one of other settings is refused, as its row would stand under the wrong name."""
+    if not (path / "results.json").exists():
+        return False
+    # The weights are compared by their own settings.
+    compared = [name for name in config.by_name() if name != "model.weights"]
+    check_same_settings(load_config(path / "config.yaml").as_dict(), config, str(path), only=compared)
+    return True
+
+
+def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress: bool) -> dict[str, float]:
+    """Accuracy of a whole network for each domain, all of it trained from the source's: what S is relative to."""
+    made = {}
+    for name, domain in domains.items():
+        path = folder / f"finetune_{name}_seed{config.run.seed}"
+        alone = config.replace(
+            beta=1.0, sharing=None, train_backbone=True, lr_backbone=config.optimiser.lr_head / 2, source=name
+        )
+        if not _finished(path, alone):
+            train_run(alone, path, resume=True, baseline={}, domains={name: domain}, progress=progress)
+        made[name] = read_results(path)["accuracy"][name]
+    return made
+
+
+def study(
+    config: Config,
+    folder: str | Path,
+    betas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+    sharings: Sequence[str | None] = (None, "int", "union", "jaccard"),
+    seeds: Sequence[int] = (0, 1, 2),
+    baseline: bool = True,
+    say: Callable[[str], None] = print,
+    progress: bool = False,
+) -> Path:
+    """Runs what is not there yet, and writes study.json and study.md.
+
+    Args:
+        config: settings that all runs share; seed, budget and sharing loss are set here.
+        folder: for the runs; finished ones are kept, an unfinished one goes on from its last epoch.
+        betas, sharings, seeds: the cells.
+        baseline: also trains a whole network for each domain and seed, which S needs.
+        say: told of every finished run.
+        progress: whether the runs print their own lines, to the error stream.
+
+    Returns:
+        The path of study.md.
+
+    Raises:
+        ValueError: for settings that cannot be used, before anything is trained, and for runs of other settings in the
+            folder.
+        FileError: if files cannot be written, or are damaged, or another study writes into the folder.
+    """
+    folder = Path(folder)
+    for seed in seeds:
+        for beta in betas:
+            for sharing in sharings:
+                config.replace(seed=seed, beta=beta, sharing=sharing)
+    check_source(config, config.data.domains or suite_of(config))
+    with folder_lock(folder):
+        return _study(config, folder, betas, sharings, seeds, baseline, say, progress)
+
+
+def _study(
+    config: Config,
+    folder: Path,
+    betas: Sequence[float],
+    sharings: Sequence[str | None],
+    seeds: Sequence[int],
+    baseline: bool,
+    say: Callable[[str], None],
+    progress: bool,
+) -> Path:
+    domains = load_domains(config)
+    check_splits(domains, config.data.evaluate_on)
+    final_split(domains)
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        base = config.replace(seed=seed)
+        weights = str(pretrained(base, domains, folder, progress))
+        base = base.replace(weights=weights)
+        reference = _baseline(base, domains, folder, progress) if baseline else {}
+        if reference:
+            write_json(folder / f"baseline_seed{seed}.json", reference)
+        for beta in betas:
+            for sharing in sharings:
+                path = folder / f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+                one = base.replace(beta=beta, sharing=sharing)
+                if not _finished(path, one):
+                    done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=progress)
+                    say(f"{path.name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
+                # A cell may have been run before its baseline was.
+                results = read_results(path)
+                rows.append({"seed": seed, **results, **scored(results, reference)})
+                write_json(
+                    folder / "study.json", {"config": config.as_dict(), "torch": torch.__version__, "rows": rows}
+                )
+                write_bytes(folder / "study.md", (study_table(rows) + "\n").encode())
+    return folder / "study.md"
+
+
+def _shown(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "–"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def study_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of means, and ± the standard deviation over the seeds where there are several."""
+    cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["beta"], row["sharing"] or "none"), []).append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    head = [
+        "β",
+        "sharing",
+        "split",
+        "seeds",
+        *names,
+        "mean",
+        "S",
+        "FLOP ×",
+        "exact FLOP ×",
+        "Params ×",
+        "union",
+        "∩",
+        "projected",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (beta, sharing), found in sorted(cells.items(), key=lambda item: -item[0][0]):
+        split = ", ".join(dict.fromkeys(one.get("split", "not recorded") for one in found))
+        line = [f"{beta:g}", sharing, split, str(len(found))]
+        line += [_shown([one["accuracy"][name] for one in found if name in one["accuracy"]], 1) for name in names]
+        line.append(_shown([one["mean_accuracy"] for one in found], 1))
+        made = [one for one in (shown_score(row.get("scores")) for row in found) if one is not None]
+        notes = ", ".join(dict.fromkeys(note for _, note in made if note))
+        line.append(_shown([value for value, _ in made], 0) + (f" ({notes})" if notes else ""))
+        line += [_shown([one["cost"][key] for one in found], 3) for key in ("flop", "exact_flop", "params")]
+        line += [_shown([one[key] for one in found], 3) for key in ("union", "intersection")]
+        line.append(_shown([sum(one["projected_off"].values()) for one in found], 0))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,7 @@
+"""Joint training of all domains under their budgets, and what a trained network is on disk."""
+
+from bap.train.evaluate import check_splits
+from bap.train.schedule import learning_rate
+from bap.train.trainer import Trainer, TrainError, backend_of
+
+__all__ = ["TrainError", "Trainer", "backend_of", "check_splits", "learning_rate"]

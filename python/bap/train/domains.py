@@ -1,0 +1,72 @@
+"""Which domains a run has, and which of them is the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bap.config import Config
+from bap.data import BUILTIN_DOMAINS, DECATHLON, SKETCH, SPLITS, Domain, builtin_suite, load_decathlon, load_sketch
+
+__all__ = ["check_source", "load_domains", "source_of", "suite_of"]
+
+_SUITES = {"builtin": BUILTIN_DOMAINS, "decathlon": tuple(DECATHLON), "sketch": tuple(SKETCH)}
+_SOURCES = {"builtin": "shapes", "decathlon": "imagenet12", "sketch": "imagenet"}
+
+
+def suite_of(config: Config) -> tuple[str, ...]:
+    """All domains of the suite that the settings name."""
+    return _SUITES[config.data.suite]
+
+
+def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Domain]:
+    """The domains of a run, checked; the source is among them unless it is excluded.
+
+    Args:
+        config: the settings.
+        splits: those that are needed.
+
+    Raises:
+        ValueError: for unknown domains, and data that are not as they should be.
+    """
+    data, names = config.data, list(config.data.domains)
+    excluded = source_of(config, suite_of(config)) if data.source_mode == "excluded" else None
+    names = [name for name in names or (suite_of(config) if data.full else ()) if name != excluded]
+    if data.domains and not names:
+        raise ValueError("load_domains(): expected at least one domain besides the source, got none.")
+    root = Path(str(data.root))
+    if data.suite == "builtin":
+        suite = builtin_suite(names or BUILTIN_DOMAINS, data.images)
+    elif data.suite == "decathlon":
+        suite = load_decathlon(root, names or None, data.size, data.workers, data.full, splits=splits)
+    else:
+        suite = load_sketch(root, names or None, data.size, data.workers, data.full)
+    if excluded is not None:
+        suite.pop(excluded, None)
+    if not suite:
+        raise ValueError("load_domains(): expected at least one domain besides the source, got none.")
+    return suite
+
+
+def source_of(config: Config, names: Iterable[str]) -> str:
+    """The source domain: as set, or the suite's usual one, or the first."""
+    usual = _SOURCES[config.data.suite]
+    if config.data.source is not None:
+        return config.data.source
+    return usual if usual in names or config.data.source_mode == "excluded" else next(iter(names))
+
+
+def check_source(config: Config, names: Iterable[str]) -> None:
+    """Refuses a run whose source is not among its domains, where another one would take its place in silence.
+
+    Raises:
+        ValueError: if the source that is set, or that of a benchmark which must be whole, is not there.
+    """
+    names = list(names)
+    usual = config.data.suite != "builtin" and config.data.full
+    wanted = config.data.source or (_SOURCES[config.data.suite] if usual else None)
+    if config.data.source_mode != "excluded" and wanted is not None and wanted not in names:
+        raise ValueError(
+            f"check_source(): expected the source {wanted!r} to be among the domains, got {names}. Hint: "
+            "-s source=NAME sets another one, -s source_mode=excluded trains without it, -s full=false takes the first."
+        )

@@ -1,0 +1,116 @@
+"""What a run must have in common with what is in its folder already, so that no result is a mixture of two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bap.config import Config, config_of, known_settings
+from bap.data import Domain
+from bap.files import FileError, digest_of, read_bytes
+from bap.train.schedule import learning_rate
+
+__all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "weights_digest"]
+
+# Where and how fast a run is computed, and what it prints: not what it computes, beyond rounding.
+MAY_CHANGE = ("data.root", "data.workers", "run.device", "run.threads", "run.backend", "run.log_every")
+
+
+def weights_digest(config: Config) -> str | None:
+    """SHA-256 of the file that the backbone starts from."""
+    return None if config.model.weights is None else digest_of(read_bytes(config.model.weights))
+
+
+def data_fingerprint(domains: Mapping[str, Domain]) -> dict[str, Any]:
+    """What tells the data of a run from others: classes, and numbers and labels of the images of each split."""
+    return {
+        name: {
+            "classes": digest_of(list(domain.classes)),
+            "size": domain.size,
+            "splits": {
+                split: [len(images), None if images.labels is None else digest_of(images.labels.numpy().tobytes())]
+                for split, images in domain.splits.items()
+            },
+        }
+        for name, domain in domains.items()
+    }
+
+
+def _epochs_fit(old: Config, new: Config, done: int) -> bool:
+    """Whether the epochs that are done would have been the same in a run of the new length."""
+    epochs = old.schedule.epochs, new.schedule.epochs
+    if done >= min(epochs):
+        return False
+    rates = ([learning_rate(old.schedule.decay, epoch, whole) for epoch in range(done)] for whole in epochs)
+    frozen = ([epoch >= old.switches.freeze_at * whole for epoch in range(done + 1)] for whole in epochs)
+    return next(rates) == next(rates) and next(frozen) == next(frozen)
+
+
+def check_same_settings(
+    stored: Mapping[str, Any],
+    asked: Config,
+    where: str,
+    done: int = 0,
+    weights: str | None = None,
+    only: Iterable[str] | None = None,
+) -> None:
+    """Refuses settings that differ from those that a run or a file was made with.
+
+    Args:
+        stored: settings, by group or by name; one that is missing has its default, unknown ones are ignored.
+        asked: the settings now.
+        where: the file or folder, for messages.
+        done: epochs that are done: with it, ``schedule.epochs`` may change if these would have been the same.
+        weights: digest of the file of the backbone's weights then; the same file may lie elsewhere now.
+        only: names of the settings to compare; None compares all but :data:`MAY_CHANGE`.
+
+    Raises:
+        ValueError: naming every setting that differs, with both values.
+        FileError: if the stored settings are none.
+    """
+    try:
+        old = config_of(known_settings(stored), where)
+    except ValueError as error:
+        raise FileError(f"check_same_settings(): expected {where} to hold settings: {error}") from None
+    before, after = old.by_name(), asked.by_name()
+    different = []
+    for name in before if only is None else only:
+        if before[name] == after[name] or name in MAY_CHANGE:
+            continue
+        if name == "schedule.epochs" and _epochs_fit(old, asked, done):
+            continue
+        if name == "model.weights" and weights is not None and weights == weights_digest(asked):
+            continue
+        different.append(f"{name}: stored {before[name]!r}, asked {after[name]!r}")
+    if different:
+        raise ValueError(
+            f"check_same_settings(): expected the settings of {where}, got others: {'; '.join(different)}. "
+            f"Hint: use another folder. Only {', '.join(MAY_CHANGE)}, and schedule.epochs while those that are done "
+            "stay the same, may change."
+        )
+
+
+def check_same_data(stored: Any, domains: Mapping[str, Domain], where: str | Path) -> None:
+    """Refuses data other than those that a run was started with.
+
+    Args:
+        stored: what :func:`data_fingerprint` gave then; None, of earlier versions, is not compared.
+        domains: the data now.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: naming the domains that differ.
+    """
+    now = data_fingerprint(domains)
+    if stored is None or stored == now:
+        return
+    different = [
+        name
+        for name in dict.fromkeys([*(stored if isinstance(stored, dict) else []), *now])
+        if not isinstance(stored, dict) or stored.get(name) != now.get(name)
+    ]
+    raise ValueError(
+        f"check_same_data(): expected the data that {where} was started with, got others for {different or 'all'}: "
+        "another order of the domains, or other classes, numbers of images or labels."
+    )

@@ -1,0 +1,238 @@
+"""What a run writes down: metrics.jsonl, curves for TensorBoard, lines of progress on the error stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictInt, ValidationError
+
+from bap.files import FileError, read_bytes, read_json, write_bytes
+
+__all__ = ["RunLog", "checked_results", "read_metrics", "read_results"]
+
+
+class _DomainRecord(BaseModel):
+    evaluated: FiniteFloat
+    kept: FiniteFloat
+    multiplier: FiniteFloat
+
+
+class _Record(BaseModel):
+    """What is read of a line of metrics.jsonl."""
+
+    epoch: StrictInt
+    domains: dict[str, _DomainRecord]
+    union: FiniteFloat
+    intersection: FiniteFloat
+
+
+class _Cost(BaseModel):
+    flop: FiniteFloat
+    exact_flop: FiniteFloat
+    params: FiniteFloat
+
+
+class _Results(BaseModel):
+    """What is read of results.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    accuracy: dict[str, FiniteFloat]
+    mean_accuracy: FiniteFloat
+    beta: FiniteFloat
+    sharing: str | None
+    kept: dict[str, FiniteFloat]
+    projected_off: dict[str, StrictInt]
+    union: FiniteFloat
+    intersection: FiniteFloat
+    cost: _Cost
+    scores: dict[str, Any] | None = None
+    protocol: dict[str, Any] | None = None
+
+
+def _checked(model: type[BaseModel], value: Any, where: str) -> Any:
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise FileError(
+            f"read_results(): expected {where} to be as a run wrote it, got {place}: {first['msg']}"
+        ) from None
+    return value
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, one for each epoch; none if there is no such file.
+
+    Raises:
+        FileError: if a line is damaged; it is named.
+    """
+    path = Path(folder, "metrics.jsonl")
+    if not path.exists():
+        return []
+    made = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"read_metrics(): expected line {number} of {path} to be JSON, got {error}.") from None
+        made.append(_checked(_Record, value, f"line {number} of {path}"))
+    return made
+
+
+def _curves(record: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a record as {"loss/digits": value}."""
+    found = {f"run/{key}": value for key, value in record.items() if isinstance(value, (int, float)) and key != "epoch"}
+    for domain, values in record["domains"].items():
+        found.update({f"{key}/{domain}": value for key, value in values.items() if isinstance(value, (int, float))})
+    return found
+
+
+class _Curves:
+    """An event file for TensorBoard, written at once and in this thread, so that a full disk is found where it is met.
+
+    TensorBoard's own writer leaves that to a thread, which ends with a traceback and keeps the others waiting.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._record = Event, Summary, RecordWriter
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        self.path = folder / name
+        # Records of epochs that are trained again are hidden.
+        start = SessionLog(status=SessionLog.START)
+        self._append(
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first, session_log=start),
+        )
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Appends numbers by name, all or none of them."""
+        values_of = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._append(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values_of)))
+
+    def _append(self, *events: Any) -> None:
+        before = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                before = file.tell()
+                writer = self._record(_Whole(file))
+                for one in events:
+                    writer.write(one.SerializeToString())
+        except OSError as error:
+            if before is not None:
+                os.truncate(self.path, before)
+            raise FileError(
+                f"RunLog.add(): expected to write curves to {self.path}, got {error.strerror or error}. "
+                "Hint: is the disk full?"
+            ) from None
+
+
+class _Whole:
+    """Writes all bytes or raises: an unbuffered file may take a part of them."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[self.file.write(data) :]
+
+
+class RunLog:
+    """Keeps the records of a run.
+
+    The file is replaced as a whole with every record, so that it never ends in half a line.
+
+    Args:
+        folder: of the run; None writes nothing.
+        epochs: of the run, for the progress line.
+        keep: records of earlier epochs to go on from.
+        progress: whether lines are printed; None: where the error stream is a terminal.
+        every: steps between two lines inside an epoch; 0: none.
+    """
+
+    def __init__(
+        self, folder: Path | None, epochs: int, keep: int = 0, progress: bool | None = None, every: int = 200
+    ) -> None:
+        self.folder = folder
+        self.epochs = epochs
+        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.every = every
+        self.records = read_metrics(folder)[:keep] if folder is not None else []
+        self._curves: _Curves | None = None
+        self._first = keep + 1
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes the record of an epoch.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        self.records.append(record)
+        if self.folder is not None:
+            text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in self.records)
+            write_bytes(self.folder / "metrics.jsonl", text.encode())
+            self._write_curves(self.folder / "tensorboard", record)
+        if self.progress:
+            print(self._line(record), file=sys.stderr, flush=True)
+
+    def step(self, epoch: int, step: int, steps: int, domain: str, loss: float) -> None:
+        """Prints a line if it is the turn of this step of an epoch."""
+        if self.progress and self.every and step % self.every == 0:
+            print(
+                f"epoch {epoch}/{self.epochs}  step {step}/{steps}  {domain}  mean loss {loss:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _write_curves(self, folder: Path, record: dict[str, Any]) -> None:
+        if self._curves is None:
+            try:
+                self._curves = _Curves(folder, self._first)
+            except ImportError:
+                # The same numbers are in metrics.jsonl.
+                return
+        self._curves.add(_curves(record), record["epoch"])
+
+    def _line(self, record: dict[str, Any]) -> str:
+        domains = record["domains"].values()
+        accuracy = sum(one["evaluated"] for one in domains) / len(domains)
+        kept = " ".join(f"{name} {one['kept']:.3f}" for name, one in record["domains"].items())
+        return (
+            f"epoch {record['epoch']}/{self.epochs}  accuracy {accuracy:.2f} %  kept {kept}  "
+            f"union {record['union']:.3f}  intersection {record['intersection']:.3f}  {record['seconds']:.1f} s"
+        )
+
+
+def checked_results(value: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a results.json, as it is.
+
+    Raises:
+        FileError: if it is not as a run writes it.
+    """
+    return _checked(_Results, value, str(path))
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The results.json of a finished run.
+
+    Raises:
+        FileError: if there is none, or it is not as a run writes it.
+    """
+    path = Path(folder, "results.json")
+    return checked_results(read_json(path), path)

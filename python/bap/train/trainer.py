@@ -1,0 +1,416 @@
+r"""Joint training of all domains under their budgets:  Σ_d [ CE_d + L_B,d ] + λ_PS L_PS   (BAP, arXiv 2309.11464).
+
+A step is of one domain: it takes the gradient of the whole objective in what that domain owns, its switches, batch norm
+and classifier, while the other domains' switches are constants [R]. Over a round of domains that is the whole gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bap_kernels as bk
+from bap.config import Config
+from bap.data import Domain
+from bap.files import FileError, remove_leftovers
+from bap.prune.layers import SwitchBank, conv_specs
+from bap.train.budget import Multiplier, project, share, switch_costs
+from bap.train.domains import source_of
+from bap.train.evaluate import Accuracy, check_splits, evaluate
+from bap.train.layer_times import LayerTimes
+from bap.train.network import switched_network
+from bap.train.processes import Processes
+from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, weights_digest
+from bap.train.run_log import RunLog
+from bap.train.schedule import learning_rate, steps_of, turns_of
+from bap.train.sharing import SharingWeight, intersection, relax, sharing_loss, union
+from bap.train.state import load_state, save_state
+
+__all__ = ["TrainError", "Trainer", "backend_of"]
+
+STATE = "state.safetensors"
+
+
+class TrainError(RuntimeError):
+    """Training cannot go on: a loss or a parameter is not finite."""
+
+
+def backend_of(config: Config) -> str:
+    """The kernels of a run: never ``auto``, whose choice is measured and may differ between two runs."""
+    if config.run.backend is not None:
+        return config.run.backend
+    from bap_kernels import _C
+
+    return "native" if config.run.device == "cpu" and _C.why_not("native") is None else "aten"
+
+
+class Trainer:
+    """Trains one network for all domains.
+
+    The constructor checks its arguments and keeps them. :meth:`open` joins the other processes, seeds, builds the
+    network and loads the state; :meth:`fit` does so where it was not done.
+
+    Args:
+        config: the settings.
+        domains: the data, {name: Domain}.
+        folder: where state, metrics and results go; None keeps nothing.
+        resume: go on from the folder's state, if there is one.
+        progress: as in :class:`bap.train.run_log.RunLog`.
+        layer_times: for the measure ``time``, see :func:`bap.train.layer_times.measure_layers`.
+        model: a network to go on with, which may have further domains: these stay as they are, and the sharing loss
+            sees them. None makes a new one.
+
+    Attributes:
+        model: the network; this and what follows is there once the trainer is open.
+        bank: its switches, s.
+        costs: (M,), a.
+        beta: β.
+        multipliers: {domain: λ_d, of its budget}.
+        sharing_weight: λ_PS.
+        epoch: epochs that are done.
+        projected_off: {domain: switches that the projection turned off}.
+
+    Raises:
+        ValueError: if a domain lacks images or labels.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        domains: Mapping[str, Domain],
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool | None = None,
+        layer_times: LayerTimes | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        check_splits(domains, config.data.evaluate_on)
+        self.config = config
+        self.domains = dict(domains)
+        self.folder = None if folder is None else Path(folder)
+        self.resume = resume
+        self.progress = progress
+        self.layer_times = layer_times
+        self.size = next(iter(self.domains.values())).size
+        self.is_open = False
+        self._given_model = model
+
+    def open(self) -> Trainer:
+        """Makes everything that training needs; a second call does nothing.
+
+        Returns:
+            The trainer itself.
+
+        Raises:
+            ValueError: for settings that do not fit the data, or, to go on, are not those of the state.
+            FileError: if the state is damaged or of another network.
+        """
+        if self.is_open:
+            return self
+        config = self.config
+        self.processes = Processes(config.run.device)
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        self._build(self._given_model)
+        self.epoch = 0
+        self.projected_off: dict[str, int] = {}
+        self._set_trainable()
+        self.optimizers = self._optimizers()
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.run.amp == "fp16")
+        first = self.processes.first
+        if self.folder is not None:
+            if self.resume and (self.folder / STATE).exists():
+                self._load(self.folder / STATE)
+            if first:
+                remove_leftovers(self.folder)
+        self.ddp_model = self.processes.parallel(self.model)
+        self.log = RunLog(
+            self.folder if first else None,
+            config.schedule.epochs,
+            self.epoch,
+            self.progress if first else False,
+            config.run.log_every,
+        )
+        self.is_open = True
+        return self
+
+    def _build(self, model: nn.Module | None) -> None:
+        """The network, and what the settings and its layers say about budgets and losses."""
+        config, device = self.config, self.processes.device
+        classes = {name: len(domain.classes) for name, domain in self.domains.items()}
+        self.model = (switched_network(config, classes) if model is None else model).to(device)
+        self.bank = SwitchBank(self.model)
+        bk.set_domain(self.model, next(iter(self.domains)))
+        specs = conv_specs(self.model, torch.zeros(1, 3, self.size, self.size, device=device))
+        times = self.layer_times
+        self.costs = switch_costs(
+            config.budget.measure,
+            {name: specs[name] for name in self.bank.names},
+            None if times is None else times.per_channel,
+        )
+        self._cost_shares = (self.costs / self.costs.sum()).float().to(device)
+        self.beta = config.budget.beta
+        if config.budget.milliseconds is not None:
+            fixed = 0.0 if times is None else times.fixed
+            self.beta = min(1.0, (config.budget.milliseconds - fixed) / float(self.costs.sum()))
+            if self.beta <= 0:
+                raise ValueError(
+                    f"Trainer(): expected `budget.milliseconds` to be above {fixed:.3f} ms, which the layers take "
+                    f"without channels, got {config.budget.milliseconds}."
+                )
+        source = source_of(config, self.domains)
+        self.dense_domains = {source} if config.data.source_mode == "dense" and source in self.domains else set()
+        self.multipliers = {
+            name: Multiplier(self.beta, config.budget.multiplier_rate)
+            for name in self.domains
+            if name not in self.dense_domains
+        }
+        sharing = config.sharing
+        self.sharing_weight = SharingWeight(sharing.weight, sharing.learnable, sharing.rate, sharing.slack)
+        self._weights_digest = weights_digest(config)
+
+    def _set_trainable(self) -> None:
+        own = {name for name, _ in bk.nn.domain_parameters(self.model)}
+        for name, parameter in self.model.named_parameters():
+            if name not in own:
+                parameter.requires_grad_(self.config.optimiser.train_backbone)
+        for name in self.dense_domains | (set(self.bank.domains) - set(self.domains)):
+            self._freeze(name)
+
+    def _freeze(self, domain: str) -> None:
+        for switch in self.bank.of(domain):
+            switch.score.requires_grad_(False)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        rates = self.config.optimiser
+        kinds: dict[str, list[nn.Parameter]] = {"switch": [], "norm": [], "head": [], "backbone": []}
+        heads = {p for m in self.model.modules() if isinstance(m, bk.nn.DomainLinear) for p in m.parameters()}
+        own = {parameter for _, parameter in bk.nn.domain_parameters(self.model)}
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".score"):
+                kinds["switch"].append(parameter)
+            elif parameter in heads:
+                kinds["head"].append(parameter)
+            else:
+                kinds["norm" if parameter in own else "backbone"].append(parameter)
+
+        def group(kind: str, rate: float) -> dict[str, Any]:
+            return {"params": kinds[kind], "lr": rate, "base": rate}
+
+        sgd = [group("head", rates.lr_head)]
+        if rates.train_backbone:
+            sgd.append(group("backbone", rates.lr_backbone))
+        return {
+            "adam": torch.optim.Adam([group("switch", rates.lr_switch), group("norm", rates.lr_norm)]),
+            "sgd": torch.optim.SGD(sgd, momentum=rates.momentum, weight_decay=rates.weight_decay),
+        }
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the switches are projected and fixed."""
+        return self.epoch >= self.config.switches.freeze_at * self.config.schedule.epochs
+
+    def fit(self, until: int | None = None, after_epoch: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Trains up to an epoch, or to the end, where the budgets hold exactly.
+
+        Args:
+            until: the epoch to stop after; None is the last one.
+            after_epoch: called with the record of every epoch, after the state was written.
+
+        Raises:
+            FileError: if a file cannot be written, or another run writes into the folder.
+            TrainError: if a loss or a parameter is not finite; the state of the last epoch stays.
+        """
+        self.open()
+        last = self.config.schedule.epochs if until is None else min(until, self.config.schedule.epochs)
+        with self.processes.lock(self.folder), bk.use_backend(backend_of(self.config)):
+            if self.frozen:
+                self._freeze_switches()
+            while self.epoch < last:
+                record = self._train_epoch()
+                self.epoch += 1
+                record["epoch"] = self.epoch
+                if self.frozen or self.epoch == self.config.schedule.epochs:
+                    self._freeze_switches()
+                self._describe(record)
+                # First the record: a resumed run drops records that no state belongs to.
+                self.log.add(record)
+                if self.folder is not None and self.processes.first:
+                    self._save(self.folder / STATE)
+                self.processes.wait()
+                if after_epoch is not None:
+                    after_epoch(record)
+
+    def _train_epoch(self) -> dict[str, Any]:
+        config = self.config
+        started = time.perf_counter()
+        # Whatever draws from the global generator, such as dropout, draws the same after a resumption.
+        torch.manual_seed(config.run.seed * 1_000_003 + self.epoch)
+        factor = learning_rate(config.schedule.decay, self.epoch, config.schedule.epochs)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * factor
+        self.ddp_model.train()
+        seen = {name: Accuracy() for name in self.domains}
+        processes = self.processes
+        steps = sum(steps_of(domain, config.schedule.batch, processes.world) for domain in self.domains.values())
+        turns = turns_of(self.domains, config, self.epoch, processes.rank, processes.world)
+        for number, (name, images, labels) in enumerate(turns, 1):
+            self._step(name, images, labels, seen[name])
+            self.log.step(self.epoch + 1, number, steps, name, seen[name].mean_loss)
+        self._check_finite()
+        losses = {name: one.reduced() for name, one in seen.items()}
+        return {
+            "epoch": self.epoch,
+            "seconds": time.perf_counter() - started,
+            "rate": factor,
+            "domains": {name: {"loss": one.mean_loss, "accuracy": one.percent} for name, one in losses.items()},
+        }
+
+    def _check_finite(self) -> None:
+        # The last step's gradient is seen by no loss.
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.detach().isfinite().all()):
+                raise self._not_finite(f"parameter {name!r}")
+
+    def _not_finite(self, what: str) -> TrainError:
+        trained = {"lr_backbone"} if self.config.optimiser.train_backbone else set()
+        rates = self.config.optimiser.model_dump(include={"lr_switch", "lr_norm", "lr_head"} | trained)
+        return TrainError(
+            f"Trainer.fit(): expected losses and parameters to stay finite, got another {what} in epoch "
+            f"{self.epoch + 1}. Hint: lower a learning rate of {rates}. What was saved of earlier epochs is unchanged."
+        )
+
+    def _step(self, name: str, x: Tensor, y: Tensor, seen: Accuracy) -> None:
+        config, device = self.config, self.processes.device
+        bk.set_domain(self.model, name)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        parts = list(zip(*(tensor.to(device).chunk(config.schedule.accumulate) for tensor in (x, y)), strict=True))
+        for number, (images, labels) in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.processes.no_sync(self.ddp_model):
+                with self._autocast():
+                    logits = self.ddp_model(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise self._not_finite(f"loss of {name!r}, {value},")
+                seen.add(logits.detach(), labels, value)
+                total = loss * (len(images) / len(x))
+                if last and name in self.multipliers and not self.frozen:
+                    total = total + self._penalty(name)
+                self.scaler.scale(total).backward()
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.run.amp is None:
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.run.amp == "bf16" else torch.float16
+        return torch.autocast(self.processes.device.type, dtype)
+
+    def _penalty(self, name: str) -> Tensor:
+        """λ_d-weighted budget and λ_PS-weighted sharing loss in one domain's switches; one step of dual ascent."""
+        config = self.config
+        switches = self.bank.switches(name)
+        used = share(switches, self._cost_shares)
+        multiplier = self.multipliers[name]
+        total = multiplier.loss(used)
+        others = [one for one in self.bank.domains if one != name and one not in self.dense_domains]
+        if config.sharing.loss is not None and others:
+            if config.sharing.relaxed:
+                rows = [self._relaxed(name), *(self._relaxed(one).detach() for one in others)]
+            else:
+                rows = [switches, *(self.bank.mask(one).to(switches.dtype) for one in others)]
+            loss = sharing_loss(config.sharing.loss, torch.stack(rows), self._cost_shares, self.beta)
+            total = total + self.sharing_weight.value * loss
+            self.sharing_weight.update(float(loss.detach()))
+        multiplier.update(float(used.detach()))
+        return total
+
+    def _relaxed(self, name: str) -> Tensor:
+        return relax(self.bank.scores(name), self.bank.thresholds(name), self.config.sharing.temperature)
+
+    def used(self, domain: str) -> float:
+        """θ̄ of a domain, exact."""
+        return float(share(self.bank.mask(domain).cpu(), self.costs))
+
+    def _freeze_switches(self) -> None:
+        """Projects every domain whose budget does not hold, and freezes all switches."""
+        for name in self.multipliers:
+            projection = project(
+                self.bank.scores(name),
+                self.bank.thresholds(name),
+                self.costs,
+                self.beta,
+                self.bank.sizes,
+                self.config.switches.keep_at_least,
+            )
+            if projection.turned_off:
+                self.bank.write(name, projection.scores)
+                self._recalibrate(name)
+            self.projected_off[name] = self.projected_off.get(name, 0) + projection.turned_off
+            self._freeze(name)
+
+    def _recalibrate(self, name: str) -> None:
+        processes = self.processes
+        key = (self.config.run.seed, self.epoch, "recalibrate")
+        batches = self.domains[name].batches("train", self.config.schedule.batch, key, processes.rank, processes.world)
+        bk.nn.recalibrate_bn(self.model, batches, name, 16)
+        processes.average_statistics(self.ddp_model, name)
+
+    def _describe(self, record: dict[str, Any]) -> None:
+        processes = self.processes
+        for name, one in record["domains"].items():
+            found = evaluate(
+                self.model, self.domains[name], self.config.data.evaluate_on, rank=processes.rank, world=processes.world
+            )
+            used = self.used(name)
+            one.update(evaluated=found.percent, kept=used, gap=used - self.beta)
+            one["multiplier"] = self.multipliers[name].value if name in self.multipliers else 0.0
+        masks = self.bank.masks().cpu().double()
+        total = float(self.costs.sum())
+        record["intersection"] = float(intersection(masks, self.costs)) / total
+        record["union"] = float(union(masks, self.costs)) / total
+        record["sharing_weight"] = self.sharing_weight.value
+        record["projected_off"] = sum(self.projected_off.values())
+
+    def _save(self, path: Path) -> None:
+        progress = {
+            "epoch": self.epoch,
+            "multipliers": {name: one.value for name, one in self.multipliers.items()},
+            "sharing_weight": self.sharing_weight.value,
+            "projected_off": self.projected_off,
+            "scaler": self.scaler.state_dict(),
+            "config": self.config.as_dict(),
+            "data": data_fingerprint(self.domains),
+            "weights": self._weights_digest,
+        }
+        save_state(path, self.model, self.optimizers, progress)
+
+    def _load(self, path: Path) -> None:
+        try:
+            progress = load_state(path, self.model, self.optimizers, self._check_same)
+            self.epoch = int(progress["epoch"])
+            for name, value in progress["multipliers"].items():
+                self.multipliers[name].value = float(value)
+            self.sharing_weight.value = float(progress["sharing_weight"])
+            # Version 0.1.0 wrote "taken".
+            self.projected_off = dict(progress["projected_off" if "projected_off" in progress else "taken"])
+            self.scaler.load_state_dict(progress["scaler"])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None
+
+    def _check_same(self, progress: Mapping[str, Any], path: Path) -> None:
+        check_same_settings(progress["config"], self.config, str(path), progress["epoch"], progress.get("weights"))
+        check_same_data(progress.get("data"), self.domains, path)
