@@ -1,9 +1,10 @@
 """Convolutions that read and compute only the channels that a domain keeps, as drop-in ``torch.nn`` layers."""
 
-from bap_kernels import counters, nn
+from bap_kernels import config, counters, nn, triton  # noqa: F401  config: deprecated; triton registers its ops
 from bap_kernels import flops as _flops  # noqa: F401  registers its formulas
+from bap_kernels._version import __version__ as __version__
 from bap_kernels.channels import ChannelLists
-from bap_kernels.config import (
+from bap_kernels.dispatch import (
     choices,
     clear_choices,
     clear_packed_cache,
@@ -27,8 +28,6 @@ from bap_kernels.plan import (
 )
 from bap_kernels.table import ChannelTable
 from bap_kernels.tune import tune
-
-__version__ = "0.2.0"
 
 __all__ = [
     "ChannelLists",

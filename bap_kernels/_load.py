@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 # Before the extension, which finds torch's libraries already loaded.
 import torch
 
+from bap_kernels.settings import settings
+
 if TYPE_CHECKING:
     from types import ModuleType
 
     from bap_kernels import _C
 
-__all__ = ["_C", "cuda_library_is_simulated", "why_not_cuda_library"]
+__all__ = ["_C", "cuda_library_is_simulated", "cuda_library_problem"]
 
 _BUILD = "Hint: build it with `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace`."
 
@@ -39,8 +41,7 @@ def _load_file(path: str, name: str, variable: str) -> ModuleType:
     return module
 
 
-def _load_library() -> ModuleType:
-    path = os.environ.get("BAP_KERNELS_LIBRARY")
+def _load_library(path: str) -> ModuleType:
     try:
         if path:
             return _load_file(path, "bap_kernels._C", "BAP_KERNELS_LIBRARY")
@@ -58,9 +59,8 @@ def _load_library() -> ModuleType:
         ) from error
 
 
-def _load_cuda_library() -> tuple[ModuleType | None, str | None]:
+def _load_cuda_library(path: str) -> tuple[ModuleType | None, str | None]:
     """Loads ``_C_cuda`` where it is built; returns it, or the reason where it is not there."""
-    path = os.environ.get("BAP_KERNELS_CUDA_LIBRARY")
     if path:
         return _load_file(path, "bap_kernels._C_cuda", "BAP_KERNELS_CUDA_LIBRARY"), None
     if importlib.util.find_spec("bap_kernels._C_cuda") is None:
@@ -72,7 +72,7 @@ def _load_cuda_library() -> tuple[ModuleType | None, str | None]:
 
 
 if not TYPE_CHECKING:
-    _C = _load_library()
+    _C = _load_library(settings.library)
 
-_cuda_library, why_not_cuda_library = _load_cuda_library()
+_cuda_library, cuda_library_problem = _load_cuda_library(settings.cuda_library)
 cuda_library_is_simulated = bool(getattr(_cuda_library, "simulated", 0))

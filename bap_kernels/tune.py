@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bap_kernels.config import use_backend
+from bap_kernels.dispatch import use_backend
 
 if TYPE_CHECKING:
     from bap_kernels.triton.tuning import Tuned
@@ -44,6 +44,7 @@ def tune(model: nn.Module, example: Tensor | tuple[Any, ...], backward: bool = F
     """
     inputs = example if isinstance(example, tuple) else (example,)
     with use_backend("triton"):
+        # Deferred: it imports Triton.
         from bap_kernels.triton.tuning import tuning
 
         with tuning() as found, torch.set_grad_enabled(backward):

@@ -8,7 +8,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
-from bap_kernels.config import ENVIRONMENT
+from bap_kernels.settings import ENVIRONMENT
 
 
 class EnvironmentTable(Directive):
@@ -22,7 +22,7 @@ class EnvironmentTable(Directive):
                 lines.append(f"   {'* -' if place == 0 else '  -'} {cell}")
         parent = nodes.section()
         parent.document = self.state.document
-        self.state.nested_parse(StringList(lines, source="bap_kernels.config"), self.content_offset, parent)
+        self.state.nested_parse(StringList(lines, source="bap_kernels.settings"), self.content_offset, parent)
         return list(parent.children)
 
     def _rows(self) -> list[tuple[str, str, str, str]]:

@@ -23,9 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_large = pytest.mark.skip(reason="large test: set BAP_KERNELS_TEST_LARGE=1 to run it")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "large" in item.keywords and os.environ.get("BAP_KERNELS_TEST_LARGE") != "1":
+        if item.get_closest_marker("large") and os.environ.get("BAP_KERNELS_TEST_LARGE") != "1":
             item.add_marker(no_large)
 
 

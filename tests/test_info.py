@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import _load, config
+from bap_kernels import _load, dispatch, settings
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_public_names_are_there() -> None:
-    for module in (bk, bk.nn, config):
+    for module in (bk, bk.nn, dispatch, settings):
         for name in module.__all__:
             assert hasattr(module, name), name
 
@@ -35,7 +35,7 @@ def test_info_states_the_facts() -> None:
     with bk.use_backend("aten"):
         assert bk.info().backend == "aten"
     assert facts.packed_cache.keys() >= {"bytes", "entries", "limit_bytes", "hits", "misses", "evictions"}
-    assert facts.choice_file == config.settings.choice_file
+    assert facts.choice_file == settings.settings.choice_file
     assert facts.cpu
     assert re.search(rf"^cpu +{re.escape(facts.cpu)}$", str(facts), re.MULTILINE)
 
@@ -49,10 +49,10 @@ def test_info_names_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_counts_the_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "choices-v5.tsv").write_bytes(b"12345")
-    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=tmp_path))
+    monkeypatch.setattr(settings, "settings", dataclasses.replace(settings.settings, cache_dir=tmp_path))
     assert bk.info().choice_bytes == 5
     assert str(tmp_path / "choices-v5.tsv") in str(bk.info())
-    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cache_dir=None))
+    monkeypatch.setattr(settings, "settings", dataclasses.replace(settings.settings, cache_dir=None))
     assert bk.info().choice_file is None
     assert bk.info().choice_bytes == 0
 
@@ -100,12 +100,13 @@ def test_use_backend_refuses() -> None:
 
 
 def test_environment_defaults() -> None:
-    assert config.read_environment({}) == config.Settings(None, "auto", Path.home() / ".cache" / "bap_kernels", 2**30)
-    assert config.read_environment({"BAP_KERNELS_BACKEND": "", "BAP_KERNELS_ISA": " "}) == config.read_environment({})
+    defaults = settings.read_environment({})
+    assert defaults == settings.Settings(None, "auto", Path.home() / ".cache" / "bap_kernels", 2**30)
+    assert settings.read_environment({"BAP_KERNELS_BACKEND": "", "BAP_KERNELS_ISA": " "}) == defaults
 
 
 def test_environment_values() -> None:
-    settings = config.read_environment(
+    found = settings.read_environment(
         {
             "BAP_KERNELS_ISA": "AVX2",
             "BAP_KERNELS_BACKEND": " aten ",
@@ -113,9 +114,9 @@ def test_environment_values() -> None:
             "BAP_KERNELS_PACKED_CACHE_BYTES": "0",
         }
     )
-    assert settings == config.Settings("avx2", "aten", Path("/somewhere"), 0)
-    assert settings.choice_file == Path("/somewhere/choices-v5.tsv")
-    assert config.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
+    assert found == settings.Settings("avx2", "aten", Path("/somewhere"), 0)
+    assert found.choice_file == Path("/somewhere/choices-v5.tsv")
+    assert settings.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
 
 
 @pytest.mark.parametrize("text", ["~/x", "~nosuch/x", "~nosuch"])
@@ -126,7 +127,7 @@ def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypat
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", missing)
     monkeypatch.setattr("pwd.getpwnam", missing)
-    found = config.read_environment({"BAP_KERNELS_CACHE_DIR": text})
+    found = settings.read_environment({"BAP_KERNELS_CACHE_DIR": text})
     assert (found.cache_dir, found.choice_file) == (None, None)
     assert found.cache_problem == f"`{text}` has no home folder in front"
 
@@ -134,7 +135,7 @@ def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypat
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("BAP_KERNELS_ISA", "sse", f"to be one of {', '.join(config.ISAS)}, got 'sse'"),
+        ("BAP_KERNELS_ISA", "sse", f"to be one of {', '.join(settings.ISAS)}, got 'sse'"),
         ("BAP_KERNELS_BACKEND", "fast", "to be one of auto, native, aten, triton, cuda, got 'fast'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "-1", "to be a number of bytes, .* got '-1'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "1GiB", "to be a number of bytes, .* got '1GiB'"),
@@ -153,11 +154,11 @@ def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypat
 )
 def test_environment_refuses(name: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"bap_kernels: expected `{name}` {message}"):
-        config.read_environment({name: value})
+        settings.read_environment({name: value})
 
 
 def test_the_table_names_every_variable_that_is_read() -> None:
-    names = {one.name for one in config.ENVIRONMENT}
+    names = {each.name for each in settings.ENVIRONMENT}
     sources = [
         *ROOT.glob("bap_kernels/**/*.py"),
         *ROOT.glob("tools/*.py"),
@@ -173,37 +174,43 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.delenv("BAP_KERNELS_LIBRARY", raising=False)
     monkeypatch.setattr(_load.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"bap_kernels._C is not built. Hint: build it with .*setup.py build_ext"):
-        _load._load_library()
+        _load._load_library("")
 
 
 def test_library_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def unresolved(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.delenv("BAP_KERNELS_LIBRARY", raising=False)
     monkeypatch.setattr(_load.importlib, "import_module", unresolved)
     with pytest.raises(ImportError, match=r"does not load with torch .*undefined symbol.* built against another torch"):
-        _load._load_library()
+        _load._load_library("")
 
 
 def test_named_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = str(tmp_path / "_C.so")
-    monkeypatch.setenv("BAP_KERNELS_LIBRARY", path)
     with pytest.raises(ImportError, match=rf"`BAP_KERNELS_LIBRARY` to name a built extension, got '{path}'. Hint"):
-        _load._load_library()
+        _load._load_library(path)
 
 
 def test_named_cuda_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = str(tmp_path / "_C_cuda.so")
-    monkeypatch.setenv("BAP_KERNELS_CUDA_LIBRARY", path)
     with pytest.raises(ImportError, match=rf"`BAP_KERNELS_CUDA_LIBRARY` to name a built extension, got '{path}'. Hint"):
-        _load._load_cuda_library()
+        _load._load_cuda_library(path)
 
 
 def test_cuda_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BAP_KERNELS_CUDA_LIBRARY", raising=False)
     monkeypatch.setattr(_load.importlib.util, "find_spec", lambda name: None)
-    assert _load._load_cuda_library() == (None, "bap_kernels._C_cuda is not built")
+    assert _load._load_cuda_library("") == (None, "bap_kernels._C_cuda is not built")
+
+
+def test_the_old_module_says_where_its_names_are() -> None:
+    with pytest.warns(DeprecationWarning, match=r"it is bap_kernels\.dispatch\.use_backend now"):
+        assert bk.config.use_backend is bk.use_backend
+    with pytest.warns(DeprecationWarning, match=r"it is bap_kernels\.dispatch\.unsupported_reason now"):
+        assert bk.config.why_not("aten") is None
+    with pytest.warns(DeprecationWarning, match=r"it is bap_kernels\.settings\.settings now"):
+        assert bk.config.settings is settings.settings
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bk.config.nothing  # noqa: B018

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels.config import read_environment
+from bap_kernels.settings import read_environment
 
 
-@pytest.mark.skipif(bk.config.why_not("triton") is None, reason="Triton can run here")
+@pytest.mark.skipif(bk.dispatch.unsupported_reason("triton") is None, reason="Triton can run here")
 def test_it_says_why_it_cannot() -> None:
     with pytest.raises(ImportError, match="got 'triton': "):
         bk.tune(torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8))

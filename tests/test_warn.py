@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import _C, _warn, config
+from bap_kernels import _C, _warn
+from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
 
 
@@ -24,7 +25,7 @@ def wrong_file(tmp_path: Path) -> Iterator[Path]:
     _C.set_choice_file(str(path))
     yield path
     _C.clear_choices()
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def ask() -> None:

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import configs, launch, launch_backward
+from bap_kernels.triton.arguments import Mixed
 from bap_kernels.triton.configs import Config
-from bap_kernels.triton.launch import Copy, Epilogue, Mixed
+from bap_kernels.triton.launch import DualStore, Epilogue
+from bap_kernels.triton.launch_spec import Geometry, Launch, Target
 from bap_kernels.triton.lists import ChannelList
-from bap_kernels.triton.recipe import Geometry, Launch, Target
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -124,7 +125,7 @@ def _mixed() -> Mixed:
 def _copied(case: Case, channels_last: bool) -> Epilogue:
     # What the end of a residual block asks for, which needs the most registers at the end.
     x = _tensor((BATCH, WIDTH, SIDE, SIDE), case.dtype, channels_last)
-    copy = Copy(_tensor((BATCH, KEPT, SIDE, SIDE), case.dtype, channels_last), _tensor((WIDTH,), torch.int32))
+    copy = DualStore(_tensor((BATCH, KEPT, SIDE, SIDE), case.dtype, channels_last), _tensor((WIDTH,), torch.int32))
     vector = _tensor((WIDTH,), torch.float32)
     return Epilogue(None, vector, vector, x, True, copy)
 
@@ -248,19 +249,26 @@ def source_of(step: Launch) -> Any:
     """Triton's source of a launch, specialised as a launch on a GPU specialises it."""
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
-    for place, (name, value) in enumerate(zip(step.recipe.kernel.arg_names, step.arguments, strict=False)):
+    kernel, constants, attributes = step.spec.kernel, {}, {}
+
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            types = [type_of(each, (*path, number)) for number, each in enumerate(value)]
+            return type(value)(*types)  # named, as the kernel asks for members by name
         if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return POINTERS[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
+
+    signature = {}
+    for number, (parameter, value) in enumerate(zip(kernel.params, step.arguments, strict=True)):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(number,)] = "constexpr", value
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(step.recipe.constants, "constexpr")
-    return ASTSource(step.recipe.kernel, signature, {**constants, **step.recipe.constants}, attributes)
+            signature[parameter.name] = type_of(value, (number,))
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def occupancy(arch: int, warps: int, registers: int, shared_bytes: int) -> int:
@@ -320,10 +328,10 @@ def compile_case(case: Case) -> Code:
 
     start = time.perf_counter()
     step = describe(case)
-    made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=step.recipe.options)
+    made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=step.spec.options)
     ptx, usage, shared = made.asm["ptx"], resource_usage(made.asm["cubin"]), int(made.metadata.shared)
-    blocks = occupancy(case.arch, step.recipe.config.warps, usage["REG"], shared)
-    config = step.recipe.config
+    blocks = occupancy(case.arch, step.spec.config.warps, usage["REG"], shared)
+    config = step.spec.config
     tile = f"{config.BM}x{config.BN}x{config.BK} w{config.warps} s{config.stages}"
     return Code(
         *(case.kernel, case.arch, case.products, case.shape, tile, usage["REG"], shared),
@@ -331,7 +339,7 @@ def compile_case(case: Case) -> Code:
         copies_16=copies_of_16(ptx),
         products_found=next((name for name in reversed(ANY_PRODUCTS) if name in ptx), "fma"),
         blocks_per_processor=blocks,
-        occupancy=blocks * step.recipe.config.warps / WARPS,
+        occupancy=blocks * step.spec.config.warps / WARPS,
         seconds=round(time.perf_counter() - start, 1),
         wrong=check(case, ptx, usage, shared),
     )

@@ -49,7 +49,7 @@ class Setting:
 
     def backends(self) -> list[str]:
         """The backends that can run here, besides the CPU's."""
-        return [name for name in ("auto", "triton", "cuda") if bk.config.why_not(name) is None]
+        return [name for name in ("auto", "triton", "cuda") if bk.dispatch.unsupported_reason(name) is None]
 
     def left(self) -> float:
         """Seconds that are left."""

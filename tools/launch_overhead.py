@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bap_kernels.triton import ops
-from bap_kernels.triton.recipe import Launch
+from bap_kernels.triton.launch_spec import Launch
 
 ARCH = 90
 

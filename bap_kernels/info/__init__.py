@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-from bap_kernels import config
-from bap_kernels._load import _C, why_not_cuda_library
+from bap_kernels import settings
+from bap_kernels._load import _C, cuda_library_problem
+from bap_kernels._version import __version__
+from bap_kernels.dispatch import choices, packed_cache_info, unsupported_reason
 
 __all__ = ["Info", "info"]
 
@@ -100,14 +102,11 @@ def info() -> Info:
         >>> bk.info().backends["aten"] is None
         True
     """
-    # When this runs the package is imported whole; this module is imported before its version is set.
-    import bap_kernels
-
-    file = config.settings.choice_file
-    choices = len(config.choices())  # reads the file, which may show that it cannot be used
+    file = settings.settings.choice_file
+    count = len(choices())  # reads the file, which may show that it cannot be used
     return Info(
         versions={
-            "bap_kernels": bap_kernels.__version__,
+            "bap_kernels": __version__,
             "torch": torch.__version__,
             "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
             "cuda of torch": torch.version.cuda or "none",
@@ -118,14 +117,14 @@ def info() -> Info:
         avx512_bf16=_C.has_avx512_bf16(),
         threads=torch.get_num_threads(),
         backend=_C.get_backend(),
-        backends={name: config.why_not(name) for name in config.BACKENDS if name != "auto"},
-        cuda_library=why_not_cuda_library,
+        backends={name: unsupported_reason(name) for name in settings.BACKENDS if name != "auto"},
+        cuda_library=cuda_library_problem,
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         build=dict(_C.build_facts()),
         choice_file=file,
         choice_problem=_C.choice_file_problem() or None,
         choice_bytes=os.path.getsize(file) if file is not None and os.path.isfile(file) else 0,
-        choices=choices,
-        packed_cache=config.packed_cache_info(),
-        environment={one.name: os.environ[one.name] for one in config.ENVIRONMENT if one.name in os.environ},
+        choices=count,
+        packed_cache=packed_cache_info(),
+        environment={each.name: os.environ[each.name] for each in settings.ENVIRONMENT if each.name in os.environ},
     )

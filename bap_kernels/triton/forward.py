@@ -11,9 +11,9 @@ Shared memory: num_stages tiles of x (BM x BK) and w (BK x BN), laid out by the 
 Needs:  w packed (K_out, taps, K_in), channels contiguous; lists within range; kH and kW of at most 32; N * oH * oW
         below 2^31.
 Allows: any strides and int64 offsets; lists of channels or of aligned blocks; a count of channels on the device, which
-        cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch (MIXED), where
-        each domain's run of images has its list and weight, and `tiles` holds (first pixel, run) of every pixel tile;
-        a second store (HAS_COPY) of the filters j whose places[j] is a channel of `copy`; those at -1 are left out.
+        cuts the in-list short; a full-width result, whose other channels are left alone; a mixed batch, where
+        each domain's run of images has its list and weight, and `mixed.tiles` holds (first pixel, run) of every tile;
+        a second store of the filters j whose dual_channels[j] is a channel of `dual`; those at -1 are left out.
 Accumulates in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
@@ -22,11 +22,21 @@ Accumulates in float32. No atomics: the result does not vary between runs.
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels, reaching, run_of_batch, swizzled_tile
+from bap_kernels.triton.device_functions import (
+    apply_epilogue,
+    apply_prologue,
+    listed_channels,
+    load_run,
+    multiply_add,
+    pixel_coordinates,
+    pixel_offsets,
+    swizzled_tile,
+    within_mask,
+)
 
 __all__ = ["gathered_conv2d_fwd_kernel"]
 
-COPIED_AT_ONCE = tl.constexpr(8)
+FILTERS_PER_STORE = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,178 +44,103 @@ def gathered_conv2d_fwd_kernel(
     x,
     w,
     y,
-    in_list,
-    out_list,
-    count,
-    bias,
-    in_scale,
-    in_shift,
-    out_scale,
-    out_shift,
-    residual,
-    copy,
-    places,
-    runs,
-    tiles,
-    pixels,
-    H,
-    W,
-    oH,
-    oW,
-    K_in,
-    K_out,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wj,
-    stride_wt,
-    stride_yn,
-    stride_yc,
-    stride_yh,
-    stride_yw,
-    stride_rn,
-    stride_rc,
-    stride_rh,
-    stride_rw,
-    stride_cn,
-    stride_cc,
-    stride_ch,
-    stride_cw,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    IN_LIST: tl.constexpr,
-    OUT_LIST: tl.constexpr,
-    MIXED: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_IN_SCALE: tl.constexpr,
-    HAS_IN_SHIFT: tl.constexpr,
-    IN_RELU: tl.constexpr,
-    HAS_OUT_SCALE: tl.constexpr,
-    HAS_OUT_SHIFT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    OUT_RELU: tl.constexpr,
-    FULL_WIDTH: tl.constexpr,
-    HAS_COPY: tl.constexpr,
-    INSIDE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    lists,
+    prologue,
+    epilogue,
+    mixed,
+    sizes,
+    strides,
+    CONV: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """See the file's head. INSIDE: no tap leaves the input; ALIGN_X divides the strides of n, h and w of x."""
-    TAPS: tl.constexpr = KH * KW
-    if MIXED:
-        tiles_n = tl.cdiv(K_out, BN)
+    """See the file's head; the groups are those of :mod:`bap_kernels.triton.arguments`.
+
+    OPTIONS.ALIGN_X divides the strides of n, h and w of x.
+    """
+    TAPS: tl.constexpr = CONV.KH * CONV.KW
+    pixels = sizes.pixels
+    K_in = sizes.K_in
+    K_out = sizes.K_out
+    in_list = lists.in_list
+    stride_wj = strides.w.row
+    stride_wt = strides.w.tap
+    if mixed is not None:
+        tiles_n = tl.cdiv(K_out, TILE.BN)
         tile_n = tl.program_id(0) % tiles_n
-        tile = tiles + tl.program_id(0) // tiles_n * 2
+        tile = mixed.tiles + tl.program_id(0) // tiles_n * 2
         start = tl.load(tile).to(tl.int32)
-        pixels, K_in, list_offset, w_offset, stride_wt = run_of_batch(runs, tl.load(tile + 1))
+        pixels, K_in, list_offset, w_offset, stride_wt = load_run(mixed.runs, tl.load(tile + 1))
         w += w_offset
         stride_wj = stride_wt * TAPS
-        if IN_LIST == 0:
+        if OPTIONS.IN_LIST == 0:
             # A compact copy, whose channels are padded with zeros as those of the weight are.
             K_in = stride_wt.to(tl.int32)
         else:
             in_list += list_offset
-            K_in = tl.multiple_of(K_in, [IN_LIST])
+            K_in = tl.multiple_of(K_in, [OPTIONS.IN_LIST])
     else:
-        tile_m, tile_n = swizzled_tile(tl.program_id(0), tl.cdiv(pixels, BM), tl.cdiv(K_out, BN), GROUP_M)
-        start = tile_m * BM
-    m = start + tl.arange(0, BM)
-    j = tile_n * BN + tl.arange(0, BN)
+        tiles_m = tl.cdiv(pixels, TILE.BM)
+        tile_m, tile_n = swizzled_tile(tl.program_id(0), tiles_m, tl.cdiv(K_out, TILE.BN), TILE.GROUP_M)
+        start = tile_m * TILE.BM
+    if lists.in_count is not None:
+        K_in = tl.load(lists.in_count)
+    m = start + tl.arange(0, TILE.BM)
+    j = tile_n * TILE.BN + tl.arange(0, TILE.BN)
     m_mask = m < pixels
     j_mask = j < K_out
-    ow = m % oW
-    oh = m // oW % oH
-    n = (m // (oW * oH)).to(tl.int64)
-    top = oh * SH - TOP
-    left = ow * SW - LEFT
-    rows = n * stride_xn + top.to(tl.int64) * stride_xh + left.to(tl.int64) * stride_xw
-    rows = tl.multiple_of(rows, [ALIGN_X])
-    if not INSIDE:
-        reach_h = reaching(top, H, DH, KH)
-        reach_w = reaching(left, W, DW, KW)
-    if HAS_COUNT:
-        K_in = tl.load(count)
+    n, oh, ow = pixel_coordinates(m, sizes.oH, sizes.oW)
+    top = oh * CONV.SH - CONV.TOP
+    left = ow * CONV.SW - CONV.LEFT
+    x_rows = tl.multiple_of(pixel_offsets(n, top, left, strides.x), [OPTIONS.ALIGN_X])
+    if not OPTIONS.INSIDE:
+        h_mask = within_mask(top, sizes.H, CONV.DH, CONV.KH)
+        w_mask = within_mask(left, sizes.W, CONV.DW, CONV.KW)
     w_columns = w + j.to(tl.int64) * stride_wj
 
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(0, tl.cdiv(K_in, BK) * TAPS):
+    acc = tl.zeros((TILE.BM, TILE.BN), dtype=tl.float32)
+    for step in range(0, tl.cdiv(K_in, TILE.BK) * TAPS):
         if TAPS == 1:
             kh = 0
             kw = 0
         else:
-            kh = step % TAPS // KW
-            kw = step % KW
-        k = step // TAPS * BK + tl.arange(0, BK)
+            kh = step % TAPS // CONV.KW
+            kw = step % CONV.KW
+        k = step // TAPS * TILE.BK + tl.arange(0, TILE.BK)
         k_mask = k < K_in
-        channels = listed_channels(in_list, k, k_mask, IN_LIST)
+        channels = listed_channels(in_list, k, k_mask, OPTIONS.IN_LIST)
         x_mask = m_mask
-        if not INSIDE:
-            x_mask = x_mask & (((reach_h >> kh) & (reach_w >> kw) & 1) != 0)
+        if not OPTIONS.INSIDE:
+            x_mask = x_mask & (((h_mask >> kh) & (w_mask >> kw) & 1) != 0)
         x_mask = x_mask[:, None]
-        w_mask = j_mask[None, :]
-        if not EVEN_K:
+        weight_mask = j_mask[None, :]
+        if not OPTIONS.EVEN_K:
             x_mask = x_mask & k_mask[None, :]
             # Rows of w end in zeros; those of channels behind a count hold anything.
-            w_mask = w_mask & (k_mask if HAS_COUNT else k < stride_wt)[:, None]
-        tap = tl.cast(kh * DH, tl.int64) * stride_xh + tl.cast(kw * DW, tl.int64) * stride_xw
-        tap = tl.multiple_of(tap, [ALIGN_X])
-        x_tile = tl.load(x + (rows + tap)[:, None] + channels.to(tl.int64)[None, :] * stride_xc, mask=x_mask, other=0.0)
-        w_tile = tl.load(w_columns[None, :] + (kh * KW + kw) * stride_wt + k[:, None], mask=w_mask, other=0.0)
-        if HAS_IN_SCALE or HAS_IN_SHIFT or IN_RELU:
-            value = x_tile.to(tl.float32)
-            if HAS_IN_SCALE:
-                value *= tl.load(in_scale + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            if HAS_IN_SHIFT:
-                value += tl.load(in_shift + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            if IN_RELU:
-                value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            x_tile = tl.where(x_mask, value, 0.0).to(x_tile.dtype)
-        if UPCAST:
-            x_tile = x_tile.to(tl.float32)
-            w_tile = w_tile.to(tl.float32)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            weight_mask = weight_mask & (k_mask if lists.in_count is not None else k < stride_wt)[:, None]
+        tap = tl.cast(kh * CONV.DH, tl.int64) * strides.x.h + tl.cast(kw * CONV.DW, tl.int64) * strides.x.w
+        x_pixels = x_rows + tl.multiple_of(tap, [OPTIONS.ALIGN_X])
+        x_tile = tl.load(x + x_pixels[:, None] + channels.to(tl.int64)[None, :] * strides.x.c, mask=x_mask, other=0.0)
+        w_tile = tl.load(w_columns[None, :] + (kh * CONV.KW + kw) * stride_wt + k[:, None], mask=weight_mask, other=0.0)
+        x_tile = apply_prologue(x_tile, x_mask, prologue, k, k_mask, OPTIONS.IN_RELU, 0)
+        acc = multiply_add(x_tile, w_tile, acc, OPTIONS.PRECISION, OPTIONS.UPCAST)
 
-    outputs = listed_channels(out_list, j, j_mask, OUT_LIST)
-    if HAS_BIAS:
-        acc += tl.load(bias + outputs, mask=j_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_OUT_SCALE:
-        acc *= tl.load(out_scale + j, mask=j_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_OUT_SHIFT:
-        acc += tl.load(out_shift + j, mask=j_mask, other=0.0).to(tl.float32)[None, :]
+    filters = listed_channels(lists.out_list, j, j_mask, OPTIONS.OUT_LIST)
     y_mask = m_mask[:, None] & j_mask[None, :]
-    if HAS_RESIDUAL:
-        place = n * stride_rn + oh.to(tl.int64) * stride_rh + ow.to(tl.int64) * stride_rw
-        place = place[:, None] + j.to(tl.int64)[None, :] * stride_rc
-        acc += tl.load(residual + place, mask=y_mask, other=0.0).to(tl.float32)
-    if OUT_RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    columns = outputs if FULL_WIDTH else j
-    place = n * stride_yn + oh.to(tl.int64) * stride_yh + ow.to(tl.int64) * stride_yw
-    place = place[:, None] + columns.to(tl.int64)[None, :] * stride_yc
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=y_mask)
-    if HAS_COPY:
+    acc = apply_epilogue(acc, epilogue, j, filters, j_mask, n, oh, ow, y_mask, strides.residual, OPTIONS.OUT_RELU, 0)
+    y_pixels = pixel_offsets(n, oh, ow, strides.y)
+    columns = filters if OPTIONS.FULL_WIDTH else j
+    offsets = y_pixels[:, None] + columns.to(tl.int64)[None, :] * strides.y.c
+    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=y_mask)
+    if epilogue.dual is not None:
         # From where the block has just written it, some filters at a time: the addresses of a whole tile, each of them
         # its own, would not fit into registers beside it.
         tl.debug_barrier()
-        y_rows = y + n * stride_yn + oh.to(tl.int64) * stride_yh + ow.to(tl.int64) * stride_yw
-        copy_rows = copy + n * stride_cn + oh.to(tl.int64) * stride_ch + ow.to(tl.int64) * stride_cw
-        for first in range(0, BN, COPIED_AT_ONCE):
-            some = tile_n * BN + first + tl.arange(0, COPIED_AT_ONCE)
+        dual_pixels = pixel_offsets(n, oh, ow, strides.dual)
+        for first in range(0, TILE.BN, FILTERS_PER_STORE):
+            some = tile_n * TILE.BN + first + tl.arange(0, FILTERS_PER_STORE)
             mask = m_mask[:, None] & (some < K_out)[None, :]
-            to = tl.load(places + some, mask=some < K_out, other=-1)
-            result = tl.load(y_rows[:, None] + some.to(tl.int64)[None, :] * stride_yc, mask=mask)
-            tl.store(copy_rows[:, None] + to.to(tl.int64)[None, :] * stride_cc, result, mask=mask & (to >= 0)[None, :])
+            dual = tl.load(epilogue.dual_channels + some, mask=some < K_out, other=-1)
+            result = tl.load(y + y_pixels[:, None] + some.to(tl.int64)[None, :] * strides.y.c, mask=mask)
+            dual_offsets = dual_pixels[:, None] + dual.to(tl.int64)[None, :] * strides.dual.c
+            tl.store(epilogue.dual + dual_offsets, result, mask=mask & (dual >= 0)[None, :])

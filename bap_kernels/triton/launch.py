@@ -1,32 +1,40 @@
-"""From tensors to launches: grids, strides and flags of the forward kernels.
+"""From tensors to launches: grids, strides and constants of the forward kernels.
 
-A builder returns a :class:`Launch`. What does not depend on the tensors' memory is its :class:`Recipe`, made once for
-each case and kept.
+A builder returns a :class:`Launch`. What does not depend on the tensors' memory is its :class:`LaunchSpec`, made once
+for each case and kept.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bap_kernels.triton.arguments import (
+    EpilogueTensors,
+    ForwardOptions,
+    ForwardStrides,
+    Lists,
+    Mixed,
+    PrologueTensors,
+    Sizes,
+    Strides,
+    WeightStrides,
+)
 from bap_kernels.triton.configs import PACK, Config, Problem, behind_a_list, choose, within_registers
 from bap_kernels.triton.forward import gathered_conv2d_fwd_kernel
+from bap_kernels.triton.launch_spec import Geometry, Ints, Launch, LaunchSpec, Target, constants_of, tile_of
 from bap_kernels.triton.lists import ChannelList
-from bap_kernels.triton.pack import channel_pack_kernel
+from bap_kernels.triton.pack import PackOptions, PackSizes, channel_pack_kernel
 from bap_kernels.triton.planar import gathered_conv2d_planar_fwd_kernel
-from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, ordered
 from bap_kernels.triton.weights import alignment
 
 __all__ = [
-    "Copy",
+    "DualStore",
     "Epilogue",
-    "Mixed",
     "Prologue",
     "config_of",
     "forward",
@@ -35,6 +43,11 @@ __all__ = [
     "planar",
     "planar_problem",
 ]
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    # The kernels read neighbouring elements.
+    return None if vector is None else vector.contiguous()
 
 
 @dataclass(frozen=True)
@@ -46,23 +59,23 @@ class Prologue:
     relu: bool = False
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to do."""
-        return self.scale is None and self.shift is None and not self.relu
+    def tensors(self) -> PrologueTensors:
+        """As the kernels take it."""
+        return PrologueTensors(_dense(self.scale), _dense(self.shift))
 
 
 @dataclass(frozen=True)
-class Copy:
+class DualStore:
     """A second, compact store of some channels of the result.
 
     Args:
         tensor: (N, K, oH, oW), in the result's memory format.
-        places: int32, (K_out,): each filter's channel of ``tensor``, or -1; see
-            :func:`bap_kernels.triton.lists.places_of`.
+        channels: int32, (K_out,): each filter's channel of ``tensor``, or -1; see
+            :func:`bap_kernels.triton.lists.inverse_list`.
     """
 
     tensor: Tensor
-    places: Tensor
+    channels: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,32 +87,20 @@ class Epilogue:
     shift: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
-    copy: Copy | None = None
+    dual: DualStore | None = None
+
+    @property
+    def tensors(self) -> EpilogueTensors:
+        """As the kernels take it."""
+        dual = (None, None) if self.dual is None else (self.dual.tensor, self.dual.channels)
+        return EpilogueTensors(_dense(self.bias), _dense(self.scale), _dense(self.shift), self.residual, *dual)
 
 
 NO_PROLOGUE, NO_EPILOGUE = Prologue(), Epilogue()
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """The runs of a mixed batch, on the device; see :func:`bap_kernels.triton.device.run_of_batch`.
-
-    Args:
-        runs: int64, (runs, 5).
-        tiles: int64, (tiles, 2): where each tile begins, a pixel or an image, and its run.
-    """
-
-    runs: Tensor
-    tiles: Tensor
-
-
-def dense_vector(vector: Tensor | None) -> Tensor | None:
-    """A per-channel vector with neighbouring elements."""
-    return None if vector is None else vector.contiguous()
-
-
-def strides_or_zeros(tensor: Tensor | None) -> Sequence[int]:
-    """The four strides, zeros where there is no tensor."""
+def stride_or_zeros(tensor: Tensor | None) -> Ints:
+    """The four strides; zeros where there is no tensor."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
@@ -109,61 +110,13 @@ def pixel_alignment(x: Tensor) -> int:
     return alignment(n, h, w) if c == 1 else 1
 
 
-def _flags(
-    prologue: Prologue, epilogue: Epilogue, mixed: Mixed | None, count: Tensor | None, full_width: bool
-) -> tuple[bool, ...]:
-    return (
-        *(mixed is not None, count is not None, epilogue.bias is not None),
-        *(prologue.scale is not None, prologue.shift is not None, prologue.relu),
-        *(epilogue.scale is not None, epilogue.shift is not None, epilogue.residual is not None, epilogue.relu),
-        *(full_width, epilogue.copy is not None),
-    )
+def _stride_key(x: Tensor, packed: Tensor, y: Tensor, epilogue: Epilogue) -> tuple[Ints, ...]:
+    dual = None if epilogue.dual is None else epilogue.dual.tensor
+    return x.stride(), packed.stride()[:2], y.stride(), stride_or_zeros(epilogue.residual), stride_or_zeros(dual)
 
 
-_FLAGS = (
-    *("MIXED", "HAS_COUNT", "HAS_BIAS", "HAS_IN_SCALE", "HAS_IN_SHIFT", "IN_RELU"),
-    *("HAS_OUT_SCALE", "HAS_OUT_SHIFT", "HAS_RESIDUAL", "OUT_RELU", "FULL_WIDTH", "HAS_COPY"),
-)
-
-
-def _tensors(prologue: Prologue, epilogue: Epilogue, mixed: Mixed | None) -> tuple[Tensor | None, ...]:
-    vectors = (epilogue.bias, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift)
-    copy = (None, None) if epilogue.copy is None else (epilogue.copy.tensor, epilogue.copy.places)
-    tables = (None, None) if mixed is None else (mixed.runs, mixed.tiles)
-    return (*map(dense_vector, vectors), epilogue.residual, *copy, *tables)
-
-
-def _strides_around(epilogue: Epilogue) -> tuple[Ints, Ints]:
-    copy = None if epilogue.copy is None else epilogue.copy.tensor
-    return tuple(strides_or_zeros(epilogue.residual)), tuple(strides_or_zeros(copy))
-
-
-@functools.lru_cache(maxsize=4096)
-def _forward_recipe(
-    config: Config,
-    target: Target,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    lists: Ints,
-    lengths: Ints,
-    flags: tuple[bool, ...],
-    strides: tuple[Ints, ...],
-    align: int,
-    entries: int | None,
-) -> Recipe:
-    pixels = geometry.batch * math.prod(geometry.out_size)
-    sizes = (pixels, *geometry.size, *geometry.out_size, *lengths, *itertools.chain(*strides))
-    whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
-    constants = {
-        **geometry.constants,
-        **dict(zip(_FLAGS, flags, strict=True)),
-        **target.flags(dtype),
-        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "INSIDE": geometry.inside, "EVEN_K": whole, "ALIGN_X": align},
-        **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
-    }
-    grid = ((entries or -(-pixels // config.BM)) * -(-lengths[1] // config.BN),)
-    kernel = gathered_conv2d_fwd_kernel
-    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
+def _named_strides(x: Ints, w: Ints, y: Ints, residual: Ints, dual: Ints) -> ForwardStrides:
+    return ForwardStrides(Strides(*x), WeightStrides(*w), Strides(*y), Strides(*residual), Strides(*dual))
 
 
 def forward_problem(geometry: Geometry, in_list: ChannelList, kept_out: int) -> Problem:
@@ -180,12 +133,36 @@ def planar_problem(x: Tensor, in_list: ChannelList, kept_out: int) -> Problem:
 def config_of(problem: Problem, dtype: torch.dtype, target: Target, epilogue: Epilogue = NO_EPILOGUE) -> Config:
     """The configuration of a forward kernel."""
     config = choose(problem, target.products(dtype), target.capability)
-    if epilogue.residual is not None or epilogue.copy is not None:
-        # Larger ones spill; a copy in NHWC has an address of its own for each of its elements.
-        # So do words of 4 bytes.
-        tight = problem.kernel == "fwd" and (epilogue.copy is not None or dtype.itemsize == 4)
+    if epilogue.residual is not None or epilogue.dual is not None:
+        # Larger ones spill; a second store in NHWC has an address of its own for each of its elements.
+        # So do elements of 4 bytes.
+        tight = problem.kernel == "fwd" and (epilogue.dual is not None or dtype.itemsize == 4)
         config = within_registers(config, 32 if tight else 64)
     return behind_a_list(config) if problem.kind else config
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_spec(
+    config: Config,
+    target: Target,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    kinds: tuple[int, int],
+    lengths: tuple[int, int],
+    flags: tuple[bool, bool, bool],
+    strides: tuple[Ints, ...],
+    align: int,
+    whole: bool,
+    tile_count: int | None,
+) -> LaunchSpec:
+    K_in, K_out = lengths
+    pixels = geometry.batch * math.prod(geometry.out_size)
+    sizes = Sizes(pixels, *geometry.size, *geometry.out_size, K_in, K_out)
+    even = whole and K_in % config.BK == 0
+    options = ForwardOptions(*kinds, *flags, geometry.inside, even, align, *target.math(dtype))
+    grid = ((tile_count or -(-pixels // config.BM)) * -(-K_out // config.BN),)
+    constants = (geometry.conv, constants_of(options), tile_of(config))
+    return LaunchSpec(gathered_conv2d_fwd_kernel, grid, (sizes, _named_strides(*strides)), constants, config)
 
 
 def forward(
@@ -214,40 +191,37 @@ def forward(
         mixed: the runs of a mixed batch, whose tiles begin at pixels.
     """
     config = config_of(forward_problem(geometry, in_list, out_list.length), x.dtype, target, epilogue)
-    strides = (x.stride(), packed.stride()[:2], y.stride(), *_strides_around(epilogue))
-    recipe = _forward_recipe(
+    spec = _forward_spec(
         *(config, target, geometry, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
-        *(_flags(prologue, epilogue, mixed, count, full_width), strides, pixel_alignment(x)),
-        None if mixed is None else mixed.tiles.shape[0],
+        *((prologue.relu, epilogue.relu, full_width), _stride_key(x, packed, y, epilogue), pixel_alignment(x)),
+        *(mixed is None and count is None, None if mixed is None else mixed.tiles.shape[0]),
     )
-    tensors = (x, packed, y, in_list.entries, out_list.entries, count, *_tensors(prologue, epilogue, mixed))
-    return Launch(recipe, tensors)
+    lists = Lists(in_list.entries, out_list.entries, count)
+    return Launch(spec, (x, packed, y, lists, prologue.tensors, epilogue.tensors, mixed))
 
 
 @functools.lru_cache(maxsize=4096)
-def _planar_recipe(
+def _planar_spec(
     config: Config,
     target: Target,
     shape: Ints,
     dtype: torch.dtype,
-    lists: Ints,
-    lengths: Ints,
-    flags: tuple[bool, ...],
+    kinds: tuple[int, int],
+    lengths: tuple[int, int],
+    flags: tuple[bool, bool, bool],
     strides: tuple[Ints, ...],
-) -> Recipe:
+    whole: bool,
+) -> LaunchSpec:
+    K_in, K_out = lengths
     batch, _, height, width = shape
     pixels = height * width
-    whole = not (flags[0] or flags[1]) and lengths[0] % config.BK == 0
-    constants = {
-        **dict(zip(_FLAGS, flags, strict=True)),
-        **target.flags(dtype),
-        **{"IN_LIST": lists[0], "OUT_LIST": lists[1], "EVEN_K": whole, "ALIGN_X": alignment(pixels, *strides[0])},
-        **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
-    }
-    grid = (-(-lengths[1] // config.BM) * -(-pixels // config.BN), batch)
-    kernel = gathered_conv2d_planar_fwd_kernel
-    sizes = (pixels, width, *lengths, *itertools.chain(*strides))
-    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
+    named = _named_strides(*strides)
+    even, align = whole and K_in % config.BK == 0, alignment(pixels, named.x.n, named.x.c)
+    options = ForwardOptions(*kinds, *flags, True, even, align, *target.math(dtype))
+    grid = (-(-K_out // config.BM) * -(-pixels // config.BN), batch)
+    sizes = Sizes(pixels, height, width, height, width, K_in, K_out)
+    constants = (constants_of(options), tile_of(config))
+    return LaunchSpec(gathered_conv2d_planar_fwd_kernel, grid, (sizes, named), constants, config)
 
 
 def planar(
@@ -268,28 +242,24 @@ def planar(
     ``x`` and ``y`` have their pixels one element apart, row after row; the tiles of a mixed batch are its images.
     """
     config = config_of(planar_problem(x, in_list, out_list.length), x.dtype, target, epilogue)
-    residual, copy = _strides_around(epilogue)
-    strides = (x.stride()[:2], packed.stride()[:1], y.stride()[:2], residual, copy[:2])
-    recipe = _planar_recipe(
+    spec = _planar_spec(
         *(config, target, x.shape, x.dtype, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
-        *(_flags(prologue, epilogue, mixed, count, full_width), strides),
+        *((prologue.relu, epilogue.relu, full_width), _stride_key(x, packed, y, epilogue)),
+        mixed is None and count is None,
     )
-    tensors = (x, packed, y, in_list.entries, out_list.entries, count, *_tensors(prologue, epilogue, mixed))
-    return Launch(recipe, tensors)
+    lists = Lists(in_list.entries, out_list.entries, count)
+    return Launch(spec, (x, packed, y, lists, prologue.tensors, epilogue.tensors, mixed))
 
 
 @functools.lru_cache(maxsize=4096)
-def _pack_recipe(shape: Ints, strides: Ints, padded: int, kind: int, length: int, flags: tuple[bool, ...]) -> Recipe:
+def _pack_spec(shape: Ints, strides: Ints, padded: int, kind: int, length: int, relu: bool) -> LaunchSpec:
     batch, _, height, width = shape
     pixels = height * width
     flat = height == 1 or strides[2] == width * strides[3]
-    constants = {
-        **dict(zip(("MIXED", "HAS_COUNT", "HAS_SCALE", "HAS_SHIFT", "RELU"), flags, strict=True)),
-        **{"LIST": kind, "FLAT": flat, "ALIGN_X": alignment(strides[0]), "BM": PACK.BM, "BN": PACK.BN},
-    }
+    options = PackOptions(kind, relu, flat, alignment(strides[0]), PACK.BM, PACK.BN)
     grid = (batch * -(-pixels // PACK.BM) * -(-padded // PACK.BN),)
-    sizes = (pixels, width, length, padded, *strides)
-    return Recipe(channel_pack_kernel, grid, sizes, ordered(channel_pack_kernel, constants))
+    sizes = (PackSizes(pixels, width, length, padded), Strides(*strides))
+    return LaunchSpec(channel_pack_kernel, grid, sizes, (constants_of(options),))
 
 
 def pack(
@@ -307,14 +277,5 @@ def pack(
         x: (N, C_in, H, W), any strides.
         mixed: the runs of a mixed batch, whose tiles are its images; ``in_list`` is that of the first run.
     """
-    flags = (
-        mixed is not None,
-        count is not None,
-        prologue.scale is not None,
-        prologue.shift is not None,
-        prologue.relu,
-    )
-    recipe = _pack_recipe(x.shape, x.stride(), y.shape[3], in_list.kind, in_list.length, flags)
-    tables = (None, None) if mixed is None else (mixed.runs, mixed.tiles)
-    vectors = (dense_vector(prologue.scale), dense_vector(prologue.shift))
-    return Launch(recipe, (x, y, in_list.entries, count, *vectors, *tables))
+    spec = _pack_spec(x.shape, x.stride(), y.shape[3], in_list.kind, in_list.length, prologue.relu)
+    return Launch(spec, (x, y, in_list.entries, count, prologue.tensors, mixed))

@@ -8,12 +8,25 @@ import math
 import torch
 from torch import Tensor
 
+from bap_kernels.triton.arguments import Lists, Sizes, Strides, WeightStrides
 from bap_kernels.triton.configs import SUM_BLOCK, Config, Problem, architecture, chunks, tiles
-from bap_kernels.triton.input_gradient import gathered_conv2d_dgrad_kernel
-from bap_kernels.triton.launch import pixel_alignment
+from bap_kernels.triton.input_gradient import (
+    InputGradientOptions,
+    InputGradientStrides,
+    gathered_conv2d_dgrad_kernel,
+)
+from bap_kernels.triton.launch import pixel_alignment, stride_or_zeros
+from bap_kernels.triton.launch_spec import Geometry, Ints, Launch, LaunchSpec, Target, constants_of, tile_of
 from bap_kernels.triton.lists import ChannelList
-from bap_kernels.triton.recipe import Geometry, Ints, Launch, Recipe, Target, ordered
-from bap_kernels.triton.weight_gradient import gathered_conv2d_wgrad_kernel, sum_partials_kernel
+from bap_kernels.triton.weight_gradient import (
+    SumOptions,
+    SumSizes,
+    SumStrides,
+    WeightGradientOptions,
+    WeightGradientStrides,
+    gathered_conv2d_wgrad_kernel,
+    sum_partials_kernel,
+)
 from bap_kernels.triton.weights import alignment
 
 __all__ = [
@@ -68,46 +81,40 @@ def input_gradient(
         count: how many channels of the list are stored; None: all.
         reduce_off: whether the terms of the others are wanted.
     """
-    flags = (count is not None, dx is not None, partial is not None, reduce_off)
-    none = (0, 0, 0, 0)
     strides = (
         *(g.stride(), packed.stride()[:2]),
-        *(none if x is None else x.stride(), none if dx is None else dx.stride()),
+        *(stride_or_zeros(x), stride_or_zeros(dx)),
     )
     lengths = (in_list.length, g.shape[1], packed.shape[2])
-    recipe = _input_gradient_recipe(
-        *(config, target, geometry, g.dtype, in_list.kind, lengths, flags, strides, pixel_alignment(g))
+    spec = _input_gradient_spec(
+        *(config, target, geometry, g.dtype, in_list.kind, lengths, reduce_off, strides, pixel_alignment(g))
     )
-    return Launch(recipe, (g, packed, x, dx, partial, in_list.entries, count))
+    return Launch(spec, (g, packed, x, dx, partial, in_list.entries, count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _input_gradient_recipe(
+def _input_gradient_spec(
     config: Config,
     target: Target,
     geometry: Geometry,
     dtype: torch.dtype,
     kind: int,
     lengths: Ints,
-    flags: tuple[bool, ...],
+    reduce_off: bool,
     strides: tuple[Ints, ...],
     align: int,
-) -> Recipe:
+) -> LaunchSpec:
     pixels = _phase_pixels(geometry)
-    K_in, K_out, kept_out = lengths
-    steps = [geometry.stride[d] // math.gcd(geometry.stride[d], geometry.dilation[d]) for d in (0, 1)]
-    constants = {
-        **geometry.constants,
-        **dict(zip(("HAS_COUNT", "STORE", "REDUCE", "REDUCE_OFF"), flags, strict=True)),
-        **{"STEP_H": steps[0], "STEP_W": steps[1], "IN_LIST": kind, "ALIGN_G": align},
-        **{"EVEN_K": K_out == kept_out and kept_out % config.BK == 0},
-        **target.flags(dtype),
-        **{"BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP_M": config.group_m},
-    }
+    K_in, K_out, padded_out = lengths
+    step_h, step_w = (geometry.stride[d] // math.gcd(geometry.stride[d], geometry.dilation[d]) for d in (0, 1))
+    even = K_out == padded_out and padded_out % config.BK == 0
+    options = InputGradientOptions(step_h, step_w, kind, reduce_off, even, align, *target.math(dtype))
+    g, w, x, dx = strides
+    named = InputGradientStrides(Strides(*g), WeightStrides(*w), Strides(*x), Strides(*dx))
     grid = (-(-pixels // config.BM) * -(-K_in // config.BN), math.prod(geometry.stride))
-    sizes = (pixels, *geometry.size, *geometry.out_size, K_in, K_out, *(s for each in strides for s in each))
-    kernel = gathered_conv2d_dgrad_kernel
-    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
+    sizes = Sizes(pixels, *geometry.size, *geometry.out_size, K_in, K_out)
+    constants = (geometry.conv, constants_of(options), tile_of(config))
+    return LaunchSpec(gathered_conv2d_dgrad_kernel, grid, (sizes, named), constants, config)
 
 
 def weight_gradient_problem(geometry: Geometry, kept_out: int, in_list: ChannelList) -> Problem:
@@ -147,39 +154,33 @@ def weight_gradient(
     pieces, kept_out, _, kept_in = partial.shape
     # Runs of this many channels are inside or outside as a whole.
     aligns = (alignment(pixel_alignment(g), kept_out), alignment(pixel_alignment(x), kept_in))
-    recipe = _weight_gradient_recipe(
-        *(config, target, geometry, g.dtype, in_list.kind, (pieces, kept_out, kept_in), count is not None),
-        *((g.stride(), x.stride()), aligns),
+    spec = _weight_gradient_spec(
+        *(config, target, geometry, g.dtype, in_list.kind, (pieces, kept_out, kept_in), g.stride(), x.stride(), aligns)
     )
-    return Launch(recipe, (g, x, partial, in_list.entries, count))
+    return Launch(spec, (g, x, partial, in_list.entries, count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_gradient_recipe(
+def _weight_gradient_spec(
     config: Config,
     target: Target,
     geometry: Geometry,
     dtype: torch.dtype,
     kind: int,
     lengths: Ints,
-    has_count: bool,
-    strides: tuple[Ints, Ints],
-    aligns: Ints,
-) -> Recipe:
+    g_strides: Ints,
+    x_strides: Ints,
+    aligns: tuple[int, int],
+) -> LaunchSpec:
     pieces, kept_out, kept_in = lengths
     pixels = geometry.batch * math.prod(geometry.out_size)
-    length = -(-pixels // (pieces * config.BK)) * config.BK
-    constants = {
-        **geometry.constants,
-        **{"IN_LIST": kind, "HAS_COUNT": has_count, "INSIDE": geometry.inside},
-        **{"ALIGN_G": aligns[0], "ALIGN_X": aligns[1]},
-        **target.flags(dtype),
-        **{"BM": config.BM, "BN": config.BN, "BK": config.BK},
-    }
+    chunk = -(-pixels // (pieces * config.BK)) * config.BK
+    options = WeightGradientOptions(kind, geometry.inside, *aligns, *target.math(dtype))
     grid = (geometry.taps * tiles(kept_out, kept_in, config), pieces)
-    sizes = (pixels, length, *geometry.size, *geometry.out_size, kept_in, kept_out, *strides[0], *strides[1])
-    kernel = gathered_conv2d_wgrad_kernel
-    return Recipe(kernel, grid, sizes, ordered(kernel, constants), config)
+    sizes = Sizes(pixels, *geometry.size, *geometry.out_size, kept_in, kept_out)
+    strides = WeightGradientStrides(Strides(*g_strides), Strides(*x_strides))
+    constants = (geometry.conv, constants_of(options), tile_of(config))
+    return LaunchSpec(gathered_conv2d_wgrad_kernel, grid, (chunk, sizes, strides), constants, config)
 
 
 def sum_partials(
@@ -195,20 +196,26 @@ def sum_partials(
     Args:
         partial: (chunks, at least K_out, taps, at least K_in).
     """
-    recipe = _sum_recipe(
-        *(geometry.kernel, (in_list.kind, out_list.kind), (in_list.length, out_list.length), count is not None),
-        *(partial.shape[0], (*partial.stride()[:3], *out.stride())),
+    spec = _sum_spec(
+        *(geometry.kernel, (in_list.kind, out_list.kind), (in_list.length, out_list.length)),
+        *(partial.shape[0], partial.stride(), out.stride()),
     )
-    return Launch(recipe, (partial, out, in_list.entries, out_list.entries, count))
+    return Launch(spec, (partial, out, Lists(in_list.entries, out_list.entries, count)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _sum_recipe(kernel: Ints, lists: Ints, lengths: Ints, has_count: bool, pieces: int, strides: Ints) -> Recipe:
+def _sum_spec(
+    kernel: tuple[int, int],
+    kinds: tuple[int, int],
+    lengths: tuple[int, int],
+    pieces: int,
+    strides: Ints,
+    out_strides: Ints,
+) -> LaunchSpec:
     entries = math.prod(kernel) * math.prod(lengths)
-    constants = {
-        **{"KW": kernel[1], "TAPS": math.prod(kernel), "IN_LIST": lists[0], "OUT_LIST": lists[1]},
-        **{"HAS_COUNT": has_count, "BLOCK": SUM_BLOCK},
-    }
-    grid = (-(-entries // SUM_BLOCK),)
-    sizes = (entries, pieces, lengths[0], *strides)
-    return Recipe(sum_partials_kernel, grid, sizes, ordered(sum_partials_kernel, constants))
+    options = SumOptions(kernel[1], math.prod(kernel), *kinds, SUM_BLOCK)
+    sizes = (
+        SumSizes(entries, pieces, lengths[0]),
+        SumStrides(strides[0], strides[1], strides[2], Strides(*out_strides)),
+    )
+    return LaunchSpec(sum_partials_kernel, (-(-entries // SUM_BLOCK),), sizes, (constants_of(options),))

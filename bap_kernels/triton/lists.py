@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bap_kernels.triton.weights import capturing
 
-__all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list", "places_of"]
+__all__ = ["BLOCKS", "ChannelList", "all_channels", "block_length", "channel_list", "inverse_list"]
 
 # Largest first: fewer look-ups.
 BLOCKS = (32, 16, 8)
@@ -93,15 +93,15 @@ def channel_list(index: Tensor | None, channels: int, blocks: bool = True, most:
 _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def places_of(index: Tensor, channels: int) -> Tensor:
+def inverse_list(index: Tensor, channels: int) -> Tensor:
     """The list turned round: for each of ``channels`` its place in the list, or -1; int32, (channels,).
 
     Made on the list's device and kept with the list, as long as changes of it can be seen.
 
     Examples:
         >>> import torch
-        >>> from bap_kernels.triton.lists import places_of
-        >>> places_of(torch.tensor([3, 1], dtype=torch.int32), 5).tolist()
+        >>> from bap_kernels.triton.lists import inverse_list
+        >>> inverse_list(torch.tensor([3, 1], dtype=torch.int32), 5).tolist()
         [-1, 1, -1, 0, -1]
     """
     inference = index.is_inference()

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from bap_kernels.triton import launch, ops
-from bap_kernels.triton.launch import Epilogue, Mixed
+from bap_kernels.triton.arguments import Mixed
+from bap_kernels.triton.launch import Epilogue
+from bap_kernels.triton.launch_spec import target_of
 from bap_kernels.triton.lists import ChannelList, all_channels, channel_list
 from bap_kernels.triton.ops import Pair
-from bap_kernels.triton.recipe import target_of
 from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs
 
 __all__ = ["gathered_conv2d_mixed"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from bap_kernels.triton import launch, launch_backward
 from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Prologue
+from bap_kernels.triton.launch_spec import Geometry, Launch, target_of
 from bap_kernels.triton.lists import ChannelList, channel_list
-from bap_kernels.triton.recipe import Geometry, Launch, target_of
 from bap_kernels.triton.tuning import tune_case
 from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs, pack_weight
 
@@ -30,7 +30,7 @@ Pair = Sequence[int]
 _TAPS_OF_A_SIDE = 32
 
 
-def why_not(input: Tensor, weight: Tensor, groups: int, out_size: Pair, interpreted: bool) -> str | None:
+def unsupported_reason(input: Tensor, weight: Tensor, groups: int, out_size: Pair, interpreted: bool) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
     if input.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no Triton kernel for {input.dtype} (float32, float16 and bfloat16 only)"
@@ -167,7 +167,7 @@ def gathered_conv2d(
             step = functools.partial(launch.forward, out, x, packed, geometry, in_list, out_list, target, *fused)
         tune_case(problem, x.dtype, target, x.device, step)
         step().run()
-        places = None if epilogue.copy is None else epilogue.copy.places
+        places = None if epilogue.dual is None else epilogue.dual.channels
         keep_for_graphs(weight, packed, listed, out_list.entries, places)
 
 

@@ -7,84 +7,83 @@ Grid:   (N * pixel tiles * channel tiles,).
 Shared memory: one tile, where the compiler has to transpose it.
 Needs:  y (N, H * W, K_pad) dense; lists within range.
 Allows: any strides of x, int64 offsets; lists of channels or of aligned blocks; a count of channels on the device:
-        tiles beyond it are not written; a mixed batch (MIXED), where each domain's run of images has its list, and
-        `tiles` holds (image, run) of every image: tiles beyond a run's own channels, rounded up, are not written.
+        tiles beyond it are not written; a mixed batch, where each domain's run of images has its list, and
+        `mixed.tiles` holds (image, run) of every image: tiles beyond a run's own channels, rounded up, are not written.
 Computes in float32. No atomics: the result does not vary between runs.
 """
 # Triton reads types from the call, not from annotations.
 # mypy: disallow-untyped-defs=False
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels, run_of_batch
+from bap_kernels.triton.device_functions import listed_channels, load_run, scale_and_shift
 
-__all__ = ["channel_pack_kernel"]
+__all__ = ["PackOptions", "PackSizes", "channel_pack_kernel"]
+
+
+class PackSizes(NamedTuple):
+    """Pixels of an image, its width, and channels: listed ones, and those of the copy."""
+
+    pixels: int
+    W: int
+    K: int
+    K_pad: int
+
+
+class PackOptions(NamedTuple):
+    """Constants of the kernel.
+
+    Args:
+        LIST: see :func:`listed_channels`.
+        FLAT: whether the stride of w holds from one row to the next.
+        ALIGN_X: what divides the stride of n of x.
+    """
+
+    LIST: int
+    RELU: bool
+    FLAT: bool
+    ALIGN_X: int
+    BM: int
+    BN: int
 
 
 @triton.jit
-def channel_pack_kernel(
-    x,
-    y,
-    in_list,
-    count,
-    scale,
-    shift,
-    runs,
-    tiles,
-    pixels,
-    W,
-    K,
-    K_pad,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    LIST: tl.constexpr,
-    MIXED: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    RELU: tl.constexpr,
-    FLAT: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """See the file's head. FLAT: pixels stand stride_xw apart across rows too; ALIGN_X divides the stride of n."""
-    tiles_m = tl.cdiv(pixels, BM)
-    tiles_n = tl.cdiv(K_pad, BN)
+def channel_pack_kernel(x, y, in_list, count, prologue, mixed, sizes, x_strides, OPTIONS: tl.constexpr):
+    """See the file's head; the groups are those of :mod:`bap_kernels.triton.arguments`."""
+    pixels = sizes.pixels
+    K = sizes.K
+    K_pad = sizes.K_pad
+    tiles_m = tl.cdiv(pixels, OPTIONS.BM)
+    tiles_n = tl.cdiv(K_pad, OPTIONS.BN)
     tile = tl.program_id(0)
-    i = tile % tiles_n * BN + tl.arange(0, BN)
-    p = tile // tiles_n % tiles_m * BM + tl.arange(0, BM)
+    first = tile % tiles_n * OPTIONS.BN
+    i = first + tl.arange(0, OPTIONS.BN)
+    p = tile // tiles_n % tiles_m * OPTIONS.BM + tl.arange(0, OPTIONS.BM)
     n = (tile // (tiles_n * tiles_m)).to(tl.int64)
-    if MIXED:
-        entry = tiles + n * 2
+    if mixed is not None:
+        entry = mixed.tiles + n * 2
         n = tl.load(entry)
-        _, K, list_offset, _, row = run_of_batch(runs, tl.load(entry + 1))
+        _, K, list_offset, _, row = load_run(mixed.runs, tl.load(entry + 1))
         in_list += list_offset
-        if tile % tiles_n * BN >= row:
+        if first >= row:
             return
-    if HAS_COUNT:
+    if count is not None:
         K = tl.load(count)
-        if tile % tiles_n * BN >= K:
+        if first >= K:
             return
     p_mask = p < pixels
     i_mask = i < K
-    channels = listed_channels(in_list, i, i_mask, LIST).to(tl.int64) * stride_xc
-    if FLAT:
-        places = p.to(tl.int64) * stride_xw
+    channels = listed_channels(in_list, i, i_mask, OPTIONS.LIST).to(tl.int64) * x_strides.c
+    image = tl.multiple_of(n * x_strides.n, [OPTIONS.ALIGN_X])
+    if OPTIONS.FLAT:
+        offsets = image + p.to(tl.int64) * x_strides.w
     else:
-        places = (p // W).to(tl.int64) * stride_xh + (p % W).to(tl.int64) * stride_xw
-    image = tl.multiple_of(n * stride_xn, [ALIGN_X])
-    value = tl.load(x + image + places[:, None] + channels[None, :], mask=p_mask[:, None] & i_mask[None, :], other=0.0)
-    if HAS_SCALE or HAS_SHIFT or RELU:
-        value = value.to(tl.float32)
-        if HAS_SCALE:
-            value *= tl.load(scale + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
-        if HAS_SHIFT:
-            value += tl.load(shift + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
-        if RELU:
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    place = (n * pixels + p)[:, None] * K_pad + i[None, :]
-    tl.store(y + place, value.to(y.dtype.element_ty), mask=p_mask[:, None] & (i < K_pad)[None, :])
+        offsets = image + ((p // sizes.W).to(tl.int64) * x_strides.h + (p % sizes.W).to(tl.int64) * x_strides.w)
+    tile_mask = p_mask[:, None] & i_mask[None, :]
+    value = tl.load(x + offsets[:, None] + channels[None, :], mask=tile_mask, other=0.0)
+    value = scale_and_shift(value, prologue.scale, prologue.shift, i, i_mask, OPTIONS.RELU, 0)
+    offsets = (n * pixels + p)[:, None] * K_pad + i[None, :]
+    tl.store(y + offsets, value.to(y.dtype.element_ty), mask=p_mask[:, None] & (i < K_pad)[None, :])

@@ -13,9 +13,9 @@ from torch import Tensor
 from bap_kernels.triton import launch_backward, ops
 from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import Epilogue
+from bap_kernels.triton.launch_spec import Geometry, Launch, target_of
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.ops import Pair
-from bap_kernels.triton.recipe import Geometry, Launch, target_of
 from bap_kernels.triton.tuning import tune_case
 from bap_kernels.triton.weights import pack_weight
 

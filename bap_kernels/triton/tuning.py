@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from bap_kernels._files import read_text, write_text
-from bap_kernels.config import settings
+from bap_kernels.settings import settings
 from bap_kernels.triton import configs
 from bap_kernels.triton.configs import Config, Problem
-from bap_kernels.triton.recipe import Launch, Target
+from bap_kernels.triton.launch_spec import Launch, Target
 
 __all__ = ["Tuned", "candidates", "file_of", "load", "save", "tune_case", "tuning"]
 

@@ -20,144 +20,142 @@ Accumulates in float32. No atomics: the result does not vary between runs.
 # Triton reads types from the call, not from annotations.
 # mypy: disallow-untyped-defs=False
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from bap_kernels.triton.device import listed_channels
+from bap_kernels.triton.arguments import Strides
+from bap_kernels.triton.device_functions import listed_channels, multiply_add, pixel_coordinates, pixel_offsets
 
-__all__ = ["gathered_conv2d_wgrad_kernel", "sum_partials_kernel"]
+__all__ = [
+    "SumOptions",
+    "SumSizes",
+    "SumStrides",
+    "WeightGradientOptions",
+    "WeightGradientStrides",
+    "gathered_conv2d_wgrad_kernel",
+    "sum_partials_kernel",
+]
+
+
+class WeightGradientStrides(NamedTuple):
+    """Strides of the tensors."""
+
+    g: Strides
+    x: Strides
+
+
+class WeightGradientOptions(NamedTuple):
+    """Constants of the kernel.
+
+    Args:
+        IN_LIST: see :func:`listed_channels`.
+        INSIDE: whether no tap leaves the input.
+        ALIGN_G: what divides the strides of n, h and w of g, and K_out.
+        ALIGN_X: what divides those of x, and K_in.
+    """
+
+    IN_LIST: int
+    INSIDE: bool
+    ALIGN_G: int
+    ALIGN_X: int
+    PRECISION: str
+    UPCAST: bool
+
+
+class SumSizes(NamedTuple):
+    """Entries that are added, K_out * TAPS * K_in; chunks; listed channels."""
+
+    entries: int
+    chunks: int
+    K_in: int
+
+
+class SumStrides(NamedTuple):
+    """Strides of `partial`, by chunk, filter and tap, and of dw."""
+
+    chunk: int
+    row: int
+    tap: int
+    dw: Strides
+
+
+class SumOptions(NamedTuple):
+    """Constants of the kernel; for the lists see :func:`listed_channels`."""
+
+    KW: int
+    TAPS: int
+    IN_LIST: int
+    OUT_LIST: int
+    BLOCK: int
 
 
 @triton.jit
 def gathered_conv2d_wgrad_kernel(
-    g,
-    x,
-    partial,
-    in_list,
-    count,
-    pixels,
-    chunk,
-    H,
-    W,
-    oH,
-    oW,
-    K_in,
-    K_out,
-    stride_gn,
-    stride_gc,
-    stride_gh,
-    stride_gw,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    IN_LIST: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    INSIDE: tl.constexpr,
-    ALIGN_G: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    g, x, partial, in_list, count, chunk, sizes, strides, CONV: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr
 ):
-    """See the file's head. INSIDE: no tap leaves the input; ALIGN_* divide the strides of n, h, w, and the channels."""
-    TAPS: tl.constexpr = KH * KW
+    """See the file's head; `chunk` is the number of pixels of a chunk."""
+    TAPS: tl.constexpr = CONV.KH * CONV.KW
+    K_in = sizes.K_in
+    K_out = sizes.K_out
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    tiles_n = tl.cdiv(K_in, BN)
+    tiles_n = tl.cdiv(K_in, TILE.BN)
     # Blocks that run side by side read the same pixels.
     tap = tile % TAPS
     tile_n = tile // TAPS % tiles_n
     tile_m = tile // (TAPS * tiles_n)
-    kh = tap // KW
-    kw = tap % KW
-    j = tile_m * BM + tl.arange(0, BM)
-    i = tile_n * BN + tl.arange(0, BN)
-    j_mask = j < tl.multiple_of(tl.cast(K_out, tl.int32), [ALIGN_G])
-    used = tl.multiple_of(tl.cast(K_in, tl.int32), [ALIGN_X])
-    if HAS_COUNT:
+    kh = tap // CONV.KW
+    kw = tap % CONV.KW
+    j = tile_m * TILE.BM + tl.arange(0, TILE.BM)
+    i = tile_n * TILE.BN + tl.arange(0, TILE.BN)
+    j_mask = j < tl.multiple_of(tl.cast(K_out, tl.int32), [OPTIONS.ALIGN_G])
+    used = tl.multiple_of(tl.cast(K_in, tl.int32), [OPTIONS.ALIGN_X])
+    if count is not None:
         used = tl.load(count)
-        if tile_n * BN >= used:
+        if tile_n * TILE.BN >= used:
             return
     i_mask = i < used
-    channels = listed_channels(in_list, i, i_mask, IN_LIST).to(tl.int64) * stride_xc
-    filters = j.to(tl.int64) * stride_gc
+    channels = listed_channels(in_list, i, i_mask, OPTIONS.IN_LIST).to(tl.int64) * strides.x.c
+    filters = j.to(tl.int64) * strides.g.c
 
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = tl.zeros((TILE.BM, TILE.BN), dtype=tl.float32)
     first = split * chunk
-    for start in range(first, tl.minimum(first + chunk, pixels), BK):
-        m = start + tl.arange(0, BK)
-        m_mask = (m < pixels) & (m < first + chunk)
-        ow = m % oW
-        oh = m // oW % oH
-        n = (m // (oW * oH)).to(tl.int64)
-        ih = oh * SH - TOP + kh * DH
-        iw = ow * SW - LEFT + kw * DW
-        reached = m_mask
-        if not INSIDE:
-            reached = reached & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        places = n * stride_gn + oh.to(tl.int64) * stride_gh + ow.to(tl.int64) * stride_gw
-        places = tl.multiple_of(places, [ALIGN_G])
-        g_tile = tl.load(g + filters[:, None] + places[None, :], mask=j_mask[:, None] & m_mask[None, :], other=0.0)
-        places = n * stride_xn + ih.to(tl.int64) * stride_xh + iw.to(tl.int64) * stride_xw
-        places = tl.multiple_of(places, [ALIGN_X])
-        x_tile = tl.load(x + places[:, None] + channels[None, :], mask=reached[:, None] & i_mask[None, :], other=0.0)
-        if UPCAST:
-            g_tile = g_tile.to(tl.float32)
-            x_tile = x_tile.to(tl.float32)
-        acc = tl.dot(g_tile, x_tile, acc, input_precision=PRECISION)
+    for start in range(first, tl.minimum(first + chunk, sizes.pixels), TILE.BK):
+        m = start + tl.arange(0, TILE.BK)
+        m_mask = (m < sizes.pixels) & (m < first + chunk)
+        n, oh, ow = pixel_coordinates(m, sizes.oH, sizes.oW)
+        ih = oh * CONV.SH - CONV.TOP + kh * CONV.DH
+        iw = ow * CONV.SW - CONV.LEFT + kw * CONV.DW
+        x_mask = m_mask
+        if not OPTIONS.INSIDE:
+            x_mask = x_mask & (ih >= 0) & (ih < sizes.H) & (iw >= 0) & (iw < sizes.W)
+        offsets = tl.multiple_of(pixel_offsets(n, oh, ow, strides.g), [OPTIONS.ALIGN_G])
+        g_tile = tl.load(g + filters[:, None] + offsets[None, :], mask=j_mask[:, None] & m_mask[None, :], other=0.0)
+        offsets = tl.multiple_of(pixel_offsets(n, ih, iw, strides.x), [OPTIONS.ALIGN_X])
+        x_tile = tl.load(x + offsets[:, None] + channels[None, :], mask=x_mask[:, None] & i_mask[None, :], other=0.0)
+        acc = multiply_add(g_tile, x_tile, acc, OPTIONS.PRECISION, OPTIONS.UPCAST)
 
     row = (tl.cast(split, tl.int64) * K_out + j) * TAPS + tap
     tl.store(partial + row[:, None] * K_in + i[None, :], acc, mask=j_mask[:, None] & i_mask[None, :])
 
 
 @triton.jit
-def sum_partials_kernel(
-    partial,
-    dw,
-    in_list,
-    out_list,
-    count,
-    entries,
-    chunks,
-    K_in,
-    stride_ps,
-    stride_pj,
-    stride_pt,
-    stride_dj,
-    stride_di,
-    stride_dh,
-    stride_dw,
-    KW: tl.constexpr,
-    TAPS: tl.constexpr,
-    IN_LIST: tl.constexpr,
-    OUT_LIST: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """See the file's head. `entries` are those that are added, K_out * TAPS * K_in."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = e % K_in
-    tap = e // K_in % TAPS
-    j = e // (K_in * TAPS)
-    mask = e < entries
-    if HAS_COUNT:
-        mask = mask & (i < tl.load(count))
-    terms = partial + j.to(tl.int64) * stride_pj + tap * stride_pt + i
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for s in range(0, chunks):
-        total += tl.load(terms + tl.cast(s, tl.int64) * stride_ps, mask=mask, other=0.0)
-    channels = listed_channels(in_list, i, mask, IN_LIST).to(tl.int64)
-    filters = listed_channels(out_list, j, mask, OUT_LIST).to(tl.int64)
-    place = filters * stride_dj + channels * stride_di + (tap // KW) * stride_dh + (tap % KW) * stride_dw
-    tl.store(dw + place, total.to(dw.dtype.element_ty), mask=mask)
+def sum_partials_kernel(partial, dw, lists, sizes, strides, OPTIONS: tl.constexpr):
+    """See the file's head."""
+    e = tl.program_id(0) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
+    i = e % sizes.K_in
+    tap = e // sizes.K_in % OPTIONS.TAPS
+    j = e // (sizes.K_in * OPTIONS.TAPS)
+    mask = e < sizes.entries
+    if lists.in_count is not None:
+        mask = mask & (i < tl.load(lists.in_count))
+    terms = partial + j.to(tl.int64) * strides.row + tap * strides.tap + i
+    total = tl.zeros((OPTIONS.BLOCK,), dtype=tl.float32)
+    for s in range(0, sizes.chunks):
+        total += tl.load(terms + tl.cast(s, tl.int64) * strides.chunk, mask=mask, other=0.0)
+    channels = listed_channels(lists.in_list, i, mask, OPTIONS.IN_LIST).to(tl.int64)
+    filters = listed_channels(lists.out_list, j, mask, OPTIONS.OUT_LIST).to(tl.int64)
+    offsets = pixel_offsets(filters, tap // OPTIONS.KW, tap % OPTIONS.KW, strides.dw) + channels * strides.dw.c
+    tl.store(dw + offsets, total.to(dw.dtype.element_ty), mask=mask)

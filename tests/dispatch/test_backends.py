@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bap_kernels
-from bap_kernels import _C, _dispatch, reference
+from bap_kernels import _C, dispatch, reference
 from bap_kernels.testing import Case, assert_close, make_tensors, run
 
 CASE = Case(in_channels=20, out_channels=12)
@@ -237,7 +237,7 @@ def test_the_switched_backward_uses_the_backend_of_the_forward() -> None:
         with bap_kernels.use_backend("triton"):
             y.backward()
     finally:
-        _C.set_why_not(_dispatch._reason)
+        _C.set_why_not(dispatch._gpu_backend_unsupported_reason)
     assert x.grad is not None
 
 

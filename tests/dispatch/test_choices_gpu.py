@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bap_kernels import _C, _dispatch, config, reference
+from bap_kernels import _C, dispatch, reference
+from bap_kernels.settings import settings
 from bap_kernels.testing import Case, Sample, assert_close, make_tensors, poison, run
 
 CASE = Case(2, 20, 18, (6, 7), seed=1)
@@ -26,7 +27,7 @@ def _own_table() -> Iterator[None]:
     _C.clear_choices()
     yield
     _C.clear_choices()
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def clock(**times: float) -> Callable[[str], float]:
@@ -120,7 +121,7 @@ def test_a_candidate_that_declines_the_call_is_left_out() -> None:
     try:
         assert chosen(sample, clock(triton=1e-5, cuda=1e-5), shown=["triton", "cuda"]) == "gather"
     finally:
-        _C.set_why_not(_dispatch._reason)
+        _C.set_why_not(dispatch._gpu_backend_unsupported_reason)
     assert candidates() == {"gather", "masked"}
 
 

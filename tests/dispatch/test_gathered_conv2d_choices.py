@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import _C, config, reference
+from bap_kernels import _C, reference
+from bap_kernels.settings import settings
 from bap_kernels.testing import Case, assert_close, make_tensors, poison, run
 
 CASE = Case(1, 40, 30, (12, 13), seed=3)
@@ -36,7 +37,7 @@ def _own_table(tmp_path: Path) -> Iterator[None]:
     _C.clear_choices()
     yield
     _C.clear_choices()
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def start_process(folder: Path | str, width: int = 13) -> subprocess.Popen[str]:
@@ -58,7 +59,7 @@ def in_new_process(folder: Path | str) -> tuple[list, list, str]:
 
 
 def file_in(folder: Path) -> Path:
-    return folder / config.settings.choice_file.name
+    return folder / settings.choice_file.name
 
 
 def reread(path: Path) -> list[dict]:

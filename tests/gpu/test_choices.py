@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bap_kernels import _C, config, reference
+from bap_kernels import _C, reference
+from bap_kernels.settings import settings
 from bap_kernels.testing import Case, assert_close, check_fused, make_tensors, run
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ def _own_table() -> Iterator[None]:
     _C.clear_choices()
     yield
     _C.clear_choices()
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def test_each_case_is_measured_once() -> None:

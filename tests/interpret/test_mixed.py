@@ -146,7 +146,7 @@ def test_copies_of_streams_spare_the_gather(monkeypatch: pytest.MonkeyPatch) -> 
         with bk.use_backend("triton"):
             y = planned(x)
         torch.testing.assert_close(y, masked_dense(copy.deepcopy(dense), table, "birds")(x), rtol=1e-4, atol=1e-4)
-        assert sum(epilogue.copy is not None for epilogue in stored) == wanted
+        assert sum(epilogue.dual is not None for epilogue in stored) == wanted
         gathered.append(routes.count("packed"))
     assert gathered[1] == gathered[0] - 1
 

@@ -34,7 +34,7 @@ def computed(sample: Sample, route: str | None = None, fused: dict | None = None
         prologue=Prologue(fused.get("in_scale"), fused.get("in_shift"), fused.get("in_relu", False)),
         epilogue=Epilogue(
             *(sample.bias, fused.get("out_scale"), fused.get("out_shift")),
-            *(fused.get("residual"), fused.get("out_relu", False), fused.get("copy")),
+            *(fused.get("residual"), fused.get("out_relu", False), fused.get("dual")),
         ),
         route=route,
         **options,
@@ -142,8 +142,8 @@ def test_full_width_leaves_other_channels_alone(layout: str, b: int) -> None:
     [("planar", "contiguous"), *((route, layout) for route in ("direct", "packed") for layout in LAYOUTS[:2])],
 )
 def test_compact_copies_are_stored_by_the_kernels(route: str, layout: str, dtype: torch.dtype) -> None:
-    from bap_kernels.triton.launch import Copy
-    from bap_kernels.triton.lists import places_of
+    from bap_kernels.triton.launch import DualStore
+    from bap_kernels.triton.lists import inverse_list
 
     for kernel in ((1, 1),) if route == "planar" else ((1, 1), (3, 2)):
         padding = (0,) * 4 if kernel == (1, 1) else (1, 1, 1, 0)
@@ -157,9 +157,9 @@ def test_compact_copies_are_stored_by_the_kernels(route: str, layout: str, dtype
         if layout == "channels_last":
             wide = wide.contiguous(memory_format=torch.channels_last)
         copy = wide[:, : len(copied)]
-        fused["copy"] = Copy(copy, places_of(copied, 35))
+        fused["dual"] = DualStore(copy, inverse_list(copied, 35))
         out = computed(sample, route, fused)
-        del fused["copy"]
+        del fused["dual"]
         assert_close(out, reference.gathered_conv2d_fused(*sample.args, **fused), dtype, 4 * sample.depth + 4)
         assert torch.equal(copy, out[:, copied.long()])
         assert torch.isnan(wide[:, len(copied) :]).all()
@@ -171,7 +171,7 @@ def test_the_op_leaves_no_copy_to_be_selected(monkeypatch: pytest.MonkeyPatch) -
     sample, index = make_tensors(BASE.but(layout="channels_last")), torch.tensor([2, 0], dtype=torch.int32)
     seen = []
     real = ops.gathered_conv2d
-    monkeypatch.setattr(ops, "gathered_conv2d", lambda *a, **k: seen.append(k["epilogue"].copy) or real(*a, **k))
+    monkeypatch.setattr(ops, "gathered_conv2d", lambda *a, **k: seen.append(k["epilogue"].dual) or real(*a, **k))
     with bap_kernels.use_backend("triton"):
         y, copy = torch.ops.bap_kernels._gathered_conv2d_fused_copied(
             *sample.args, None, None, False, None, None, None, False, index
@@ -182,21 +182,21 @@ def test_the_op_leaves_no_copy_to_be_selected(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_places_follow_their_list() -> None:
-    from bap_kernels.triton.lists import places_of
+    from bap_kernels.triton.lists import inverse_list
 
     index = torch.tensor([4, 0], dtype=torch.int32)
-    first = places_of(index, 6)
+    first = inverse_list(index, 6)
     assert first.tolist() == [1, -1, -1, -1, 0, -1]
-    assert places_of(index, 6) is first
-    assert places_of(index, 5).tolist() == [1, -1, -1, -1, 0]
+    assert inverse_list(index, 6) is first
+    assert inverse_list(index, 5).tolist() == [1, -1, -1, -1, 0]
     index[0] = 5
-    assert places_of(index, 6).tolist() == [1, -1, -1, -1, -1, 0]
+    assert inverse_list(index, 6).tolist() == [1, -1, -1, -1, -1, 0]
     with torch.inference_mode():
         unseen = torch.tensor([1], dtype=torch.int32)
-        assert places_of(unseen, 2).tolist() == [-1, 0]
+        assert inverse_list(unseen, 2).tolist() == [-1, 0]
         unseen[0] = 0
-        assert places_of(unseen, 2).tolist() == [0, -1]
-        assert not places_of(index.clone(), 6).is_inference()
+        assert inverse_list(unseen, 2).tolist() == [0, -1]
+        assert not inverse_list(index.clone(), 6).is_inference()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

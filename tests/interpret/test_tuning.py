@@ -25,7 +25,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     small = {"large": configs.Config(32, 16, 16, 4, 2), "thin": configs.Config(16, 16, 16, 4, 2)}
     monkeypatch.setattr(configs, "TABLE", dict.fromkeys(configs.TABLE, small))
     monkeypatch.setattr(configs, "tuned", {})
-    monkeypatch.setattr(tuning, "settings", bk.config.read_environment({"BAP_KERNELS_CACHE_DIR": str(tmp_path)}))
+    monkeypatch.setattr(tuning, "settings", bk.settings.read_environment({"BAP_KERNELS_CACHE_DIR": str(tmp_path)}))
     configs.from_table.cache_clear()
     tuning.load.cache_clear()
     yield
@@ -149,7 +149,7 @@ def test_the_environment_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from bap_kernels.triton import configs, tuning
 
     asked = {"BAP_KERNELS_CACHE_DIR": "", "BAP_KERNELS_AUTOTUNE": "1"}
-    monkeypatch.setattr(tuning, "settings", bk.config.read_environment(asked))
+    monkeypatch.setattr(tuning, "settings", bk.settings.read_environment(asked))
     run(make_tensors(BASE), "triton")
     assert len(configs.tuned) == 1
     assert tuning.file_of(CPU) is None

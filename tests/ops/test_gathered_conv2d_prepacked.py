@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bap_kernels import _C, config, reference
+from bap_kernels import _C, reference
+from bap_kernels.settings import settings
 from bap_kernels.testing import Case, Sample, assert_close, lay_out, make_fused, make_tensors, poison, run, unlisted
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -26,7 +27,7 @@ def _own_table() -> Iterator[None]:
     yield
     _C.clear_choices()
     _C.clear_packed_cache()
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def candidates(sample: Sample, cache_packed: bool = True) -> set[str]:

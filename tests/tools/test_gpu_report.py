@@ -78,7 +78,7 @@ def test_the_backends_are_read_from_what_info_prints() -> None:
     assert "cuda of torch" in text
     found = gpu_report.backends_of(text)
     for name in ("triton", "cuda"):
-        reason = bk.config.why_not(name)
+        reason = bk.dispatch.unsupported_reason(name)
         assert found[name] == (reason or "can run")
         assert gpu_report.missing(name, found) == (None if reason is None else f"backend {name}: {reason}")
     assert gpu_report.missing("cuda", {}) == "backend cuda: bap_kernels does not load"

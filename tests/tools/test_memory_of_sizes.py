@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import bap_kernels as bk
-from bap_kernels import _C, config
+from bap_kernels import _C
+from bap_kernels.settings import settings
 from tools.memory_of_sizes import measure, resident_bytes, sizes
 
 
@@ -21,7 +22,7 @@ def _own_tables() -> Iterator[None]:
     bk.clear_choices()
     bk.clear_packed_cache()
     bk.set_packed_cache_limit(limit)
-    _C.set_choice_file(str(config.settings.choice_file or ""))
+    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def test_sizes_are_different_ones() -> None:

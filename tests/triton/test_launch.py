@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from bap_kernels.triton import launch, ops
-from bap_kernels.triton.recipe import Launch
+from bap_kernels.triton.launch_spec import Launch
 from tools.launch_overhead import StandIn, calls, stand_in
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
@@ -77,12 +77,12 @@ def test_pointers_and_types_are_told_apart(driver: StandIn) -> None:
         made(torch.empty_like(x), torch.randn(16).half()),
         made(torch.empty_like(x), torch.randn(16)),
     ]
-    assert len({id(step.recipe) for step in steps}) == 1
+    assert len({id(step.spec) for step in steps}) == 1
     for step in steps:
         step.run()
-    functions = [len(set(map(id, step.recipe.compiled.values()))) for step in steps[:1]]
+    functions = [len(set(map(id, step.spec.compiled.values()))) for step in steps[:1]]
     assert functions == [3]
-    assert len(steps[0].recipe.compiled) == 3
+    assert len(steps[0].spec.compiled) == 3
 
 
 def test_the_tool_prints_its_figures() -> None:

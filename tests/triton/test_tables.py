@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import _C, _dispatch, config
+from bap_kernels import dispatch
 
 pytest.importorskip("triton")
 
@@ -172,17 +172,16 @@ def test_what_was_measured_goes_before_the_table(monkeypatch: pytest.MonkeyPatch
     assert configs.choose(problem, "tf32", 90) != mine
 
 
-def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not torch.cuda.is_available():
-        assert _dispatch.why_not_triton() == "there is no CUDA device"
-        assert config.why_not("triton") == "there is no CUDA device"
+        assert dispatch.unsupported_reason("triton") == "there is no CUDA device"
         with pytest.raises(ImportError, match=r"got 'triton': there is no CUDA device\. Hint: bap_kernels\.info"):
             bk.use_backend("triton")
-    monkeypatch.setattr(_dispatch, "LEAST_TRITON", (99, 0))
-    assert "is older than 99.0" in str(_dispatch.why_not_triton())
-    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
-    assert _C.why_not("triton") == "Triton is not installed"
+    monkeypatch.setattr(dispatch, "OLDEST_TRITON", (99, 0))
+    assert "is older than 99.0" in str(dispatch.unsupported_reason("triton"))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert dispatch.unsupported_reason("triton") == "Triton is not installed"
 
 
 def test_calls_on_a_cpu_import_no_kernels() -> None:
@@ -190,7 +189,7 @@ def test_calls_on_a_cpu_import_no_kernels() -> None:
 import sys, torch, bap_kernels as bk
 y = bk.gathered_conv2d(torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3), None, torch.tensor([0, 2], dtype=torch.int32))
 assert y.shape == (1, 3, 3, 3)
-assert not [name for name in sys.modules if name.startswith("bap_kernels.triton")]
+assert [name for name in sys.modules if "triton" in name and "bap_kernels" in name] == ["bap_kernels.triton"]
 """
     environment = os.environ | {"BAP_KERNELS_CACHE_DIR": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -202,12 +201,12 @@ def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, w = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3)
-    reason = ops.why_not(x, w, 1, (3, 3), interpreted=False)
+    reason = ops.unsupported_reason(x, w, 1, (3, 3), interpreted=False)
     assert reason == "it computes on CUDA devices, the tensors are on cpu"
     with pytest.raises(NotImplementedError, match=r"conv\(\): expected a call that backend `triton` can run.*on cpu"):
         ops.refuse("conv", reason)
     big = torch.empty(2**16, 1, 2**8, 2**8, device="meta")
-    assert ops.why_not(big, w, 1, (256, 256), True) == "the shape is beyond 32-bit tile arithmetic"
+    assert ops.unsupported_reason(big, w, 1, (256, 256), True) == "the shape is beyond 32-bit tile arithmetic"
 
 
 def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,16 +234,16 @@ def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.
 
 def test_tiles_leave_room_for_what_the_end_of_a_kernel_holds() -> None:
     from bap_kernels.triton import launch
-    from bap_kernels.triton.launch import Copy, Epilogue
-    from bap_kernels.triton.recipe import Target
+    from bap_kernels.triton.launch import DualStore, Epilogue
+    from bap_kernels.triton.launch_spec import Target
 
     x = torch.empty(1, device="meta")
-    copy = Copy(x, x)
+    dual = DualStore(x, x)
     for kernel, epilogue, sums in (
         ("fwd", Epilogue(x, x, x), 128),
         ("fwd", Epilogue(residual=x), 64),
-        ("fwd", Epilogue(residual=x, copy=copy), 32),
-        ("planar", Epilogue(residual=x, copy=copy), 64),
+        ("fwd", Epilogue(residual=x, dual=dual), 32),
+        ("planar", Epilogue(residual=x, dual=dual), 64),
     ):
         found = launch.config_of(Problem(kernel, 200_000, 512, 64, 1, 0), torch.float16, Target(90), epilogue)
         assert found.BM * found.BN / (32 * found.warps) == sums

@@ -1,21 +1,23 @@
-"""What a launch is made of: the machine, the convolution's sizes, a recipe and tensors.
+"""What a launch is made of: the target, the convolution's sizes, a specification and tensors.
 
-Running a launch and compiling it for another machine are the same description.
+Running a launch and compiling it for another machine start from the same description.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from bap_kernels._dispatch import interpreting
+from bap_kernels.dispatch import interpreting
+from bap_kernels.triton.arguments import Conv, Tile
 from bap_kernels.triton.configs import PACK, Config
 
-__all__ = ["Geometry", "Ints", "Launch", "Recipe", "Target", "ordered", "target_of"]
+__all__ = ["Geometry", "Ints", "Launch", "LaunchSpec", "Target", "constants_of", "target_of", "tile_of"]
 
 Ints = tuple[int, ...]
 # As Triton decided when the kernels were defined.
@@ -40,10 +42,9 @@ class Target:
         """The kind of products, as in the table of configurations."""
         return "16" if dtype.itemsize == 2 else "tf32" if self.tf32 else "ieee"
 
-    def flags(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The constants PRECISION and UPCAST."""
-        upcast = self.interpreted and dtype == torch.bfloat16
-        return {"PRECISION": "tf32" if self.tf32 else "ieee", "UPCAST": upcast}
+    def math(self, dtype: torch.dtype) -> tuple[str, bool]:
+        """The kernels' options PRECISION and UPCAST."""
+        return "tf32" if self.tf32 else "ieee", self.interpreted and dtype == torch.bfloat16
 
 
 @functools.cache
@@ -67,18 +68,33 @@ def target_of(device: torch.device) -> Target:
     return Target(_capability(device), tf32=_tf32_allowed())
 
 
+_Group = TypeVar("_Group", bound=tuple)
+
+
+def constants_of(group: _Group) -> _Group:
+    """A named tuple for a kernel's constant parameter; before Triton 3.8 its members have to be constants, too."""
+    return group if _INTERPRETED else type(group)(*map(tl.constexpr, group))
+
+
+def tile_of(config: Config) -> Tile:
+    """The kernels' constant TILE."""
+    return constants_of(Tile(config.BM, config.BN, config.BK, config.group_m))
+
+
 @dataclass(frozen=True, eq=False)
-class Recipe:
-    """A launch without its tensors: grid, the sizes and strides that follow the tensors, constants, configuration.
+class LaunchSpec:
+    """A launch without its tensors.
 
     Args:
+        sizes: the kernel's arguments that follow the tensors: integers, or named tuples of them.
+        constants: those that follow the sizes: named tuples from :func:`constants_of`.
         compiled: machine code by device and by what the tensors' memory decides of it.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
+    sizes: tuple[Any, ...]
+    constants: tuple[Any, ...]
     config: Config = PACK
     compiled: dict[tuple, Any] = field(default_factory=dict)
 
@@ -91,38 +107,50 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: a recipe and its tensors in order, None for those that its flags leave out."""
+    """One launch of a kernel: a specification, and its tensors in the order of the kernel's arguments.
 
-    recipe: Recipe
-    tensors: tuple[Tensor | None, ...]
+    Args:
+        tensors: each a tensor, a named tuple of them, or None for what the launch does without.
+    """
+
+    spec: LaunchSpec
+    tensors: tuple[Tensor | tuple[Tensor | None, ...] | None, ...]
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The kernel's arguments in order, without its constants."""
-        return (*self.tensors, *self.recipe.sizes)
+        """The kernel's arguments in order."""
+        return (*self.tensors, *self.spec.sizes, *self.spec.constants)
 
     def run(self) -> None:
         """Runs it on the current stream of the tensors' device, which must be the current one.
 
-        Triton looks at every argument of every launch to find the machine code; here it is asked once for each recipe
-        and each pattern of types and of pointers that are multiples of 16 bytes, the only things that can differ.
+        Triton looks at every argument of every launch to find the machine code; here it is asked once for each
+        specification and each pattern of types and of pointers that are multiples of 16 bytes, the only things that
+        can differ.
         """
-        recipe, first = self.recipe, self.tensors[0]
-        assert first is not None
+        spec, first = self.spec, self.tensors[0]
+        assert isinstance(first, Tensor)
         if _INTERPRETED:
             self.run_by_triton()
             return
-        key = (first.device.index, *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in self.tensors])
-        code = recipe.compiled.get(key)
+        key = (
+            first.device.index,
+            *[
+                None if t is None else (t.dtype, t.data_ptr() % 16 == 0)
+                for group in self.tensors
+                for t in (group if isinstance(group, tuple) else (group,))
+            ],
+        )
+        code = spec.compiled.get(key)
         if code is None:
-            recipe.compiled[key] = self.run_by_triton()
+            spec.compiled[key] = self.run_by_triton()
         else:
-            code[(*recipe.grid, 1, 1)[:3]](*self.tensors, *recipe.sizes, *recipe.constants.values())
+            code[(*spec.grid, 1, 1)[:3]](*self.arguments)
 
     def run_by_triton(self) -> Any:
         """Runs it as Triton launches kernels, compiling where needed; returns the machine code."""
-        recipe = self.recipe
-        return recipe.kernel[recipe.grid](*self.arguments, **recipe.constants, **recipe.options)
+        spec = self.spec
+        return spec.kernel[spec.grid](*self.arguments, **spec.options)
 
 
 @dataclass(frozen=True)
@@ -152,14 +180,6 @@ class Geometry:
         )
 
     @property
-    def constants(self) -> dict[str, int]:
-        """The kernels' constants KH to DW."""
-        values = (*self.kernel, *self.stride, *self.padding, *self.dilation)
-        return dict(zip(("KH", "KW", "SH", "SW", "TOP", "LEFT", "DH", "DW"), values, strict=True))
-
-
-def ordered(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """The constants in the order of the kernel's arguments, in which compiled code takes them."""
-    last = kernel.arg_names[-len(constants) :]
-    assert sorted(last) == sorted(constants), f"{sorted(last)} are not {sorted(constants)}"
-    return {name: constants[name] for name in last}
+    def conv(self) -> Conv:
+        """The kernels' constant CONV."""
+        return constants_of(Conv(*self.kernel, *self.stride, *self.padding, *self.dilation))
