@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
+_Packed = TypeVar("_Packed", bound="PackedConv2d")
 
 # The reason that swap_ and switch_ do not pass over.
 OWN_FORWARD = "another forward was set on it, which would go on calling the layer it was made for"
@@ -175,6 +176,19 @@ class PackedConv2d(nn.Conv2d):
         pair = (padding, padding) if isinstance(padding, int) else padding
         return input, four_sided(type(self).__name__, pair, self.kernel_size, self.stride, self.dilation)
 
+    @classmethod
+    def _sharing(cls: type[_Packed], conv: nn.Module) -> _Packed:
+        """A layer that shares all that a convolution has; `_start_with` is still to be called."""
+        reason = why_not(conv)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
+                f"cannot: {reason}."
+            )
+        layer = cls.__new__(cls)
+        share_all(layer, conv)
+        return layer
+
     def _drop(self) -> None:
         drop_packed([self._parameters.get("weight")])
 
@@ -301,14 +315,7 @@ class GatheredConv2d(GatheredLayer, PackedConv2d):
             >>> GatheredConv2d.from_conv2d(conv).weight is conv.weight
             True
         """
-        reason = why_not(conv)
-        if reason is not None:
-            raise NotImplementedError(
-                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
-                f"cannot: {reason}."
-            )
-        layer = cls.__new__(cls)
-        share_all(layer, conv)
+        layer = cls._sharing(conv)
         if isinstance(conv, GatheredConv2d):
             layer._start_with(conv.channels if channels is None else channels)
             layer.lists = dict(conv.lists)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from bap_kernels.channels import ChannelLists
-from bap_kernels.layer_kinds import NEVER, PlannedModel, change_now
+from bap_kernels.layer_kinds import NEVER, DomainLayer, PlannedModel, change_now
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.mixed import MixedBatch, MixedStates, mixed_numbers
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
@@ -22,20 +22,28 @@ __all__ = ["attach_", "domain_names", "set_domain"]
 _DENSE = ChannelLists()
 
 
-class _Layers:
-    """The layers of one model that depend on the domain, with what tells that the model has changed.
+class _Layer(NamedTuple):
+    """A layer that depends on the domain, by its attributes.
 
-    Dictionaries stand for modules: the model must not be kept alive, and assigning through nn.Module is slow.
+    A dictionary stands for the module: the model must not be kept alive, and assigning through nn.Module is slow.
     """
 
+    attributes: dict[str, Any]
+    state_name: str
+    states: dict[Any, Any]
+    # The state without a domain; None where it needs one.
+    without_domain: tuple[Any] | None
+
+
+class _Layers:
+    """The layers of one model that depend on the domain, with what tells that the model has changed."""
+
     def __init__(self, model: nn.Module) -> None:
-        # Attributes of gathered layers.
-        self.gathered: list[dict[str, Any]] = []
-        # Attributes of layers with one module per domain, those modules by domain, and whether None is a domain.
-        self.owning: list[tuple[dict[str, Any], dict[Any, Any], bool]] = []
+        # Of gathered layers, whose lists may be attached anew, and of the others; `states` of the first is empty.
+        self.gathered: list[_Layer] = []
+        self.owning: list[_Layer] = []
         self.parents: list[tuple[dict[str, Any], tuple[nn.Module | None, ...]]] = []
         self.leaves: list[dict[str, Any]] = []
-        # Planned networks, which have a plan for each domain instead.
         self.planned: list[ReferenceType[PlannedModel]] = []
         # Once for each model: lists are often made before torch.compile is loaded.
         self.marked = False
@@ -50,10 +58,11 @@ class _Layers:
                 self.planned.append(ref(module))
                 continue
             children = module._modules
-            if isinstance(module, GatheredConv2d):
-                self.gathered.append(module.__dict__)
-            if isinstance(module, PerDomain):
-                self.owning.append((module.__dict__, module.domains._modules, not module._needs_domain))
+            if isinstance(module, DomainLayer):
+                without = None if module._needs_domain else (module._without_domain,)
+                modules = module.domains._modules if isinstance(module, PerDomain) else {}
+                kind = self.owning if isinstance(module, PerDomain) else self.gathered
+                kind.append(_Layer(module.__dict__, module._state_name, modules, without))
             if children:
                 self.parents.append((children, tuple(children.values())))
             else:
@@ -61,6 +70,15 @@ class _Layers:
             # What is inside a domain's module cannot depend on the domain, and there may be very many of them.
             if not isinstance(module, PerDomain):
                 waiting += [child for child in children.values() if child is not None]
+
+    def with_states(self) -> list[_Layer]:
+        """The layers that have domains: gathered ones that a table was attached to, then the others."""
+        attached = [
+            _Layer(attributes, state_name, attributes["lists"], without)
+            for attributes, state_name, _, without in self.gathered
+            if attributes["lists"]
+        ]
+        return [*attached, *self.owning]
 
     def fits(self) -> bool:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
@@ -74,7 +92,7 @@ class _Layers:
     def mark_dynamic(self) -> None:
         """Tells torch.compile which sizes vary between domains."""
         for layer in self.gathered:
-            for lists in layer["lists"].values():
+            for lists in layer.attributes["lists"].values():
                 lists.mark_dynamic()
         self.marked = True
 
@@ -204,75 +222,51 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
         >>> model(torch.randn(3, 8, 5, 5)).shape
         torch.Size([3, 4, 3, 3])
     """
-    layers = _layers(model)
-    # Truthiness of `lists`: a layer that was never attached to is not switched.
-    gathered = [layer for layer in layers.gathered if layer["lists"]]
-    owning = layers.owning
-    planned = layers.planned_networks(model) if layers.planned else []
-    if not (gathered or owning or planned):
+    known = _layers(model)
+    layers = known.with_states()
+    planned = known.planned_networks(model) if known.planned else []
+    if not (layers or planned):
         raise ValueError(
             "set_domain(): expected `model` to have lists, got none. Hint: call swap_, then attach_; or nn.switch_."
         )
     if isinstance(name, Tensor):
-        _set_mixed(gathered, owning, planned, name)
+        _set_mixed(layers, planned, name)
         return
     try:
         if name is None:
-            # Where None will not do it is looked up, and refused as a name is.
-            active: list[Any] = [None if optional else modules[name] for _, modules, optional in owning]
-            lists = [_DENSE] * len(gathered)
+            # Where None is not allowed it is looked up, and refused as an unknown name is.
+            new = [layer.states[None] if layer.without_domain is None else layer.without_domain[0] for layer in layers]
         else:
-            active = [modules[name] for _, modules, _ in owning]
-            lists = [layer["lists"][name] for layer in gathered]
+            new = [layer.states[name] for layer in layers]
     except (KeyError, TypeError):
-        raise _refusal(gathered, owning, name) from None
+        tables = [layer.states for layer in layers]
+        message = f"set_domain(): expected `name` to be one of {_known(tables)}, got {name!r}."
+        raise ValueError(message) from None
     # Plans are made here, which may fail; nothing has changed so far.
     activations = [network.prepare_domain(name) for network in planned]
     now = change_now()
     # Past nn.Module.__setattr__, which costs a microsecond for each layer.
-    for layer, its_lists in zip(gathered, lists, strict=True):
-        if layer["channels"] is not its_lists or layer.get("_mixed") is not None:
-            layer["channels"], layer["_mixed"], layer["_changed"] = its_lists, None, now
-        elif now.by >= 0:
-            layer["_changed"] = now.again(layer.get("_changed", NEVER))
-    for (attributes, _, _), module in zip(owning, active, strict=True):
-        if attributes["_active"] is not module or attributes.get("_mixed") is not None:
-            attributes["_active"], attributes["_mixed"], attributes["_changed"] = module, None, now
+    for (attributes, state_name, _, _), state in zip(layers, new, strict=True):
+        if attributes[state_name] is not state or attributes.get("_mixed") is not None:
+            attributes[state_name], attributes["_mixed"], attributes["_changed"] = state, None, now
         elif now.by >= 0:
             attributes["_changed"] = now.again(attributes.get("_changed", NEVER))
     for activate in activations:
         activate()
 
 
-def _set_mixed(
-    gathered: list[dict[str, Any]],
-    owning: list[tuple[dict[str, Any], dict[Any, Any], bool]],
-    planned: list[PlannedModel],
-    numbers: Tensor,
-) -> None:
-    tables = _tables(gathered, owning)
-    domains = _numbered([*tables, *(dict.fromkeys(domain_names(network)) for network in planned)])
+def _set_mixed(layers: list[_Layer], planned: list[PlannedModel], numbers: Tensor) -> None:
+    numbered = [layer.states for layer in layers] + [dict.fromkeys(domain_names(network)) for network in planned]
+    domains = _numbered(numbered)
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
     activations = [network.prepare_domain(numbers, domains) for network in planned]
     now = change_now()
-    for layer, table in zip([*gathered, *(attributes for attributes, _, _ in owning)], tables, strict=True):
-        layer["_mixed"], layer["_changed"] = MixedStates(batch, [table[name] for name in names]), now
+    for layer in layers:
+        mixed = MixedStates(batch, [layer.states[name] for name in names])
+        layer.attributes["_mixed"], layer.attributes["_changed"] = mixed, now
     for activate in activations:
         activate()
-
-
-def _refusal(
-    gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]], name: object
-) -> Exception:
-    known = _known(_tables(gathered, owning))
-    return ValueError(f"set_domain(): expected `name` to be one of {known}, got {name!r}.")
-
-
-def _tables(
-    gathered: list[dict[str, Any]], owning: list[tuple[dict[str, Any], dict[Any, Any], bool]]
-) -> list[dict[Any, Any]]:
-    return [layer["lists"] for layer in gathered] + [modules for _, modules, _ in owning]
 
 
 def _known(tables: list[dict[Any, Any]]) -> list[str]:
@@ -314,6 +308,5 @@ def domain_names(model: nn.Module) -> list[str]:
         ['cars', 'birds']
     """
     layers = _layers(model)
-    tables = _tables([layer for layer in layers.gathered if layer["lists"]], layers.owning)
-    tables += [dict.fromkeys(domain_names(network.model)) for network in layers.planned_networks(model)]
-    return _numbered(tables)
+    planned = [dict.fromkeys(domain_names(network.model)) for network in layers.planned_networks(model)]
+    return _numbered([*(layer.states for layer in layers.with_states()), *planned])

@@ -21,7 +21,6 @@ from bap_kernels.nn.conv import (
     check_options,
     has_own_forward,
     share_all,
-    why_not,
 )
 from bap_kernels.nn.in_backward import in_checkpoint
 from bap_kernels.nn.mixed import MixedStates
@@ -157,14 +156,7 @@ class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
             True
         """
         names = checked_names(f"{cls.__name__}.from_conv2d", domains)
-        reason = why_not(conv)
-        if reason is not None:
-            raise NotImplementedError(
-                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
-                f"cannot: {reason}."
-            )
-        layer = cls.__new__(cls)
-        share_all(layer, conv)
+        layer = cls._sharing(conv)
         layer.__dict__.pop("channels", None)
         layer.__dict__.pop("lists", None)
         layer._start_with(names, threshold, initial, ste_every)

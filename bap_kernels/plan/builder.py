@@ -34,9 +34,9 @@ from bap_kernels.flow.ops import (
 )
 from bap_kernels.flow.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
-from bap_kernels.nn.recording import Specs
 from bap_kernels.plan.domain_view import frozen, lists_of
 from bap_kernels.plan.effective_conv import conv_of, effective_conv
+from bap_kernels.plan.recording import Specs
 
 __all__ = ["Builder", "is_plain"]
 

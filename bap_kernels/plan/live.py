@@ -12,7 +12,7 @@ from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import Call
 from bap_kernels.nn.module_copy import copy_modules
-from bap_kernels.nn.recording import Recording
+from bap_kernels.plan.recording import Recording
 from bap_kernels.plan.trace import same_widths, trace
 
 __all__ = ["live_channels"]

@@ -15,12 +15,12 @@ from bap_kernels.flow.liveness import Liveness
 from bap_kernels.layer_kinds import PlannedModel
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
-from bap_kernels.nn.recording import Recording
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower
 from bap_kernels.plan.mixed import MixedPlans
 from bap_kernels.plan.program import Program
+from bap_kernels.plan.recording import Recording
 from bap_kernels.plan.trace import call_copied, same_widths, trace
 from bap_kernels.plan.watch import Watch
 

@@ -21,11 +21,11 @@ from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import Call
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d, has_own_forward
-from bap_kernels.nn.recording import Written
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.plan.layout import Layout
+from bap_kernels.plan.recording import WriteCall
 from bap_kernels.plan.trace import call_copied, check_reach, run_masked
 
 __all__ = ["specialize"]
@@ -118,7 +118,7 @@ class _SmallNetwork:
         kwargs = kwargs or {}
         if isinstance(call, Call):
             args, kwargs, call = (*args, *call.args), {**call.kwargs, **kwargs}, call.target
-        if isinstance(call, Written):
+        if isinstance(call, WriteCall):
             return self.write(name, call, args, kwargs)
         if isinstance(call, nn.Module):
             return self.call_layer(name, _plain(call), *args, **kwargs)
@@ -126,14 +126,11 @@ class _SmallNetwork:
             return self.graph.call_method(call, args, kwargs)
         return self.graph.call_function(call, args, kwargs)
 
-    def write(self, name: str, call: Written, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    def write(self, name: str, call: WriteCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """A node that writes to a copy of one of its arguments; the copy is what is read afterwards."""
-        at = call.argument
-        clone = self.graph.call_function(torch.clone, (kwargs[at] if isinstance(at, str) else args[at],))
-        if isinstance(at, str):
-            kwargs = {**kwargs, at: clone}
-        else:
-            args = (*args[:at], clone, *args[at + 1 :])
+        clone, args, kwargs = call.with_argument(
+            args, kwargs, lambda written: self.graph.call_function(torch.clone, (written,))
+        )
         self.writing.add(self.call(name, call.target, args, kwargs))
         return clone
 

@@ -1,8 +1,8 @@
 """Records the steps of a model while it runs on an example: layers are one step each, PyTorch's functions another.
 
 The model's own code runs on real tensors, so that it takes the branches that it takes in use. What it calls is seen by
-a `TorchFunctionMode`, which is a matter of one thread, and on a copy of its modules, so that neither the model nor any
-other thread sees anything of it. Sizes are numbers that know their steps (`sizes`): the recording serves other sizes.
+a `TorchFunctionMode`, which belongs to one thread, and on a copy of its modules, so that neither the model nor any
+other thread is affected. Sizes are numbers that know their steps (`sizes`), so the recording serves other sizes.
 
 What cannot be recorded becomes one step as a whole, the innermost module around it: where the code reads numbers out
 of tensors or branches on sizes, computes with what PyTorch does not show (numpy, extensions), changes autocast, or
@@ -28,10 +28,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from bap_kernels.flow.arguments import leaves_of, map_leaves, tensors_of
-from bap_kernels.flow.ops import has_hooks, writes_to_input
-from bap_kernels.nn.sizes import Number, Unrecordable, make_number
+from bap_kernels.flow.ops import Call, has_hooks, writes_to_input
+from bap_kernels.plan.sizes import Number, Unrecordable, make_number
 
-__all__ = ["Recording", "Specs", "Written", "first_difference", "is_layer", "record", "record_calls"]
+__all__ = ["Recording", "Specs", "WriteCall", "first_difference", "record"]
 
 # Shape and dtype of what each step returned on the example; (None, None) for what is no tensor.
 Specs = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
@@ -58,7 +58,7 @@ class _Restart(BaseException):
     """The recording has to begin again, with more that is known."""
 
 
-class Written:
+class WriteCall:
     """A function that writes to one of its arguments, as a function that returns what it wrote.
 
     Args:
@@ -73,26 +73,24 @@ class Written:
     def __name__(self) -> str:
         return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", "write")
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The function itself."""
-        if isinstance(self.target, str):
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
+    def with_argument(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Any], Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """(what ``function`` makes of the argument, the arguments with it in the argument's place)."""
+        if isinstance(self.argument, str):
+            new = function(kwargs[self.argument])
+            return new, args, {**kwargs, self.argument: new}
+        new = function(args[self.argument])
+        return new, (*args[: self.argument], new, *args[self.argument + 1 :]), kwargs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the argument holds afterwards; the argument stays as it was."""
-        changed: Tensor
-        if isinstance(self.argument, str):
-            changed = kwargs[self.argument].clone()
-            kwargs = {**kwargs, self.argument: changed}
-        else:
-            changed = args[self.argument].clone()
-            args = (*args[: self.argument], changed, *args[self.argument + 1 :])
-        self.call(*args, **kwargs)
+        changed, args, kwargs = self.with_argument(args, kwargs, torch.clone)
+        Call(self.target)(*args, **kwargs)
         return changed
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Written) and (self.target, self.argument) == (other.target, other.argument)
+        return isinstance(other, WriteCall) and (self.target, self.argument) == (other.target, other.argument)
 
     def __hash__(self) -> int:
         return hash((self.target, self.argument))
@@ -117,11 +115,6 @@ class Recording:
     whole: dict[str, str]
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own, which are one step each."""
-    return module.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
-
-
 def _without_numbers(part: Any) -> Any:
     return map_leaves(part, lambda leaf: leaf.value if isinstance(leaf, Number) else leaf)
 
@@ -137,7 +130,12 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _same_place(a: Tensor, b: Tensor) -> bool:
+def _changed(tensors: list[Tensor], versions: list[int]) -> list[Tensor]:
+    return [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
+
+
+def _show_the_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage show the same elements in the same way."""
     return bool(
         a.shape == b.shape
         and a.stride() == b.stride()
@@ -154,7 +152,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.root, self.is_layer, self.whole = root, is_layer, whole
-        self.known = None if known is None else {id(one): one for one in known}
+        self.known = None if known is None else {id(tensor): tensor for tensor in known}
         self.graph = fx.Graph()
         self.specs: Specs = {}
         self.constants: dict[str, Tensor] = {}
@@ -199,8 +197,8 @@ class _Recorder(TorchFunctionMode):
         node.meta["within"], node.meta["pure"] = tuple(self.within), pure
         is_tensor = isinstance(result, Tensor)
         self.specs[node] = (tuple(result.shape), result.dtype) if is_tensor else (None, None)
-        same = all(one in self.static for one in node.all_input_nodes) and not _is_random(target)
-        if op == "get_attr" or (op != "placeholder" and same):
+        static = all(source in self.static for source in node.all_input_nodes) and not _is_random(target)
+        if op == "get_attr" or (op != "placeholder" and static):
             self.static.add(node)
         return node
 
@@ -209,31 +207,30 @@ class _Recorder(TorchFunctionMode):
         return self._add("call_function", function, arguments, pure=True)
 
     def argument(self, part: Any) -> Any:
-        """Arguments with steps in the places of what they returned."""
+        """Arguments in which results are replaced by the steps that returned them."""
         return map_leaves(part, self._argument)
 
-    def _argument(self, one: Any) -> Any:
-        if isinstance(one, fx.Node):
-            return one
-        if isinstance(one, Tensor):
-            return self.node_of(one)
-        if isinstance(one, Number):
-            return one.step()
-        if id(one) in self.objects and self.objects[id(one)][0] is one:
-            return self.objects[id(one)][1]
-        return one
+    def _argument(self, leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return leaf
+        if isinstance(leaf, Tensor):
+            return self.node_of(leaf)
+        if isinstance(leaf, Number):
+            return leaf.step()
+        known = self.objects.get(id(leaf))
+        return known[1] if known is not None and known[0] is leaf else leaf
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The step that returned a tensor."""
         stale = self.stale.get(id(tensor))
         if stale is not None and stale[0]() is tensor:
-            together = [a for a, b in zip(stale[1], self.within, strict=False) if a == b]
-            raise self.unrecordable(stale[2], together[-1])
-        found = self.steps.get(id(tensor))
-        if found is not None and found[0]() is tensor:
-            if found[2] != _version(tensor):
+            common = [a for a, b in zip(stale[1], self.within, strict=False) if a == b]
+            raise self.unrecordable(stale[2], common[-1])
+        step = self.steps.get(id(tensor))
+        if step is not None and step[0]() is tensor:
+            if step[2] != _version(tensor):
                 raise self.unrecordable("it writes to a tensor in a way that is not shown")
-            return found[1]
+            return step[1]
         if id(tensor) in self.names:
             return self._attribute(self.names[id(tensor)], tensor)
         if self.known is None:
@@ -249,7 +246,8 @@ class _Recorder(TorchFunctionMode):
         return self.attributes[name]
 
     def _constant(self, tensor: Tensor) -> fx.Node:
-        name = next((name for name, one in self.constants.items() if one is tensor), f"_constant_{len(self.constants)}")
+        names = (name for name, constant in self.constants.items() if constant is tensor)
+        name = next(names, f"_constant_{len(self.constants)}")
         self.constants[name] = tensor
         return self._attribute(name, tensor)
 
@@ -262,21 +260,21 @@ class _Recorder(TorchFunctionMode):
         self.stale.pop(id(tensor), None)
         key = _storage(tensor)
         if key is not None:
-            live = [one for one in self.sharing.get(key, ()) if one() is not None and one() is not tensor]
-            self.sharing[key] = [*live, reference]
+            others = [other for other in self.sharing.get(key, ()) if other() is not None and other() is not tensor]
+            self.sharing[key] = [*others, reference]
 
     def results(self, value: Any, node: fx.Node, sources: list[Tensor]) -> Any:
         """Notes which step returned each tensor in a result; numbers in it become recorded ones."""
         if isinstance(value, Tensor):
             if value.is_inference():
                 raise self.unrecordable("it runs in inference mode")
-            source = next((one for one in sources if one is value), None)
+            source = next((source for source in sources if source is value), None)
             if source is not None:
                 before = self.node_of(source)
                 self.itself[node] = self.itself.get(before, before)
             else:
                 key = _storage(value)
-                shared = [one for one in sources if key is not None and _storage(one) == key]
+                shared = [source for source in sources if key is not None and _storage(source) == key]
                 if shared:
                     self.view_of[node] = self.node_of(shared[0])
             self.specs[node] = tuple(value.shape), value.dtype
@@ -286,32 +284,30 @@ class _Recorder(TorchFunctionMode):
             return make_number(self, value, lambda: node)
         parts: Iterator[tuple[Any, Any, Any]]
         if isinstance(value, (tuple, list)):
-            parts = ((operator.getitem, place, one) for place, one in enumerate(value))
+            parts = ((operator.getitem, index, part) for index, part in enumerate(value))
         elif isinstance(value, dict):
-            parts = ((operator.getitem, key, one) for key, one in value.items())
+            parts = ((operator.getitem, key, part) for key, part in value.items())
         elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-            parts = ((getattr, name, one) for name, one in vars(value).items())
+            parts = ((getattr, name, part) for name, part in vars(value).items())
         else:
             return value
-        made = []
-        for function, place, one in list(parts):
-            got = one
-            if isinstance(one, (Tensor, int, float, tuple, list, dict)) or hasattr(one, "__dict__"):
-                inner = self._add("call_function", function, (node, place), result=one, pure=True)
-                if isinstance(one, Tensor):
+        recorded = []
+        for function, key, part in list(parts):
+            result = part
+            if isinstance(part, (Tensor, int, float, tuple, list, dict)) or hasattr(part, "__dict__"):
+                inner = self._add("call_function", function, (node, key), result=part, pure=True)
+                if isinstance(part, Tensor):
                     for source in sources:
-                        if _storage(source) is not None and _storage(source) == _storage(one):
+                        if _storage(source) is not None and _storage(source) == _storage(part):
                             self.view_of[inner], self.view_of[node] = node, self.node_of(source)
                             break
-                got = self.results(one, inner, [])
-            made.append((place, got))
+                result = self.results(part, inner, [])
+            recorded.append((key, result))
         self.objects[id(value)] = value, node
-        if type(value) is tuple:
-            return tuple(one for _, one in made)
-        if type(value) is list:
-            return [one for _, one in made]
+        if type(value) in (tuple, list):
+            return type(value)(result for _, result in recorded)
         if type(value) in (dict, OrderedDict):
-            return type(value)(made)
+            return type(value)(recorded)
         return value
 
     def wrote(self, tensor: Tensor, node: fx.Node) -> None:
@@ -320,16 +316,15 @@ class _Recorder(TorchFunctionMode):
         before = self.steps[id(tensor)][1]
         before = self.itself.get(before, before)
         key = _storage(tensor)
-        others = [one() for one in self.sharing.get(key, ())] if key is not None else []
+        others = [other() for other in self.sharing.get(key, ())] if key is not None else []
         self.bind(tensor, node)
         for other in others:
-            if other is None or other is tensor:
-                continue
-            self._follow(other, tensor, before, node)
+            if other is not None and other is not tensor:
+                self._follow(other, tensor, before, node)
 
     def _follow(self, other: Tensor, tensor: Tensor, before: fx.Node, node: fx.Node) -> None:
         """Another tensor shows memory that was written to: what it holds now, or that nobody may read it."""
-        if _same_place(other, tensor):
+        if _show_the_same(other, tensor):
             self.bind(other, node)
             return
         chain: list[fx.Node] = []
@@ -338,15 +333,15 @@ class _Recorder(TorchFunctionMode):
             chain.append(at)
             at = self.view_of.get(at)
         if at is None or id(other) in self.stale:
-            made = self.steps[id(tensor)][1].meta["within"], self.steps[id(other)][1].meta["within"]
-            together = tuple(a for a, b in zip(*made, strict=False) if a == b)
+            within = [self.steps[id(shown)][1].meta["within"] for shown in (tensor, other)]
+            common = tuple(a for a, b in zip(*within, strict=False) if a == b)
             reason = "it writes to a part of a tensor (a slice or another view of it) that is read later"
-            self.stale[id(other)] = weakref.ref(other), together, reason
+            self.stale[id(other)] = weakref.ref(other), common, reason
             return
         # Views of what was written are made again.
         now = {at: node}
         for old in reversed(chain):
-            copied = self.graph.node_copy(old, lambda one: now.get(one, one))
+            copied = self.graph.node_copy(old, lambda source: now.get(source, source))
             copied.meta = dict(old.meta)
             self.specs[copied] = self.specs[old]
             self.view_of[copied] = now[self.view_of[old]]
@@ -372,21 +367,21 @@ class _Recorder(TorchFunctionMode):
         if name in ("__set__", "__delete__"):
             raise self.unrecordable("it sets an attribute of a tensor")
         given = tensors_of((args, kwargs))
-        numbers = any(isinstance(one, Number) for one in leaves_of((args, kwargs)))
-        versions = [_version(one) for one in given]
+        numbers = any(isinstance(leaf, Number) for leaf in leaves_of((args, kwargs)))
+        versions = [_version(tensor) for tensor in given]
         result = func(*_without_numbers(args), **_without_numbers(kwargs))
-        found = tensors_of(result)
-        if not found and not given and not numbers:
+        returned = tensors_of(result)
+        if not returned and not given and not numbers:
             return result
-        if found and func in _CONSTANT_MAKERS and not given and not numbers:
+        if returned and func in _CONSTANT_MAKERS and not given and not numbers:
             self.bind(result, self._constant(result))
             self.fresh.add(id(result))
             return result
         if self._autocast() != self.autocast:
             raise self.unrecordable("it changes autocast")
-        written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]
-        op, target, args = _normal(func, name, args, kwargs)
-        if not found and not written:
+        written = _changed(given, versions)
+        op, target, args = _as_fx_call(func, name, args, kwargs)
+        if not returned and not written:
             return self._without_tensor(func, name, (op, target, args, kwargs), result, given)
         if written:
             return self._writing((op, target, args, kwargs), result, written, given)
@@ -425,18 +420,18 @@ class _Recorder(TorchFunctionMode):
                 steps[axis] = self._add("call_function", operator.getitem, (node, axis), pure=True)
             return steps[axis]
 
-        made = [
+        numbers = [
             size if fixed and axis == 1 else make_number(self, size, functools.partial(step, axis))
             for axis, size in enumerate(sizes)
         ]
-        return torch.Size(made) if isinstance(sizes, torch.Size) else tuple(made)
+        return torch.Size(numbers) if isinstance(sizes, torch.Size) else tuple(numbers)
 
     def _without_tensor(self, func: Any, name: str, call: Any, result: Any, given: list[Tensor]) -> Any:
         """A call whose result holds no tensor."""
         args = call[2]
         if name in _PLAIN_METHODS or name.startswith("is_") or (given and name in ("requires_grad_", "__hash__")):
             return result
-        if given and all(self.node_of(one) in self.static for one in given):
+        if given and all(self.node_of(tensor) in self.static for tensor in given):
             return result
         if name in _SIZE_METHODS:
             node = self._add(*call, pure=True)
@@ -449,12 +444,11 @@ class _Recorder(TorchFunctionMode):
         if func is torch._assert:
             self._add(*call)
             return None
-        if name in ("__repr__", "__format__", "__str__") or not given:
-            return result if given else self._no_given(name)
+        if not given:
+            raise self.unrecordable(f"{name} computes with the size of the input")
+        if name in ("__repr__", "__format__", "__str__"):
+            return result
         raise self.unrecordable(f"it reads numbers out of a tensor ({name})")
-
-    def _no_given(self, name: str) -> Any:
-        raise self.unrecordable(f"{name} computes with the size of the input")
 
     def _writing(self, call: Any, result: Any, written: list[Tensor], given: list[Tensor]) -> Any:
         op, target, args, kwargs = call
@@ -471,12 +465,12 @@ class _Recorder(TorchFunctionMode):
             node = self._add(op, target, args, kwargs, result=result)
             self.wrote(tensor, node)
             return result
-        # `out` first: the tensor may be read as well.
-        place: int | str | None = next((key for key, one in kwargs.items() if one is tensor), None)
-        place = next((at for at, one in enumerate(args) if one is tensor), None) if place is None else place
-        if place is None or not (result is None or result is tensor):
+        # Keywords such as `out` first: the tensor may be read as well.
+        named = [*kwargs.items(), *enumerate(args)]
+        argument: int | str | None = next((key for key, value in named if value is tensor), None)
+        if argument is None or not (result is None or result is tensor):
             raise self.unrecordable("it writes to a tensor and returns another")
-        node = self._add("call_function", Written(target, place), args, kwargs, result=tensor)
+        node = self._add("call_function", WriteCall(target, argument), args, kwargs, result=tensor)
         self.wrote(tensor, node)
         return result
 
@@ -528,9 +522,9 @@ class _Recorder(TorchFunctionMode):
         try:
             if self._autocast() != self.autocast:
                 raise self.unrecordable("it changes autocast")
-            versions = [_version(one) for one in given]
+            versions = [_version(tensor) for tensor in given]
             result = module._call_impl(*_without_numbers(args), **_without_numbers(kwargs))
-            written = [one for one, version in zip(given, versions, strict=True) if _version(one) != version]
+            written = _changed(given, versions)
             if written:
                 if not (result is written[0] and len(written) == 1 and args and args[0] is result):
                     raise self.unrecordable(f"{name} writes to its arguments")
@@ -554,7 +548,7 @@ class _Recorder(TorchFunctionMode):
         names = _argument_names(self.root, len(inputs))
         with torch.inference_mode(False), torch.no_grad():
             # Copies, as the model may write to what it is given.
-            inputs = map_leaves(inputs, lambda one: one.clone() if isinstance(one, Tensor) else one)
+            inputs = map_leaves(inputs, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             given = []
             self.paused = True
             for name, value in zip(names, inputs, strict=True):
@@ -573,30 +567,32 @@ class _Recorder(TorchFunctionMode):
         return _without_numbers(result)
 
     def _plain_result(self, value: Any) -> Any:
-        """A result with objects that hold tensors made by steps."""
+        """A result in which objects that hold tensors are replaced by steps that make them."""
         if isinstance(value, (Tensor, Number)) or (id(value) in self.objects and self.objects[id(value)][0] is value):
             return value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
             return self._add("call_function", type(value), (), self._plain_result(fields))
         if isinstance(value, tuple):
-            parts = [self._plain_result(one) for one in value]
+            parts = [self._plain_result(part) for part in value]
             if hasattr(value, "_fields"):
                 return self._add("call_function", type(value), tuple(parts))
             return tuple(parts)
         if type(value) is list:
-            return [self._plain_result(one) for one in value]
+            return [self._plain_result(part) for part in value]
         if type(value) is dict:
-            return {key: self._plain_result(one) for key, one in value.items()}
+            return {key: self._plain_result(part) for key, part in value.items()}
         if type(value) is OrderedDict:
-            pairs = [(key, self._plain_result(one)) for key, one in value.items()]
+            pairs = [(key, self._plain_result(part)) for key, part in value.items()]
             return self._add("call_function", OrderedDict, (pairs,))
         if tensors_of(list(vars(value).values()) if hasattr(value, "__dict__") else []) or isinstance(value, dict):
             raise self.unrecordable(f"it returns a {type(value).__name__}")
         return value
 
 
-def _normal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
+def _as_fx_call(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Any, tuple[Any, ...]]:
     """A call as torch.fx writes it: (kind of node, target, arguments)."""
     if getattr(Tensor, name, None) is not func:
         return "call_function", func, args
@@ -620,8 +616,8 @@ def _argument_names(root: nn.Module, count: int) -> list[str]:
         parameters = list(inspect.signature(root.forward).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    return [names[place] if place < len(names) else f"input_{place}" for place in range(count)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [names[number] if number < len(names) else f"input_{number}" for number in range(count)]
 
 
 def _drop_pure(graph: fx.Graph) -> None:
@@ -630,34 +626,33 @@ def _drop_pure(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _equal(a: Any, b: Any, places: dict[fx.Node, int], others: dict[fx.Node, int]) -> bool:
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and places[a] == others[b]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_equal(*pair, places, others) for pair in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(_equal(a[key], b[key], places, others) for key in a)
-    if isinstance(a, slice) and isinstance(b, slice):
-        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step), places, others)
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and np.array_equal(a, b, equal_nan=True)
-    try:
-        return a is b or (type(a) is type(b) and bool(a == b or (a != a and b != b)))
-    except Exception:  # objects that do not compare
-        return False
+def _equal(a: Any, b: Any, numbers: dict[fx.Node, int], others: dict[fx.Node, int]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            return isinstance(a, fx.Node) and isinstance(b, fx.Node) and numbers[a] == others[b]
+        if isinstance(a, np.ndarray):
+            return isinstance(b, np.ndarray) and np.array_equal(a, b, equal_nan=True)
+        try:
+            return a is b or (type(a) is type(b) and bool(a == b or (a != a and b != b)))
+        except Exception:  # objects that do not compare
+            return False
+
+    leaves = leaves_of(a), leaves_of(b)
+    structures = [map_leaves(part, lambda leaf: None) for part in (a, b)]
+    return structures[0] == structures[1] and all(equal(*pair) for pair in zip(*leaves, strict=True))
 
 
 def first_difference(one: Recording, other: Recording) -> fx.Node | None:
     """The first step of a recording in which another one differs, apart from shapes; None if there is none."""
-    places = {node: place for place, node in enumerate(one.graph.nodes)}
-    others = {node: place for place, node in enumerate(other.graph.nodes)}
+    numbers = {node: number for number, node in enumerate(one.graph.nodes)}
+    others = {node: number for number, node in enumerate(other.graph.nodes)}
     nodes = list(others)
-    for node, place in places.items():
-        if place >= len(nodes):
+    for node, number in numbers.items():
+        if number >= len(nodes):
             return node
-        second = nodes[place]
+        second = nodes[number]
         same = node.op == second.op and (node.target is second.target or node.target == second.target)
-        if not same or not _equal((node.args, node.kwargs), (second.args, second.kwargs), places, others):
+        if not same or not _equal((node.args, node.kwargs), (second.args, second.kwargs), numbers, others):
             return node
         name = str(node.target)
         if node.op == "get_attr" and name in one.constants:
@@ -665,7 +660,7 @@ def first_difference(one: Recording, other: Recording) -> fx.Node | None:
             a, b = one.constants[name], other.constants[name]
             if a is not b and not (a.shape == b.shape and a.dtype == b.dtype and _same_values(a, b)):
                 return node
-    return None if len(nodes) == len(places) else next(reversed(places))
+    return None if len(nodes) == len(numbers) else next(reversed(numbers))
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
@@ -704,7 +699,7 @@ def record(
             result = recorder.run(inputs)
         except _Restart:
             if known is None and len(whole) == before:
-                known = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+                known = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
                 continue
             if len(whole) > before:
                 continue
@@ -719,55 +714,3 @@ def record(
             continue
         _drop_pure(recorder.graph)
         return Recording(recorder.graph, recorder.specs, recorder.constants, result, dict(whole))
-
-
-class _Calls(fx.Tracer):
-    """Records calls on placeholders without an example; it patches nothing, so other threads see nothing of it."""
-
-    def __init__(self, root: nn.Module, is_step: Callable[[nn.Module], bool]) -> None:
-        super().__init__()
-        self.root, self.is_step = root, is_step
-        self.graph = fx.Graph(tracer_cls=fx.Tracer)
-        self.tensor_attrs = {}
-
-    def module(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of one of the root's modules."""
-        if not any(isinstance(one, fx.Proxy) for one in leaves_of((args, kwargs))):
-            return module._call_impl(*args, **kwargs)
-        begin = len(self.graph.nodes)
-        if not (self.is_step(module) or is_layer(module) or has_hooks(module)):
-            try:
-                return module._call_impl(*args, **kwargs)
-            except Exception:  # whatever code raises that is given placeholders
-                for node in reversed(list(self.graph.nodes)[begin:]):
-                    self.graph.erase_node(node)
-        return self.create_proxy("call_module", name, args, kwargs)
-
-
-def record_calls(root: nn.Module, is_step: Callable[[nn.Module], bool]) -> fx.Graph:
-    """Records which modules and functions a model calls on one another's results, without an example.
-
-    It sees one way through the code: branches on tensors make the innermost module one step, other branches are taken
-    as a placeholder takes them. So it tells what probably is read by what, and not what a model computes.
-
-    Args:
-        root: a copy of a model that nobody else uses.
-        is_step: modules that are one step, beside PyTorch's own and those with hooks.
-
-    Raises:
-        Exception: whatever the root's own forward raises when it is given placeholders.
-    """
-    calls = _Calls(root, is_step)
-    for name, module in root.named_modules():
-        if name and not isinstance(module, torch.jit.ScriptModule):
-            module.__dict__["_compiled_call_impl"] = functools.partial(calls.module, name, module)
-    given: list[Any] = []
-    for parameter in inspect.signature(root.forward).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and (
-            parameter.default is parameter.empty
-        ):
-            given.append(calls.create_proxy("placeholder", parameter.name, (), {}))
-    # Regions that are computed again run as they are.
-    with torch.no_grad():
-        calls.create_node("output", "output", (calls.create_arg(root.forward(*given)),), {})
-    return calls.graph
