@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["NormParts", "depends_on_data", "folded_norm", "is_norm", "norm_parts", "why_not_norm"]
+__all__ = ["NormParts", "depends_on_data", "folded_norm", "is_norm", "norm_parts", "unknown_norm_reason"]
 
 _TIMM = "timm.layers.norm_act"
 # {(module, class): (whether statistics stay as they are in training, names of what is applied afterwards)}
@@ -132,35 +132,35 @@ def depends_on_data(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or any(value is not None for value in held)
 
 
-def why_not_norm(module: nn.Module) -> str | None:
+def unknown_norm_reason(module: nn.Module) -> str | None:
     """Why :func:`norm_parts` does not know a module; None if it does.
 
     Examples:
         >>> from torch import nn
-        >>> from bap_kernels.flow.norms import why_not_norm
-        >>> why_not_norm(nn.GroupNorm(2, 4))
+        >>> from bap_kernels.flow.norms import unknown_norm_reason
+        >>> unknown_norm_reason(nn.GroupNorm(2, 4))
         'GroupNorm is no batch norm of images'
     """
     name = type(module).__name__
-    found = _known_class(module)
-    if found is None:
+    entry = _known_class(module)
+    if entry is None:
         return f"{name} is no batch norm of images" if isinstance(module, nn.Module) else f"{name} is no module"
-    known, _, after = found
+    known, _, after = entry
     if "forward" in module.__dict__:
         return f"a forward of its own was set on this {name}"
     if nn.utils.parametrize.is_parametrized(module):
         return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
     # Looked up on the classes: functions, and not methods bound to an object.
-    if any(getattr(type(module), one, None) is not getattr(known, one, None) for one in _DECIDING):
+    if any(getattr(type(module), attribute, None) is not getattr(known, attribute, None) for attribute in _DECIDING):
         return f"{name} is a subclass of {known.__name__} and may compute something else"
-    for one in _TENSORS:
-        if one not in module._parameters and one not in module._buffers:
-            return f"its {one} is neither a parameter nor a buffer: a hook or the class computes it"
-    for one in after:
+    for attribute in _TENSORS:
+        if attribute not in module._parameters and attribute not in module._buffers:
+            return f"its {attribute} is neither a parameter nor a buffer: a hook or the class computes it"
+    for attribute in after:
         # SyncBatchNormAct gets what follows only when it is made from another layer.
-        inner = module._modules.get(one, nn.Identity() if known.__name__ == "SyncBatchNormAct" else None)
+        inner = module._modules.get(attribute, nn.Identity() if known.__name__ == "SyncBatchNormAct" else None)
         if inner is None:
-            return f"it has no module {one!r}, which {known.__name__} applies"
+            return f"it has no module {attribute!r}, which {known.__name__} applies"
     return None
 
 
@@ -181,11 +181,11 @@ def norm_parts(module: nn.Module) -> NormParts | None:
         >>> norm_parts(nn.GroupNorm(2, 4)) is None
         True
     """
-    if why_not_norm(module) is not None:
+    if unknown_norm_reason(module) is not None:
         return None
-    found = _known_class(module)
-    assert found is not None
-    _, fixed, after = found
+    entry = _known_class(module)
+    assert entry is not None
+    _, fixed, after = entry
     inner = [module._modules.get(name) for name in after]
     weight, bias, running_mean, running_var = (getattr(module, name) for name in _TENSORS)
     return NormParts(
@@ -196,7 +196,7 @@ def norm_parts(module: nn.Module) -> NormParts | None:
         running_var=running_var,
         eps=float(module.eps),  # type: ignore[arg-type]
         fixed=fixed,
-        after=tuple(one for one in inner if one is not None and type(one) is not nn.Identity),
+        after=tuple(layer for layer in inner if layer is not None and type(layer) is not nn.Identity),
     )
 
 

@@ -32,7 +32,7 @@ class _Calls(fx.Tracer):
 
     def module(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of one of the root's modules."""
-        if not any(isinstance(one, fx.Proxy) for one in leaves_of((args, kwargs))):
+        if not any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
             return module._call_impl(*args, **kwargs)
         begin = len(self.graph.nodes)
         if not (self.is_step(module) or is_layer(module) or has_hooks(module)):

@@ -23,12 +23,11 @@ __all__ = [
     "GatheredConv2d",
     "MaskedConv2d",
     "PackedConv2d",
-    "check_options",
     "has_own_forward",
     "refuse_own_forward",
     "share_all",
-    "why_not",
-    "why_not_groups",
+    "unsupported_groups_reason",
+    "unsupported_reason",
 ]
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
@@ -38,60 +37,21 @@ _Packed = TypeVar("_Packed", bound="PackedConv2d")
 OWN_FORWARD = "another forward was set on it, which would go on calling the layer it was made for"
 
 
-def why_not_groups(in_channels: int, out_channels: int, groups: int) -> str | None:
+def unsupported_groups_reason(in_channels: int, out_channels: int, groups: int) -> str | None:
     """Why a convolution with these groups is not supported; None if it is."""
     if groups == 1 or groups == in_channels == out_channels:
         return None
-    found = f"groups={groups} with {in_channels} -> {out_channels} channels"
-    return f"{found}: only 1 and depthwise (C_in == C_out) are supported"
+    text = f"groups={groups} with {in_channels} -> {out_channels} channels"
+    return f"{text}: only 1 and depthwise (C_in == C_out) are supported"
 
 
-def _why_not_options(conv: nn.Conv2d) -> str | None:
+def _bad_options_reason(conv: nn.Conv2d) -> str | None:
     """Why a convolution with these options has no result; PyTorch's own raises when it is called."""
     for name in ("kernel_size", "stride", "padding", "dilation"):
         value = getattr(conv, name)
         if not isinstance(value, (int, str)) and len(value) != 2:
             return f"its {name} is {tuple(value)}, not a pair"
     return None
-
-
-def check_options(
-    where: str, channels: tuple[Any, Any], groups: Any, padding: Any, others: Mapping[str, Any], padding_mode: str
-) -> None:
-    """Checks what a convolution is constructed with.
-
-    Args:
-        where: the class, for messages.
-        channels: C_in and C_out.
-        groups, padding, padding_mode: as in :class:`torch.nn.Conv2d`.
-        others: kernel_size, stride and dilation, {name: value}.
-
-    Raises:
-        TypeError: for what is no int.
-        ValueError: for numbers that are too small, and tuples of another length than two.
-        NotImplementedError: for groups that are not supported.
-    """
-    C_in, C_out = channels
-    counts = {"in_channels": (C_in, 0), "out_channels": (C_out, 0), "groups": (groups, 1)}
-    pairs = {name: (value, 1) for name, value in others.items()}
-    if not isinstance(padding, str):
-        pairs["padding"] = (padding, 0)
-    for name, (value, least) in [*counts.items(), *pairs.items()]:
-        numbers = list(value) if name in pairs and isinstance(value, Sequence) else [value]
-        if not all(isinstance(number, int) for number in numbers):
-            wanted = "an int or a pair of ints" if name in pairs else "an int"
-            raise TypeError(f"{where}(): expected `{name}` to be {wanted}, got {value!r}.")
-        if name in pairs and isinstance(value, Sequence) and len(numbers) != 2:
-            hint = " Hint: torch.nn.ZeroPad2d pads four sides by themselves." if name == "padding" else ""
-            raise ValueError(f"{where}(): expected `{name}` to be an int or a pair, got {value!r}.{hint}")
-        if min(numbers) < least:
-            raise ValueError(f"{where}(): expected `{name}` to be at least {least}, got {value!r}.")
-    modes = ("zeros", "reflect", "replicate", "circular")
-    if padding_mode not in modes:
-        raise ValueError(f"{where}(): expected `padding_mode` to be one of {modes}, got {padding_mode!r}.")
-    reason = why_not_groups(C_in, C_out, groups)
-    if reason is not None:
-        raise NotImplementedError(f"{where}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -115,13 +75,13 @@ def refuse_own_forward(where: str, name: str, module: nn.Module) -> None:
     )
 
 
-def why_not(conv: nn.Module) -> str | None:
+def unsupported_reason(conv: nn.Module) -> str | None:
     """Why a module cannot become a gathered layer; None if it can.
 
     Examples:
         >>> from torch import nn
-        >>> from bap_kernels.nn.conv import why_not
-        >>> why_not(nn.Conv2d(8, 8, 3, groups=2))
+        >>> from bap_kernels.nn.conv import unsupported_reason
+        >>> unsupported_reason(nn.Conv2d(8, 8, 3, groups=2))
         'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'
     """
     if not isinstance(conv, nn.Conv2d):
@@ -132,7 +92,7 @@ def why_not(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
     if conv._parameters.get("weight") is None:
         return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
-    reason = why_not_groups(conv.in_channels, conv.out_channels, conv.groups) or _why_not_options(conv)
+    reason = unsupported_groups_reason(conv.in_channels, conv.out_channels, conv.groups) or _bad_options_reason(conv)
     return OWN_FORWARD if reason is None and has_own_forward(conv) else reason
 
 
@@ -166,6 +126,44 @@ class PackedConv2d(nn.Conv2d):
     :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must have no other references.
     """
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        where = type(self).__name__
+        counts = {"in_channels": (in_channels, 0), "out_channels": (out_channels, 0), "groups": (groups, 1)}
+        pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "dilation": (dilation, 1)}
+        if not isinstance(padding, str):
+            pairs["padding"] = (padding, 0)
+        for name, (value, least) in [*counts.items(), *pairs.items()]:
+            numbers = list(value) if name in pairs and isinstance(value, Sequence) else [value]
+            if not all(isinstance(number, int) for number in numbers):
+                kind = "an int or a pair of ints" if name in pairs else "an int"
+                raise TypeError(f"{where}(): expected `{name}` to be {kind}, got {value!r}.")
+            if name in pairs and isinstance(value, Sequence) and len(numbers) != 2:
+                hint = " Hint: torch.nn.ZeroPad2d pads four sides by themselves." if name == "padding" else ""
+                raise ValueError(f"{where}(): expected `{name}` to be an int or a pair, got {value!r}.{hint}")
+            if min(numbers) < least:
+                raise ValueError(f"{where}(): expected `{name}` to be at least {least}, got {value!r}.")
+        modes = ("zeros", "reflect", "replicate", "circular")
+        if padding_mode not in modes:
+            raise ValueError(f"{where}(): expected `padding_mode` to be one of {modes}, got {padding_mode!r}.")
+        reason = unsupported_groups_reason(in_channels, out_channels, groups)
+        if reason is not None:
+            raise NotImplementedError(f"{where}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
+        options: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *options)
+
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """The input, padded where the mode is not "zeros", and the zeros to add on four sides."""
         padding: Any = self.padding
@@ -179,7 +177,7 @@ class PackedConv2d(nn.Conv2d):
     @classmethod
     def _sharing(cls: type[_Packed], conv: nn.Module) -> _Packed:
         """A layer that shares all that a convolution has; `_start_with` is still to be called."""
-        reason = why_not(conv)
+        reason = unsupported_reason(conv)
         if reason is not None:
             raise NotImplementedError(
                 f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
@@ -268,24 +266,10 @@ class GatheredConv2d(GatheredLayer, PackedConv2d):
         *,
         channels: ChannelLists | None = None,
     ) -> None:
-        others = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        where = type(self).__name__
-        check_options(where, (in_channels, out_channels), groups, padding, others, padding_mode)
         if channels is not None:
-            _checked_lists(where, "channels", channels)
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
+            _checked_lists(type(self).__name__, "channels", channels)
+        options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *options)
         self._start_with(channels)
 
     def _states(self) -> Mapping[str, ChannelLists]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bap_kernels.flow.norms import depends_on_data, norm_parts
 from bap_kernels.nn.consumers import link_readers_
-from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, why_not
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, unsupported_reason
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainHead, DomainLinear, DomainNorm
 from bap_kernels.nn.heads import Choice, Numbers, chosen_heads
 from bap_kernels.nn.per_domain import checked_names, domain_layers
@@ -105,7 +105,7 @@ def switch_(
                 refuse_own_forward("switch_", name, module)
             of_images = norm_parts(module) is not None or isinstance(module, nn.BatchNorm2d)
             new[module] = (DomainBatchNorm2d if of_images else DomainNorm).from_norm(module, names, memos)
-        elif (reason := why_not(module)) is None:
+        elif (reason := unsupported_reason(module)) is None:
             assert isinstance(module, nn.Conv2d)
             new[module] = SwitchedConv2d.from_conv2d(module, names, threshold, initial, ste_every)
         elif reason == OWN_FORWARD:

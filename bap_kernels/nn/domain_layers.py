@@ -30,7 +30,7 @@ def _is_hook_table(key: str, value: Any) -> bool:
 def _copies(module: nn.Module, names: Iterable[str], memos: _Memos | None) -> dict[str, nn.Module]:
     """A copy of a module for every domain; what one memo has seen, such as a shared parameter, is copied once."""
     # Hooks are not copied: whoever registered them sees every domain, and can still remove them.
-    hooks = [value for one in module.modules() for key, value in one.__dict__.items() if _is_hook_table(key, value)]
+    hooks = [value for part in module.modules() for key, value in part.__dict__.items() if _is_hook_table(key, value)]
     copies = {}
     for name in names:
         memo = {} if memos is None else memos[name]

@@ -14,7 +14,7 @@ from bap_kernels.layer_kinds import NEVER, DomainLayer, PlannedModel, change_now
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.mixed import MixedBatch, MixedStates, mixed_numbers
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
-from bap_kernels.nn.swap import why_not_swapped
+from bap_kernels.nn.swap import unswappable_reason
 from bap_kernels.table import ChannelTable
 
 __all__ = ["attach_", "domain_names", "set_domain"]
@@ -178,10 +178,10 @@ def _in_order(model: nn.Module, table: ChannelTable) -> ChannelTable:
 def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:
     if module is None:
         reason = f"which is not in the model. Hint: its layers are {', '.join(known[:4])}{', ...' * (len(known) > 4)}"
-    elif why_not_swapped(module) is None:
+    elif unswappable_reason(module) is None:
         reason = "which was not swapped. Hint: call swap_ on it, or leave it out of the table"
     else:
-        reason = f"which cannot be swapped: {why_not_swapped(module)}. Hint: leave it out of the table"
+        reason = f"which cannot be swapped: {unswappable_reason(module)}. Hint: leave it out of the table"
     return f"attach_(): expected `table` to name swapped layers, got {name!r} in domain {domain!r}, {reason}."
 
 

@@ -60,35 +60,35 @@ class _Copier:
             parts = self._changed([value.func, value.args, value.keywords])
             if parts is None:
                 return value
-            made = functools.partial(parts[0], *parts[1], **parts[2])
-            made.__dict__.update(value.__dict__)
-            return self._note(value, made)
+            copied = functools.partial(parts[0], *parts[1], **parts[2])
+            copied.__dict__.update(value.__dict__)
+            return self._note(value, copied)
         return self._object(value)
 
     def _changed(self, values: list[Any]) -> list[Any] | None:
         """Copies of all; None if nothing in them had to be copied, apart from containers themselves."""
-        made = [self(one) for one in values]
-        return None if all(new is old for new, old in zip(made, values, strict=True)) else made
+        copied = [self(item) for item in values]
+        return None if all(new is old for new, old in zip(copied, values, strict=True)) else copied
 
     def _container(self, value: Any) -> Any:
-        made = self._note(value, value.copy())
-        made.clear()
+        copied = self._note(value, value.copy())
+        copied.clear()
         if isinstance(value, dict):
-            made.update({key: self(one) for key, one in value.items()})
+            copied.update({key: self(item) for key, item in value.items()})
         elif isinstance(value, set):
-            made.update(self(one) for one in value)
+            copied.update(self(item) for item in value)
         else:
-            made.extend(self(one) for one in value)
-        return made
+            copied.extend(self(item) for item in value)
+        return copied
 
     def _tuple(self, value: tuple[Any, ...]) -> Any:
-        made = self._changed(list(value))
-        if made is None:
+        copied = self._changed(list(value))
+        if copied is None:
             return value
         kind: Any = type(value)
         if kind is tuple:
-            return self._note(value, tuple(made))
-        return self._note(value, kind._make(made)) if hasattr(kind, "_make") else value
+            return self._note(value, tuple(copied))
+        return self._note(value, kind._make(copied)) if hasattr(kind, "_make") else value
 
     def _object(self, value: Any) -> Any:
         # A helper object may hold modules, or be where a forward keeps what it computed.
@@ -96,12 +96,12 @@ class _Copier:
         if type(held) is not dict or kind.__module__.partition(".")[0] in ("torch", "builtins", "numpy"):
             return value
         try:
-            made = object.__new__(kind)
+            copied = object.__new__(kind)
         except TypeError:
             return value
-        self._note(value, made)
-        made.__dict__.update({name: self(one) for name, one in held.items()})
-        return made
+        self._note(value, copied)
+        copied.__dict__.update({name: self(item) for name, item in held.items()})
+        return copied
 
     def module(self, module: nn.Module) -> nn.Module:
         """The copy of a module, the same for every place in which it stands."""
@@ -116,12 +116,12 @@ class _Copier:
 
     def fresh(self, module: nn.Module) -> nn.Module:
         """A copy of a module, whatever may take its place."""
-        made: nn.Module = self._note(module, object.__new__(type(module)))
+        copied: nn.Module = self._note(module, object.__new__(type(module)))
         for name, value in module.__dict__.items():
-            made.__dict__[name] = value if name in _HOOKS else self(value)
+            copied.__dict__[name] = value if name in _HOOKS else self(value)
         # Compiled for the original.
-        made.__dict__.pop("_compiled_call_impl", None)
-        return made
+        copied.__dict__.pop("_compiled_call_impl", None)
+        return copied
 
 
 def copy_modules(
@@ -150,5 +150,5 @@ def has_foreign_forward(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     if own is None:
         return False
-    copied = _Copier(lambda one: False, lambda one, copier: None)(own)
+    copied = _Copier(lambda item: False, lambda item, copier: None)(own)
     return copied is own

@@ -136,7 +136,7 @@ class DomainParallel(nn.Module):
             ValueError: if a layer does not have that domain.
         """
         modules = [layer._module_of(domain) for _, layer in domain_layers(self.module)]
-        self._average([value for one in modules for value in one.buffers() if value.is_floating_point()])
+        self._average([value for module in modules for value in module.buffers() if value.is_floating_point()])
 
     def _broadcast(self, tensors: list[Any]) -> None:
         source = dist.get_global_rank(self._group, 0)
@@ -164,7 +164,11 @@ class DomainParallel(nn.Module):
             self._compare(used)
         layers = dict.fromkeys(self._layer_of[p] for p in used)
         statistics = [
-            value for one in layers if one.training for value in one.buffers(recurse=False) if value.is_floating_point()
+            value
+            for module in layers
+            if module.training
+            for value in module.buffers(recurse=False)
+            if value.is_floating_point()
         ]
         self._average([p.grad for p in used if p.grad is not None] + statistics)
 

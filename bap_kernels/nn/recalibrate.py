@@ -59,7 +59,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
     active = [(layer, layer._state) for layer in modules if isinstance(layer, DomainLayer)]
     # A layer without the domain is for set_domain to refuse.
     held = [layer.domains[domain] for layer in layers if domain in layer.domains]
-    norms = [norm for one in held for norm in one.modules() if isinstance(norm, _BatchNorm)]
+    norms = [norm for module in held for norm in module.modules() if isinstance(norm, _BatchNorm)]
     norms = [norm for norm in dict.fromkeys(norms) if norm.track_running_stats]
     if held and not norms:
         raise ValueError(

@@ -91,14 +91,14 @@ class _Replay:
     def __init__(self, module: nn.Module) -> None:
         modules = list(dict.fromkeys(_used_modules(module)))
         # These may be outside of the region.
-        asked = [layer for one in modules if isinstance(one, DomainLayer) for layer in one._also_asks()]
+        asked = [layer for module in modules if isinstance(module, DomainLayer) for layer in module._also_asks()]
         self.then = [
-            (one.__dict__, name, one.__dict__.get(name, _ABSENT))
-            for one in dict.fromkeys([*modules, *asked])
-            for name in _state_names(one)
+            (module.__dict__, name, module.__dict__.get(name, _ABSENT))
+            for module in dict.fromkeys([*modules, *asked])
+            for name in _state_names(module)
         ]
         # Running statistics were updated in the first forward; the second one updates copies.
-        self.buffers = [one._buffers for one in modules if one.training and one._buffers]
+        self.buffers = [module._buffers for module in modules if module.training and module._buffers]
         self.now: list[Any] = []
         self.kept: list[dict[str, Tensor | None]] = []
 

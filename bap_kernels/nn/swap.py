@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from bap_kernels.flow.norms import depends_on_data, is_norm
-from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, refuse_own_forward, why_not
+from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, refuse_own_forward, unsupported_reason
 from bap_kernels.nn.domain_layers import DomainHead
 from bap_kernels.nn.heads import shared_classifiers
 from bap_kernels.nn.per_domain import domain_layers
 from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["replace_", "skipped", "swap_", "why_not_swapped"]
+__all__ = ["replace_", "skipped", "swap_", "unswappable_reason"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def swap_(
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = why_not_swapped(module)
+        reason = unswappable_reason(module)
         if reason is None and isinstance(module, SwitchedConv2d):
             new[module] = module.to_gathered(kind)
         elif reason is None:
@@ -94,18 +94,18 @@ def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     return new.get(model, model)
 
 
-def why_not_swapped(conv: nn.Module) -> str | None:
+def unswappable_reason(conv: nn.Module) -> str | None:
     """Why :func:`swap_` leaves a module as it is; None if it replaces it."""
     if isinstance(conv, SwitchedConv2d):
         return conv.why_not_gathered()
-    return why_not(conv)
+    return unsupported_reason(conv)
 
 
-def _why_not_served(module: nn.Module, domains: bool) -> str | None:
+def _unserved_reason(module: nn.Module, domains: bool) -> str | None:
     if isinstance(module, GatheredConv2d):
         return None
     if isinstance(module, nn.Conv2d):
-        return why_not_swapped(module)
+        return unswappable_reason(module)
     if isinstance(module, _ConvNd):
         return f"{type(module).__name__} is no torch.nn.Conv2d"
     if domains and depends_on_data(module):
@@ -132,7 +132,7 @@ def skipped(model: nn.Module) -> dict[str, str]:
     inside = {module for layer in own for module in layer.domains.modules()}
     reasons = {}
     for name, module in model.named_modules():
-        reason = None if module in inside else _why_not_served(module, bool(own))
+        reason = None if module in inside else _unserved_reason(module, bool(own))
         if reason is not None:
             reasons[name] = reason
     if own and not any(isinstance(layer, DomainHead) for layer in own):

@@ -18,7 +18,6 @@ from bap_kernels.nn.conv import (
     OWN_FORWARD,
     GatheredConv2d,
     PackedConv2d,
-    check_options,
     has_own_forward,
     share_all,
 )
@@ -107,23 +106,9 @@ class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
         initial: float = 1e-2,
         ste_every: int = 1,
     ) -> None:
-        others = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        check_options(type(self).__name__, (in_channels, out_channels), groups, padding, others, padding_mode)
         names = checked_names(type(self).__name__, domains)
-        nn.Conv2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device,
-            dtype,
-        )
+        options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *options)
         self._start_with(names, threshold, initial, ste_every)
 
     def _start_with(self, names: list[str], threshold: float, initial: float, ste_every: int) -> None:

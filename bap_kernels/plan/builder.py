@@ -133,7 +133,7 @@ class Builder:
     def _note_convolutions(self, name: str, target: Any) -> None:
         """Says of each convolution in a step without a rule why it has none."""
         if isinstance(target, nn.Conv2d):
-            self.not_lowered[name] = _why_not_lowered(target)
+            self.not_lowered[name] = _not_lowered_reason(target)
         elif isinstance(target, nn.Module):
             for inner, module in target.named_modules():
                 if isinstance(module, nn.Conv2d):
@@ -429,7 +429,7 @@ def _leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x, x * slopes)
 
 
-def _why_not_lowered(conv: nn.Conv2d) -> str:
+def _not_lowered_reason(conv: nn.Conv2d) -> str:
     """Why a plan has no rule for a convolution."""
     if has_hooks(conv):
         return "it has hooks"

@@ -135,10 +135,10 @@ def candidate_orders(rows: np.ndarray, weights: np.ndarray, sizes: list[int], of
     numbers = rows.astype(np.float64)
     totals = numbers @ weights
     largest_first = sorted(set(sizes), reverse=True)
-    found = [_gray(rows[:, heaviest]), _chain(numbers, weights, int(np.argmin(totals)))]
+    orders = [_gray(rows[:, heaviest]), _chain(numbers, weights, int(np.argmin(totals)))]
     for dense_first in (True, False):
-        found.append(_filled(numbers, weights, largest_first, offset % largest_first[0], dense_first))
-    for order in found:
+        orders.append(_filled(numbers, weights, largest_first, offset % largest_first[0], dense_first))
+    for order in orders:
         # Which end is full matters where the last block is shorter.
         yield order[::-1]
         yield order

@@ -73,37 +73,37 @@ class MixedPlans:
     def _sampled(self, inputs: tuple[Any, ...]) -> set[int]:
         """Which of the inputs' tensors, in order, hold the samples."""
         N = self.batch.size
-        now, then = _tensors(inputs), _tensors(self.example)
-        usual = next((one.shape[0] for one in then if one.dim() > 0), None)
-        found: set[int] = set()
-        for number, (one, known) in enumerate(zip(now, then, strict=True)):
-            if one.dim() == 0 or known.dim() == 0 or known.shape[0] != usual:
+        tensors, examples = _tensors(inputs), _tensors(self.example)
+        usual = next((tensor.shape[0] for tensor in examples if tensor.dim() > 0), None)
+        sampled: set[int] = set()
+        for number, (tensor, example) in enumerate(zip(tensors, examples, strict=True)):
+            if tensor.dim() == 0 or example.dim() == 0 or example.shape[0] != usual:
                 continue
-            if one.shape[0] == N:
-                found.add(number)
-            elif not found or one.shape[0] != known.shape[0]:
+            if tensor.shape[0] == N:
+                sampled.add(number)
+            elif not sampled or tensor.shape[0] != example.shape[0]:
                 raise ValueError(
                     f"PlannedNetwork(): expected an input with the {N} samples of the mixed batch, got shape "
-                    f"{tuple(one.shape)}. Hint: set_domain(planned, numbers) takes one number for each sample of the "
-                    "next batch."
+                    f"{tuple(tensor.shape)}. Hint: set_domain(planned, numbers) takes one number for each sample of "
+                    "the next batch."
                 )
-        if not found:
+        if not sampled:
             raise ValueError(f"PlannedNetwork(): expected an input with the {N} samples of the mixed batch, got none.")
-        return found
+        return sampled
 
     def _joined(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Any:
         first = results[0]
         every = _every(results, probes)
-        if any(type(one) is not type(first) for one in every):
-            raise _refusal(path, "values of different types", sorted({type(one).__name__ for one in every}))
+        if any(type(result) is not type(first) for result in every):
+            raise _refusal(path, "values of different types", sorted({type(result).__name__ for result in every}))
         if isinstance(first, Tensor):
             return self._joined_tensors(results, probes, path)
         if isinstance(first, _PLAIN):
-            if any(one != first for one in every):
+            if any(result != first for result in every):
                 raise _refusal(path, "a value that varies with the samples", first)
             return first
         if type(first) is dict:
-            if any(list(one) != list(first) for one in every):
+            if any(list(result) != list(first) for result in every):
                 raise _refusal(path, "keys that vary with the samples", list(first))
             return {key: self._joined(*_entries(results, probes, key), f"{path}[{key!r}]") for key in first}
         if type(first) in (list, tuple) or hasattr(first, "_fields"):
@@ -113,37 +113,41 @@ class MixedPlans:
     def _joined_sequences(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Any:
         first = results[0]
         lengths = [(len(two), len(three)) for two, three in probes]
-        if all(pair == (2, 3) for pair in lengths) and [len(one) for one in results] == self.batch.counts:
+        if all(pair == (2, 3) for pair in lengths) and [len(result) for result in results] == self.batch.counts:
             # One entry for each sample.
-            flat = [entry for one in results for entry in one]
+            entries = [entry for result in results for entry in result]
             if self.batch.back is not None:
-                flat = [flat[place] for place in self.batch.back.tolist()]
-            return type(first)(flat)
-        if any(len(one) != len(first) for one in _every(results, probes)):
-            raise _refusal(path, "lengths that vary with the samples,", [len(one) for one in results])
+                entries = [entries[index] for index in self.batch.back.tolist()]
+            return type(first)(entries)
+        if any(len(result) != len(first) for result in _every(results, probes)):
+            raise _refusal(path, "lengths that vary with the samples,", [len(result) for result in results])
         values = [self._joined(*_entries(results, probes, i), f"{path}[{i}]") for i in range(len(first))]
         return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
 
     def _joined_tensors(self, results: Sequence[Any], probes: Sequence[tuple[Any, Any]], path: str) -> Tensor:
         first: Tensor = results[0]
-        if all(one is first for one in _every(results, probes)):
+        if all(result is first for result in _every(results, probes)):
             # A parameter or a constant of the model.
             return first
         axes = {_axis_of_samples(two, three) for two, three in probes}
         axis = axes.pop()
-        if axes or axis is None or any(one.shape[axis] != n for one, n in zip(results, self.batch.counts, strict=True)):
-            shapes = [tuple(one.shape) for one in probes[0]]
+        if (
+            axes
+            or axis is None
+            or any(result.shape[axis] != n for result, n in zip(results, self.batch.counts, strict=True))
+        ):
+            shapes = [tuple(result.shape) for result in probes[0]]
             raise _refusal(path, "no axis that counts the samples: of two and three, shapes", shapes)
-        others = {(*one.shape[:axis], *one.shape[axis + 1 :]) for one in results}
+        others = {(*result.shape[:axis], *result.shape[axis + 1 :]) for result in results}
         if len(others) > 1:
             if first.dim() != 2 or axis != 0 or not first.is_floating_point():
                 raise ValueError(
                     f"PlannedNetwork(): expected all domains of a mixed batch to give results of one shape, got "
                     f"{sorted(others)} at {path!r}. {_HINT}"
                 )
-            most = max(one.shape[1] for one in results)
+            most = max(result.shape[1] for result in results)
             # No probability and never the largest: softmax and argmax are each domain's own.
-            results = [F.pad(one, (0, most - one.shape[1]), value=-torch.inf) for one in results]
+            results = [F.pad(result, (0, most - result.shape[1]), value=-torch.inf) for result in results]
         whole = torch.cat(list(results), axis)
         if self.batch.back is None or len(results) == 1:
             return whole
@@ -164,7 +168,7 @@ def _three_samples(inputs: tuple[Any, ...], sampled: set[int]) -> tuple[Any, ...
 
     numbers = iter(range(len(_tensors(inputs))))
     repeated = _at(inputs, sampled, torch.zeros(3, dtype=torch.int64))
-    return tree_map_only(Tensor, lambda one: varied(one) if next(numbers) in sampled else one, repeated)
+    return tree_map_only(Tensor, lambda tensor: varied(tensor) if next(numbers) in sampled else tensor, repeated)
 
 
 def _check_samples(two: Any, three: Any, path: str) -> None:
@@ -177,26 +181,26 @@ def _check_samples(two: Any, three: Any, path: str) -> None:
         for key in two.keys() & three.keys():
             _check_samples(two[key], three[key], f"{path}[{key!r}]")
     elif isinstance(two, (list, tuple)) and isinstance(three, (list, tuple)):
-        for place, (one, other) in enumerate(zip(two, three, strict=False)):
-            if isinstance(one, Tensor) and isinstance(other, Tensor) and (len(two), len(three)) == (2, 3):
-                if not _alike(one, other):
-                    raise _refusal(path, "results that depend on the other samples of the batch: entry", place)
+        for index, (of_two, of_three) in enumerate(zip(two, three, strict=False)):
+            if isinstance(of_two, Tensor) and isinstance(of_three, Tensor) and (len(two), len(three)) == (2, 3):
+                if not _alike(of_two, of_three):
+                    raise _refusal(path, "results that depend on the other samples of the batch: entry", index)
             else:
-                _check_samples(one, other, f"{path}[{place}]")
+                _check_samples(of_two, of_three, f"{path}[{index}]")
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two results are equal up to rounding, which may turn single decisions."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if not one.is_floating_point():
-        return one.numel() == 0 or (one != other).double().mean().item() <= 0.01
-    return largest_error(one, other)[0] <= 10 * tolerance_of(one.dtype)
+    if not a.is_floating_point():
+        return a.numel() == 0 or (a != b).double().mean().item() <= 0.01
+    return largest_error(a, b)[0] <= 10 * tolerance_of(a.dtype)
 
 
 def _without_data(two: Any, three: Any) -> tuple[Any, Any]:
     """Two results with tensors of the same shapes in place of theirs; a tensor that stands in both stays."""
-    same = {id(one) for one in tree_leaves(two)} & {id(one) for one in tree_leaves(three)}
+    same = {id(leaf) for leaf in tree_leaves(two)} & {id(leaf) for leaf in tree_leaves(three)}
 
     def shape_of(tensor: Tensor) -> Tensor:
         return tensor if id(tensor) in same else torch.empty(tensor.shape, device="meta")
@@ -215,14 +219,14 @@ def _axis_of_samples(two: Tensor, three: Tensor) -> int | None:
 
 def _tensors(values: Any) -> list[Tensor]:
     """The tensors among inputs, also in dictionaries."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, dict):
-            found += _tensors(value)
+            tensors += _tensors(value)
         elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            if not all(isinstance(one, _PLAIN) for one in value):
+            if not all(isinstance(item, _PLAIN) for item in value):
                 raise NotImplementedError(
                     "PlannedNetwork(): expected the inputs of a mixed batch to be tensors or dictionaries of tensors, "
                     f"got a {type(value).__name__} of {type(value[0]).__name__}. {_HINT}"
@@ -232,7 +236,7 @@ def _tensors(values: Any) -> list[Tensor]:
                 "PlannedNetwork(): expected the inputs of a mixed batch to be tensors or dictionaries of tensors, got "
                 f"{type(value).__name__}. {_HINT}"
             )
-    return found
+    return tensors
 
 
 def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any, ...]:
@@ -252,17 +256,17 @@ def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any,
 
 
 def _every(results: Sequence[Any], probes: Sequence[tuple[Any, Any]]) -> list[Any]:
-    return [*results, *(one for pair in probes for one in pair)]
+    return [*results, *(part for pair in probes for part in pair)]
 
 
 def _entries(
     results: Sequence[Any], probes: Sequence[tuple[Any, Any]], key: Any
 ) -> tuple[list[Any], list[tuple[Any, Any]]]:
-    return [one[key] for one in results], [(two[key], three[key]) for two, three in probes]
+    return [result[key] for result in results], [(two[key], three[key]) for two, three in probes]
 
 
-def _refusal(path: str, what: str, found: object) -> NotImplementedError:
+def _refusal(path: str, what: str, got: object) -> NotImplementedError:
     return NotImplementedError(
         "PlannedNetwork(): expected results of a mixed batch that can be put together, got "
-        f"{what} {found} at {path!r}. {_HINT}"
+        f"{what} {got} at {path!r}. {_HINT}"
     )

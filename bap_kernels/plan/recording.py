@@ -642,9 +642,9 @@ def _equal(a: Any, b: Any, numbers: dict[fx.Node, int], others: dict[fx.Node, in
     return structures[0] == structures[1] and all(equal(*pair) for pair in zip(*leaves, strict=True))
 
 
-def first_difference(one: Recording, other: Recording) -> fx.Node | None:
+def first_difference(recording: Recording, other: Recording) -> fx.Node | None:
     """The first step of a recording in which another one differs, apart from shapes; None if there is none."""
-    numbers = {node: number for number, node in enumerate(one.graph.nodes)}
+    numbers = {node: number for number, node in enumerate(recording.graph.nodes)}
     others = {node: number for number, node in enumerate(other.graph.nodes)}
     nodes = list(others)
     for node, number in numbers.items():
@@ -655,9 +655,9 @@ def first_difference(one: Recording, other: Recording) -> fx.Node | None:
         if not same or not _equal((node.args, node.kwargs), (second.args, second.kwargs), numbers, others):
             return node
         name = str(node.target)
-        if node.op == "get_attr" and name in one.constants:
+        if node.op == "get_attr" and name in recording.constants:
             # A constant that each run makes anew.
-            a, b = one.constants[name], other.constants[name]
+            a, b = recording.constants[name], other.constants[name]
             if a is not b and not (a.shape == b.shape and a.dtype == b.dtype and _same_values(a, b)):
                 return node
     return None if len(nodes) == len(numbers) else next(reversed(numbers))

@@ -120,9 +120,9 @@ def make_number(recorder: Any, value: Any, step: Callable[[], fx.Node]) -> Any:
     kind = _KINDS.get(type(value))
     if kind is None:
         return value
-    made: Any = kind()
-    made.value, made.recorder, made.step = value, recorder, step
-    return made
+    number: Any = kind()
+    number.value, number.recorder, number.step = value, recorder, step
+    return number
 
 
 def _plain(value: Any) -> Any:
@@ -130,9 +130,9 @@ def _plain(value: Any) -> Any:
 
 
 def _computed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    if not all(type(one) in (int, float, bool) or isinstance(one, Number) for one in arguments):
+    if not all(type(argument) in (int, float, bool) or isinstance(argument, Number) for argument in arguments):
         return NotImplemented
-    recorder = next(one.recorder for one in arguments if isinstance(one, Number))
+    recorder = next(argument.recorder for argument in arguments if isinstance(argument, Number))
     value = function(*map(_plain, arguments))
     if not recorder.recording:
         return value

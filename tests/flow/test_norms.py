@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bap_kernels.flow.norms import is_norm, norm_parts, why_not_norm
+from bap_kernels.flow.norms import is_norm, norm_parts, unknown_norm_reason
 
 
 def _timm(name):
@@ -190,7 +190,7 @@ def _without_act():
 def test_other_norms_are_not_known_and_the_reason_is_named(make, reason):
     norm = make()
     assert norm_parts(norm) is None
-    assert reason in why_not_norm(norm)
+    assert reason in unknown_norm_reason(norm)
     assert is_norm(norm)
 
 
