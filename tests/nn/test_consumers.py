@@ -100,7 +100,7 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def test_links_look_through_what_keeps_channels_apart() -> None:
+def test_links_pass_through_channelwise_layers() -> None:
     model = switched()
     block, reads = model[4], {name: layer_of(model, name).consumers for name in ("0", "4.conv1", "4.conv2", "5", "7")}
     assert reads["0"] == (block.conv1, model[5])
@@ -144,7 +144,9 @@ class Reader(nn.Module):
         (lambda y, second: second(y) if y.sum() > 0 else y, False),
     ],
 )
-def test_other_readers_leave_no_link(read: Callable[[Tensor, nn.Module], Tensor], linked: bool) -> None:
+def test_links_need_consumers_that_keep_channels_apart(
+    read: Callable[[Tensor, nn.Module], Tensor], linked: bool
+) -> None:
     model = bk.nn.switch_(Reader(read), DOMAINS)
     assert layer_of(model, "first").consumers == ((model.second,) if linked else None)
 
@@ -171,7 +173,7 @@ def test_gradients_are_the_same_bits(layout: torch.memory_format, trained: bool)
         assert_equal(*(gradients(model, x) for model in models))
 
 
-def test_switches_that_turn_are_followed() -> None:
+def test_changed_switches_are_followed() -> None:
     models = [switched(linked=linked) for linked in (True, False)]
     x = torch.randn(4, 3, 12, 12)
     for channel in range(8):
@@ -277,7 +279,7 @@ def test_gathered_layers_leave_links_behind() -> None:
     assert all("readers" not in module.__dict__ for module in model.modules())
 
 
-def test_domains_that_are_not_set_and_mixed_batches_have_no_list() -> None:
+def test_no_read_list_without_a_domain_or_in_a_mixed_batch() -> None:
     model, x = switched(), torch.randn(4, 3, 12, 12)
     layer = layer_of(model, "4.conv1")
     seen = layer._read_by_consumers(x)
@@ -292,7 +294,7 @@ def test_domains_that_are_not_set_and_mixed_batches_have_no_list() -> None:
     assert layer._read_by_consumers(x.to("meta")) is None
 
 
-def test_work_is_counted_alike() -> None:
+def test_flops_are_the_same_with_and_without_links() -> None:
     x, counts = torch.randn(4, 3, 12, 12), []
     for linked in (True, False):
         model = switched(linked=linked)
@@ -302,7 +304,7 @@ def test_work_is_counted_alike() -> None:
     assert counts[0] == counts[1] > 0
 
 
-def test_compiled_steps_search() -> None:
+def test_compiled_steps_ignore_links() -> None:
     """One graph serves all domains; a number of the reader in it would not."""
     torch._dynamo.reset()
     model, x = switched(), torch.randn(4, 3, 12, 12)
@@ -323,7 +325,7 @@ def test_compiled_steps_search() -> None:
     assert graphs == 1
 
 
-def test_readers_of_resnets() -> None:
+def test_consumers_in_resnets() -> None:
     model = bk.nn.switch_(torchvision.models.resnet18(), ["birds"])
     block = model.layer1[0]
     assert block.conv1.consumers == (block.conv2,)

@@ -92,7 +92,7 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("head", [nn.Linear(8, 5), Named(8, 5), nn.Sequential(nn.Dropout(), nn.Linear(8, 5))])
-def test_the_layer_before_the_result_is_the_classifier(head: nn.Module) -> None:
+def test_the_last_layer_is_the_classifier(head: nn.Module) -> None:
     plain = Net(head).eval()
     model = switch_(copy.deepcopy(plain), ["a", "b"], heads=SIZES).eval()
     assert _heads(model) == ["head" if isinstance(head, nn.Linear) else "head.1"]
@@ -125,7 +125,7 @@ def test_a_convolution_of_pixels_is_a_classifier_and_gets_no_switches() -> None:
     torch.testing.assert_close(model(X)["out"], own)
 
 
-def test_a_mixed_batch_of_pixels_is_filled_up() -> None:
+def test_mixed_batch_pads_classes_of_pixels_with_minus_infinity() -> None:
     model = nn.Sequential(DomainConv2d.from_conv2d(nn.Conv2d(8, 5, 1), SIZES))
     bk.set_domain(model, torch.tensor([1, 0]))
     x = torch.randn(2, 8, 4, 4)
@@ -154,7 +154,7 @@ def test_a_squeezenet_like_network_ends_with_a_convolution() -> None:
         (lambda: Branch(nn.Linear(8, 5)), "cannot be recorded"),
     ],
 )
-def test_a_default_that_is_not_clear_is_refused_by_name_and_nothing_is_changed(model: Any, message: str) -> None:
+def test_ambiguous_classifier_raises_and_changes_nothing(model: Any, message: str) -> None:
     net = model()
     before = dict(net.named_modules())
     with pytest.raises(ValueError, match=message) as caught:
@@ -167,7 +167,7 @@ def test_a_default_that_is_not_clear_is_refused_by_name_and_nothing_is_changed(m
     assert _heads(net) == ["head"]
 
 
-def test_two_heads_by_names_by_predicate_and_with_their_own_numbers() -> None:
+def test_two_heads_chosen_by_names_or_a_predicate() -> None:
     for head in (["head", "extra"], lambda module, name: name in ("head", "extra")):
         model = switch_(TwoHeads(nn.Linear(8, 5), nn.Linear(8, 5)), ["a", "b"], heads=SIZES, head=head)
         assert sorted(_heads(model)) == ["extra", "head"]
@@ -274,7 +274,7 @@ def test_hooks_of_the_classifier_see_every_domain() -> None:
         ({"heads": SIZES, "head": ""}, NotImplementedError, "'', a Net"),
     ],
 )
-def test_refusals_name_the_rule_and_change_nothing(options: dict, error: type[Exception], message: str) -> None:
+def test_unusable_heads_raise_and_change_nothing(options: dict, error: type[Exception], message: str) -> None:
     model = Net(nn.Linear(8, 5))
     before = dict(model.named_modules())
     with pytest.raises(error, match=message):
@@ -282,7 +282,7 @@ def test_refusals_name_the_rule_and_change_nothing(options: dict, error: type[Ex
     assert dict(model.named_modules()) == before
 
 
-def test_a_forward_set_on_the_classifier_is_refused() -> None:
+def test_classifier_with_its_own_forward_raises() -> None:
     model = Net(nn.Linear(8, 5))
     old = model.head.forward
     model.head.forward = lambda x: old(x)

@@ -131,7 +131,7 @@ TORCHS = {name: way for name, way in ALL.items() if "ours" not in name}
 
 @pytest.mark.parametrize("change", ["name", "none", "numbers", "layer"])
 @pytest.mark.parametrize("way", TORCHS)
-def test_another_domain_before_the_backward_is_refused(way: str, change: str) -> None:
+def test_another_domain_before_the_backward_raises(way: str, change: str) -> None:
     model, x = model_of(1), torch.randn(2, 4, 6, 6, requires_grad=True)
     loss = TORCHS[way](model, x).square().sum()
     if change == "layer":
@@ -143,7 +143,7 @@ def test_another_domain_before_the_backward_is_refused(way: str, change: str) ->
 
 
 @pytest.mark.parametrize("way", TORCHS)
-def test_losses_of_two_domains_are_refused(way: str) -> None:
+def test_losses_of_two_domains_raise(way: str) -> None:
     model, x = model_of(1), torch.randn(2, 4, 6, 6, requires_grad=True)
     losses = []
     for name in "ab":
@@ -171,7 +171,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("way", ["whole", "reentrant", "reentrant in reentrant", "whole in reentrant"])
-def test_every_layer_refuses(way: str, kind: str, training: bool) -> None:
+def test_every_layer_raises_for_another_domain(way: str, kind: str, training: bool) -> None:
     model, x = LAYERS[kind]().train(training), torch.randn(2, 4, 6, 6, requires_grad=True)
     bk.set_domain(model, "a")
     loss = TORCHS[way](nn.Sequential(model, nn.ReLU()), x).square().sum()
@@ -183,7 +183,7 @@ def test_every_layer_refuses(way: str, kind: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("way", ALL)
-def test_domains_in_turn(way: str) -> None:
+def test_one_backward_per_domain_in_turn(way: str) -> None:
     model, other = model_of(1), model_of(1)
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     for name in ("a", "b", "b", "a", torch.tensor([1, 0]), torch.tensor([0, 1]), None, "b"):
@@ -213,7 +213,7 @@ def test_a_domain_that_was_set_in_another_thread(way: str) -> None:
     same(gradients(other), gradients(model))
 
 
-def test_a_copy_of_another_process_starts_anew() -> None:
+def test_unpickled_layers_forget_when_the_domain_changed() -> None:
     model = pickle.loads(pickle.dumps(model_of(1)))
     for layer in (model[0], model[2]):
         assert "_changed" not in layer.__dict__
@@ -245,7 +245,7 @@ def test_a_function_that_sets_the_domain_itself(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["ours", "ours in ours"])
-def test_ours_remembers_domains_and_batches(way: str) -> None:
+def test_recompute_remembers_domains_and_batches(way: str) -> None:
     model, other = model_of(1), model_of(1)
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     names = ["a", torch.tensor([1, 0]), "b", None, torch.tensor([0, 0])]
@@ -261,7 +261,7 @@ def test_ours_remembers_domains_and_batches(way: str) -> None:
 
 
 @pytest.mark.parametrize("ours", ["ours", "whole"])
-def test_regions_of_ours_in_a_checkpoint_of_another_domain_are_refused(ours: str) -> None:
+def test_recompute_inside_a_checkpoint_of_another_domain_raises(ours: str) -> None:
     model, x = model_of(1), torch.randn(2, 4, 6, 6, requires_grad=True)
 
     class Regions(nn.Module):
@@ -274,7 +274,7 @@ def test_regions_of_ours_in_a_checkpoint_of_another_domain_are_refused(ours: str
         loss.backward()
 
 
-def test_readers_outside_of_a_region_are_remembered() -> None:
+def test_consumers_outside_of_a_region_are_remembered() -> None:
     found = []
     for call in (plain, bk.nn.recompute):
         model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))

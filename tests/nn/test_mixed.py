@@ -92,7 +92,7 @@ def test_every_sample_gets_what_it_gets_alone(
 @pytest.mark.skipif(bool(_C.why_not("native")), reason=str(_C.why_not("native")))
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_one_kernel_for_all_runs_changes_no_bit(layout: torch.memory_format, threads: int) -> None:
+def test_one_kernel_for_all_domains_gives_the_same_bits(layout: torch.memory_format, threads: int) -> None:
     torch.set_num_threads(threads)
     x = torch.randn(9, 40, 17, 19).contiguous(memory_format=layout)
     weight, bias = torch.randn(33, 40, 3, 3), torch.randn(33)
@@ -123,7 +123,7 @@ def test_op(dtype: torch.dtype) -> None:
     assert op(x[:0], weight, None, [], [], *args[5:]).shape == (0, 4, 7, 8)
 
 
-def test_channels_that_are_off_reach_no_sample() -> None:
+def test_nan_in_channels_that_are_off_reaches_no_sample() -> None:
     model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)))
     lists = {"birds": {"0": bk.ChannelLists([0, 1])}, "cars": {"0": bk.ChannelLists([2, 5])}}
     bk.set_domain(bk.attach_(model, lists).eval(), torch.tensor([1, 0, 1]))
@@ -165,7 +165,7 @@ def test_gathered_layers_train_too() -> None:
         assert got == used[number]
 
 
-def test_classifiers_of_several_sizes_are_filled_up() -> None:
+def test_mixed_batch_pads_classes_with_minus_infinity() -> None:
     model = switched(heads={"birds": 4, "cars": 7, "signs": 2}).eval()
     x = torch.randn(7, 12, 9, 8)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_the_op_serves_inference_only() -> None:
         op(torch.randn(5, 6, 7, 8), weight, None, [None], [5], (1, 1), (1, 1, 1, 1), (1, 1))
 
 
-def test_flops_count_each_runs_channels() -> None:
+def test_flops_count_the_channels_of_each_domain() -> None:
     lists = [torch.tensor([0, 3, 5], dtype=torch.int32), None]
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         op(torch.randn(5, 6, 7, 8), torch.randn(4, 6, 3, 3), None, lists, [2, 3], (1, 1), (1, 1, 1, 1), (1, 1))

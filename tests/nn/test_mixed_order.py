@@ -237,7 +237,7 @@ def everything() -> nn.Module:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("make", [everything, lambda: two_domains(Net(lambda y: y.flatten(1)))])
-def test_no_samples(make: Callable[[], nn.Module], training: bool) -> None:
+def test_empty_batches(make: Callable[[], nn.Module], training: bool) -> None:
     model = make()
     bk.set_domain(model, torch.tensor([], dtype=torch.int64))
     model.train(training)
@@ -268,7 +268,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_both_ways_through_the_kernel(way: str, layout: torch.memory_format) -> None:
+def test_sorted_and_unsorted_batches_agree(way: str, layout: torch.memory_format) -> None:
     numbers = torch.tensor([1, 1, 0, 1, 0, 0, 1])
     model, x = two_domains(Net()), torch.randn(7, 3, 6, 5).contiguous(memory_format=layout)
     bk.set_domain(model, numbers)
@@ -278,7 +278,7 @@ def test_both_ways_through_the_kernel(way: str, layout: torch.memory_format) -> 
     assert y.is_contiguous(memory_format=layout)
 
 
-def test_the_way_that_moves_less_is_taken() -> None:
+def test_batches_are_sorted_where_that_moves_less() -> None:
     batch = MixedBatch([0, 1] * 8)
     assert mixed._better_sorted(batch, nn.Conv2d(512, 512, 3), torch.empty(16, 512, 7, 7))
     assert not mixed._better_sorted(batch, nn.Conv2d(64, 64, 3), torch.empty(16, 64, 56, 56))

@@ -340,7 +340,7 @@ def test_a_forward_that_was_set_before_is_kept() -> None:
     assert not is_recomputed(model[0])
 
 
-def test_plain_takes_it_off() -> None:
+def test_plain_undoes_recompute() -> None:
     model = recompute_(_blocks(), _chosen)
     plain_(model[1])
     assert "forward" not in model[1].__dict__

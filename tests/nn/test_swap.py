@@ -173,7 +173,7 @@ def _own_forward(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, bk.nn.GatheredConv2d, bk.nn.SwitchedConv2d])
-def test_a_forward_set_on_a_layer_is_refused_by_name_and_nothing_is_changed(kind: type[nn.Module]) -> None:
+def test_layers_with_their_own_forward_raise_and_nothing_changes(kind: type[nn.Module]) -> None:
     options = {"domains": ["a"]} if kind is bk.nn.SwitchedConv2d else {}
     model = nn.Sequential(nn.Conv2d(3, 4, 1), _own_forward(kind(4, 4, 1, **options)))
     before = list(model)
@@ -288,7 +288,7 @@ def test_attach_replaces_what_was_there() -> None:
     ],
     ids=["unknown", "linear", "groups", "filtered", "range", "depthwise"],
 )
-def test_attach_refuses_and_changes_nothing(lists, error, message) -> None:
+def test_attach_errors_change_nothing(lists, error, message) -> None:
     model = bk.swap_(Net(), lambda module, name: name != "blocks.0.conv2")
     bk.attach_(model, {"a": {"stem": ChannelLists([0])}})
     with pytest.raises(error, match=message):
@@ -308,7 +308,7 @@ def test_attach_needs_swapped_layers() -> None:
         bk.attach_(Net(), {"a": {}})
 
 
-def test_set_domain_refuses_and_changes_nothing() -> None:
+def test_set_domain_errors_change_nothing() -> None:
     model = bk.swap_(Net())
     with pytest.raises(ValueError, match=r"`model` to have lists, got none. Hint: call swap_, then attach_"):
         bk.set_domain(model, "a")

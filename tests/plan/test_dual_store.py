@@ -104,7 +104,7 @@ def test_resnet50(forced: None) -> None:
 
 
 @torch.no_grad()
-def test_the_copy_is_held_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dual_stores_are_held_until_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(copied: bool) -> PlannedNetwork:
         monkeypatch.setattr(dual_store, "dual_store_pays", lambda *arguments: copied)
         model = Stream(nn.Conv2d(4, 8, 1)).eval()
@@ -143,7 +143,7 @@ def test_export_and_compile_see_both_results(forced: None) -> None:
 
 
 @torch.no_grad()
-def test_backends_of_a_cpu_get_none() -> None:
+def test_cpu_backends_get_no_dual_store() -> None:
     model, _ = swapped(randomise(Residual()), 0.5, 0)
     x = torch.randn(2, 3, 16, 16)
     for layout in (PLANES, LAST):
@@ -170,12 +170,12 @@ RULE: dict[str, tuple[Callable[[], bool], bool]] = {
 
 
 @pytest.mark.parametrize("name", RULE)
-def test_rule(name: str) -> None:
+def test_dual_store_pays(name: str) -> None:
     decides, expected = RULE[name]
     assert decides() is expected
 
 
-def test_a_copy_of_what_norms_transform_is_taken_before_them(forced: None) -> None:
+def test_dual_stores_hold_values_before_the_consumers_norm(forced: None) -> None:
     model, masked = swapped(randomise(PreActivation()), 0.5, 0)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():

@@ -64,7 +64,7 @@ RESULTS: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Tensor]]]
 @torch.no_grad()
 @pytest.mark.parametrize("kind", RESULTS)
 @pytest.mark.parametrize("numbers", [NUMBERS, torch.tensor([0, 0, 1]), torch.tensor([1, 0]), torch.tensor([1, 1])])
-def test_results_are_put_together(kind: str, numbers: Tensor) -> None:
+def test_results_are_joined_in_the_callers_order(kind: str, numbers: Tensor) -> None:
     finish, found = RESULTS[kind]
     model, x = two_domains(Net(finish)), torch.randn(len(numbers), 3, 4, 6)
     planned = bk.plan(model, torch.randn(1, 3, 4, 6), "a")
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("numbers", [NUMBERS, torch.tensor([1, 0]), torch.tensor([1, 1])])
-def test_what_cannot_be_put_together_is_refused(kind: str, numbers: Tensor) -> None:
+def test_results_that_cannot_be_joined_raise(kind: str, numbers: Tensor) -> None:
     finish, message = REFUSED[kind]
     model, x = two_domains(Net(finish)), torch.randn(len(numbers), 3, 4, 6)
     planned = bk.plan(model, torch.randn(1, 3, 4, 6), "a")
@@ -133,7 +133,7 @@ def test_one_entry_for_each_sample() -> None:
         (lambda y: collections.OrderedDict(y=y), "a value of a type that is not known, OrderedDict"),
     ],
 )
-def test_other_results_are_refused(function: Callable[[Tensor], Any], message: str) -> None:
+def test_results_of_other_shapes_raise(function: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         plans(function).run((torch.randn(5, 3),))
 
@@ -195,7 +195,7 @@ def test_plans_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [None, {"a": 3, "b": 2}])
-def test_no_samples(heads: dict[str, int] | None) -> None:
+def test_empty_batches(heads: dict[str, int] | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten())
     model = bk.nn.switch_(model.append(nn.Linear(16, 3)), ["a", "b"], heads=heads, head="5" if heads else None).eval()
     planned = bk.plan(model, torch.randn(1, 3, 4, 4), "b")
@@ -254,7 +254,7 @@ def test_the_plan_and_its_model_have_domains_of_their_own() -> None:
 
 
 @torch.no_grad()
-def test_lists_of_images_are_refused() -> None:
+def test_lists_of_images_raise() -> None:
     class Stacked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -282,7 +282,7 @@ def test_lists_of_images_are_refused() -> None:
     ],
     ids=["flip", "mean", "roll", "softmax", "argmax"],
 )
-def test_networks_that_mix_samples_are_refused(finish: Callable[[Any, Tensor], Any]) -> None:
+def test_networks_that_mix_samples_raise(finish: Callable[[Any, Tensor], Any]) -> None:
     model, x = two_domains(Net(finish)), torch.randn(len(NUMBERS), 3, 4, 6)
     planned = bk.plan(model, x, "a")
     bk.set_domain(planned, NUMBERS)

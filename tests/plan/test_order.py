@@ -16,7 +16,7 @@ import bap_kernels as bk
 from bap_kernels.nn import MaskedConv2d
 from bap_kernels.plan.cover import candidate_orders, covered, runs
 from tests.networks import LARGE, SMALL, Residual, random_network, randomise
-from tests.plan.test_domains import DOMAINS, trained
+from tests.plan.test_domain_view import DOMAINS, trained
 
 NAMES = ("a", "b", "c")
 
@@ -196,7 +196,7 @@ WAYS: dict[str, tuple[bool, int, Callable[[nn.Module, Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_what_classifiers_read(way: str) -> None:
+def test_columns_of_classifiers(way: str) -> None:
     moves, pixels, forward = WAYS[way]
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     model = bk.swap_(randomise(Headed(forward, pixels)).double())

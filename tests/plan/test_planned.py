@@ -109,7 +109,7 @@ def test_inference_mode_and_gradients() -> None:
 
 
 @torch.no_grad()
-def test_nothing_is_computed_that_nobody_reads() -> None:
+def test_unread_channels_are_not_computed() -> None:
     conv = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)]
     model = bk.swap_(nn.Sequential(*conv).eval())
     lists = {"1": bk.ChannelLists([2, 3, 11]), "2": bk.ChannelLists([0, 5])}
@@ -123,7 +123,7 @@ def test_nothing_is_computed_that_nobody_reads() -> None:
 
 
 @torch.no_grad()
-def test_what_is_fused() -> None:
+def test_fused_operations() -> None:
     def kinds(model: nn.Module) -> list[str]:
         swapped(randomise(model), 0.5, 0)
         return [step.kind for step in bk.plan(model, torch.randn(1, 3, 16, 16), "a")._program.steps]

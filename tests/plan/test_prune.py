@@ -85,7 +85,7 @@ def test_known_networks(network: str) -> None:
 
 
 @torch.no_grad()
-def test_what_goes() -> None:
+def test_dropped_channels() -> None:
     model = with_lists(randomise(Dense()), 0)
     lists = {
         "a": {"convs.1": bk.ChannelLists([0, 7]), "last.2": bk.ChannelLists([0, 9])},

@@ -117,7 +117,7 @@ CODES: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_what_the_code_does_is_kept(name: str) -> None:
+def test_plans_compute_what_the_code_computes(name: str) -> None:
     others = ((image(1, 3, 8, 8),), (image(3, 3, 13, 11),), (image(2, 3, 6, 16),))
     assert_kept(network(CODES[name]), image(), others=others)
 
@@ -263,7 +263,7 @@ def within_autocast(net: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_recorded_is_refused_by_name(name: str) -> None:
+def test_unrecordable_models_raise(name: str) -> None:
     code, reason = REFUSED[name]
     for call in (bk.plan, lambda model, x, domain: bk.specialize(model, domain, x)):
         with pytest.raises(ValueError, match=rf"\(\): expected `model` to be recordable, got .*{reason}"):
@@ -271,13 +271,13 @@ def test_what_cannot_be_recorded_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("object", "buffer", "autocast")])
-def test_or_run_as_it_is_where_a_module_does_it(name: str) -> None:
+def test_unrecordable_submodules_become_one_step(name: str) -> None:
     model = network(REFUSED[name][0], inside=True)
     others = ((image(3, 3, 8, 8),), (image(2, 3, 4, 4),)) if name != "numpy" else ()
     assert_kept(model, image(), others=others)
 
 
-def test_a_mixed_batch_of_the_model_is_no_concern_of_a_plan() -> None:
+def test_plans_ignore_a_mixed_batch_of_the_model() -> None:
     model = network(CODES["width"])
     want = run(model, "a", image())
     bk.set_domain(model, torch.tensor([1, 0]))
@@ -404,7 +404,7 @@ def test_a_forward_of_an_instance_is_called_in_the_plans_domain(own: Callable[..
                 bk.specialize(model, domain, image())
 
 
-def test_layers_that_a_copy_does_not_reach_are_refused() -> None:
+def test_layers_that_a_copy_does_not_reach_raise() -> None:
     model = blocks()
     conv = model[1].c
 
@@ -487,7 +487,7 @@ def test_other_threads_see_nothing_of_a_recording() -> None:
 @pytest.mark.parametrize(
     "layer", [lambda: nn.Softmax(dim=1), lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8).eval()]
 )
-def test_a_layer_made_in_forward_ends(layer: Callable[[], nn.Module]) -> None:
+def test_layers_made_in_forward_do_not_loop(layer: Callable[[], nn.Module]) -> None:
     code = lambda net, x: net.d(net.c(x)) + layer()(net.c(x)) * 0  # noqa: E731
     calls: list[Callable[[nn.Module], Any]] = [
         lambda model: bk.plan(model, image(), "a"),

@@ -101,7 +101,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_change_is_followed(name: str) -> None:
+def test_changes_of_the_model_are_followed(name: str) -> None:
     model, planned = made()
     right(model, planned)
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_every_change_is_followed(name: str) -> None:
         right(model, planned)
 
 
-def test_a_plan_of_an_unchanged_model_is_not_made_again() -> None:
+def test_an_unchanged_model_is_not_planned_again() -> None:
     model, planned = made()
     program = planned._program
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_plans_of_other_domains_and_mixed_batches_follow() -> None:
     right(model, planned)
 
 
-def test_a_model_that_changed_in_training_mode_is_refused() -> None:
+def test_a_model_that_changed_in_training_mode_raises() -> None:
     model, planned = made()
     model.train()(X)
     with torch.no_grad(), pytest.raises(ValueError, match="eval mode"):

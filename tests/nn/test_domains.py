@@ -85,7 +85,9 @@ def _wrapped(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("travel", [copy.deepcopy, _pickled, _saved, _state, _planned, _moved, _wrapped])
 @pytest.mark.parametrize("make", [_switched, _attached])
-def test_numbers_stay_what_they_are(make: Callable[[], nn.Module], travel: Callable[[nn.Module], nn.Module]) -> None:
+def test_domain_numbers_survive_copies_and_moves(
+    make: Callable[[], nn.Module], travel: Callable[[nn.Module], nn.Module]
+) -> None:
     model = make()
     assert bk.domain_names(model) == NAMES
     expected = []
@@ -103,7 +105,7 @@ def test_numbers_stay_what_they_are(make: Callable[[], nn.Module], travel: Calla
             torch.testing.assert_close(result, wanted)
 
 
-def test_from_switches_to_lists_and_through_a_file(tmp_path: Path) -> None:
+def test_domain_order_survives_swap_and_a_file(tmp_path: Path) -> None:
     model = _switched()
     table = ChannelTable.from_switches(model)
     assert list(table) == NAMES
@@ -122,7 +124,7 @@ def test_from_switches_to_lists_and_through_a_file(tmp_path: Path) -> None:
         torch.testing.assert_close(result, wanted)
 
 
-def test_a_checkpoint_is_loaded_by_name_into_the_models_numbers() -> None:
+def test_checkpoints_load_by_name_and_keep_the_models_numbers() -> None:
     model, other = _switched(), _switched(sorted(NAMES))
     with torch.no_grad():
         for value in model.parameters():
@@ -135,19 +137,19 @@ def test_a_checkpoint_is_loaded_by_name_into_the_models_numbers() -> None:
         assert torch.equal(model(X), other(X))
 
 
-def test_added_domains_come_last() -> None:
+def test_added_domains_have_the_last_number() -> None:
     model = bk.nn.add_domain_(_switched(), "b", like="a", classes=2)
     assert bk.domain_names(model) == [*NAMES, "b"]
     assert bk.domain_names(copy.deepcopy(model)) == [*NAMES, "b"]
 
 
-def test_domains_that_only_some_layers_know_have_no_number() -> None:
+def test_domains_of_only_some_layers_have_no_number() -> None:
     model = _switched()
     model[1].add_domain("only here")
     assert bk.domain_names(model) == NAMES
 
 
-def test_layers_with_different_orders_are_refused_by_name_and_serve_names() -> None:
+def test_different_orders_raise_for_numbers_and_work_for_names() -> None:
     model = nn.Sequential(_switched()[:2], _switched(sorted(NAMES))[1])
     message = r"one order.*got \['.*'\] and \['.*'\]. Hint: attach_ one table"
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ from tests.networks import Inverted, Residual, randomise
 from tests.plan.test_planned import swapped
 
 
-def test_figures() -> None:
+def test_channels_work_and_bytes() -> None:
     model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6)).eval())
     bk.attach_(model, {"a": {"0": bk.ChannelLists([1, 5, 6])}})
     bk.set_domain(model, "a")
@@ -33,7 +33,7 @@ def test_figures() -> None:
     assert first.dense_seconds > 0
 
 
-def test_auto_says_what_it_measured() -> None:
+def test_auto_reports_its_measurements() -> None:
     model, _ = swapped(randomise(Residual()), 0.5, 0)
     bk.set_domain(model, "a")
     with bk.use_backend("auto"):
@@ -46,7 +46,7 @@ def test_auto_says_what_it_measured() -> None:
     assert "6/12" in text
 
 
-def test_a_layer_that_runs_twice_and_one_that_runs_not() -> None:
+def test_layers_that_run_twice_or_never() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -188,7 +188,7 @@ class Called(nn.Module):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_channels_that_are_taken(name: str) -> None:
+def test_splits_and_slices(name: str) -> None:
     planned = check(Around(Called(TAKEN[name])), "take")
     assert "opaque" not in step_kinds(planned)
     assert not planned.not_lowered
@@ -203,7 +203,7 @@ def test_a_shuffle_through_the_batch_axis_is_right() -> None:
 
 
 @torch.no_grad()
-def test_nothing_is_computed_for_a_half_that_nobody_reads() -> None:
+def test_unread_halves_are_not_computed() -> None:
     model = randomise(Around(Called(lambda x: x.chunk(2, 1)[1]), 12, 6))
     bk.swap_(model)
     x = torch.randn(1, 3, 8, 8)
@@ -297,7 +297,7 @@ def test_convolutions_with_a_computed_weight_are_lowered(cls: type[nn.Conv2d], g
     assert not planned.not_lowered
 
 
-def test_other_convolutions_are_run_as_they_are() -> None:
+def test_convolutions_without_a_rule_run_as_they_are() -> None:
     planned = check(Around(Sized(12, 12, 3, padding=1)))
     assert "part" not in planned.lowered
     assert list(planned.not_lowered.values()) == ["a call of F.conv2d whose weight is no parameter"]

@@ -163,7 +163,7 @@ def test_a_new_domain_starts_anew_or_like_another(kind: str) -> None:
     assert len(set.union(*storages)) == sum(map(len, storages))
 
 
-def test_what_layers_share_they_share_in_every_domain() -> None:
+def test_tied_parameters_stay_tied_in_every_domain() -> None:
     first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     second.weight = first.weight
     model = switch_(nn.Sequential(nn.Conv2d(3, 4, 1), first, second), ["a", "b"])
@@ -195,7 +195,7 @@ def test_hooks_of_the_plain_norm_see_every_domain_and_can_be_removed() -> None:
     assert len(seen) == 2
 
 
-def test_a_forward_set_on_a_norm_is_refused_by_name_and_nothing_is_changed() -> None:
+def test_norm_with_its_own_forward_raises_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     old = model[1].forward
     model[1].forward = lambda x: old(x)
@@ -227,7 +227,7 @@ def test_conversion_to_sync_batch_norm_reaches_the_active_domain(convert: str) -
     assert norm.active is norm.domains["a"]
 
 
-def test_recalibration_takes_each_kind_or_says_that_there_is_nothing_to_do() -> None:
+def test_recalibration_of_each_kind_of_norm() -> None:
     batch = torch.randn(4, 3, 6, 5)
     model = switch_(_model("subclass"), ["a", "b"])
     bk.nn.recalibrate_bn(model, [batch], "b")

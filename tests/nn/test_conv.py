@@ -113,7 +113,7 @@ def test_input_without_a_batch_axis(kind: type[GatheredConv2d]) -> None:
     assert torch.equal(layer(x), layer(x[None])[0])
 
 
-def test_channels_that_are_off_may_hold_anything() -> None:
+def test_nan_in_unlisted_channels_changes_nothing() -> None:
     layer, _ = _layer("3x3")
     x = torch.randn(2, 12, 9, 7)
     expected = layer(x)
@@ -122,12 +122,12 @@ def test_channels_that_are_off_may_hold_anything() -> None:
 
 
 @pytest.mark.parametrize(("groups", "out"), [(2, 12), (12, 24), (3, 12)])
-def test_refuses_groups(groups: int, out: int) -> None:
+def test_unsupported_groups_raise(groups: int, out: int) -> None:
     with pytest.raises(NotImplementedError, match=rf"GatheredConv2d\(\): groups={groups} with 12 -> {out} channels"):
         GatheredConv2d(12, out, 3, groups=groups)
 
 
-def test_refuses_lists_that_do_not_fit() -> None:
+def test_lists_out_of_range_raise() -> None:
     with pytest.raises(IndexError, match="got 12"):
         GatheredConv2d(12, 4, 3, channels=ChannelLists([12]))
     with pytest.raises(ValueError, match="depthwise"):
@@ -173,7 +173,7 @@ def test_from_conv2d_of_a_gathered_layer_takes_its_lists() -> None:
     ],
     ids=["groups", "lazy", "weight_norm", "spectral_norm", "linear"],
 )
-def test_from_conv2d_refuses(conv: Callable[[], nn.Module], reason: str) -> None:
+def test_from_conv2d_errors(conv: Callable[[], nn.Module], reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         GatheredConv2d.from_conv2d(conv())
 
@@ -190,7 +190,7 @@ def test_hooks_move_along_and_can_be_removed() -> None:
     assert seen == [GatheredConv2d]
 
 
-def test_layer_compiled_before_the_swap_runs_as_the_new_class() -> None:
+def test_compiled_layers_are_swapped_too() -> None:
     conv = nn.Conv2d(12, 12, 1)
     conv.compile(backend="eager")
     layer = GatheredConv2d.from_conv2d(conv, ChannelLists(None, [1]))

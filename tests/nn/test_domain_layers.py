@@ -150,7 +150,7 @@ def test_linear_from_a_dense_one() -> None:
     assert not layer.training
 
 
-def test_dense_classifier_goes_where_it_fits() -> None:
+def test_dense_classifier_loads_into_domains_with_as_many_outputs() -> None:
     dense, layer = nn.Linear(8, 5), DomainLinear(8, {"a": 5, "b": 3})
     before = layer.domains["b"].weight.detach().clone()
     layer.load_state_dict(dense.state_dict(), strict=True)
@@ -183,7 +183,7 @@ def test_active_domain_survives_moves() -> None:
 
 
 @pytest.mark.parametrize("layer", [DomainBatchNorm2d(6, ["a", "b"]), DomainLinear(6, {"a": 1, "b": 2})])
-def test_needs_a_domain(layer: nn.Module) -> None:
+def test_call_without_a_domain_raises(layer: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"a domain to be active, got none. Hint: .* one of \['a', 'b'\]"):
         layer(torch.randn(2, 6, 3, 3))
     with pytest.raises(ValueError, match=r"`name` to be one of \['a', 'b'\], got None"):
@@ -193,7 +193,7 @@ def test_needs_a_domain(layer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "values", "training"])
-def test_refuses_names(name: str) -> None:
+def test_unusable_domain_names_raise(name: str) -> None:
     for make in (
         lambda: DomainBatchNorm2d(6, [name]),
         lambda: DomainBatchNorm2d.from_batch_norm2d(_norm(), [name]),

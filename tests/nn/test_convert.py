@@ -161,7 +161,7 @@ def test_converting_twice_replaces_only_what_is_left() -> None:
         ((["a"], None, 5e-3, 1e-2, 1, {"b": 3}), r"`heads` to name the domains \['a'\], got \['b'\]"),
     ],
 )
-def test_refuses_and_changes_nothing(arguments: tuple, message: str) -> None:
+def test_errors_change_nothing(arguments: tuple, message: str) -> None:
     model = Net()
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=message):
@@ -249,7 +249,7 @@ def _loaded(state: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def test_set_domain_reaches_every_layer_and_refuses_whole() -> None:
+def test_set_domain_reaches_every_layer_or_changes_none() -> None:
     model = _trained()
     bk.set_domain(model, "b")
     layers = [layer for _, layer in bk.nn.domain_layers(model)]
@@ -267,7 +267,7 @@ def test_set_domain_reaches_every_layer_and_refuses_whole() -> None:
     assert {layer.domain for layer in layers} == {"b"}
 
 
-def test_no_domain_is_for_convolutions_alone() -> None:
+def test_none_is_a_domain_of_convolutions_only() -> None:
     model = switch_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), ["a"])
     bk.set_domain(model, "a")
     bk.set_domain(model, None)
@@ -329,7 +329,7 @@ def test_domains_added_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"name": "d"}, "`classes` to be a number, as the model has a DomainLinear, got None"),
     ],
 )
-def test_adding_a_domain_refuses_and_changes_nothing(arguments: dict, message: str) -> None:
+def test_adding_a_domain_errors_change_nothing(arguments: dict, message: str) -> None:
     model = _trained()
     before = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -399,7 +399,7 @@ def test_depthwise_layers_keep_their_switches() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_table_from_switches_refuses() -> None:
+def test_table_from_switches_errors() -> None:
     with pytest.raises(ValueError, match=r"`model` to have switched layers, got none. Hint: call nn.switch_"):
         ChannelTable.from_switches(bk.swap_(Net()))
     model = switch_(Net(), NAMES)

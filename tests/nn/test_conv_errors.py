@@ -53,7 +53,7 @@ def _swapped() -> nn.Module:
         ((4, 4, 3), {"groups": 2}, NotImplementedError, "groups=2 with 4 -> 4 channels.*Hint: keep torch.nn.Conv2d"),
     ],
 )
-def test_constructor_refuses(
+def test_constructor_errors(
     kind: type[nn.Module], arguments: tuple, options: dict, error: type[Exception], message: str
 ) -> None:
     options = options | ({"domains": ["a"]} if kind is SwitchedConv2d else {})
@@ -64,7 +64,7 @@ def test_constructor_refuses(
 @pytest.mark.parametrize(
     "make", [lambda: GatheredConv2d(4, 4, 1, channels=[0]), lambda: _swapped()[0].attach({"a": [0]})]
 )
-def test_lists_that_are_no_channel_lists_are_refused(make: Callable[[], Any]) -> None:
+def test_lists_of_another_type_raise(make: Callable[[], Any]) -> None:
     with pytest.raises(TypeError, match=r"to be ChannelLists, got list. Hint: ChannelLists\(in_index"):
         make()
 
@@ -136,7 +136,7 @@ def test_the_hint_for_lists_on_meta_helps() -> None:
     assert layer.channels.in_index.tolist() == [0, 2]
 
 
-def test_another_layer_type_is_refused() -> None:
+def test_another_layer_type_raises() -> None:
     with pytest.raises(TypeError, match=r"`layer_type` to be GatheredConv2d or MaskedConv2d, got <class 'torch"):
         bk.swap_(nn.Sequential(nn.Conv2d(3, 4, 1)), layer_type=nn.Conv2d)
 

@@ -40,7 +40,7 @@ def _close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rounding_of_a_dtype_turns_no_switch() -> None:
+def test_dtype_changes_turn_no_switch() -> None:
     layer = _layer()
     score = layer.domains["a"].score
     with torch.no_grad():

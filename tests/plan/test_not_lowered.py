@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from tests.networks import DataDependent, Residual, randomise, unit
-from tests.plan.test_rules import Around
+from tests.plan.test_builder import Around
 
 
 @pytest.fixture(autouse=True)
