@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,17 +58,19 @@ class MixedPlans:
             if program.probe is None:
                 probe = _three_samples(inputs, sampled)
                 three = program.run(probe)
-                two = program.run(_at(probe, sampled, torch.arange(2)))
+                two = program.run(_with_samples(probe, sampled, itemgetter(slice(2))))
                 _check_samples(two, three, "output")
                 program.probe = _without_data(two, three)
         probes = [program.probe for program in self.programs if program.probe is not None]
-        order = torch.arange(self.batch.size) if self.batch.order is None else self.batch.order
         if len(self.programs) == 1:
             results = [self.programs[0].run(inputs)]
         else:
-            samples = order.split(self.batch.counts)
+            # Sorted once for all steps of a plan; each domain's samples are then a view.
+            inputs = _with_samples(inputs, sampled, self.batch.sorted)
+            ends = list(accumulate(self.batch.counts))
             results = [
-                program.run(_at(inputs, sampled, index)) for program, index in zip(self.programs, samples, strict=True)
+                program.run(_with_samples(inputs, sampled, itemgetter(slice(end - count, end))))
+                for program, count, end in zip(self.programs, self.batch.counts, ends, strict=True)
             ]
         return self._joined(results, probes, "output")
 
@@ -167,7 +171,11 @@ def _three_samples(inputs: tuple[Any, ...], sampled: set[int]) -> tuple[Any, ...
         return tensor + noise * (tensor.abs().mean() + 0.1)
 
     numbers = iter(range(len(_tensors(inputs))))
-    repeated = _at(inputs, sampled, torch.zeros(3, dtype=torch.int64))
+    repeated = _with_samples(
+        inputs,
+        sampled,
+        lambda tensor: selected_samples(tensor, torch.zeros(3, dtype=torch.int64, device=tensor.device)),
+    )
     return tree_map_only(Tensor, lambda tensor: varied(tensor) if next(numbers) in sampled else tensor, repeated)
 
 
@@ -239,8 +247,8 @@ def _tensors(values: Any) -> list[Tensor]:
     return tensors
 
 
-def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any, ...]:
-    """The inputs with some of the samples, in the order of :func:`_tensors`."""
+def _with_samples(inputs: tuple[Any, ...], sampled: set[int], select: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """The inputs with the samples that ``select`` takes of each tensor, in the order of :func:`_tensors`."""
     number = -1
 
     def selected(value: Any) -> Any:
@@ -250,7 +258,7 @@ def _at(inputs: tuple[Any, ...], sampled: set[int], index: Tensor) -> tuple[Any,
         if not isinstance(value, Tensor):
             return value
         number += 1
-        return selected_samples(value, index.to(value.device)) if number in sampled else value
+        return select(value) if number in sampled else value
 
     return tuple(selected(value) for value in inputs)
 

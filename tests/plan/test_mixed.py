@@ -194,6 +194,31 @@ def test_plans_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_samples_are_sorted_once_and_sorted_ones_not_copied(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two_domains(Net())
+    planned = bk.plan(model, torch.randn(1, 3, 4, 6), "a")
+    given: list[Tensor] = []
+    run = Program.run
+    x = torch.randn(5, 3, 4, 6).contiguous(memory_format=layout)
+    for numbers in (torch.tensor([0, 0, 1, 1, 1]), NUMBERS):
+        bk.set_domain(planned, numbers)
+        planned(x)
+        given.clear()
+        monkeypatch.setattr(Program, "run", lambda self, inputs: given.append(inputs[0]) or run(self, inputs))
+        y = planned(x)
+        monkeypatch.undo()
+        # One tensor for all domains: the caller's if its samples are sorted.
+        storages = {part.untyped_storage().data_ptr() for part in given}
+        assert (storages == {x.untyped_storage().data_ptr()}) == (numbers is not NUMBERS)
+        assert len(storages) == 1
+        assert all(part.is_contiguous(memory_format=layout) for part in given)
+        assert torch.allclose(y, masked(model, x, numbers), atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("heads", [None, {"a": 3, "b": 2}])
 def test_empty_batches(heads: dict[str, int] | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten())
