@@ -1,12 +1,12 @@
 # Two commands do everything on a fresh machine: `make bench` and `make test`.
 #
-# Variables: VENV    the virtual environment (made when absent, reused when present)
-#            PYTHON  the interpreter that makes it
-#            PIP_ARGS  more arguments for the installation of torch, for instance
+# Variables: VENV      virtual environment, created if it does not exist
+#            PYTHON    interpreter of the environment
+#            PIP_ARGS  arguments for the installation of torch, such as
 #                      PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#            ARGS    more arguments for the command itself, for instance make test ARGS="-k gather"
-#            WORKERS processes that tests are shared out to; 0 runs them in one, for --pdb
-#            TORCH   for test-torch: the version of torch, such as 2.11.0, or newest
+#            ARGS      arguments for the command itself, such as make test ARGS="-k gather"
+#            WORKERS   number of test processes; 0 runs the tests in pytest's own process, for --pdb
+#            TORCH     version of torch for test-torch, such as 2.11.0, or newest
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -27,7 +27,7 @@ STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)
 CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
-# What the short runs under a sanitizer or a forced instruction set cover.
+# The tests that run under a sanitizer or with a forced instruction set.
 OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py autograd.py) \
   tests/dispatch/test_gathered_conv2d_packed.py tests/backends/test_native_backward.py
 
@@ -54,9 +54,9 @@ docs: setup ## Build the documentation in docs/_build/html, warnings as errors
 test: setup ## Set up and run all tests
 	$(PYTEST) $(ARGS)
 
-# Libraries are built in place, so two versions of torch need two copies of the sources, with an environment each.
+# Libraries are built in place: each version of torch needs a copy of the sources and an environment.
 TORCH_COPY = build/torch-$(TORCH)
-test-torch: ## Run all tests with TORCH=2.11.0 or another version, in an environment and a copy of the sources of their own
+test-torch: ## Run all tests with TORCH=2.11.0 or another version, in a separate environment and copy of the sources
 	mkdir -p $(TORCH_COPY)
 	find $(TORCH_COPY) -path $(TORCH_COPY)/build -prune -o -type f ! -name '*.so' -exec rm {} +
 	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C $(TORCH_COPY)
@@ -68,7 +68,7 @@ test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulat
 test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/interpret $(ARGS)
 
-test-simulate: setup ## Run the CUDA kernels' own text on the host, on CPU tensors; needs neither nvcc nor a GPU
+test-simulate: setup ## Run the sources of the CUDA kernels on the host, on CPU tensors; needs neither nvcc nor a GPU
 	library="$$($(BIN)/python -m tools.build_simulation)" && \
 	BAP_KERNELS_CUDA_LIBRARY="$$library" $(PYTEST) -q tests/simulate $(ARGS)
 
@@ -101,30 +101,30 @@ sanitize: setup ## Run the tests of the ops under AddressSanitizer and UBSan
 	BAP_KERNELS_LIBRARY=$(CURDIR)/build/sanitize/_C.so \
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
-clean: ## Remove what was built; the virtual environment stays
+clean: ## Remove everything that was built, except for the virtual environment
 	rm -rf build dist *.egg-info benches/out docs/_build bap_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-# One clear line where something is missing that only the system can provide.
+# Reports missing system packages in one line.
 check:
 	@sh tools/check_system.sh "$(VENV)" "$(PYTHON)"
 
 $(BIN)/python: | check
 	$(PYTHON) -m venv $(VENV)
 
-# torch and torchvision are resolved together, so that pip does not fetch two versions of torch.
+# torch and torchvision are resolved together, so that pip does not download two versions of torch.
 $(STAMPS)/tools: pyproject.toml | check $(BIN)/python
 	@echo "Installing torch and the build tools into $(VENV): a few minutes on the first run"
 	$(PIP) install $(PIP_ARGS) "$(TORCH_SPEC)" torchvision "setuptools>=77" wheel "ninja>=1.11"
 	@mkdir -p $(@D) && touch $@
 
-# Built before pip runs, which would hide what is built and what is not; pip then finds nothing left to compile.
+# Built before pip runs, because pip hides which parts are built; pip then has nothing left to compile.
 $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/tools
 	$(BUILD)
 	$(PIP) install -e '.[$(@F)]' --no-build-isolation
 	@mkdir -p $(@D) && touch $@ $(STAMPS)/built
 
-# Only what changed is compiled again.
+# Compiles only what changed.
 $(STAMPS)/built: $(BUILD_INPUTS) | $(STAMPS)/tools
 	$(BUILD)
 	@mkdir -p $(@D) && touch $@

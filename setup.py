@@ -1,4 +1,4 @@
-"""Builds the extensions; the decisions are in tools/build_plan.py, the metadata in pyproject.toml."""
+"""Builds the extensions; decisions are in tools/build_plan.py, metadata in pyproject.toml."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tools.build_plan import BuildError, banner, decide
 
 
 class NinjaBuild(build_ext):
-    """Carries out the plan: ninja compiles under build/, setuptools puts the libraries in place."""
+    """Runs the build plan: ninja compiles under build/, setuptools installs the libraries."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -38,9 +38,9 @@ class NinjaBuild(build_ext):
         if not self.plan.sanitize:
             super().run()
             return
-        # Its objects of what has no checks are linked.
+        # Uninstrumented objects of the normal build are linked.
         ninja_build.build(self.normal_plan, self.normal_plan.cpu)
-        # Stays under build/: BAP_KERNELS_LIBRARY names it for one run, and the normal library is not replaced.
+        # Stays under build/, next to the normal library; BAP_KERNELS_LIBRARY selects it for one run.
         print(f"sanitizer library: {ninja_build.build(self.plan, self.plan.cpu, verbose=bool(self.verbose > 1))}")
 
     def build_extension(self, ext: Extension) -> None:
@@ -48,7 +48,7 @@ class NinjaBuild(build_ext):
         try:
             library = ninja_build.build(self.plan, part)
         except subprocess.CalledProcessError as error:
-            # An optional extension that fails is reported and left out; the package is still built.
+            # setuptools reports a failed optional extension and builds the rest.
             raise CompileError(f"{ext.name}: ninja ended with status {error.returncode}, see above") from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

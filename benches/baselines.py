@@ -1,6 +1,6 @@
-"""What the package is compared with: dense, masked, naive, gather + conv and oracle.
+"""The baselines that the package is compared with: dense, masked, naive, gather + conv and oracle.
 
-Every variant is prepared outside the timing: weights are sliced, and packed where the variant can pack.
+Every variant is prepared outside the timing: weights are sliced, and packed if the variant can pack.
 """
 
 import math
@@ -16,7 +16,7 @@ from benches.cases import Cell
 from benches.problem import MEMORY_FORMATS, Problem
 from benches.timers import Timed, fastest
 
-BASELINES = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+BASELINES = ("dense", "masked", "naive", "gather_conv", "oracle", "oracle8")
 # oneDNN works in blocks of 8 or 16 channels: an odd count costs it as much as the next block.
 ROUNDING = 8
 
@@ -28,10 +28,10 @@ class Variant(Timed):
     """A prepared variant.
 
     Args:
-        candidate: What it chose, where it chooses.
+        candidate: The implementation that it selected, if it selects.
         all_outputs: Whether the result has all C_out channels although fewer are listed.
-        length: Products summed per element of the result, for the gate's tolerance.
-        same_layout: Whether the result must be in the cell's memory format (naive loses it, the oracle may choose).
+        length: Number of products summed per element of the result, for the tolerance.
+        same_layout: Whether the result must have the cell's memory format (naive loses it, the oracle may choose).
     """
 
     candidate: str = ""
@@ -71,26 +71,26 @@ def naive(problem: Problem) -> Variant:
     )
 
 
-def best(problem: Problem, clock: Clock) -> Variant:
-    """The fastest gather with the fastest convolution behind it, measured here for this very cell."""
+def gather_conv(problem: Problem, clock: Clock) -> Variant:
+    """The fastest gather followed by the fastest convolution, measured for this cell."""
     layout, index, (stride, padding) = problem.cell.layout, problem.in_index, problem.conv_args
     example = problem.compact(problem.inputs[0])
-    # A strided 1x1 convolution reads one pixel in stride^2; a good author gathers only those.
+    # A strided 1x1 convolution reads one pixel in stride^2: only those are gathered.
     strided = problem.cell.case.kernel == 1 and stride > 1
     if strided:
         example = problem.compact(problem.inputs[0][:, :, ::stride, ::stride])
-        gather_of = gathers.alternatives(index, layout, problem.inputs[0][:, :, ::stride, ::stride])
-        gather_of = {name: gathers.subsampled(run, stride) for name, run in gather_of.items()}
+        gather_by_name = gathers.alternatives(index, layout, problem.inputs[0][:, :, ::stride, ::stride])
+        gather_by_name = {name: gathers.subsampled(run, stride) for name, run in gather_by_name.items()}
         stride = 1
     else:
-        gather_of = gathers.alternatives(index, layout, example=problem.inputs[0])
-    conv_of = convs.alternatives(problem.sliced_weight, stride, padding, layout, example)
-    gather_name = fastest(gather_of, problem.inputs, clock)
-    gather = gather_of[gather_name]
-    whole = {name: _chain(gather, conv, MEMORY_FORMATS[layout]) for name, conv in conv_of.items()}
-    conv_name = fastest(whole, problem.inputs, clock)
+        gather_by_name = gathers.alternatives(index, layout, example=problem.inputs[0])
+    conv_by_name = convs.alternatives(problem.sliced_weight, stride, padding, layout, example)
+    gather_name = fastest(gather_by_name, problem.inputs, clock)
+    gather = gather_by_name[gather_name]
+    chains = {name: _chain(gather, conv, MEMORY_FORMATS[layout]) for name, conv in conv_by_name.items()}
+    conv_name = fastest(chains, problem.inputs, clock)
     return Variant(
-        whole[conv_name],
+        chains[conv_name],
         problem.inputs,
         candidate=f"{gather_name}+{conv_name}",
         length=problem.sliced_weight[0].numel(),
@@ -98,27 +98,26 @@ def best(problem: Problem, clock: Clock) -> Variant:
 
 
 def _chain(gather: gathers.Gather, conv: convs.Conv, memory_format: torch.memory_format) -> convs.Conv:
-    # A compact tensor of one channel is in both memory formats, and PyTorch would answer in the other one.
+    # A compact tensor of one channel is in both memory formats: PyTorch may return the other one.
     return lambda x: conv(gather(x)).contiguous(memory_format=memory_format)
 
 
 def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1) -> Variant:
-    """Run PyTorch's convolution on inputs that are compact already: the better of its memory formats and of
-    ``F.conv2d`` and oneDNN with a prepacked weight.
+    """PyTorch's convolution on compact inputs: the better memory format, and the faster of ``F.conv2d`` and oneDNN.
 
     Args:
         problem: Tensors of the cell.
         clock: Clock to choose with.
-        pool_share: Inputs to make, as a share of the problem's pool.
-        rounding: Channel counts are rounded up to a multiple (with channels that count for nothing).
-    """  # noqa: D205
+        pool_share: Size of the pool of compact inputs relative to the problem's pool.
+        rounding: Channel counts are rounded up to a multiple of this, with zero weights.
+    """
     stride, padding = problem.conv_args
     K_out, K_in = problem.sliced_weight.shape[:2]
     extra_in, extra_out = -K_in % rounding, -K_out % rounding
     weight = F.pad(problem.sliced_weight, (0, 0, 0, 0, 0, extra_in, 0, extra_out))
     count = max(3, math.ceil(len(problem.inputs) * pool_share))
     alternatives: dict[str, tuple[convs.Conv, list[Tensor]]] = {}
-    # Few inputs are enough to choose with; the pool is made for the winner alone.
+    # Three inputs are enough to choose with; the pool is created for the fastest alone.
     for layout, memory_format in MEMORY_FORMATS.items():
         few = [_padded(problem.compact(x), extra_in, memory_format) for x in problem.inputs[:3]]
         formatted = weight.contiguous(memory_format=memory_format)
@@ -134,7 +133,7 @@ def oracle(problem: Problem, clock: Clock, pool_share: float, rounding: int = 1)
 
 
 def _padded(x: Tensor, extra: int, memory_format: torch.memory_format) -> Tensor:
-    # Repeated channels, not zeros: the weight that meets them is zero.
+    # Repeated channels, not zeros, so that values are typical; their weights are zero.
     return (
         torch.cat([x, *[x[:, :1]] * extra], dim=1).contiguous(memory_format=memory_format)
         if extra
@@ -143,7 +142,7 @@ def _padded(x: Tensor, extra: int, memory_format: torch.memory_format) -> Tensor
 
 
 def _fastest_on_own_inputs(alternatives: dict[str, tuple[convs.Conv, list[Tensor]]], clock: Clock) -> str:
-    """Pick between functions that take inputs of different formats: each is bound to its own."""
+    """Choose between functions whose inputs have different formats: each is bound to its own inputs."""
 
     def bind(run: convs.Conv, few: list[Tensor]) -> convs.Conv:
         turn = iter(range(1 << 30))
@@ -163,13 +162,13 @@ def prepare(name: str, problem: Problem, clock: Clock, pool_share: float = 1.0) 
     simple = {"dense": dense, "masked": masked, "naive": naive}
     if name in simple:
         return simple[name](problem)
-    if name == "best":
-        return best(problem, clock)
+    if name == "gather_conv":
+        return gather_conv(problem, clock)
     if name in ("oracle", "oracle8"):
         return oracle(problem, clock, pool_share, rounding=ROUNDING if name == "oracle8" else 1)
     raise ValueError(f"prepare(): expected `name` to be one of {', '.join(BASELINES)}, got {name!r}.")
 
 
 def applies(name: str, cell: Cell) -> bool:
-    """Whether the variant differs from the others: oracle8 only where a channel count is no multiple of 8."""
+    """Whether the variant differs from the others: oracle8 only if a channel count is no multiple of 8."""
     return name != "oracle8" or cell.K_in % ROUNDING != 0 or cell.K_out % ROUNDING != 0

@@ -1,6 +1,6 @@
-"""The frozen cases: every distinct convolution of ResNet-50 at 224x224 and of ResNet-26 at 64x64.
+"""The cases: every distinct convolution of ResNet-50 at 224x224 and of ResNet-26 at 64x64.
 
-The table is a literal so that figures stay comparable between commits; a test derives it again from the networks.
+The table is a literal so that results stay comparable between commits; a test compares it with the networks.
 """
 
 import itertools
@@ -17,7 +17,7 @@ DENSITIES = (0.75, 0.5, 0.25)
 LISTS = ("in", "both")
 LAYOUTS = ("channels_last", "nchw")
 
-# Layers with fewer input channels (the stems and what follows them) are timed, but stay out of the means.
+# Layers with fewer input channels (stems and their successors) are timed but not part of the means.
 MIN_MEAN_CHANNELS = 64
 
 
@@ -26,14 +26,14 @@ class Case:
     """One convolution with a square kernel, padding kernel // 2, no bias and no groups.
 
     Args:
-        network: Network in which the convolution occurs.
+        network: Network of the convolution.
         H: Height of the input.
         W: Width of the input.
         C_in: Input channels.
         C_out: Output channels.
         kernel: kH = kW.
         stride: Stride of both axes.
-        count: How often the convolution occurs in the network.
+        count: Number of occurrences in the network.
     """
 
     network: str
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """The case in letters, such as ``56x56-64-64-k3s1``; unique within its network."""
+        """Name such as ``56x56-64-64-k3s1``, unique within the network."""
         return f"{self.H}x{self.W}-{self.C_in}-{self.C_out}-k{self.kernel}s{self.stride}"
 
 
@@ -101,7 +101,7 @@ CASES: tuple[Case, ...] = tuple(
 
 @dataclass(frozen=True)
 class Cell:
-    """A case with its batch, density, kind of lists and memory format: what the variants are compared on."""
+    """A case with batch, density, kind of lists and memory format: the unit on which variants are compared."""
 
     case: Case
     batch: int
@@ -117,8 +117,8 @@ class Cell:
         )
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What rows say of the convolution, by field."""
+    def row_fields(self) -> dict[str, Any]:
+        """Fields of `benches.rows.Row` that describe the convolution."""
         case = self.case
         return {
             "network": case.network,
@@ -135,7 +135,7 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Seed of the lists: the same in both layouts, for both kinds of lists and for every batch."""
+        """Seed of the lists, the same for all layouts, kinds of lists and batches."""
         return zlib.crc32(f"{self.case.network}-{self.case.shape}-d{self.density * 100:.0f}".encode())
 
     @property
@@ -149,7 +149,7 @@ class Cell:
         return kept(self.case.C_out, self.density) if self.lists == "both" else self.case.C_out
 
     def channel_lists(self) -> tuple[Tensor, Tensor | None]:
-        """Draw (in_index, out_index): sorted, unique int32; out_index is None where only the input is listed."""
+        """Draw (in_index, out_index): sorted, unique int32; out_index is None for in-lists only."""
         generator = torch.Generator().manual_seed(self.seed)
         in_index = draw(self.case.C_in, self.K_in, generator)
         out_index = draw(self.case.C_out, self.K_out, generator) if self.lists == "both" else None
@@ -157,12 +157,12 @@ class Cell:
 
 
 def kept(channels: int, density: float) -> int:
-    """Channels kept at a density: at least one."""
+    """Number of channels kept at a density, at least one."""
     return max(1, round(channels * density))
 
 
 def draw(channels: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw a sorted list of ``count`` of ``channels`` numbers, uniformly, as int32."""
+    """Draw ``count`` of ``channels`` numbers uniformly; sorted, int32."""
     return torch.randperm(channels, generator=generator)[:count].sort().values.int()
 
 
@@ -173,17 +173,17 @@ def full_cells(
     layouts: Sequence[str] = LAYOUTS,
     cases: Iterable[Case] = CASES,
 ) -> list[Cell]:
-    """Every case with every setting, settings outermost."""
+    """Return every case in every setting, settings outermost."""
     settings = itertools.product(layouts, batches, lists, densities)
     cases = tuple(cases)
     return [Cell(case, batch, density, kind, layout) for layout, batch, kind, density in settings for case in cases]
 
 
 def default_cells() -> list[Cell]:
-    """Return the embedded default: batch 1 and the cases that count in the means.
+    """Return the cells of the default study: batch 1 and the cases that count in the means.
 
-    Channels_last with both kinds of lists, NCHW with in-lists. The order puts what says most first, so that a study
-    whose time runs out has whole passes over the cases.
+    channels_last with both kinds of lists, NCHW with in-lists. The most informative settings come first, so that a
+    study whose time runs out has complete passes over the cases.
     """
     cases = [case for case in CASES if case.C_in >= MIN_MEAN_CHANNELS]
     passes = (

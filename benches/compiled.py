@@ -1,4 +1,4 @@
-"""torch.compile with frozen weights, for one shape: the strongest form in which PyTorch runs a network on a CPU."""
+"""torch.compile with frozen weights for one shape, PyTorch's fastest way to run a network on a CPU."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 def frozen(model: nn.Module, example: Tensor) -> nn.Module:
     """Compile a network for the shape and memory format of an example, in the caller's grad mode.
 
-    Weights become constants: batch norms are folded into them, and oneDNN lays them out once.
+    Weights become constants: batch norms are folded into them, and oneDNN prepacks them.
 
     Args:
-        model: In eval mode; torch.fx must be able to trace it.
-        example: Run once, which compiles.
+        model: In eval mode, traceable by torch.fx.
+        example: An input.
     """
-    # torch.compile keeps what it made under the code that it compiled, which networks of one class share; after
-    # another batch it would compile for any batch. What torch.fx traces has code of its own.
+    # torch.compile caches by code object, which networks of one class share, and would compile a second batch size
+    # for dynamic shapes. A graph traced by torch.fx has its own code object.
     traced = torch.fx.symbolic_trace(model)
-    made: Any = torch.compile(traced, dynamic=False, options={"freezing": True})
-    made(example)
-    return made
+    compiled: Any = torch.compile(traced, dynamic=False, options={"freezing": True})
+    compiled(example)
+    return compiled

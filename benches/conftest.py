@@ -1,5 +1,6 @@
-"""Fixtures of the benchmarks, and the machine's facts for ``--benchmark-json``."""
+"""Fixtures of the benchmarks, and a description of the machine for ``--benchmark-json``."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -18,14 +19,14 @@ from benches.timers import CpuClock, Timed
 
 memory.keep_freed()
 CPU = torch.device("cpu")
-# The whole set has thousands of benchmarks.
+# There are thousands of benchmarks.
 SECONDS_EACH = 0.1
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Add what the figures depend on."""
+    """Add versions and threads, on which results depend."""
     machine_info["bap_kernels"] = {
         "commit": commit(),
         "cpu": cpu_model(),
@@ -35,7 +36,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 class LayerBench(Bench):
-    """A study's bench that keeps the tensors of the last cell: its variants follow one another."""
+    """A bench that caches the tensors of the last cell, whose variants follow one another."""
 
     def __init__(self) -> None:
         super().__init__(CPU, "float32")
@@ -47,7 +48,7 @@ class LayerBench(Bench):
 
 
 class WholeBench(NetworkBench):
-    """A study's bench of networks that keeps the float64 logits of the last cell."""
+    """A bench of networks that caches the float64 logits of the last cell."""
 
     def __init__(self) -> None:
         super().__init__(CPU, "float32")
@@ -77,36 +78,36 @@ def network_bench() -> WholeBench:
 
 @pytest.fixture(scope="session")
 def require_backend() -> Iterator[Callable[[str], None]]:
-    """Return a function that skips the benchmark of a backend which cannot run here, with its reason."""
-    measured: list[str] = []
+    """Return a function that skips the benchmark if a backend cannot run here."""
+    used: list[str] = []
 
     def require(name: str) -> None:
         if name not in ours.BACKENDS:
             return
-        if not measured:
-            ours.fresh_choices()
-            measured.append(name)
+        if not used:
+            ours.reset_choices()
+            used.append(name)
         if reason := ours.library().why_not(name):
             pytest.skip(f"{name}: {reason}")
 
     yield require
-    if measured:
+    if used:
         ours.package().use_backend("auto")
-        ours.forget_packed()
+        ours.clear_packed()
 
 
 @pytest.fixture
 def time_in_rounds(benchmark: Any) -> Callable[[Timed], None]:
-    """Return a function that benchmarks a prepared variant in about a tenth of a second, rotating its inputs."""
+    """Return a function that benchmarks a prepared variant for about a tenth of a second with rotating inputs."""
 
     def run(timed: Timed) -> None:
         timed.enter()
-        turn = iter(range(1, 1 << 30))
-        once = CpuClock()(timed.run, timed.inputs[0])
-        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS_EACH / once)))
+        inputs = itertools.cycle([*timed.inputs[1:], timed.inputs[0]])
+        seconds = CpuClock()(timed.run, timed.inputs[0])
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS_EACH / seconds)))
         benchmark.pedantic(
             timed.run,
-            setup=lambda: ((timed.inputs[next(turn) % len(timed.inputs)],), {}),
+            setup=lambda: ((next(inputs),), {}),
             rounds=rounds,
             warmup_rounds=1,
         )

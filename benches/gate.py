@@ -1,9 +1,10 @@
-"""Correct before timed: results are compared with float64 convolutions of the rounded inputs.
+"""Correctness gate: results are compared with float64 convolutions of the rounded inputs before they are timed.
 
 A result r of a convolution that sums L = K_in kH kW products passes if, with y the float64 result,
     max |r - y| <= max |y| (8 eps32 sqrt(L) + eps),
-where eps32 stands for the fp32 accumulation, whose error grows with the root of its length, and eps, for types below
-fp32, for the rounding of the result. A list that is wrong in one channel errs by about max |y| / sqrt(L), far above.
+where eps32 bounds the float32 accumulation, whose error grows with the square root of its length, and eps (for types
+below float32) the rounding of the result. A list that is wrong in one channel errs by about max |y| / sqrt(L), far
+above.
 """
 
 import math
@@ -18,11 +19,11 @@ ACCUMULATION_FACTOR = 8.0
 
 
 class WrongResultError(AssertionError):
-    """A variant's result is wrong; it must not be timed."""
+    """The result of a variant is wrong; it must not be timed."""
 
 
 def tolerance(dtype: torch.dtype, length: int, magnitude: float) -> float:
-    """Largest difference from float64 that rounding explains, for sums of ``length`` products."""
+    """Largest difference from float64 by rounding, for sums of ``length`` products."""
     eps = torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
     return magnitude * (ACCUMULATION_FACTOR * torch.finfo(torch.float32).eps * math.sqrt(length) + eps)
 
@@ -31,10 +32,10 @@ def check(name: str, result: Tensor, reference: Tensor, length: int) -> float:
     """Compare a result with its float64 reference.
 
     Args:
-        name: What made the result, for the message.
-        result: Any floating-point tensor.
-        reference: float64, the result's shape.
-        length: Products summed per element.
+        name: Of the variant, for the message.
+        result: Of any floating dtype.
+        reference: float64, of the same shape.
+        length: Number of products summed per element.
 
     Returns:
         The largest absolute difference.
@@ -58,7 +59,7 @@ def check(name: str, result: Tensor, reference: Tensor, length: int) -> float:
 
 
 def check_layout(name: str, result: Tensor, layout: str) -> None:
-    """Raise unless the result has the memory format of the input: variants are compared like for like.
+    """Raise unless the result has the memory format of the input, so that all variants do the same work.
 
     Raises:
         WrongResultError: If the result is in another memory format.

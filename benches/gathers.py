@@ -1,4 +1,4 @@
-"""Well-written gathers of the kept channels, in PyTorch's own operations; none loses the memory format."""
+"""Gathers of the kept channels in PyTorch's own operations; all keep the memory format."""
 
 from collections.abc import Callable
 
@@ -42,14 +42,14 @@ def expanded(index: Tensor) -> Gather:
 
 
 def flat(index: Tensor, shape: torch.Size) -> Gather:
-    """``torch.take`` with the position of every kept element, worked out beforehand."""
+    """``torch.take`` with precomputed positions of the kept elements."""
     N, C, H, W = shape
     positions = torch.arange(N * H * W, device=index.device)[:, None] * C + index.long()
     return lambda x: torch.take(x.permute(0, 2, 3, 1), positions).view(N, H, W, -1).permute(0, 3, 1, 2)
 
 
 def subsampled(gather: Gather, stride: int) -> Gather:
-    """Drop the pixels that a strided 1x1 convolution skips, before gathering."""
+    """Gather only the pixels that a strided 1x1 convolution reads."""
     return lambda x: gather(x[:, :, ::stride, ::stride])
 
 

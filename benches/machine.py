@@ -1,4 +1,4 @@
-"""The machine as it is measured: peak FLOP/s, copy bandwidth, and the versions that figures depend on."""
+"""Peak FLOP/s and copy bandwidth of this machine, and the versions that results depend on."""
 
 import ctypes
 import os
@@ -24,13 +24,13 @@ PACKAGES = ("torch", "torchvision", "numpy", "triton", "bap_kernels")
 
 
 @dataclass(frozen=True)
-class Roof:
-    """Peaks of this machine with the threads of the study.
+class Roofline:
+    """Peaks of this machine on the threads of the study.
 
     Args:
-        matmul_flop_per_s: Best of several matrix products.
-        register_flop_per_s: Multiply-adds in registers alone, or None where no compiler is at hand (or on a GPU).
-        bytes_per_s: Read plus written by a copy of tensors far larger than the cache.
+        matmul_flop_per_s: Of the fastest of several matrix products.
+        register_flop_per_s: Of multiply-adds in registers; None without a compiler or on a GPU.
+        bytes_per_s: Read plus written by copies of tensors far larger than the cache.
     """
 
     matmul_flop_per_s: float
@@ -39,16 +39,16 @@ class Roof:
 
     @property
     def flop_per_s(self) -> float:
-        """Peak used for the roof: the higher of the two."""
+        """The higher of the two peaks."""
         return max(self.matmul_flop_per_s, self.register_flop_per_s or 0.0)
 
     def seconds(self, flop: float, moved: float) -> float:
-        """Least time for some work: what takes longer, computing or moving it."""
+        """Least time for some work, bound by computation or by memory."""
         return max(flop / self.flop_per_s, moved / self.bytes_per_s)
 
 
 def best_rate(amount: float, run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Highest amount per second over the runs that fit into some seconds, after one to warm up."""
+    """Highest amount per second over the runs within ``seconds``, after a warm-up."""
     run()
     shortest = float("inf")
     end = time.perf_counter() + seconds
@@ -62,11 +62,11 @@ def best_rate(amount: float, run: Callable[[], object], device: torch.device, se
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of square matrix products: the best of several sizes, as far as each ends in time."""
+    """FLOP/s of square matrix products: the best of several sizes, as far as time allows."""
     best = 0.0
     for size in (512, 1024, 2048) if device.type == "cpu" else (2048, 8192):
         flop = 2.0 * size**3
-        # Types that the processor only emulates are slower by orders of magnitude.
+        # Emulated types are slower by orders of magnitude.
         if best and 3 * flop / best > seconds:
             break
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -75,7 +75,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> flo
 
 
 def register_rate(threads: int, seconds: float) -> float | None:
-    """FLOP/s (fp32) of multiply-adds in registers on all threads, or None without a C++ compiler."""
+    """float32 FLOP/s of multiply-adds in registers on all threads; None without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         return None
@@ -107,16 +107,16 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     return best_rate(8.0 * numel, lambda: target.copy_(source), device, seconds)
 
 
-def measure_roof(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> Roof:
-    """Measure the peaks with the current number of threads."""
+def measure_roofline(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> Roofline:
+    """Measure the peaks on the current number of threads."""
     registers = None
     if device.type == "cpu" and dtype == torch.float32:
         registers = register_rate(torch.get_num_threads(), seconds / 3)
-    return Roof(matmul_rate(dtype, device, seconds / 3), registers, copy_rate(device, seconds / 3))
+    return Roofline(matmul_rate(dtype, device, seconds / 3), registers, copy_rate(device, seconds / 3))
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
+    """Name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -126,11 +126,11 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Commit of the checkout, with ``+`` where tracked files differ from it; ``unknown`` outside a repository."""
+    """Commit of the checkout, with ``+`` if tracked files differ; ``unknown`` outside a repository."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return process.stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -139,22 +139,22 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that results depend on."""
+    result = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
-def describe(device: torch.device, dtype: str, roof: Roof, build: dict[str, str], isa: str) -> dict[str, Any]:
-    """Describe machine and versions for the head of a study.
+def describe(device: torch.device, dtype: str, roofline: Roofline, build: dict[str, str], isa: str) -> dict[str, Any]:
+    """Return the header of a study: machine and versions.
 
-    ``same`` holds what two runs must share for their rows to stand in one file.
+    Rows of two runs may only share a file if their ``environment`` is equal.
     """
-    same = {
+    environment = {
         "commit": commit(),
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
@@ -163,14 +163,14 @@ def describe(device: torch.device, dtype: str, roof: Roof, build: dict[str, str]
         "versions": versions(),
     }
     if device.type == "cuda":
-        same["gpu"] = torch.cuda.get_device_name(device)
+        environment["gpu"] = torch.cuda.get_device_name(device)
     return {
-        "same": same,
+        "environment": environment,
         "cores": os.cpu_count(),
         "cache_bytes": cache_bytes(device),
         "system": platform.platform(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "dtype": dtype,
-        "roof": {**asdict(roof), "flop_per_s": roof.flop_per_s},
+        "roofline": {**asdict(roofline), "flop_per_s": roofline.flop_per_s},
         "build": build,
     }

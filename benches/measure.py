@@ -1,4 +1,4 @@
-"""From a cell to its rows: prepare the variants, check every result, time them in interleaved rounds."""
+"""Measures a cell: prepares the variants, checks every result, times them in interleaved rounds."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from torch import Tensor
 from benches import baselines, gate, ours
 from benches.baselines import Variant
 from benches.cases import Cell
-from benches.machine import Roof
+from benches.machine import Roofline
 from benches.problem import NumberStore, Problem, normal_tensors
 from benches.rows import Row, row_of, with_ratios
 from benches.summary import NOISE
@@ -18,52 +18,52 @@ from benches.timers import Spread, clock, interleave
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# At least this many rounds, whatever the budget: fewer have no median worth the name.
+# Independent of the budget: the median of fewer rounds says little.
 MIN_ROUNDS = 5
 MAX_ROUNDS = 50
-# Rounds added where ``auto`` seems to lose.
+# Rounds added if ``auto`` seems to be slower.
 CONFIRMING_ROUNDS = 21
 
 
 def seems_to_lose(samples: Mapping[str, Sequence[float]]) -> bool:
     """Whether ``auto`` is slower than dense or gather + conv by more than noise."""
-    rivals = [statistics.median(samples[name]) for name in ("dense", "best") if name in samples]
-    return "auto" in samples and bool(rivals) and statistics.median(samples["auto"]) > (1 + NOISE) * min(rivals)
+    baselines = [statistics.median(samples[name]) for name in ("dense", "gather_conv") if name in samples]
+    return "auto" in samples and bool(baselines) and statistics.median(samples["auto"]) > (1 + NOISE) * min(baselines)
 
 
 class Bench:
-    """What all cells of one study share: device, dtype, random numbers, clock and roof.
+    """Measures the cells of one study on one device, in one dtype.
 
     Args:
-        device: Where to measure.
+        device: ``cpu`` or ``cuda``.
         dtype: ``float32`` or ``bfloat16``.
-        roof: Peaks of the machine, or None to leave ``roof_share`` out.
+        roofline: Peaks of the machine; without them rows have no ``roofline_share``.
     """
 
-    def __init__(self, device: torch.device, dtype: str, roof: Roof | None = None) -> None:
+    def __init__(self, device: torch.device, dtype: str, roofline: Roofline | None = None) -> None:
         self.device = device
         self.dtype = dtype
-        self.roof = roof
+        self.roofline = roofline
         self.store = NumberStore(DTYPES[dtype], device)
         self.clock = clock(device)
         self._dense_errors: dict[tuple[str, int, str], float] = {}
 
     def problem(self, cell: Cell) -> Problem:
-        """Make the tensors of a cell."""
+        """Return the tensors of a cell."""
         with normal_tensors():
             return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
 
     def prepare(self, name: str, problem: Problem, pool_share: float = 1.0) -> Variant:
-        """Prepare one variant or backend."""
+        """Prepare a baseline or a backend."""
         if name in ours.BACKENDS:
             return ours.prepare(name, problem)
         return baselines.prepare(name, problem, self.clock, pool_share)
 
-    def gated(self, name: str, variant: Variant, problem: Problem, reference: Tensor) -> float:
+    def check(self, name: str, variant: Variant, problem: Problem, reference: Tensor) -> float:
         """Check a variant on the first input and return its largest error.
 
         Raises:
-            WrongResultError: If the result is wrong, or ours is in another memory format than the input.
+            WrongResultError: If the result is wrong, or has another memory format than it must have.
         """
         variant.enter()
         result = torch.as_tensor(variant.run(variant.inputs[0]))
@@ -76,7 +76,7 @@ class Bench:
         return gate.check(f"{name} on {problem.cell.id}", result, reference, variant.length)
 
     def _dense_error(self, result: Tensor, variant: Variant, problem: Problem) -> float:
-        # The same for all densities and lists: its float64 reference is the dearest of all.
+        # The same for all densities and lists; its float64 reference is the most expensive one.
         key = (problem.cell.case.network + problem.cell.case.shape, problem.cell.batch, problem.cell.layout)
         if key not in self._dense_errors:
             reference = gate.dense_reference(problem, problem.inputs[0])
@@ -87,12 +87,12 @@ class Bench:
         """Measure one cell.
 
         Args:
-            cell: What to measure.
-            names: Variants and backends.
-            seconds: Time to spend, preparation and checks included; at least five rounds are made.
+            cell: The cell.
+            names: Baselines and backends.
+            seconds: Time to spend, with preparation and checks; at least five rounds are run.
 
         Raises:
-            WrongResultError: If any result is wrong; nothing of the cell is then returned.
+            WrongResultError: If any result is wrong.
         """
         start = time.perf_counter()
         with torch.inference_mode():
@@ -101,28 +101,28 @@ class Bench:
             share = 1 / max(1, len(names) - 1)
             prepared = {name: self.prepare(name, problem, share) for name in names}
             reference = gate.kept_reference(problem, problem.inputs[0])
-            errors = {name: self.gated(name, variant, problem, reference) for name, variant in prepared.items()}
-            left = seconds - (time.perf_counter() - start)
-            samples = interleave(prepared, self.clock, left, MIN_ROUNDS, MAX_ROUNDS)
+            errors = {name: self.check(name, variant, problem, reference) for name, variant in prepared.items()}
+            remaining = seconds - (time.perf_counter() - start)
+            samples = interleave(prepared, self.clock, remaining, MIN_ROUNDS, MAX_ROUNDS)
             if seems_to_lose(samples):
-                # A few rounds on a shared machine show losses that are not there: more rounds, for all variants alike.
+                # On a shared machine a few rounds show losses by chance: run more rounds of all variants.
                 more = interleave(prepared, self.clock, 0.0, CONFIRMING_ROUNDS, CONFIRMING_ROUNDS)
                 samples = {name: samples[name] + more[name] for name in samples}
         if any(name in ours.BACKENDS for name in names):
-            ours.forget_packed()
+            ours.clear_packed()
         return with_ratios(
             self.row(name, prepared[name], problem, errors[name], Spread.of(samples[name])) for name in names
         )
 
     def row(self, name: str, variant: Variant, problem: Problem, error: float, spread: Spread) -> Row:
-        """Put one variant's figures together, without the ratios."""
+        """Return the row of one variant, without speed-ups."""
         cell = problem.cell
         flop, moved = problem.work(dense=name == "dense")
         return row_of(
             cell,
             spread,
             flop,
-            **cell.facts,
+            **cell.row_fields,
             variant=name,
             candidate=variant.candidate,
             device=self.device.type,
@@ -130,5 +130,5 @@ class Bench:
             inputs="rotated" if problem.rotated else "warm",
             max_error=error,
             bytes=moved,
-            roof_share=self.roof.seconds(flop, moved) / spread.p50 if self.roof else None,
+            roofline_share=self.roofline.seconds(flop, moved) / spread.p50 if self.roofline else None,
         )

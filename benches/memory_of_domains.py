@@ -1,10 +1,10 @@
-"""What it takes to serve several domains: ``python -m benches.memory_of_domains [--out DIR]``.
+"""Cost of serving several domains: ``python -m benches.memory_of_domains [--out DIR]``.
 
-One network with the lists of all domains, planned or layer by layer, against one small network for each domain
-(``bk.specialize``). Memory is the growth of the resident set of a process of its own, after every domain was used;
-packed weights count, and so does what libraries keep for shapes that they have seen. Times are taken in this process:
-of a switch to a domain used before, and of the first use of a domain, with its forward. Every domain's logits are
-checked. Rows go to ``rows.jsonl`` and the report of the folder, beside those of a study of this build if there are any.
+Compares one network with the lists of all domains, planned or layer by layer, with one small network per domain
+(``bk.specialize``). Memory is the growth of the resident set of a separate process after every domain was used,
+including packed weights and what libraries cache per shape. Times are measured in this process: of a switch to a domain
+used before, and of the first use of a domain with its forward. The logits of every domain are checked. Rows are added
+to ``rows.jsonl`` and the report of the folder, next to those of a study of the same build.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from benches.summary import DOMAINS
 from benches.tables import Table
 from benches.timers import Spread
 
-# auto: layer by layer, without a plan. pruned: a small network for each domain.
-BASELINES = ("planned", "auto", "pruned")
+# auto: layer by layer. pruned: one small network per domain.
+VARIANTS = ("planned", "auto", "pruned")
 SWITCHES = 200
 FORWARDS = 5
 
@@ -48,8 +48,8 @@ class Serving:
 
     Args:
         network: Of `NETWORKS`.
-        domains: How many.
-        density: Share of channels that each domain keeps.
+        domains: Number of domains.
+        density: Share of the channels that each domain keeps.
         batch: N.
         layout: ``channels_last`` or ``nchw``.
         dtype: ``float32`` or ``bfloat16``.
@@ -74,17 +74,17 @@ class Serving:
         """Names of the domains."""
         return [f"domain{i}" for i in range(self.domains)]
 
-    def drawn(self, model: nn.Module, domain: str) -> dict[str, Tensor]:
+    def lists_of(self, model: nn.Module, domain: str) -> dict[str, Tensor]:
         """Draw the in-lists of a domain."""
         return in_lists(model, self.density, zlib.crc32(f"{self.network}-{domain}-d{self.density * 100:.0f}".encode()))
 
 
 class Served:
-    """A variant that serves the domains of a cell one after another.
+    """A variant of a cell, whose domains become active one after another.
 
     Args:
         serving: The cell.
-        variant: Of `BASELINES`.
+        variant: Of `VARIANTS`.
     """
 
     def __init__(self, serving: Serving, variant: str) -> None:
@@ -99,26 +99,23 @@ class Served:
         self.small: dict[str, nn.Module] = {}
 
     def build(self) -> None:
-        """Make the network: shared weights and lists, and the plan of the first domain or its small network."""
+        """Build the network with all lists, and the plan or the small network of the first domain."""
         bk, serving = ours.package(), self.serving
         with normal_tensors():
-            # As it is served: parameters of its own, apart from those of the bench.
-            self.model = bk.swap_(self.bench.placed(self.base, serving.layout))
-            lists = {name: serving.drawn(self.base, name) for name in self.names}
-            bk.attach_(
-                self.model,
-                {
-                    name: {layer: bk.ChannelLists(one) for layer, one in of_domain.items()}
-                    for name, of_domain in lists.items()
-                },
-            )
+            # A copy, so that its parameters count.
+            self.model = bk.swap_(self.bench.converted(self.base, serving.layout))
+            table = {
+                name: {layer: bk.ChannelLists(index) for layer, index in serving.lists_of(self.base, name).items()}
+                for name in self.names
+            }
+            bk.attach_(self.model, table)
             bk.use_backend("auto")
             if self.variant == "planned":
                 self.model = bk.plan(self.model, self.inputs[0], self.names[0], check=False)
             self.switch(self.names[0])
 
     def switch(self, name: str) -> None:
-        """Make a domain the active one; what it needs is made on first use."""
+        """Make a domain active; on its first use, build its small network."""
         if self.variant != "pruned":
             ours.package().set_domain(self.model, name)
             self.active = self.model
@@ -130,47 +127,51 @@ class Served:
         self.active = self.small[name]
 
     def finish(self) -> None:
-        """Drop what is not needed once every domain was used."""
+        """Drop the shared network if there is a small one for every domain."""
         if self.variant == "pruned":
             self.model = None
 
     def weight_bytes(self) -> int:
         """Bytes of parameters, statistics and packed weights, each storage once."""
-        kept = [self.model, *self.small.values()]
-        tensors = [one for model in kept if model for one in (*model.parameters(), *model.buffers())]
-        sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-        return sum(sizes.values()) + ours.packed_bytes()
+        models = [model for model in (self.model, *self.small.values()) if model]
+        storages = [t.untyped_storage() for model in models for t in (*model.parameters(), *model.buffers())]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + ours.packed_bytes()
 
 
-def held_bytes(serving: Serving, variant: str) -> tuple[int, int]:
-    """(growth of the resident set, bytes of weights and packed weights); only in a process of its own."""
-    ours.fresh_choices()
+def memory_bytes(serving: Serving, variant: str) -> tuple[int, int]:
+    """(growth of the resident set, bytes of weights and packed weights), in a process of its own."""
+    ours.reset_choices()
     served = Served(serving, variant)
     with torch.inference_mode():
-        # What a library takes once, whatever the network, is there before.
+        # Libraries allocate memory on their first use, whatever the network.
         served.base(served.inputs[0][:1].to(torch.float32).contiguous())
-        before = _settled()
+        before = _resident_after_collection()
         served.build()
         for name in served.names:
             served.switch(name)
             served.active(served.inputs[0])
         served.finish()
-        return max(0, _settled() - before), served.weight_bytes()
+        return max(0, _resident_after_collection() - before), served.weight_bytes()
 
 
-def _settled() -> int:
+def _resident_after_collection() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident_bytes()
 
 
 def _reference(serving: Serving, model: nn.Module, name: str, x: Tensor) -> Tensor:
-    masked = mask_(copy.deepcopy(model).double(), serving.drawn(model, name))
+    masked = mask_(copy.deepcopy(model).double(), serving.lists_of(model, name))
     return masked(x[:1].double())
 
 
-def timed_row(serving: Serving, variant: str, held: tuple[int, int] | None) -> Row:
-    """Check every domain, then take the times.
+def timed_row(serving: Serving, variant: str, memory: tuple[int, int] | None) -> Row:
+    """Check every domain, then measure the times.
+
+    Args:
+        serving: The cell.
+        variant: Of `VARIANTS`.
+        memory: From `memory_bytes`.
 
     Raises:
         WrongResultError: If logits of a domain differ from the masked network's by more than rounding.
@@ -188,10 +189,13 @@ def timed_row(serving: Serving, variant: str, held: tuple[int, int] | None) -> R
             result = torch.as_tensor(served.active(x))
             first_uses.append(clock() - start)
             reference = _reference(serving, served.base, name, x)
-            share = ((result[:1].double() - reference).abs().max() / reference.abs().max()).item()
-            if not share <= TOLERANCE[serving.dtype]:
-                raise gate.WrongResultError(f"timed_row(): {variant} on {serving.id} differs by {share:.1e} in {name}.")
-            error = max(error, share)
+            relative = ((result[:1].double() - reference).abs().max() / reference.abs().max()).item()
+            if not relative <= TOLERANCE[serving.dtype]:
+                raise gate.WrongResultError(
+                    f"timed_row(): expected logits of {variant} on {serving.id} to equal the masked network, "
+                    f"got a difference of {relative:.1e} in {name}."
+                )
+            error = max(error, relative)
         for turn in range(FORWARDS):
             start = clock()
             served.active(served.inputs[turn % len(served.inputs)])
@@ -201,7 +205,7 @@ def timed_row(serving: Serving, variant: str, held: tuple[int, int] | None) -> R
             start = clock()
             served.switch(name)
             switches.append(clock() - start)
-    ours.forget_packed()
+    ours.clear_packed()
     return row_of(
         serving,
         Spread.of(switches),
@@ -210,12 +214,12 @@ def timed_row(serving: Serving, variant: str, held: tuple[int, int] | None) -> R
         variant=variant,
         dtype=serving.dtype,
         max_error=error,
-        weight_bytes=held[1] if held else None,
+        weight_bytes=memory[1] if memory else None,
         forward_s=statistics.median(forwards),
         domains=serving.domains,
-        # The first domain's was made with the network.
+        # The first domain was prepared by `build`.
         first_use_s=statistics.median(first_uses[1:] or first_uses),
-        resident_bytes=held[0] if held else None,
+        resident_bytes=memory[0] if memory else None,
     )
 
 
@@ -238,10 +242,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def study(options: argparse.Namespace, console: Console) -> None:
-    """Measure, print the table, and write rows and report.
+    """Measure, then write and print the report.
 
     Raises:
-        ValueError: For an option that is out of range.
+        ValueError: If an option is out of range.
     """
     if options.domains < 1 or options.batch < 1 or not 0 < options.density <= 1:
         raise ValueError(
@@ -249,18 +253,18 @@ def study(options: argparse.Namespace, console: Console) -> None:
             f"got {options.domains}, {options.batch} and {options.density}."
         )
     serving = Serving(options.network, options.domains, options.density, options.batch, options.layout, options.dtype)
-    ours.fresh_choices()
+    ours.reset_choices()
     header, _, journal = begin(options, console, torch.device("cpu"), options.dtype)
-    for variant in BASELINES:
+    for variant in VARIANTS:
         console.print(f"{serving.id}: {variant} ...", highlight=False)
-        held = in_fresh_process(held_bytes, serving, variant) if can_measure_peak() else None
-        journal.append([timed_row(serving, variant, held)])
+        memory = in_fresh_process(memory_bytes, serving, variant) if can_measure_peak() else None
+        journal.append([timed_row(serving, variant, memory)])
     tables: list[Table] = report.write(options.out, header, journal.rows)
     finish(options.out, console, [table for table in tables if table.title == "Several domains"], journal.rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; errors that a user can mend are one line."""
+    """Run the command line."""
     return command_line(study, parser(), arguments)
 
 

@@ -1,8 +1,8 @@
 """Batches of several domains: ``python -m benches.mixed [--out DIR]``.
 
 A batch of ``domains * samples`` images, spread over the domains in random order, against a batch of the same size
-of one domain, and against one call per domain. Every row is checked: each sample equals what it gets in its own domain.
-Times are medians of interleaved rounds over inputs that rotate; weights are packed before.
+of one domain, and against one call per domain. Results are checked: each sample equals its result in its own domain.
+Times are medians of interleaved rounds with rotating inputs; weights are packed before.
 """
 
 import argparse
@@ -28,14 +28,14 @@ def _network(name: str) -> tuple[nn.Module, int]:
 
 
 def _by_domain(run: Any, model: nn.Module, names: list[str], numbers: Tensor, x: Tensor) -> Tensor:
-    """One call per domain, results in the caller's order."""
+    """Make one call per domain; return the results in the order of the batch."""
     result: Tensor | None = None
     for number, name in enumerate(names):
-        at = (numbers == number).nonzero().flatten()
+        samples = (numbers == number).nonzero().flatten()
         bk.set_domain(model, name)
-        part = run(x.index_select(0, at).contiguous(memory_format=torch.channels_last))
+        part = run(x.index_select(0, samples).contiguous(memory_format=torch.channels_last))
         result = part.new_empty(len(x), *part.shape[1:]) if result is None else result
-        result[at] = part
+        result[samples] = part
     assert result is not None
     return result
 
@@ -43,7 +43,7 @@ def _by_domain(run: Any, model: nn.Module, names: list[str], numbers: Tensor, x:
 def measure(
     network: str, planned: bool, density: float, domains: int, samples: int, seconds: float, seed: int = 0
 ) -> dict[str, Any]:
-    """One row: times of the mixed batch, of one domain and of the loop, in seconds."""
+    """Return one row: seconds of the mixed batch, of one domain and of the loop over domains."""
     model, size = _network(network)
     names = [f"domain{i}" for i in range(domains)]
     bk.swap_(model.eval().to(memory_format=torch.channels_last))
@@ -62,11 +62,11 @@ def measure(
             "loop": Timed(lambda x: _by_domain(single, single, names, numbers, x), pool),
         }
         bk.set_domain(mixed, numbers)
-        got = mixed(pool[0])
+        result = mixed(pool[0])
         expected = _by_domain(single, single, names, numbers, pool[0])
-        error = ((got - expected).abs().max() / expected.abs().max()).item()
+        error = ((result - expected).abs().max() / expected.abs().max()).item()
         if not error < 1e-4:
-            raise RuntimeError(f"expected a mixed batch to equal the loop, got a largest error of {error:.1e}")
+            raise RuntimeError(f"measure(): expected a mixed batch to equal the loop, got an error of {error:.1e}.")
         times = interleave(runs, CpuClock(), seconds, min_rounds=5)
     row: dict[str, Any] = {"network": network, "planned": planned, "density": density, "domains": domains}
     row |= {"samples": samples, "threads": torch.get_num_threads(), "max_error": error, "size": size}
@@ -74,14 +74,14 @@ def measure(
 
 
 def main() -> None:
-    """Measure, print a table, and leave mixed.json in the folder of ``--out``."""
+    """Measure, print a table, and write mixed.json to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for mixed.json")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet26")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--domains", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="of each domain")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time per row")
     options = parser.parse_args()
     rows = [
         measure(options.network, planned, options.density, options.domains, options.samples, options.seconds)
@@ -97,8 +97,8 @@ def main() -> None:
     Console().print(table)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        facts = {"cpu": cpu_model(), "commit": commit(), "versions": versions(), "rows": rows}
-        (options.out / "mixed.json").write_text(json.dumps(facts, indent=1) + "\n")
+        content = {"cpu": cpu_model(), "commit": commit(), "versions": versions(), "rows": rows}
+        (options.out / "mixed.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whole networks on photographs: swapped layers against masked and dense ones, eval mode, in-lists only.
+"""Whole networks on photographs: the package against dense, masked and compiled networks; eval mode, in-lists only.
 
-Weights are random (nothing is downloaded); batch norms are calibrated on the photographs, so that activations have the
-size that they have in a trained network. Layers with at most four input channels keep all of them.
+Weights are random (nothing is downloaded); batch norms are calibrated on the photographs, so that activations have
+typical magnitudes. Layers with at most four input channels keep all of them.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benches import compiled, gate, ours
 from benches.cases import draw, kept
 from benches.measure import DTYPES
+from benches.memory import can_measure_peak, in_fresh_process, peak_bytes
 from benches.photographs import CROPS, batches
 from benches.problem import MEMORY_FORMATS, normal_tensors
 from benches.rows import Row, row_of, with_ratios
@@ -25,13 +26,13 @@ from benches.timers import Spread, Timed, clock, interleave, nothing
 
 DOMAIN = "photographs"
 FEW_CHANNELS = 4
-# Of the networks that have no fixed number.
+# Of the networks without a fixed number.
 CLASSES = 100
 PLANNED = ("planned", "ordered")
 PACKING = (*PLANNED, *ours.BACKENDS)
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
-# Share of the largest logit: rounding through fifty layers stays far below, a wrong channel in one layer is far above.
+# Relative to the largest logit: rounding in fifty layers stays far below, a wrong channel in one layer is far above.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
@@ -44,43 +45,39 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return make
 
 
-def _of_the_method(name: str) -> Callable[[], nn.Module]:
+def _bap(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        # The method's package: installed with the one that is measured.
         from bap import models
 
-        made: nn.Module = getattr(models, name)(num_classes=CLASSES)
-        return made
+        model: nn.Module = getattr(models, name)(num_classes=CLASSES)
+        return model
 
     return make
 
 
-# What there is of whole networks alone. planned: bk.plan. ordered: the same after bk.order_channels_. pruned:
-# bk.specialize, the physically small network of one domain, in PyTorch's own layers. compiled, compiled_dense: pruned
-# and dense under torch.compile with frozen weights.
+# Variants of whole networks alone. planned: bk.plan. ordered: bk.plan after bk.order_channels_. pruned: bk.specialize,
+# the physically small network of one domain, in PyTorch's own layers. compiled, compiled_dense: pruned and dense under
+# torch.compile with frozen weights.
 COMPILED = ("compiled", "compiled_dense")
 WHOLE = (*PLANNED, "pruned", *COMPILED)
-# What a study measures where it is named, and a full one: what costs much, or says little on a CPU.
-NAMED = ("ordered", *COMPILED)
-# They compute all of the work, and another function than the rest.
+# Measured if requested, and in a full study: expensive, or of little interest on a CPU.
+OPT_IN = ("ordered", *COMPILED)
+# These do all of the work, and compute another function than the others.
 DENSE = ("dense", "compiled_dense")
 # Constructor and image size.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet50": (_torchvision("resnet50"), 224),
-    "resnet26": (_of_the_method("ResNet26"), 64),
+    "resnet26": (_bap("ResNet26"), 64),
     "densenet121": (_torchvision("densenet121"), 224),
-    "wrn28_4": (_of_the_method("WideResNet"), 64),
+    "wrn28_4": (_bap("WideResNet"), 64),
 }
-# Those of the default study.
-FEW = ("resnet50", "resnet26")
-
-
-Peaks = Callable[["NetworkCell", Sequence[str], str], dict[str, int]]
+# Of the default study.
+DEFAULT_NETWORKS = ("resnet50", "resnet26")
 
 
 @dataclass(frozen=True)
 class NetworkCell:
-    """A network with its batch, density and memory format."""
+    """A network with batch, density and memory format."""
 
     network: str
     batch: int
@@ -100,9 +97,12 @@ class NetworkCell:
 
 
 def network_cells(
-    batches: Sequence[int], densities: Sequence[float], layouts: Sequence[str], networks: Sequence[str] = FEW
+    batches: Sequence[int],
+    densities: Sequence[float],
+    layouts: Sequence[str],
+    networks: Sequence[str] = DEFAULT_NETWORKS,
 ) -> list[NetworkCell]:
-    """Networks with every setting; whole passes over the networks, what says most first."""
+    """Return the networks in every setting, in complete passes over the networks, density 0.5 first."""
     order = sorted(densities, key=lambda density: (abs(density - 0.5), density))
     return [
         NetworkCell(network, batch, density, layout)
@@ -114,7 +114,7 @@ def network_cells(
 
 
 class MaskedInputConv2d(nn.Module):
-    """A dense convolution of x times a mask: what stands for the lists where there is no gathered kernel."""
+    """A dense convolution of the input times a mask."""
 
     def __init__(self, conv: nn.Conv2d, in_index: Tensor) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class MaskedInputConv2d(nn.Module):
 
 
 def in_lists(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
-    """Draw an in-list for every convolution that reads more than a few channels."""
+    """Draw an in-list for every convolution with more than `FEW_CHANNELS` input channels."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: draw(module.in_channels, kept(module.in_channels, density), generator)
@@ -149,7 +149,7 @@ def mask_(model: nn.Module, lists: dict[str, Tensor]) -> nn.Module:
 
 
 def swap_(model: nn.Module, lists: dict[str, Tensor]) -> nn.Module:
-    """Replace the convolutions by the package's layers and give them the lists, through its public names."""
+    """Replace the convolutions by the package's layers with the lists."""
     bk = ours.package()
     bk.swap_(model)
     layers = [name for name, module in model.named_modules() if isinstance(module, bk.nn.GatheredConv2d)]
@@ -165,15 +165,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def conv_flop(model: nn.Module, example: Tensor, lists: dict[str, Tensor]) -> tuple[float, float]:
-    """FLOP (2 per multiply-add) of all convolutions: (all of the work, the kept work)."""
-    full, listed = 0.0, 0.0
+    """FLOP (2 per multiply-add) of all convolutions: (dense, with the lists)."""
+    full, kept_flop = 0.0, 0.0
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-            nonlocal full, listed
+            nonlocal full, kept_flop
             per_channel = 2.0 * output.numel() * module.weight[0, 0].numel()
             full += per_channel * module.in_channels
-            listed += per_channel * (len(lists[name]) if name in lists else module.in_channels)
+            kept_flop += per_channel * (len(lists[name]) if name in lists else module.in_channels)
 
         return hook
 
@@ -181,62 +181,60 @@ def conv_flop(model: nn.Module, example: Tensor, lists: dict[str, Tensor]) -> tu
     model(example)
     for hook in hooks:
         hook.remove()
-    return full, listed
+    return full, kept_flop
 
 
 class NetworkBench:
-    """Builds each network once, and measures cells of it.
+    """Builds each network once, and measures its cells.
 
     Args:
-        device: Where to measure.
+        device: ``cpu`` or ``cuda``.
         dtype: ``float32`` or ``bfloat16``.
-        min_rounds: Rounds for each cell, however long they take.
-        peaks: Says the most memory that variants take on a cell, {variant: bytes}.
+        min_rounds: Least number of rounds for each cell.
+        peaks: Whether to measure peak memory, if the system can.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: str, min_rounds: int = MIN_ROUNDS, peaks: Peaks | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: str, min_rounds: int = MIN_ROUNDS, peaks: bool = False) -> None:
         self.device = device
         self.dtype = dtype
         self.min_rounds = min_rounds
-        self.peaks = peaks
+        self.peaks = peaks and can_measure_peak()
         self.clock = clock(device)
         self._models: dict[str, nn.Module] = {}
-        # The last one: it is the same for all densities.
+        # Of the last key (network, batch, layout): the same for all densities.
         self._compiled_dense: tuple[tuple[str, int, str], nn.Module] | None = None
 
     def model(self, network: str) -> nn.Module:
-        """Return the dense network in float32 on the CPU, batch norms calibrated, in eval mode."""
+        """Return the dense network in float32 on the CPU, with calibrated batch norms, in eval mode."""
         if network not in self._models:
             build, size = NETWORKS[network]
             with torch.random.fork_rng(devices=[]), normal_tensors():
                 torch.manual_seed(0)
                 model = build().train()
                 norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-                usual = [norm.momentum for norm in norms]
+                momenta = [norm.momentum for norm in norms]
                 for norm in norms:
                     norm.momentum = 1.0
                 model(batches(size, CROPS, count=1)[0])
-                for norm, momentum in zip(norms, usual, strict=True):
+                for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
             self._models[network] = model.eval()
         return self._models[network]
 
-    def placed(self, model: nn.Module, layout: str) -> nn.Module:
-        """Return a copy of a network with the bench's device and dtype, and a memory format."""
-        placed: Any = copy.deepcopy(model)
-        return placed.to(self.device, DTYPES[self.dtype]).to(memory_format=MEMORY_FORMATS[layout])
+    def converted(self, model: nn.Module, layout: str) -> nn.Module:
+        """Return a copy of a network on the bench's device, in its dtype and a memory format."""
+        clone: Any = copy.deepcopy(model)
+        return clone.to(self.device, DTYPES[self.dtype]).to(memory_format=MEMORY_FORMATS[layout])
 
     def inputs(self, cell: NetworkCell) -> list[Tensor]:
-        """Return a few batches of photographs in the cell's memory format."""
+        """Return a pool of batches of photographs in the cell's memory format."""
         return [
             x.to(self.device, DTYPES[self.dtype]).contiguous(memory_format=MEMORY_FORMATS[cell.layout])
             for x in batches(NETWORKS[cell.network][1], cell.batch)
         ]
 
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
-        """Build dense, masked, swapped and lowered networks, as named, with a pool of inputs."""
+        """Return the networks of the named variants, with a pool of inputs."""
         with normal_tensors():
             return self._prepare(cell, names)
 
@@ -248,17 +246,17 @@ class NetworkBench:
         for name in names:
             enter: Callable[[], None] = nothing
             if name == "dense":
-                run = self.placed(model, cell.layout)
+                run = self.converted(model, cell.layout)
             elif name == "masked":
-                run = mask_(self.placed(model, cell.layout), lists)
+                run = mask_(self.converted(model, cell.layout), lists)
             elif name == "compiled_dense":
                 run = self._dense_compiled(cell, model, inputs[0])
             elif name in WHOLE:
-                run = self._lowered(name, swap_(self.placed(model, cell.layout), lists), inputs[0])
+                run = self._lowered(name, swap_(self.converted(model, cell.layout), lists), inputs[0])
                 enter = _enter("auto") if name in PLANNED else nothing
             else:
-                # A network per backend, so that the packed weights of each are counted alone.
-                run = swap_(self.placed(model, cell.layout), lists)
+                # One network per backend, so that packed weights are counted separately.
+                run = swap_(self.converted(model, cell.layout), lists)
                 enter = _enter(name)
             prepared[name] = Timed(run, inputs, enter)
         return prepared
@@ -269,7 +267,7 @@ class NetworkBench:
             ours.package().use_backend("auto")
             if name == "ordered":
                 bk.order_channels_(swapped, example)
-            # The gate checks the result; the plan's own check would run the masked network once more.
+            # The gate checks the result.
             planned: nn.Module = bk.plan(swapped, example, DOMAIN, check=False)
             return planned
         small: nn.Module = bk.specialize(swapped, DOMAIN).to(memory_format=_format_of(example))
@@ -278,26 +276,26 @@ class NetworkBench:
     def _dense_compiled(self, cell: NetworkCell, model: nn.Module, example: Tensor) -> nn.Module:
         key = cell.network, cell.batch, cell.layout
         if self._compiled_dense is None or self._compiled_dense[0] != key:
-            self._compiled_dense = key, compiled.frozen(self.placed(model, cell.layout), example)
+            self._compiled_dense = key, compiled.frozen(self.converted(model, cell.layout), example)
         return self._compiled_dense[1]
 
     def reference(self, cell: NetworkCell, x: Tensor) -> Tensor:
-        """float64 logits of the masked network for the first image of a batch."""
+        """Return float64 logits of the masked network for the first image of a batch."""
         model = mask_(
             copy.deepcopy(self.model(cell.network)).double(),
             in_lists(self.model(cell.network), cell.density, cell.seed),
         )
         return model(x[:1].cpu().double())
 
-    def gated(self, name: str, timed: Timed, cell: NetworkCell, reference: Tensor, masked: Tensor | None) -> float:
-        """Check one network's logits and return their largest error.
+    def check(self, name: str, timed: Timed, cell: NetworkCell, reference: Tensor, masked: Tensor | None) -> float:
+        """Check the logits of one variant and return their largest error.
 
         Args:
-            name: Whose logits.
+            name: Of the variant.
             timed: The prepared network.
-            cell: For the message and the tolerance.
+            cell: For the message.
             reference: float64 logits of the first image.
-            masked: Logits of the masked network for all images of the batch, or None if it is not at hand.
+            masked: Logits of the masked network for the whole batch, if available.
 
         Raises:
             WrongResultError: If they differ by more than rounding.
@@ -306,50 +304,50 @@ class NetworkBench:
         result = torch.as_tensor(timed.run(timed.inputs[0])).double().cpu()
         limit = TOLERANCE[self.dtype] * reference.abs().max().item()
         pairs = [(result[:1], reference)] + ([] if masked is None else [(result, masked)])
-        errors = [(got - wanted).abs().max().item() for got, wanted in pairs]
+        errors = [(logits - expected).abs().max().item() for logits, expected in pairs]
         if not max(errors) <= limit:
             raise gate.WrongResultError(
-                f"gated(): expected logits of {name} on {cell.id} to be within {limit:.3g} of the masked network, "
+                f"check(): expected logits of {name} on {cell.id} to be within {limit:.3g} of the masked network, "
                 f"got {max(errors):.3g}."
             )
         return errors[0]
 
     def rows(self, cell: NetworkCell, names: Sequence[str], seconds: float) -> list[Row]:
-        """Measure one cell in about some seconds; the dense network is not gated, as it computes something else."""
+        """Measure one cell in about ``seconds``; dense networks compute another function and are not checked."""
         start = time.perf_counter()
         with torch.inference_mode():
             prepared = self.prepare(cell, names)
             inputs = next(iter(prepared.values())).inputs
             reference = self.reference(cell, inputs[0])
             masked = None
-            errors, held = {}, {}
+            errors, sizes = {}, {}
             for name, timed in prepared.items():
                 before = ours.packed_bytes() if name in PACKING else 0
                 if name in DENSE:
                     timed.run(inputs[0])
                     errors[name] = 0.0
                 else:
-                    errors[name] = self.gated(name, timed, cell, reference, masked)
+                    errors[name] = self.check(name, timed, cell, reference, masked)
                 if name == "masked":
                     masked = torch.as_tensor(timed.run(inputs[0])).double().cpu()
                 packed = ours.packed_bytes() - before if name in PACKING else 0
-                held[name] = weight_bytes(timed.run) + packed  # type: ignore[arg-type]
-            left = seconds - (time.perf_counter() - start)
-            samples = interleave(prepared, self.clock, left, self.min_rounds, max(self.min_rounds, MAX_ROUNDS))
+                sizes[name] = weight_bytes(timed.run) + packed  # type: ignore[arg-type]
+            remaining = seconds - (time.perf_counter() - start)
+            samples = interleave(prepared, self.clock, remaining, self.min_rounds, max(self.min_rounds, MAX_ROUNDS))
             flop = conv_flop(
                 self.model(cell.network),
                 inputs[0][:1].cpu().float(),
                 in_lists(self.model(cell.network), cell.density, cell.seed),
             )
         if any(name in PACKING for name in names):
-            ours.forget_packed()
+            ours.clear_packed()
         spreads = {name: Spread.of(samples[name]) for name in prepared}
-        peaks = self.peaks(cell, list(prepared), self.dtype) if self.peaks else {}
-        rows = (self._row(cell, name, spreads[name], errors[name], held[name], flop) for name in prepared)
+        peaks = {name: in_fresh_process(network_peak, cell, name, self.dtype) for name in prepared if self.peaks}
+        rows = (self._row(cell, name, spreads[name], errors[name], sizes[name], flop) for name in prepared)
         return with_ratios(replace(row, peak_bytes=peaks.get(row.variant)) for row in rows)
 
     def _row(
-        self, cell: NetworkCell, name: str, spread: Spread, error: float, held: int, flop: tuple[float, float]
+        self, cell: NetworkCell, name: str, spread: Spread, error: float, size: int, flop: tuple[float, float]
     ) -> Row:
         return row_of(
             cell,
@@ -361,8 +359,22 @@ class NetworkBench:
             device=self.device.type,
             dtype=self.dtype,
             max_error=error,
-            weight_bytes=held,
+            weight_bytes=size,
         )
+
+
+def network_peak(cell: NetworkCell, name: str, dtype: str) -> int:
+    """Peak bytes of a forward on the CPU beyond weights, packed weights and input; in a process of its own."""
+    ours.reset_choices()
+    bench = NetworkBench(torch.device("cpu"), dtype)
+    with torch.inference_mode():
+        timed = bench.prepare(cell, [name])[name]
+        timed.enter()
+        x = timed.inputs[0]
+        # The first calls pack, choose and compile.
+        timed.run(x)
+        timed.run(x)
+        return peak_bytes(lambda: timed.run(x))
 
 
 def _format_of(x: Tensor) -> torch.memory_format:

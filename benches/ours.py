@@ -1,4 +1,4 @@
-"""The package's op under each of its backends, as layers in eval mode call it: packed weights are cached."""
+"""The package's op under each backend, called as layers in eval mode call it: packed weights are cached."""
 
 import importlib
 from typing import Any
@@ -13,32 +13,32 @@ DEFAULT_BACKENDS = {"cpu": ("native", "auto", "aten"), "cuda": ("auto", "cuda", 
 
 
 class PackageMissingError(ImportError):
-    """The package that is to be measured cannot be imported."""
+    """The package cannot be imported."""
 
 
 def package() -> Any:
     """Import the package.
 
     Raises:
-        PackageMissingError: If it cannot be imported, with the reason and what to do.
+        PackageMissingError: If it cannot be imported.
     """
     try:
         return importlib.import_module("bap_kernels")
     except ImportError as error:
         raise PackageMissingError(
-            f"benches: bap_kernels cannot be imported: {error}. "
-            "Hint: `--variants dense,masked,naive,best,oracle` measures PyTorch alone."
+            f"benches: expected bap_kernels to be importable, got: {error}. "
+            "Hint: `--variants dense,masked,naive,gather_conv,oracle` measures PyTorch alone."
         ) from error
 
 
 def library() -> Any:
-    """Return the compiled library: build facts, choices, caches."""
+    """Return the compiled library, for build information, choices and caches."""
     package()
     return importlib.import_module("bap_kernels._load")._C
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a backend cannot run convolutions of a dtype on this machine; None if it can."""
+def unsupported_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a backend cannot run convolutions of a dtype on this machine; None if it can."""
     if reason := library().why_not(backend):
         return str(reason)
     x = torch.ones(1, 64, 8, 8, dtype=dtype, device=device)
@@ -54,26 +54,26 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def fresh_choices() -> None:
-    """Let ``auto`` choose from measurements of this run alone, and leave the user's file of choices as it is."""
+def reset_choices() -> None:
+    """Drop measured choices: ``auto`` measures anew, and neither reads nor writes the user's choice file."""
     compiled = library()
     compiled.set_choice_file("")
     compiled.clear_choices()
 
 
-def forget_packed() -> None:
-    """Drop the packed weights of the last cell."""
+def clear_packed() -> None:
+    """Drop all packed weights."""
     library().clear_packed_cache()
 
 
 def prepare(backend: str, problem: Problem) -> Variant:
-    """Prepare the op under one backend; its first call packs the weight, and under ``auto`` measures and chooses."""
+    """Prepare the op under one backend: call it once, which packs the weight and, under ``auto``, measures."""
     use_backend = package().use_backend
     op = torch.ops.bap_kernels.gathered_conv2d.default
     stride, padding = problem.conv_args
     in_index, out_index = problem.in_index, problem.out_index
     with normal_tensors():
-        # Its own: packed weights that another backend has just read would be found in the cache.
+        # A copy, so that no packed weight of another backend is already in the CPU's cache.
         weight = problem.weight.clone()
     strides, paddings, dilations = [stride] * 2, [padding] * 4, [1, 1]
     variant = Variant(
@@ -85,11 +85,11 @@ def prepare(backend: str, problem: Problem) -> Variant:
     variant.enter()
     variant.run(problem.inputs[0])
     if backend == "auto" and problem.weight.device.type == "cpu":
-        facts = library().explain(problem.inputs[0], weight, None, in_index, out_index, strides, paddings, dilations, 1)
-        variant.candidate = str(facts["backend"])
+        call = problem.inputs[0], weight, None, in_index, out_index, strides, paddings, dilations, 1
+        variant.candidate = str(library().explain(*call)["backend"])
     return variant
 
 
 def packed_bytes() -> int:
-    """Bytes that packed weights hold now."""
+    """Bytes of all packed weights."""
     return int(library().packed_cache_info()["bytes"])

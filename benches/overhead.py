@@ -1,32 +1,35 @@
-"""What one call costs beside its work: a convolution of a single pixel, without autograd.
+"""Call overhead: a convolution of a single pixel, without autograd.
 
-The op, the function and the layer of the package stand beside ``F.conv2d`` on the compact tensors.
+Compares op, function and layer of the package with ``F.conv2d`` on the compact tensors.
 """
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benches import gate, ours
-from benches.cases import draw
+from benches.cases import Case, Cell, draw
 from benches.measure import DTYPES
 from benches.problem import normal_tensors
-from benches.rows import Row
+from benches.rows import Row, row_of
 from benches.summary import OVERHEAD
 from benches.timers import Spread
 
 CHANNELS, KEPT = 8, 4
-BASELINES = ("op", "functional", "layer", "conv2d")
+VARIANTS = ("op", "functional", "layer", "conv2d")
+CELL = Cell(Case(OVERHEAD, 1, 1, CHANNELS, CHANNELS, 1, 1, 1), 1, KEPT / CHANNELS, "in", "nchw")
+# Per sample.
 CALLS = 100
 SAMPLES = 25
 
 
 def calls(
-    device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = BASELINES
+    device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = VARIANTS
 ) -> dict[str, Callable[[], object]]:
-    """Build the calls of the named variants; tensors are made as a user makes them, outside inference mode."""
+    """Return the calls of the named variants."""
     with normal_tensors():
         return _calls(device, dtype, names)
 
@@ -37,74 +40,52 @@ def _calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> 
     weight = torch.randn(CHANNELS, CHANNELS, 1, 1, generator=generator).to(device, dtype)
     in_index = draw(CHANNELS, KEPT, generator).to(device)
     compact, sliced = x.index_select(1, in_index), weight.index_select(1, in_index)
-    found: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     if "conv2d" in names:
-        found["conv2d"] = lambda: F.conv2d(compact, sliced)
-    if set(names) & set(BASELINES[:3]):
+        calls["conv2d"] = lambda: F.conv2d(compact, sliced)
+    if set(names) & set(VARIANTS[:3]):
         bk = ours.package()
         bk.use_backend("auto")
         op = torch.ops.bap_kernels.gathered_conv2d.default
-        found["op"] = lambda: op(x, weight, None, in_index, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, True)
-        found["functional"] = lambda: bk.gathered_conv2d(x, weight, None, in_index)
+        calls["op"] = lambda: op(x, weight, None, in_index, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, True)
+        calls["functional"] = lambda: bk.gathered_conv2d(x, weight, None, in_index)
         conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False, device=device, dtype=dtype).requires_grad_(False)
         conv.weight.copy_(weight)
         layer = bk.nn.GatheredConv2d.from_conv2d(conv, bk.ChannelLists(in_index)).eval()
-        found["layer"] = lambda: layer(x)
-    return {name: found[name] for name in BASELINES if name in names}
+        calls["layer"] = lambda: layer(x)
+    return {name: calls[name] for name in VARIANTS if name in names}
 
 
-def gated(made: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Compare all results with that of ``conv2d``, which must be among them, and return the errors.
+def check(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Compare all results with that of ``conv2d``, which must be among them; return the errors.
 
     Raises:
         WrongResultError: If a result is wrong.
     """
-    reference = torch.as_tensor(made["conv2d"]()).double()
+    reference = torch.as_tensor(calls["conv2d"]()).double()
     return {
         name: gate.check(f"{name} on a single pixel", torch.as_tensor(call()), reference, KEPT)
-        for name, call in made.items()
+        for name, call in calls.items()
     }
 
 
-def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = BASELINES) -> list[Row]:
+def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = VARIANTS) -> list[Row]:
     """Time the calls in interleaved rounds of a hundred each."""
     with torch.inference_mode():
-        made = calls(device, DTYPES[dtype], names)
-        errors = gated(made)
-        samples: dict[str, list[float]] = {name: [] for name in made}
-        for call in made.values():
+        by_name = calls(device, DTYPES[dtype], names)
+        errors = check(by_name)
+        samples: dict[str, list[float]] = {name: [] for name in by_name}
+        for call in by_name.values():
             for _ in range(CALLS):
                 call()
         for _ in range(SAMPLES):
-            for name, call in made.items():
+            for name, call in by_name.items():
                 start = time.perf_counter()
                 for _ in range(CALLS):
                     call()
                 samples[name].append((time.perf_counter() - start) / CALLS)
-    rows = []
-    for name in made:
-        spread = Spread.of(samples[name])
-        rows.append(
-            Row(
-                network=OVERHEAD,
-                case=f"1x1-{CHANNELS}-{CHANNELS}-k1s1",
-                cell=OVERHEAD,
-                variant=name,
-                candidate="",
-                device=device.type,
-                dtype=dtype,
-                layout="nchw",
-                batch=1,
-                density=KEPT / CHANNELS,
-                lists="in",
-                seed=0,
-                threads=torch.get_num_threads(),
-                inputs="warm",
-                rounds=SAMPLES,
-                p20_s=spread.p20,
-                p50_s=spread.p50,
-                p80_s=spread.p80,
-                max_error=errors[name],
-            )
-        )
-    return rows
+    fields: dict[str, Any] = {"network": OVERHEAD, "case": CELL.case.shape, "device": device.type, "dtype": dtype}
+    return [
+        row_of(CELL, Spread.of(seconds), **fields, cell=OVERHEAD, variant=name, max_error=errors[name])
+        for name, seconds in samples.items()
+    ]

@@ -1,20 +1,20 @@
-"""Real inputs for whole networks: crops of the two photographs that come with scikit-learn."""
+"""Inputs of whole networks: crops of the two photographs that come with scikit-learn."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Statistics of ImageNet, by which both networks' inputs are normalised.
+# Statistics of ImageNet.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 CROPS = 8
 
 
 def photographs(size: int) -> Tensor:
-    """Eight different crops: two photographs, left and right part, plain and mirrored.
+    """Eight crops: of two photographs the left and the right part, each also mirrored.
 
     Args:
-        size: Height and width of a crop; the photographs' shorter side is scaled to 8/7 of it.
+        size: Height and width of a crop; the shorter side of a photograph is scaled to 8/7 of it.
 
     Returns:
         (8, 3, size, size), float32, normalised.
@@ -32,13 +32,13 @@ def photographs(size: int) -> Tensor:
             crop = scaled[:, :, top : top + size, left : left + size]
             crops += [crop, crop.flip(3)]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    # Neighbours differ: a batch of any size sees both photographs.
+    # Neighbours come from different photographs, so that every batch has both.
     order = [0, 4, 2, 6, 1, 5, 3, 7]
     return ((torch.cat(crops) - mean) / std)[order]
 
 
 def batches(size: int, batch: int, count: int = 4) -> list[Tensor]:
-    """Make a few different batches of a size, by rotating through the crops."""
+    """Return ``count`` different batches, by rotating through the crops."""
     crops = photographs(size)
-    picked = [torch.arange(start * batch + start, start * batch + start + batch) % CROPS for start in range(count)]
-    return [crops[indices].clone() for indices in picked]
+    indices = [torch.arange(start * batch + start, start * batch + start + batch) % CROPS for start in range(count)]
+    return [crops[index].clone() for index in indices]

@@ -1,20 +1,20 @@
-"""The figures of the report, drawn from rows alone."""
+"""The figures of the report, drawn from the rows."""
 
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from benches.cases import CASES
 from benches.rows import Row
-from benches.summary import Setting, geomean, layer_rows, network_rows, settings
+from benches.summary import Setting, geomean, layer_rows, network_rows, setting_of
 
-# One colour and marker per variant in all figures; ours are strong, PyTorch's muted.
+# One colour and marker per variant in all figures: strong for our backends, muted for baselines.
 STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#4d4d4d", "marker": "s", "linestyle": "--"},
     "masked": {"color": "#a6761d", "marker": "v", "linestyle": "--"},
     "naive": {"color": "#e7298a", "marker": "^", "linestyle": ":"},
-    "best": {"color": "#7570b3", "marker": "D", "linestyle": ":"},
+    "gather_conv": {"color": "#7570b3", "marker": "D", "linestyle": ":"},
     "oracle": {"color": "#1b9e77", "marker": "P", "linestyle": "-."},
     "aten": {"color": "#80b1d3", "marker": "x", "linestyle": "-"},
     "native": {"color": "#e66101", "marker": "o", "linestyle": "-"},
@@ -27,8 +27,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }
-LABELS = {"best": "gather + conv", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
-# Layers shown one by one: both kinds of kernel from early to late in both networks.
+LABELS = {"gather_conv": "gather + conv", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
+# Layers with a panel of their own: 1x1 and 3x3, from early to late in both networks.
 SHOWN = (
     "56x56-64-64-k3s1",
     "56x56-256-64-k1s1",
@@ -40,10 +40,12 @@ SHOWN = (
     "16x16-128-128-k3s1",
 )
 
+_Key = TypeVar("_Key", bound=Hashable)
+
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: file name without suffix, caption and PNG."""
+    """A figure: file name without suffix, caption and PNG."""
 
     name: str
     caption: str
@@ -51,58 +53,74 @@ class Figure:
 
 
 def label(variant: str) -> str:
-    """Return the name of a variant in legends."""
+    """Return the name of a variant in legends and tables."""
     return LABELS.get(variant, variant)
 
 
 def setting_title(setting: Setting, density: bool = False) -> str:
-    """Return the heading of a panel."""
+    """Return the title of a panel."""
     kind = "in-list" if setting.lists == "in" else "both lists"
-    tail = f", density {setting.density:g}" if density else ""
-    return f"{setting.layout}, {kind}, batch {setting.batch}{tail}"
+    suffix = f", density {setting.density:g}" if density else ""
+    return f"{setting.layout}, {kind}, batch {setting.batch}{suffix}"
 
 
-def new_canvas(columns: int, lines: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """Make a figure with panels of one size in inches, without pyplot's global state or a display."""
+def draw_panels(
+    groups: Mapping[_Key, Any],
+    draw: Callable[[Any, _Key, Any], None],
+    width: float,
+    height: float,
+    columns: int = 100,
+    legend_columns: int = 9,
+) -> bytes:
+    """Draw one panel for each group, with one legend for all; return the PNG.
+
+    Args:
+        groups: Content of the panels.
+        draw: Called with the axes, the key and the content of each group.
+        width: Of a panel, in inches.
+        height: Of a panel, in inches.
+        columns: Panels per row at most.
+        legend_columns: Entries per row of the legend at most.
+    """
+    # Without pyplot, which has global state and may ask for a display.
     from matplotlib.figure import Figure as Canvas
 
+    columns = min(columns, len(groups))
+    lines = -(-len(groups) // columns)
     canvas = Canvas(figsize=(width * columns, height * lines), layout="constrained")
-    axes = canvas.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat:
+    axes = list(canvas.subplots(lines, columns, squeeze=False).flat)
+    handles: dict[str, Any] = {}
+    for axis, (key, content) in zip(axes, groups.items(), strict=False):
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    return canvas, list(axes.flat)
-
-
-def png_of(canvas: Any) -> bytes:
-    """Render a figure."""
+        draw(axis, key, content)
+        handles.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    for axis in axes[len(groups) :]:
+        axis.set_visible(False)
+    ncols = min(legend_columns, len(handles))
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
-def legend(canvas: Any, axes: Sequence[Any], columns: int = 9) -> None:
-    """Put one legend for all panels below a figure."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        found.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    canvas.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)), frameon=False
-    )
+def group(rows: Iterable[Row], key: Callable[[Row], _Key]) -> dict[_Key, list[Row]]:
+    """Return the rows by key, in the order of their first row."""
+    groups: dict[_Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
-def _panels(rows: Iterable[Row]) -> list[Setting]:
-    """Settings without their density."""
-    found = dict.fromkeys(Setting(s.layout, s.batch, s.lists, 0.0) for s in settings(rows))
-    return list(found)
+def _by_panel(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """Rows by setting without its density."""
+    ordered = sorted(rows, key=lambda row: (row.layout, row.batch, row.lists != "in"))
+    return group(ordered, lambda row: replace(setting_of(row), density=0.0))
 
 
-def _of_panel(rows: Iterable[Row], panel: Setting) -> list[Row]:
-    return [row for row in rows if (row.layout, row.batch, row.lists) == (panel.layout, panel.batch, panel.lists)]
-
-
-def _variants(rows: Iterable[Row]) -> list[str]:
+def variants_of(rows: Iterable[Row]) -> list[str]:
+    """Return the variants of the rows, in the order of the legend."""
     present = {row.variant for row in rows}
     return [variant for variant in STYLES if variant in present]
 
@@ -114,176 +132,126 @@ def density_axis(axis: Any, densities: Sequence[float]) -> None:
     axis.set_xlabel("density (kept / all channels)")
 
 
-def _time_axis(axis: Any, text: str, pattern: str) -> None:
+def _time_axis(axis: Any, text: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter(pattern))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel(text)
 
 
-def mean_times(rows: Sequence[Row]) -> Figure | None:
+def mean_times(rows: Sequence[Row]) -> list[Figure]:
     """Time relative to dense against density, geometric mean over the cases: one line per variant."""
-    rows = [row for row in layer_rows(rows) if row.vs_dense]
-    panels = _panels(rows)
-    if not panels:
-        return None
-    columns = min(3, len(panels))
-    canvas, axes = new_canvas(columns, -(-len(panels) // columns), 4.6, 4.0)
-    for axis, panel in zip(axes, panels, strict=False):
-        mine = _of_panel(rows, panel)
-        densities = sorted({row.density for row in mine})
-        for variant in _variants(mine):
-            shares: dict[float, list[float]] = {}
-            for row in mine:
-                if row.variant == variant and row.vs_dense:
-                    shares.setdefault(row.density, []).append(1 / row.vs_dense)
-            points = sorted((density, geomean(values)) for density, values in shares.items())
+
+    def draw(axis: Any, panel: Setting, rows: list[Row]) -> None:
+        densities = sorted({row.density for row in rows})
+        for variant in variants_of(rows):
+            by_density = group((row for row in rows if row.variant == variant), lambda row: row.density)
+            points = sorted((d, geomean(1 / (row.vs_dense or 1.0) for row in of_d)) for d, of_d in by_density.items())
             axis.plot(*zip(*points, strict=True), label=label(variant), markersize=6, linewidth=1.6, **STYLES[variant])
-        power = 1 if panel.lists == "in" else 2
-        axis.plot(
-            densities,
-            [d**power for d in densities],
-            color="#999999",
-            linewidth=5,
-            alpha=0.35,
-            label="share of the work",
-        )
+        work = [density ** (1 if panel.lists == "in" else 2) for density in densities]
+        axis.plot(densities, work, color="#999999", linewidth=5, alpha=0.35, label="share of the work")
         axis.set_title(setting_title(panel), fontsize=10)
         density_axis(axis, densities)
-        _time_axis(axis, "time / time of dense", "{x:g}")
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    legend(canvas, axes)
+        _time_axis(axis, "time / time of dense")
+
+    panels = _by_panel([row for row in layer_rows(rows) if row.vs_dense])
     caption = (
         "Time against density, relative to the dense convolution of the same run "
         "(geometric mean over the layers; lower is faster)."
     )
-    return Figure("time_mean", caption, png_of(canvas))
+    return [Figure("time_mean", caption, draw_panels(panels, draw, 4.6, 4.0, columns=3))] if panels else []
 
 
 def layer_times(rows: Sequence[Row]) -> list[Figure]:
-    """Milliseconds against density for some layers: one figure per layout, batch and kind of lists."""
-    rows = [row for row in layer_rows(rows) if row.case in SHOWN]
+    """Median time against density of single layers, with the 20th and 80th percentile; one figure per setting."""
+
+    def draw(axis: Any, case: str, rows: list[Row]) -> None:
+        for variant in variants_of(rows):
+            line = sorted((row for row in rows if row.variant == variant), key=lambda row: row.density)
+            medians = [row.p50_s * 1e3 for row in line]
+            errors = [[(row.p50_s - row.p20_s) * 1e3 for row in line], [(row.p80_s - row.p50_s) * 1e3 for row in line]]
+            sizes = {"markersize": 5, "linewidth": 1.4, "elinewidth": 0.7}
+            densities = [row.density for row in line]
+            axis.errorbar(densities, medians, errors, label=label(variant), **sizes, **STYLES[variant])
+        axis.set_title(f"{rows[0].network} {case}", fontsize=9)
+        density_axis(axis, sorted({row.density for row in rows}))
+        _time_axis(axis, "time per call [ms]")
+
     figures = []
-    for panel in _panels(rows):
-        mine = _of_panel(rows, panel)
-        shown = [case for case in SHOWN if any(row.case == case for row in mine)]
-        columns = min(4, len(shown))
-        canvas, axes = new_canvas(columns, -(-len(shown) // columns), 3.6, 3.2)
-        for axis, case in zip(axes, shown, strict=False):
-            of_case = [row for row in mine if row.case == case]
-            for variant in _variants(of_case):
-                line = sorted((row.density, row) for row in of_case if row.variant == variant)
-                densities = [density for density, _ in line]
-                middle = [row.p50_s * 1e3 for _, row in line]
-                spread = [
-                    [max(0.0, m - row.p20_s * 1e3) for m, (_, row) in zip(middle, line, strict=True)],
-                    [max(0.0, row.p80_s * 1e3 - m) for m, (_, row) in zip(middle, line, strict=True)],
-                ]
-                axis.errorbar(
-                    densities,
-                    middle,
-                    spread,
-                    label=label(variant),
-                    markersize=5,
-                    linewidth=1.4,
-                    elinewidth=0.7,
-                    **STYLES[variant],
-                )
-            axis.set_title(f"{of_case[0].network} {case}", fontsize=9)
-            density_axis(axis, sorted({row.density for row in of_case}))
-            _time_axis(axis, "time per call [ms]", "{x:g}")
-        for axis in axes[len(shown) :]:
-            axis.set_visible(False)
-        legend(canvas, axes)
-        name = f"time_{panel.layout}_{panel.lists}_b{panel.batch}"
-        caption = (
-            f"Time against density for single layers: {setting_title(panel)}. Median with 20th and 80th percentile."
-        )
-        figures.append(Figure(name, caption, png_of(canvas)))
+    for panel, of_panel in _by_panel(layer_rows(rows)).items():
+        by_case = group(of_panel, lambda row: row.case)
+        if shown := {case: by_case[case] for case in SHOWN if case in by_case}:
+            name = f"time_{panel.layout}_{panel.lists}_b{panel.batch}"
+            title = f"Time against density for single layers: {setting_title(panel)}."
+            caption = f"{title} Median with 20th and 80th percentile."
+            figures.append(Figure(name, caption, draw_panels(shown, draw, 3.6, 3.2, columns=4)))
     return figures
 
 
-def roof_shares(rows: Sequence[Row]) -> list[Figure]:
-    """Share of the roof for every case, one figure per setting at density 0.5 (or the nearest that was timed)."""
-    rows = [row for row in layer_rows(rows) if row.roof_share]
+def roofline_shares(rows: Sequence[Row]) -> list[Figure]:
+    """% of roofline for every case, one figure per setting at density 0.5 (or the nearest that was timed)."""
     figures = []
-    for panel in _panels(rows):
-        mine = _of_panel(rows, panel)
-        density = min({row.density for row in mine}, key=lambda d: abs(d - 0.5))
-        mine = [row for row in mine if row.density == density]
-        order = [f"{case.network} {case.shape}" for case in CASES]
-        names = [name for name in reversed(order) if any(f"{row.network} {row.case}" == name for row in mine)]
-        canvas, axes = new_canvas(1, 1, 8.6, 2.0 + 0.23 * len(names))
-        for variant in _variants(mine):
-            points = [
-                (row.roof_share, names.index(f"{row.network} {row.case}")) for row in mine if row.variant == variant
-            ]
-            style = {key: value for key, value in STYLES[variant].items() if key != "linestyle"}
-            size = 70 if variant in ("native", "auto") else 28
-            axes[0].scatter(*zip(*points, strict=True), label=label(variant), s=size, alpha=0.85, **style)
-        axes[0].axvline(1.0, color="#999999", linewidth=4, alpha=0.35)
-        axes[0].set_yticks(range(len(names)), names, fontsize=8)
-        axes[0].set_ylim(-0.7, len(names) - 0.3)
-        axes[0].set_xlim(left=0)
-        axes[0].set_xlabel("share of the roof (time that peak FLOP/s and copy bandwidth allow / time)")
-        axes[0].set_title(
-            setting_title(Setting(panel.layout, panel.batch, panel.lists, density), density=True), fontsize=10
-        )
-        legend(canvas, axes, columns=4)
-        name = f"roof_{panel.layout}_{panel.lists}_b{panel.batch}"
+    for panel, of_panel in _by_panel([row for row in layer_rows(rows) if row.roofline_share]).items():
+        density = min({row.density for row in of_panel}, key=lambda d: abs(d - 0.5))
+        by_name = group((r for r in of_panel if r.density == density), lambda row: f"{row.network} {row.case}")
+        names = [name for case in reversed(CASES) if (name := f"{case.network} {case.shape}") in by_name]
+
+        def draw(axis: Any, setting: Setting, rows: list[Row], names: list[str] = names) -> None:
+            for variant in variants_of(rows):
+                of_variant = [row for row in rows if row.variant == variant]
+                shares = [100 * (row.roofline_share or 0.0) for row in of_variant]
+                heights = [names.index(f"{row.network} {row.case}") for row in of_variant]
+                style = {key: value for key, value in STYLES[variant].items() if key != "linestyle"}
+                size = 70 if variant in ("native", "auto") else 28
+                axis.scatter(shares, heights, label=label(variant), s=size, alpha=0.85, **style)
+            axis.axvline(100.0, color="#999999", linewidth=4, alpha=0.35)
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_ylim(-0.7, len(names) - 0.3)
+            axis.set_xlim(left=0)
+            axis.set_xlabel("% of roofline (time that peak FLOP/s and copy bandwidth allow / time)")
+            axis.set_title(setting_title(setting, density=True), fontsize=10)
+
+        content = {replace(panel, density=density): [row for of_name in by_name.values() for row in of_name]}
+        name = f"roofline_{panel.layout}_{panel.lists}_b{panel.batch}"
         caption = (
-            f"Share of the roof at density {density:g}: {setting_title(panel)}. "
-            "Dense is measured by the roof of the full work."
+            f"% of roofline at density {density:g}: {setting_title(panel)}. "
+            "The roofline of dense is that of the full work."
         )
-        figures.append(Figure(name, caption, png_of(canvas)))
+        figures.append(
+            Figure(name, caption, draw_panels(content, draw, 8.6, 2.0 + 0.23 * len(names), legend_columns=4))
+        )
     return figures
 
 
-def network_speedups(rows: Sequence[Row]) -> Figure | None:
+def network_speedups(rows: Sequence[Row]) -> list[Figure]:
     """Speed-up of whole networks over dense against density."""
-    rows = [row for row in network_rows(rows) if row.vs_dense]
-    groups = list(dict.fromkeys((row.network, row.layout, row.batch) for row in rows))
-    if not groups:
-        return None
-    columns = min(4, len(groups))
-    canvas, axes = new_canvas(columns, -(-len(groups) // columns), 3.6, 3.4)
-    for axis, group in zip(axes, groups, strict=False):
-        mine = [row for row in rows if (row.network, row.layout, row.batch) == group]
-        densities = sorted({row.density for row in mine})
-        present = _variants(mine)
-        width = 0.8 / len(present)
-        for i, variant in enumerate(present):
-            bars = [
-                (j, row.vs_dense)
-                for j, d in enumerate(densities)
-                for row in mine
-                if row.variant == variant and row.density == d
-            ]
-            places = [j + (i - (len(present) - 1) / 2) * width for j, _ in bars]
-            drawn = axis.bar(
-                places, [v for _, v in bars], width * 0.92, color=STYLES[variant]["color"], label=label(variant)
-            )
-            axis.bar_label(drawn, fmt="%.2f", fontsize=6, padding=1)
+
+    def draw(axis: Any, key: tuple[str, str, int], rows: list[Row]) -> None:
+        densities = sorted({row.density for row in rows})
+        variants = variants_of(rows)
+        width = 0.8 / len(variants)
+        for i, variant in enumerate(variants):
+            of_variant = [row for row in rows if row.variant == variant]
+            offset = (i - (len(variants) - 1) / 2) * width
+            positions = [densities.index(row.density) + offset for row in of_variant]
+            speedups = [row.vs_dense for row in of_variant]
+            bars = axis.bar(positions, speedups, width * 0.92, color=STYLES[variant]["color"], label=label(variant))
+            axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
         axis.axhline(1.0, color="#4d4d4d", linewidth=0.8)
         axis.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
         axis.set_xlabel("density (kept / all channels)")
         axis.set_ylabel("speed-up over dense")
-        axis.set_title(f"{group[0]}, {group[1]}, batch {group[2]}", fontsize=10)
-    for axis in axes[len(groups) :]:
-        axis.set_visible(False)
-    legend(canvas, axes)
-    return Figure(
-        "networks",
-        "Whole networks on photographs, in-lists only: speed-up over dense (higher is faster).",
-        png_of(canvas),
-    )
+        axis.set_title("{}, {}, batch {}".format(*key), fontsize=10)
+
+    rows = [row for row in network_rows(rows) if row.vs_dense]
+    groups = group(rows, lambda row: (row.network, row.layout, row.batch))
+    caption = "Whole networks on photographs, in-lists only: speed-up over dense (higher is faster)."
+    return [Figure("networks", caption, draw_panels(groups, draw, 3.6, 3.4, columns=4))] if groups else []
 
 
-def draw(rows: Sequence[Row]) -> list[Figure]:
+def draw_figures(rows: Sequence[Row]) -> list[Figure]:
     """Draw all figures that the rows allow."""
-    found = [mean_times(rows), network_speedups(rows), *layer_times(rows), *roof_shares(rows)]
-    return [figure for figure in found if figure is not None]
+    return [*mean_times(rows), *network_speedups(rows), *layer_times(rows), *roofline_shares(rows)]

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from benches.cases import Cell
 
-# A cache line; inputs start on one, as a tensor of its own would.
+# Of a cache line: inputs start on one, as separate tensors would.
 ALIGNMENT_BYTES = 64
-# Beyond this a pool costs more memory than its coldness is worth; inputs are then marked warm.
+# Larger pools cost too much memory; inputs are marked warm instead.
 MAX_POOL_BYTES = 1 << 30
-# Pools exceed the cache by this factor.
+# Size of a pool relative to the cache.
 POOL_FACTOR = 1.5
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache: L3 of a CPU (32 MiB where unknown), L2 of a GPU."""
+    """Size of the last-level cache: L3 of a CPU (32 MiB if unknown), L2 of a GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -33,21 +33,18 @@ def cache_bytes(device: torch.device) -> int:
 
 @contextmanager
 def normal_tensors() -> Iterator[None]:
-    """Make tensors as a user's model has them, also within inference mode.
-
-    Tensors made in inference mode have no version counter, so nothing that is derived from them can be cached safely.
-    """
+    """Create tensors with a version counter, also within inference mode: caches keyed by it need one."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class NumberStore:
-    """Normal random numbers, drawn once; the inputs of all cells are views of them.
+    """A buffer of normal random numbers; the inputs of all cells are views of it.
 
     Args:
         dtype: Of the numbers.
-        device: Where they are.
-        seed: Of the numbers; stores of different seeds are independent.
+        device: Of the buffer.
+        seed: Of the numbers.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
@@ -56,7 +53,7 @@ class NumberStore:
         self.cache_bytes = cache_bytes(device)
 
     def pool(self, shape: Sequence[int], layout: str) -> tuple[list[Tensor], bool]:
-        """Make inputs of one shape.
+        """Return inputs of one shape.
 
         Args:
             shape: (N, C_in, H, W).
@@ -67,8 +64,8 @@ class NumberStore:
         """
         size = self._numbers.element_size()
         step = math.ceil(math.prod(shape) * size / ALIGNMENT_BYTES) * ALIGNMENT_BYTES // size
-        wanted = min(self.cache_bytes * POOL_FACTOR, MAX_POOL_BYTES) // (step * size) + 1
-        count = max(3, int(wanted))
+        length = min(self.cache_bytes * POOL_FACTOR, MAX_POOL_BYTES) // (step * size) + 1
+        count = max(3, int(length))
         self._grow(count * step)
         N, C, H, W = shape
         pool = []
@@ -91,12 +88,12 @@ class Problem:
     """One cell with its tensors.
 
     Args:
-        cell: What is computed.
+        cell: Convolution, batch, lists and layout.
         inputs: Pool of inputs (N, C_in, H, W) in the cell's memory format.
-        rotated: Whether the pool exceeds the last-level cache.
+        rotated: Whether the pool is larger than the last-level cache.
         weight: (C_out, C_in, kH, kW), in the cell's memory format.
-        in_index: Kept input channels, int32.
-        out_index: Kept output channels, int32, or None for all.
+        in_index: In-list, int32.
+        out_index: Out-list, int32; None for all.
     """
 
     cell: Cell
@@ -108,12 +105,12 @@ class Problem:
 
     @classmethod
     def make(cls, cell: Cell, store: NumberStore, dtype: torch.dtype, device: torch.device) -> "Problem":
-        """Draw weight and lists with the cell's seed and take inputs from the store."""
+        """Draw weight and lists with the seed of the cell; the inputs come from the store."""
         case = cell.case
         inputs, rotated = store.pool((cell.batch, case.C_in, case.H, case.W), cell.layout)
         generator = torch.Generator().manual_seed(cell.seed)
         weight = torch.randn(case.C_out, case.C_in, case.kernel, case.kernel, generator=generator)
-        # Unit variance of the full result, so that one tolerance fits all cases.
+        # Gives the result unit variance, so that one tolerance fits all cases.
         weight = (weight * (case.C_in * case.kernel**2) ** -0.5).to(device, dtype)
         in_index, out_index = cell.channel_lists()
         return cls(
@@ -132,16 +129,16 @@ class Problem:
 
     @cached_property
     def sliced_weight(self) -> Tensor:
-        """Weight of the kept channels (K_out, K_in, kH, kW), in the cell's memory format."""
+        """Weight of the kept channels, (K_out, K_in, kH, kW), in the cell's memory format."""
         weight = self.weight if self.out_index is None else self.weight.index_select(0, self.out_index)
         return weight.index_select(1, self.in_index).contiguous(memory_format=MEMORY_FORMATS[self.cell.layout])
 
     def compact(self, x: Tensor) -> Tensor:
-        """Return the kept channels of an input as a tensor of its own, in the cell's memory format."""
+        """Return a compact copy of an input, in the cell's memory format."""
         return x.index_select(1, self.in_index).contiguous(memory_format=MEMORY_FORMATS[self.cell.layout])
 
     def work(self, dense: bool) -> tuple[float, int]:
-        """Useful work: (FLOP with 2 per multiply-add, bytes of input read + weight + result), kept or full."""
+        """(FLOP with 2 per multiply-add, bytes of input + weight + result) of the kept or of all channels."""
         case, N = self.cell.case, self.cell.batch
         C_in, C_out = (case.C_in, case.C_out) if dense else (self.cell.K_in, self.cell.K_out)
         oH, oW = case.output_size

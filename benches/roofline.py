@@ -1,11 +1,11 @@
-"""Predicted times on GPUs that need not be there: bytes, FLOPs, second-level cache and launches.
+"""Roofline times on GPUs, also on absent ones, from bytes, FLOPs, L2 traffic and launches.
 
     python -m benches.roofline [--gpu H200] [--dtype bfloat16] [--batch 64] [--lists in]
 
     time = launches * launch_s + max(FLOP / peak, bytes from memory / bandwidth, bytes from L2 / L2 bandwidth)
 
-for each kernel in turn. It is a floor, not a forecast: no kernel reaches all peaks, and the report shows the measured
-time beside it.
+summed over the kernels of a variant. This is a lower bound: no kernel reaches all peaks. The report of a GPU shows it
+next to the measured time.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from benches.cases import BATCHES, CASES, DENSITIES, Case, Cell, kept
 from benches.rows import Row
 from benches.tables import Table
 
-# What the memory hands out at a time, in bytes: a random list of a channels_last tensor touches nearly all of these.
+# Of a memory transaction: a random list of a channels_last tensor touches nearly all sectors.
 SECTOR_BYTES = 32
-# Tile that the prediction of L2 traffic assumes: pixels and filters.
+# Tile (pixels, filters) assumed for the L2 traffic.
 TILE = (128, 128)
 
 
@@ -28,11 +28,11 @@ class Gpu:
     """Peaks of one GPU.
 
     Args:
-        bytes_per_s: of the memory (datasheet).
-        l2_bytes_per_s: of the second-level cache (no datasheet states it: of the order of published measurements).
-        l2_bytes: size of that cache (datasheet).
-        flop_per_s: dense products by element type (datasheet); float32 is TF32.
-        launch_s: of a kernel in a stream that is kept full (an assumption).
+        bytes_per_s: Of the memory (datasheet).
+        l2_bytes_per_s: Of the L2 cache (order of magnitude of published measurements).
+        l2_bytes: Size of the L2 cache (datasheet).
+        flop_per_s: Dense peak by dtype (datasheet); float32 is TF32.
+        launch_s: Of a kernel in a full stream (assumed).
     """
 
     bytes_per_s: float
@@ -53,20 +53,20 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel does: FLOP (2 per multiply-add), bytes from and to memory, bytes from and to L2."""
+    """Work of one kernel: FLOP (2 per multiply-add), bytes of memory traffic, bytes of L2 traffic."""
 
     flop: float
     moved: float
     l2: float
 
     def seconds(self, gpu: Gpu, dtype: str) -> float:
-        """Least time on a GPU, its launch included."""
+        """Least time on a GPU, including the launch."""
         limits = (self.flop / gpu.flop_per_s[dtype], self.moved / gpu.bytes_per_s, self.l2 / gpu.l2_bytes_per_s)
         return gpu.launch_s + max(limits)
 
 
 def touched(density: float, layout: str, size: int) -> float:
-    """Share of a tensor's sectors that a random list reads.
+    """Expected share of a tensor's sectors that a random list reads.
 
     Examples:
         >>> from benches.roofline import touched
@@ -77,36 +77,39 @@ def touched(density: float, layout: str, size: int) -> float:
 
 
 def convolution(case: Case, batch: int, C_in: int, C_out: int, size: int, read: float | None = None) -> Work:
-    """One convolution of a case with so many channels.
+    """Work of the convolution of a case with other channel counts.
 
     Args:
-        size: bytes of an element.
-        read: bytes of the input that memory hands out; None: that of ``C_in`` dense channels.
+        case: Geometry.
+        batch: N.
+        C_in: Input channels.
+        C_out: Output channels.
+        size: Bytes of an element.
+        read: Bytes of the input that are read from memory; by default those of ``C_in`` dense channels.
     """
     oH, oW = case.output_size
     pixels, depth = batch * oH * oW, C_in * case.kernel**2
-    x = batch * C_in * _met_pixels(case) * size if read is None else read
+    x = batch * C_in * _read_pixels(case) * size if read is None else read
     weight, result = C_out * depth * size, pixels * C_out * size
-    # Every tile of filters reads its pixels again, tap by tap, and every tile of pixels its weights.
+    # Every tile of filters reads its pixels once per tap, and every tile of pixels its weights.
     l2 = pixels * depth * size * math.ceil(C_out / TILE[1]) + weight * math.ceil(pixels / TILE[0]) + result
     return Work(2.0 * pixels * C_out * depth, x + weight + result, l2)
 
 
-def _met_pixels(case: Case) -> int:
+def _read_pixels(case: Case) -> int:
     oH, oW = case.output_size
     # A strided 1x1 convolution skips pixels.
     return case.H * case.W if case.kernel >= case.stride else oH * oW
 
 
 def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dtype: str, variant: str) -> list[Work]:
-    """The kernels that a variant runs.
+    """Work of the kernels of a variant.
 
-    ``dense`` and ``masked`` compute all channels; ``oracle`` finds its tensors compact; ``naive``, ``best``, ``auto``
-    and ``aten`` copy the listed channels first; ``triton`` reads planes of 1x1 convolutions where they lie, and copies
-    first what lies otherwise.
+    ``dense`` and ``masked`` compute all channels; ``oracle`` reads compact tensors; ``naive``, ``gather_conv``,
+    ``auto`` and ``aten`` copy the listed channels first; ``triton`` does so unless the convolution is 1x1 in NCHW.
 
     Raises:
-        ValueError: for another variant.
+        ValueError: For another variant.
     """
     size = BYTES[dtype]
     K_in, K_out = kept(case.C_in, density), kept(case.C_out, density) if lists == "both" else case.C_out
@@ -115,33 +118,30 @@ def kernels(case: Case, batch: int, density: float, lists: str, layout: str, dty
     compact = convolution(case, batch, K_in, K_out, size)
     if variant in ("oracle", "oracle8"):
         return [compact]
-    whole = batch * case.C_in * _met_pixels(case) * size
+    whole = batch * case.C_in * _read_pixels(case) * size
     read = whole * touched(K_in / case.C_in, layout, size)
     if variant == "triton" and layout == "nchw" and case.kernel == 1 and case.stride == 1:
         return [convolution(case, batch, K_in, K_out, size, read)]
-    if variant in ("naive", "best", "aten", "auto", "triton"):
-        written = batch * K_in * _met_pixels(case) * size
+    if variant in ("naive", "gather_conv", "aten", "auto", "triton"):
+        written = batch * K_in * _read_pixels(case) * size
         return [Work(0.0, read + written, read + written), compact]
-    raise ValueError(f"kernels(): expected `variant` to be one that is modelled, got {variant!r}.")
+    raise ValueError(f"kernels(): expected `variant` to be a modelled one, got {variant!r}.")
 
 
 def predicted(row: Row, gpu: Gpu) -> float | None:
-    """Predicted seconds of a row's layer on a GPU, or None for what is not modelled (networks, other variants)."""
+    """Predicted seconds of a row's layer on a GPU; None if it is not modelled (networks, other variants)."""
     if row.C_in is None or row.dtype not in gpu.flop_per_s:
         return None
-    H, W, C_in, C_out, kernel, stride = (
-        int(each or 0) for each in (row.H, row.W, row.C_in, row.C_out, row.kernel, row.stride)
-    )
-    case = Case(row.network, H, W, C_in, C_out, kernel, stride, count=1)
+    case = Case(row.network, row.H, row.W, row.C_in, row.C_out, row.kernel, row.stride, 1)  # type: ignore[arg-type]
     try:
-        works = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.variant)
+        work = kernels(case, row.batch, row.density, row.lists, row.layout, row.dtype, row.variant)
     except ValueError:
         return None
-    return sum(work.seconds(gpu, row.dtype) for work in works)
+    return sum(kernel.seconds(gpu, row.dtype) for kernel in work)
 
 
 def known_gpu(name: str | None) -> str | None:
-    """The entry of ``GPUS`` that a device's name means, such as ``NVIDIA H200``; None where there is none.
+    """Return the key of ``GPUS`` for a device name such as ``NVIDIA H200``, or None.
 
     Examples:
         >>> from benches.roofline import known_gpu
@@ -151,29 +151,31 @@ def known_gpu(name: str | None) -> str | None:
     return next((key for key in GPUS if name and key in name), None)
 
 
-def measured_gpu(roof: Mapping[str, float], dtype: str) -> Gpu:
-    """A GPU that is not listed, by what a study has measured of it; its second-level cache counts as boundless.
+def measured_gpu(peaks: Mapping[str, float], dtype: str) -> Gpu:
+    """Return an unlisted GPU with measured peaks and an unlimited L2 cache.
 
     Args:
-        roof: as in the head of a study, see :class:`benches.machine.Roof`.
-        dtype: the one whose products were measured.
+        peaks: From the header of a study, see `benches.machine.Roofline`.
+        dtype: Of the measured matrix product.
     """
-    far = math.inf
-    return Gpu(roof["bytes_per_s"], far, far, {dtype: roof["matmul_flop_per_s"]})
+    return Gpu(peaks["bytes_per_s"], math.inf, math.inf, {dtype: peaks["matmul_flop_per_s"]})
 
 
 def prediction_table(
-    gpu_name: str | None, rows: Sequence[Row], roof: Mapping[str, float] | None = None, dtype: str = ""
+    gpu_name: str | None, rows: Sequence[Row], peaks: Mapping[str, float] | None = None, dtype: str = ""
 ) -> Table | None:
-    """Predicted beside measured times of the rows of a GPU; None where there are none.
+    """Predicted and measured times of the rows of a GPU; None if there are none.
 
     Args:
-        roof, dtype: what the study measured of the GPU, for one that is not listed.
+        gpu_name: Of the device.
+        rows: Of a study.
+        peaks: Measured peaks, for a GPU that is not listed.
+        dtype: Of the measured matrix product.
     """
     name = known_gpu(gpu_name)
-    if gpu_name is None or (name is None and roof is None):
+    if gpu_name is None or (name is None and peaks is None):
         return None
-    gpu: Gpu = GPUS[name] if name is not None else measured_gpu(roof or {}, dtype)
+    gpu: Gpu = GPUS[name] if name is not None else measured_gpu(peaks or {}, dtype)
     lines = []
     for row in rows:
         seconds = predicted(row, gpu) if row.device == "cuda" else None
@@ -181,32 +183,32 @@ def prediction_table(
             lines.append(
                 [row.cell, row.variant, f"{seconds * 1e6:.1f}", f"{row.p50_s * 1e6:.1f}", f"{seconds / row.p50_s:.2f}"]
             )
-    peaks = f"of {name}" if name is not None else "of this GPU's measured peaks"
-    note = f"Roofline {peaks}: bytes, FLOPs, second-level cache and launches."
+    origin = name if name is not None else "this GPU's measured peaks"
+    note = f"Roofline of {origin}: bytes, FLOPs, L2 traffic and launches."
     columns = ["case", "variant", "predicted [µs]", "measured [µs]", "predicted / measured"]
     return Table("Predicted and measured", columns, lines, note, left=2, screen=False) if lines else None
 
 
 def main() -> None:
-    """Prints the predicted times of every case."""
+    """Print the predicted times of every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=tuple(GPUS), default="H200")
     parser.add_argument("--dtype", choices=tuple(BYTES), default="bfloat16")
     parser.add_argument("--batch", type=int, default=max(BATCHES))
     parser.add_argument("--lists", choices=("in", "both"), default="in")
-    chosen = parser.parse_args()
-    variants = ("dense", "oracle", "best", "triton")
+    options = parser.parse_args()
+    variants = ("dense", "oracle", "gather_conv", "triton")
     print("| case | d | layout | " + " | ".join(f"{variant} [µs]" for variant in variants) + " | triton over dense |")
     print("|---|---|---|" + "---|" * (len(variants) + 1))
     for layout in ("channels_last", "nchw"):
         for density in DENSITIES:
             for case in CASES:
-                cell = Cell(case, chosen.batch, density, chosen.lists, layout)
-                gpu = GPUS[chosen.gpu]
+                cell = Cell(case, options.batch, density, options.lists, layout)
+                gpu = GPUS[options.gpu]
                 times = {
                     variant: sum(
-                        work.seconds(gpu, chosen.dtype)
-                        for work in kernels(case, cell.batch, density, chosen.lists, layout, chosen.dtype, variant)
+                        work.seconds(gpu, options.dtype)
+                        for work in kernels(case, cell.batch, density, options.lists, layout, options.dtype, variant)
                     )
                     for variant in variants
                 }

@@ -1,6 +1,7 @@
-"""What the studies' command lines share: tasks with their share of the time, the journal they fill, and the report."""
+"""Common parts of the studies' command lines: options, tasks, progress, header and journal."""
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benches import memory, ours
-from benches.machine import Roof, describe, measure_roof
+from benches.machine import Roofline, describe, measure_roofline
 from benches.measure import DTYPES
 from benches.rows import Journal, Row
 from benches.summary import BUSY, unsteadiness
@@ -24,10 +25,10 @@ class Task:
     """One cell to measure.
 
     Args:
-        id: The cell's id.
-        names: Variants that it compares.
-        measure: Given seconds, returns rows.
-        network: Whole network that is measured; None for a single convolution, which is over soon.
+        id: Of the cell.
+        names: Of the variants.
+        measure: Returns rows, given seconds.
+        network: Whole network; None for a single convolution.
         batch: N.
     """
 
@@ -38,22 +39,68 @@ class Task:
     batch: int = 1
 
     def done(self, journal: Journal, device: str, dtype: str) -> bool:
-        """Whether the journal has every row of it (oracle8 is not made where it equals oracle)."""
-        keys = journal.done
+        """Whether the journal has all rows of the task (oracle8 is left out if it equals oracle)."""
+        keys = {row.key for row in journal.rows}
         threads = torch.get_num_threads()
         return all((self.id, name, device, dtype, threads) in keys for name in self.names if name != "oracle8")
 
 
-def numbers(kind: type, allowed: Sequence[float]) -> Callable[[str], list[Any]]:
-    """Return a parser of comma-separated positive numbers; floats are shares of one, ``allowed`` are examples."""
+def numbers(kind: type, examples: Sequence[float]) -> Callable[[str], list[Any]]:
+    """Return a parser of comma-separated positive numbers, floats at most 1; ``examples`` are for the message."""
 
     def parse(text: str) -> list[Any]:
         values = [kind(part) for part in text.split(",")]
         if any(value <= 0 or (kind is float and value > 1) for value in values):
-            raise argparse.ArgumentTypeError(f"expected positive values such as {allowed}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected positive values such as {examples}, got {text}")
         return values
 
     return parse
+
+
+def common_options(command: argparse.ArgumentParser, out: str, budget_seconds: float) -> None:
+    """Add the options that the studies share.
+
+    Args:
+        command: The command line.
+        out: Default folder of the report.
+        budget_seconds: Default time to spend.
+    """
+    command.add_argument("--out", type=Path, default=Path(out), help="folder of the report (default: %(default)s)")
+    command.add_argument(
+        "--budget-seconds", type=float, default=budget_seconds, help="time to spend (default: %(default)s)"
+    )
+    command.add_argument("--fresh", action="store_true", help="delete the rows of an earlier run")
+    command.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
+    regex: dict[str, Any] = {"type": re.compile, "default": re.compile(""), "metavar": "REGEX"}
+    command.add_argument("--only", **regex, help="cells whose id matches")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device; on a GPU, TF32 is turned off and cuDNN chooses algorithms by measuring.
+
+    Raises:
+        ValueError: If there is no GPU.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "benches: expected `--device` to be available, got cuda, but PyTorch sees no GPU. "
+                "Hint: leave out --device to measure on the CPU."
+            )
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def available_backends(names: Sequence[str], device: torch.device, dtype: torch.dtype, console: Console) -> list[str]:
+    """Return the backends that can run here; print the reasons for the others."""
+    reasons = {name: ours.unsupported_reason(name, device, dtype) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            console.print(f"Not measured: {name} ({reason})", highlight=False)
+    return [name for name, reason in reasons.items() if not reason]
 
 
 def run_tasks(
@@ -62,69 +109,69 @@ def run_tasks(
     progress: Progress,
     title: str,
     deadline: float,
-    usual_seconds: float,
+    max_seconds: float,
     dtype: str,
     device: str,
 ) -> int:
-    """Measure tasks until the deadline, each with its part of the time that is left.
+    """Measure tasks until the deadline, each with its share of the remaining time.
 
     Args:
         tasks: In order of importance.
-        journal: Gets the rows.
-        progress: Shows how far it is.
-        title: Name of the bar.
-        deadline: `time.perf_counter` at which no further task is begun.
-        usual_seconds: Time for one task where the deadline is far.
-        dtype: For finding what is done already.
-        device: Likewise.
+        journal: Receives the rows; tasks with all rows are skipped.
+        progress: Gets a bar.
+        title: Of the bar.
+        deadline: Value of `time.perf_counter` after which no task starts.
+        max_seconds: Time for one task at most.
+        dtype: Of the rows.
+        device: Of the rows.
 
     Returns:
-        How many tasks have rows now.
+        Number of tasks that have rows.
     """
-    bar = progress.add_task(title, total=len(tasks), what="")
+    bar = progress.add_task(title, total=len(tasks), cell="")
     finished = 0
-    # Whole networks cannot be cut short: seconds and batch of the last run of each tell how long the next will take.
+    # Whole networks cannot be cut short: seconds and batch of the last task of each predict the next one.
     last: dict[str | None, tuple[float, int]] = {}
     for i, task in enumerate(tasks):
         if not task.done(journal, device, dtype):
             start = time.perf_counter()
-            left = deadline - start
+            remaining = deadline - start
             seconds, batch = last.get(task.network, (0.0, 1)) if task.network else (0.0, 1)
-            # Half of a network's time does not grow with the batch.
-            if left <= seconds * max(1.0, task.batch / batch / 2):
+            # About half of a network's time does not grow with the batch.
+            if remaining <= seconds * max(1.0, task.batch / batch / 2):
                 continue
-            progress.update(bar, what=task.id)
-            journal.append(task.measure(min(usual_seconds, left / (len(tasks) - i))))
+            progress.update(bar, cell=task.id)
+            journal.append(task.measure(min(max_seconds, remaining / (len(tasks) - i))))
             last[task.network] = time.perf_counter() - start, task.batch
         finished += 1
         progress.advance(bar)
-    progress.update(bar, what="")
+    progress.update(bar, cell="")
     return finished
 
 
 def progress_bars(console: Console) -> Progress:
-    """Return the bars that show how far a study is."""
+    """Return the progress display of a study."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
+        TextColumn("[dim]{task.fields[cell]}"),
         console=console,
     )
 
 
 def warn_if_busy(console: Console, rows: Sequence[Row]) -> None:
-    """Say so where other work has disturbed the study."""
+    """Print a warning if other processes disturbed the study."""
     if (spread := unsteadiness(rows)) > BUSY:
         console.print(
-            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the figures.[/]"
+            f"[yellow]The machine was busy (median of p80 / p20 is {spread:.2f}): do not trust the results.[/]"
         )
 
 
 def wide_console() -> Console:
-    """Return a console for the tables: a log has no width of its own, and they need a little more than the usual 80."""
+    """Return a console that is wide enough for the tables if the output is a file."""
     console = Console()
     return console if console.is_terminal else Console(width=128)
 
@@ -135,41 +182,41 @@ def begin(
     device: torch.device,
     dtype: str,
     fresh: bool = False,
-    with_ours: bool = True,
-) -> tuple[dict[str, Any], Roof, Journal]:
+    with_package: bool = True,
+) -> tuple[dict[str, Any], Roofline, Journal]:
     """Measure the machine's peaks and open the journal of ``options.out``.
 
     Args:
         options: With ``out`` and ``threads``.
-        console: Told what goes on.
-        device: Where to measure.
+        console: For messages.
+        device: ``cpu`` or ``cuda``.
         dtype: ``float32`` or ``bfloat16``.
-        fresh: Whether rows of an earlier run are thrown away.
-        with_ours: Whether the package is measured, so that its build belongs to the header.
+        fresh: Whether to delete the rows of an earlier run.
+        with_package: Whether the package is measured and the header describes its build.
 
     Returns:
-        The header of the report, the peaks, and the journal.
+        Header of the report, peaks, journal.
 
     Raises:
         ValueError: If the folder holds rows of another build or machine.
-        PackageMissingError: If the package is to be measured and cannot be imported.
+        PackageMissingError: If the package cannot be imported.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
     memory.keep_freed()
-    build, isa = (dict(ours.library().build_facts()), ours.library().isa()) if with_ours else ({}, "none")
+    build, isa = (dict(ours.library().build_facts()), ours.library().isa()) if with_package else ({}, "none")
     console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
-    roof = measure_roof(DTYPES[dtype], device)
-    header = describe(device, dtype, roof, build, isa)
+    roofline = measure_roofline(DTYPES[dtype], device)
+    header = describe(device, dtype, roofline, build, isa)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "rows.jsonl"
     if fresh:
         path.unlink(missing_ok=True)
-    return header, roof, Journal(path, header)
+    return header, roofline, Journal(path, header)
 
 
 def finish(out: Path, console: Console, tables: Iterable[Table], rows: Sequence[Row]) -> None:
-    """Show the tables that are meant for the screen, and say where the report is."""
+    """Print the tables for the screen and the path of the report."""
     for table in tables:
         if table.screen:
             console.print(table.rich())
@@ -183,7 +230,7 @@ def command_line(
     arguments: Sequence[str] | None,
     after_interrupt: str = "",
 ) -> int:
-    """Run a study, and return its exit status; errors that a user can mend are one line."""
+    """Run a study and return its exit status; expected errors are printed in one line."""
     console = wide_console()
     try:
         study(parser.parse_args(arguments), console)

@@ -1,4 +1,4 @@
-"""What the rows say together: geometric means of speed-ups, worst cases, losses of ``auto``, and the targets."""
+"""Aggregates of the rows: geometric means of speed-ups, worst cases, losses of ``auto``, and the targets."""
 
 import math
 import statistics
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from benches.cases import MIN_MEAN_CHANNELS
 from benches.rows import Row
 
-BASES = ("dense", "masked", "naive", "best", "oracle")
-# A loss within this share is noise.
+BASES = ("dense", "masked", "naive", "gather_conv", "oracle")
+# Differences within this share are noise.
 NOISE = 0.05
-# Above this unsteadiness other work has disturbed the study: long calls suffer more than short ones.
+# Above this unsteadiness other processes disturbed the study.
 BUSY = 1.3
 WHOLE_NETWORK = "network"
 DOMAINS = "domains"
@@ -20,7 +20,7 @@ OVERHEAD = "overhead"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a mean is taken over all cases of."""
+    """The cells that one mean covers."""
 
     layout: str
     batch: int
@@ -30,16 +30,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric mean of one variant's speed-up over another, with its worst case.
+    """Geometric mean of the speed-ups of a variant over a base, with the worst case.
 
     Args:
         setting: Layout, batch, lists and density.
-        variant: Whose speed-up.
-        base: Over whom.
+        variant: The variant.
+        base: The variant that it is compared with.
         geomean: Above 1 is faster.
-        count: Cases behind it.
-        worst: Smallest speed-up of a case.
-        worst_case: Where that was.
+        count: Number of cases.
+        worst: Smallest speed-up.
+        worst_case: Id of its cell.
     """
 
     setting: Setting
@@ -53,7 +53,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Loss:
-    """A case in which a variant is slower than it may be."""
+    """A case in which a variant is slower than a base by more than noise."""
 
     cell: str
     variant: str
@@ -64,16 +64,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to reach.
+    """A speed-up to reach.
 
     Args:
-        title: What it is about.
+        title: Heading.
         lists: ``in`` or ``both``.
-        base: Over whom the speed-up is taken.
-        values: Figure by density.
-        each: Whether every case must reach it, and not only the mean.
-        pointwise: Only 1x1 convolutions.
-        layout: Only this memory format.
+        base: The variant that the speed-up is taken over.
+        values: Speed-up by density.
+        each: Whether every case must reach it, not only the mean.
+        pointwise: Whether it applies to 1x1 convolutions only.
+        layout: The only layout it applies to; None for all.
     """
 
     title: str
@@ -85,7 +85,7 @@ class Target:
     layout: str | None = None
 
     def applies(self, row: Row) -> bool:
-        """Whether a row counts for it."""
+        """Whether a row counts."""
         return (
             row.lists == self.lists
             and row.density in self.values
@@ -94,30 +94,30 @@ class Target:
         )
 
 
-def _same(value: float) -> dict[float, float]:
+def _constant(value: float) -> dict[float, float]:
     return dict.fromkeys((0.75, 0.5, 0.25), value)
 
 
-# For fp32 on a CPU. "Never slower than gather + conv" means beyond noise.
+# For float32 on a CPU.
 TARGETS = (
     Target("in over dense", "in", "dense", {0.75: 1.28, 0.5: 1.9, 0.25: 3.6}),
-    Target("in over oracle", "in", "oracle", _same(1.0)),
-    Target("in over oracle, each", "in", "oracle", _same(0.9), each=True),
-    Target("in over gather + conv, each", "in", "best", _same(1 - NOISE), each=True),
+    Target("in over oracle", "in", "oracle", _constant(1.0)),
+    Target("in over oracle, each", "in", "oracle", _constant(0.9), each=True),
+    Target("in over gather + conv, each", "in", "gather_conv", _constant(1 - NOISE), each=True),
     Target("both over dense", "both", "dense", {0.75: 1.65, 0.5: 3.4, 0.25: 10.0}),
-    Target("both over oracle", "both", "oracle", _same(1.0)),
-    Target("1x1 in over naive", "in", "naive", _same(3.0), pointwise=True, layout="channels_last"),
+    Target("both over oracle", "both", "oracle", _constant(1.0)),
+    Target("1x1 in over naive", "in", "naive", _constant(3.0), pointwise=True, layout="channels_last"),
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured."""
+    """A target with the measured speed-ups by variant."""
 
     target: Target
     setting: Setting
-    wanted: float
-    figures: dict[str, float]
+    goal: float
+    speedups: dict[str, float]
     count: int
     met: bool
 
@@ -129,8 +129,7 @@ def geomean(values: Iterable[float]) -> float:
         >>> round(geomean([1.0, 4.0]), 6)
         2.0
     """
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
+    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def layer_rows(rows: Iterable[Row]) -> list[Row]:
@@ -141,11 +140,6 @@ def layer_rows(rows: Iterable[Row]) -> list[Row]:
 def network_rows(rows: Iterable[Row]) -> list[Row]:
     """Rows of whole networks."""
     return [row for row in rows if row.case == WHOLE_NETWORK]
-
-
-def overhead_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows of call overhead."""
-    return [row for row in rows if row.network == OVERHEAD]
 
 
 def unsteadiness(rows: Iterable[Row]) -> float:
@@ -159,22 +153,21 @@ def setting_of(row: Row) -> Setting:
 
 
 def settings(rows: Iterable[Row]) -> list[Setting]:
-    """Settings that occur, in order of layout, batch, lists and falling density."""
-    return sorted({setting_of(row) for row in rows}, key=lambda s: (s.layout, s.batch, s.lists != "in", -s.density))
+    """All settings, in order of layout, batch, lists and falling density."""
+    return sorted(set(map(setting_of, rows)), key=lambda s: (s.layout, s.batch, s.lists != "in", -s.density))
 
 
-def subjects(rows: Iterable[Row]) -> list[str]:
-    """Return the variants that the report is about: native and auto, or PyTorch's best where these were not timed."""
+def reported_variants(rows: Iterable[Row]) -> list[str]:
+    """Return the backends that were timed, or the strongest baselines where none was."""
     present = {row.variant for row in rows}
-    ours: list[str] = [variant for variant in ("native", "auto", "triton", "cuda") if variant in present]
-    theirs: list[str] = [variant for variant in ("best", "oracle") if variant in present]
-    return ours or theirs
+    backends: list[str] = [variant for variant in ("native", "auto", "triton", "cuda") if variant in present]
+    return backends or [variant for variant in BASES[3:] if variant in present]
 
 
 def means(rows: Sequence[Row], variants: Sequence[str], bases: Sequence[str] = BASES) -> list[Mean]:
-    """Mean speed-ups of the variants over the bases, by setting, over the cases with enough channels."""
+    """Mean speed-ups of the variants over the bases by setting, over the cases that count in the means."""
     rows = layer_rows(rows)
-    found = []
+    result = []
     for setting in settings(rows):
         for variant in variants:
             of_variant = [row for row in rows if row.variant == variant and setting_of(row) == setting]
@@ -182,42 +175,38 @@ def means(rows: Sequence[Row], variants: Sequence[str], bases: Sequence[str] = B
                 pairs = [(speedup, row.cell) for row in of_variant if (speedup := row.speedup(base)) is not None]
                 if pairs and variant != base:
                     worst, cell = min(pairs)
-                    found.append(Mean(setting, variant, base, geomean(s for s, _ in pairs), len(pairs), worst, cell))
-    return found
+                    result.append(Mean(setting, variant, base, geomean(s for s, _ in pairs), len(pairs), worst, cell))
+    return result
 
 
-def losses(rows: Iterable[Row], variant: str = "auto", bases: Sequence[str] = ("dense", "best")) -> list[Loss]:
+def losses(rows: Iterable[Row], variant: str = "auto", bases: Sequence[str] = ("dense", "gather_conv")) -> list[Loss]:
     """Cases in which a variant is slower than a base by more than noise, the worst first."""
-    found = [
+    cases = [
         Loss(row.cell, row.variant, row.candidate, base, speedup)
         for row in rows
         if row.variant == variant and row.C_in is not None
         for base in bases
         if (speedup := row.speedup(base)) is not None and speedup < 1 - NOISE
     ]
-    return sorted(found, key=lambda loss: loss.speedup)
+    return sorted(cases, key=lambda loss: loss.speedup)
 
 
 def verdicts(rows: Iterable[Row], variants: Sequence[str]) -> list[Verdict]:
-    """Targets beside the figures, by layout, batch and density. The last variant, what a user gets, decides."""
+    """Targets with the measured speed-ups, by layout, batch and density. The last variant decides."""
     rows = [row for row in layer_rows(rows) if row.device == "cpu" and row.dtype == "float32"]
-    found = []
+    result = []
     for target in TARGETS:
         counted = [row for row in rows if target.applies(row)]
         for setting in settings(counted):
-            figures, count = {}, 0
-            for variant in variants:
-                speedups = [
-                    speedup
-                    for row in counted
-                    if row.variant == variant
-                    and setting_of(row) == setting
-                    and (speedup := row.speedup(target.base)) is not None
-                ]
-                if speedups:
-                    figures[variant] = min(speedups) if target.each else geomean(speedups)
-                    count = len(speedups)
-            if figures:
-                wanted = target.values[setting.density]
-                found.append(Verdict(target, setting, wanted, figures, count, list(figures.values())[-1] >= wanted))
-    return found
+            pairs = [(row.variant, row.speedup(target.base)) for row in counted if setting_of(row) == setting]
+            by_variant = {
+                variant: speedups
+                for variant in variants
+                if (speedups := [value for name, value in pairs if name == variant and value is not None])
+            }
+            if by_variant:
+                goal, last = target.values[setting.density], list(by_variant)[-1]
+                shown = {name: (min if target.each else geomean)(values) for name, values in by_variant.items()}
+                met = shown[last] >= goal
+                result.append(Verdict(target, setting, goal, shown, len(by_variant[last]), met))
+    return result

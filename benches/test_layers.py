@@ -1,7 +1,7 @@
-"""Benchmarks of every frozen case with every variant, each checked against float64 before it is timed.
+"""Benchmarks of every case with every variant, each checked against float64 before it is timed.
 
 ``--benchmark-group-by=group`` (the default) compares the variants of one case; ``-k "resnet26 and d50 and native"``
-picks.
+selects.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,15 +14,15 @@ from benches.cases import Cell, full_cells
 from benches.conftest import LayerBench
 from benches.timers import Timed
 
-OURS = ("native", "auto", "aten")
+BACKENDS = ("native", "auto", "aten")
 CELLS = {cell.id: cell for cell in full_cells()}
 NAMES = ("network", "batch", "shape", "density", "lists", "layout", "variant")
 
 
 def parameters() -> Iterator[Any]:
-    """Yield every cell with every variant that differs from the others there."""
+    """Yield every cell with every variant that differs from the others."""
     for cell in CELLS.values():
-        for variant in (*baselines.BASELINES, *OURS):
+        for variant in (*baselines.BASELINES, *BACKENDS):
             if baselines.applies(variant, cell):
                 values = (
                     cell.case.network,
@@ -60,7 +60,7 @@ def test_layer(
     cell = cell_of(network, batch, shape, density, lists, layout)
     problem, reference = layer_bench.tensors(cell)
     prepared = layer_bench.prepare(variant, problem)
-    error = layer_bench.gated(variant, prepared, problem, reference)
+    error = layer_bench.check(variant, prepared, problem, reference)
     flop, moved = problem.work(dense=variant == "dense")
     benchmark.group = cell.id
     benchmark.extra_info.update(

@@ -10,7 +10,7 @@ from benches.conftest import WholeBench
 from benches.networks import NetworkCell, network_cells
 from benches.timers import Timed
 
-BASELINES = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")
+VARIANTS = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")
 NAMES = ("network", "batch", "density", "layout", "variant")
 
 
@@ -19,7 +19,7 @@ NAMES = ("network", "batch", "density", "layout", "variant")
     [
         pytest.param(cell.network, cell.batch, cell.density, cell.layout, variant, id=f"{cell.id}-{variant}")
         for cell in network_cells(BATCHES, DENSITIES, LAYOUTS)
-        for variant in BASELINES
+        for variant in VARIANTS
     ],
 )
 def test_network(
@@ -38,7 +38,7 @@ def test_network(
     cell = NetworkCell(network, batch, density, layout)
     prepared = network_bench.prepare(cell, [variant])[variant]
     if variant != "dense":
-        error = network_bench.gated(variant, prepared, cell, network_bench.logits(cell), None)
+        error = network_bench.check(variant, prepared, cell, network_bench.logits(cell), None)
         benchmark.extra_info["max_error"] = error
     benchmark.group = cell.id
     benchmark.extra_info["seed"] = cell.seed

@@ -1,4 +1,4 @@
-"""Benchmarks of what one call costs beside its work."""
+"""Benchmarks of call overhead."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from benches.overhead import BASELINES, CALLS, SAMPLES, calls, gated
+from benches.overhead import CALLS, SAMPLES, VARIANTS, calls, check
 
 
-@pytest.mark.parametrize("variant", BASELINES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_overhead(benchmark: Any, require_backend: Callable[[str], None], variant: str) -> None:
     """Time the call on a single pixel."""
     if variant != "conv2d":
         require_backend("auto")
-    made = calls(torch.device("cpu"), torch.float32, ("conv2d", variant))
-    benchmark.extra_info["max_error"] = gated(made)[variant]
+    by_name = calls(torch.device("cpu"), torch.float32, ("conv2d", variant))
+    benchmark.extra_info["max_error"] = check(by_name)[variant]
     benchmark.group = "overhead"
-    benchmark.pedantic(made[variant], rounds=SAMPLES, iterations=CALLS, warmup_rounds=1)
+    benchmark.pedantic(by_name[variant], rounds=SAMPLES, iterations=CALLS, warmup_rounds=1)

@@ -1,6 +1,6 @@
 """Benchmarks of training: forward and backward of single convolutions, and whole steps, checked before they are timed.
 
-``-k "resnet26 and d50 and frozen"`` picks; variants of one case are one group.
+``-k "resnet26 and d50 and frozen"`` selects; the variants of one case are one group.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def _name(value: object) -> str:
     return value.id if isinstance(value, (LayerCell, StepCell)) else str(value)
 
 
-@pytest.mark.parametrize("variant", layers.BASELINES)
+@pytest.mark.parametrize("variant", layers.VARIANTS)
 @pytest.mark.parametrize("cell", layer_cells(LAYOUTS, DENSITIES, MODES), ids=_name)
 def test_layer(
     benchmark: Any,
@@ -47,13 +47,13 @@ def test_layer(
 ) -> None:
     """Time forward and backward of one variant on one convolution."""
     prepared = training_layers.layer(cell.cell).variant(variant, cell.mode)
-    benchmark.extra_info["max_error"] = training_layers.gated(variant, prepared, cell)
+    benchmark.extra_info["max_error"] = training_layers.check(variant, prepared, cell)
     benchmark.extra_info["seed"] = cell.cell.seed
     benchmark.group = cell.id
     time_in_rounds(prepared)
 
 
-@pytest.mark.parametrize("variant", steps.BASELINES)
+@pytest.mark.parametrize("variant", steps.VARIANTS)
 @pytest.mark.parametrize("cell", step_cells(LAYOUTS, DENSITIES, MODES), ids=_name)
 def test_step(
     benchmark: Any,
@@ -65,7 +65,7 @@ def test_step(
     """Time whole steps of one network."""
     prepared = training_steps.prepare(cell, variant)
     if variant != "dense":
-        benchmark.extra_info["max_error"] = training_steps.gated(
+        benchmark.extra_info["max_error"] = training_steps.check(
             variant, prepared, cell, training_steps.reference(cell)
         )
     benchmark.extra_info["seed"] = cell.seed

@@ -1,4 +1,4 @@
-"""Clocks and the interleaved rounds in which all variants of a cell are timed."""
+"""Clocks, and interleaved rounds of all variants of a cell."""
 
 import random
 import time
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def nothing() -> None:
-    """Do nothing: the default of `Timed.enter`."""
+    """Do nothing."""
 
 
 @dataclass
 class Timed:
-    """A function with the inputs that it is timed on.
+    """A function to be timed, with its inputs.
 
     Args:
         run: Called with one input.
-        inputs: Rotated through.
+        inputs: Pool, used in turn.
         enter: Called before each run, outside the timing.
     """
 
@@ -31,7 +32,7 @@ class Timed:
 
 
 class CpuClock:
-    """Wall-clock seconds of one call."""
+    """Measures wall-clock time of one call."""
 
     def __call__(self, run: Callable[[Tensor], object], x: Tensor) -> float:
         """Time ``run(x)``."""
@@ -41,24 +42,24 @@ class CpuClock:
 
 
 class Marks:
-    """Moments within one run; on a GPU they are events, so that marking one waits for nothing."""
+    """Time stamps within one run; on a GPU these are events, so that marking does not synchronise."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._taken: list[Any] = []
+        self._stamps: list[Any] = []
 
     def mark(self) -> None:
-        """Note the moment."""
+        """Record a time stamp."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self._taken.append(event)
+            self._stamps.append(event)
         else:
-            self._taken.append(time.perf_counter())
+            self._stamps.append(time.perf_counter())
 
     def seconds(self) -> tuple[float, ...]:
-        """Seconds from each moment to the next; on a GPU it waits for the last."""
-        pairs = pairwise(self._taken)
+        """Seconds between consecutive time stamps; synchronises on a GPU."""
+        pairs = pairwise(self._stamps)
         if not self._cuda:
             return tuple(later - earlier for earlier, later in pairs)
         torch.cuda.synchronize()
@@ -66,7 +67,7 @@ class Marks:
 
 
 class CudaClock:
-    """Seconds between CUDA events around one call, the L2 cache flushed before it."""
+    """Measures the time between CUDA events around one call, with the L2 cache flushed before it."""
 
     def __init__(self, device: torch.device) -> None:
         size = torch.cuda.get_device_properties(device).L2_cache_size
@@ -90,7 +91,7 @@ def clock(device: torch.device) -> Callable[[Callable[[Tensor], object], Tensor]
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles of a set of timings, in seconds, and how many there were."""
+    """Percentiles of timings in seconds, and their number."""
 
     p20: float
     p50: float
@@ -99,11 +100,9 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Spread":
-        """Interpolate the percentiles linearly."""
-        p20, p50, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(
-            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        )
-        return cls(float(p20), float(p50), float(p80), len(seconds))
+        """Return the percentiles, linearly interpolated."""
+        p20, p50, p80 = map(float, np.percentile(seconds, (20, 50, 80)))
+        return cls(p20, p50, p80, len(seconds))
 
 
 def interleave(
@@ -113,32 +112,32 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 50,
 ) -> dict[str, list[float]]:
-    """Time in rounds, each in an order of its own, so that a disturbance falls on all alike.
+    """Time the functions in rounds, each in another order, so that disturbances affect all alike.
 
-    The order is drawn anew (the same in every run): what one leaves in the caches and on the heap would otherwise
-    favour or hinder whichever always follows it. Each call takes the next input of its pool, so that no
-    variant finds in the cache the input that another has just read.
+    The order of each round is drawn from a fixed seed: in a fixed order, the state that one function leaves in caches
+    and heap would always affect the same successor. Each call uses the next input of its pool, so that no function
+    finds an input in the cache that another has just read.
 
     Args:
         timed: Functions by name.
         measure: Clock.
-        seconds: Time to spend; the number of rounds follows from it.
-        min_rounds: Rounds made in any case.
-        max_rounds: Rounds at most.
+        seconds: Time to spend, from which the number of rounds follows.
+        min_rounds: Least number of rounds.
+        max_rounds: Largest number of rounds.
 
     Returns:
         Seconds of every call, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
-    # By pool, not by variant: variants that share a pool go through it together.
-    taken: dict[int, int] = {}
+    # Position in each pool: functions that share a pool advance it together.
+    positions: dict[int, int] = {}
     names, order = list(timed), random.Random(0)
     for done in range(1, max_rounds + 1):
         for name in order.sample(names, len(names)):
             entry = timed[name]
-            position = taken.get(id(entry.inputs), 0)
-            taken[id(entry.inputs)] = position + 1
+            position = positions.get(id(entry.inputs), 0)
+            positions[id(entry.inputs)] = position + 1
             entry.enter()
             samples[name].append(measure(entry.run, entry.inputs[position % len(entry.inputs)]))
         spent = time.perf_counter() - start
@@ -153,7 +152,7 @@ def fastest(
     measure: Callable[[Callable[[Tensor], object], Tensor], float],
     rounds: int = 4,
 ) -> str:
-    """Name of the candidate with the shortest time of a few interleaved rounds, after one to warm up."""
+    """Name of the candidate with the shortest time in a few interleaved rounds, after a warm-up round."""
     if len(candidates) == 1:
         return next(iter(candidates))
     timed = {name: Timed(run, inputs) for name, run in candidates.items()}

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks what only the system can provide. Usage: check_system.sh VENV PYTHON
-# Prints one line and ends with status 1 at the first thing that is missing.
+# Checks the system packages that the build needs. Usage: check_system.sh VENV PYTHON
+# Prints one line and exits with status 1 at the first missing one.
 venv=$1
 python=$2
 

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Executes the microkernels' test on a CPU that this machine need not have: boots Linux in the emulator Bochs.
+# Runs the test of the microkernels on an emulated CPU: boots Linux in the emulator Bochs.
 #   BOCHS=DIR KERNEL=FILE [MODEL=sapphire_rapids] [KERNEL_ARGS=...] [LIMIT=3600] tools/emulate_avx512.sh [ARG...]
-# BOCHS   a source tree of Bochs, newer than 3.0 and built in place (nothing is installed) with
+# BOCHS   source tree of Bochs, newer than 3.0 and built in place (nothing is installed) with
 #         ./configure --with-nogui --enable-x86-64 --enable-cpu-level=6 --enable-avx --enable-evex \
 #             --enable-all-optimizations --enable-long-phy-address --disable-docbook && make
-# KERNEL  a vmlinuz with the serial console built in, for example that of Debian's linux-image-cloud-amd64
+# KERNEL  vmlinuz with a built-in serial console, such as that of Debian's linux-image-cloud-amd64
 # MODEL   corei7_skylake_x has AVX-512 without BF16, corei7_haswell_4770 has AVX2 only
 # ARG     arguments of tests/microkernels/tile_test.cpp
-# Needs g++, python3, cpio, xorriso, isolinux. Ends with the status of the test.
+# Needs g++, python3, cpio, xorriso, isolinux. Exits with the status of the test.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,7 +20,7 @@ trap 'rm -rf "$work"' EXIT
 
 (cd "$root" && python3 -m tools.tile_test --static --all "$work/tile_test")
 
-# The guest has no other program: this one runs the test on the serial port and turns the machine off.
+# The only program of the guest: runs the test on the serial port and powers off.
 cat > "$work/init.c" << 'EOF'
 #include <fcntl.h>
 #include <stdio.h>
@@ -76,7 +76,7 @@ display_library: nogui
 log: $work/log
 panic: action=fatal
 EOF
-# Turning the machine off is an error to Bochs; what counts is what the guest said.
+# Bochs reports an error on power-off; the status is that of the guest.
 timeout "${LIMIT:-3600}" "$bochs/bochs" -q -f "$work/bochsrc" > "$work/screen" 2>&1 < /dev/null || true
 tr -d '\r' < "$work/serial"
 status=$(sed -n 's/^guest: status \([0-9]*\).*/\1/p' "$work/serial")

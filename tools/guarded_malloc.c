@@ -1,5 +1,5 @@
-// Allocation for tools/search_convolution_faults.py, to be preloaded: new memory is NaN, and with BAP_SEARCH_GUARD set
-// that of tensors and of oneDNN ends where a page ends that can be read and not written.
+// Allocator to preload for tools/search_convolution_faults.py. New memory is filled with NaN; with BAP_SEARCH_GUARD set,
+// blocks of tensors and of oneDNN end at a page that is readable but not writable.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,10 +1,10 @@
-"""Times the host's share of a call of the Triton backend, from its arguments to the driver; needs no GPU.
+"""Times the host side of a call of the Triton backend, from its arguments to the driver; needs no GPU.
 
     python -m tools.launch_overhead [--rounds N] [--device cuda]
 
-A stand-in takes the driver's place: kernels are compiled, and launches end where the driver would take them. What the
-driver itself adds needs a GPU, and ``--device cuda``. Prints one line of JSON: microseconds of a call with prepared
-launches, and with Triton's own look at every argument of every launch.
+By default a fake driver compiles kernels and drops launches; the cost of the real driver is included with
+``--device cuda``. Prints one line of JSON: microseconds of a call with prepared launches, and with
+Triton's own launcher.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ARCH = 90
 
 
 class StandIn:
-    """A driver that compiles for sm_90 and drops launches; ``launched`` holds the arguments of the last ones."""
+    """A driver that compiles for sm_90 and drops launches; ``launched`` holds their arguments if ``keep`` is set."""
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []
@@ -41,21 +41,21 @@ class StandIn:
         )
 
     def get_current_target(self) -> Any:
-        """The architecture that stands for the machine."""
+        """Return the architecture to compile for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", ARCH, 32)
 
     def get_current_device(self) -> int:
-        """The first."""
+        """Return the first device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
+        """Return the default stream."""
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Makes the last step before the driver."""
+        """Return the function that would call the driver."""
 
         def launch(*arguments: Any) -> None:
             if self.keep:
@@ -66,42 +66,42 @@ class StandIn:
 
 @contextmanager
 def stand_in() -> Iterator[StandIn]:
-    """Puts a :class:`StandIn` in the driver's place."""
+    """Replace the driver with a `StandIn`."""
     from triton.runtime import driver
 
-    before, made = driver._active, StandIn()
-    driver.set_active(made)
+    active, fake = driver._active, StandIn()
+    driver.set_active(fake)
     try:
-        yield made
+        yield fake
     finally:
-        driver._active = before
+        driver._active = active
 
 
 def calls(device: str = "cpu") -> dict[str, Callable[[], None]]:
-    """One call of each route, weights packed before."""
+    """Return one call for each kernel family."""
     channels, kept = 64, 32
     generator = torch.Generator().manual_seed(0)
     weight = {kernel: torch.randn(channels, channels, kernel, kernel, generator=generator).half() for kernel in (1, 3)}
     blocks = torch.cat([torch.arange(16 * b, 16 * b + 16) for b in (0, 2)]).int()
     scattered = torch.randperm(channels, generator=generator)[:kept].sort().values.int()
-    flat = torch.randn(2, channels, 8, 8, generator=generator).half()
-    last = flat.contiguous(memory_format=torch.channels_last)
+    nchw = torch.randn(2, channels, 8, 8, generator=generator).half()
+    channels_last = nchw.contiguous(memory_format=torch.channels_last)
 
     def call(x: torch.Tensor, kernel: int, index: torch.Tensor) -> Callable[[], None]:
-        x, w, index = (each.to(device) for each in (x, weight[kernel], index))
+        x, w, index = (tensor.to(device) for tensor in (x, weight[kernel], index))
         out, padding = torch.empty_like(x), (kernel // 2,) * 4
         arguments = (out, x, w, index, None, (1, 1), padding, (1, 1))
         return lambda: ops.gathered_conv2d(*arguments, cache_packed=True)
 
     return {
-        "planar 1x1": call(flat, 1, scattered),
-        "3x3 over blocks": call(last, 3, blocks),
-        "3x3, copied first": call(last, 3, scattered),
+        "NCHW 1x1": call(nchw, 1, scattered),
+        "3x3 over blocks": call(channels_last, 3, blocks),
+        "3x3 with a copy": call(channels_last, 3, scattered),
     }
 
 
 def microseconds(call: Callable[[], None], rounds: int) -> float:
-    """Median time of a call, in groups of ten; a GPU has done its work before each group."""
+    """Median time of a call in groups of ten; a GPU is synchronised before each group."""
     for _ in range(20):
         call()
     times = []
@@ -116,7 +116,7 @@ def microseconds(call: Callable[[], None], rounds: int) -> float:
 
 
 def main() -> None:
-    """Prints both times of every route."""
+    """Print both times of every call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,10 +1,9 @@
-"""Memory of layers that meet inputs of many sizes, under a limit for packed weights.
+"""Memory of layers with inputs of many sizes, under a limit for packed weights.
 
-Every size is a new case for `auto`, for oneDNN and, before its limit, for the cache of packed weights. This runs layers
-on inputs of as many sizes as are asked for and prints, along the way, the process's memory (resident set), what the
-cache of packed weights says that it holds, and how many cases have been measured. The growth that is left comes from
-oneDNN's own cache of primitives (1024 of them, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise) and from the
-table of choices.
+Every size is a new case for `auto`, for oneDNN and, up to its limit, for the cache of packed weights. The tool runs
+layers on inputs of many sizes and prints the resident set of the process, the packed weights and the number of measured
+cases. The remaining growth comes from oneDNN's cache of primitives (1024 of them by default, see
+ONEDNN_PRIMITIVE_CACHE_CAPACITY) and from the table of choices.
 
     python -m tools.memory_of_sizes --sizes 10000 --limit-mib 64
 """
@@ -12,6 +11,9 @@ table of choices.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -27,23 +29,20 @@ MIB = 2**20
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    """Resident set of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Pairs (height, width), each once; large and small ones mixed, so that what calls need does not grow with them."""
-    side = 4
-    while (side - 3) ** 2 < count:
-        side += 1
-    every = [(height, width) for height in range(4, side + 1) for width in range(4, side + 1)]
-    random.Random(0).shuffle(every)
-    return every[:count]
+    """Return different pairs (height, width), shuffled so that scratch memory does not grow with the count."""
+    sides = range(4, 4 + math.isqrt(max(count - 1, 0)) + 1)
+    pairs = list(itertools.product(sides, sides))
+    random.Random(0).shuffle(pairs)
+    return pairs[:count]
 
 
 def layers() -> list[nn.Module]:
-    """A layer with 64 weights, which no input should make large, and one of 576 KiB with lists of half its channels."""
+    """Return a layer with 64 weights, and one with 576 KiB of weights and lists of half of the channels."""
     small = bk.nn.GatheredConv2d(4, 4, 2)
     large = bk.nn.GatheredConv2d(128, 128, 3, padding=1)
     large.channels = bk.ChannelLists(range(0, 128, 2), range(0, 128, 2))
@@ -53,13 +52,13 @@ def layers() -> list[nn.Module]:
 def measure(
     count: int, limit_bytes: int, every: int, large_every: int = 10
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """Runs the layers and gives (sizes so far, resident bytes, packed weights, their bytes, measured cases) as it goes.
+    """Run the layers and yield (sizes so far, resident bytes, packed weights, their bytes, measured cases).
 
     Args:
-        count: sizes.
-        limit_bytes: for packed weights.
-        every: sizes between two rows.
-        large_every: the large layer meets one of so many sizes, as measuring its candidates takes long.
+        count: Number of sizes.
+        limit_bytes: For packed weights.
+        every: Sizes between two rows.
+        large_every: The large layer runs on one of so many sizes, because measuring its candidates is slow.
     """
     bk.set_packed_cache_limit(limit_bytes)
     small, large = layers()
@@ -74,20 +73,20 @@ def measure(
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, default=10_000)
     parser.add_argument("--limit-mib", type=int, default=64)
     parser.add_argument("--every", type=int, default=1000, help="sizes between two rows")
-    parser.add_argument("--large-every", type=int, default=20, help="the large layer meets one of so many sizes")
-    given = parser.parse_args()
-    _C.set_choice_file("")  # a table of its own: it would fill the user's
+    parser.add_argument("--large-every", type=int, default=20, help="run the large layer on one of so many sizes")
+    options = parser.parse_args()
+    _C.set_choice_file("")  # so that the cases do not fill the user's file
     first, start = resident_bytes(), time.perf_counter()
-    print(f"limit {given.limit_mib} MiB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"limit {options.limit_mib} MiB, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'sizes':>8}  {'RSS MiB':>8}  {'more':>6}  {'packed':>6}  {'MiB':>6}  {'cases':>6}")
     print(f"{0:>8}  {first / MIB:>8.1f}  {0:>6.1f}  {0:>6}  {0:>6.2f}  {0:>6}")
     for number, resident, entries, packed, cases in measure(
-        given.sizes, given.limit_mib * MIB, given.every, given.large_every
+        options.sizes, options.limit_mib * MIB, options.every, options.large_every
     ):
         more = (resident - first) / MIB
         row = f"{number:>8}  {resident / MIB:>8.1f}  {more:>6.1f}  {entries:>6}  {packed / MIB:>6.2f}  {cases:>6}"

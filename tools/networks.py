@@ -1,4 +1,4 @@
-"""The networks of ``tools/networks.txt``: built without pretrained weights, with numbers in which errors show."""
+"""The networks of ``tools/networks.txt``: random weights, with values in which errors show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIST = Path(__file__).with_name("networks.txt")
 
 
 def names(path: Path = LIST) -> dict[str, tuple[int, ...]]:
-    """{name: shape of the input}, in the file's order."""
+    """Return {name: shape of the input}, in the order of the file."""
     rows = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     return {name: tuple(int(side) for side in shape.split("x")) for name, shape in rows}
 
@@ -24,47 +24,47 @@ def _unit(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
-class UNetTranspose(nn.Module):
-    """A U-Net whose way up is made of transposed convolutions."""
-
+class _UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.ModuleList([_unit(3, 16), _unit(16, 32), _unit(32, 64)])
-        self.rise = nn.ModuleList([nn.ConvTranspose2d(64, 32, 2, stride=2), nn.ConvTranspose2d(32, 16, 2, stride=2)])
-        self.up = nn.ModuleList([_unit(64, 32), _unit(32, 16)])
         self.head = nn.Conv2d(16, 4, 1)
 
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Return the tensors to skip, the deepest last."""
+        levels: list[Tensor] = []
+        for block in self.down:
+            levels.append(block(F.max_pool2d(levels[-1], 2) if levels else x))
+        return levels
+
+
+class UNetTranspose(_UNet):
+    """A U-Net whose decoder has transposed convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise = nn.ModuleList([nn.ConvTranspose2d(64, 32, 2, stride=2), nn.ConvTranspose2d(32, 16, 2, stride=2)])
+        self.up = nn.ModuleList([_unit(64, 32), _unit(32, 16)])
+
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, 3, H, W) to (N, 4, H, W)."""
-        skips = []
-        for number, block in enumerate(self.down):
-            x = block(x)
-            if number < 2:
-                skips.append(x)
-                x = F.max_pool2d(x, 2)
+        """Map (N, 3, H, W) to (N, 4, H, W)."""
+        *skips, x = self.encode(x)
         for rise, block in zip(self.rise, self.up, strict=True):
             x = block(torch.cat([rise(x), skips.pop()], 1))
         return self.head(x)
 
 
-class UNetInterp(nn.Module):
-    """A U-Net that interpolates on its way up, to the size of the skipped tensor, which an attention gate scales."""
+class UNetInterp(_UNet):
+    """A U-Net whose decoder interpolates to the size of the skipped tensor, which an attention gate scales."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList([_unit(3, 16), _unit(16, 32), _unit(32, 64)])
         self.gates = nn.ModuleList([nn.Conv2d(96, 1, 1), nn.Conv2d(48, 1, 1)])
         self.up = nn.ModuleList([_unit(96, 32), _unit(48, 16)])
-        self.head = nn.Conv2d(16, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, 3, H, W) to (N, 4, H, W)."""
-        skips = []
-        for number, block in enumerate(self.down):
-            x = block(x)
-            if number < 2:
-                skips.append(x)
-                x = F.max_pool2d(x, 2)
+        """Map (N, 3, H, W) to (N, 4, H, W)."""
+        *skips, x = self.encode(x)
         for gate, block in zip(self.gates, self.up, strict=True):
             skip = skips.pop()
             x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
@@ -73,8 +73,8 @@ class UNetInterp(nn.Module):
         return self.head(x)
 
 
-class _OfOneLevel(nn.Module):
-    """A detection head, which takes a list of tensors, on one."""
+class _SingleLevel(nn.Module):
+    """A detection head on one tensor instead of a list."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def _torchvision(name: str) -> nn.Module:
     from torchvision.models.detection.retinanet import RetinaNetHead
 
     if name == "retinanet_head":
-        return _OfOneLevel(RetinaNetHead(32, 3, 5))
+        return _SingleLevel(RetinaNetHead(32, 3, 5))
     if name.startswith("resnet18_fpn"):
         frozen = name.endswith("_frozenbn")
         norm = torchvision.ops.misc.FrozenBatchNorm2d if frozen else nn.BatchNorm2d
@@ -106,7 +106,7 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A network by its name in the list, in eval mode, its numbers as its package draws them."""
+    """Build a network by its name in the list, in eval mode, with the initial weights of its package."""
     package, _, rest = name.partition("/")
     if package == "own":
         return {"unet_transpose": UNetTranspose, "unet_interp": UNetInterp}[rest]().eval()
@@ -119,58 +119,58 @@ def build(name: str) -> nn.Module:
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    return [one for one in model.modules() if isinstance(getattr(one, "running_mean", None), Tensor)]
+    return [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
 
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
-    """Gives norms random parameters and the statistics of their input, so that no channel vanishes or explodes.
+    """Give norms random parameters and the statistics of their input, so that no channel vanishes or explodes.
 
-    Scales that start as zeros or nearly so (the last norm of a block, layer scale) would hide errors behind them.
+    Scales that are initialised near zero (the last norm of a block, layer scale) would hide errors.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(like: Tensor) -> Tensor:
+    def uniform(like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=generator)
 
     for parameter in model.parameters():
         if parameter.numel() and parameter.abs().max() <= 1e-3:
-            parameter.copy_(drawn(parameter) * 0.5)
+            parameter.copy_(uniform(parameter) * 0.5)
     norms = _norms(model)
     for norm in norms:
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         if weight is not None:
-            weight.copy_((drawn(weight) + 0.5) * torch.where(drawn(weight) < 0.2, -1.0, 1.0))
+            weight.copy_((uniform(weight) + 0.5) * torch.where(uniform(weight) < 0.2, -1.0, 1.0))
         if bias is not None:
-            bias.copy_(drawn(bias) - 0.5)
+            bias.copy_(uniform(bias) - 0.5)
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.momentum, norm.training = 1.0, True
         else:
-            norm.running_mean.copy_(drawn(norm.running_mean) - 0.5)  # type: ignore[operator, arg-type]
-            norm.running_var.copy_(drawn(norm.running_var) + 0.5)  # type: ignore[operator, arg-type]
+            norm.running_mean.copy_(uniform(norm.running_mean) - 0.5)  # type: ignore[operator, arg-type]
+            norm.running_var.copy_(uniform(norm.running_var) + 0.5)  # type: ignore[operator, arg-type]
     model(x)
     for norm in norms:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.momentum = 0.1
-            # One or two pixels can have no variance at all.
+            # One or two pixels can have no variance.
             norm.running_var.add_(0.05)  # type: ignore[union-attr]
     return model.eval()
 
 
-def relative_error(got: Any, expected: Any) -> float:
-    """The largest error over all tensors of a result, as a share of each tensor's largest number."""
+def relative_error(result: Any, expected: Any) -> float:
+    """Largest error over all tensors of a result, relative to the largest value of each tensor."""
     if isinstance(expected, Tensor):
-        if not isinstance(got, Tensor) or got.shape != expected.shape:
+        if not isinstance(result, Tensor) or result.shape != expected.shape:
             return float("inf")
         if expected.numel() == 0:
             return 0.0
-        error = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
+        error = (result.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
         return error.item() if error.isfinite() else float("inf")
     if isinstance(expected, dict):
-        same = isinstance(got, dict) and list(got) == list(expected)
-        return relative_error(list(got.values()), list(expected.values())) if same else float("inf")
+        same = isinstance(result, dict) and list(result) == list(expected)
+        return relative_error(list(result.values()), list(expected.values())) if same else float("inf")
     if isinstance(expected, (list, tuple)):
-        if not isinstance(got, (list, tuple)) or len(got) != len(expected):
+        if not isinstance(result, (list, tuple)) or len(result) != len(expected):
             return float("inf")
-        return max((relative_error(*pair) for pair in zip(got, expected, strict=True)), default=0.0)
-    return 0.0 if got == expected else float("inf")
+        return max((relative_error(*pair) for pair in zip(result, expected, strict=True)), default=0.0)
+    return 0.0 if result == expected else float("inf")

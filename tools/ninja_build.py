@@ -1,6 +1,6 @@
-"""Gathers the facts of this machine and carries out a build plan with ninja.
+"""Describes this machine and runs a build plan with ninja.
 
-torch's own ``BuildExtension`` gives every file the same flags; the microkernels need flags of their own.
+torch's ``BuildExtension`` compiles every file with the same flags; the microkernels need different ones.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ rule link
 
 
 def find_sources() -> list[str]:
-    """All sources under ``csrc``, relative to the repository and sorted."""
+    """Return all sources under ``csrc``, relative to the repository and sorted."""
     return sorted(
         path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")
     )
 
 
 def torch_facts() -> TorchFacts:
-    """Facts of the installed torch."""
+    """Describe the installed torch."""
     import torch
 
     home = Path(torch.__file__).parent
@@ -74,7 +74,7 @@ def torch_facts() -> TorchFacts:
 
 
 def platform_facts(env: Mapping[str, str]) -> PlatformFacts:
-    """Facts of the machine, the interpreter and the compilers; never asks for a GPU."""
+    """Describe machine, interpreter and compilers; needs no GPU."""
     cxx = env.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
     nvcc = _find_nvcc(env)
     return PlatformFacts(
@@ -92,12 +92,12 @@ def platform_facts(env: Mapping[str, str]) -> PlatformFacts:
 
 
 def ninja_text(plan: BuildPlan, part: Part) -> str:
-    """The ninja file of one part; paths are relative to the repository, where ninja runs."""
-    # One log of commands and dependencies for each part: ninja drops the entries that its file does not name.
+    """Return the ninja file of one part; paths are relative to the repository, where ninja runs."""
+    # One log of commands and dependencies per part: ninja drops entries that its file does not name.
     lines = [f"builddir = {_escape(plan.build_dir)}/{part.name}.log", _RULES]
     objects = []
     headers = dict.fromkeys(unit.precompiled for unit in part.units if unit.precompiled is not None)
-    # GCC takes the precompiled file from the first folder on its path that has one, if all flags are the same.
+    # GCC uses the first precompiled header on its path if all flags are equal.
     folders = {flags: f"{plan.build_dir}/{part.name}.header{number}" for number, flags in enumerate(headers)}
     for header, folder in folders.items():
         target = f"{folder}/{Path(PRECOMPILED).name}.gch"
@@ -119,15 +119,21 @@ def ninja_text(plan: BuildPlan, part: Part) -> str:
 
 
 def library_path(plan: BuildPlan, part: Part) -> str:
-    """Where the library of a part is linked, relative to the repository."""
+    """Return the path of the library of a part, relative to the repository."""
     return f"{plan.build_dir}/{part.name}.so"
 
 
 def build(plan: BuildPlan, part: Part, verbose: bool = False, quiet: bool = False) -> Path:
-    """Builds one part and returns the path of its library; ``quiet`` leaves stdout to the caller.
+    """Build one part and return the path of its library.
+
+    Args:
+        plan: The build plan.
+        part: Of the plan.
+        verbose: Whether ninja prints commands.
+        quiet: Whether to keep stdout free of ninja's output.
 
     Raises:
-        subprocess.CalledProcessError: a compiler or the linker failed.
+        subprocess.CalledProcessError: If a compiler or the linker fails.
     """
     script = ROOT / plan.build_dir / f"{part.name}.ninja"
     script.parent.mkdir(parents=True, exist_ok=True)
@@ -156,10 +162,10 @@ def _find_ninja() -> str:
 
         return str(Path(ninja.BIN_DIR) / "ninja")
     except ImportError:
-        found = shutil.which("ninja")
-    if found is None:
-        raise FileNotFoundError("setup: expected ninja to be installed, got none. Hint: pip install ninja")
-    return found
+        path = shutil.which("ninja")
+    if path is None:
+        raise FileNotFoundError("setup: expected ninja to be installed. Hint: pip install ninja") from None
+    return path
 
 
 def _find_nvcc(env: Mapping[str, str]) -> str | None:

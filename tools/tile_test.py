@@ -1,6 +1,6 @@
-"""Builds ``tests/microkernels/tile_test.cpp`` with the microkernels, flags as in the build of the package.
+"""Builds ``tests/microkernels/tile_test.cpp`` with the microkernels, with the flags of the package.
 
-``python -m tools.tile_test [--all] [--static] TARGET`` compiles for this machine's instruction sets, or for all.
+``python -m tools.tile_test [--all] [--static] TARGET`` compiles for the instruction sets of this machine, or for all.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _NEEDS["avx512bf16"] = _NEEDS["avx512"] | {"avx512_bf16"}
 
 
 def isas_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The suffixes of the microkernels that this machine can execute."""
+    """Return the suffixes of the microkernels that this machine can execute."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-    return [isa for isa, needs in _NEEDS.items() if needs <= found]
+    flags = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return [isa for isa, needs in _NEEDS.items() if needs <= flags]
 
 
 def build(
     target: Path, isas: Sequence[str], static: bool = False, sources: Path = ROOT / "csrc", cxx: str = "g++"
 ) -> None:
-    """Compiles the test with the tiles of ``isas`` under ``sources`` and links it to ``target``."""
+    """Compile the test with the tiles of ``isas`` under ``sources`` and link it to ``target``."""
     macros = tuple(f"-DBAP_KERNELS_HAVE_{isa.upper()}" for isa in isas)
     jobs: list[tuple[Path, tuple[str, ...]]] = [
         (sources / "backends/cpu/cpu_features.cpp", ()),
@@ -48,17 +48,17 @@ def build(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{path.stem}.o") for path, _ in jobs]
         commands = [
-            [cxx, *_FLAGS, f"-I{sources}", *flags, "-c", str(path), "-o", made]
-            for (path, flags), made in zip(jobs, objects, strict=True)
+            [cxx, *_FLAGS, f"-I{sources}", *flags, "-c", str(path), "-o", output]
+            for (path, flags), output in zip(jobs, objects, strict=True)
         ]
-        for done in pool.map(lambda command: subprocess.run(command), reversed(commands)):
-            done.check_returncode()
+        for process in pool.map(subprocess.run, reversed(commands)):
+            process.check_returncode()
         subprocess.run([cxx, *(["-static"] if static else []), *objects, "-o", str(target)], check=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every instruction set that the compiler knows")
+    parser.add_argument("--all", action="store_true", help="every instruction set of the compiler")
     parser.add_argument("--static", action="store_true", help="link without shared libraries")
     parser.add_argument("target", type=Path)
     args = parser.parse_args()

@@ -1,17 +1,17 @@
-"""Tries every operation of the package on the networks of ``tools/networks.txt``.
+"""Runs every operation of the package on the networks of ``tools/networks.txt``.
 
     python -m tools.try_networks [--only PATTERN] [--operations plan,prune] [--out FILE] [--again] [--table]
 
 Lists are random, for two domains, half of the channels each. Every result is compared with the masked dense network:
-PyTorch's own layers with hooks that multiply by masks. Each operation on each network runs in a process of its own with
-a time limit, so that a crash or a hang is a row like any other. Rows go to a file of JSON lines as they are made; what
-the file already holds is not run again. Prints a table in Markdown, and a summary. Needs the extra ``networks``.
+PyTorch's own layers with hooks that multiply by masks. Each operation on each network runs in a separate process with a
+time limit, so that a crash or a hang is a row like any other. Rows are appended to a file of JSON lines; rows that the
+file has are not run again. Prints a table in Markdown and a summary. Needs the extra ``networks``.
 
     ok        equal to the masked dense network
-    refused   an error of the package, with its text
-    WRONG     another result without an error
+    refused   an error raised by the package, with its message
+    WRONG     a different result without an error
     crash     any other error, or the end of the process
-    hang      no end within the time limit
+    hang      longer than the time limit
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ import re
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import bap_kernels as bk
 from tools.networks import LIST, build, calibrate_, names, relative_error
 
 DOMAINS = ["a", "b"]
-# Share of the largest number. Rounding in float32 mostly stays below; where it does not, float64 decides.
+# Relative to the largest value. Rounding in float32 mostly stays below; otherwise float64 decides.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 
 class WrongError(Exception):
-    """A result that differs without an error."""
+    """A result differs."""
 
 
 class Subject:
-    """A network with its lists, and what it should compute."""
+    """A network with its lists and expected results."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ class Subject:
         self.tolerance = TOLERANCE[dtype]
 
     def expected(self, domain: str | None) -> Any:
-        """What the masked dense network computes."""
+        """Return the result of the masked dense network."""
         if domain not in self._expected:
             model = copy.deepcopy(self.dense)
             for name, lists in self.table[domain].items() if domain is not None else ():
@@ -73,39 +75,39 @@ class Subject:
         return self._expected[domain]
 
     def swapped(self, layer_type: Any = bk.nn.GatheredConv2d) -> nn.Module:
-        """A copy with lists."""
+        """Return a swapped copy with lists."""
         return bk.attach_(bk.swap_(copy.deepcopy(self.dense), layer_type=layer_type), self.table)
 
-    def compare(self, got: Any, expected: Any, what: str) -> None:
-        """Raises where a result is another one."""
-        error = relative_error(got, expected)
+    def compare(self, result: Any, expected: Any, name: str) -> None:
+        """Raise `WrongError` if a result differs."""
+        error = relative_error(result, expected)
         if not error <= self.tolerance:
-            raise WrongError(f"{what}: error {error:.1e}")
+            raise WrongError(f"{name}: error {error:.1e}")
 
-    def compare_domains(self, model: nn.Module, what: str) -> None:
-        """Compares every domain's result."""
+    def compare_domains(self, model: nn.Module, name: str) -> None:
+        """Compare the result of every domain."""
         for domain in DOMAINS:
             bk.set_domain(model, domain)
             with torch.no_grad():
-                self.compare(model(self.x), self.expected(domain), f"{what}, domain {domain}")
+                self.compare(model(self.x), self.expected(domain), f"{name}, domain {domain}")
 
     def called(self) -> list[str]:
-        """The convolutions that a call of the network runs."""
-        found: dict[str, None] = {}
+        """Return the names of the convolutions that a call runs."""
+        names: dict[str, None] = {}
         model = copy.deepcopy(self.dense)
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(lambda *_, name=name: found.setdefault(name))
+                module.register_forward_hook(lambda *_, name=name: names.setdefault(name))
         with torch.no_grad():
             model(self.x)
-        return list(found)
+        return list(names)
 
 
-Facts = dict[str, Any]
+Outcome = dict[str, Any]
 
 
-def swap(subject: Subject) -> Facts:
-    """Layers alone."""
+def swap(subject: Subject) -> Outcome:
+    """Swapped layers."""
     model = subject.swapped()
     subject.compare_domains(model, "swap")
     bk.set_domain(model, None)
@@ -114,29 +116,28 @@ def swap(subject: Subject) -> Facts:
     return {}
 
 
-def plan(subject: Subject) -> Facts:
-    """A plan for one domain, then the other; on a smaller batch, too."""
+def plan(subject: Subject) -> Outcome:
+    """A plan, in both domains."""
     planned = bk.plan(subject.swapped(), subject.x, "a")
     subject.compare_domains(planned, "plan")
     called = subject.called()
     lowered = [name for name in called if name in planned.lowered]
-    reasons = {name: planned.not_lowered.get(name, "not seen") for name in called if name not in planned.lowered}
+    reasons = {name: planned.not_lowered.get(name, "unknown") for name in called if name not in planned.lowered}
     return {"convolutions": len(called), "lowered": len(lowered), "reasons": reasons}
 
 
-def specialize(subject: Subject) -> Facts:
+def specialize(subject: Subject) -> Outcome:
     """A small network for each domain."""
     model = subject.swapped()
     for domain in DOMAINS:
         small = bk.specialize(model, domain, subject.x)
         with torch.no_grad():
             subject.compare(small(subject.x), subject.expected(domain), f"specialize, domain {domain}")
-    count = [sum(p.numel() for p in one.parameters()) for one in (model, small)]
-    return {"parameters": count}
+    return {"parameters": [sum(p.numel() for p in network.parameters()) for network in (model, small)]}
 
 
-def prune(subject: Subject) -> Facts:
-    """Drops what no domain reads, then runs layers and a plan."""
+def prune(subject: Subject) -> Outcome:
+    """Remove channels that no domain uses, then run layers and a plan."""
     model = subject.swapped(bk.nn.MaskedConv2d)
     report = bk.prune_unused_(model, subject.x)
     subject.compare_domains(model, "prune")
@@ -144,8 +145,8 @@ def prune(subject: Subject) -> Facts:
     return {"parameters": list(report.parameters), "macs": list(report.macs)}
 
 
-def order(subject: Subject) -> Facts:
-    """Reorders channels, then runs layers and a plan."""
+def order(subject: Subject) -> Outcome:
+    """Reorder channels, then run layers and a plan."""
     model = subject.swapped(bk.nn.MaskedConv2d)
     report = bk.order_channels_(model, subject.x)
     subject.compare_domains(model, "order")
@@ -153,13 +154,12 @@ def order(subject: Subject) -> Facts:
     return {"moved": report.moved}
 
 
-def mixed(subject: Subject) -> Facts:
-    """A batch of both domains through layers and through a plan."""
+def mixed(subject: Subject) -> Outcome:
+    """A batch of both domains, through layers and through a plan."""
     numbers = torch.tensor([1, 0, *[0] * (len(subject.x) - 2)])
     model = subject.swapped()
-    ordered = bk.domain_names(model) if hasattr(bk, "domain_names") else DOMAINS
-    both = [subject.expected(ordered[int(number)]) for number in numbers]
-    expected = _rows(both)
+    results = [subject.expected(bk.domain_names(model)[int(number)]) for number in numbers]
+    expected = tree_map(lambda *tensors: torch.stack([t[i] for i, t in enumerate(tensors)]), *results)
     bk.set_domain(model, numbers)
     with torch.no_grad():
         subject.compare(model(subject.x), expected, "mixed batch")
@@ -170,25 +170,8 @@ def mixed(subject: Subject) -> Facts:
     return {}
 
 
-def _rows(results: list[Any]) -> Any:
-    """Of the n-th result its n-th sample."""
-    first = results[0]
-    if isinstance(first, Tensor):
-        return torch.stack([one[number] for number, one in enumerate(results)])
-    if isinstance(first, dict):
-        return {key: _rows([one[key] for one in results]) for key in first}
-    return type(first)([_rows([one[place] for one in results]) for place in range(len(first))])
-
-
-def _total(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result.float().square().mean()
-    parts = list(result.values()) if isinstance(result, dict) else list(result)
-    return torch.stack([_total(part) for part in parts]).sum()
-
-
-def switch(subject: Subject) -> Facts:
-    """Switches, one step of training in each domain, then the trained lists in fixed layers."""
+def switch(subject: Subject) -> Outcome:
+    """Switches, one training step per domain, then fixed layers with the trained lists."""
     model = bk.nn.switch_(copy.deepcopy(subject.dense), DOMAINS)
     for domain in DOMAINS:
         bk.set_domain(model, domain)
@@ -199,15 +182,15 @@ def switch(subject: Subject) -> Facts:
     for domain in DOMAINS:
         bk.set_domain(model, domain)
         optimizer.zero_grad()
-        _total(model(subject.x)).backward()
+        torch.stack([t.float().square().mean() for t in tree_leaves(model(subject.x))]).sum().backward()
         optimizer.step()
     model.eval()
-    layers = [one for one in model.modules() if isinstance(one, bk.nn.SwitchedConv2d)]
+    layers = [module for module in model.modules() if isinstance(module, bk.nn.SwitchedConv2d)]
     with torch.no_grad():
         for number, layer in enumerate(layers):
-            for at, one in enumerate(layer.domains.values()):
-                score: Any = one.score
-                score[(number + at) % len(score)] = 0
+            for offset, domain_state in enumerate(layer.domains.values()):
+                score: Any = domain_state.score
+                score[(number + offset) % len(score)] = 0
     results = {}
     for domain in DOMAINS:
         bk.set_domain(model, domain)
@@ -221,46 +204,47 @@ def switch(subject: Subject) -> Facts:
     return {"switched": len(layers)}
 
 
-OPERATIONS: dict[str, Callable[[Subject], Facts]] = {
-    one.__name__: one for one in (swap, plan, specialize, prune, order, mixed, switch)
+OPERATIONS: dict[str, Callable[[Subject], Outcome]] = {
+    operation.__name__: operation for operation in (swap, plan, specialize, prune, order, mixed, switch)
 }
 
 
-# Measuring what is fastest takes most of the time, and says nothing about results. What is native has to be named.
+# Measuring takes most of the time and does not change results; native is opt-in.
 BACKENDS: dict[str, Any] = {"swap": "auto", "plan": "native"}
 
 
-def _outcome(operation: str, subject: Subject) -> Facts:
-    with warnings.catch_warnings(record=True) as caught:
+PACKAGE_ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError)
+
+
+def _outcome(operation: str, subject: Subject) -> Outcome:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         try:
             with bk.use_backend(BACKENDS.get(operation, "aten")):
-                facts = {"status": "ok", **OPERATIONS[operation](subject)}
+                outcome = {"status": "ok", **OPERATIONS[operation](subject)}
         except WrongError as error:
-            facts = {"status": "WRONG", "detail": str(error)}
+            outcome = {"status": "WRONG", "detail": str(error)}
         except Exception as error:
             text = str(error)
-            by_name = re.match(r"[A-Za-z_.]+\(\): ", text) and isinstance(
-                error, (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError)
-            )
-            status = "refused" if by_name else "crash"
+            of_package = re.match(r"[A-Za-z_.]+\(\): ", text) and isinstance(error, PACKAGE_ERRORS)
+            status = "refused" if of_package else "crash"
             if "to equal the masked dense network" in text:
                 status = "WRONG"
-            facts = {"status": status, "detail": f"{type(error).__name__}: {text[:600]}"}
+            outcome = {"status": status, "detail": f"{type(error).__name__}: {text[:600]}"}
             if status == "crash":
-                facts["trace"] = traceback.format_exc()[-2500:]
-    said = list(dict.fromkeys(str(one.message) for one in caught if "bap_kernels" in str(one.filename)))
-    return {**facts, "warnings": said} if said else facts
+                outcome["trace"] = traceback.format_exc()[-2500:]
+    messages = list(dict.fromkeys(str(r.message) for r in records if "bap_kernels" in str(r.filename)))
+    return {**outcome, "warnings": messages} if messages else outcome
 
 
 def _try(subject: Subject, name: str, shape: tuple[int, ...], operation: str, pipe: Any) -> None:
     start = time.process_time()
-    facts = _outcome(operation, subject)
-    if facts["status"] == "WRONG":
-        again = _outcome(operation, Subject(name, shape, torch.float64))
-        if again["status"] == "ok":
-            facts = {**again, "note": f"float32: {facts['detail']}; float64 is right"}
-    pipe.send({**facts, "cpu_seconds": round(time.process_time() - start, 1)})
+    outcome = _outcome(operation, subject)
+    if outcome["status"] == "WRONG":
+        in_float64 = _outcome(operation, Subject(name, shape, torch.float64))
+        if in_float64["status"] == "ok":
+            outcome = {**in_float64, "note": f"float32: {outcome['detail']}; float64 is right"}
+    pipe.send({**outcome, "cpu_seconds": round(time.process_time() - start, 1)})
 
 
 def _try_all(name: str, shape: tuple[int, ...], operations: list[str], limit: float, pipe: Any) -> None:
@@ -269,57 +253,61 @@ def _try_all(name: str, shape: tuple[int, ...], operations: list[str], limit: fl
     for domain in (None, *DOMAINS):
         subject.expected(domain)
     for operation in operations:
-        pipe.send((operation, _in_a_process(_try, (subject, name, shape, operation), limit)))
+        pipe.send((operation, _in_process(_try, (subject, name, shape, operation), limit)))
 
 
-def _in_a_process(run: Callable[..., None], arguments: tuple[Any, ...], limit: float) -> Facts:
-    """What a function sends from a process of its own, whatever becomes of it."""
-    # Forked: what was imported and built here is there. No thread runs in the parent.
+def _in_process(run: Callable[..., None], arguments: tuple[Any, ...], limit: float) -> Outcome:
+    """Run a function in a new process and return what it sends, or how it failed."""
+    # Forked, so that imported packages and the network are available. No thread runs in the parent.
     context = mp.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(*arguments, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(*arguments, sender))
     process.start()
-    theirs.close()
-    facts: Facts | None = None
+    sender.close()
+    outcome: Outcome | None = None
     with contextlib.suppress(EOFError):
-        facts = ours.recv() if ours.poll(limit) else {"status": "hang", "detail": f"no end within {limit:.0f} s"}
-    if facts is not None and facts["status"] == "hang":
+        outcome = (
+            receiver.recv() if receiver.poll(limit) else {"status": "hang", "detail": f"longer than {limit:.0f} s"}
+        )
+    if outcome is not None and outcome["status"] == "hang":
         process.kill()
     process.join()
-    return facts or {"status": "crash", "detail": f"the process ended with {process.exitcode}"}
+    return outcome or {"status": "crash", "detail": f"the process ended with {process.exitcode}"}
 
 
-def of_network(name: str, shape: tuple[int, ...], operations: list[str], limit: float) -> Iterator[tuple[str, Facts]]:
-    """Each operation and what became of it."""
+def run_network(
+    name: str, shape: tuple[int, ...], operations: list[str], limit: float
+) -> Iterator[tuple[str, Outcome]]:
+    """Yield each operation with its outcome."""
     context = mp.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_try_all, args=(name, shape, operations, limit, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try_all, args=(name, shape, operations, limit, sender))
     process.start()
-    theirs.close()
-    left = list(operations)
+    sender.close()
+    remaining = list(operations)
     try:
-        while left and ours.poll(2 * limit):
-            operation, facts = ours.recv()
-            left.remove(operation)
-            yield operation, facts
+        while remaining and receiver.poll(2 * limit):
+            operation, outcome = receiver.recv()
+            remaining.remove(operation)
+            yield operation, outcome
     except EOFError:
         pass
     process.kill()
     process.join()
-    for operation in left:
+    for operation in remaining:
         yield operation, {"status": "crash", "detail": "the network could not be built and run"}
 
 
-def read(path: Path) -> dict[tuple[str, str], Facts]:
-    """The rows of a file, the last of each network and operation."""
+def read(path: Path) -> dict[tuple[str, str], Outcome]:
+    """Read the rows of a file, the last one of each network and operation."""
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {(row["network"], row["operation"]): row for row in rows}
 
 
-def table(rows: dict[tuple[str, str], Facts], networks: list[str]) -> str:
-    """A table in Markdown, and a summary."""
+def table(rows: dict[tuple[str, str], Outcome], networks: list[str]) -> str:
+    """Return a table in Markdown and a summary."""
     lines = [
         f"| Network | Convolutions | Lowered | {' | '.join(OPERATIONS)} |",
         f"|---|---|---|{'---|' * len(OPERATIONS)}",
@@ -335,33 +323,30 @@ def table(rows: dict[tuple[str, str], Facts], networks: list[str]) -> str:
                 notes.append(f"- {name}, {operation}: {row['status']}: {row.get('detail', '')}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     plans = [rows[name, "plan"] for name in networks if rows.get((name, "plan"), {}).get("status") == "ok"]
-    whole = sum(row["lowered"] == row["convolutions"] for row in plans)
-    lines += ["", f"{len(networks)} networks; in {whole} the plan lowers every convolution.", ""]
+    complete = sum(row["lowered"] == row["convolutions"] for row in plans)
+    lines += ["", f"{len(networks)} networks; in {complete} the plan lowers every convolution.", ""]
     for operation in OPERATIONS:
-        counts: dict[str, int] = {}
-        for name in networks:
-            status = rows.get((name, operation), {}).get("status", "not run")
-            counts[status] = counts.get(status, 0) + 1
+        counts = Counter(rows.get((name, operation), {}).get("status", "not run") for name in networks)
         lines.append(f"- {operation}: {', '.join(f'{number} {status}' for status, number in sorted(counts.items()))}")
     if notes:
-        lines += ["", "What is not ok:", "", *notes]
+        lines += ["", "Not ok:", "", *notes]
     reasons = [
         f"- {row['network']}: {len(row['reasons'])} not lowered, such as {next(iter(row['reasons'].items()))}"
         for row in plans
         if row["reasons"]
     ]
-    return "\n".join([*lines, "", "What plans do not lower:", "", *reasons] if reasons else lines)
+    return "\n".join([*lines, "", "Not lowered by plans:", "", *reasons] if reasons else lines)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", type=Path, default=LIST, help="file of names and shapes")
-    parser.add_argument("--only", default="*", help="names, with * and ?; several with commas")
+    parser.add_argument("--only", default="*", help="names with * and ?, comma-separated")
     parser.add_argument("--operations", default=",".join(OPERATIONS), help=f"some of {', '.join(OPERATIONS)}")
     parser.add_argument("--out", type=Path, default=Path("build/try_networks.jsonl"))
     parser.add_argument("--limit", type=float, default=300, help="seconds for one operation on one network")
-    parser.add_argument("--again", action="store_true", help="run what the file already holds, too")
+    parser.add_argument("--again", action="store_true", help="also run rows that the file has")
     parser.add_argument("--table", action="store_true", help="only print the table of the file")
     options = parser.parse_args()
     patterns = options.only.split(",")
@@ -369,19 +354,19 @@ def main() -> None:
     networks = [name for name in shapes if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     rows = read(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    # Before any process is forked: no pool of threads may exist in this one.
+    # No thread pool may exist in this process before it forks.
     torch.set_num_threads(1)
     for package, prefix in (("timm", "timm/"), ("torchvision", "tv/")):
         if any(name.startswith(prefix) for name in networks):
             importlib.import_module(package)
     for name in networks:
-        wanted = [] if options.table else options.operations.split(",")
-        wanted = [operation for operation in wanted if options.again or (name, operation) not in rows]
-        for operation, facts in of_network(name, shapes[name], wanted, options.limit) if wanted else ():
-            rows[name, operation] = {"network": name, "operation": operation, **facts}
+        operations = [] if options.table else options.operations.split(",")
+        operations = [operation for operation in operations if options.again or (name, operation) not in rows]
+        for operation, outcome in run_network(name, shapes[name], operations, options.limit) if operations else ():
+            rows[name, operation] = {"network": name, "operation": operation, **outcome}
             with options.out.open("a") as file:
                 file.write(json.dumps(rows[name, operation]) + "\n")
-            print(name, operation, facts["status"], facts.get("detail", ""), flush=True)
+            print(name, operation, outcome["status"], outcome.get("detail", ""), flush=True)
     print(table(rows, networks))
 
 

@@ -1,4 +1,4 @@
-"""What is compared in training: single convolutions and whole steps, with the weights frozen or trained."""
+"""Cells of training: single convolutions and whole steps, with frozen or trained weights."""
 
 import itertools
 import zlib
@@ -11,14 +11,14 @@ from benches.cases import CASES, MIN_MEAN_CHANNELS, Cell
 MODES = ("frozen", "trained")
 # Batches that fit the networks' image sizes: 224 and 64 pixels.
 BATCHES = {"resnet50": 8, "resnet26": 32}
-# What says most first, so that a study whose time runs out has whole passes over the cases.
+# The most informative first, so that a study whose time runs out has complete passes over the cases.
 PASSES = tuple((layout, density) for density in (0.5, 0.25, 0.75) for layout in ("nchw", "channels_last"))
 STEP = "step"
 
 
 @dataclass(frozen=True)
 class LayerCell:
-    """Forward and backward of one convolution. The list of `cell` names the channels whose switch is on."""
+    """Forward and backward of one convolution; the in-list of `cell` holds the channels whose switch is on."""
 
     cell: Cell
     mode: str
@@ -31,7 +31,7 @@ class LayerCell:
 
 @dataclass(frozen=True)
 class StepCell:
-    """One step of training of ResNet-26."""
+    """One training step of ResNet-26."""
 
     batch: int
     density: float
@@ -51,21 +51,21 @@ class StepCell:
 
 
 def passes(layouts: Sequence[str], densities: Sequence[float]) -> list[tuple[str, float]]:
-    """Layouts with densities, those of `PASSES` first and in its order."""
-    wanted = list(itertools.product(layouts, densities))
-    return [one for one in PASSES if one in wanted] + [one for one in wanted if one not in PASSES]
+    """Return pairs of layout and density, those of `PASSES` first and in its order."""
+    pairs = list(itertools.product(layouts, densities))
+    return [pair for pair in PASSES if pair in pairs] + [pair for pair in pairs if pair not in PASSES]
 
 
 def layer_cells(
     layouts: Sequence[str], densities: Sequence[float], modes: Sequence[str], batch: int | None = None
 ) -> list[LayerCell]:
-    """Return the cases that count in the means; modes are innermost, as they share their reference.
+    """Return the cells of the cases that count in the means; modes are innermost, because they share a reference.
 
     Args:
         layouts: Memory formats.
         densities: Shares of the switches that are on.
         modes: Of `MODES`.
-        batch: N for all; None takes that of `BATCHES`.
+        batch: N; by default that of `BATCHES`.
     """
     cases = [case for case in CASES if case.C_in >= MIN_MEAN_CHANNELS]
     return [
@@ -79,7 +79,7 @@ def layer_cells(
 def step_cells(
     layouts: Sequence[str], densities: Sequence[float], modes: Sequence[str], batch: int | None = None
 ) -> list[StepCell]:
-    """Return the whole steps; arguments as in `layer_cells`."""
+    """Return the cells of whole steps; arguments as in `layer_cells`."""
     return [
         StepCell(batch or BATCHES["resnet26"], density, layout, mode)
         for layout, density in passes(layouts, densities)

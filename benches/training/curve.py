@@ -1,15 +1,15 @@
-"""The loss of a small network over 200 steps, with the package's layers and with masked autograd.
+"""Losses of a small network over 200 steps, with the package's layers and with masked autograd.
 
 Both start from the same weights and scores and see the same batches of scikit-learn's digits at 32x32, in float32 and
-in float64. The loss is the cross entropy plus a pressure on the share of switches that are on, so that switches turn;
-the pressure stands for no published budget. In float32 the two round differently: their losses are equal at first and
-then drift apart, since a rounding error grows from step to step and a switch may turn in another step. In float64,
-where the package goes through PyTorch's own operators, that takes far longer.
+in float64. The loss is the cross entropy plus a penalty on the share of switches that are on, so that switches flip;
+the penalty stands for no published budget. In float32 the two round differently: their losses are equal at first and
+then diverge, because a rounding error grows from step to step and a switch may flip in another step. In float64, where
+the package uses PyTorch's own operators, divergence takes far longer.
 
-How much drift rounding alone makes is measured on masked autograd itself, run twice more:
+The divergence by rounding alone is measured on masked autograd itself, run twice more:
     channels_last: with weights and images in that memory format
     reversed:      with the samples of every batch in reverse order
-Both compute the very same sums of the very same numbers, in another order.
+Both compute the same sums of the same numbers, in another order.
 """
 
 import csv
@@ -38,10 +38,10 @@ STRIDES = (1, 2, 1, 2, 1)
 STEM = "0"
 DOMAIN = "digits"
 REFERENCE, OURS = "masked", "auto"
-# Masked autograd with other rounding.
-YARDSTICKS = ("channels_last", "reversed")
-BASELINES = (REFERENCE, OURS, *YARDSTICKS)
-# Differences of the loss whose first step is reported.
+# Masked autograd with another order of summation.
+REORDERED = ("channels_last", "reversed")
+VARIANTS = (REFERENCE, OURS, *REORDERED)
+# Differences of the loss; the first step that reaches them is reported.
 SMALL, LARGE = 1e-4, 1e-2
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -51,8 +51,8 @@ class Curve:
     """Losses of one variant.
 
     Args:
-        variant: Of `BASELINES`.
-        dtype: Of everything.
+        variant: Of `VARIANTS`.
+        dtype: ``float32`` or ``float64``.
         losses: Of every step, before its update.
         density: Share of switches that are on after the last step.
         switches: All switches after the last step.
@@ -67,17 +67,17 @@ class Curve:
 
 @dataclass
 class Comparison:
-    """How far a curve lies from masked autograd's of the same dtype.
+    """Differences of a curve from that of masked autograd in the same dtype.
 
     Args:
         dtype: Of both.
-        variant: Whose curve.
-        early: Largest difference of the loss in the first steps.
-        largest: In all.
-        small_at, large_at: First steps that differ by `SMALL` and by `LARGE`; None if none does.
-        switches: How many differ after the last step, of ``all_switches``.
+        variant: Of the curve.
+        early: Largest difference of the loss in the first `EARLY` steps.
+        largest: Largest difference of the loss.
+        small_at, large_at: First steps that differ by `SMALL` and by `LARGE`, or None.
+        switches: Number of switches, of ``all_switches``, that differ after the last step.
         first, last: Losses of the variant.
-        density: Of the variant, at last.
+        density: Of the variant after the last step.
     """
 
     dtype: str
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def network() -> nn.Sequential:
-    """Five convolutions with batch norm and ReLU, and a classifier; the same weights in every call."""
+    """Return five convolutions with batch norm and ReLU, and a classifier, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
@@ -104,54 +104,54 @@ def network() -> nn.Sequential:
 
 
 def start_scores(channels: int, generator: torch.Generator) -> Tensor:
-    """Scores around the initial value; some lie below the threshold."""
+    """Draw scores around the initial value; some lie below the threshold."""
     return INITIAL + SPREAD * torch.randn(channels, generator=generator)
 
 
 def build(variant: str) -> nn.Sequential:
-    """One variant's network with its scores."""
+    """Return the network of a variant."""
     model = network()
     generator = torch.Generator().manual_seed(1)
-    given = {
+    scores = {
         name: start_scores(module.in_channels, generator)
         for name, module in model.named_children()
         if isinstance(module, nn.Conv2d) and name != STEM
     }
     if variant != OURS:
-        for name, score in given.items():
+        for name, score in scores.items():
             model[int(name)] = MaskedSwitchConv2d(model[int(name)], score)  # type: ignore[arg-type]
         return model.to(memory_format=torch.channels_last) if variant == "channels_last" else model
     bk = ours.package()
     bk.nn.switch_(model, [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
     bk.set_domain(model, DOMAIN)
     with torch.no_grad():
-        for name, score in given.items():
+        for name, score in scores.items():
             model.get_submodule(name).domains[DOMAIN].score.copy_(score)  # type: ignore[union-attr, index]
     return model
 
 
 def digits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All digits, (1797, 1, 32, 32), and what they are."""
+    """Return all digits, (1797, 1, 32, 32), and their labels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.from_numpy(found.images)[:, None] / 8 - 1
-    sized = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    return sized.to(dtype), torch.from_numpy(found.target)
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images)[:, None] / 8 - 1
+    images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    return images.to(dtype), torch.from_numpy(bunch.target)
 
 
 def train(variant: str, dtype: str, steps: int = STEPS, tick: Callable[[], object] = lambda: None) -> Curve:
-    """Train one variant's network.
+    """Train the network of a variant.
 
     Args:
-        variant: Of `BASELINES`.
+        variant: Of `VARIANTS`.
         dtype: ``float32`` or ``float64``.
-        steps: How many.
+        steps: Number of steps.
         tick: Called after each step.
     """
     model = build(variant).to(DTYPES[dtype]).train()
     if variant != OURS:
-        # The package keeps scores in float32 whatever the model's dtype, and so does its variant.
+        # The package keeps scores in float32 whatever the model's dtype.
         for module in model:
             if isinstance(module, MaskedSwitchConv2d):
                 module.score.data = module.score.data.float()
@@ -163,12 +163,12 @@ def train(variant: str, dtype: str, steps: int = STEPS, tick: Callable[[], objec
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2)).repeat(-(-steps * BATCH // 1797))
     curve = Curve(variant, dtype)
     for step in range(steps):
-        picked = order[step * BATCH : (step + 1) * BATCH]
+        batch = order[step * BATCH : (step + 1) * BATCH]
         if variant == "reversed":
-            picked = picked.flip(0)
-        x = images[picked].contiguous(memory_format=memory_format)
+            batch = batch.flip(0)
+        x = images[batch].contiguous(memory_format=memory_format)
         share = torch.cat([(s > THRESHOLD).to(s.dtype) + s - s.detach() for s in scores]).mean()
-        loss = F.cross_entropy(model(x), labels[picked]) + PRESSURE * share
+        loss = F.cross_entropy(model(x), labels[batch]) + PRESSURE * share
         loss.backward()
         for optimiser in optimisers:
             optimiser.step()
@@ -181,68 +181,61 @@ def train(variant: str, dtype: str, steps: int = STEPS, tick: Callable[[], objec
 
 
 def compare(curves: Sequence[Curve]) -> list[Comparison]:
-    """Compare every variant that is there with masked autograd in the same dtype."""
-    found = []
+    """Compare every curve with that of masked autograd in the same dtype."""
+    comparisons = []
     for dtype in dict.fromkeys(curve.dtype for curve in curves):
-        mine = {curve.variant: curve for curve in curves if curve.dtype == dtype}
-        masked = mine[REFERENCE]
-        for variant in (name for name in BASELINES if name in mine and name != REFERENCE):
-            other = mine[variant]
-            apart = differences(masked, other)
-            turned = sum(a != b for a, b in zip(masked.switches, other.switches, strict=True))
-            found.append(
-                Comparison(
-                    dtype,
-                    variant,
-                    max(apart[:EARLY]),
-                    max(apart),
-                    first_beyond(apart, SMALL),
-                    first_beyond(apart, LARGE),
-                    turned,
-                    len(other.switches),
-                    other.losses[0],
-                    other.losses[-1],
-                    other.density,
-                )
+        by_variant = {curve.variant: curve for curve in curves if curve.dtype == dtype}
+        masked = by_variant[REFERENCE]
+        for variant in (name for name in VARIANTS if name in by_variant and name != REFERENCE):
+            curve = by_variant[variant]
+            errors = differences(masked, curve)
+            comparison = Comparison(
+                dtype,
+                variant,
+                max(errors[:EARLY]),
+                max(errors),
+                first_beyond(errors, SMALL),
+                first_beyond(errors, LARGE),
+                sum(a != b for a, b in zip(masked.switches, curve.switches, strict=True)),
+                len(curve.switches),
+                curve.losses[0],
+                curve.losses[-1],
+                curve.density,
             )
-    return found
+            comparisons.append(comparison)
+    return comparisons
 
 
 def differences(masked: Curve, other: Curve) -> list[float]:
-    """How far the losses lie apart, step by step."""
+    """Absolute differences of the losses, step by step."""
     return [abs(a - b) for a, b in zip(masked.losses, other.losses, strict=True)]
 
 
-def first_beyond(apart: Sequence[float], limit: float) -> int | None:
-    """Return the first step whose difference is ``limit`` or more; None if there is none."""
-    return next((step for step, value in enumerate(apart) if value >= limit), None)
+def first_beyond(differences: Sequence[float], limit: float) -> int | None:
+    """Return the first step whose difference is at least ``limit``, or None."""
+    return next((step for step, value in enumerate(differences) if value >= limit), None)
 
 
-def verdict(compared: Sequence[Comparison], dtype: str) -> str:
-    """Say whether ours parts from masked autograd sooner or further than masked autograd from itself."""
-    mine = [one for one in compared if one.dtype == dtype and one.variant == OURS]
-    itself = [one for one in compared if one.dtype == dtype and one.variant in YARDSTICKS]
-    if not (mine and itself):
+def verdict(comparisons: Sequence[Comparison], dtype: str) -> str:
+    """Say whether ours diverges from masked autograd sooner or further than masked autograd from itself."""
+    of_dtype = {comparison.variant: comparison for comparison in comparisons if comparison.dtype == dtype}
+    reordered = [of_dtype[name] for name in REORDERED if name in of_dtype]
+    if OURS not in of_dtype or not reordered:
         return ""
-    (ours_apart,) = mine
-    far = float("inf")
 
-    def step(one: Comparison) -> float:
-        return far if one.large_at is None else one.large_at
+    def step(comparison: Comparison) -> float:
+        return float("inf") if comparison.large_at is None else comparison.large_at
 
-    soonest, furthest = min(map(step, itself)), max(one.largest for one in itself)
-    sooner = "sooner than" if step(ours_apart) < soonest else "no sooner than"
-    further = "further than" if ours_apart.largest > furthest else "no further than"
-    return f"In {dtype} ours parts from masked autograd {sooner}, and {further}, masked autograd from itself."
+    ours = of_dtype[OURS]
+    sooner = "sooner than" if step(ours) < min(map(step, reordered)) else "no sooner than"
+    further = "further than" if ours.largest > max(c.largest for c in reordered) else "no further than"
+    return f"In {dtype} ours diverges from masked autograd {sooner}, and {further}, masked autograd from itself."
 
 
 def write(folder: Path, curves: Sequence[Curve]) -> None:
-    """Write ``curve.json`` (everything) and ``curve.csv`` (a line per step)."""
-    content: dict[str, Any] = {
-        "curves": [asdict(one) for one in curves],
-        "compared": [asdict(c) for c in compare(curves)],
-    }
-    (folder / "curve.json").write_text(json.dumps(content, indent=1) + "\n")
+    """Write ``curve.json`` (everything) and ``curve.csv`` (one line per step)."""
+    content: dict[str, Any] = {"curves": curves, "comparisons": compare(curves)}
+    (folder / "curve.json").write_text(json.dumps(content, indent=1, default=asdict) + "\n")
     with (folder / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"{curve.variant}_{curve.dtype}" for curve in curves)])
@@ -250,6 +243,6 @@ def write(folder: Path, curves: Sequence[Curve]) -> None:
 
 
 def read(folder: Path) -> list[Curve]:
-    """Read what `write` wrote; nothing where it wrote nothing."""
+    """Read the curves of a folder; none if there is no file."""
     path = folder / "curve.json"
-    return [Curve(**one) for one in json.loads(path.read_text())["curves"]] if path.exists() else []
+    return [Curve(**fields) for fields in json.loads(path.read_text())["curves"]] if path.exists() else []

@@ -1,11 +1,11 @@
-"""Forward and backward of one convolution with switches, with an output gradient that has no zeros.
+"""Forward and backward of one convolution with switches, with an output gradient without zeros.
 
-Variants, all differentiated by autograd in the input and, where weights are trained, in the weight:
-    auto:   the package's ``switched_conv2d``; also differentiated in the switch
-    masked: ``F.conv2d(x * s, w)``, likewise: the reference
+Variants, all differentiated by autograd in the input and, if weights are trained, in the weight:
+    auto:   the package's ``switched_conv2d``, also differentiated in the switch
+    masked: ``F.conv2d(x * s, w)``, likewise; the reference
     dense:  ``F.conv2d(x, w)``, without switches
-    naive:  ``F.conv2d(x.index_select(1, on), w.index_select(1, on))``: no gradient for switches that are off, nor on
-Beside ``auto``, a backend of the package can be named, such as ``triton``.
+    naive:  ``F.conv2d(x.index_select(1, on), w.index_select(1, on))``, without gradients of switches
+Backends of the package, such as ``triton``, can be added by name.
 """
 
 import time
@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import count
-from statistics import median
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,12 @@ from benches import gate, memory, ours
 from benches.cases import Cell
 from benches.problem import NumberStore, Problem
 from benches.rows import Row, row_of, with_ratios
-from benches.timers import Marks, Spread, Timed, clock, interleave
-from benches.training.backends import gated
+from benches.timers import Marks, Spread, Timed
+from benches.training.bench import CPU, TrainingBench, passing, phases
 from benches.training.cells import LayerCell
 
-BASELINES = ("masked", "dense", "naive", "auto")
-CPU = torch.device("cpu")
-MIN_ROUNDS, MAX_ROUNDS = {"cpu": 5, "cuda": 30}, {"cpu": 30, "cuda": 100}
-# Inputs and output gradients must not be correlated.
+VARIANTS = ("masked", "dense", "naive", "auto")
+# Output gradients must not be correlated with inputs.
 GRADIENT_SEED = 1
 
 Forward = Callable[[Tensor], Tensor]
@@ -39,13 +36,13 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass
 class Variant(Timed):
-    """A convolution that is differentiated in each run.
+    """A convolution with its backward; each run is one forward and backward.
 
     Args:
         forward: The convolution.
-        leaves: What it is differentiated in beside the input, by name.
-        gradients: Pool of output gradients, rotated through.
-        marks: Around every forward and backward.
+        leaves: Tensors, by name, that get a gradient besides the input.
+        gradients: Pool of output gradients, used in turn.
+        marks: Time stamps of every forward and backward.
     """
 
     forward: Forward = F.relu
@@ -54,19 +51,19 @@ class Variant(Timed):
     marks: list[Marks] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        turn = count()
-        self.run = lambda x: self.differentiate(x, self.gradients[next(turn) % len(self.gradients)])
+        gradients = cycle(self.gradients)
+        self.run = lambda x: self.differentiate(x, next(gradients))
 
     def differentiate(self, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Return the result and the gradients, by name."""
+        """Return result and gradients by name."""
         marks = Marks(x.device)
         marks.mark()
         y = self.forward(x)
         marks.mark()
-        found = torch.autograd.grad(y, [x, *self.leaves.values()], grad)
+        gradients = torch.autograd.grad(y, [x, *self.leaves.values()], grad)
         marks.mark()
         self.marks.append(marks)
-        return dict(zip(("result", "input", *self.leaves), (y.detach(), *found), strict=True))
+        return dict(zip(("result", "input", *self.leaves), (y.detach(), *gradients), strict=True))
 
 
 @dataclass
@@ -78,7 +75,7 @@ class Layer:
     switch: Tensor
 
     def lengths(self) -> dict[str, int]:
-        """Products summed for one element of the result and of each gradient, for the gate's tolerance."""
+        """Number of products summed per element of the result and of each gradient, for the tolerance."""
         weight, grad = self.problem.weight, self.gradients[0]
         pixels = grad[:, 0].numel()
         depth = weight[:, 0].numel()
@@ -86,20 +83,20 @@ class Layer:
         return {"result": weight[0].numel(), "input": depth, "weight": pixels, "switch": depth + x[:, 0].numel()}
 
     def reference(self, masked: bool) -> dict[str, Tensor]:
-        """Result and gradients of the masked or of the dense convolution, by autograd in float64."""
+        """Result and gradients of the masked or the dense convolution, by autograd in float64."""
         x, weight, switch = (
             t.detach().double().requires_grad_() for t in (self.problem.inputs[0], self.problem.weight, self.switch)
         )
         leaves = {"input": x, "weight": weight} | ({"switch": switch} if masked else {})
         y = F.conv2d(x * switch.view(1, -1, 1, 1) if masked else x, weight, None, *self.problem.conv_args)
-        found = torch.autograd.grad(y, list(leaves.values()), self.gradients[0].double())
-        return dict(zip(("result", *leaves), (y.detach(), *found), strict=True))
+        gradients = torch.autograd.grad(y, list(leaves.values()), self.gradients[0].double())
+        return dict(zip(("result", *leaves), (y.detach(), *gradients), strict=True))
 
     def variant(self, name: str, mode: str) -> Variant:
         """Prepare a variant.
 
         Raises:
-            ValueError: If the name is none of `BASELINES`, nor a backend's.
+            ValueError: If the name is neither in `VARIANTS` nor a backend.
         """
         problem = self.problem
         stride, padding = problem.conv_args
@@ -121,31 +118,25 @@ class Layer:
                 x.index_select(1, index), weight.index_select(1, index), None, stride, padding
             )
         else:
-            known = tuple(dict.fromkeys((*BASELINES, *ours.BACKENDS)))
+            known = tuple(dict.fromkeys((*VARIANTS, *ours.BACKENDS)))
             raise ValueError(f"variant(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
         if name not in ("dense", "naive"):
             leaves = {**leaves, "switch": switch}
         return Variant(forward, problem.inputs, enter, forward=forward, leaves=leaves, gradients=self.gradients)
 
 
-class LayerBench:
-    """Measures cells one after the other.
+class LayerBench(TrainingBench):
+    """Measures single convolutions; peak memory on the CPU in a separate process."""
 
-    Args:
-        peaks: Whether peaks of memory are measured: on the CPU in a process of their own.
-        device: Where to measure.
-    """
+    min_rounds = {"cpu": 5, "cuda": 30}  # noqa: RUF012
+    max_rounds = {"cpu": 30, "cuda": 100}  # noqa: RUF012
 
     def __init__(self, peaks: bool = True, device: torch.device = CPU) -> None:
-        self.device = device
+        super().__init__(peaks, device)
         self.inputs = NumberStore(torch.float32, device)
         self.grads = NumberStore(torch.float32, device, GRADIENT_SEED)
-        self.clock = clock(device)
-        self.peaks = peaks and (device.type == "cuda" or memory.can_measure_peak())
-        # Why named backends lack cells.
-        self.left_out: list[str] = []
         self._worker: ProcessPoolExecutor | None = None
-        # Both modes of a case follow one another.
+        # The two modes of a case follow one another.
         self.layer = lru_cache(maxsize=1)(self._layer)
         self._reference = lru_cache(maxsize=2)(lambda cell, masked: self.layer(cell).reference(masked))
         self._dense_errors: dict[str, float] = {}
@@ -158,11 +149,11 @@ class LayerBench:
         switch[problem.in_index.long()] = 1
         return Layer(problem, self.grads.pool(shape, cell.layout)[0], switch)
 
-    def gated(self, name: str, variant: Variant, cell: LayerCell) -> float:
-        """Check the result and every gradient of a variant; return the largest error over the largest value.
+    def check(self, name: str, variant: Variant, cell: LayerCell) -> float:
+        """Check result and gradients of a variant; return the largest error relative to the largest value.
 
         Raises:
-            WrongResultError: If one is wrong, or ours are in another memory format than the input.
+            WrongResultError: If one is wrong, or has another memory format than the input.
         """
         # The dense convolution is the same at all densities.
         key = replace(cell, cell=replace(cell.cell, density=1.0)).id
@@ -171,9 +162,9 @@ class LayerBench:
         layer = self.layer(cell.cell)
         reference, lengths = self._reference(cell.cell, name != "dense"), layer.lengths()
         variant.enter()
-        found = variant.differentiate(layer.problem.inputs[0], layer.gradients[0])
+        results = variant.differentiate(layer.problem.inputs[0], layer.gradients[0])
         largest = 0.0
-        for what, value in found.items():
+        for what, value in results.items():
             where = f"{name} ({what}) on {cell.id}"
             if name in ours.BACKENDS and value.dim() == 4:
                 gate.check_layout(where, value, cell.cell.layout)
@@ -193,40 +184,54 @@ class LayerBench:
         return self._worker.submit(layer_peak, cell, name).result()
 
     def close(self) -> None:
-        """End the process that measures peaks."""
+        """Stop the process that measures peaks."""
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
 
     def rows(self, cell: LayerCell, names: Sequence[str], seconds: float) -> list[Row]:
-        """Measure one cell in about some seconds; at least five rounds are made.
+        """Measure one cell in about ``seconds``, in at least five rounds.
 
         Raises:
-            WrongResultError: If anything is wrong; nothing of the cell is then returned.
-            NotImplementedError: If the package cannot run it.
+            WrongResultError: If a result or gradient of one of `VARIANTS` is wrong.
+            NotImplementedError: If the package cannot run the cell.
         """
         start = time.perf_counter()
         layer = self.layer(cell.cell)
+        problem = layer.problem
         variants = {name: layer.variant(name, cell.mode) for name in names}
-        errors = gated(names, lambda name: self.gated(name, variants[name], cell), self.left_out, BASELINES)
+        errors = passing(names, lambda name: self.check(name, variants[name], cell), self.skipped, VARIANTS)
         variants = {name: variants[name] for name in errors}
         saved, peaks = {}, {}
         for name, variant in variants.items():
-            run = partial(variant.forward, layer.problem.inputs[0])
-            saved[name] = memory.saved_bytes(run, [layer.problem.weight, layer.switch])
+            saved[name] = memory.saved_bytes(
+                partial(variant.forward, problem.inputs[0]), [problem.weight, layer.switch]
+            )
             peaks[name] = self._peak(cell, name)
             variant.marks.clear()
-        left = seconds - (time.perf_counter() - start)
-        kind = self.device.type
-        samples = interleave(variants, self.clock, left, MIN_ROUNDS[kind], MAX_ROUNDS[kind])
+        samples = self.samples(variants, seconds - (time.perf_counter() - start))
         return with_ratios(
-            _row(cell, layer, name, variant, Spread.of(samples[name]), errors[name], saved[name], peaks[name])
+            row_of(
+                cell.cell,
+                Spread.of(samples[name]),
+                useful_flop(cell, problem, dense=name == "dense"),
+                cell=cell.id,
+                **cell.cell.row_fields,
+                variant=name,
+                device=self.device.type,
+                inputs="rotated" if problem.rotated else "warm",
+                max_error=errors[name],
+                mode=cell.mode,
+                saved_bytes=saved[name],
+                peak_bytes=peaks[name],
+                **phases(variant.marks),
+            )
             for name, variant in variants.items()
         )
 
 
 def layer_peak(cell: LayerCell, name: str) -> int:
-    """Peak of one forward with backward, after one that leaves what a kernel keeps between calls."""
+    """Peak of one forward with backward, after one that allocates what kernels keep between calls."""
     return _peak_beyond_first(_worker_bench().layer(cell.cell).variant(name, cell.mode), memory.peak_bytes)
 
 
@@ -242,40 +247,10 @@ def _worker_bench() -> LayerBench:
 
 
 def useful_flop(cell: LayerCell, problem: Problem, dense: bool) -> float:
-    """FLOP, 2 per multiply-add, that the gradients ask for.
+    """FLOP (2 per multiply-add) of forward and gradients.
 
-    The forward and the weight's gradient are taken of the channels that are on, the input's gradient of all: the
-    switch's gradient of the others comes from it.
+    Forward and weight gradient need the channels that are on; the input gradient needs all, because the gradients of
+    the switches that are off come from it.
     """
     full, kept = problem.work(dense=True)[0], problem.work(dense=dense)[0]
     return full + kept * (2 if cell.mode == "trained" else 1)
-
-
-def _row(
-    cell: LayerCell,
-    layer: Layer,
-    name: str,
-    variant: Variant,
-    spread: Spread,
-    error: float,
-    saved: int,
-    peak: int | None,
-) -> Row:
-    problem = layer.problem
-    forward, backward = (median(part) for part in zip(*(marks.seconds() for marks in variant.marks), strict=True))
-    return row_of(
-        cell.cell,
-        spread,
-        useful_flop(cell, problem, dense=name == "dense"),
-        cell=cell.id,
-        **cell.cell.facts,
-        variant=name,
-        device=variant.inputs[0].device.type,
-        inputs="rotated" if problem.rotated else "warm",
-        max_error=error,
-        mode=cell.mode,
-        forward_s=forward,
-        backward_s=backward,
-        saved_bytes=saved,
-        peak_bytes=peak,
-    )

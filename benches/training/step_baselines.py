@@ -1,4 +1,4 @@
-"""Whole steps of ResNet-26 with each variant's convolutions: one domain, the same weights and switches."""
+"""ResNet-26 with the convolutions of each variant: one domain, the same weights and switches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ ON, OFF = 1.0, -1.0
 
 
 class MaskedSwitchConv2d(nn.Module):
-    """A convolution of x times binary switches, trained by the straight-through estimator: plain autograd."""
+    """A convolution of x times binary switches with the straight-through estimator, by plain autograd."""
 
     def __init__(self, conv: nn.Conv2d, score: Tensor) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class MaskedSwitchConv2d(nn.Module):
 
 
 class NaiveSwitchConv2d(nn.Module):
-    """A convolution of the listed channels, copied out of input and weight in every call; it trains no switches."""
+    """A convolution of channels copied from input and weight in every call; it trains no switches."""
 
     on: Tensor
 
@@ -53,7 +53,7 @@ class NaiveSwitchConv2d(nn.Module):
         return F.conv2d(x.index_select(1, self.on), weight, None, self.stride, self.padding)
 
 
-REPLACED: dict[str, Callable[[nn.Conv2d, Tensor], nn.Module]] = {
+LAYERS: dict[str, Callable[[nn.Conv2d, Tensor], nn.Module]] = {
     "masked": MaskedSwitchConv2d,
     "naive": NaiveSwitchConv2d,
 }
@@ -61,62 +61,64 @@ REPLACED: dict[str, Callable[[nn.Conv2d, Tensor], nn.Module]] = {
 
 @lru_cache(maxsize=1)
 def plain() -> nn.Module:
-    """Return the plain network with random weights, in training mode, nchw."""
+    """Return the plain network with random weights, in training mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NETWORKS["resnet26"][0]().train()
-        # Statistics of the photographs, from which batch norms go on.
+        # Gives batch norms the statistics of the photographs.
         model(batches(SIZE, CROPS, count=1)[0])
     return model
 
 
 def scores(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
-    """Draw scores for every convolution that gets switches; exactly density x channels of each are on."""
-    found = {}
+    """Draw scores for every convolution with switches; exactly density x channels of each are on."""
+    result = {}
     for name, index in in_lists(model, density, seed).items():
         conv: Any = model.get_submodule(name)
-        found[name] = torch.full((conv.in_channels,), OFF)
-        found[name][index.long()] = ON
-    return found
+        result[name] = torch.full((conv.in_channels,), OFF)
+        result[name][index.long()] = ON
+    return result
 
 
-def switched(model: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    """Convert a copy of a plain network through the package, with these scores."""
+def switched(model: nn.Module, scores: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of a plain network converted by the package, with these scores."""
     bk = ours.package()
-    made = bk.nn.switch_(copy.deepcopy(model), [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD)
-    bk.set_domain(made, DOMAIN)
+    converted: Any = bk.nn.switch_(
+        copy.deepcopy(model), [DOMAIN], lambda module, name: name != STEM, threshold=THRESHOLD
+    )
+    bk.set_domain(converted, DOMAIN)
     with torch.no_grad():
-        for name, score in given.items():
-            made.get_submodule(name).domains[DOMAIN].score.copy_(score)
-    return made
+        for name, score in scores.items():
+            converted.get_submodule(name).domains[DOMAIN].score.copy_(score)
+    return converted
 
 
-def replaced(model: nn.Module, given: dict[str, Tensor], name: str) -> nn.Module:
-    """Convert a copy of a plain network to a variant's own convolutions with these scores."""
-    made = copy.deepcopy(model)
-    for where, score in given.items():
-        parent, _, child = where.rpartition(".")
-        owner = made.get_submodule(parent)
-        setattr(owner, child, REPLACED[name](getattr(owner, child), score))
-    return made
+def replaced(model: nn.Module, scores: dict[str, Tensor], name: str) -> nn.Module:
+    """Return a copy of a plain network with the convolutions of a variant and these scores."""
+    model = copy.deepcopy(model)
+    for path, score in scores.items():
+        parent, _, child = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, LAYERS[name](getattr(owner, child), score))
+    return model
 
 
-def network(name: str, given: dict[str, Tensor]) -> Any:
-    """One variant's network: ``dense``, of `REPLACED`, or the package's own under any of its backends."""
+def network(name: str, scores: dict[str, Tensor]) -> Any:
+    """Return the network of a variant: ``dense``, of `LAYERS`, or converted by the package."""
     if name == "dense":
         return copy.deepcopy(plain())
-    return replaced(plain(), given, name) if name in REPLACED else switched(plain(), given)
+    return replaced(plain(), scores, name) if name in LAYERS else switched(plain(), scores)
 
 
 def freeze(model: nn.Module) -> None:
-    """Take all convolution weights out of training."""
+    """Freeze all convolution weights."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, MaskedSwitchConv2d, NaiveSwitchConv2d)):
             module.weight.requires_grad_(False)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that are trained, under names that all variants share."""
+    """Yield the trained parameters under names that all variants share."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name.replace(f"domains.{DOMAIN}.", ""), parameter

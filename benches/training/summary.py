@@ -1,4 +1,4 @@
-"""What the rows of training say together: means by setting, and the targets."""
+"""Aggregates of the rows of training: means by setting, and the targets."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,17 +13,13 @@ BASES = ("masked", "dense", "naive")
 # Speed-up over masked autograd by mode and density, geometric mean over the layers.
 LAYER_TARGETS = {"frozen": {0.75: 1.15, 0.5: 1.35, 0.25: 1.6}, "trained": {0.75: 1.15, 0.5: 1.4, 0.25: 1.8}}
 STEP_TARGETS = {"frozen": {0.75: 1.2, 0.5: 1.6, 0.25: 2.2}, "trained": {0.75: 1.2, 0.5: 1.6, 0.25: 2.4}}
-MOST_MEMORY = 1.0
-LAYER, WHOLE_STEP, MEMORY = (
-    "layer over masked autograd",
-    "step over masked autograd",
-    "peak memory of masked autograd's",
-)
+MAX_MEMORY_RATIO = 1.0
+LAYER, WHOLE_STEP, MEMORY = "layer over masked autograd", "step over masked autograd", "peak memory over masked"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a mean is taken over all layers of; batches are those of the networks."""
+    """The cells that one mean covers; the batch is that of the network."""
 
     layout: str
     mode: str
@@ -42,13 +38,13 @@ class Mean:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured."""
+    """A target with the measured ratio."""
 
     title: str
     setting: Setting
     count: int
-    wanted: float
-    figure: float
+    goal: float
+    ratio: float
     met: bool
 
 
@@ -58,8 +54,8 @@ def setting_of(row: Row) -> Setting:
 
 
 def settings(rows: Iterable[Row]) -> list[Setting]:
-    """Settings that occur, in order of layout, mode and falling density."""
-    return sorted({setting_of(row) for row in rows}, key=lambda s: (s.layout, MODES.index(s.mode), -s.density))
+    """All settings, in order of layout, mode and falling density."""
+    return sorted(set(map(setting_of, rows)), key=lambda s: (s.layout, MODES.index(s.mode), -s.density))
 
 
 def step_rows(rows: Iterable[Row]) -> list[Row]:
@@ -68,15 +64,14 @@ def step_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def ratios(
-    rows: Sequence[Row], setting: Setting, variant: str, base: str, of: Callable[[Row], float | None]
+    rows: Sequence[Row], setting: Setting, variant: str, base: str, quantity: Callable[[Row], float | None]
 ) -> Mean | None:
-    """Mean over the cells of a setting of a figure of ``base`` over that of ``variant``; None where neither has it."""
-    mine = [row for row in rows if setting_of(row) == setting]
-    found: dict[str, dict[str, float]] = {}
-    for row in mine:
-        if (value := of(row)) is not None and row.variant in (variant, base):
-            found.setdefault(row.cell, {})[row.variant] = value
-    values = [pair[base] / pair[variant] for pair in found.values() if len(pair) == 2 and pair[variant] > 0]
+    """Mean over the cells of a setting of the base's quantity over the variant's; None if no cell has both."""
+    by_cell: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if setting_of(row) == setting and (value := quantity(row)) is not None and row.variant in (variant, base):
+            by_cell.setdefault(row.cell, {})[row.variant] = value
+    values = [pair[base] / pair[variant] for pair in by_cell.values() if len(pair) == 2 and pair[variant] > 0]
     return Mean(geomean(values), min(values), max(values), len(values)) if values and min(values) > 0 else None
 
 
@@ -85,32 +80,30 @@ def speedup(rows: Sequence[Row], setting: Setting, variant: str, base: str) -> M
     return ratios(rows, setting, variant, base, lambda row: row.p50_s)
 
 
-def peak_share(rows: Sequence[Row], setting: Setting, variant: str = OURS) -> Mean | None:
-    """A variant's peak memory as a share of the reference's."""
-    return ratios(rows, setting, REFERENCE, variant, lambda row: float(row.peak_bytes) if row.peak_bytes else None)
+def peak_ratio(rows: Sequence[Row], setting: Setting, variant: str = OURS) -> Mean | None:
+    """Peak memory of a variant over that of the reference."""
+    return ratios(rows, setting, REFERENCE, variant, lambda row: row.peak_bytes or None)
 
 
 def backends(rows: Iterable[Row]) -> list[str]:
-    """Ours first, then the backends that were named."""
+    """The backends that were timed, ``auto`` first."""
     present = {row.variant for row in rows}
-    return [name for name in (OURS, *(name for name in BACKENDS if name != OURS)) if name in present]
+    return [name for name in dict.fromkeys((OURS, *BACKENDS)) if name in present]
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Targets, which are of CPUs, beside the figures; of memory, the largest share of any cell decides."""
+    """Targets, which apply to CPUs, with the measured ratios; for memory the largest ratio of a cell decides."""
     rows = [row for row in rows if row.device == "cpu"]
-    found = []
-    groups = ((LAYER, layer_rows(rows), LAYER_TARGETS), (WHOLE_STEP, step_rows(rows), STEP_TARGETS))
-    for title, counted, targets in groups:
+    speed, memory = [], []
+    for title, counted, goals in (
+        (LAYER, layer_rows(rows), LAYER_TARGETS),
+        (WHOLE_STEP, step_rows(rows), STEP_TARGETS),
+    ):
         for setting in settings(counted):
-            mean, wanted = speedup(counted, setting, OURS, REFERENCE), targets[setting.mode].get(setting.density)
-            if mean and wanted:
-                found.append(Verdict(title, setting, mean.count, wanted, mean.value, mean.value >= wanted))
-    for title, counted, _ in groups:
-        for setting in settings(counted):
-            if share := peak_share(counted, setting):
-                name = f"{title.split()[0]}, {MEMORY}"
-                found.append(
-                    Verdict(name, setting, share.count, MOST_MEMORY, share.largest, share.largest <= MOST_MEMORY)
-                )
-    return found
+            mean, goal = speedup(counted, setting, OURS, REFERENCE), goals[setting.mode].get(setting.density)
+            if mean and goal:
+                speed.append(Verdict(title, setting, mean.count, goal, mean.value, mean.value >= goal))
+            if peak := peak_ratio(counted, setting):
+                name, met = f"{title.split()[0]}, {MEMORY}", peak.largest <= MAX_MEMORY_RATIO
+                memory.append(Verdict(name, setting, peak.count, MAX_MEMORY_RATIO, peak.largest, met))
+    return speed + memory

@@ -28,23 +28,23 @@ def _tiny() -> nn.Module:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a network that takes no time."""
+    """Name of a small network."""
     monkeypatch.setitem(networks.NETWORKS, "tiny", (_tiny, 16))
     yield "tiny"
     ours.package().use_backend("auto")
-    ours.forget_packed()
+    ours.clear_packed()
 
 
-def test_cells_of_all_networks() -> None:
-    few = network_cells((1, 8), (0.5,), ("nchw",))
-    assert [cell.network for cell in few] == ["resnet50", "resnet26"] * 2
-    every = network_cells((1,), (0.75, 0.5), ("nchw",), list(networks.NETWORKS))
-    assert len({cell.id for cell in every}) == len(every) == 2 * len(networks.NETWORKS) == 8
-    assert every[0].density == 0.5
+def test_network_cells_are_unique_and_begin_with_half_density() -> None:
+    default = network_cells((1, 8), (0.5,), ("nchw",))
+    assert [cell.network for cell in default] == ["resnet50", "resnet26"] * 2
+    cells = network_cells((1,), (0.75, 0.5), ("nchw",), list(networks.NETWORKS))
+    assert len({cell.id for cell in cells}) == len(cells) == 2 * len(networks.NETWORKS) == 8
+    assert cells[0].density == 0.5
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS)
-def test_networks_take_their_images(network: str) -> None:
+def test_networks_accept_their_image_size(network: str) -> None:
     build, size = networks.NETWORKS[network]
     with torch.device("meta"):
         y = build().eval()(torch.empty(2, 3, size, size))
@@ -52,47 +52,50 @@ def test_networks_take_their_images(network: str) -> None:
     assert y.dim() == 2
 
 
-def test_rows_of_a_network(tiny: str) -> None:
-    bench = NetworkBench(CPU, "float32", 4, lambda cell, names, dtype: dict.fromkeys(names, 1000))
+def test_network_rows_have_errors_and_peaks(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The small network does not exist in a new process.
+    monkeypatch.setattr(networks, "can_measure_peak", lambda: True)
+    monkeypatch.setattr(networks, "in_fresh_process", lambda *arguments: 1000)
+    bench = NetworkBench(CPU, "float32", 4, peaks=True)
     names = ["dense", "masked", "planned", "ordered", "pruned"]
-    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), names, 0.0)
-    assert [row.variant for row in made] == names
-    assert all(row.rounds == 4 and row.peak_bytes == 1000 and row.vs_masked for row in made)
-    assert all(0 < row.max_error < 1e-3 for row in made[1:])
-    assert made[4].weight_bytes < made[0].weight_bytes  # type: ignore[operator]
-    (table,) = [one for one in report.tables(HEADER, made) if one.title == "Whole networks"]
+    of_bench = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), names, 0.0)
+    assert [row.variant for row in of_bench] == names
+    assert all(row.rounds == 4 and row.peak_bytes == 1000 and row.vs_masked for row in of_bench)
+    assert all(0 < row.max_error < 1e-3 for row in of_bench[1:])
+    assert of_bench[4].weight_bytes < of_bench[0].weight_bytes  # type: ignore[operator]
+    (table,) = [table for table in report.tables(HEADER, of_bench) if table.title == "Whole networks"]
     assert len(table.rows) == len(names)
 
 
-def test_wrong_logits_are_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_logits_raise(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "mask_", lambda model, lists: model)
     with pytest.raises(gate.WrongResultError, match="logits of planned on tiny"):
         NetworkBench(CPU, "float32").rows(NetworkCell(tiny, 1, 0.5, "nchw"), ["planned"], 0.0)
 
 
 @pytest.mark.slow
-def test_compiled_networks(tiny: str) -> None:
+def test_compiled_dense_network_is_reused(tiny: str) -> None:
     bench = NetworkBench(CPU, "float32", 2)
-    made = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), ["dense", "compiled", "compiled_dense"], 0.0)
-    assert 0 < made[1].max_error < 1e-3
-    assert made[2].gflop == made[0].gflop
-    # The next density takes the same dense network.
-    kept = bench._compiled_dense
+    of_bench = bench.rows(NetworkCell(tiny, 2, 0.5, "channels_last"), ["dense", "compiled", "compiled_dense"], 0.0)
+    assert 0 < of_bench[1].max_error < 1e-3
+    assert of_bench[2].gflop == of_bench[0].gflop
+    # The next density reuses the dense network.
+    compiled_dense = bench._compiled_dense
     bench.rows(NetworkCell(tiny, 2, 0.25, "channels_last"), ["compiled_dense"], 0.0)
-    assert bench._compiled_dense is kept
+    assert bench._compiled_dense is compiled_dense
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compiled_for_one_batch_each() -> None:
+def test_frozen_compiles_for_each_batch() -> None:
     model = _tiny().eval()
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)
         torch.testing.assert_close(compiled.frozen(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", memory_of_domains.BASELINES)
-def test_a_network_that_serves_domains(tiny: str, variant: str) -> None:
+@pytest.mark.parametrize("variant", memory_of_domains.VARIANTS)
+def test_domains_row_has_times_and_memory(tiny: str, variant: str) -> None:
     serving = Serving(tiny, 3, 0.5, 2, "channels_last", "float32")
     assert serving.id == "tiny-b2-domains3-d50-in-channels_last"
     row = timed_row(serving, variant, (2**20, 2**19))
@@ -103,9 +106,9 @@ def test_a_network_that_serves_domains(tiny: str, variant: str) -> None:
     assert row.forward_s > 0  # type: ignore[operator]
 
 
-def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> None:
-    held = {}
-    for variant in memory_of_domains.BASELINES:
+def test_weight_bytes_include_packed_weights(tiny: str) -> None:
+    sizes = {}
+    for variant in memory_of_domains.VARIANTS:
         served = Served(Serving(tiny, 3, 0.5, 1, "nchw", "float32"), variant)
         with torch.inference_mode():
             served.build()
@@ -114,44 +117,43 @@ def test_small_networks_hold_less_each_and_packed_weights_count(tiny: str) -> No
                 served.switch(name)
                 served.active(served.inputs[0])
             served.finish()
-        held[variant] = served.weight_bytes()
+        sizes[variant] = served.weight_bytes()
         if variant == "pruned":
-            assert held[variant] < 3 * shared
+            assert sizes[variant] < 3 * shared
         else:
-            assert held[variant] > shared
-        ours.forget_packed()
+            assert sizes[variant] > shared
+        ours.clear_packed()
 
 
-def test_a_domain_with_wrong_logits_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_domain_with_wrong_logits_raises(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_of_domains, "mask_", lambda model, lists: model)
-    with pytest.raises(gate.WrongResultError, match=r"planned on tiny-b1-domains2-d50-in-nchw differs by"):
+    with pytest.raises(gate.WrongResultError, match="logits of planned on tiny-b1-domains2-d50-in-nchw to equal"):
         timed_row(Serving(tiny, 2, 0.5, 1, "nchw", "float32"), "planned", None)
 
 
-def test_command_of_domains(
+def test_memory_of_domains_command(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A process of its own would not know the tiny network.
+    # The small network does not exist in a new process.
     monkeypatch.setattr(memory_of_domains, "can_measure_peak", lambda: False)
     monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
     arguments = ["--out", str(tmp_path), "--network", tiny, "--domains", "2", "--batch", "1"]
     assert memory_of_domains.main(arguments) == 0
     assert "Several domains" in capsys.readouterr().out
-    _, made = rows.read_json(tmp_path / "results.json")
-    assert [(row.variant, row.case, row.domains) for row in made] == [
-        (p, "domains", 2) for p in memory_of_domains.BASELINES
-    ]
+    _, of_file = rows.read_json(tmp_path / "results.json")
+    expected = [(name, "domains", 2) for name in memory_of_domains.VARIANTS]
+    assert [(row.variant, row.case, row.domains) for row in of_file] == expected
     assert memory_of_domains.main([*arguments[:-1], "0"]) == 1
     assert "expected --domains and --batch from 1" in capsys.readouterr().out
 
 
-def test_study_of_named_networks(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_measures_requested_networks(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--no-layers", "--networks", tiny, "--variants", "dense,masked,planned"]
     arguments += ["--density", "0.5", "--batch", "2", "--layout", "nchw", "--rounds", "3"]
     assert study.main(arguments) == 0
-    _, made = rows.read_json(tmp_path / "results.json")
-    assert [row.variant for row in made] == ["dense", "masked", "planned"]
-    assert {row.cell for row in made} == {"tiny-b2-network-d50-in-nchw"}
+    _, of_file = rows.read_json(tmp_path / "results.json")
+    assert [row.variant for row in of_file] == ["dense", "masked", "planned"]
+    assert {row.cell for row in of_file} == {"tiny-b2-network-d50-in-nchw"}
     assert study.main(["--out", str(tmp_path), "--no-layers", "--networks", "resnet27"]) == 1
     assert "expected `--networks` to be of resnet50, resnet26" in capsys.readouterr().out.replace("\n", " ")
     assert study.main([*arguments[:-1], "0"]) == 1

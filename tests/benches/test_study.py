@@ -1,7 +1,8 @@
-"""The speed-up study's own parts: frozen cases, rows, gate, variants, arithmetic, report and command line."""
+"""The speed-up study: cases, rows, gate, variants, aggregates, report and command line."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -16,25 +17,24 @@ import pytest
 import torch
 from torch import nn
 
-# Where the packages of the study are missing, there is nothing to test.
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benches import baselines, gate, memory, ours, report, rows, study, summary, timers
 from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
-from benches.machine import Roof
+from benches.machine import Roofline
 from benches.measure import Bench
 from benches.networks import NETWORKS, MaskedInputConv2d, in_lists, mask_
 
 CPU = torch.device("cpu")
 SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")
-PYTORCH_VARIANTS = ("dense", "masked", "naive", "best", "oracle", "oracle8")
+PYTORCH_VARIANTS = ("dense", "masked", "naive", "gather_conv", "oracle", "oracle8")
 
 
 @pytest.mark.parametrize("network", ["resnet50", "resnet26"])
 def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
     build, size = NETWORKS[network]
-    seen: Counter[tuple[int, ...]] = Counter()
+    counts: Counter[tuple[int, ...]] = Counter()
 
     def hook(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         H, W = inputs[0].shape[2:]
@@ -44,7 +44,7 @@ def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
         assert conv.dilation == (1, 1)
         assert conv.groups == 1
         assert conv.bias is None
-        seen[(H, W, conv.in_channels, conv.out_channels, k, conv.stride[0], *output.shape[2:])] += 1
+        counts[(H, W, conv.in_channels, conv.out_channels, k, conv.stride[0], *output.shape[2:])] += 1
 
     with torch.device("meta"):
         model = build().eval()
@@ -52,13 +52,13 @@ def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(hook)
         model(torch.empty(1, 3, size, size))
-    frozen = {
+    table = {
         (c.H, c.W, c.C_in, c.C_out, c.kernel, c.stride, *c.output_size): c.count for c in CASES if c.network == network
     }
-    assert dict(seen) == frozen
+    assert dict(counts) == table
 
 
-def test_cells_cover_every_setting_once() -> None:
+def test_full_cells_cover_every_setting_once() -> None:
     cells = full_cells()
     assert len(cells) == len(CASES) * len(BATCHES) * len(DENSITIES) * len(LISTS) * len(LAYOUTS)
     assert len({cell.id for cell in cells}) == len(cells)
@@ -66,7 +66,7 @@ def test_cells_cover_every_setting_once() -> None:
     assert "resnet50-b1-56x56-64-64-k3s1-d50-in-nchw" in {cell.id for cell in cells}
 
 
-def test_lists_are_sorted_unique_and_fixed_by_the_case() -> None:
+def test_lists_are_sorted_unique_and_depend_on_the_case_alone() -> None:
     cell = replace(SMALL, lists="both", density=0.25)
     in_index, out_index = cell.channel_lists()
     assert in_index.dtype == torch.int32
@@ -78,59 +78,28 @@ def test_lists_are_sorted_unique_and_fixed_by_the_case() -> None:
     assert not torch.equal(in_index, out_index)
 
 
-def make_row(**changes: object) -> rows.Row:
-    cell = changes.pop("of", SMALL)
-    assert isinstance(cell, Cell)
-    values: dict[str, object] = {
-        "network": cell.case.network,
-        "case": cell.case.shape,
-        "cell": cell.id,
-        "variant": "auto",
-        "candidate": "",
-        "device": "cpu",
-        "dtype": "float32",
-        "layout": cell.layout,
-        "batch": cell.batch,
-        "density": cell.density,
-        "lists": cell.lists,
-        "seed": cell.seed,
-        "threads": 2,
-        "inputs": "rotated",
-        "rounds": 5,
-        "p20_s": 0.9e-3,
-        "p50_s": 1e-3,
-        "p80_s": 1.1e-3,
-        "max_error": 1e-6,
-        "C_in": cell.case.C_in,
-        "C_out": cell.case.C_out,
-        "H": cell.case.H,
-        "W": cell.case.W,
-        "kernel": cell.case.kernel,
-        "stride": cell.case.stride,
-        "K_in": cell.K_in,
-        "K_out": cell.K_out,
-        "gflop": 1.0,
-        "bytes": 10,
-        "flop_per_s": 1e12,
-        "roof_share": 0.5,
-    }
-    return rows.Row(**{**values, **changes})  # type: ignore[arg-type]
+def make_row(of: Cell = SMALL, p50_s: float = 1e-3, **changes: object) -> rows.Row:
+    fields: dict[str, object] = {"variant": "auto", "network": of.case.network, "inputs": "rotated", "max_error": 1e-6}
+    fields |= {**of.row_fields, "bytes": 10, "roofline_share": 0.5}
+    return rows.row_of(of, timers.Spread(0.9 * p50_s, p50_s, 1.1 * p50_s, 5), 1e9, **{**fields, **changes})
 
 
 def synthetic(cells: list[Cell]) -> list[rows.Row]:
-    """Rows of a machine on which time is as simple as its variants' definitions."""
+    """Rows with times that are simple functions of the density."""
     cost = {"dense": lambda c: 1.0, "masked": lambda c: 1.1, "naive": lambda c: c.density + 0.4}
-    cost |= {"best": lambda c: c.density + 0.1, "oracle": lambda c: c.density, "auto": lambda c: 0.9 * c.density}
+    cost |= {"gather_conv": lambda c: c.density + 0.1, "oracle": lambda c: c.density, "auto": lambda c: 0.9 * c.density}
     cost |= {"native": lambda c: 0.8 * c.density}
-    made = []
-    for cell in cells:
-        mine = [make_row(of=cell, variant=variant, p50_s=1e-3 * of(cell)) for variant, of in cost.items()]
-        made += rows.with_ratios(mine)
-    return made
+    return [
+        row
+        for cell in cells
+        for row in rows.with_ratios(
+            make_row(of=cell, variant=variant, p50_s=1e-3 * seconds(cell)) for variant, seconds in cost.items()
+        )
+    ]
 
 
 HEADER = {
-    "same": {
+    "environment": {
         "commit": "abc",
         "cpu": "a | b <c>",
         "threads": 2,
@@ -143,30 +112,34 @@ HEADER = {
     "system": "Linux",
     "started": "now",
     "dtype": "float32",
-    "roof": {"matmul_flop_per_s": 1e11, "register_flop_per_s": None, "bytes_per_s": 1e10, "flop_per_s": 1e11},
+    "roofline": {"matmul_flop_per_s": 1e11, "register_flop_per_s": None, "bytes_per_s": 1e10, "flop_per_s": 1e11},
     "build": {},
 }
 
 
-def test_rows_survive_json_and_csv(tmp_path: Path) -> None:
-    made = [*synthetic([SMALL]), make_row(C_in=None, kernel=None, roof_share=None, weight_bytes=3, candidate="a+b")]
-    rows.write_json(tmp_path / "r.json", HEADER, made)
-    rows.write_csv(tmp_path / "r.csv", made)
-    assert rows.read_json(tmp_path / "r.json") == (HEADER, made)
-    assert rows.read_csv(tmp_path / "r.csv") == made
+def test_rows_are_equal_after_json(tmp_path: Path) -> None:
+    of_cell = [
+        *synthetic([SMALL]),
+        make_row(C_in=None, kernel=None, roofline_share=None, weight_bytes=3, candidate="a+b"),
+    ]
+    rows.write_json(tmp_path / "r.json", HEADER, of_cell)
+    rows.write_csv(tmp_path / "r.csv", of_cell)
+    assert rows.read_json(tmp_path / "r.json") == (HEADER, of_cell)
+    with (tmp_path / "r.csv").open() as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == [row.variant for row in of_cell]
 
 
-def test_rows_of_another_schema_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"from_dict\(\): expected `values`.*variantless"):
-        rows.from_dict({"variantless": 1})
+def test_rows_of_another_schema_raise() -> None:
+    with pytest.raises(ValueError, match=r"from_dict\(\): expected `values`.*unknown_field"):
+        rows.from_dict({"unknown_field": 1})
 
 
-def test_ratios_are_medians_over_medians() -> None:
+def test_speedups_are_ratios_of_medians() -> None:
     dense, fast = rows.with_ratios([make_row(variant="dense", p50_s=2.0), make_row(variant="native", p50_s=0.5)])
     assert (fast.vs_dense, dense.vs_dense, fast.vs_oracle) == (4.0, 1.0, None)
 
 
-def test_journal_goes_on_and_drops_half_a_line(tmp_path: Path) -> None:
+def test_journal_continues_and_drops_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     first = rows.Journal(path, HEADER)
     first.append([make_row(variant="dense"), make_row(variant="native")])
@@ -176,49 +149,48 @@ def test_journal_goes_on_and_drops_half_a_line(tmp_path: Path) -> None:
     second.append([make_row(variant="dense", p50_s=7.0), make_row(variant="native")])
     third = rows.Journal(path, HEADER)
     assert [(row.variant, row.p50_s) for row in third.rows] == [("dense", 7.0), ("native", 1e-3)]
-    assert third.done == {row.key for row in second.rows}
 
 
-def test_journal_refuses_another_build(tmp_path: Path) -> None:
+def test_journal_of_another_build_raises(tmp_path: Path) -> None:
     rows.Journal(tmp_path / "rows.jsonl", HEADER)
     with pytest.raises(ValueError, match=r"another commit.*--out"):
-        rows.Journal(tmp_path / "rows.jsonl", {**HEADER, "same": {**HEADER["same"], "commit": "def"}})  # type: ignore[dict-item]
+        rows.Journal(tmp_path / "rows.jsonl", {**HEADER, "environment": {**HEADER["environment"], "commit": "def"}})  # type: ignore[dict-item]
 
 
-def test_journal_refuses_times_that_are_none(tmp_path: Path) -> None:
+def test_journal_with_nan_time_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="p50_s"):
         rows.Journal(tmp_path / "rows.jsonl", HEADER).append([make_row(p50_s=math.nan)])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lists", LISTS)
-def test_variants_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
-    bench = Bench(CPU, "float32", Roof(1e11, None, 1e10))
+def test_baselines_are_right_on_every_kind_of_case(layout: str, lists: str) -> None:
+    bench = Bench(CPU, "float32", Roofline(1e11, None, 1e10))
     for shape in ("8x8-256-256-k3s1", "7x7-512-2048-k1s1", "28x28-256-256-k3s2", "14x14-1024-2048-k1s2"):
         case = next(case for case in CASES if case.shape == shape)
-        made = bench.rows(Cell(case, 1, 0.25, lists, layout), PYTORCH_VARIANTS, seconds=0)
-        assert [row.variant for row in made] == ["dense", "masked", "naive", "best", "oracle"]
-        assert all(0 < row.max_error < 1e-4 and row.p20_s <= row.p50_s <= row.p80_s for row in made)
-        assert made[0].gflop == pytest.approx(made[1].gflop * (4 if lists == "in" else 16))  # type: ignore[operator]
-        assert all(row.inputs == "rotated" and row.rounds >= 5 for row in made)
+        measured = bench.rows(Cell(case, 1, 0.25, lists, layout), PYTORCH_VARIANTS, seconds=0)
+        assert [row.variant for row in measured] == ["dense", "masked", "naive", "gather_conv", "oracle"]
+        assert all(0 < row.max_error < 1e-4 and row.p20_s <= row.p50_s <= row.p80_s for row in measured)
+        assert measured[0].gflop == pytest.approx(measured[1].gflop * (4 if lists == "in" else 16))  # type: ignore[operator]
+        assert all(row.inputs == "rotated" and row.rounds >= 5 for row in measured)
 
 
-def test_oracle8_is_padded_where_counts_are_odd() -> None:
+def test_oracle8_is_timed_for_odd_channel_counts() -> None:
     stem = next(case for case in CASES if case.C_in == 3 and case.network == "resnet26")
-    made = Bench(CPU, "float32").rows(Cell(stem, 1, 0.5, "both", "nchw"), PYTORCH_VARIANTS, seconds=0)
-    assert [row.variant for row in made][-1] == "oracle8"
+    measured = Bench(CPU, "float32").rows(Cell(stem, 1, 0.5, "both", "nchw"), PYTORCH_VARIANTS, seconds=0)
+    assert [row.variant for row in measured][-1] == "oracle8"
 
 
-def test_gate_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_list_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(CPU, "float32")
-    right = baselines.prepare
+    prepare = baselines.prepare
 
     def wrong(
         name: str, problem: baselines.Problem, clock: baselines.Clock, pool_share: float = 1.0
     ) -> baselines.Variant:
-        variant = right(name, problem, clock, pool_share)
+        variant = prepare(name, problem, clock, pool_share)
         if name == "naive":
-            # One channel of the list is off by one.
+            # One channel of the list is wrong.
             index = problem.in_index.clone()
             index[3] = index[2] + 1 if index[3] != index[2] + 1 else index[4]
             weight = problem.sliced_weight
@@ -231,7 +203,7 @@ def test_gate_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.01])
-def test_gate_refuses_values(value: float) -> None:
+def test_nan_infinite_and_wrong_values_raise(value: float) -> None:
     reference = torch.ones(4, dtype=torch.float64)
     result = torch.ones(4)
     assert gate.check("x", result, reference, 100) == 0
@@ -240,83 +212,85 @@ def test_gate_refuses_values(value: float) -> None:
         gate.check("x", result, reference, 100)
 
 
-def test_gate_refuses_shapes_and_layouts() -> None:
+def test_wrong_shape_and_layout_raise() -> None:
     with pytest.raises(gate.WrongResultError, match="shape"):
         gate.check("x", torch.ones(2), torch.ones(3, dtype=torch.float64), 1)
     with pytest.raises(gate.WrongResultError, match="channels_last"):
         gate.check_layout("x", torch.ones(1, 2, 3, 3), "channels_last")
 
 
-def test_tolerance_grows_with_length_and_type() -> None:
+def test_tolerance_grows_with_length_and_half_precision() -> None:
     assert gate.tolerance(torch.float32, 400, 1.0) == pytest.approx(2 * gate.tolerance(torch.float32, 100, 1.0))
     assert gate.tolerance(torch.bfloat16, 100, 1.0) > 2**-8
 
 
-def test_rounds_interleave_and_rotate() -> None:
+def test_interleave_shuffles_rounds_and_rotates_inputs() -> None:
     order: list[tuple[str, int]] = []
     pool = [torch.tensor(i) for i in range(5)]
 
     def entry(name: str) -> timers.Timed:
         return timers.Timed(lambda x: order.append((name, int(x))), pool)
 
-    found = timers.interleave({name: entry(name) for name in "abc"}, timers.CpuClock(), 0.0, min_rounds=30)
-    assert {name: len(samples) for name, samples in found.items()} == {"a": 30, "b": 30, "c": 30}
+    samples = timers.interleave({name: entry(name) for name in "abc"}, timers.CpuClock(), 0.0, min_rounds=30)
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 30, "b": 30, "c": 30}
     names = [name for name, _ in order]
     assert all(sorted(names[i : i + 3]) == ["a", "b", "c"] for i in range(0, 90, 3))
     assert [x for _, x in order] == [i % 5 for i in range(90)]
-    # Whoever comes next has met every other before it.
+    # Every variant has followed every other one.
     assert {pair for pair in pairwise(names) if pair[0] != pair[1]} == set(permutations("abc", 2))
 
 
-def test_spread_interpolates() -> None:
+def test_spread_interpolates_percentiles() -> None:
     spread = timers.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (spread.p20, spread.p50, spread.p80) == pytest.approx((2.0, 3.5, 5.0))
 
 
-def test_means_worst_cases_and_losses() -> None:
+def test_means_have_worst_case_and_losses_exceed_noise() -> None:
     cells = [cell for cell in default_cells() if cell.density == 0.5 and cell.lists == "in" and cell.layout == "nchw"][
         :2
     ]
-    slow = make_row(of=cells[0], variant="auto", vs_dense=1.0, vs_best=0.9, candidate="gather")
-    fast = make_row(of=cells[1], variant="auto", vs_dense=4.0, vs_best=0.96)
+    slow = make_row(of=cells[0], variant="auto", vs_dense=1.0, vs_gather_conv=0.9, candidate="gather")
+    fast = make_row(of=cells[1], variant="auto", vs_dense=4.0, vs_gather_conv=0.96)
     (mean,) = summary.means([slow, fast], ["auto"], ["dense"])
     assert (mean.geomean, mean.count, mean.worst, mean.worst_case) == (pytest.approx(2.0), 2, 1.0, cells[0].id)
     assert [(loss.cell, loss.base, loss.candidate) for loss in summary.losses([slow, fast])] == [
-        (cells[0].id, "best", "gather")
+        (cells[0].id, "gather_conv", "gather")
     ]
 
 
-def test_unsteadiness_is_the_median_spread() -> None:
-    made = [make_row(p20_s=1.0, p80_s=spread) for spread in (1.1, 9.0, 1.2)]
-    assert summary.unsteadiness(made) == pytest.approx(1.2)
+def test_unsteadiness_is_median_of_p80_over_p20() -> None:
+    measured = [make_row(p20_s=1.0, p80_s=spread) for spread in (1.1, 9.0, 1.2)]
+    assert summary.unsteadiness(measured) == pytest.approx(1.2)
 
 
-def test_few_channels_stay_out_of_the_means() -> None:
+def test_layers_with_few_channels_are_not_in_means() -> None:
     stem = Cell(next(case for case in CASES if case.C_in == 32), 1, 0.5, "in", "nchw")
     assert summary.means([make_row(of=stem, vs_dense=9.0)], ["auto"]) == []
 
 
-def test_verdicts() -> None:
-    made = synthetic(default_cells())
-    found = {
-        (v.target.title, v.setting.layout, v.setting.density): v for v in summary.verdicts(made, ["native", "auto"])
+def test_verdicts_compare_speedups_with_targets() -> None:
+    measured = synthetic(default_cells())
+    verdicts = {
+        (v.target.title, v.setting.layout, v.setting.density): v for v in summary.verdicts(measured, ["native", "auto"])
     }
-    over_dense = found["in over dense", "nchw", 0.5]
-    assert over_dense.figures == pytest.approx({"native": 2.5, "auto": 1 / 0.45})
+    over_dense = verdicts["in over dense", "nchw", 0.5]
+    assert over_dense.speedups == pytest.approx({"native": 2.5, "auto": 1 / 0.45})
     assert over_dense.met
-    assert found["in over oracle, each", "nchw", 0.25].figures["auto"] == pytest.approx(1 / 0.9)
-    assert not found["both over dense", "channels_last", 0.25].met
-    assert found["1x1 in over naive", "channels_last", 0.25].count == sum(c.kernel == 1 and c.C_in >= 64 for c in CASES)
-    assert ("1x1 in over naive", "nchw", 0.25) not in found
+    assert verdicts["in over oracle, each", "nchw", 0.25].speedups["auto"] == pytest.approx(1 / 0.9)
+    assert not verdicts["both over dense", "channels_last", 0.25].met
+    assert verdicts["1x1 in over naive", "channels_last", 0.25].count == sum(
+        c.kernel == 1 and c.C_in >= 64 for c in CASES
+    )
+    assert ("1x1 in over naive", "nchw", 0.25) not in verdicts
 
 
-def test_report_from_rows_alone(tmp_path: Path) -> None:
-    made = synthetic(default_cells())
+def test_report_has_tables_plots_and_files(tmp_path: Path) -> None:
+    every = synthetic(default_cells())
     for batch in BATCHES:
         cell = {"network": "resnet26", "case": summary.WHOLE_NETWORK, "cell": f"n{batch}", "batch": batch, "C_in": None}
-        made += rows.with_ratios([make_row(variant=variant, **cell) for variant in ("dense", "masked", "auto")])
-    made += [make_row(network=summary.OVERHEAD, case="one", cell="overhead", variant="op", C_in=None)]
-    tables = report.write(tmp_path, HEADER, made)
+        every += rows.with_ratios([make_row(variant=variant, **cell) for variant in ("dense", "masked", "auto")])
+    every += [make_row(network=summary.OVERHEAD, case="one", cell="overhead", variant="op", C_in=None)]
+    tables = report.write(tmp_path, HEADER, every)
     assert {table.title for table in tables} >= {"Targets", "Whole networks", "Time of one call", "Every case"}
     page = (tmp_path / "report.html").read_text()
     assert "a | b &lt;c&gt;" in page
@@ -325,11 +299,11 @@ def test_report_from_rows_alone(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert all((tmp_path / link).exists() for link in re.findall(r"\]\((plots/[^)]+)\)", text))
     assert "| in over dense | nchw b1 | 0.5 | 27 | 1.90 | 2.50 | 2.22 | met |" in text
-    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(made)
-    assert rows.read_csv(tmp_path / "results.csv") == made
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(every)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + len(every)
 
 
-def test_masked_network_ignores_what_is_off() -> None:
+def test_masked_network_ignores_unlisted_channels() -> None:
     model = NETWORKS["resnet26"][0]().eval()
     lists = in_lists(model, 0.5, seed=1)
     assert "conv1" not in lists
@@ -345,8 +319,8 @@ def test_masked_network_ignores_what_is_off() -> None:
 
 
 @pytest.mark.slow
-def test_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = torch.get_num_threads()
+def test_study_continues_after_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = str(torch.get_num_threads())
     arguments = [
         "--out",
         str(tmp_path),
@@ -354,20 +328,20 @@ def test_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "--only",
         "resnet26-b1-8x8.*-d50-in",
         "--variants",
-        "dense,best,oracle",
+        "dense,gather_conv,oracle",
     ]
-    assert study.main([*arguments, "--threads", str(before)]) == 0
+    assert study.main([*arguments, "--threads", threads]) == 0
     path = tmp_path / "rows.jsonl"
     lines = path.read_text().splitlines()
     assert len([line for line in lines if '"C_in": 256' in line]) == 3 * len(LAYOUTS)
-    assert study.main([*arguments, "--threads", str(before)]) == 0
-    # Only the overhead is measured anew.
+    assert study.main([*arguments, "--threads", threads]) == 0
+    # Only the overhead is measured again.
     again = path.read_text().splitlines()
     assert [line for line in again if '"C_in": 256' in line] == [line for line in lines if '"C_in": 256' in line]
     assert "Report:" in capsys.readouterr().out
 
 
-def test_study_says_that_the_package_is_missing(
+def test_study_without_package_reports_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str) -> None:
@@ -375,35 +349,35 @@ def test_study_says_that_the_package_is_missing(
 
     monkeypatch.setattr(ours.importlib, "import_module", missing)
     assert study.main(["--out", str(tmp_path)]) == 1
-    assert "bap_kernels cannot be imported: not built" in capsys.readouterr().out.replace("\n", " ")
+    assert "expected bap_kernels to be importable, got: not built" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_study_names_unknown_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_with_unknown_variant_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["--out", str(tmp_path), "--variants", "dense,fastest"]) == 1
     assert "fastest" in capsys.readouterr().out
 
 
-def test_a_loss_of_auto_is_one_beyond_noise() -> None:
+def test_auto_seems_to_lose_only_beyond_noise() -> None:
     from benches.measure import seems_to_lose
 
-    assert seems_to_lose({"auto": [1.2, 1.2], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
-    assert not seems_to_lose({"auto": [1.04, 1.04], "dense": [2.0, 2.0], "best": [1.0, 1.0]})
+    assert seems_to_lose({"auto": [1.2, 1.2], "dense": [2.0, 2.0], "gather_conv": [1.0, 1.0]})
+    assert not seems_to_lose({"auto": [1.04, 1.04], "dense": [2.0, 2.0], "gather_conv": [1.0, 1.0]})
     assert not seems_to_lose({"native": [3.0], "dense": [1.0]})
 
 
 @pytest.mark.skipif(not memory.can_measure_peak(), reason="malloc is not glibc's")
-def test_freed_memory_is_kept() -> None:
+def test_keep_freed_avoids_page_faults() -> None:
     program = (
         "import resource, torch\nfrom benches import memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    held = [torch.ones(7 << 20) for _ in range(3)]\n"
-        "    del held\n"
+        "    blocks = [torch.ones(7 << 20) for _ in range(3)]\n"
+        "    del blocks\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "memory._settle(1)\n"  # as where peaks are measured: everything is given back
-        "given_back = min(faults() for _ in range(6))\n"
+        "memory._return_freed(1)\n"
+        "returned = min(faults() for _ in range(6))\n"
         "assert memory.keep_freed()\n"
         "kept = [faults() for _ in range(12)][-1]\n"
-        "assert kept < 100 and given_back > 5000, (kept, given_back)\n"
+        "assert kept < 100 and returned > 5000, (kept, returned)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

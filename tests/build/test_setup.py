@@ -1,4 +1,4 @@
-"""The decisions of the build, from plain facts: nothing is compiled here."""
+"""The decisions of the build from descriptions of torch and the machine; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def plan(
     return decide(env or {}, [*SOURCES, *CUDA_SOURCES] if sources is None else sources, torch, platform)
 
 
-def unit_flags(made: BuildPlan) -> dict[str, tuple[str, ...]]:
-    return {unit.source: unit.flags for unit in made.cpu.units}
+def unit_flags(plan: BuildPlan) -> dict[str, tuple[str, ...]]:
+    return {unit.source: unit.flags for unit in plan.cpu.units}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("2.11.0a0+git1", (2, 11, 0)), ("2.9.1", (2, 9, 1)), ("13.0", (13, 0)), ("", ()), ("dev", ())],
 )
-def test_version_tuple(text: str, expected: tuple[int, ...]) -> None:
+def test_version_tuple_has_the_leading_numbers(text: str, expected: tuple[int, ...]) -> None:
     assert version_tuple(text) == expected
 
 
-def test_versions_compare_as_numbers() -> None:
+def test_old_torch_raises() -> None:
     with pytest.raises(BuildError, match=r"expected torch >= 2\.11, got 2\.9\.1"):
         plan(torch=dataclasses.replace(TORCH, version="2.9.1"))
     assert plan(torch=dataclasses.replace(TORCH, version="2.11.0a0")).cpu.built
 
 
-def test_each_microkernel_gets_its_own_flags() -> None:
+def test_microkernels_have_flags_of_their_isa() -> None:
     flags = unit_flags(plan())
     for isa, expected in ISA_FLAGS.items():
         assert flags[f"csrc/backends/cpu/microkernels/tile_{isa}.cpp"] == expected
@@ -70,34 +70,34 @@ def test_each_microkernel_gets_its_own_flags() -> None:
     assert not any("-mavx" in flag for flag in plan().cpu.flags)
 
 
-def test_cuda_sources_stay_out_of_the_cpu_part() -> None:
+def test_cuda_sources_are_compiled_by_nvcc_alone() -> None:
     assert not set(unit_flags(plan())) & set(CUDA_SOURCES)
     assert [unit.source for unit in plan().cuda.units] == CUDA_SOURCES
     assert all(unit.compiler == "nvcc" for unit in plan().cuda.units)
 
 
-def test_other_machines_have_no_microkernels() -> None:
-    made = plan(platform=dataclasses.replace(PLATFORM, machine="aarch64"))
-    assert list(unit_flags(made)) == ["csrc/backends/cpu/conv_kernel.cpp", "csrc/module.cpp"]
-    assert made.cpu.targets == ("none",)
-    assert not any("BAP_KERNELS_HAVE" in flag for flag in made.cpu.flags)
-    assert "aarch64 has no avx2, avx512, avx512bf16" in banner(made)
+def test_aarch64_has_no_microkernels() -> None:
+    result = plan(platform=dataclasses.replace(PLATFORM, machine="aarch64"))
+    assert list(unit_flags(result)) == ["csrc/backends/cpu/conv_kernel.cpp", "csrc/module.cpp"]
+    assert result.cpu.targets == ("none",)
+    assert not any("BAP_KERNELS_HAVE" in flag for flag in result.cpu.flags)
+    assert "aarch64 has no avx2, avx512, avx512bf16" in banner(result)
 
 
-def test_instruction_sets_that_the_compiler_lacks_are_left_out() -> None:
-    made = plan(platform=dataclasses.replace(PLATFORM, compiled_isas=("avx2", "avx512")))
-    assert "csrc/backends/cpu/microkernels/tile_avx512bf16.cpp" not in unit_flags(made)
-    assert "-DBAP_KERNELS_HAVE_AVX512=1" in made.cpu.flags
-    assert "-DBAP_KERNELS_HAVE_AVX512BF16=1" not in made.cpu.flags
-    assert "the compiler lacks avx512bf16" in banner(made)
+def test_isa_without_compiler_support_is_left_out() -> None:
+    result = plan(platform=dataclasses.replace(PLATFORM, compiled_isas=("avx2", "avx512")))
+    assert "csrc/backends/cpu/microkernels/tile_avx512bf16.cpp" not in unit_flags(result)
+    assert "-DBAP_KERNELS_HAVE_AVX512=1" in result.cpu.flags
+    assert "-DBAP_KERNELS_HAVE_AVX512BF16=1" not in result.cpu.flags
+    assert "the compiler lacks avx512bf16" in banner(result)
 
 
-def test_microkernel_without_an_instruction_set_is_refused() -> None:
+def test_microkernel_without_isa_suffix_raises() -> None:
     with pytest.raises(BuildError, match="expected a microkernel to end in _avx2"):
         plan(sources=["csrc/backends/cpu/microkernels/tile.cpp"])
 
 
-def test_links_the_openmp_runtime_of_torch() -> None:
+def test_library_links_openmp_runtime_of_torch() -> None:
     assert plan().cpu.link_flags[-1] == TORCH.openmp_library
     assert plan(torch=dataclasses.replace(TORCH, openmp_library=None)).cpu.link_flags[-1] == "-fopenmp"
 
@@ -111,31 +111,31 @@ def test_links_the_openmp_runtime_of_torch() -> None:
         (TORCH, dataclasses.replace(PLATFORM, nvcc_version=(12, 8)), None, r"nvcc 12\.8 and torch's CUDA 13\.0"),
     ],
 )
-def test_cuda_is_left_out_with_its_reason(
+def test_cuda_is_left_out_with_reason(
     torch: TorchFacts, platform: PlatformFacts, sources: list[str] | None, reason: str
 ) -> None:
-    made = plan(sources=sources, torch=torch, platform=platform)
-    assert made.cpu.built
-    assert not made.cuda.built
+    result = plan(sources=sources, torch=torch, platform=platform)
+    assert result.cpu.built
+    assert not result.cuda.built
     with pytest.raises(BuildError, match=r"BAP_KERNELS_WITH_CUDA=1`, got: .*" + reason):
         plan({"BAP_KERNELS_WITH_CUDA": "1"}, sources, torch, platform)
-    assert made.cuda.reason in banner(made)
+    assert result.cuda.reason in banner(result)
 
 
-@pytest.mark.parametrize(("wish", "built"), [("", True), ("auto", True), ("1", True), ("0", False)])
-def test_wish_for_cuda(wish: str, built: bool) -> None:
-    made = plan({"BAP_KERNELS_WITH_CUDA": wish})
-    assert made.cuda.built is built
-    assert ("NOT built" in banner(made)) is not built
+@pytest.mark.parametrize(("setting", "built"), [("", True), ("auto", True), ("1", True), ("0", False)])
+def test_with_cuda_setting_selects_cuda(setting: str, built: bool) -> None:
+    result = plan({"BAP_KERNELS_WITH_CUDA": setting})
+    assert result.cuda.built is built
+    assert ("NOT built" in banner(result)) is not built
 
 
-def test_only_a_part_that_nobody_demanded_may_fail() -> None:
+def test_only_cuda_by_default_is_optional() -> None:
     assert plan().cuda.optional
     assert not plan({"BAP_KERNELS_WITH_CUDA": "1"}).cuda.optional
     assert not plan().cpu.optional
 
 
-def test_wish_for_cuda_is_checked() -> None:
+def test_invalid_with_cuda_setting_raises() -> None:
     with pytest.raises(BuildError, match="expected `BAP_KERNELS_WITH_CUDA` to be 0, 1 or auto, got 'yes'"):
         plan({"BAP_KERNELS_WITH_CUDA": "yes"})
 
@@ -149,16 +149,16 @@ def test_wish_for_cuda_is_checked() -> None:
         ("8.0;9.0a 12.0+PTX", (13, 0), ("8.0", "9.0a", "12.0+PTX")),
     ],
 )
-def test_cuda_archs(requested: str | None, nvcc: tuple[int, ...], expected: tuple[str, ...]) -> None:
+def test_cuda_archs_follow_request_or_nvcc(requested: str | None, nvcc: tuple[int, ...], expected: tuple[str, ...]) -> None:
     assert cuda_archs(requested, nvcc) == expected
 
 
-def test_cuda_archs_are_checked() -> None:
+def test_invalid_cuda_arch_raises() -> None:
     with pytest.raises(BuildError, match=r"expected `TORCH_CUDA_ARCH_LIST` .* got 'Ampere'"):
         cuda_archs("Ampere", (13, 0))
 
 
-def test_gencode_adds_ptx_where_asked() -> None:
+def test_gencode_flags_have_ptx_if_requested() -> None:
     assert gencode_flags(("8.0", "10.0+PTX")) == (
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_100,code=sm_100",
@@ -166,17 +166,17 @@ def test_gencode_adds_ptx_where_asked() -> None:
     )
 
 
-def test_sanitizer_build_is_separate() -> None:
-    normal, made = plan(), plan({"BAP_KERNELS_SANITIZE": "address,undefined"})
-    assert made.build_dir == "build/sanitize" != normal.build_dir
-    flags = unit_flags(made)
+def test_sanitizer_build_has_its_own_folder_and_reuses_glue() -> None:
+    normal, result = plan(), plan({"BAP_KERNELS_SANITIZE": "address,undefined"})
+    assert result.build_dir == "build/sanitize" != normal.build_dir
+    flags = unit_flags(result)
     assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/conv_kernel.cpp"]
     assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/microkernels/tile_avx2.cpp"]
     assert "-fsanitize=address,undefined" not in flags["csrc/module.cpp"]
     assert not any("-fsanitize" in flag for unit in normal.cpu.units for flag in (*unit.flags, *normal.cpu.flags))
-    assert "-fsanitize=address,undefined" in made.cpu.link_flags
-    assert "-O3" not in made.cpu.flags
-    assert not made.cuda.built
+    assert "-fsanitize=address,undefined" in result.cpu.link_flags
+    assert "-O3" not in result.cpu.flags
+    assert not result.cuda.built
     glue = plan({"BAP_KERNELS_SANITIZE": "address"}, [*SOURCES, "csrc/autograd/conv.cpp"])
     text = ninja_text(glue, glue.cpu)
     assert "csrc/autograd/conv.cpp.o: cxx" not in text
@@ -188,32 +188,32 @@ def test_sanitizer_build_is_separate() -> None:
 @pytest.mark.parametrize(
     ("env", "jobs"), [({}, 4), ({"MAX_JOBS": "3"}, 3), ({"MAX_JOBS": "3", "BAP_KERNELS_MAX_JOBS": "2"}, 2)]
 )
-def test_jobs(env: dict[str, str], jobs: int) -> None:
+def test_jobs_follow_environment(env: dict[str, str], jobs: int) -> None:
     assert plan(env).jobs == jobs
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many"])
-def test_jobs_are_checked(text: str) -> None:
+def test_invalid_jobs_raise(text: str) -> None:
     with pytest.raises(BuildError, match="expected `BAP_KERNELS_MAX_JOBS` to be a positive number"):
         plan({"BAP_KERNELS_MAX_JOBS": text})
 
 
-def test_ninja_file_names_every_object_once_and_links_it() -> None:
-    made = plan()
-    text = ninja_text(made, made.cpu)
+def test_ninja_file_builds_every_object_once_and_links_it() -> None:
+    result = plan()
+    text = ninja_text(result, result.cpu)
     for source in SOURCES:
         assert len(re.findall(rf"_C\.objects/{re.escape(source)}\.o: cxx {re.escape(source)}(?: \| .*)?\n", text)) == 1
-    link = next(line for line in text.splitlines() if line.startswith(f"build {made.build_dir}/_C.so: link"))
+    link = next(line for line in text.splitlines() if line.startswith(f"build {result.build_dir}/_C.so: link"))
     assert all(f"{source}.o" in link for source in SOURCES)
 
 
-def test_torch_headers_are_compiled_once_for_each_set_of_flags() -> None:
-    made = plan()
-    text = ninja_text(made, made.cpu)
-    header = f"{made.build_dir}/_C.header0/precompiled.h.gch"
+def test_header_is_precompiled_once_per_set_of_flags() -> None:
+    result = plan()
+    text = ninja_text(result, result.cpu)
+    header = f"{result.build_dir}/_C.header0/precompiled.h.gch"
     assert text.count(f"build {header}: header csrc/precompiled.h\n") == 1
     assert f"csrc/module.cpp.o: cxx csrc/module.cpp | {header}\n" in text
-    for unit in made.cpu.units:
+    for unit in result.cpu.units:
         assert (unit.precompiled is None) == ("microkernels" in unit.source)
     checked = plan({"BAP_KERNELS_SANITIZE": "address"})
     assert ninja_text(checked, checked.cpu).count(": header ") == 1
@@ -221,7 +221,7 @@ def test_torch_headers_are_compiled_once_for_each_set_of_flags() -> None:
     assert "precompiled" not in ninja_text(other, other.cpu)
 
 
-def test_importing_setup_runs_nothing() -> None:
+def test_importing_setup_builds_nothing() -> None:
     command = [sys.executable, "-c", "import setup; print('imported')"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "imported\n"

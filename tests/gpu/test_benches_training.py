@@ -1,4 +1,4 @@
-"""The study of training on a GPU: every variant is gated, timed by events, and its peak measured."""
+"""The study of training on a GPU: every variant is checked, timed by events, and its peak measured."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ pytestmark = pytest.mark.gpu
 
 def test_rows_of_a_step() -> None:
     bench = steps.StepBench(device=torch.device("cuda"))
-    made = {row.variant: row for row in bench.rows(StepCell(4, 0.5, "nchw", "trained"), steps.BASELINES, seconds=0)}
-    assert tuple(made) == steps.BASELINES
-    for row in made.values():
+    by_variant = {
+        row.variant: row for row in bench.rows(StepCell(4, 0.5, "nchw", "trained"), steps.VARIANTS, seconds=0)
+    }
+    assert tuple(by_variant) == steps.VARIANTS
+    for row in by_variant.values():
         assert row.device == "cuda"
         assert row.forward_s
         assert row.backward_s
         assert row.saved_bytes
-        # What is kept for the backward is there at the peak.
+        # Bytes saved for the backward are allocated at the peak.
         assert row.peak_bytes
         assert row.peak_bytes > row.saved_bytes
 
 
 def test_rows_of_a_layer() -> None:
-    case = next(one for one in CASES if one.shape == "7x7-512-512-k3s1")
+    case = next(case for case in CASES if case.shape == "7x7-512-512-k3s1")
     bench = layers.LayerBench(device=torch.device("cuda"))
     cell = LayerCell(Cell(case, 8, 0.5, "in", "nchw"), "trained")
-    made = {row.variant: row for row in bench.rows(cell, layers.BASELINES, seconds=0)}
-    assert tuple(made) == layers.BASELINES
-    assert all(row.device == "cuda" and row.peak_bytes and row.forward_s for row in made.values())
+    by_variant = {row.variant: row for row in bench.rows(cell, layers.VARIANTS, seconds=0)}
+    assert tuple(by_variant) == layers.VARIANTS
+    assert all(row.device == "cuda" and row.peak_bytes and row.forward_s for row in by_variant.values())

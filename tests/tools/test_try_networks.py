@@ -1,4 +1,4 @@
-"""The tool that tries every operation on known networks."""
+"""The tool that runs every operation on known networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools import try_networks
 from tools.networks import build, calibrate_, names, relative_error
 
 
-def test_the_list() -> None:
+def test_list_has_103_networks_with_shapes() -> None:
     shapes = names()
     assert len(shapes) == 103
     assert all(len(shape) == 4 for shape in shapes.values())
@@ -26,16 +26,16 @@ def subject() -> try_networks.Subject:
 
 
 @pytest.mark.parametrize("operation", [name for name in try_networks.OPERATIONS if name != "swap"])
-def test_a_network(subject: try_networks.Subject, operation: str) -> None:
-    facts = try_networks._outcome(operation, subject)
-    assert facts["status"] == "ok", facts
+def test_operation_is_right_on_unet(subject: try_networks.Subject, operation: str) -> None:
+    outcome = try_networks._outcome(operation, subject)
+    assert outcome["status"] == "ok", outcome
     if operation == "plan":
-        assert (facts["lowered"], facts["convolutions"], facts["reasons"]) == (8, 8, {})
+        assert (outcome["lowered"], outcome["convolutions"], outcome["reasons"]) == (8, 8, {})
 
 
-def test_what_is_wrong_refused_or_raises(subject: try_networks.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_is_wrong_refused_or_crash(subject: try_networks.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(subject: try_networks.Subject) -> dict[str, Any]:
-        subject.compare(subject.expected("a") * 1.01, subject.expected("a"), "it")
+        subject.compare(subject.expected("a") * 1.01, subject.expected("a"), "result")
         return {}
 
     def refused(subject: try_networks.Subject) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_what_is_wrong_refused_or_raises(subject: try_networks.Subject, monkeypa
         assert try_networks._outcome("plan", subject)["status"] == expected
 
 
-def test_errors_are_shares_of_each_tensor() -> None:
+def test_relative_error_is_per_tensor() -> None:
     big, small = torch.full((3,), 100.0), torch.ones(2)
     assert relative_error({"a": big, "b": [small]}, {"a": big, "b": [small]}) == 0
     assert relative_error((big, small * 1.5), (big, small)) == pytest.approx(0.5)
@@ -59,14 +59,14 @@ def test_errors_are_shares_of_each_tensor() -> None:
     assert relative_error(small, big) == float("inf")
 
 
-def test_nothing_vanishes_in_a_calibrated_network() -> None:
+def test_calibrated_network_has_no_vanishing_channel() -> None:
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     model = calibrate_(build("own/unet_transpose"), x)
     with torch.no_grad():
         assert (model(x).std(dim=(0, 2, 3)) > 1e-2).all()
 
 
-def test_the_table(tmp_path: Path) -> None:
+def test_table_counts_outcomes_and_lists_reasons(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [
         {"network": "a", "operation": "plan", "status": "hang"},

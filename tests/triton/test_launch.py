@@ -37,7 +37,7 @@ def seen(driver: StandIn) -> list[list[object]]:
     return launched
 
 
-@pytest.mark.parametrize("route", ["planar 1x1", "3x3 over blocks", "3x3, copied first"])
+@pytest.mark.parametrize("route", ["NCHW 1x1", "3x3 over blocks", "3x3 with a copy"])
 def test_a_prepared_launch_is_what_triton_launches(
     route: str, driver: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,5 +90,5 @@ def test_the_tool_prints_its_figures() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])["host_microseconds_up_to_the_driver"]
-    assert set(figures) == {"planar 1x1", "3x3 over blocks", "3x3, copied first"}
+    assert set(figures) == {"NCHW 1x1", "3x3 over blocks", "3x3 with a copy"}
     assert all(0 < each["prepared_us"] < 1e5 for each in figures.values())
