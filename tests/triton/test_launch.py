@@ -58,7 +58,7 @@ def test_a_prepared_launch_is_what_triton_launches(
     call()
     assert asked == []
     assert seen(driver) == first
-    assert len(first) == (2 if "copied" in route else 1)
+    assert len(first) == (2 if "with a copy" in route else 1)
 
 
 def test_pointers_and_types_are_told_apart(driver: StandIn) -> None:
