@@ -10,45 +10,26 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# {old name: where its content is now}; bap.prune and bap.train are packages now, which have the old names.
+# {old module: new modules}; bap.prune and bap.train keep their names as packages.
 MOVED = {
-    "bap.adding": ["bap.train.new_domain"],
-    "bap.budget": ["bap.train.budget"],
-    "bap.checkpoint": ["bap.train.checkpoint"],
-    "bap.commands": ["bap.cli.commands"],
-    "bap.counting": ["bap.prune.counting"],
-    "bap.data.embedded": ["bap.data.builtin"],
-    "bap.demo": ["bap.results.demo"],
-    "bap.deploy": ["bap.prune.deploy"],
-    "bap.estimate": ["bap.results.estimate"],
-    "bap.evaluate": ["bap.train.evaluate", "bap.models.eval_mode"],
-    "bap.facts": ["bap.prune.layers"],
-    "bap.journal": ["bap.train.run_log"],
-    "bap.liveness": ["bap.prune.liveness"],
-    "bap.lock": ["bap.train.lock"],
-    "bap.metrics": ["bap.results.scores"],
-    "bap.network": ["bap.train.network", "bap.train.domains"],
-    "bap.pretrain": ["bap.train.pretrain"],
-    "bap.processes": ["bap.train.processes"],
-    "bap.published": ["bap.results.published"],
-    "bap.report": ["bap.results.report"],
-    "bap.resume": ["bap.train.resume", "bap.train.schedule"],
-    "bap.run": ["bap.results.run", "bap.train.evaluate"],
-    "bap.sharing": ["bap.train.sharing"],
-    "bap.state": ["bap.train.state"],
-    "bap.study": ["bap.results.study"],
-    "bap.timing": ["bap.train.layer_times"],
-}
+    "bap.adding": ["bap.train.new_domain"], "bap.budget": ["bap.train.budget"],
+    "bap.checkpoint": ["bap.train.checkpoint"], "bap.commands": ["bap.cli.commands"],
+    "bap.counting": ["bap.prune.counting"], "bap.data.embedded": ["bap.data.builtin"],
+    "bap.demo": ["bap.results.demo"], "bap.deploy": ["bap.prune.deploy", "bap.results.report"],
+    "bap.estimate": ["bap.results.estimate"], "bap.evaluate": ["bap.train.evaluate", "bap.models.eval_mode"],
+    "bap.facts": ["bap.prune.layers"], "bap.journal": ["bap.train.run_log"], "bap.liveness": ["bap.prune.liveness"],
+    "bap.lock": ["bap.train.lock"], "bap.metrics": ["bap.results.scores"],
+    "bap.network": ["bap.train.network", "bap.train.domains"], "bap.pretrain": ["bap.train.pretrain"],
+    "bap.processes": ["bap.train.processes"], "bap.published": ["bap.results.published"],
+    "bap.report": ["bap.results.report"], "bap.resume": ["bap.train.resume", "bap.train.schedule"],
+    "bap.run": ["bap.results.run", "bap.train.evaluate"], "bap.sharing": ["bap.train.sharing"],
+    "bap.state": ["bap.train.state"], "bap.study": ["bap.results.study"], "bap.timing": ["bap.train.layer_times"],
+}  # fmt: skip
 RENAMED = {
-    "EMBEDDED": "BUILTIN_RECIPE",
-    "DOMAINS": "BUILTIN_DOMAINS",
-    "Journal": "RunLog",
-    "LayerFacts": "ConvSpec",
-    "conv_facts": "conv_specs",
-    "data_facts": "data_fingerprint",
-    "embedded_suite": "builtin_suite",
+    "EMBEDDED": "BUILTIN_RECIPE", "DOMAINS": "BUILTIN_DOMAINS", "Journal": "RunLog", "LayerFacts": "ConvSpec",
+    "conv_facts": "conv_specs", "data_facts": "data_fingerprint", "embedded_suite": "builtin_suite",
     "speed_facts": "speed_report",
-}
+}  # fmt: skip
 
 
 class _Finder(MetaPathFinder, Loader):

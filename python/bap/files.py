@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed, and moved; tensors and JSON with a digest."""
+"""Atomic files: written under another name, flushed, and renamed; tensors and JSON with a digest."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _VERSION = "2"
 
 
 class FileError(RuntimeError):
-    """A file could not be written, or is not what it should be."""
+    """A file cannot be written, or its content is not valid."""
 
 
 def write_files(files: Mapping[str | Path, bytes]) -> None:
-    """Writes files of which none is ever seen half-written, not even after the process or the machine dies.
+    """Writes files atomically, also when the process or the machine dies in between.
 
     All of them are on the disk, under other names, before the first one is replaced; the last one is replaced last.
 
@@ -72,7 +72,7 @@ def write_files(files: Mapping[str | Path, bytes]) -> None:
         for path, part in parts.items():
             os.replace(part, path)
         for folder in dict.fromkeys(path.parent for path in parts):
-            # The new names themselves must be on the disk.
+            # A rename is on the disk once its folder is.
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -95,7 +95,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes parts that a killed process left in a folder."""
+    """Removes temporary files that a killed process left in a folder."""
     for part in Path(folder).glob(f".*{_SUFFIX}"):
         part.unlink(missing_ok=True)
 
@@ -148,7 +148,7 @@ def sealed_json(value: Mapping[str, Any]) -> bytes:
 
 
 def read_sealed_json(path: str | Path, version: int) -> dict[str, Any]:
-    """Reads what :func:`sealed_json` made, without ``digest``; objects of a smaller ``format`` may lack it.
+    """Reads what :func:`sealed_json` wrote, without ``digest``; objects of a smaller ``format`` may lack it.
 
     Args:
         path: the file.
@@ -157,19 +157,19 @@ def read_sealed_json(path: str | Path, version: int) -> dict[str, Any]:
     Raises:
         FileError: if there is no such file, it has no known ``format``, or its content is not what was written.
     """
-    read = read_json(path)
-    found = read.get("format") if isinstance(read, dict) else None
-    if type(found) is not int or not 1 <= found <= version:
+    content = read_json(path)
+    found_format = content.get("format") if isinstance(content, dict) else None
+    if type(found_format) is not int or not 1 <= found_format <= version:
         raise FileError(
-            f"read_json(): expected {path} to be of a format from 1 to {version}, got {found!r}: "
+            f"read_json(): expected {path} to be of a format from 1 to {version}, got {found_format!r}: "
             "a damaged file, or one of a newer version."
         )
-    expected = read.pop("digest", None)
-    if (found == version or expected is not None) and expected != digest_of(read):
+    expected = content.pop("digest", None)
+    if (found_format == version or expected is not None) and expected != digest_of(content):
         raise FileError(
             f"read_json(): expected {path} to have the digest {expected}, got another one: a damaged or edited file."
         )
-    return read
+    return content
 
 
 def _old_checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -182,7 +182,7 @@ def _old_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], info: str) -> str:
-    """SHA-256 of the facts and of all tensors with their names, dtypes and shapes."""
+    """SHA-256 of the info and of all tensors with their names, dtypes and shapes."""
     value = hashlib.sha256(info.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -192,17 +192,17 @@ def _checksum(tensors: Mapping[str, Tensor], info: str) -> str:
 
 
 def tensors_bytes(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes:
-    """A safetensors file with a checksum over everything, and further facts, in its header.
+    """A safetensors file with a checksum over everything, and further info, in its header.
 
     Args:
         tensors: dense tensors of any device.
-        info: facts that JSON can hold.
+        info: what JSON can hold.
     """
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(info, allow_nan=False)
-    header = {"version": _VERSION, "checksum": _checksum(held, text), "info": text}
+    header = {"version": _VERSION, "checksum": _checksum(dense, text), "info": text}
     # Clones: tensors that share memory are refused.
-    return save({name: tensor.clone() for name, tensor in held.items()}, metadata=header)
+    return save({name: tensor.clone() for name, tensor in dense.items()}, metadata=header)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -211,7 +211,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping
 
 
 def parse_tensors(data: bytes, path: str | Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors, on the CPU, and the facts of what :func:`tensors_bytes` made; ``path`` is for messages.
+    """The tensors, on the CPU, and the info of what :func:`tensors_bytes` wrote; ``path`` is for messages.
 
     Raises:
         FileError: if it is damaged.
@@ -224,20 +224,20 @@ def parse_tensors(data: bytes, path: str | Path) -> tuple[dict[str, Tensor], Any
             raise ValueError(f"its header has the keys {sorted(header)}")
         if header.get("version", _VERSION) != _VERSION:
             raise ValueError(f"it has the version {header['version']!r}, this one reads {_VERSION}")
-        found = _checksum(tensors, header["info"]) if "version" in header else _old_checksum(tensors)
+        checksum = _checksum(tensors, header["info"]) if "version" in header else _old_checksum(tensors)
         info = json.loads(header["info"])
         expected = header["checksum"]
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise FileError(
             f"read_tensors(): expected {path} to be a whole checkpoint, got a damaged file: {error!r}."
         ) from None
-    if found != expected:
+    if checksum != expected:
         raise FileError(f"read_tensors(): expected {path} to have the checksum {expected}, got a damaged file.")
     return tensors, info
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
-    """Reads what :func:`write_tensors` wrote: the tensors, on the CPU, and the facts.
+    """Reads what :func:`write_tensors` wrote: the tensors, on the CPU, and the info.
 
     Raises:
         FileError: if there is no such file, or it is damaged.

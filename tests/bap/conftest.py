@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from bap.config import Config
 from bap.data import Domain, builtin_suite
+from bap.results.run import train_run
 
 TINY: dict[str, Any] = {
     "domains": ["shapes", "digits", "glyphs"],
@@ -45,3 +46,14 @@ def tiny() -> Config:
 @pytest.fixture(scope="session")
 def suite() -> dict[str, Domain]:
     return builtin_suite(TINY["domains"], TINY["images"])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: dict) -> Path:
+    """A finished run; tests that write take a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = Config(
+        **{**settings, "epochs": 6, "sharing": "union", "relaxed": True, "sharing_weight": 4.0, "settle": 0.7}
+    )
+    train_run(config, folder, baseline={"shapes": 60.0, "digits": 60.0, "glyphs": 60.0})
+    return folder

@@ -1,4 +1,4 @@
-"""The command ``bap``: runs a command of :mod:`bap.cli.commands`, and says in one line what a user must mend.
+"""The command ``bap``: runs a command of :mod:`bap.cli.commands`, and reports a user's mistake in one line.
 
 It imports nothing that the extra ``method`` brings, so that a missing package is named, too.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-# What `pip install bap_kernels[method]` brings, by the names that are imported.
+# Import names of the packages of `pip install bap_kernels[method]`.
 _EXTRA = (
     "matplotlib",
     "PIL",
@@ -35,13 +35,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _message(error: BaseException) -> str | None:
-    """What to tell a user; None for an error that is no user's, which is a defect and shows its traceback."""
+    """The message of a user's mistake; None for a defect, which shows its traceback."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").split(".")[0]
         if package in _EXTRA:
             return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[method]'"
         return None
-    # Without torch it can't be torch's, and importing it takes seconds.
+    # Importing torch takes seconds; an error of torch's implies that it is imported.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"{error} Hint: a smaller `batch`, or a larger `accumulate`, needs less memory."
@@ -57,7 +57,7 @@ def _message(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Runs the command; the exit status is 2 for what the user must mend, 130 after Ctrl-C."""
+    """Runs the command; the exit status is 2 for a user's mistake, 130 after Ctrl-C."""
     rank = os.environ.get("RANK", "0")
     try:
         from bap.cli.commands import app

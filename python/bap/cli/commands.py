@@ -132,24 +132,24 @@ def _loaded(
     from bap.train.checkpoint import load_checkpoint
     from bap.train.domains import load_domains
 
-    model, config, facts = load_checkpoint(checkpoint, domains or None)
-    config = config.replace(domains=list(facts), source_mode="switched", root=str(root) if root else config.data.root)
-    found = load_domains(config, ("train", split))
-    for name, domain in found.items():
-        if list(domain.classes) != facts[name]["classes"]:
+    model, config, specs = load_checkpoint(checkpoint, domains or None)
+    config = config.replace(domains=list(specs), source_mode="switched", root=str(root) if root else config.data.root)
+    data = load_domains(config, ("train", split))
+    for name, domain in data.items():
+        if list(domain.classes) != specs[name]["classes"]:
             raise ValueError(
                 f"bap eval: expected the data of {name!r} to have the classes that {checkpoint} was trained on, got "
                 "others, or in another order."
             )
-    return model, config, found
+    return model, config, data
 
 
-def _size_of(facts: dict[str, Any], checkpoint: Path) -> int:
-    sizes = {name: one.get("size") for name, one in facts.items()}
-    found = set(sizes.values())
-    if len(found) != 1 or None in found:
+def _size_of(specs: dict[str, Any], checkpoint: Path) -> int:
+    sizes = {name: spec.get("size") for name, spec in specs.items()}
+    distinct = set(sizes.values())
+    if len(distinct) != 1 or None in distinct:
         raise ValueError(f"bap: expected the domains of {checkpoint} to have one input size, got {sizes}.")
-    return found.pop()
+    return distinct.pop()
 
 
 @app.command()
@@ -164,19 +164,19 @@ def prune(
     from bap.train.checkpoint import load_checkpoint, save_checkpoint
     from bap.train.lock import folder_lock
 
-    model, config, facts = load_checkpoint(checkpoint)
-    size = _size_of(facts, checkpoint)
-    made = prune_(model, torch.zeros(1, 3, size, size))
+    model, config, specs = load_checkpoint(checkpoint)
+    size = _size_of(specs, checkpoint)
+    pruned = prune_(model, torch.zeros(1, 3, size, size))
     if out is not None:
         with folder_lock(out):
-            save_checkpoint(out, model, config, facts, kept=(made.rows, made.columns))
-    _table("after pruning", made.as_rows())
+            save_checkpoint(out, model, config, specs, kept=(pruned.rows, pruned.columns))
+    _table("after pruning", pruned.as_rows())
     _print(
         {
-            "before": made.before.as_dict(),
-            "after": made.after.as_dict(),
-            "flops": 2 * round(made.after.flop * made.after.backbone_macs),
-            "largest_change": made.largest_change,
+            "before": pruned.before.as_dict(),
+            "after": pruned.after.as_dict(),
+            "flops": 2 * round(pruned.after.flop * pruned.after.backbone_macs),
+            "largest_change": pruned.largest_change,
         }
     )
 
@@ -193,12 +193,12 @@ def speed(
     from bap.prune.deploy import deploy, speed_report
     from bap.train.checkpoint import load_checkpoint
 
-    model, _, facts = load_checkpoint(checkpoint)
-    size = _size_of(facts, checkpoint)
+    model, _, specs = load_checkpoint(checkpoint)
+    size = _size_of(specs, checkpoint)
     example = torch.zeros(batch, 3, size, size)
-    made = speed_report(model, deploy(model, example), example, rounds)
-    _table(f"batch {batch}", made["domains"])
-    _print(made)
+    report = speed_report(model, deploy(model, example), example, rounds)
+    _table(f"batch {batch}", report["domains"])
+    _print(report)
 
 
 @app.command("eval")
@@ -211,7 +211,7 @@ def evaluate_command(
         Path | None, typer.Option(help="Write the decathlon's results.json for its server in place of accuracies.")
     ] = None,
 ) -> None:
-    """Accuracy of every domain, or answers for a benchmark that keeps its labels."""
+    """Accuracy of every domain, or predictions for a benchmark with hidden labels."""
     from bap.files import write_json
     from bap.train.domains import suite_of
     from bap.train.evaluate import evaluate, predict
@@ -246,24 +246,24 @@ def add_domain_command(
     from bap.config import override_values
     from bap.train.new_domain import add_domain
 
-    facts = add_domain(checkpoint, name, override_values(set_ or []), like, progress=True)
-    _print({key: value for key, value in facts.items() if key != "classes"})
+    spec = add_domain(checkpoint, name, override_values(set_ or []), like, progress=True)
+    _print({key: value for key, value in spec.items() if key != "classes"})
 
 
 @app.command()
 def info(checkpoint: Checkpoint, domain: Domains = None) -> None:
-    """What a trained network is: settings, domains, what each keeps and costs."""
+    """Settings and domains of a trained network, with what each keeps and costs."""
     import torch
 
     from bap.prune.counting import count
     from bap.train.checkpoint import load_checkpoint
 
-    model, config, facts = load_checkpoint(checkpoint, domain or None)
-    size = _size_of(facts, checkpoint)
+    model, config, specs = load_checkpoint(checkpoint, domain or None)
+    size = _size_of(specs, checkpoint)
     cost = count(model, torch.zeros(1, 3, size, size))
     rows = [
-        {"domain": name, "classes": len(one["classes"]), "kept": one.get("kept"), "accuracy": one.get("accuracy")}
-        for name, one in facts.items()
+        {"domain": name, "classes": len(spec["classes"]), "kept": spec.get("kept"), "accuracy": spec.get("accuracy")}
+        for name, spec in specs.items()
     ]
     _table(f"{config.model.name}, budget {config.budget.beta:g} of {config.budget.measure}", rows)
     _print({"config": config.as_dict(), "domains": rows, "cost": cost.as_dict()})
@@ -282,23 +282,20 @@ def scores(
     from bap.results.scores import PUBLISHED_BASELINES, named_scores
     from bap.train.run_log import checked_results
 
-    read = read_json(accuracies)
+    content = read_json(accuracies)
     split = "test"
-    if isinstance(read, dict) and "accuracy" in read:
-        results = checked_results(read, accuracies)
-        flop, params, found = results["cost"]["flop"], results["cost"]["params"], results["accuracy"]
+    if isinstance(content, dict) and "accuracy" in content:
+        results = checked_results(content, accuracies)
+        flop, params, accuracy = results["cost"]["flop"], results["cost"]["params"], results["accuracy"]
         split = results.get("split", split)
     else:
-        found = read_accuracies(accuracies)
+        accuracy = read_accuracies(accuracies)
     base = PUBLISHED_BASELINES[baseline] if baseline in PUBLISHED_BASELINES else read_accuracies(baseline)
-    _print(named_scores(found, base, flop, params, baseline, split))
+    _print(named_scores(accuracy, base, flop, params, baseline, split))
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    out: Out,
-) -> None:
+def report(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], out: Out) -> None:
     """Table, pictures and report.md of finished runs."""
     from bap.results.report import make_report
     from bap.train.lock import folder_lock
@@ -319,7 +316,7 @@ def study(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, 1 and 2 if none is given.")] = None,
     baseline: Annotated[bool, typer.Option(help="Also train a whole network for each domain, which S needs.")] = True,
 ) -> None:
-    """The table over budgets, sharing losses and seeds; goes on where it was stopped."""
+    """Train over budgets, sharing losses and seeds, and tabulate; resumes where it was stopped."""
     from bap.config import load_config
     from bap.results.study import study as run
 
@@ -339,9 +336,7 @@ def study(
 
 @app.command("estimate")
 def estimate_command(
-    config: Config = None,
-    set_: Set = None,
-    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 3,
+    config: Config = None, set_: Set = None, steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 3
 ) -> None:
     """Hours and memory that a recipe would take here, from measured steps; reads no data."""
     from bap.config import load_config
@@ -352,7 +347,7 @@ def estimate_command(
 
 @app.command()
 def demo(out: Out, set_: Set = None) -> None:
-    """The whole story on the built-in suite: pre-train, train at half the budget, prune, evaluate, report."""
+    """Pre-train, train at half the budget, prune, evaluate and report on the built-in suite."""
     from bap.results.demo import run_demo
 
     _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True), progress=True))

@@ -1,4 +1,4 @@
-"""The Visual Decathlon as it lies on disk [P].
+"""Loader of the Visual Decathlon's files [P].
 
     <root>/annotations/<domain>_{train,val}.json, <domain>_test_stripped.json
     <root>/data/<domain>/{train,val}/0001/000001.jpg, data/<domain>/test/000001.jpg
@@ -24,8 +24,8 @@ from bap.files import FileError, read_json
 __all__ = ["DECATHLON", "load_decathlon"]
 
 # (classes, train, val, test), mean, std, whether training flips; means and deviations are published [P].
-_Facts = tuple[tuple[int, int, int, int], tuple[float, ...], tuple[float, ...], bool]
-DECATHLON: dict[str, _Facts] = {
+_Spec = tuple[tuple[int, int, int, int], tuple[float, ...], tuple[float, ...], bool]
+DECATHLON: dict[str, _Spec] = {
     "imagenet12": ((1000, 1232167, 49000, 48238), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
     "aircraft": ((100, 3334, 3333, 3333), (0.4798, 0.5107, 0.5344), (0.2107, 0.2051, 0.2373), True),
     "cifar100": ((100, 40000, 10000, 10000), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), True),
@@ -64,7 +64,7 @@ class _Category(BaseModel):
 
 
 class _File(BaseModel):
-    """What is read of an annotation file; other entries, such as sizes, are ignored."""
+    """The required content of an annotation file; other entries, such as sizes, are ignored."""
 
     images: Annotated[list[_Image], Field(min_length=1)]
     annotations: list[_Annotation] = []
@@ -151,10 +151,8 @@ def _split(
     return ImageFiles(files, known, _RESIZE, workers, ids, list(classes)), classes
 
 
-def _wanted(
-    root: Path, domains: Iterable[str] | None, size: int | None, splits: Sequence[str], full: bool
-) -> list[str]:
-    """Names of the domains, all of whose annotations that must be there are."""
+def _names(root: Path, domains: Iterable[str] | None, size: int | None, splits: Sequence[str], full: bool) -> list[str]:
+    """Names of the domains; raises if annotations that are required are missing."""
     there = [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
     names = list(domains) if domains is not None else list(DECATHLON) if full and there else there
     if not names:
@@ -207,47 +205,47 @@ def load_decathlon(
     """
     root = Path(root)
     splits = [one for one in SPLITS if one in splits or one == "train"]
-    made = {}
-    for name in _wanted(root, domains, size, splits, full):
+    loaded = {}
+    for name in _names(root, domains, size, splits, full):
         (count, *counts), mean, std, flip = DECATHLON[name]
-        held: dict[str, Split] = {}
+        parts: dict[str, Split] = {}
         classes: dict[int, str] | None = None
         files: dict[str, list[Path]] = {}
         for split in splits:
             if split == "train" or _has(root, name, split):
                 images, classes = _split(root, name, split, classes, workers, decode)
-                held[split], files[split] = images, images.paths
+                parts[split], files[split] = images, images.paths
         assert classes is not None
         problems = []
-        # The test images are those that no other split may have seen.
-        for split in [one for one in held if one != "train"]:
+        # Test images must not occur in another split.
+        for split in [one for one in parts if one != "train"]:
             both = set(files["train"]) & set(files[split])
             if both:
                 problems.append(f"{len(both)} images are in train and in {split}, such as {sorted(both)[0]}")
         if full:
-            # The numbers of ImageNet's images are those of its extract, which was not at hand to check.
+            # The numbers of ImageNet's images are those of its extract, which could not be checked.
             expected = dict(zip(SPLITS, counts, strict=True)) if name != "imagenet12" else {}
-            found = [] if len(classes) == count else [f"{len(classes)} classes, expected {count}"]
+            differences = [] if len(classes) == count else [f"{len(classes)} classes, expected {count}"]
             first = min(classes) // _BLOCK * _BLOCK
             if sorted(classes) != list(range(first + 1, first + len(classes) + 1)):
-                found.append(
+                differences.append(
                     f"categories {min(classes)} to {max(classes)}, expected 1 to {len(classes)} beyond a multiple of "
                     f"{_BLOCK:,}"
                 )
-            for split in held:
-                if len(held[split]) != expected.get(split, len(held[split])):
-                    found.append(f"{len(held[split])} {split} images, expected {expected[split]}")
-            if found:
-                found.append("Hint: full=False, or --set full=false, accepts an extract")
-            problems += found
+            for split in parts:
+                if len(parts[split]) != expected.get(split, len(parts[split])):
+                    differences.append(f"{len(parts[split])} {split} images, expected {expected[split]}")
+            if differences:
+                differences.append("Hint: full=False, or --set full=false, accepts an extract")
+            problems += differences
         _fail(name, problems)
-        made[name] = Domain(
+        loaded[name] = Domain(
             name,
             tuple(classes.values()),
-            held,
+            parts,
             size or _CROP,
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
             flip=flip,
         )
-    return made
+    return loaded

@@ -1,4 +1,4 @@
-"""A domain: its images, its classes, and how batches of it are made, the same in every run with the same seed."""
+"""A domain: images, classes, and batches that are the same in every run with the same seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 
 def random_of(*key: int | str) -> np.random.Generator:
-    """A generator that depends on nothing but its key, so that a resumed run draws what the first one would have."""
+    """A generator that depends on its key only, so that a resumed run draws the same numbers."""
     numbers = [zlib.crc32(one.encode()) if isinstance(one, str) else one for one in key]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
@@ -53,7 +53,7 @@ def order_of(
 
 
 class Split(ABC):
-    """Images with labels, or without where a benchmark keeps them."""
+    """Images with labels, or without where a benchmark hides them."""
 
     labels: Tensor | None
 

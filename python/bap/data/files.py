@@ -15,7 +15,7 @@ from bap.data.images import DataError, open_image, seems_cut
 
 __all__ = ["DataError", "ImageFiles", "check_images"]
 
-# Looked at for the mark of their end, evenly spread over a split: reading a million files would take minutes.
+# Files whose end marker is checked, evenly spread over a split: a million would take minutes.
 _LOOKED_AT = 20_000
 
 
@@ -153,8 +153,8 @@ class ImageFiles(Split):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As in :meth:`Split.batches`."""
         order = order_of(len(self), batch, None if key is None else random_of(*key), rank, world)
-        made = _Batches(self, domain, order, None if key is None else (*key, rank))
-        for one in DataLoader(made, batch_size=None, num_workers=self.workers):
-            if isinstance(one, DataError):
-                raise one
-            yield one
+        dataset = _Batches(self, domain, order, None if key is None else (*key, rank))
+        for item in DataLoader(dataset, batch_size=None, num_workers=self.workers):
+            if isinstance(item, DataError):
+                raise item
+            yield item

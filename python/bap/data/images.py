@@ -1,4 +1,4 @@
-"""Image files to 8-bit RGB: which formats, how large, and what becomes of 16 bits, palettes, alpha and CMYK.
+"""Image files to 8-bit RGB: formats, sizes, and the conversion of 16 bits, palettes, alpha and CMYK.
 
 Read are JPEG, PNG, BMP, PPM/PGM, WebP and GIF, by their content and not by their name, of at most 67 million pixels and
 with sides at most 32 : 1; the sizes are looked at before anything is decoded. Grey and 16-bit images are scaled to 8
@@ -23,7 +23,7 @@ _EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "C
 
 
 class DataError(ValueError):
-    """The data on disk are not as their format says."""
+    """The data on disk do not follow their format."""
 
 
 def _opened(path: Path) -> Any:
@@ -99,7 +99,7 @@ def open_image(path: Path) -> Any:
 
 
 def seems_cut(path: Path) -> bool:
-    """Whether a JPEG or PNG lacks the mark that ends it: a cheap look, which says what to decode."""
+    """Whether a JPEG or PNG lacks its end marker: a cheap test for what to decode."""
     with open(path, "rb") as file:
         head = file.read(8)
         if head[:2] == b"\xff\xd8":

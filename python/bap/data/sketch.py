@@ -1,4 +1,4 @@
-"""ImageNet-to-Sketch as it lies on disk [P]: image folders <root>/<name>/{train,test}/<class>/<file>.
+"""Loader of ImageNet-to-Sketch's files [P]: image folders <root>/<name>/{train,test}/<class>/<file>.
 
 Images of the cropped sets are resized to the input's size directly; others to 256 on the shorter side, then cropped.
 """
@@ -25,7 +25,7 @@ SKETCH = {
     "sketches": 250,
 }
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif")
-# Images all the same, which must not be left out in silence.
+# Image formats that are refused, not skipped silently.
 _REFUSED = (".tif", ".tiff", ".jp2", ".avif", ".heic", ".heif")
 
 
@@ -34,16 +34,16 @@ def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], worke
     labels: list[int] = []
     problems = []
     for label, name in enumerate(classes):
-        held = sorted((path / name).glob("*"))
-        found = [one for one in held if one.suffix.lower() in _ENDINGS]
-        problems += [f"{one}: a format that is not read" for one in held if one.suffix.lower() in _REFUSED]
-        if not found:
+        entries = sorted((path / name).glob("*"))
+        images = [file for file in entries if file.suffix.lower() in _ENDINGS]
+        problems += [f"{file}: a format that is not read" for file in entries if file.suffix.lower() in _REFUSED]
+        if not images:
             problems.append(f"{path / name}: no images")
-        files += found
-        labels += [label] * len(found)
+        files += images
+        labels += [label] * len(images)
     problems = problems[:10] + check_images(files, decode)
     if problems:
-        listed = "".join(f"\n  {one}" for one in problems)
+        listed = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(f"load_sketch(): expected {path} to be whole, got:{listed}")
     return ImageFiles(files, torch.tensor(labels), resize, workers)
 
@@ -81,7 +81,7 @@ def load_sketch(
     names = list(domains) if domains is not None else list(SKETCH) if full and there else there
     if not names:
         raise DataError(f"load_sketch(): expected folders such as {root / 'flowers' / 'train'}, got none.")
-    made = {}
+    loaded = {}
     for name in names:
         if name not in SKETCH:
             raise DataError(f"load_sketch(): expected `domains` to be among {list(SKETCH)}, got {name!r}.")
@@ -108,7 +108,7 @@ def load_sketch(
             "val": tested,
             "test": tested,
         }
-        made[name] = Domain(
+        loaded[name] = Domain(
             name, tuple(classes), splits, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True
         )
-    return made
+    return loaded

@@ -1,4 +1,4 @@
-"""Makes backbones, loads their weights, and says which convolutions get switches."""
+"""Builds backbones, loads their weights, and names the convolutions that can stay without switches."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def _today(key: str) -> str:
-    """A key as models have it now: torchvision's DenseNet files say ``norm.1`` for ``norm1``."""
+    """The current name of a key: torchvision's DenseNet files say ``norm.1`` for ``norm1``."""
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key.removeprefix("module."))
 
 
@@ -121,9 +121,9 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
         if path.suffix == ".safetensors":
             data = read_bytes(path)
             state: Mapping[str, Any] = load(data)
-            facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-            if {"info", "checksum"} & set(facts):
-                # One of ours, with a checksum.
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            if {"info", "checksum"} & set(header):
+                # Written by bap, with a checksum.
                 state = parse_tensors(data, path)[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""A context manager for eval mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes come back afterwards."""
+    """Eval mode without gradients; restores the modes of all modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

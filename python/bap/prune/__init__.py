@@ -1,4 +1,4 @@
-"""What a trained network keeps: its switches, what they cost, and the network without what no domain uses."""
+"""Switches and their costs, and networks without the channels that no domain uses."""
 
 from bap.prune.prune import Pruned, PruneError, kept_of, prune_
 

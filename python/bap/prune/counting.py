@@ -1,4 +1,4 @@
-"""Params × and FLOP ×: what a multi-domain network costs relative to its backbone, as the published tables count.
+"""Params × and FLOP ×: costs of a multi-domain network relative to its backbone, as the published tables count.
 
 Params = shared weights left + for each domain its batch norm (affine and statistics) and one bit, 1/32 parameter, for
 each switch; heads excluded. So Piggyback's nine masks of one bit per weight give 1 + 9/32 = 1.28 [P].
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bap.prune.layers import SwitchBank, conv_specs
 from bap.prune.liveness import Liveness, find_live_in
 from bap_kernels import set_domain
-from bap_kernels.nn import DomainBatchNorm2d, DomainLinear
+from bap_kernels.nn import DomainBatchNorm2d
 
 __all__ = ["Cost", "DomainCost", "adapters_params", "count", "masks_params"]
 
@@ -74,7 +74,7 @@ def backbone_params(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class DomainCost:
-    """What one domain uses.
+    """Cost of one domain.
 
     Args:
         macs: of the channels that are on, all filters computed, as the papers count.
@@ -93,7 +93,7 @@ class DomainCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs, in numbers and relative to its backbone.
+    """Cost of a network, absolute and relative to its backbone.
 
     Args:
         backbone_params, backbone_macs: of the plain network, heads excluded; MACs of one image.
@@ -151,15 +151,15 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     if live is None:
         live = find_live_in(model, example, bank.domains)
     set_domain(model, bank.domains[0])
-    facts = conv_specs(model, example)
+    specs = conv_specs(model, example)
     on = {name: bank.by_layer(bank.mask(name)) for name in bank.domains}
-    all_on = {name: torch.ones(one.in_channels, dtype=torch.bool) for name, one in facts.items()}
+    all_on = {name: torch.ones(one.in_channels, dtype=torch.bool) for name, one in specs.items()}
 
     def reads(domain: str, layer: str) -> Tensor:
         return on[domain].get(layer, all_on[layer]).cpu()
 
     weights = 0
-    for layer, one in facts.items():
+    for layer, one in specs.items():
         rows = torch.stack([live[name].filters[layer] for name in live]).any(0)
         columns = torch.stack([reads(name, layer) for name in live]).any(0)
         bias = model.get_submodule(layer).bias is not None
@@ -177,7 +177,7 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     domains = {}
     for name in bank.domains:
         macs = exact = needed = switches = 0
-        for layer, one in facts.items():
+        for layer, one in specs.items():
             read = int(reads(name, layer).sum())
             written = int(live[name].filters[layer].sum())
             macs += read * one.macs_per_channel
@@ -189,9 +189,4 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
                 switches += int(union.sum()) if prune else one.in_channels
         norm = sum(4 * width for layer, width in norm_width.items() if own_norm[layer])
         domains[name] = DomainCost(macs, exact, needed, norm, switches)
-    return Cost(backbone_params(model), sum(one.macs for one in facts.values()), weights, domains)
-
-
-def heads_params(model: nn.Module) -> int:
-    """Parameters of the classifiers, which Params × leaves out."""
-    return sum(p.numel() for m in model.modules() if isinstance(m, DomainLinear) for p in m.parameters())
+    return Cost(backbone_params(model), sum(one.macs for one in specs.values()), weights, domains)

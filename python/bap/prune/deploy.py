@@ -1,4 +1,4 @@
-"""A trained network as it is served: layers that are physically narrower, and what that brings in milliseconds and MiB.
+"""The network for deployment: physically narrower layers, and the milliseconds and MiB that they save.
 
 Training keeps every layer at full width. Here the switches become fixed lists, what no domain uses leaves the tensors,
 and each domain gets a plan on the weights that are left, which all domains share.
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap.models import evaluating
 from bap.prune.layers import SwitchBank, switched_layers
-from bap.prune.prune import PruneError
+from bap.prune.prune import PruneError, check_inputs, relative_change
 
-__all__ = ["Deployed", "compare_times", "deploy", "speed_report", "speed_table", "tensor_bytes"]
+__all__ = ["Deployed", "compare_times", "deploy", "speed_report", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """What :func:`deploy` made.
+    """The result of :func:`deploy`.
 
     Args:
         model: the network of narrower layers with fixed lists, in eval mode; :func:`bap_kernels.set_domain` chooses.
@@ -43,21 +43,21 @@ class Deployed:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters and buffers, those of every domain among them."""
+        """Bytes of all parameters and buffers, of all domains."""
         return tensor_bytes(self.model)
 
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, each counted once."""
-    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    return sum(one.numel() * one.element_size() for one in tensors.values())
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @torch.no_grad()
 def deploy(
     model: nn.Module, example: Tensor, inputs: Mapping[str, Tensor] | None = None, tolerance: float = 1e-4
 ) -> Deployed:
-    """Makes the narrow network of a trained one, which stays as it is.
+    """Builds the narrow network of a trained one, which is not changed.
 
     Args:
         model: a model with switches, as training left it.
@@ -79,16 +79,13 @@ def deploy(
         >>> bank = SwitchBank(model)
         >>> for name in bank.domains:
         ...     bank.write(name, torch.full((sum(bank.sizes),), 1e-2).index_fill(0, torch.arange(0, 34, 3), 0.0))
-        >>> made = deploy(model, torch.zeros(1, 3, 32, 32))
-        >>> made.bytes < tensor_bytes(model), made.largest_change < 1e-4
+        >>> deployed = deploy(model, torch.zeros(1, 3, 32, 32))
+        >>> deployed.bytes < tensor_bytes(model), deployed.largest_change < 1e-4
         (True, True)
     """
     domains = SwitchBank(model).domains
-    if inputs is None:
-        generator = torch.Generator().manual_seed(0)
-        inputs = {name: torch.randn(4, *example.shape[1:], generator=generator) for name in domains}
     device = next(model.parameters()).device
-    inputs = {name: x.to(device) for name, x in inputs.items()}
+    inputs = check_inputs(domains, example, inputs, device)
     narrow = bk.swap_(copy.deepcopy(model).eval())
     report = bk.prune_unused_(narrow, example.to(device))
     bk.set_domain(narrow, domains[0])
@@ -98,8 +95,7 @@ def deploy(
         for name, x in inputs.items():
             bk.set_domain(model, name)
             bk.set_domain(planned, name)
-            expected = model(x).float()
-            change = float((planned(x).float() - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+            change = relative_change(planned(x), model(x).float())
             worst = max(worst, change)
             if not change <= tolerance:
                 raise PruneError(
@@ -110,7 +106,7 @@ def deploy(
 
 
 def _interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turns so that a busy moment meets all of them."""
+    """Median milliseconds of each call; calls are interleaved, so that noise on the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
@@ -120,7 +116,7 @@ def _interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, device: to
                 torch.cuda.synchronize(device)
             if number >= 2:
                 times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(one) for name, one in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 class _Masked(nn.Module):
@@ -139,9 +135,9 @@ class _Masked(nn.Module):
 
 def _stock(model: nn.Module, domain: str, masked: bool) -> nn.Module:
     """A copy with PyTorch's dense convolutions, in eval mode and in one domain."""
-    made = copy.deepcopy(model).eval()
-    bk.set_domain(made, domain)
-    for name, layer in list(switched_layers(made)):
+    stock = copy.deepcopy(model).eval()
+    bk.set_domain(stock, domain)
+    for name, layer in list(switched_layers(stock)):
         conv = nn.Conv2d(
             layer.in_channels,
             layer.out_channels,
@@ -154,8 +150,8 @@ def _stock(model: nn.Module, domain: str, masked: bool) -> nn.Module:
             device="meta",
         )
         conv.weight, conv.bias = layer.weight, layer.bias
-        made.set_submodule(name, _Masked(conv, layer.switch(domain)) if masked else conv)
-    return made
+        stock.set_submodule(name, _Masked(conv, layer.switch(domain)) if masked else conv)
+    return stock
 
 
 def compare_times(model: nn.Module, deployed: Deployed, example: Tensor, rounds: int = 15) -> list[dict[str, Any]]:
@@ -163,7 +159,7 @@ def compare_times(model: nn.Module, deployed: Deployed, example: Tensor, rounds:
 
     Args:
         model: the trained model.
-        deployed: what :func:`deploy` made of it.
+        deployed: the result of :func:`deploy`.
         example: (N, 3, H, W), as it will be called.
         rounds: calls of which the median is taken.
 
@@ -190,7 +186,7 @@ def compare_times(model: nn.Module, deployed: Deployed, example: Tensor, rounds:
 
 
 def speed_report(model: nn.Module, deployed: Deployed, example: Tensor, rounds: int = 15) -> dict[str, Any]:
-    """What a network takes as it is served, for JSON: parameters, bytes, and the rows of :func:`compare_times`."""
+    """Cost of a network as it is served, for JSON: parameters, bytes, and the rows of :func:`compare_times`."""
     before, after = deployed.report.parameters
     return {
         "batch": example.shape[0],
@@ -200,21 +196,3 @@ def speed_report(model: nn.Module, deployed: Deployed, example: Tensor, rounds: 
         "largest_change": deployed.largest_change,
         "domains": compare_times(model, deployed, example, rounds),
     }
-
-
-def speed_table(facts: Mapping[str, Any]) -> str:
-    """The same as a Markdown table with a line on memory."""
-    rows = facts["domains"]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        lines.append(
-            "| " + " | ".join(f"{one:.2f}" if isinstance(one, float) else str(one) for one in row.values()) + " |"
-        )
-    parameters, held = facts["parameters"], facts["bytes"]
-    lines += [
-        "",
-        f"One forward of {facts['batch']} images, {facts['threads']} threads, median. All domains together hold "
-        f"{parameters['after']:,} parameters instead of {parameters['before']:,}: "
-        f"{held['after'] / 2**20:.2f} MiB instead of {held['before'] / 2**20:.2f}.",
-    ]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What one channel of every switched convolution costs, and the switches of a whole network as one vector."""
+"""Sizes and costs of convolutions, and the switches of a whole network as one vector."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def conv_specs(model: nn.Module, example: Tensor) -> dict[str, ConvSpec]:
 class SwitchBank:
     """All switches of a model: one vector of M per domain, layer after layer.
 
-    The vectors are made anew from the layers' scores in every call, so that they follow training and loading.
+    The vectors are built from the layers' scores in every call, so that they follow training and loading.
 
     Args:
         model: a model that went through :func:`bap_kernels.nn.switch_`.
@@ -136,8 +136,8 @@ class SwitchBank:
 
     def of(self, domain: str) -> list[ChannelSwitch]:
         """The layers' switches of one domain."""
-        found = [layer.domains[domain] for _, layer in self.layers]
-        return [switch for switch in found if isinstance(switch, ChannelSwitch)]
+        switches = [layer.domains[domain] for _, layer in self.layers]
+        return [switch for switch in switches if isinstance(switch, ChannelSwitch)]
 
     def thresholds(self, domain: str) -> Tensor:
         """τ of every switch, (M,), float32."""

@@ -1,4 +1,4 @@
-"""Which filters and batch-norm channels a domain needs: those that something reads."""
+"""Filters and batch-norm channels that a domain needs: those whose output is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drops what no domain uses, checks that every domain answers as before, and says what is left.
+"""Removes what no domain uses, and checks that no output of any domain changes.
 
 Here the weights that go are set to zero, and a checkpoint leaves them out; the counting is exact. Taking them out of
 the layers themselves, so that tensors get narrower, is the work of ``bap_kernels``.
@@ -6,7 +6,7 @@ the layers themselves, so that tensors get narrower, is the work of ``bap_kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,12 @@ __all__ = ["PruneError", "Pruned", "kept_of", "prune_"]
 
 
 class PruneError(RuntimeError):
-    """A domain's outputs are not what they were."""
+    """The outputs of a domain changed."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What :func:`prune_` did.
+    """The result of :func:`prune_`.
 
     Args:
         before, after: costs, in numbers and relative to the backbone.
@@ -44,31 +44,31 @@ class Pruned:
 
     def as_rows(self) -> list[dict[str, float | str]]:
         """The table: for every domain and their union, parameters and MACs before and after."""
-        made: list[dict[str, float | str]] = []
-        for name, one in self.after.domains.items():
-            made.append(
+        rows: list[dict[str, float | str]] = []
+        for name, cost in self.after.domains.items():
+            rows.append(
                 {
                     "domain": name,
-                    "weights": one.weights,
-                    "norm": one.norm_params,
-                    "switch bits": one.switches,
-                    "macs": one.macs,
-                    "macs exact": one.exact_macs,
-                    "macs relative": one.macs / self.after.backbone_macs,
+                    "weights": cost.weights,
+                    "norm": cost.norm_params,
+                    "switch bits": cost.switches,
+                    "macs": cost.macs,
+                    "macs exact": cost.exact_macs,
+                    "macs relative": cost.macs / self.after.backbone_macs,
                 }
             )
-        made.append(
+        rows.append(
             {
                 "domain": "union",
                 "weights": self.after.weights,
-                "norm": sum(one.norm_params for one in self.after.domains.values()),
-                "switch bits": sum(one.switches for one in self.after.domains.values()),
+                "norm": sum(cost.norm_params for cost in self.after.domains.values()),
+                "switch bits": sum(cost.switches for cost in self.after.domains.values()),
                 "macs": round(self.after.flop * self.after.backbone_macs),
                 "macs exact": round(self.after.exact_flop * self.after.backbone_macs),
                 "macs relative": self.after.flop,
             }
         )
-        return made
+        return rows
 
 
 def kept_of(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -77,19 +77,34 @@ def kept_of(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[
     live = find_live_in(model, example, bank.domains).values()
     on = bank.by_layer(bank.masks().any(0).cpu())
     bk.set_domain(model, bank.domains[0])
-    facts = conv_specs(model, example)
-    rows = {name: torch.stack([one.filters[name] for one in live]).any(0) for name in facts}
-    columns = {name: on.get(name, torch.ones(facts[name].in_channels, dtype=torch.bool)) for name in facts}
+    specs = conv_specs(model, example)
+    rows = {name: torch.stack([needs.filters[name] for needs in live]).any(0) for name in specs}
+    columns = {name: on.get(name, torch.ones(specs[name].in_channels, dtype=torch.bool)) for name in specs}
     return rows, columns
 
 
+def check_inputs(
+    domains: Iterable[str], example: Tensor, inputs: Mapping[str, Tensor] | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Images of every domain on a device: ``inputs``, or random ones of the example's size."""
+    if inputs is None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {name: torch.randn(4, *example.shape[1:], generator=generator) for name in domains}
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def relative_change(actual: Tensor, expected: Tensor) -> float:
+    """The largest change of an output, relative to the largest output."""
+    return float((actual.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made = {}
+    outputs = {}
     with evaluating(model):
         for name, x in inputs.items():
             bk.set_domain(model, name)
-            made[name] = model(x).float().clone()
-    return made
+            outputs[name] = model(x).float().clone()
+    return outputs
 
 
 @torch.no_grad()
@@ -118,16 +133,13 @@ def prune_(
         >>> bank = SwitchBank(model)
         >>> for name in bank.domains:
         ...     bank.write(name, torch.full((sum(bank.sizes),), 1e-2).index_fill(0, torch.arange(0, 20, 2), 0.0))
-        >>> made = prune_(model, torch.zeros(1, 3, 32, 32))
-        >>> made.after.weights < made.before.weights, made.largest_change
+        >>> pruned = prune_(model, torch.zeros(1, 3, 32, 32))
+        >>> pruned.after.weights < pruned.before.weights, pruned.largest_change
         (True, 0.0)
     """
     domains = SwitchBank(model).domains
     device = next(model.parameters()).device
-    if inputs is None:
-        generator = torch.Generator().manual_seed(0)
-        inputs = {name: torch.randn(4, *example.shape[1:], generator=generator) for name in domains}
-    inputs = {name: x.to(device) for name, x in inputs.items()}
+    inputs = check_inputs(domains, example, inputs, device)
     example = example.to(device)
     live = find_live_in(model, example, domains)
     before = count(model, example, prune=False, live=live)
@@ -144,10 +156,10 @@ def prune_(
             conv.weight[:, ~columns[name].to(device)] = 0
         if conv.bias is not None:
             conv.bias[~rows[name].to(device)] = 0
-    found = _outputs(model, inputs)
+    outputs = _outputs(model, inputs)
     worst = 0.0
-    for name, value in found.items():
-        change = float((value - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12))
+    for name, value in outputs.items():
+        change = relative_change(value, expected[name])
         worst = max(worst, change)
         if not change <= tolerance:
             for conv, (weight, bias) in saved.items():

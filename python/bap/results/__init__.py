@@ -1,1 +1,1 @@
-"""Whole runs and what comes of them: results, scores, reports, studies."""
+"""Runs from training to results.json, scores, reports and studies."""

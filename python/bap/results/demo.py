@@ -1,4 +1,4 @@
-"""The whole story on the built-in suite, in minutes on two cores."""
+"""The demo on the built-in suite: minutes on two cores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 import bap_kernels as bk
 from bap.config import Config, load_config
 from bap.files import write_json
-from bap.prune.deploy import deploy, speed_report, speed_table
+from bap.prune.deploy import deploy, speed_report
 from bap.prune.prune import prune_
-from bap.results.report import make_report, results_table
+from bap.results.report import make_report, results_table, speed_table
 from bap.results.run import train_run
 from bap.results.study import pretrained
 from bap.train.checkpoint import load_checkpoint, save_checkpoint
@@ -32,13 +32,7 @@ BUILTIN_RECIPE: dict[str, Any] = {
     "switches": {"freeze_at": 0.5},
     "budget": {"multiplier_rate": 0.1},
     "sharing": {"loss": "union", "weight": 0.125, "relaxed": True, "temperature": 1e-2},
-    "optimiser": {
-        "lr_switch": 2e-4,
-        "lr_norm": 1e-2,
-        "lr_head": 5e-2,
-        "train_backbone": True,
-        "lr_backbone": 2e-2,
-    },
+    "optimiser": {"lr_switch": 2e-4, "lr_norm": 1e-2, "lr_head": 5e-2, "train_backbone": True, "lr_backbone": 2e-2},
     "schedule": {"epochs": 8, "batch": 32, "round_robin": "batch", "decay": "cosine"},
     "pretrain": {"epochs": 20},
 }
@@ -81,33 +75,34 @@ def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) 
         results = train_run(one, path, resume=True, baseline={}, domains=domains, progress=progress)
         runs.append((path, results))
     path, results = runs[0]
-    model, _, facts = load_checkpoint(path / "checkpoint")
+    model, _, specs = load_checkpoint(path / "checkpoint")
     size = next(iter(domains.values())).size
     images = {name: next(one.batches("test", 32))[0] for name, one in domains.items()}
     with bk.use_backend(backend_of(config)):
-        made = prune_(model, torch.zeros(1, 3, size, size), images)
-    save_checkpoint(out / "pruned", model, config, facts, kept=(made.rows, made.columns))
+        pruning = prune_(model, torch.zeros(1, 3, size, size), images)
+    save_checkpoint(out / "pruned", model, config, specs, kept=(pruning.rows, pruning.columns))
     pruned, _, _ = load_checkpoint(out / "pruned")
     with bk.use_backend(backend_of(config)):
-        after = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
+        accuracy = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
     example = torch.zeros(8, 3, size, size)
     served = speed_report(model, deploy(model, example, images), example)
     write_json(out / "speed.json", served)
     report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
     say(results_table([(folder.name, one) for folder, one in runs]))
     say(speed_table(served))
+    before, after = pruning.before, pruning.after
     say(
-        f"pruned: {made.before.params:.3f} -> {made.after.params:.3f} of the backbone's parameters for {len(domains)} "
-        f"domains, {made.after.flop:.3f} of its multiply-adds ({made.after.exact_flop:.3f} without dead filters); "
-        f"largest change of an output {made.largest_change:.1e}"
+        f"pruned: {before.params:.3f} -> {after.params:.3f} of the backbone's parameters for {len(domains)} "
+        f"domains, {after.flop:.3f} of its multiply-adds ({after.exact_flop:.3f} without dead filters); "
+        f"largest change of an output {pruning.largest_change:.1e}"
     )
     return {
         "seconds": time.perf_counter() - started,
         "accuracy": results["accuracy"],
-        "accuracy_after_pruning": after,
-        "params": {"before": made.before.params, "after": made.after.params},
-        "flop": made.after.flop,
-        "exact_flop": made.after.exact_flop,
+        "accuracy_after_pruning": accuracy,
+        "params": {"before": before.params, "after": after.params},
+        "flop": after.flop,
+        "exact_flop": after.exact_flop,
         "bytes": {
             "model": (path / "checkpoint" / "model.safetensors").stat().st_size,
             "pruned": (out / "pruned" / "model.safetensors").stat().st_size,

@@ -1,4 +1,4 @@
-"""Hours and memory that a run would take, from steps that are measured here."""
+"""Hours and memory of a run, extrapolated from measured steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PUBLISHED_IMAGES", "estimate"]
 
 # Training images of the domains beside ImageNet; those of ImageNet-to-Sketch are of its folders [Q].
 PUBLISHED_IMAGES: dict[str, dict[str, tuple[int, int]]] = {
-    "decathlon": {name: (facts[0][0], facts[0][1]) for name, facts in DECATHLON.items() if name != "imagenet12"},
+    "decathlon": {name: (spec[0][0], spec[0][1]) for name, spec in DECATHLON.items() if name != "imagenet12"},
     "sketch": {
         "cubs_cropped": (200, 5994),
         "stanford_cars_cropped": (196, 8144),
@@ -33,7 +33,7 @@ PUBLISHED_IMAGES: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
-    """Measures steps on random images of the right size, and multiplies; loading of images is left out.
+    """Measures steps on random images and extrapolates; image loading is left out.
 
     Args:
         config: the settings; its data are not read, its weights not loaded.

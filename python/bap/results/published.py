@@ -1,4 +1,4 @@
-"""Rows of published tables, to compare with, each with the mark that says how far it was checked.
+"""Rows of published tables, each with the mark that says how far it was checked.
 
 [P]: stated in a published abstract, caption, table or public code that was read. [Q]: quoted from memory of the paper.
 A score that is computed here, from the accuracies of the row, has no mark: accuracies are printed with two digits,

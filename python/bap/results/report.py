@@ -1,8 +1,8 @@
-"""Pictures and a Markdown report of finished runs."""
+"""Plots and a Markdown report of finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from bap.results.scores import shown_score
 from bap.train.checkpoint import load_checkpoint
 from bap.train.run_log import read_metrics, read_results
 
-__all__ = ["make_report", "plot_accuracy", "plot_curves", "plot_kept", "results_table"]
+__all__ = ["make_report", "markdown_table", "plot_accuracy", "plot_curves", "plot_kept", "results_table", "speed_table"]
 
 
 def _pyplot() -> Any:
@@ -31,15 +31,15 @@ def _pyplot() -> Any:
 def _saved(figure: Any, path: Path) -> Path:
     import io
 
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     _pyplot().close(figure)
-    write_bytes(path, held.getvalue())
+    write_bytes(path, buffer.getvalue())
     return path
 
 
 def plot_kept(checkpoint: str | Path, path: str | Path) -> Path:
-    """A picture of the channels that each domain keeps: a row for every domain, a block for every layer.
+    """Plots the channels that each domain keeps: a row for every domain, a block for every layer.
 
     Args:
         checkpoint: folder of a trained network.
@@ -126,6 +126,11 @@ def _domains_of(results: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     return list(dict.fromkeys(name for _, one in results for name in one["accuracy"]))
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, without a line end after it."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
+
+
 def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """A Markdown table, a row for every run; a domain that a run does not have is a dash.
 
@@ -133,7 +138,7 @@ def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """
     names = _domains_of(results)
     head = ["run", "β", "sharing", "split", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×", "union", "∩"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for title, one in results:
         cost = one["cost"]
         found = shown_score(one.get("scores"))
@@ -144,12 +149,23 @@ def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
         cells += [f"{one['mean_accuracy']:.1f}{several}", s]
         cells += [f"{cost[key]:.3f}" for key in ("flop", "exact_flop", "params")]
         cells += [f"{one['union']:.3f}", f"{one['intersection']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
+
+
+def speed_table(report: Mapping[str, Any]) -> str:
+    """What :func:`bap.prune.deploy.speed_report` returns as a Markdown table, with a line on memory."""
+    rows, parameters, memory = report["domains"], report["parameters"], report["bytes"]
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    return (
+        f"{markdown_table(list(rows[0]), cells)}\n\nOne forward of {report['batch']} images, {report['threads']} "
+        f"threads, median. All domains together hold {parameters['after']:,} parameters instead of "
+        f"{parameters['before']:,}: {memory['after'] / 2**20:.2f} MiB instead of {memory['before'] / 2**20:.2f}."
+    )
 
 
 def _published(data: str, results: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Published rows, only where every run here is of what they are of: test images of all domains."""
+    """Published rows, if every run is comparable: test images of all domains."""
     rows = {"decathlon": DECATHLON_ROWS, "sketch": SKETCH_ROWS}.get(data, ())
     if not rows:
         return []
@@ -185,7 +201,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path, served: str | No
     Args:
         folders: of the runs; pictures of channels and curves are those of the first.
         out: folder for the report.
-        served: table of times of the pruned network, see :func:`bap.prune.deploy.speed_table`.
+        served: table of times of the pruned network, see :func:`speed_table`.
 
     Returns:
         The path of report.md.

@@ -1,4 +1,4 @@
-"""A whole run: train, project, test, count, score, and write everything down."""
+"""A run: train, project, test, count, score, and write the results."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def read_accuracies(path: str | Path) -> dict[str, float]:
     Raises:
         FileError: if the file holds something else.
     """
-    read = read_json(path)
-    if not isinstance(read, dict) or not read or not all(type(one) in (int, float) for one in read.values()):
+    content = read_json(path)
+    if not isinstance(content, dict) or not content or {type(one) for one in content.values()} - {int, float}:
         raise FileError(f"baseline_of(): expected {path} to hold {{domain: accuracy in per cent}}, got something else.")
-    return {name: float(value) for name, value in read.items()}
+    return {name: float(value) for name, value in content.items()}
 
 
 def baseline_of(config: Config, path: str | Path | None = None) -> dict[str, float]:
@@ -64,10 +64,10 @@ def scored(results: Mapping[str, Any], baseline: Mapping[str, float]) -> dict[st
     if not set(accuracy) <= set(baseline):
         return {}
     protocol = results.get("protocol") or {}
-    made = named_scores(
+    scores = named_scores(
         accuracy, baseline, cost["flop"], cost["params"], protocol.get("data"), protocol.get("evaluated_on", "test")
     )
-    return {"scores": made}
+    return {"scores": scores}
 
 
 def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | None = None) -> dict[str, Any]:
@@ -83,14 +83,14 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
     accuracy = {}
     with bk.use_backend(backend_of(config)):
         for name, domain in trainer.domains.items():
-            found = evaluate(trainer.model, domain, split, rank=processes.rank, world=processes.world)
-            accuracy[name] = found.percent
+            counted = evaluate(trainer.model, domain, split, rank=processes.rank, world=processes.world)
+            accuracy[name] = counted.percent
     example = torch.zeros(1, 3, trainer.size, trainer.size, device=processes.device)
     cost = count(trainer.model, example)
     masks = trainer.bank.masks().cpu().double()
     total = float(trainer.costs.sum())
     suite = suite_of(config)
-    made: dict[str, Any] = {
+    results: dict[str, Any] = {
         "split": split,
         "domains": list(accuracy),
         "protocol": {
@@ -116,7 +116,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
         "union": float(union(masks, trainer.costs)) / total,
         "cost": cost.as_dict(),
     }
-    return made | scored(made, baseline)
+    return results | scored(results, baseline)
 
 
 def _read_times(path: Path, layers: Sequence[str]) -> LayerTimes:
@@ -132,7 +132,7 @@ def _read_times(path: Path, layers: Sequence[str]) -> LayerTimes:
 
 
 def _layer_times(config: Config, suite: Mapping[str, Domain], path: Path | None, resume: bool) -> LayerTimes:
-    """Milliseconds of the layers, the same on all processes and after a resumption: others would be another budget."""
+    """Milliseconds of the layers, the same on all processes and after a resumption, as they define the budget."""
     probe = Trainer(config.replace(measure="mac", budget_ms=None), suite).open()
     file = None if path is None else path / "layer_times.json"
     times: list[Any] = [None]
@@ -158,7 +158,7 @@ def _check_folder(config: Config, path: Path, resume: bool) -> None:
     if not resume and _is_run(path):
         raise ValueError(f"train_run(): expected {path} to have no run, got one. Hint: --resume goes on with it.")
     known = path / "config.yaml"
-    # With a state, the trainer compares with what is in it.
+    # If there is a state, the trainer compares with the settings in it.
     if resume and known.exists() and not (path / STATE).exists():
         check_same_settings(load_config(known).as_dict(), config, str(known))
 

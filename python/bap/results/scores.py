@@ -52,7 +52,7 @@ PUBLISHED_BASELINES = {"decathlon": DECATHLON_BASELINE, "sketch": SKETCH_BASELIN
 
 
 def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0) -> dict[str, float]:
-    """The summand of S of each domain.
+    """The contribution of each domain to S.
 
     Args:
         accuracy: {domain: test accuracy in per cent}.
@@ -68,14 +68,14 @@ def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], 
         >>> domain_scores({"a": 100.0, "b": 80.0, "c": 10.0}, {"a": 70.0, "b": 80.0, "c": 60.0})
         {'a': 1000.0, 'b': 250.0, 'c': 0.0}
     """
-    made = {}
+    points = {}
     for name, value in accuracy.items():
         if name not in baseline:
             raise ValueError(f"domain_scores(): expected `baseline` to have {name!r}, got {sorted(baseline)}.")
-        for kind, one in (("accuracy", value), ("baseline", baseline[name])):
-            if not 0 <= one <= 100:
+        for kind, percent in (("accuracy", value), ("baseline", baseline[name])):
+            if not 0 <= percent <= 100:
                 raise ValueError(
-                    f"domain_scores(): expected `{kind}` in per cent, from 0 to 100, got {one} for {name!r}."
+                    f"domain_scores(): expected `{kind}` in per cent, from 0 to 100, got {percent} for {name!r}."
                 )
         most = 2 * (1 - baseline[name] / 100)
         if most <= 0:
@@ -84,8 +84,8 @@ def domain_scores(accuracy: Mapping[str, float], baseline: Mapping[str, float], 
                 "for which the score is not defined."
             )
         error = 1 - value / 100
-        made[name] = round(1000 * (max(0.0, most - error) / most) ** gamma, 9)
-    return made
+        points[name] = round(1000 * (max(0.0, most - error) / most) ** gamma, 9)
+    return points
 
 
 def score(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: float = 2.0) -> float:
@@ -101,7 +101,7 @@ def score(accuracy: Mapping[str, float], baseline: Mapping[str, float], gamma: f
 
 @dataclass(frozen=True)
 class Scores:
-    """S and what follows from it.
+    """S, and the scores derived from it.
 
     Args:
         s: S.
@@ -144,8 +144,8 @@ def scores(
 
     Examples:
         >>> from bap.results.scores import scores
-        >>> made = scores({"a": 80.0}, {"a": 80.0}, flop=0.5, params=1.25)
-        >>> made.s, made.s_o, made.s_p, made.combined
+        >>> result = scores({"a": 80.0}, {"a": 80.0}, flop=0.5, params=1.25)
+        >>> result.s, result.s_o, result.s_p, result.combined
         (250.0, 500.0, 200.0, 100000.0)
     """
     for name, value in (("flop", flop), ("params", params)):
@@ -174,19 +174,19 @@ def named_scores(
 
     Examples:
         >>> from bap.results.scores import DECATHLON_BASELINE, named_scores
-        >>> made = named_scores({"dtd": 60.0}, DECATHLON_BASELINE, 1.0, 1.0, "decathlon", "val")
-        >>> list(made)[:2], made["coverage"]
+        >>> named = named_scores({"dtd": 60.0}, DECATHLON_BASELINE, 1.0, 1.0, "decathlon", "val")
+        >>> list(named)[:2], named["coverage"]
         (['S_partial_val', 'S_O_partial_val'], '1 of 10 domains')
     """
     published = PUBLISHED_BASELINES.get(data or "", {})
     whole = set(baseline) | set(published)
     end = ("" if set(accuracy) >= whole else "_partial") + ("" if split == "test" else f"_{split}")
-    made = scores(accuracy, baseline, flop, params)
+    result = scores(accuracy, baseline, flop, params)
     return {
-        f"S{end}": made.s,
-        f"S_O{end}": made.s_o,
-        f"S_P{end}": made.s_p,
-        f"combined{end}": made.combined,
+        f"S{end}": result.s,
+        f"S_O{end}": result.s_o,
+        f"S_P{end}": result.s_p,
+        f"combined{end}": result.combined,
         "coverage": f"{len(accuracy)} of {len(whole)} domains",
         "split": split,
         "published_baseline": bool(published) and all(baseline[name] == published.get(name) for name in accuracy),

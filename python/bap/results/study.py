@@ -1,4 +1,4 @@
-"""The table over budgets, sharing losses and seeds of one suite; stopped, it goes on where it was."""
+"""A study: runs over budgets, sharing losses and seeds of one suite; it can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from bap.config import Config, load_config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
+from bap.results.report import markdown_table
 from bap.results.run import scored, train_run
 from bap.results.scores import shown_score
 from bap.train.domains import check_source, load_domains, source_of, suite_of
@@ -39,7 +40,7 @@ _PRETRAINING = (
 
 
 def pretrained(config: Config, domains: dict[str, Domain], folder: Path, progress: bool = False) -> Path:
-    """File with the backbone of a seed, trained on the source if it is not there yet.
+    """File with the backbone of a seed, trained on the source if it is missing.
 
     Raises:
         ValueError: if the file there was trained with other settings or on another source.
@@ -67,7 +68,7 @@ def pretrained(config: Config, domains: dict[str, Domain], folder: Path, progres
 
 
 def _finished(path: Path, config: Config) -> bool:
-    """Whether a run is there; one of other settings is refused, as its row would stand under the wrong name."""
+    """Whether a run is finished; one with other settings is refused."""
     if not (path / "results.json").exists():
         return False
     # The weights are compared by their own settings.
@@ -78,7 +79,7 @@ def _finished(path: Path, config: Config) -> bool:
 
 def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress: bool) -> dict[str, float]:
     """Accuracy of a whole network for each domain, all of it trained from the source's: what S is relative to."""
-    made = {}
+    accuracy = {}
     for name, domain in domains.items():
         path = folder / f"finetune_{name}_seed{config.run.seed}"
         alone = config.replace(
@@ -86,8 +87,8 @@ def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress
         )
         if not _finished(path, alone):
             train_run(alone, path, resume=True, baseline={}, domains={name: domain}, progress=progress)
-        made[name] = read_results(path)["accuracy"][name]
-    return made
+        accuracy[name] = read_results(path)["accuracy"][name]
+    return accuracy
 
 
 def study(
@@ -100,7 +101,7 @@ def study(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
-    """Runs what is not there yet, and writes study.json and study.md.
+    """Runs the cells that are missing, and writes study.json and study.md.
 
     Args:
         config: settings that all runs share; seed, budget and sharing loss are set here.
@@ -179,32 +180,18 @@ def study_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells.setdefault((row["beta"], row["sharing"] or "none"), []).append(row)
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
-    head = [
-        "β",
-        "sharing",
-        "split",
-        "seeds",
-        *names,
-        "mean",
-        "S",
-        "FLOP ×",
-        "exact FLOP ×",
-        "Params ×",
-        "union",
-        "∩",
-        "projected",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (beta, sharing), found in sorted(cells.items(), key=lambda item: -item[0][0]):
-        split = ", ".join(dict.fromkeys(one.get("split", "not recorded") for one in found))
-        line = [f"{beta:g}", sharing, split, str(len(found))]
-        line += [_shown([one["accuracy"][name] for one in found if name in one["accuracy"]], 1) for name in names]
-        line.append(_shown([one["mean_accuracy"] for one in found], 1))
-        made = [one for one in (shown_score(row.get("scores")) for row in found) if one is not None]
-        notes = ", ".join(dict.fromkeys(note for _, note in made if note))
-        line.append(_shown([value for value, _ in made], 0) + (f" ({notes})" if notes else ""))
-        line += [_shown([one["cost"][key] for one in found], 3) for key in ("flop", "exact_flop", "params")]
-        line += [_shown([one[key] for one in found], 3) for key in ("union", "intersection")]
-        line.append(_shown([sum(one["projected_off"].values()) for one in found], 0))
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+    head = ["β", "sharing", "split", "seeds", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×"]
+    lines = []
+    for (beta, sharing), cell in sorted(cells.items(), key=lambda item: -item[0][0]):
+        split = ", ".join(dict.fromkeys(one.get("split", "not recorded") for one in cell))
+        line = [f"{beta:g}", sharing, split, str(len(cell))]
+        line += [_shown([one["accuracy"][name] for one in cell if name in one["accuracy"]], 1) for name in names]
+        line.append(_shown([one["mean_accuracy"] for one in cell], 1))
+        shown = [one for one in (shown_score(row.get("scores")) for row in cell) if one is not None]
+        notes = ", ".join(dict.fromkeys(note for _, note in shown if note))
+        line.append(_shown([value for value, _ in shown], 0) + (f" ({notes})" if notes else ""))
+        line += [_shown([one["cost"][key] for one in cell], 3) for key in ("flop", "exact_flop", "params")]
+        line += [_shown([one[key] for one in cell], 3) for key in ("union", "intersection")]
+        line.append(_shown([sum(one["projected_off"].values()) for one in cell], 0))
+        lines.append(line)
+    return markdown_table([*head, "union", "∩", "projected"], lines)

@@ -1,4 +1,4 @@
-"""Joint training of all domains under their budgets, and what a trained network is on disk."""
+"""Joint training of all domains under their budgets; checkpoints."""
 
 from bap.train.evaluate import check_splits
 from bap.train.schedule import learning_rate

@@ -133,7 +133,7 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class Projection:
-    """What :func:`project` did.
+    """The result of :func:`project`.
 
     Args:
         scores: (M,), the new scores.
@@ -176,8 +176,8 @@ def project(
     Examples:
         >>> import torch
         >>> from bap.train.budget import project
-        >>> made = project(torch.tensor([0.3, 0.1, 0.2, 0.0]), 0.05, torch.ones(4, dtype=torch.float64), 0.5)
-        >>> (made.scores > 0.05).tolist(), made.turned_off, made.before, made.after
+        >>> projection = project(torch.tensor([0.3, 0.1, 0.2, 0.0]), 0.05, torch.ones(4, dtype=torch.float64), 0.5)
+        >>> (projection.scores > 0.05).tolist(), projection.turned_off, projection.before, projection.after
         ([True, False, True, False], 1, 0.75, 0.5)
     """
     if not 0 < beta <= 1:
@@ -218,7 +218,7 @@ def project(
             break
         kept[index] = False
         removed.append(index)
-        # Summed anew: a running difference would round, and the bound is exact.
+        # Summed in full: a running difference would round, and the bound is exact.
         used = float(costs[kept].sum())
     for index in reversed(removed):
         kept[index] = True
@@ -227,5 +227,5 @@ def project(
             kept[index] = False
     off = on & ~kept
     below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-    made = torch.where(off, below, values).to(device)
-    return Projection(made, int(off.sum()), before, float(costs[kept].sum()) / total)
+    projected = torch.where(off, below, values).to(device)
+    return Projection(projected, int(off.sum()), before, float(costs[kept].sum()) / total)

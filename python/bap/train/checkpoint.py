@@ -1,4 +1,4 @@
-"""A trained network on disk: what is shared once, and a small folder for every domain.
+"""Checkpoints: the shared weights once, and a small folder for each domain.
 
     config.json                             settings, order of the domains, digest of model.safetensors
     model.safetensors                       weights that all domains share
@@ -42,12 +42,12 @@ __all__ = ["domains_of", "load_checkpoint", "save_checkpoint", "save_domain"]
 _FORMAT = 2
 _TRIES = 4
 _OWN_KEYS = ("format", "name", "network", "tensors", "position", "digest")
-# Beside a pruned weight: which of its filters and input slices are there.
+# Beside a pruned weight: which of its filters and input slices it holds.
 _ROWS, _COLUMNS = ".kept_filters", ".kept_slices"
 
 
-class _Facts(BaseModel):
-    """What is read of domain_config.json; ``classes`` is needed, other entries are kept as they are."""
+class _DomainSpec(BaseModel):
+    """Fields of domain_config.json; ``classes`` is required, unknown ones are kept."""
 
     name: StrictStr
     classes: Annotated[list[StrictStr], Field(min_length=1)]
@@ -81,7 +81,7 @@ def _folder(path: Path, domain: str) -> Path:
 
 
 def _domain_files(
-    path: Path, model: nn.Module, domain: str, facts: Mapping[str, Any], network: str | None, position: int
+    path: Path, model: nn.Module, domain: str, spec: Mapping[str, Any], network: str | None, position: int
 ) -> dict[str | Path, bytes]:
     folder = _folder(path, domain)
     own = _own_state(model, domain)
@@ -94,30 +94,30 @@ def _domain_files(
         "network": network,
         "tensors": digest_of(tensors),
         "position": position,
-        **{key: value for key, value in facts.items() if key not in _OWN_KEYS},
+        **{key: value for key, value in spec.items() if key not in _OWN_KEYS},
     }
-    # The facts last: a domain without them is not there.
+    # The spec last: a domain without one is not complete.
     return {folder / "domain.safetensors": tensors, folder / "domain_config.json": sealed_json(head)}
 
 
-def save_domain(path: str | Path, model: nn.Module, domain: str, facts: Mapping[str, Any]) -> None:
+def save_domain(path: str | Path, model: nn.Module, domain: str, spec: Mapping[str, Any]) -> None:
     """Writes one domain; nothing else in the folder is touched.
 
     Args:
         path: folder of the checkpoint, whose shared weights are the model's.
         model: a model that has the domain.
         domain: its name.
-        facts: for domain_config.json; ``classes``, names of the classes, are needed to load it.
+        spec: for domain_config.json; ``classes``, names of the classes, are needed to load it.
 
     Raises:
         FileError: if the folder has no checkpoint, or a file cannot be written.
         ValueError: if the model lacks the domain, or its name cannot be that of a folder.
     """
     path = Path(path)
-    _domain_files(path, model, domain, facts, None, 0)
+    _domain_files(path, model, domain, spec, None, 0)
     head = _read_head(path)
     position = len(domains_of(path))
-    write_files(_domain_files(path, model, domain, facts, head.get("network"), position))
+    write_files(_domain_files(path, model, domain, spec, head.get("network"), position))
 
 
 def save_checkpoint(
@@ -133,7 +133,7 @@ def save_checkpoint(
         path: the folder; made if it is not there.
         model: as :func:`bap.train.network.switched_network` makes it.
         config: the settings it was made with.
-        domains: {domain: facts for its domain_config.json}, in the order in which they are loaded.
+        domains: {domain: spec for its domain_config.json}, in the order in which they are loaded.
         kept: {convolution: filters that are left} and {convolution: input slices that are left}, bool, as
             :func:`bap.prune.prune.prune_` found them: only these weights are written.
 
@@ -151,20 +151,20 @@ def save_checkpoint(
                 shared[f"{name}.weight"] = weight[rows][:, columns]
                 shared[f"{name}{_ROWS}"], shared[f"{name}{_COLUMNS}"] = rows, columns
     weights = tensors_bytes(shared, {"format": _FORMAT})
-    held = {"model": digest_of(weights), "domains": list(domains), "config": config.as_dict()}
-    network = digest_of(held)
+    content = {"model": digest_of(weights), "domains": list(domains), "config": config.as_dict()}
+    network = digest_of(content)
     files: dict[str | Path, bytes] = {}
-    for position, (name, facts) in enumerate(domains.items()):
-        files.update(_domain_files(path, model, name, facts, network, position))
+    for position, (name, spec) in enumerate(domains.items()):
+        files.update(_domain_files(path, model, name, spec, network, position))
     files[path / "model.safetensors"] = weights
     # Last: a folder without it is no checkpoint.
-    files[path / "config.json"] = sealed_json({"format": _FORMAT, "network": network, **held})
+    files[path / "config.json"] = sealed_json({"format": _FORMAT, "network": network, **content})
     write_files(files)
 
 
 def _widened(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Pruned weights at full size, zeros where they were dropped."""
-    made = {key: value for key, value in state.items() if not key.endswith((_ROWS, _COLUMNS))}
+    full = {key: value for key, value in state.items() if not key.endswith((_ROWS, _COLUMNS))}
     for key in state:
         if key.endswith(_ROWS):
             name = key.removesuffix(_ROWS)
@@ -173,10 +173,10 @@ def _widened(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                 raise FileError(
                     f"load_checkpoint(): expected {path} to list what is left of {name!r}, got other lists."
                 )
-            full = weight.new_zeros(len(rows), len(columns), *weight.shape[2:])
-            full[rows.nonzero(), columns.nonzero().T] = weight
-            made[f"{name}.weight"] = full
-    return made
+            dense = weight.new_zeros(len(rows), len(columns), *weight.shape[2:])
+            dense[rows.nonzero(), columns.nonzero().T] = weight
+            full[f"{name}.weight"] = dense
+    return full
 
 
 def _read_head(path: Path) -> dict[str, Any]:
@@ -186,11 +186,11 @@ def _read_head(path: Path) -> dict[str, Any]:
     return head
 
 
-def _read_facts(path: Path, domain: str, network: str | None) -> dict[str, Any]:
+def _read_spec(path: Path, domain: str, network: str | None) -> dict[str, Any]:
     file = _folder(path, domain) / "domain_config.json"
-    facts = read_sealed_json(file, _FORMAT)
+    spec = read_sealed_json(file, _FORMAT)
     try:
-        checked = _Facts.model_validate(facts)
+        checked = _DomainSpec.model_validate(spec)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -199,18 +199,18 @@ def _read_facts(path: Path, domain: str, network: str | None) -> dict[str, Any]:
         ) from None
     if checked.name != domain:
         raise FileError(f"load_checkpoint(): expected {file} to be of {domain!r}, got that of {checked.name!r}.")
-    if network is not None and facts.get("network") != network:
+    if network is not None and spec.get("network") != network:
         raise _MismatchError(
             f"load_checkpoint(): expected {file} to belong to {path / 'config.json'}, got a domain of another network."
         )
-    return facts
+    return spec
 
 
 def _read_bound(file: Path, expected: str | None, binding: Path) -> dict[str, Tensor]:
     """Tensors of a file whose digest another file holds."""
     data = read_bytes(file)
     if expected is not None and digest_of(data) != expected:
-        # A file that is damaged in itself is called so, not one of another network.
+        # A damaged file is reported as such, not as one of another network.
         parse_tensors(data, file)
         raise _MismatchError(
             f"load_checkpoint(): expected {file} to have the digest that {binding} names, got a damaged file or one of "
@@ -222,13 +222,13 @@ def _read_bound(file: Path, expected: str | None, binding: Path) -> dict[str, Te
 def domains_of(path: str | Path) -> list[str]:
     """Names of the domains of a checkpoint: in the order of training, then those that were added, sorted."""
     path = Path(path)
-    there = sorted(one.parent.name for one in path.glob("domains/*/domain_config.json"))
+    present = sorted(file.parent.name for file in path.glob("domains/*/domain_config.json"))
     try:
         first = _read_head(path).get("domains", [])
     except FileError:
         first = []
-    first = [name for name in first if name in there] if isinstance(first, list) else []
-    return first + [name for name in there if name not in first]
+    first = [name for name in first if name in present] if isinstance(first, list) else []
+    return first + [name for name in present if name not in first]
 
 
 def load_checkpoint(
@@ -241,7 +241,7 @@ def load_checkpoint(
         domains: names, in the order that the model will have; None loads all, in the order of training and adding.
 
     Returns:
-        The model, in eval mode with the first domain active; its settings; {domain: facts}.
+        The model, in eval mode with the first domain active; its settings; {domain: spec}.
 
     Raises:
         FileError: if a file is missing, damaged or of another network, or a domain is not there.
@@ -256,10 +256,10 @@ def load_checkpoint(
         >>> from bap.train.network import switched_network
         >>> config = Config(model_options={"widths": [4, 8, 8], "blocks": [1, 1, 1]})
         >>> model = switched_network(config, {"a": 3, "b": 2})
-        >>> facts = {"a": {"classes": ["x", "y", "z"]}, "b": {"classes": ["u", "v"]}}
+        >>> specs = {"a": {"classes": ["x", "y", "z"]}, "b": {"classes": ["u", "v"]}}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_checkpoint(folder, model, config, facts)
-        ...     loaded, _, facts = load_checkpoint(folder, ["b"])
+        ...     save_checkpoint(folder, model, config, specs)
+        ...     loaded, _, specs = load_checkpoint(folder, ["b"])
         >>> [(name, layer.out_features) for name, layer in loaded.fc.domains.items()]
         [('b', 2)]
     """
@@ -269,7 +269,7 @@ def load_checkpoint(
         try:
             return _load(path, wanted)
         except _MismatchError:
-            # A process that writes the checkpoint anew replaces its files one after another, within a moment.
+            # A process that rewrites the checkpoint replaces its files one after another, within a moment.
             time.sleep(0.1)
     return _load(path, wanted)
 
@@ -279,9 +279,9 @@ def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict
     binding = path / "config.json"
     network = None
     if head["format"] == _FORMAT:
-        held = {key: head.get(key) for key in ("model", "domains", "config")}
+        content = {key: head.get(key) for key in ("model", "domains", "config")}
         network = head.get("network")
-        if network != digest_of(held):
+        if network != digest_of(content):
             raise FileError(f"load_checkpoint(): expected {binding} to name its own network, got another one.")
     else:
         warnings.warn(
@@ -294,30 +294,30 @@ def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict
         config = config_of(head["config"], str(binding)).replace(weights=None)
     except ValueError as error:
         raise FileError(f"load_checkpoint(): expected {binding} to hold settings: {error}") from None
-    there = domains_of(path)
-    names = there if wanted is None else wanted
+    present = domains_of(path)
+    names = present if wanted is None else wanted
     for name in names:
-        if name not in there:
-            raise FileError(f"load_checkpoint(): expected {path} to have one of {there}, got {name!r}.")
+        if name not in present:
+            raise FileError(f"load_checkpoint(): expected {path} to have one of {present}, got {name!r}.")
     if not names:
         raise FileError(f"load_checkpoint(): expected {path} to have domains, got none.")
-    facts = {name: _read_facts(path, name, network) for name in names}
+    specs = {name: _read_spec(path, name, network) for name in names}
     if wanted is None:
-        names = sorted(names, key=lambda name: facts[name].get("position", 0))
-        facts = {name: facts[name] for name in names}
+        names = sorted(names, key=lambda name: specs[name].get("position", 0))
+        specs = {name: specs[name] for name in names}
     shared = _read_bound(path / "model.safetensors", head.get("model") if network is not None else None, binding)
     state = _widened(shared, path / "model.safetensors")
     for name in names:
         folder = _folder(path, name)
-        own = _read_bound(folder / "domain.safetensors", facts[name].get("tensors"), folder / "domain_config.json")
+        own = _read_bound(folder / "domain.safetensors", specs[name].get("tensors"), folder / "domain_config.json")
         strange = [key for key in own if f".domains.{name}." not in f".{key}"]
         if strange:
             raise FileError(
                 f"load_checkpoint(): expected {folder} to hold what {name!r} owns, got others: {strange[:3]}."
             )
         state.update(own)
-    # Built last: a damaged file is found before.
-    model = switched_network(config, {name: len(facts[name]["classes"]) for name in names})
+    # Built last, after all files were checked.
+    model = switched_network(config, {name: len(specs[name]["classes"]) for name in names})
     expected = model.state_dict()
     wrong = [
         key
@@ -331,4 +331,4 @@ def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict
         )
     model.load_state_dict(state)
     bk.set_domain(model.eval(), names[0])
-    return model, config, facts
+    return model, config, specs

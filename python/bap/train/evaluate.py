@@ -79,8 +79,8 @@ def evaluate(
     """
     bk.set_domain(model, domain.name)
     device = next(model.parameters()).device
-    made = Accuracy()
-    run = model if forward is None else forward
+    accuracy = Accuracy()
+    call = model if forward is None else forward
     with evaluating(model):
         for x, y in domain.batches(split, batch, None, rank, world):
             if (y < 0).any():
@@ -88,13 +88,13 @@ def evaluate(
                     f"evaluate(): expected `split` of {domain.name!r} to have labels, got {split!r} without. "
                     "Hint: bap.train.evaluate.predict makes the results file for the benchmark's server."
                 )
-            logits = run(x.to(device)).float()
+            logits = call(x.to(device)).float()
             y = y.to(device)
-            made.add(logits, y, float(nn.functional.cross_entropy(logits, y)))
-    made.reduced()
-    if not made.images:
+            accuracy.add(logits, y, float(nn.functional.cross_entropy(logits, y)))
+    accuracy.reduced()
+    if not accuracy.images:
         raise ValueError(f"evaluate(): expected `split` of {domain.name!r} to have images, got none in {split!r}.")
-    return made
+    return accuracy
 
 
 def predict(model: nn.Module, domain: Domain, split: str = "test", batch: int = 128) -> list[dict[str, Any]]:
@@ -108,8 +108,8 @@ def predict(model: nn.Module, domain: Domain, split: str = "test", batch: int = 
         raise ValueError(
             f"predict(): expected `split` of {domain.name!r} to be one of {list(domain.splits)}, got {split!r}."
         )
-    held: Any = domain.splits[split]
-    ids, categories = getattr(held, "image_ids", None), getattr(held, "category_ids", None)
+    images: Any = domain.splits[split]
+    ids, categories = getattr(images, "image_ids", None), getattr(images, "category_ids", None)
     if ids is None or categories is None:
         raise ValueError(
             f"predict(): expected {domain.name!r} to be in the decathlon's format, got {split!r} without ids."
@@ -151,13 +151,13 @@ def final_split(domains: Mapping[str, Domain]) -> str:
         ValueError: if a domain has labels of neither.
     """
     for split in ("test", "val"):
-        held = [one.splits.get(split) for one in domains.values()]
-        if all(one is not None and one.labels is not None and len(one) for one in held):
+        images = [domain.splits.get(split) for domain in domains.values()]
+        if all(part is not None and part.labels is not None and len(part) for part in images):
             return split
     without = [
         name
-        for name, one in domains.items()
-        if all(split not in one.splits or one.splits[split].labels is None for split in ("test", "val"))
+        for name, domain in domains.items()
+        if all(split not in domain.splits or domain.splits[split].labels is None for split in ("test", "val"))
     ]
     raise ValueError(
         "results_of(): expected all domains to have labels of one split, test or val, got "

@@ -25,7 +25,7 @@ __all__ = ["LayerTimes", "measure_layers"]
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """What was measured, in milliseconds for one call.
+    """Measured milliseconds of one call.
 
     Args:
         per_channel: {layer: slope}, at least a thousandth of the layer's dense time shared by its channels, so that
@@ -82,7 +82,7 @@ def measure_layers(model: nn.Module, example: Tensor, rounds: int = 9, backend: 
     per_channel, fixed = {}, 0.0
     for name, x in inputs.items():
         layer = layers[name]
-        # The layer itself, as inference has it, with lists of this measurement's own.
+        # A copy for inference, with lists of its own.
         gathered = copy.deepcopy(layer).to_gathered().eval()
         width = layer.in_channels
         widths = sorted({max(1, width * part // 4) for part in (1, 2, 3, 4)})

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: a lock of the operating system, which dies with the process that holds it."""
+"""One run at a time writes to a folder: a lock of the operating system, released when its process ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["LOCK", "folder_lock"]
 LOCK = ".lock"
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
-# {folder: (file descriptor, thread, times it was taken)}: a lock that this thread holds may be taken again.
+# {folder: (file descriptor, thread, depth)}: a thread may lock a folder again that it holds.
 _held: dict[str, tuple[int, int, int]] = {}
 _guard = threading.Lock()
 
@@ -47,7 +47,7 @@ def _holder(path: Path) -> str:
 
 
 def _take(path: Path) -> int:
-    """An open descriptor with the lock; the file is made if it is not there."""
+    """An open descriptor with the lock; the file is created if it is missing."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -83,7 +83,7 @@ def _take(path: Path) -> int:
 
 @contextmanager
 def folder_lock(folder: str | Path | None) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made if it is not there.
+    """Keeps other runs out of a folder, which is created if it is missing.
 
     The lock is ``flock``'s, on a file ``.lock`` that names the process: after a SIGKILL or a crash of the machine the
     next run takes it over. A thread that holds the lock may take it again. Readers need no lock: files are replaced as
@@ -132,7 +132,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
                     _held[key] = handle, owner, count - 1
                 else:
                     del _held[key]
-                    # Removed before the lock is given back: whoever opened it meanwhile looks whether it is there.
+                    # Before the lock is released: a process that opened it meanwhile checks that it still exists.
                     with contextlib.suppress(OSError):
                         (path / LOCK).unlink(missing_ok=True)
                     os.close(handle)

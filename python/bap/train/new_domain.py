@@ -1,4 +1,4 @@
-"""Adds a domain to a finished network, with the others untouched."""
+"""Adds a domain to a trained network without changing the others."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def add_domain(
         FileError: if files are damaged or cannot be written.
     """
     path = Path(checkpoint)
-    # A folder that is not there is not made: loading says so.
+    # A missing folder is not created: loading raises.
     with folder_lock(path if path.is_dir() else None):
         return _add(path, name, dict(changes or {}), like, data, progress)
 

@@ -1,4 +1,4 @@
-"""Trains the plain backbone on the source domain, where no file has its weights."""
+"""Trains the plain backbone on the source domain."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     device = device_of(config.run.device)
-    held = domain.splits.get("train")
-    if held is None or not len(held) or held.labels is None:
+    images = domain.splits.get("train")
+    if images is None or not len(images) or images.labels is None:
         raise ValueError(f"pretrain(): expected {domain.name!r} to have images with labels in 'train', got none.")
     model = plain_network(config, len(domain.classes)).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), config.pretrain.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)

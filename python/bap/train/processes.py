@@ -1,4 +1,4 @@
-"""One process or several, as torchrun starts them."""
+"""The processes of a run, one or several, as torchrun starts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run must have in common with what is in its folder already, so that no result is a mixture of two runs."""
+"""Checks that a run is resumed with the settings, data and weights it was started with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bap.train.schedule import learning_rate
 
 __all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "weights_digest"]
 
-# Where and how fast a run is computed, and what it prints: not what it computes, beyond rounding.
+# Settings that change where, how fast and how verbosely a run computes, not its results beyond rounding.
 MAY_CHANGE = ("data.root", "data.workers", "run.device", "run.threads", "run.backend", "run.log_every")
 
 
@@ -23,7 +23,7 @@ def weights_digest(config: Config) -> str | None:
 
 
 def data_fingerprint(domains: Mapping[str, Domain]) -> dict[str, Any]:
-    """What tells the data of a run from others: classes, and numbers and labels of the images of each split."""
+    """Identifies the data of a run: classes, and numbers and labels of the images of each split."""
     return {
         name: {
             "classes": digest_of(list(domain.classes)),

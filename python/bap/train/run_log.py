@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, curves for TensorBoard, lines of progress on the error stream."""
+"""The log of a run: metrics.jsonl, TensorBoard curves, progress lines on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _DomainRecord(BaseModel):
 
 
 class _Record(BaseModel):
-    """What is read of a line of metrics.jsonl."""
+    """Required fields of a line of metrics.jsonl."""
 
     epoch: StrictInt
     domains: dict[str, _DomainRecord]
@@ -40,7 +40,7 @@ class _Cost(BaseModel):
 
 
 class _Results(BaseModel):
-    """What is read of results.json."""
+    """Required fields of results.json."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -78,26 +78,26 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder, "metrics.jsonl")
     if not path.exists():
         return []
-    made = []
+    records = []
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise FileError(f"read_metrics(): expected line {number} of {path} to be JSON, got {error}.") from None
-        made.append(_checked(_Record, value, f"line {number} of {path}"))
-    return made
+        records.append(_checked(_Record, value, f"line {number} of {path}"))
+    return records
 
 
 def _curves(record: dict[str, Any]) -> dict[str, float]:
     """Numbers of a record as {"loss/digits": value}."""
-    found = {f"run/{key}": value for key, value in record.items() if isinstance(value, (int, float)) and key != "epoch"}
+    named = {f"run/{key}": value for key, value in record.items() if key != "epoch"}
     for domain, values in record["domains"].items():
-        found.update({f"{key}/{domain}": value for key, value in values.items() if isinstance(value, (int, float))})
-    return found
+        named.update({f"{key}/{domain}": value for key, value in values.items()})
+    return {name: value for name, value in named.items() if isinstance(value, (int, float))}
 
 
 class _Curves:
-    """An event file for TensorBoard, written at once and in this thread, so that a full disk is found where it is met.
+    """An event file for TensorBoard, written synchronously, so that a full disk raises here.
 
     TensorBoard's own writer leaves that to a thread, which ends with a traceback and keeps the others waiting.
     """
@@ -154,7 +154,7 @@ class _Whole:
 
 
 class RunLog:
-    """Keeps the records of a run.
+    """Writes the records of a run.
 
     The file is replaced as a whole with every record, so that it never ends in half a line.
 
@@ -192,7 +192,7 @@ class RunLog:
             print(self._line(record), file=sys.stderr, flush=True)
 
     def step(self, epoch: int, step: int, steps: int, domain: str, loss: float) -> None:
-        """Prints a line if it is the turn of this step of an epoch."""
+        """Prints a line every ``every`` steps of an epoch."""
         if self.progress and self.every and step % self.every == 0:
             print(
                 f"epoch {epoch}/{self.epochs}  step {step}/{steps}  {domain}  mean loss {loss:.3f}",

@@ -1,4 +1,4 @@
-"""The state of a run between two epochs, in one file that is whole or not there; no pickle."""
+"""Saves and loads the state of a run between two epochs, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _FORMAT = 1
 
 
 def save_state(
-    path: str | Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], facts: Mapping[str, Any]
+    path: str | Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], progress: Mapping[str, Any]
 ) -> None:
-    """Writes model, optimizers and further facts.
+    """Saves model, optimizers and progress.
 
     Args:
         path: the file.
         model: its whole state, and the counters of switches that get gradients in some forwards only.
         optimizers: by name.
-        facts: what JSON can hold.
+        progress: what else is needed, as JSON can hold it.
 
     Raises:
         FileError: if it cannot be written; an earlier file stays.
@@ -48,7 +48,7 @@ def save_state(
         for layer, module in switched_layers(model)
         for domain, switch in module.domains.items()
     }
-    info = {"format": _FORMAT, "groups": groups, "plain": plain, "counters": counters, "facts": dict(facts)}
+    info = {"format": _FORMAT, "groups": groups, "plain": plain, "counters": counters, "facts": dict(progress)}
     write_tensors(path, tensors, info)
 
 
@@ -58,12 +58,12 @@ def load_state(
     optimizers: Mapping[str, torch.optim.Optimizer],
     check: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Reads what :func:`save_state` wrote into a model and optimizers that were made alike; returns the facts.
+    """Reads what :func:`save_state` wrote into a model and optimizers of the same kind; returns the progress.
 
     Args:
         path: the file.
         model, optimizers: as they were saved.
-        check: called with the facts and the path before anything is loaded; may refuse them.
+        check: called with the progress and the path before anything is loaded; may refuse them.
 
     Raises:
         FileError: if the file is damaged, or is that of another network.

@@ -104,7 +104,7 @@ class Trainer:
         self._given_model = model
 
     def open(self) -> Trainer:
-        """Makes everything that training needs; a second call does nothing.
+        """Prepares training; a second call does nothing.
 
         Returns:
             The trainer itself.
@@ -143,7 +143,7 @@ class Trainer:
         return self
 
     def _build(self, model: nn.Module | None) -> None:
-        """The network, and what the settings and its layers say about budgets and losses."""
+        """Builds the network, its budgets and its losses."""
         config, device = self.config, self.processes.device
         classes = {name: len(domain.classes) for name, domain in self.domains.items()}
         self.model = (switched_network(config, classes) if model is None else model).to(device)
@@ -241,7 +241,7 @@ class Trainer:
                 if self.frozen or self.epoch == self.config.schedule.epochs:
                     self._freeze_switches()
                 self._describe(record)
-                # First the record: a resumed run drops records that no state belongs to.
+                # Before the state: a resumed run drops records that have no state.
                 self.log.add(record)
                 if self.folder is not None and self.processes.first:
                     self._save(self.folder / STATE)
@@ -252,7 +252,7 @@ class Trainer:
     def _train_epoch(self) -> dict[str, Any]:
         config = self.config
         started = time.perf_counter()
-        # Whatever draws from the global generator, such as dropout, draws the same after a resumption.
+        # Users of the global generator, such as dropout, draw the same numbers after a resumption.
         torch.manual_seed(config.run.seed * 1_000_003 + self.epoch)
         factor = learning_rate(config.schedule.decay, self.epoch, config.schedule.epochs)
         for optimizer in self.optimizers.values():
@@ -276,7 +276,7 @@ class Trainer:
         }
 
     def _check_finite(self) -> None:
-        # The last step's gradient is seen by no loss.
+        # No loss follows the last step.
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.detach().isfinite().all()):
                 raise self._not_finite(f"parameter {name!r}")

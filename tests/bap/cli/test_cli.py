@@ -6,18 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from bap.cli import main
 from bap.config import Config, load_config
-from bap.data import Arrays, Domain
-from bap.results.report import make_report, results_table
 from bap.results.run import train_run
 from bap.train.checkpoint import save_checkpoint
 from bap.train.lock import folder_lock
@@ -86,6 +82,10 @@ def test_a_run_without_a_terminal_prints_its_progress(bap, config: Path, tmp_pat
 MISTAKES = [
     (["train", "-o", "{}/a", "-s", "beta=[0.5"], "the value of 'beta=[0.5' to be YAML"),
     (["train", "-o", "{}/a", "-s", "lr_head=-1"], "`optimiser.lr_head` to be greater than or equal to 0, got -1"),
+    (["train", "-o", "{}/a", "-s", "beta=2"], "to be less than or equal to 1, got 2. (From -s budget.beta.)"),
+    (["train", "-o", "{}/a", "-s", "betta=1"], "got 'betta'. Hint: beta? (From -s betta.)"),
+    (["train", "-o", "{}/a", "-c", "{}/no.yaml"], "expected `path` to be a YAML file"),
+    (["train", "-o", "{}/a", "-s", "data=decathlon"], "expected `data.root`, the folder of 'decathlon'"),
     (["train", "-o", "{}/a", "-s", "device=cuda:9"], "got 'cuda:9' where PyTorch finds"),
     (["train", "-o", "{}/a", "-s", "domains=[faces]"], "got 'faces'"),
     (["train", "-o", "{}/a", "-s", "images=100", "-s", "weights={}/none.pth"], "none.pth"),
@@ -255,26 +255,3 @@ def test_other_commands_refuse_torchrun(bap, checkpoint: Path, monkeypatch: pyte
     status, _, errors = bap("info", checkpoint)
     assert status == 2
     assert "bap info: expected one process, got 2" in errors
-
-
-def _domain(name: str) -> Domain:
-    split = Arrays(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-    return Domain(name, ("x", "y"), {"train": split, "val": split, "test": split}, 8)
-
-
-def test_a_report_over_runs_with_different_domains(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**SMALL, "domains": [], "epochs": 1, "batch": 4}
-    for folder, names in (("one", ("a", "b")), ("two", ("b", "c", "d"))):
-        train_run(Config(**settings), tmp_path / folder, domains={name: _domain(name) for name in names})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        path = make_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report")
-    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
-    head = rows[0]
-    assert head[4:9] == ["a", "b", "c", "d", "mean"]
-    assert rows[1][6:8] == ["–", "–"]
-    assert rows[1][8].endswith("(2 domains)")
-    assert rows[2][4] == "–"
-    assert rows[2][8].endswith("(3 domains)")
-    text = results_table([("x", json.loads((tmp_path / "one" / "results.json").read_text()))])
-    assert "domains)" not in text

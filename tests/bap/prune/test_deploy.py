@@ -8,9 +8,10 @@ import pytest
 import torch
 from bap.cli.commands import app
 from bap.config import Config
-from bap.prune.deploy import compare_times, deploy, speed_report, speed_table, tensor_bytes
+from bap.prune.deploy import compare_times, deploy, speed_report, tensor_bytes
 from bap.prune.layers import SwitchBank
 from bap.prune.prune import PruneError
+from bap.results.report import speed_table
 from bap.train.checkpoint import save_checkpoint
 from bap.train.network import switched_network
 from torch import nn
@@ -38,10 +39,7 @@ def _trained(config: Config, names: tuple[str, ...] = ("a", "b")) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("resnet26", {"widths": [8, 16, 16], "blocks": [1, 2, 1]}),
-        ("wrn28_4", {"depth": 10, "widen": 1}),
-    ],
+    [("resnet26", {"widths": [8, 16, 16], "blocks": [1, 2, 1]}), ("wrn28_4", {"depth": 10, "widen": 1})],
 )
 def test_every_domain_answers_as_before_from_fewer_weights(name: str, options: dict) -> None:
     model = _trained(Config(model=name, model_options=options))

@@ -26,13 +26,7 @@ import bap_kernels as bk
 sys.path.insert(0, str(Path(__file__).parent))
 from old_format import old_checkpoint, old_tensors
 
-FACTS = {
-    "size": 8,
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "kept": 0.5,
-    "accuracy": 61.25,
-}
+FACTS = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, "kept": 0.5, "accuracy": 61.25}
 
 
 def _config(seed: int = 0) -> Config:
@@ -262,3 +256,43 @@ def test_a_backbone_loads_without_the_classifier_that_does_not_fit(tmp_path: Pat
             save_file(source.state_dict(), tmp_path / name)
         assert load_weights(model, tmp_path / name, "fc") == ["fc.weight", "fc.bias"]
         assert torch.equal(model.conv1.weight, source.conv1.weight)
+
+
+def test_loading_one_domain_reads_no_other(finished: Path, copy_of) -> None:
+    folder = copy_of(finished / "checkpoint")
+    for file in (folder / "domains" / "digits").iterdir():
+        file.write_bytes(b"damaged")
+    whole, _, _ = load_checkpoint(finished / "checkpoint")
+    one, _, facts = load_checkpoint(folder, ["glyphs"])
+    assert list(facts) == ["glyphs"]
+    assert not [key for key in one.state_dict() if ".digits." in key or ".shapes." in key]
+    x = torch.randn(3, 3, 32, 32)
+    bk.set_domain(whole, "glyphs")
+    with bk.use_backend("aten"), torch.inference_mode():
+        assert torch.equal(one(x), whole(x))
+    with pytest.raises(FileError, match="to be a JSON file"):
+        load_checkpoint(folder, ["digits"])
+    with pytest.raises(FileError, match=r"to have one of .*got 'signs'"):
+        load_checkpoint(folder, ["signs"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "domains/glyphs/domain.safetensors"])
+def test_damaged_checkpoints_are_refused(finished: Path, copy_of, file: str) -> None:
+    folder = copy_of(finished / "checkpoint")
+    data = bytearray((folder / file).read_bytes())
+    data[-5] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(FileError, match="got a damaged file"):
+        load_checkpoint(folder, ["glyphs"])
+    (folder / "config.json").unlink()
+    with pytest.raises(FileError, match=r"config.json to be a JSON file"):
+        load_checkpoint(folder)
+
+
+def test_names_that_are_no_folders_are_refused(tiny: Config, tmp_path: Path) -> None:
+    model = switched_network(tiny, {"a": 3})
+    for name in ("../a", "/a", "a/b"):
+        with pytest.raises(ValueError, match="it is the name of a folder"):
+            save_domain(tmp_path, model, name, {})
+    with pytest.raises(ValueError, match="to have the domain 'b'"):
+        save_domain(tmp_path, model, "b", {})

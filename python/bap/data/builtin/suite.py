@@ -40,8 +40,8 @@ def _digits(split: str, count: int) -> Arrays:
     # Scans of the three splits are different ones: 1000, 297 and 500.
     start, end = {"train": (0, 1000), "val": (1000, 1297), "test": (1297, 1797)}[split]
     chosen = np.resize(order[start:end], count)
-    made = [draw_digit(random_of(1, "digits", split, n), images[scan]) for n, scan in enumerate(chosen)]
-    return Arrays(torch.from_numpy(np.stack(made)), torch.from_numpy(digits[chosen]))
+    drawn = [draw_digit(random_of(1, "digits", split, n), images[scan]) for n, scan in enumerate(chosen)]
+    return Arrays(torch.from_numpy(np.stack(drawn)), torch.from_numpy(digits[chosen]))
 
 
 @lru_cache(maxsize=32)
@@ -55,7 +55,7 @@ def _domain(name: str, images: int) -> Domain:
 
 
 def builtin_suite(domains: Iterable[str] = BUILTIN_DOMAINS, images: int = 1200) -> dict[str, Domain]:
-    """The built-in domains, kept in memory once they are made.
+    """The built-in domains, kept in memory once they are drawn.
 
     ``shapes`` (the source): 8 outlines × 3 fillings; ``digits``: scikit-learn's scans in colours; ``glyphs``: 20 signs
     of strokes; ``textures``: 12 kinds; ``signs``: 16 kinds of traffic signs.
@@ -75,9 +75,9 @@ def builtin_suite(domains: Iterable[str] = BUILTIN_DOMAINS, images: int = 1200) 
     """
     if images < 100:
         raise ValueError(f"builtin_suite(): expected `images` to be at least 100, got {images}.")
-    made = {}
+    suite = {}
     for name in domains:
         if name not in BUILTIN_DOMAINS:
             raise ValueError(f"builtin_suite(): expected `domains` to be among {list(BUILTIN_DOMAINS)}, got {name!r}.")
-        made[name] = _domain(name, images * (2 if name == BUILTIN_DOMAINS[0] else 1))
-    return made
+        suite[name] = _domain(name, images * (2 if name == BUILTIN_DOMAINS[0] else 1))
+    return suite

@@ -1,0 +1,17 @@
+"""Hours from measured steps."""
+
+from __future__ import annotations
+
+import pytest
+from bap.config import Config
+from bap.results.estimate import estimate
+
+
+def test_estimate_multiplies_what_it_measured(tiny: Config) -> None:
+    config = tiny.replace(data="decathlon", root="nowhere", domains=[], size=32, batch=8, epochs=3)
+    made = estimate(config, steps=2, images={"dtd": (47, 100), "svhn": (10, 50)})
+    assert made["steps"] == 3 * (12 + 6)
+    assert made["hours"] == pytest.approx(made["steps"] * made["seconds_per_step"] / 3600)
+    assert made["peak_bytes"] > 10**7
+    with pytest.raises(ValueError, match="expected `images` for 'builtin', got None"):
+        estimate(tiny)
