@@ -73,9 +73,9 @@ class Op:
         name: the layer's name in the model, or the traced node's.
         module: the layer, of conv, depthwise, grouped and norm.
         call: of map and binary, what computes the result from the inputs' tensors; of opaque, from ``args``.
-        sources: of conv, the input channels that it reads; of depthwise and take, the input channel of each output
+        reads: of conv, the input channels that it reads; of depthwise and take, the input channel of each output
             channel.
-        filters: of conv and depthwise, the filter of each output channel, -1 where the output is zero.
+        writes: of conv and depthwise, the filter of each output channel, -1 where the output is zero.
         args, kwargs: of opaque and output, what is handed over, with `Value` objects in the tensors' places; of map and
             size, what follows the first argument.
         act: of map, the name of an activation that other steps can take over.
@@ -95,8 +95,8 @@ class Op:
     output: Value
     module: nn.Module | None = None
     call: Callable[..., Any] | None = None
-    sources: Channels | None = None
-    filters: Channels | None = None
+    reads: Channels = field(default_factory=lambda: np.arange(0))
+    writes: Channels = field(default_factory=lambda: np.arange(0))
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     act: str = ""
@@ -138,18 +138,6 @@ class Op:
         """The layer of conv, depthwise and grouped."""
         assert isinstance(self.module, nn.Conv2d)
         return self.module
-
-    @property
-    def reads(self) -> Channels:
-        """``sources`` of conv, depthwise and take."""
-        assert self.sources is not None
-        return self.sources
-
-    @property
-    def writes(self) -> Channels:
-        """``filters`` of conv and depthwise."""
-        assert self.filters is not None
-        return self.filters
 
 
 @dataclass(eq=False)

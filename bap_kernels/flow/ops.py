@@ -11,7 +11,7 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,21 +35,6 @@ __all__ = [
     "passes_input",
     "rule_of",
     "writes_to_input",
-]
-
-Kind = Literal[
-    "elementwise",
-    "spatial",
-    "reduction",
-    "identity",
-    "binary",
-    "concat",
-    "split",
-    "shuffle",
-    "move",
-    "squeeze",
-    "size",
-    "product",
 ]
 
 
@@ -79,7 +64,7 @@ class Rule:
             not where the slope can be infinite, or is another input.
     """
 
-    kind: Kind
+    kind: str
     act: str = ""
     steady: bool = True
 

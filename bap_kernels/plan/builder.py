@@ -236,8 +236,8 @@ class Builder:
             return False
         return self._add(node, kind="cat", inputs=values)
 
-    def _take(self, node: fx.Node, x: Value, sources: Channels) -> bool:
-        return self._add(node, kind="take", inputs=[x], sources=sources)
+    def _take(self, node: fx.Node, x: Value, reads: Channels) -> bool:
+        return self._add(node, kind="take", inputs=[x], reads=reads)
 
     def _parts(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Channels that the model's code takes: ``chunk``, ``split``, ``x[:, :8]``, a shuffle."""
@@ -344,19 +344,19 @@ class Builder:
             x = self._add_op(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=pad)
         lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
         listed_in, listed_out = lists._host
-        sources = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
-        filters = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
+        reads = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
+        writes = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
         if isinstance(conv, MaskedConv2d):
-            listed = filters
-            filters = np.full(conv.out_channels, -1)
-            filters[listed] = listed
+            listed = writes
+            writes = np.full(conv.out_channels, -1)
+            writes[listed] = listed
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups != 1
         if depthwise:
-            sources = np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else filters
-        if not (filters >= 0).any():
+            reads = np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else writes
+        if not (writes >= 0).any():
             return False
         kind = "depthwise" if depthwise else ("conv" if conv.groups == 1 else "grouped")
-        fields = {"module": conv, "name": name, "sources": sources, "filters": filters}
+        fields = {"module": conv, "name": name, "reads": reads, "writes": writes}
         return self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
 
     def _called_conv(self, node: fx.Node, x: Value, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -49,9 +49,9 @@ def stored_reads(fused: FusedConv, layout: Layout) -> tuple[Channels, Channels |
     The positions are None where some of the channels are constants, which are not stored.
     """
     constant, stored = layout.constant[fused.source], layout.stored[fused.source]
-    sources = fused.conv.reads
+    listed = fused.conv.reads
     # A zero channel adds nothing; another constant is read like any channel, as its sum depends on the borders.
-    read = sources[~(constant[sources] == 0)]
+    read = listed[~(constant[listed] == 0)]
     if not np.isnan(constant[read]).all():
         return read, None
     positions = np.sort(layout.positions(fused.source)[read])

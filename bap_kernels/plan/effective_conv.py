@@ -49,17 +49,19 @@ def _only_call(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
     return tuple((defaults | given)[name] for name in names[1:])
 
 
-def conv_of(weight: Any, bias: Any, options: tuple[Any, ...]) -> nn.Conv2d:
-    """A layer with these parameters.
+def conv_of(weight: Any, bias: Any, options: tuple[Any, ...], padding_mode: str = "zeros") -> nn.Conv2d:
+    """A layer in eval mode with these parameters; tensors become parameters.
 
     Args:
-        weight, bias: parameters; the bias may be None.
+        weight, bias: the bias may be None.
         options: stride, padding, dilation and groups, as ``F.conv2d`` takes them.
+        padding_mode: as in :class:`torch.nn.Conv2d`.
     """
     with torch.device("meta"):
         channels, kernel = (weight.shape[1] * options[3], weight.shape[0]), tuple(weight.shape[2:])
-        conv = nn.Conv2d(*channels, kernel, *options, bias is not None)  # type: ignore[call-arg]
-    conv.weight, conv.bias = weight, bias
+        conv = nn.Conv2d(*channels, kernel, *options, bias is not None, padding_mode)  # type: ignore[call-arg]
+    conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    conv.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
     return conv.eval()
 
 

@@ -83,9 +83,8 @@ class PlannedNetwork(PlannedModel):
         self._options = (check, tolerance, memory_format)
         self._programs: dict[tuple[str | None, _Cast], tuple[Program, float | None]] = {}
         self._recordings: dict[_Cast, Recording] = {}
-        self._mixed_plans: MixedPlans | None = None
-        # (those of `_mixed_plans`, another state of autocast than that of `_program`, the plans under it)
-        self._mixed_cast: tuple[MixedPlans, _Cast, MixedPlans] | None = None
+        # While a mixed batch is set.
+        self._mixed: dict[_Cast, MixedPlans] | None = None
         self.training = False
         self._device = next((x.device for x in example if isinstance(x, Tensor)), torch.device("cpu"))
         self._cast = self._cast_now()
@@ -133,28 +132,19 @@ class PlannedNetwork(PlannedModel):
         return program, share
 
     def prepare_domain(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
-        """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them.
-
-        Args:
-            name: as for :func:`bap_kernels.set_domain`.
-            domains: the names that the numbers of a mixed batch stand for; None: the model's domains.
-        """
+        """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them."""
         cast = self._cast_now()
         if isinstance(name, Tensor):
             known = list(domain_names(self.model) if domains is None else domains)
             batch = MixedBatch(mixed_numbers(name, known))
-            plans = self._plans_of(batch, [known[number] for number in batch.numbers])
-
-            def activate_batch() -> None:
-                self._mixed_plans, self._cast = plans, cast
-
-            return activate_batch
+            mixed = {cast: self._plans_of(batch, [known[number] for number in batch.numbers])}
+            return lambda: setattr(self, "_mixed", mixed)
         program, error = self._program_of(name)
 
         def activate() -> None:
             self._program, self.max_error, self._cast = program, error, cast
             self.domain = name
-            self._mixed_plans = None
+            self._mixed = None
 
         return activate
 
@@ -166,7 +156,7 @@ class PlannedNetwork(PlannedModel):
         watch = Watch(self.model)
         self._programs.clear()
         self._recordings.clear()
-        self._mixed_plans = None
+        self._mixed = None
         self._program, self.max_error = self._program_of(self.domain)
         self._cast = self._cast_now()
         self._watch = watch
@@ -177,10 +167,11 @@ class PlannedNetwork(PlannedModel):
         with self._remaking:
             if not self._watch.changed():
                 return
-            mixed = self._mixed_plans
+            mixed = self._mixed
             self.remake()
             if mixed is not None:
-                self._mixed_plans = self._plans_of(mixed.batch, mixed.domains)
+                plans = next(iter(mixed.values()))
+                self._mixed = {self._cast: self._plans_of(plans.batch, plans.domains)}
 
     def forward(self, *inputs: Any) -> Any:
         """Runs the active domain's plan.
@@ -225,21 +216,15 @@ class PlannedNetwork(PlannedModel):
                 raise ValueError(f"PlannedNetwork(): expected an input of shape {shape}, got {tuple(x.shape)}.")
         if not torch.compiler.is_compiling() and self._watch.changed():
             self._renew()
-        if self._cast_now() is not self._cast:
-            return self._run_cast(inputs)
-        if self._mixed_plans is not None:
-            return self._mixed_plans.run(inputs)
-        return self._program.run(inputs)
-
-    def _run_cast(self, inputs: tuple[Any, ...]) -> Any:
-        # Under autocast, or no longer under it, by a plan of its own: made at first use and kept.
-        mixed = self._mixed_plans
+        # Under another autocast than when the domain was set, plans are made at first use and kept.
+        cast, mixed = self._cast_now(), self._mixed
         if mixed is None:
-            return self._program_of(self.domain)[0].run(inputs)
-        cast, kept = self._cast_now(), self._mixed_cast
-        if kept is None or kept[0] is not mixed or kept[1] is not cast:
-            kept = self._mixed_cast = mixed, cast, self._plans_of(mixed.batch, mixed.domains)
-        return kept[2].run(inputs)
+            program = self._program if cast is self._cast else self._program_of(self.domain)[0]
+            return program.run(inputs)
+        if cast not in mixed:
+            plans = next(iter(mixed.values()))
+            mixed[cast] = self._plans_of(plans.batch, plans.domains)
+        return mixed[cast].run(inputs)
 
     def peak_bytes(self, *shapes: Sequence[int]) -> int:
         """Most bytes of activations held at once, found without running: the inputs and the results of steps.

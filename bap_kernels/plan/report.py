@@ -110,18 +110,18 @@ def _medians(*runs: Callable[[], Any]) -> list[float]:
     return [statistics.median(its) for its in times]
 
 
-def _why(facts: dict[str, Any]) -> tuple[str, str]:
+def _why(choice: dict[str, Any]) -> tuple[str, str]:
     """(backend, how it was chosen) from the library's own account."""
     named = _C.get_backend()
-    reasons = [f"no {name}: {reason}" for name, reason in facts["why_not"].items() if name == "native"]
+    reasons = [f"no {name}: {reason}" for name, reason in choice["why_not"].items() if name == "native"]
     if named != "auto":
         return named, "; ".join(["named by use_backend", *reasons])
-    times = {name: f"{name} {seconds:.0f}" for name, seconds in facts["candidates"].items()}
-    if facts["backend"] is None:
+    times = {name: f"{name} {seconds:.0f}" for name, seconds in choice["candidates"].items()}
+    if choice["backend"] is None:
         return "auto", "; ".join(["nothing to choose for an empty call", *reasons])
     if len(times) < 2:
-        return facts["backend"], "; ".join(["the only candidate", *reasons])
-    return facts["backend"], "; ".join([f"measured in us: {', '.join(times.values())}", *reasons])
+        return choice["backend"], "; ".join(["the only candidate", *reasons])
+    return choice["backend"], "; ".join([f"measured in us: {', '.join(times.values())}", *reasons])
 
 
 def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerReport:
@@ -138,19 +138,10 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
     padding = (0, 0, 0, 0)
     if layer.padding_mode == "zeros":
         padding = four_sided("report", layer.padding, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
-    facts = _C.explain(
-        x,
-        layer.weight,
-        layer.bias,
-        lists.in_index,
-        lists.out_index,
-        layer.stride,
-        padding,
-        layer.dilation,
-        layer.groups,
-    )
-    backend, why = _why(facts)
-    why = "; ".join(part for part in (why, facts["packed"]) if part)
+    tensors = (x, layer.weight, layer.bias, lists.in_index, lists.out_index)
+    choice = _C.explain(*tensors, layer.stride, padding, layer.dilation, layer.groups)
+    backend, why = _why(choice)
+    why = "; ".join(part for part in (why, choice["packed"]) if part)
     seconds = dense = share = None
     limit = ""
     if x.device.type == "cpu":
@@ -159,19 +150,9 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
         share = peaks.share(macs[0], moved[0], seconds)
         sides = (macs[0], macs[1]), (moved[0], moved[1]), (seconds, dense)
         limit = limit_of(peaks, backend, *sides, K_out, taps * (K_in if layer.groups == 1 else 1))
-    return LayerReport(
-        name,
-        (K_in, layer.in_channels),
-        (K_out, layer.out_channels),
-        (macs[0], macs[1]),
-        (moved[0], moved[1]),
-        seconds,
-        dense,
-        backend,
-        why,
-        limit,
-        share,
-    )
+    channels = (K_in, layer.in_channels), (K_out, layer.out_channels)
+    work = (macs[0], macs[1]), (moved[0], moved[1])
+    return LayerReport(name, *channels, *work, seconds, dense, backend, why, limit, share)
 
 
 def _widths(layer: nn.Conv2d) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from bap_kernels.flow.ops import Call
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d, has_own_forward
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain
+from bap_kernels.plan.effective_conv import conv_of
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.recording import WriteCall
@@ -71,27 +72,13 @@ def _dense(layer: GatheredConv2d) -> nn.Conv2d:
                 bias[unwritten] = 0
         else:
             weight, bias = weight[listed], None if bias is None else bias[listed]
-    return _conv_like(layer, weight, bias, layer.in_channels, layer.groups)
+    return _conv_like(layer, weight, bias, layer.groups)
 
 
-def _conv_like(
-    conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, reads: int, groups: int, padding: Any = None
-) -> nn.Conv2d:
-    with torch.device("meta"):
-        new = nn.Conv2d(
-            reads,
-            weight.shape[0],
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding if padding is None else padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            groups,
-            bias is not None,
-            conv.padding_mode if padding is None else "zeros",
-        )
-    new.weight = nn.Parameter(weight)
-    new.bias = None if bias is None else nn.Parameter(bias)
-    return new.eval()
+def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int, padding: Any = None) -> nn.Conv2d:
+    mode = conv.padding_mode if padding is None else "zeros"
+    padding = conv.padding if padding is None else padding
+    return conv_of(weight, bias, (conv.stride, padding, conv.dilation, groups), mode)
 
 
 class _SmallNetwork:
@@ -223,7 +210,7 @@ class _SmallNetwork:
             reads = members(live, conv.in_channels // conv.groups)
         filters = torch.from_numpy(written)
         bias = None if conv.bias is None else conv.bias.detach()[filters]
-        layer = _conv_like(conv, conv.weight.detach()[filters], bias, len(reads), groups, op.padding)
+        layer = _conv_like(conv, conv.weight.detach()[filters], bias, groups, op.padding)
         y = self.call_layer(op.name, layer, self.fetch(op.inputs[0], reads))
         kept = np.searchsorted(written, stored)
         return y if op.kind == "depthwise" or np.array_equal(kept, np.arange(len(written))) else self.select(y, kept)
@@ -239,7 +226,7 @@ class _SmallNetwork:
         read = available[:1] if empty else read
         weight = conv.weight.detach()[torch.from_numpy(op.writes[stored])][:, torch.from_numpy(read)]
         bias = None if conv.bias is None else conv.bias.detach()[torch.from_numpy(op.writes[stored])]
-        layer = _conv_like(conv, weight * 0 if empty else weight, bias, len(read), 1, op.padding)
+        layer = _conv_like(conv, weight * 0 if empty else weight, bias, 1, op.padding)
         return self.call_layer(op.name, layer, self.fetch(source, read))
 
 
