@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,23 +29,8 @@ from torch import nn
 from bap_kernels._warn import warn
 from bap_kernels.flow.ops import Call
 
-__all__ = ["Channels", "Graph", "Kind", "Op", "Value", "dense_size", "first_reasons", "groups_of", "members"]
+__all__ = ["Channels", "Graph", "Op", "Value", "computed_groups", "dense_size", "first_reasons", "groups_of", "members"]
 
-Kind = Literal[
-    "input",
-    "conv",
-    "depthwise",
-    "grouped",
-    "norm",
-    "map",
-    "binary",
-    "cat",
-    "pad",
-    "take",
-    "size",
-    "opaque",
-    "output",
-]
 # Channel numbers, int64.
 Channels = np.ndarray
 
@@ -89,7 +74,7 @@ class Op:
         mutates: of opaque, whether it writes to its first argument.
     """
 
-    kind: Kind
+    kind: str
     name: str
     inputs: list[Value]
     output: Value
@@ -230,3 +215,15 @@ def groups_of(op: Op, channels: Channels) -> Channels:
 def members(groups: Channels, size: int) -> Channels:
     """All channels of some groups of this size."""
     return (groups[:, None] * size + np.arange(size)).ravel()
+
+
+def computed_groups(op: Op, channels: Channels) -> tuple[Channels, Channels, int]:
+    """(filters, input channels, groups) that give these output channels of a depthwise or grouped convolution.
+
+    Grouped convolutions compute whole groups.
+    """
+    if op.kind == "depthwise":
+        return op.writes[channels], op.reads[channels], len(channels)
+    groups, conv = groups_of(op, channels), op.conv
+    sizes = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    return members(groups, sizes[0]), members(groups, sizes[1]), len(groups)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bap_kernels.flow.arguments import map_leaves
-from bap_kernels.flow.graph import Channels, Graph, Op, Value, dense_size, groups_of, members
+from bap_kernels.flow.graph import Channels, Graph, Op, Value, computed_groups, dense_size
 from bap_kernels.flow.norms import folded_norm, norm_parts
 from bap_kernels.functional import four_sided
 from bap_kernels.plan import steps
@@ -171,13 +171,7 @@ class _Lowering:
     def grouped(self, fused: FusedConv) -> None:
         conv, op = fused.conv.conv, fused.last
         stored = self.layout.stored[op.output]
-        if fused.conv.kind == "depthwise":
-            written, reads, groups = fused.conv.writes[stored], fused.conv.reads[stored], len(stored)
-        else:
-            # Whole groups are computed.
-            live = groups_of(fused.conv, stored)
-            written, groups = members(live, conv.out_channels // conv.groups), len(live)
-            reads = members(live, conv.in_channels // conv.groups)
+        written, reads, groups = computed_groups(fused.conv, stored)
         filters = torch.from_numpy(written).to(self.device)
         weight = conv.weight.detach()[filters]
         bias = None if conv.bias is None else conv.bias.detach()[filters]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bap_kernels.flow.arguments import map_leaves
-from bap_kernels.flow.graph import Channels, Graph, Op, Value, dense_size, groups_of, members
+from bap_kernels.flow.graph import Channels, Graph, Op, Value, computed_groups, dense_size
 from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import Call
@@ -202,12 +202,7 @@ class _SmallNetwork:
 
     def grouped(self, op: Op, stored: Channels) -> fx.Node:
         conv = op.conv
-        if op.kind == "depthwise":
-            written, reads, groups = op.writes[stored], op.reads[stored], len(stored)
-        else:
-            live = groups_of(op, stored)
-            written, groups = members(live, conv.out_channels // conv.groups), len(live)
-            reads = members(live, conv.in_channels // conv.groups)
+        written, reads, groups = computed_groups(op, stored)
         filters = torch.from_numpy(written)
         bias = None if conv.bias is None else conv.bias.detach()[filters]
         layer = _conv_like(conv, conv.weight.detach()[filters], bias, groups, op.padding)
