@@ -1,4 +1,4 @@
-"""Seeds, threads, markers and a fresh cache directory for every run; uninitialised memory reads as NaN."""
+"""Seeds, threads, markers and a fresh cache folder for every run; a fixture that fills new tensors with NaN."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-# Set before bap_kernels is imported: measured choices of another run must not decide what this one tests.
+# Set before bap_kernels is imported, so that measured choices of another run do not decide what is tested.
 _CACHE = tempfile.TemporaryDirectory(prefix="bap_kernels_test_")
 os.environ["BAP_KERNELS_CACHE_DIR"] = _CACHE.name
 
@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 
 def pytest_configure() -> None:
-    # Small cases lose time on many threads, much of it where other programs run too. Tests of threads set their own.
+    # Small cases are slower on many threads. Tests of threads set their own number.
     torch.set_num_threads(1)
 
 
@@ -36,7 +36,7 @@ def _seed() -> None:
 
 @pytest.fixture(params=("aten", "native", "auto"))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that CPU tensors can go through."""
+    """Each backend for CPU tensors."""
     from bap_kernels import _C
 
     reason = _C.why_not(request.param)
@@ -48,10 +48,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def nan_filled_empty() -> Iterator[None]:
     """Every ``empty`` of a floating dtype, in C++ too, is NaN while the test runs."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])

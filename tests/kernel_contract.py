@@ -1,7 +1,6 @@
-"""The contract of a backend with kernels of its own, as tests that the classes of its folder inherit.
+"""Tests of a backend with its own kernels, inherited by the test classes of tests/interpret and tests/simulate.
 
-Each folder runs in a process of its own (make test-interpret, make test-simulate); here stand the cases and checks that
-are the same for both.
+Each of these folders runs in a separate process (make test-interpret, make test-simulate).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ GRAD_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 
 def affordable(case: Case, margin: int, most_in: int, most_out: int) -> Case:
-    """A random case as the slow machines of these tests can run it, and as the kernels take it."""
-    least = [case.dilation[d] * (case.kernel[d] - 1) + 1 for d in (0, 1)]
+    """Reduce a random case to sizes that an interpreter can run, and to dtypes of the kernels."""
+    extent = [case.dilation[d] * (case.kernel[d] - 1) + 1 for d in (0, 1)]
     return case.but(
         dtype=torch.float32 if case.dtype == torch.float64 else case.dtype,
         depthwise=False,
-        size=(min(case.size[0], least[0] + margin), min(case.size[1], least[1] + margin)),
+        size=(min(case.size[0], extent[0] + margin), min(case.size[1], extent[1] + margin)),
         batch=min(case.batch, 2),
         in_channels=min(case.in_channels, most_in),
         out_channels=min(case.out_channels, most_out),
@@ -32,17 +31,17 @@ def affordable(case: Case, margin: int, most_in: int, most_out: int) -> Case:
 
 
 def layout_of(in_list: str, out_list: str) -> str:
-    """Each kind of list meets both layouts, on either side."""
+    """Return a layout for a pair of lists, so that each kind of list occurs with both layouts."""
     return ("contiguous", "channels_last")[(LISTS.index(in_list) + LISTS.index(out_list)) % 2]
 
 
 class Contract:
-    """What the classes of a folder set.
+    """Attributes that the test classes of a folder set.
 
     Args:
-        backend: its name.
-        base, pointwise: a 3x3 and a 1x1 case with remainders in every direction.
-        most: most channels of random cases.
+        backend: Name of the backend.
+        base, pointwise: A 3x3 and a 1x1 case whose sizes are no multiples of a tile.
+        most: Largest channel counts of random cases.
     """
 
     backend: str
@@ -52,7 +51,7 @@ class Contract:
 
 
 class ForwardContract(Contract):
-    """The forward through the op, on every axis of its contract, against the loops of the reference."""
+    """Forward of the op, one axis at a time, against the loops of the reference."""
 
     def runs(self, case: Case) -> None:
         assert check_forward(case, self.backend)
@@ -90,14 +89,14 @@ class ForwardContract(Contract):
         self.runs(base.but(padding=(2, 0, 1, 3), dilation=(2, 1)))
         self.runs(base.but(padding=(0, 0, 0, 0), stride=(2, 3)))
         self.runs(base.but(kernel=(5, 7), padding=(4, 4, 6, 6), size=(1, 3), in_channels=3))
-        # Padding of a 1x1 kernel: results that meet no pixel at all.
+        # Padding of a 1x1 kernel: outputs that read padding only.
         self.runs(self.pointwise.but(padding=(1, 2, 0, 1), stride=(2, 1), layout=layout))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
     def test_everything_fused(self, layout: str, kernel: tuple[int, int], dtype: torch.dtype) -> None:
-        # Few channels: rounding what the prologue makes to 16 bits is a part of every term.
+        # Few channels, because the 16-bit rounding of the prologue adds to the error of every term.
         case = self.base.but(in_channels=20, out_channels=18, layout=layout, kernel=kernel, dtype=dtype)
         self.runs_fused(case, FLAGS, residual_layout="contiguous")
         self.runs_fused(case, FLAGS, residual_layout="channels_last")
@@ -118,7 +117,7 @@ class ForwardContract(Contract):
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
     def test_compact_copies(self, layout: str, kernel: tuple[int, int], dtype: torch.dtype) -> None:
         case = self.base.but(layout=layout, kernel=kernel, dtype=dtype, out_list="null")
-        # With a residual that overlaps nothing, and with a prologue, which takes ways of its own.
+        # With a separate residual, and with a prologue, which has its own code path.
         self.runs_fused(case, ("out_scale", "residual", "out_relu"), vector_dtype=torch.float32, copied="odd")
         self.runs_fused(case, ("in_shift", "in_relu"), vector_dtype=torch.float32, copied="shuffled")
 
@@ -137,7 +136,7 @@ class ForwardContract(Contract):
 
 
 class BackwardContract(Contract):
-    """The gradients through the op, on every axis of its contract, against the loops of the reference."""
+    """Gradients of the op, one axis at a time, against the loops of the reference."""
 
     def runs(self, case: Case, grad_layout: str = "contiguous") -> None:
         assert check_backward(case, self.backend, grad_layout)

@@ -1,4 +1,4 @@
-"""Networks for tests of plans: small ones of every shape, torchvision's at a reduced size, and random ones.
+"""Networks for tests of plans: small ones, torchvision's at a reduced size, and random ones.
 
 Weights, affine parameters and running statistics are random, some scales negative, so that nothing cancels.
 """
@@ -17,7 +17,7 @@ import bap_kernels as bk
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws all weights and statistics; returns the model in eval mode."""
+    """Draw all weights and statistics; return the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 
 
 
 class Residual(nn.Module):
-    """Basic blocks with an identity or a projected shortcut, as in CIFAR's networks."""
+    """Basic blocks with an identity or a projected shortcut, as in ResNets for CIFAR."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Residual(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Wide-ResNet blocks: batch norm and ReLU come before each convolution, and shortcuts pass by them."""
+    """Wide-ResNet blocks: batch norm and ReLU before each convolution, shortcuts around them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Dense(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches that are concatenated and read by several."""
+    """Concatenated branches with several consumers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Inverted(nn.Module):
 
 
 class OptionA(nn.Module):
-    """A shortcut that skips pixels and pads channels on both sides, and a flattened head."""
+    """A shortcut that subsamples pixels and pads channels on both sides, and a flattened head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class OptionA(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer used twice, a sum of a tensor with itself, writing in place, and operations without a rule."""
+    """A layer that is called twice, a sum of a tensor with itself, in-place writes, and operations without a rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Shared(nn.Module):
 
 
 class DataDependent(nn.Module):
-    """A submodule that torch.fx cannot record."""
+    """A submodule that torch.fx cannot trace."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:
@@ -226,62 +226,61 @@ def _random_layer(kind: str, c_in: int, c_out: int, kernel: int, rng: random.Ran
 
 
 class _Random(nn.Module):
-    """Layers of a random recipe; each entry of ``recipe`` says what to do with the tensors so far."""
+    """Random layers; each entry of ``steps`` is an operation on earlier tensors."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         rng = random.Random(seed)
         self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1)])
         widths = [8]
-        self.recipe: list[tuple[str, int, int]] = [("layer", -1, 0)]
+        self.steps: list[tuple[str, int, int]] = [("layer", -1, 0)]
         for _ in range(rng.randint(4, 14)):
             kind = rng.choice(("conv", "conv", "conv", "norm", "relu", "add", "cat", "mul", "depthwise", "pool"))
             a = rng.randrange(max(0, len(widths) - 4), len(widths))
             same = [i for i, width in enumerate(widths) if width == widths[a]]
             if kind in ("add", "mul"):
-                self.recipe.append((kind, a, rng.choice(same)))
+                self.steps.append((kind, a, rng.choice(same)))
                 widths.append(widths[a])
             elif kind == "cat":
                 b = rng.randrange(len(widths))
-                self.recipe.append((kind, a, b))
+                self.steps.append((kind, a, b))
                 widths.append(widths[a] + widths[b])
             else:
                 width = rng.choice((4, 6, 8, widths[a])) if kind == "conv" else widths[a]
                 kernel = rng.choice((1, 3))
-                self.recipe.append(("layer", a, len(self.layers)))
+                self.steps.append(("layer", a, len(self.layers)))
                 self.layers.append(_random_layer(kind, widths[a], width, kernel, rng))
                 widths.append(width)
         self.tail = nn.Conv2d(widths[-1], 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: list[Tensor] = []
-        for kind, a, b in self.recipe:
+        tensors: list[Tensor] = []
+        for kind, a, b in self.steps:
             if kind == "layer":
-                made.append(self.layers[b](x if a < 0 else made[a]))
+                tensors.append(self.layers[b](x if a < 0 else tensors[a]))
             elif kind == "cat":
-                made.append(torch.cat([made[a], made[b]], 1))
+                tensors.append(torch.cat([tensors[a], tensors[b]], 1))
             else:
-                made.append(made[a] + made[b] if kind == "add" else made[a] * made[b])
-        return self.tail(made[-1])
+                tensors.append(tensors[a] + tensors[b] if kind == "add" else tensors[a] * tensors[b])
+        return self.tail(tensors[-1])
 
 
 def random_network(seed: int) -> nn.Module:
-    """A network of random layers and joins."""
+    """Return a network of random layers, sums, products and concatenations."""
     torch.manual_seed(seed)
     return _Random(seed)
 
 
 def masked_dense(model: nn.Module, table: bk.ChannelTable, domain: str) -> nn.Module:
-    """The dense network with hooks that multiply by masks: the meaning of lists, without any of the package's code.
+    """Add hooks that multiply by masks to an unswapped model: the reference for lists, without code of the package.
 
-    ``model`` is an unswapped copy. Filters that are not listed are zero; so this is what `MaskedConv2d` means.
+    Outputs of unlisted filters are zero, as in `MaskedConv2d`.
     """
 
     def mask(listed: Tensor | None, width: int) -> Tensor:
-        made = torch.ones(1, width, 1, 1)
-        if listed is not None:
-            made = torch.zeros(1, width, 1, 1).index_fill_(1, listed.long(), 1)
-        return made
+        if listed is None:
+            return torch.ones(1, width, 1, 1)
+        return torch.zeros(1, width, 1, 1).index_fill_(1, listed.long(), 1)
 
     for name, lists in table[domain].items():
         conv = model.get_submodule(name)

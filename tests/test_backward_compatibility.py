@@ -1,6 +1,6 @@
-"""Files that users of version 0.1.0 have still load: tables, checkpoints, runs, measured choices.
+"""Files of version 0.1.0 load: tables, checkpoints, runs, measured choices.
 
-tests/fixtures/v0.1.0 was written by commit 43adfa9, v0.1.0-early by bdcc40e. Expected outputs lie beside the files.
+tests/fixtures/v0.1.0 was written by commit 43adfa9, v0.1.0-early by bdcc40e. Expected outputs are next to the files.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return FIXTURES / request.param
 
 
-def test_table(folder: Path) -> None:
+def test_table_loads(folder: Path) -> None:
     table = bk.ChannelTable.load(folder / "table.safetensors")
     lists = {
-        domain: {layer: [None if one is None else one.tolist() for one in (lists.in_index, lists.out_index)]
+        domain: {layer: [None if index is None else index.tolist() for index in (lists.in_index, lists.out_index)]
                  for layer, lists in layers.items()}
         for domain, layers in table.items()
     }  # fmt: skip
     assert lists == _expected(folder)["table"]
 
 
-def test_state_of_a_switched_model(folder: Path) -> None:
+def test_switched_state_loads_and_computes_old_outputs(folder: Path) -> None:
     expected, outputs = _expected(folder), load_file(folder / "switched_outputs.safetensors")
     plain = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
@@ -79,7 +79,7 @@ def test_state_of_a_switched_model(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is of an earlier format, without digests")
-def test_checkpoint_of_a_run(folder: Path) -> None:
+def test_checkpoint_loads_and_computes_old_outputs(folder: Path) -> None:
     outputs = load_file(folder / "run_outputs.safetensors")
     images = load_file(FIXTURES / "v0.1.0" / "run_outputs.safetensors")["input"]
     model, config, domains = load_checkpoint(folder / "run" / "checkpoint")
@@ -91,41 +91,41 @@ def test_checkpoint_of_a_run(folder: Path) -> None:
             torch.testing.assert_close(model(images), outputs[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+def test_stopped_run_resumes(tmp_path: Path) -> None:
     finished = FIXTURES / "v0.1.0" / "run"
     folder = Path(shutil.copytree(FIXTURES / "v0.1.0" / "half", tmp_path / "run"))
     config = load_config(folder / "config.yaml")
     results = train_run(config, folder, resume=True, domains=load_domains(config))
     expected = json.loads((finished / "results.json").read_text())
-    # Other processors round in other ways, which can move a switch or an answer of the last of the four epochs.
+    # CPUs round differently, which can change a switch or a prediction in the last of the four epochs.
     assert results["kept"] == pytest.approx(expected["kept"], abs=0.05)
     assert results["projected_off"] == pytest.approx(expected["projected_off"], abs=3)
     assert results["cost"]["backbone_macs"] == expected["cost"]["backbone_macs"]
-    records, old = ([json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
-                    for one in (folder, finished))  # fmt: skip
-    # The first three are those of the old version, their seconds too: only the fourth epoch was trained here.
+    records, old = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                    for run in (folder, finished))  # fmt: skip
+    # The first three records are unchanged, with their times: only the fourth epoch was trained.
     half = (FIXTURES / "v0.1.0" / "half" / "metrics.jsonl").read_text().splitlines()
     assert records[:3] == [json.loads(line) for line in half]
-    assert [one["epoch"] for one in records] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
     for name in ("digits", "signs"):
         for key in ("multiplier", "loss"):
             assert records[3]["domains"][name][key] == pytest.approx(old[3]["domains"][name][key], rel=0.02)
 
 
 def _choices(cache: Path) -> list[list[dict[str, Any]]]:
-    """The measured choices that a new process starts and ends with; a warning is an error in it."""
-    done = subprocess.run(
+    """Return the measured choices at the start and the end of a new process, in which warnings are errors."""
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=os.environ | {"BAP_KERNELS_CACHE_DIR": str(cache), "BAP_KERNELS_BACKEND": "auto"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
-def test_measured_choices(tmp_path: Path) -> None:
+def test_measured_choices_load_or_are_ignored(tmp_path: Path) -> None:
     _choices(tmp_path / "new")
     (new,) = (tmp_path / "new").glob("choices-v*.tsv")
     machine = new.read_text().splitlines()[1].split("\t")[0]
@@ -134,9 +134,9 @@ def test_measured_choices(tmp_path: Path) -> None:
         (tmp_path / version).mkdir()
         (tmp_path / version / old.name).write_text(old.read_text().replace("MACHINE", machine))
     start, end = _choices(tmp_path / "v0.1.0")
-    assert [[one["case"], one["backend"]] for one in start] == _expected(FIXTURES / "v0.1.0")["choices"]
-    assert [one["case"] for one in end] == [one["case"] for one in start]
-    # The early store has another name, so it is not read: its cases are measured anew.
+    assert [[choice["case"], choice["backend"]] for choice in start] == _expected(FIXTURES / "v0.1.0")["choices"]
+    assert [choice["case"] for choice in end] == [choice["case"] for choice in start]
+    # The early file has another name and is not read: its cases are measured again.
     start, end = _choices(tmp_path / "v0.1.0-early")
     assert start == []
     assert len(end) == 1

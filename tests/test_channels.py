@@ -1,4 +1,4 @@
-"""Channel lists and tables: what they accept, how they move, and the file that keeps them."""
+"""Channel lists and tables: values, copies, devices and files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("made", [[0, 2, 5], (0, 2, 5), np.array([0, 2, 5]), _int32(0, 2, 5)], ids=str)
-def test_accepts_sequences_arrays_and_int32_tensors(made) -> None:
-    lists = ChannelLists(made)
+@pytest.mark.parametrize("value", [[0, 2, 5], (0, 2, 5), np.array([0, 2, 5]), _int32(0, 2, 5)], ids=str)
+def test_lists_accept_sequences_arrays_and_int32_tensors(value) -> None:
+    lists = ChannelLists(value)
     assert lists.in_index.dtype == torch.int32
     assert lists.in_index.tolist() == [0, 2, 5]
     assert lists.out_index is None
     assert lists.counts == (3, None)
 
 
-def test_none_and_an_empty_list_differ() -> None:
+def test_none_differs_from_empty_list() -> None:
     empty = ChannelLists([], None)
     assert empty.in_index.shape == (0,)
     assert empty.in_index.dtype == torch.int32
@@ -59,23 +59,23 @@ def test_none_and_an_empty_list_differ() -> None:
     ],
     ids=str,
 )
-def test_refuses(value, error, message) -> None:
+def test_invalid_list_raises(value, error, message) -> None:
     with pytest.raises(error, match=message):
         ChannelLists(value)
     with pytest.raises(error, match=message.replace("in_index", "out_index")):
         ChannelLists(None, value)
 
 
-def test_lists_are_frozen_copies() -> None:
-    given = _int32(0, 2)
-    lists = ChannelLists(given)
-    given[0] = 1
+def test_lists_are_immutable_copies() -> None:
+    index = _int32(0, 2)
+    lists = ChannelLists(index)
+    index[0] = 1
     assert lists.in_index.tolist() == [0, 2]
     with pytest.raises(AttributeError):
-        lists.in_index = given
+        lists.in_index = index
 
 
-def test_from_mask() -> None:
+def test_from_mask_accepts_bools_and_zeros_and_ones() -> None:
     lists = ChannelLists.from_mask(torch.tensor([True, False, True]), np.array([0.0, 1.0]))
     assert lists == ChannelLists([0, 2], [1])
     assert ChannelLists.from_mask([0, 0]) == ChannelLists([])
@@ -100,9 +100,9 @@ def test_copies_and_pickles_are_equal() -> None:
         for other in (copy.deepcopy(lists), copy.copy(lists), pickle.loads(pickle.dumps(lists))):
             assert other == lists
             for name in ("in_index", "out_index"):
-                mine, its = getattr(lists, name), getattr(other, name)
-                assert (mine is None) == (its is None)
-                assert mine is None or torch.equal(mine, its)
+                original, copied = getattr(lists, name), getattr(other, name)
+                assert (original is None) == (copied is None)
+                assert original is None or torch.equal(original, copied)
 
 
 def test_values_survive_the_meta_device() -> None:
@@ -116,7 +116,7 @@ def test_values_survive_the_meta_device() -> None:
     assert pickle.loads(pickle.dumps(meta)).out_index.tolist() == [1]
 
 
-def test_not_built_on_a_default_device() -> None:
+def test_lists_ignore_the_default_device() -> None:
     with torch.device("meta"):
         assert ChannelLists([0, 2]).in_index.tolist() == [0, 2]
 
@@ -126,7 +126,7 @@ def test_repr_is_short() -> None:
     assert repr(ChannelLists(range(9))) == "ChannelLists(in_index=[0, 1, ..., 8] (9 channels), out_index=None)"
 
 
-def test_validate_for() -> None:
+def test_validate_for_checks_channel_range() -> None:
     conv = nn.Conv2d(8, 4, 1)
     ChannelLists([7], [3]).validate_for(conv)
     ChannelLists([], []).validate_for(conv)
@@ -136,7 +136,7 @@ def test_validate_for() -> None:
         ChannelLists([7], [4]).validate_for(conv)
 
 
-def test_validate_for_depthwise_wants_one_list() -> None:
+def test_validate_for_depthwise_requires_equal_lists() -> None:
     conv = nn.Conv2d(8, 8, 3, groups=8)
     ChannelLists().validate_for(conv)
     ChannelLists([1, 3], [1, 3]).validate_for(conv)
@@ -175,15 +175,15 @@ def test_random_both_draws_one_list_for_depthwise() -> None:
     assert torch.equal(depthwise.in_index, depthwise.out_index)
 
 
-def test_random_is_pinned() -> None:
-    # Written down: the lists of published measurements must come out the same everywhere.
+def test_random_lists_are_reproducible() -> None:
+    # Literal values: published measurements depend on these lists.
     lists = ChannelTable.random(_model(), "birds", density=0.25, seed=3)["birds"]["2"]
     assert lists.in_index.tolist() == [2, 8, 9, 11]
     assert lists == ChannelTable.random(nn.ModuleDict({"2": nn.Conv2d(16, 8, 1)}), ["birds"], 0.25, 3)["birds"]["2"]
     assert lists != ChannelTable.random(_model(), "birds", density=0.25, seed=4)["birds"]["2"]
 
 
-def test_random_keeps_at_least_one_and_at_most_all() -> None:
+def test_random_keeps_one_to_all_channels() -> None:
     assert ChannelTable.random(_model(), "a", density=0.0)["a"]["2"].counts == (1, None)
     assert ChannelTable.random(_model(), "a", density=1.0)["a"]["2"].in_index.tolist() == list(range(16))
     with pytest.raises(ValueError, match=r"`density` to be in \[0, 1\], got 1.5"):
@@ -206,7 +206,7 @@ def test_random_draws_for_swapped_layers_only() -> None:
     assert list(ChannelTable.random(model, "a")["a"]) == ["2"]
 
 
-def test_union() -> None:
+def test_union_merges_lists_of_all_domains() -> None:
     table = ChannelTable(
         {
             "a": {"x": ChannelLists([0, 2], [1]), "y": ChannelLists([1]), "z": ChannelLists([], [])},
@@ -220,13 +220,13 @@ def test_union() -> None:
     }
 
 
-def test_density() -> None:
+def test_density_is_kept_share_of_channels() -> None:
     model = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
     table = ChannelTable({"a": {"0": ChannelLists([0, 1], [0])}, "b": {"1": ChannelLists([], [])}})
     assert table.density(model) == {"a": (0.625, 0.625), "b": (0.5, 0.5)}
 
 
-def test_table_is_a_mapping_that_does_not_follow_its_source() -> None:
+def test_table_copies_its_source() -> None:
     source = {"a": {"x": ChannelLists([0])}}
     table = ChannelTable(source)
     source["a"]["y"] = ChannelLists()
@@ -247,12 +247,12 @@ def test_table_is_a_mapping_that_does_not_follow_its_source() -> None:
         ({"a": {"x": [0, 1]}}, r"domain 'a' to map layer names to ChannelLists, got 'x': list"),
     ],
 )
-def test_table_refuses(value, message) -> None:
+def test_invalid_table_raises(value, message) -> None:
     with pytest.raises(TypeError, match=message):
         ChannelTable(value)
 
 
-ODD = ChannelTable(
+UNUSUAL = ChannelTable(
     {
         "birds/été \n": {
             "layer1.0.conv": ChannelLists([0, 2], []),
@@ -265,27 +265,27 @@ ODD = ChannelTable(
 )
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
+def test_saved_table_loads_equal(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
-    ODD.save(path)
+    UNUSUAL.save(path)
     loaded = ChannelTable.load(str(path))
-    assert loaded == ODD
-    assert list(loaded) == list(ODD)
+    assert loaded == UNUSUAL
+    assert list(loaded) == list(UNUSUAL)
     assert loaded["birds/été \n"][""].in_index is None
     assert loaded["birds/été \n"]['"__metadata__"'].in_index.shape == (0,)
 
 
-def test_save_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:
+def test_save_replaces_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     path.write_bytes(b"older")
-    ODD.save(path)
-    assert ChannelTable.load(path) == ODD
+    UNUSUAL.save(path)
+    assert ChannelTable.load(path) == UNUSUAL
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_failed_save_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.safetensors"
-    ODD.save(path)
+    UNUSUAL.save(path)
 
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
@@ -293,76 +293,76 @@ def test_failed_save_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("bap_kernels.table.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         ChannelTable({}).save(path)
-    assert ChannelTable.load(path) == ODD
+    assert ChannelTable.load(path) == UNUSUAL
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_load_names_a_missing_file(tmp_path: Path) -> None:
+def test_load_of_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         ChannelTable.load(tmp_path / "none.safetensors")
 
 
-def _facts(**changes: str) -> dict[str, str]:
+def _metadata(**changes: str) -> dict[str, str]:
     names = json.dumps([["a", [["x", "0", None]]]])
     return {"format": "bap_kernels.channel_table", "version": "1", "table": names} | changes
 
 
 @pytest.mark.parametrize(
-    ("tensors", "facts"),
+    ("tensors", "metadata"),
     [
         ({"0": _int32(1, 2)}, None),
-        ({"0": _int32(1, 2)}, _facts(format="other")),
-        ({"0": _int32(1, 2)}, _facts(version="2")),
-        ({"0": _int32(1, 2)}, _facts(table="{")),
-        ({"0": _int32(1, 2)}, _facts(table="[1]")),
-        ({"0": _int32(2, 1)}, _facts()),
-        ({"0": torch.tensor([0.5])}, _facts()),
-        ({"1": _int32(1, 2)}, _facts()),
-        ({"0": _int32(-1, 2)}, _facts()),
+        ({"0": _int32(1, 2)}, _metadata(format="other")),
+        ({"0": _int32(1, 2)}, _metadata(version="2")),
+        ({"0": _int32(1, 2)}, _metadata(table="{")),
+        ({"0": _int32(1, 2)}, _metadata(table="[1]")),
+        ({"0": _int32(2, 1)}, _metadata()),
+        ({"0": torch.tensor([0.5])}, _metadata()),
+        ({"1": _int32(1, 2)}, _metadata()),
+        ({"0": _int32(-1, 2)}, _metadata()),
     ],
     ids=["plain", "format", "version", "json", "structure", "unsorted", "dtype", "missing", "negative"],
 )
-def test_load_refuses_foreign_files(tmp_path: Path, tensors, facts) -> None:
+def test_load_of_foreign_file_raises(tmp_path: Path, tensors, metadata) -> None:
     path = tmp_path / "foreign.safetensors"
-    save_file(tensors, path, facts)
+    save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"that ChannelTable.save wrote, got '.*foreign\.safetensors'"):
         ChannelTable.load(path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1], ids=["empty", "head", "header", "last byte"])
-def test_load_refuses_damaged_files(tmp_path: Path, keep: int) -> None:
+def test_load_of_truncated_file_raises(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "damaged.safetensors"
-    ODD.save(path)
+    UNUSUAL.save(path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"got '.*damaged\.safetensors'"):
         ChannelTable.load(path)
 
 
-def test_every_flipped_bit_of_a_table_is_found(tmp_path: Path) -> None:
+def test_load_of_file_with_flipped_bit_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     table = ChannelTable({"z": {"conv1": ChannelLists([0, 2, 5])}, "a": {"conv1": ChannelLists([1], [0, 3])}})
     table.save(path)
     data = path.read_bytes()
     harmless = total = 0
-    for place in range(0, 8 * len(data), 5):
+    for bit in range(0, 8 * len(data), 5):
         damaged = bytearray(data)
-        damaged[place // 8] ^= 1 << place % 8
+        damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         total += 1
         try:
-            found = ChannelTable.load(path)
+            loaded = ChannelTable.load(path)
         except ValueError as error:
-            named = str(path) in str(error)
+            right = str(path) in str(error)
         else:
-            # The padding of the header, if anything.
+            # The bit belongs to the padding of the header.
             harmless += 1
-            named = list(found) == ["z", "a"] and found == table
-        assert named, place
+            right = list(loaded) == ["z", "a"] and loaded == table
+        assert right, bit
     assert total > 500
     assert harmless < 16
 
 
-def test_tables_without_a_digest_load(tmp_path: Path) -> None:
+def test_table_without_digest_loads(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     table = ChannelTable({"z": {"conv1": ChannelLists([0, 2, 5])}, "a": {"conv1": ChannelLists([1])}})
     table.save(path)

@@ -1,4 +1,4 @@
-"""Counts of the tools of others, against counts by hand and PyTorch's own counter."""
+"""MAC counts of ptflops, Torch-Pruning, fvcore and PyTorch, against counts by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = ["dense", "gathered", "masked", "switched"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pytorchs_counter_counts_two_for_each(kind: str) -> None:
+def test_flop_counter_counts_two_per_mac(kind: str) -> None:
     model = _model(kind)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(X)
@@ -50,7 +50,7 @@ def test_pytorchs_counter_counts_two_for_each(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_layers_know_their_own(kind: str) -> None:
+def test_layer_macs_sum_to_count_by_hand(kind: str) -> None:
     model = _model(kind)
     total, x = 0, X
     for layer in model:
@@ -60,7 +60,7 @@ def test_layers_know_their_own(kind: str) -> None:
     assert total == _by_hand(kind)
 
 
-def test_a_mixed_batch_counts_each_sample_with_its_lists() -> None:
+def test_layer_macs_of_mixed_batch_use_lists_of_each_sample() -> None:
     model = bk.swap_(nn.Sequential(nn.Conv2d(3, 4, 1)))
     bk.attach_(model, {"a": {"0": ChannelLists([0])}, "b": {"0": ChannelLists([0, 1, 2])}})
     bk.set_domain(model, torch.tensor([1, 0, 1]))
@@ -70,7 +70,7 @@ def test_a_mixed_batch_counts_each_sample_with_its_lists() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ptflops(kind: str) -> None:
+def test_ptflops_equals_count_by_hand(kind: str) -> None:
     ptflops = pytest.importorskip("ptflops", reason="ptflops is not installed")
     macs, _ = ptflops.get_model_complexity_info(
         _model(kind),
@@ -84,7 +84,7 @@ def test_ptflops(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_pruning(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_pruning_equals_count_by_hand(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op_counter = pytest.importorskip("torch_pruning.utils.op_counter", reason="torch-pruning is not installed")
     for layer, hook in module_hooks().items():
         monkeypatch.setitem(op_counter.MODULES_MAPPING, layer, hook)
@@ -93,7 +93,7 @@ def test_torch_pruning(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
-def test_fvcore(kind: str) -> None:
+def test_fvcore_equals_count_by_hand(kind: str) -> None:
     fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
     analysis = fvcore.FlopCountAnalysis(_model(kind), X).set_op_handle(**fvcore_handles())
     assert analysis.total() == _by_hand(kind)

@@ -1,4 +1,4 @@
-"""What the Python function makes of its arguments; values are tested with the operators."""
+"""How the Python function interprets its arguments; values are tested with the ops."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from bap_kernels.functional import four_sided
     ids=str,
 )
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 3), (3, 2), (2, 4)], ids=str)
-def test_arguments_mean_what_conv2d_means(kernel: tuple[int, int], options: dict) -> None:
+def test_options_equal_those_of_conv2d(kernel: tuple[int, int], options: dict) -> None:
     x, w, b = torch.randn(2, 4, 11, 10), torch.randn(5, 4, *kernel), torch.randn(5)
     torch.testing.assert_close(bk.gathered_conv2d(x, w, b, **options), F.conv2d(x, w, b, **options))
 
 
-def test_positional_arguments() -> None:
+def test_positional_arguments_have_documented_order() -> None:
     x, w, b = torch.randn(2, 4, 9, 8), torch.randn(4, 1, 3, 3), torch.randn(4)
     lists = torch.tensor([0, 3], dtype=torch.int32)
     actual = bk.gathered_conv2d(x, w, b, lists, lists, (2, 1), (1, 0), (1, 2), 4)
     torch.testing.assert_close(actual, F.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 4)[:, [0, 3]])
 
 
-def test_same_puts_the_odd_pixel_at_the_end() -> None:
+def test_same_padding_puts_odd_pixel_at_the_end() -> None:
     assert four_sided("f", "same", (4, 3), (1, 1), (1, 2)) == (1, 2, 2, 2)
     assert four_sided("f", "valid", (4, 3), (2, 1), (1, 1)) == (0, 0, 0, 0)
     assert four_sided("f", (1, 2), (4, 3), (2, 1), (1, 1)) == (1, 1, 2, 2)
 
 
 @pytest.mark.parametrize("padding", ["full", (1, 2, 3), (1,), None, 1.5])
-def test_refuses_other_paddings(padding) -> None:
+def test_invalid_padding_raises(padding) -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
     with pytest.raises(ValueError, match=r"gathered_conv2d\(\): expected `padding` to be an int, a pair, 'same' or"):
         bk.gathered_conv2d(x, w, padding=padding)
 
 
-def test_same_needs_stride_one() -> None:
+def test_same_padding_with_stride_raises() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
     with pytest.raises(ValueError, match=r"gathered_conv2d\(\): expected `stride` to be 1 with padding='same', got"):
         bk.gathered_conv2d(x, w, padding="same", stride=2)

@@ -1,4 +1,4 @@
-"""torch.fx records layers of this package as one step each, with its default tracer and with torchvision's."""
+"""torch.fx traces each layer of the package as one node, with its default tracer and with torchvision's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
-        # By keyword, and twice.
+        # Calls a layer twice, once by keyword.
         x = x + self.body(x) + self.body[0](input=x)
         return self.head(x.mean((2, 3)))
 
@@ -58,7 +58,7 @@ MODELS = {"switched": _switched, "gathered": _gathered, "masked": _masked}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_symbolic_trace_keeps_the_layers_and_follows_the_domain(kind: str) -> None:
+def test_symbolic_trace_keeps_layers_and_domain(kind: str) -> None:
     model = MODELS[kind]()
     bk.set_domain(model, "b")
     traced = fx.symbolic_trace(model)
@@ -73,7 +73,7 @@ def test_symbolic_trace_keeps_the_layers_and_follows_the_domain(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_traced_model_takes_mixed_batches(kind: str) -> None:
+def test_traced_model_supports_mixed_batches(kind: str) -> None:
     model = MODELS[kind]()
     expected = []
     for sample, name in zip(X.split(1), "ba", strict=True):
@@ -86,7 +86,7 @@ def test_a_traced_model_takes_mixed_batches(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_traced_model_trains_the_same_parameters(kind: str) -> None:
+def test_traced_model_shares_parameters(kind: str) -> None:
     model = MODELS[kind]()
     bk.set_domain(model, "a")
     traced = fx.symbolic_trace(model.train())
@@ -96,7 +96,7 @@ def test_a_traced_model_trains_the_same_parameters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_features_are_extracted_by_torchvision(kind: str) -> None:
+def test_feature_extractor_of_torchvision_has_equal_features(kind: str) -> None:
     model = MODELS[kind]()
     bk.set_domain(model, "b")
     names = get_graph_node_names(model)[1]
@@ -105,13 +105,13 @@ def test_features_are_extracted_by_torchvision(kind: str) -> None:
     for name in "ab":
         bk.set_domain(extractor, name)
         bk.set_domain(model, name)
-        found = extractor(X)
+        features = extractor(X)
         normed = model.norm(model.stem(X))
-        assert torch.equal(found["norm"], normed)
-        assert torch.equal(found["body.2"], model.body(torch.relu(normed)))
+        assert torch.equal(features["norm"], normed)
+        assert torch.equal(features["body.2"], model.body(torch.relu(normed)))
 
 
-def test_a_whole_network_of_torchvision() -> None:
+def test_feature_extractor_of_resnet18_has_equal_logits() -> None:
     torch.manual_seed(0)
     model = bk.swap_(torchvision.models.resnet18(num_classes=4).eval())
     bk.set_domain(bk.attach_(model, ChannelTable.random(model, ["a", "b"], 0.5)), "b")
@@ -120,16 +120,14 @@ def test_a_whole_network_of_torchvision() -> None:
     assert torch.equal(extractor(x)["logits"], model(x))
 
 
-def test_a_layer_as_the_whole_model_is_refused_by_name() -> None:
+def test_tracing_a_single_layer_raises() -> None:
     for layer in (bk.nn.GatheredConv2d(3, 4, 1), bk.nn.DomainBatchNorm2d(3, ["a"])):
         with pytest.raises(NotImplementedError, match=r"got the layer itself. Hint: put it into torch.nn.Sequential"):
             fx.symbolic_trace(layer)
         fx.symbolic_trace(nn.Sequential(layer))
 
 
-def test_tracers_of_others_may_decide_otherwise() -> None:
-    """A tracer that takes every layer as a leaf gets the same graph."""
-
+def test_custom_tracer_with_layers_as_leaves_has_equal_results() -> None:
     class Leaves(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return not list(m.children()) or isinstance(m, (bk.nn.SwitchedConv2d, bk.nn.DomainBatchNorm2d))

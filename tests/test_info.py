@@ -1,4 +1,4 @@
-"""Facts, settings, and errors of the loader."""
+"""`info`, settings, `use_backend`, and errors of the loader."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from bap_kernels import _load, dispatch, settings
 ROOT = Path(__file__).parents[1]
 
 
-def test_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     for module in (bk, bk.nn, dispatch, settings):
         for name in module.__all__:
             assert hasattr(module, name), name
 
 
-def test_info_states_the_facts() -> None:
-    facts = bk.info()
-    assert facts.versions["torch"] == torch.__version__
-    assert facts.versions["bap_kernels"] == bk.__version__
-    assert facts.isa in (*facts.isa_available, "none")
-    assert list(facts.backends) == ["native", "aten", "triton", "cuda"]
-    assert facts.backends["aten"] is None
-    assert facts.backend == "auto"
+def test_info_describes_versions_backends_and_caches() -> None:
+    info = bk.info()
+    assert info.versions["torch"] == torch.__version__
+    assert info.versions["bap_kernels"] == bk.__version__
+    assert info.isa in (*info.isa_available, "none")
+    assert list(info.backends) == ["native", "aten", "triton", "cuda"]
+    assert info.backends["aten"] is None
+    assert info.backend == "auto"
     with bk.use_backend("aten"):
         assert bk.info().backend == "aten"
-    assert facts.packed_cache.keys() >= {"bytes", "entries", "limit_bytes", "hits", "misses", "evictions"}
-    assert facts.choice_file == settings.settings.choice_file
-    assert facts.cpu
-    assert re.search(rf"^cpu +{re.escape(facts.cpu)}$", str(facts), re.MULTILINE)
+    assert info.packed_cache.keys() >= {"bytes", "entries", "limit_bytes", "hits", "misses", "evictions"}
+    assert info.choice_file == settings.settings.choice_file
+    assert info.cpu
+    assert re.search(rf"^cpu +{re.escape(info.cpu)}$", str(info), re.MULTILINE)
 
 
-def test_info_names_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_lists_environment_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAP_KERNELS_BACKEND", "aten")
     assert bk.info().environment["BAP_KERNELS_BACKEND"] == "aten"
     monkeypatch.delenv("BAP_KERNELS_BACKEND")
     assert "BAP_KERNELS_BACKEND" not in bk.info().environment
 
 
-def test_info_counts_the_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_has_size_of_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "choices-v5.tsv").write_bytes(b"12345")
     monkeypatch.setattr(settings, "settings", dataclasses.replace(settings.settings, cache_dir=tmp_path))
     assert bk.info().choice_bytes == 5
@@ -57,19 +57,19 @@ def test_info_counts_the_choice_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bk.info().choice_bytes == 0
 
 
-def test_info_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runpy.run_module("bap_kernels.info", run_name="__main__", alter_sys=True)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["torch", torch.__version__] for line in lines)
     assert any(line.split() == ["aten", "can", "run"] for line in lines)
-    # The command and a plain import leave the function in its place.
+    # Neither the command nor an import of the module replaces the function.
     importlib.import_module("bap_kernels.info")
     assert callable(bk.info)
 
 
-def test_use_backend_nests_and_restores_after_errors() -> None:
+def test_use_backend_context_restores_after_errors() -> None:
     with bk.use_backend("aten") as outer:
         assert repr(outer) == "use_backend('aten')"
         with pytest.raises(KeyError, match="auto"), bk.use_backend("auto"):
@@ -78,7 +78,7 @@ def test_use_backend_nests_and_restores_after_errors() -> None:
     assert bk.info().backend == "auto"
 
 
-def test_use_backend_as_a_setter() -> None:
+def test_use_backend_call_sets_backend() -> None:
     bk.use_backend("aten")
     try:
         assert bk.info().backend == "aten"
@@ -87,7 +87,7 @@ def test_use_backend_as_a_setter() -> None:
     assert bk.info().backend == "auto"
 
 
-def test_use_backend_refuses() -> None:
+def test_use_backend_with_unknown_or_missing_backend_raises() -> None:
     with pytest.raises(ValueError, match=r"`name` to be one of auto, native, aten, triton, cuda, got 'mkl'"):
         bk.use_backend("mkl")
     missing = [name for name, reason in bk.info().backends.items() if reason is not None]
@@ -99,14 +99,14 @@ def test_use_backend_refuses() -> None:
     assert bk.info().backend == "auto"
 
 
-def test_environment_defaults() -> None:
+def test_environment_without_variables_has_defaults() -> None:
     defaults = settings.read_environment({})
     assert defaults == settings.Settings(None, "auto", Path.home() / ".cache" / "bap_kernels", 2**30)
     assert settings.read_environment({"BAP_KERNELS_BACKEND": "", "BAP_KERNELS_ISA": " "}) == defaults
 
 
-def test_environment_values() -> None:
-    found = settings.read_environment(
+def test_environment_values_are_parsed() -> None:
+    values = settings.read_environment(
         {
             "BAP_KERNELS_ISA": "AVX2",
             "BAP_KERNELS_BACKEND": " aten ",
@@ -114,22 +114,22 @@ def test_environment_values() -> None:
             "BAP_KERNELS_PACKED_CACHE_BYTES": "0",
         }
     )
-    assert found == settings.Settings("avx2", "aten", Path("/somewhere"), 0)
-    assert found.choice_file == Path("/somewhere/choices-v5.tsv")
+    assert values == settings.Settings("avx2", "aten", Path("/somewhere"), 0)
+    assert values.choice_file == Path("/somewhere/choices-v5.tsv")
     assert settings.read_environment({"BAP_KERNELS_CACHE_DIR": ""}).choice_file is None
 
 
 @pytest.mark.parametrize("text", ["~/x", "~nosuch/x", "~nosuch"])
-def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_without_home_is_none_with_reason(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: object) -> None:
         raise KeyError(name)
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", missing)
     monkeypatch.setattr("pwd.getpwnam", missing)
-    found = settings.read_environment({"BAP_KERNELS_CACHE_DIR": text})
-    assert (found.cache_dir, found.choice_file) == (None, None)
-    assert found.cache_problem == f"`{text}` has no home folder in front"
+    values = settings.read_environment({"BAP_KERNELS_CACHE_DIR": text})
+    assert (values.cache_dir, values.choice_file) == (None, None)
+    assert values.cache_problem == f"`{text}` has no home folder in front"
 
 
 @pytest.mark.parametrize(
@@ -152,25 +152,25 @@ def test_a_cache_folder_without_a_home_is_none_and_says_why(text: str, monkeypat
         ("BAP_KERNELS_AUTOTUNE", "-1", "to be one of 0, 1, got '-1'"),
     ],
 )
-def test_environment_refuses(name: str, value: str, message: str) -> None:
+def test_invalid_environment_value_raises(name: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"bap_kernels: expected `{name}` {message}"):
         settings.read_environment({name: value})
 
 
-def test_the_table_names_every_variable_that_is_read() -> None:
-    names = {each.name for each in settings.ENVIRONMENT}
+def test_environment_table_has_every_variable() -> None:
+    names = {variable.name for variable in settings.ENVIRONMENT}
     sources = [
         *ROOT.glob("bap_kernels/**/*.py"),
         *ROOT.glob("tools/*.py"),
         ROOT / "setup.py",
         *ROOT.glob("csrc/**/*.cpp"),
     ]
-    # As a whole string literal: macros of the build have the same prefix.
+    # Whole string literals only: macros of the build have the same prefix.
     read = {name for path in sources for name in re.findall(r'"(BAP_KERNELS_[A-Z_]+)"', path.read_text())}
     assert read <= names
 
 
-def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -179,7 +179,7 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
         _load._load_library("")
 
 
-def test_library_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_torch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def unresolved(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 
@@ -188,24 +188,24 @@ def test_library_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         _load._load_library("")
 
 
-def test_named_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_library_of_environment_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = str(tmp_path / "_C.so")
     with pytest.raises(ImportError, match=rf"`BAP_KERNELS_LIBRARY` to name a built extension, got '{path}'. Hint"):
         _load._load_library(path)
 
 
-def test_named_cuda_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_cuda_library_of_environment_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = str(tmp_path / "_C_cuda.so")
     with pytest.raises(ImportError, match=rf"`BAP_KERNELS_CUDA_LIBRARY` to name a built extension, got '{path}'. Hint"):
         _load._load_cuda_library(path)
 
 
-def test_cuda_library_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load.importlib.util, "find_spec", lambda name: None)
     assert _load._load_cuda_library("") == (None, "bap_kernels._C_cuda is not built")
 
 
-def test_the_old_module_says_where_its_names_are() -> None:
+def test_deprecated_config_module_forwards_names() -> None:
     with pytest.warns(DeprecationWarning, match=r"it is bap_kernels\.dispatch\.use_backend now"):
         assert bk.config.use_backend is bk.use_backend
     with pytest.warns(DeprecationWarning, match=r"it is bap_kernels\.dispatch\.unsupported_reason now"):

@@ -1,4 +1,4 @@
-"""Layers are told by their base classes, and not by the attributes that they happen to have."""
+"""Layers are recognised by their base classes, not by their attributes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_every_layer_with_domains_has_one_state(kind: str) -> None:
+def test_domain_layer_has_state_of_its_domain(kind: str) -> None:
     layer = LAYERS[kind]()
     assert isinstance(layer, DomainLayer)
     if isinstance(layer, GatheredLayer):
@@ -45,7 +45,7 @@ def test_only_convolutions_work_without_a_domain(kind: str) -> None:
             layer.set_domain(None)
 
 
-def test_a_layer_of_another_package_with_the_same_attributes_is_none_of_them() -> None:
+def test_foreign_layer_with_equal_attributes_is_ignored() -> None:
     class Other(nn.Conv2d):
         domains, lists = {"a": None}, {}
 
@@ -59,7 +59,7 @@ def test_a_layer_of_another_package_with_the_same_attributes_is_none_of_them() -
     assert bk.domain_names(model) == []
 
 
-def test_a_planned_network_is_told_by_its_class() -> None:
+def test_planned_model_is_recognised_by_its_class() -> None:
     model = bk.swap_(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))).eval()
     bk.attach_(model, {"a": {"1": bk.ChannelLists([0, 3])}})
     planned = bk.plan(model, torch.randn(1, 4, 3, 3), "a")
@@ -67,6 +67,6 @@ def test_a_planned_network_is_told_by_its_class() -> None:
 
     class Other(nn.Module):
         def prepare_domain(self, name: str) -> None:
-            raise AssertionError("it is no planned network")
+            raise AssertionError("called on a foreign module")
 
     bk.set_domain(nn.Sequential(planned, Other()), "a")

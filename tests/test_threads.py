@@ -1,4 +1,4 @@
-"""Results do not depend on the number of threads, on repetition or on what other threads do."""
+"""Results do not depend on the number of threads, on repetition or on other threads."""
 
 from __future__ import annotations
 
@@ -56,16 +56,15 @@ def test_repeats_are_bit_equal(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "name"), NATIVE, indirect=["backend"])
-def test_number_of_threads_does_not_show(backend: str, name: str) -> None:
-    """Only the native backend promises it."""
+def test_native_results_are_bit_equal_for_any_number_of_threads(backend: str, name: str) -> None:
     sample = make_tensors(CASES[name])
     first = with_threads(1, lambda: run(sample, backend))
     for count in (2, 3, 4):
         assert torch.equal(with_threads(count, lambda: run(sample, backend)), first)
 
 
-def test_copies_give_bit_equal_results(backend: str) -> None:
-    # Other addresses, other alignments: vector kernels must not depend on them.
+def test_results_do_not_depend_on_alignment(backend: str) -> None:
+    # Copies at other alignments.
     sample = make_tensors(CASES["3x3"])
     first = run(sample, backend)
     for shift in (1, 3, 7):
@@ -84,12 +83,12 @@ def hammer(jobs: list[Callable[[], None]], threads: int = 4) -> None:
             job()
 
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, part) for part in range(threads)]:
-            done.result()
+        for future in [pool.submit(work, part) for part in range(threads)]:
+            future.result()
 
 
 @pytest.mark.parametrize("cache_packed", [False, True])
-def test_python_threads_at_once(backend: str, cache_packed: bool) -> None:
+def test_concurrent_calls_are_right(backend: str, cache_packed: bool) -> None:
     work = []
     for seed in range(24):
         case = random_case(random.Random(5000 + seed)).but(dtype=torch.float32)
@@ -108,7 +107,7 @@ def test_python_threads_at_once(backend: str, cache_packed: bool) -> None:
     hammer([lambda w=w: job(*w) for w in work])
 
 
-def test_python_threads_at_once_with_one_weight_and_many_lists() -> None:
+def test_concurrent_calls_with_one_weight_and_many_lists_are_right() -> None:
     sample = make_tensors(Case(1, 24, 24, (9, 9), in_list="null", out_list="null"))
 
     def job(seed: int) -> None:
@@ -129,7 +128,7 @@ def test_python_threads_at_once_with_one_weight_and_many_lists() -> None:
         _C.set_packed_cache_limit(before)
 
 
-def test_python_threads_at_once_on_different_backends() -> None:
+def test_concurrent_calls_on_different_backends_are_right() -> None:
     names = [name for name in ("auto", "aten", "native") if _C.why_not(name) is None]
     sample = make_tensors(CASES["3x3"].but(size=(9, 10)))
     expected = reference.conv_on_selected(*sample.args)
@@ -143,7 +142,7 @@ def test_python_threads_at_once_on_different_backends() -> None:
     assert _C.get_backend() == before
 
 
-def test_contexts_of_two_python_threads_may_overlap() -> None:
+def test_backend_contexts_of_two_threads_are_independent() -> None:
     before = _C.get_backend()
     inside, outside = threading.Event(), threading.Event()
 
@@ -167,15 +166,15 @@ def test_contexts_of_two_python_threads_may_overlap() -> None:
     assert _C.get_backend() == before
 
 
-def test_backward_in_python_threads() -> None:
+def test_concurrent_backwards_are_right() -> None:
     samples = [make_tensors(CASES["3x3"].but(seed=seed, size=(8, 9))) for seed in range(8)]
 
     def job(sample: Sample) -> None:
         weight = sample.weight.detach().requires_grad_()
         y = torch.ops.bap_kernels.gathered_conv2d(sample.input, weight, *sample.args[2:])
-        (got,) = torch.autograd.grad(y.sum(), weight)
+        (result,) = torch.autograd.grad(y.sum(), weight)
         grad = torch.ones(sample.output_shape)
-        want = reference.gathered_conv2d_backward(grad, sample.input, sample.weight, *sample.args[3:])[1]
-        assert_close(got, want, torch.float32, 200)
+        expected = reference.gathered_conv2d_backward(grad, sample.input, sample.weight, *sample.args[3:])[1]
+        assert_close(result, expected, torch.float32, 200)
 
     hammer([lambda s=s: job(s) for s in samples])

@@ -1,4 +1,4 @@
-"""What bap_kernels.tune does where Triton cannot run; tests/interpret has the rest."""
+"""`bap_kernels.tune` without Triton; tests/interpret has the other tests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bap_kernels.settings import read_environment
 
 
 @pytest.mark.skipif(bk.dispatch.unsupported_reason("triton") is None, reason="Triton can run here")
-def test_it_says_why_it_cannot() -> None:
+def test_tune_without_triton_raises_with_reason() -> None:
     with pytest.raises(ImportError, match="got 'triton': "):
         bk.tune(torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8))
 
 
-def test_the_variable() -> None:
+def test_autotune_variable_is_parsed() -> None:
     assert read_environment({}).autotune is False
     assert read_environment({"BAP_KERNELS_AUTOTUNE": "0"}).autotune is False
     assert read_environment({"BAP_KERNELS_AUTOTUNE": "1"}).autotune is True

@@ -1,4 +1,4 @@
-"""Warnings of the C++ part: Python's own, in the caller's line, from every thread, and exceptions where asked."""
+"""Warnings of the C++ code: Python warnings at the caller's line, from every thread, and errors if so filtered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bap_kernels.testing import Case, make_tensors, run
 
 @pytest.fixture
 def wrong_file(tmp_path: Path) -> Iterator[Path]:
-    """Names a file that is no table of choices: whoever reads it first is warned."""
+    """Set a choice file with foreign content, so that its first use warns."""
     path = tmp_path / "wrong.tsv"
     path.write_text("not a table\n")
     _C.clear_choices()
@@ -28,8 +28,8 @@ def wrong_file(tmp_path: Path) -> Iterator[Path]:
     _C.set_choice_file(str(settings.choice_file or ""))
 
 
-def ask() -> None:
-    _C.choices()  # a binding that keeps Python's lock
+def list_choices() -> None:
+    _C.choices()  # a binding that keeps the GIL
 
 
 def call_the_op() -> None:
@@ -37,7 +37,7 @@ def call_the_op() -> None:
 
 
 def call_a_layer() -> None:
-    bk.nn.GatheredConv2d(3, 4, 3)(torch.randn(1, 3, 6, 6))  # a binding that gives it up
+    bk.nn.GatheredConv2d(3, 4, 3)(torch.randn(1, 3, 6, 6))  # a binding that releases the GIL
 
 
 def infer() -> None:
@@ -50,34 +50,32 @@ def train_a_step() -> None:
     bk.nn.GatheredConv2d(3, 4, 3)(x).sum().backward()
 
 
-ACTIONS = (ask, call_the_op, call_a_layer, infer, train_a_step)
+ACTIONS = (list_choices, call_the_op, call_a_layer, infer, train_a_step)
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_one_warning_in_the_callers_line(action: Callable[[], None], wrong_file: Path) -> None:
-    with warnings.catch_warnings(record=True) as seen:
+def test_action_warns_once_at_the_callers_line(action: Callable[[], None], wrong_file: Path) -> None:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         action()
         action()
-    (warning,) = [one for one in seen if str(wrong_file) in str(one.message)]
+    (warning,) = [record for record in records if str(wrong_file) in str(record.message)]
     assert warning.category is UserWarning
     assert warning.filename == __file__
     assert "another kind of file" in str(warning.message)
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_filter_hides_it(action: Callable[[], None], wrong_file: Path) -> None:
-    with warnings.catch_warnings(record=True) as seen:
+def test_ignore_filter_hides_the_warning(action: Callable[[], None], wrong_file: Path) -> None:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", message="bap_kernels: measured choices stay in memory")
         action()
-    assert not [one for one in seen if str(wrong_file) in str(one.message)]
+    assert not [record for record in records if str(wrong_file) in str(record.message)]
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_filter_makes_it_the_error_of_the_call_and_the_next_call_works(
-    action: Callable[[], None], wrong_file: Path
-) -> None:
+def test_error_filter_raises_once_and_the_next_call_works(action: Callable[[], None], wrong_file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="another kind of file"):
@@ -87,17 +85,17 @@ def test_a_filter_makes_it_the_error_of_the_call_and_the_next_call_works(
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_threads_are_heard(action: Callable[[], None], wrong_file: Path) -> None:
-    with warnings.catch_warnings(record=True) as seen:
+def test_warning_of_another_thread_is_recorded(action: Callable[[], None], wrong_file: Path) -> None:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         thread = threading.Thread(target=action)
         thread.start()
         thread.join()
-    assert len([one for one in seen if str(wrong_file) in str(one.message)]) == 1
+    assert len([record for record in records if str(wrong_file) in str(record.message)]) == 1
 
 
-def refuted_list(grad: torch.Tensor, reader: int) -> None:
-    """A backward whose output gradient contradicts what is known of its readers."""
+def backward_with_wrong_list(grad: torch.Tensor, reader: int) -> None:
+    """Run a backward whose output gradient contradicts the list of consumed channels."""
     x, w = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3)
     read = torch.tensor([True, False, True, True])
     torch.ops.bap_kernels.switched_conv2d_backward(
@@ -105,22 +103,22 @@ def refuted_list(grad: torch.Tensor, reader: int) -> None:
     )
 
 
-def test_the_warning_of_the_backward_is_pythons_too() -> None:
+def test_backward_warning_is_a_python_warning() -> None:
     schema = torch.ops.bap_kernels.switched_conv2d_backward.default._schema
     names = [argument.name for argument in schema.arguments]
     if names[-2:] != ["read", "reader"]:
         pytest.skip(f"the op's arguments end in {names[-2:]}")
-    with pytest.warns(UserWarning, match="got other values in channel 1") as seen:
-        refuted_list(torch.ones(1, 4, 3, 3), 10**9 + 1)
-    assert seen[0].filename != _warn.__file__
+    with pytest.warns(UserWarning, match="got other values in channel 1") as records:
+        backward_with_wrong_list(torch.ones(1, 4, 3, 3), 10**9 + 1)
+    assert records[0].filename != _warn.__file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="got other values in channel 1"):
-            refuted_list(torch.ones(1, 4, 3, 3), 10**9 + 2)
+            backward_with_wrong_list(torch.ones(1, 4, 3, 3), 10**9 + 2)
 
 
-def test_no_warning_of_ours_bypasses_python() -> None:
-    # TORCH_WARN reaches Python only where a binding has installed torch's handler.
+def test_sources_do_not_use_torch_warn() -> None:
+    # TORCH_WARN reaches Python only if a binding has installed torch's handler.
     root = Path(__file__).parents[1] / "csrc"
     users = {path.name for path in root.rglob("*.cpp") if "TORCH_WARN" in path.read_text()}
     assert users <= {"python_hooks.cpp"}
