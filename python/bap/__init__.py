@@ -7,7 +7,7 @@
     prune      what a trained network keeps and costs; the narrow network that is served
     data       the domains' images
     models     plain backbones
-    files      files that are whole or not there
+    files      atomic files with digests
 
 Each imports only what stands below it.
 """

@@ -47,7 +47,7 @@ def write_files(files: Mapping[str | Path, bytes]) -> None:
     All of them are on the disk, under other names, before the first one is replaced; the last one is replaced last.
 
     Raises:
-        FileError: if one cannot be written; what was there before stays.
+        FileError: if one cannot be written; earlier files stay.
 
     Examples:
         >>> import tempfile, pathlib

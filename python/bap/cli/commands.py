@@ -71,8 +71,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(f"{one:,.3f}" if isinstance(one, float) else f"{one:,}" if isinstance(one, int) else str(one)
-                        for one in row.values()))  # fmt: skip
+        table.add_row(*(f"{x:,.3f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+                        for x in row.values()))  # fmt: skip
     Console(stderr=True).print(table)
 
 
@@ -218,7 +218,7 @@ def evaluate_command(
 
     model, config, domains = _loaded(checkpoint, domain, root, split.value)
     if predictions is not None:
-        answers = [one for item in domains.values() for one in predict(model, item, split.value)]
+        answers = [answer for item in domains.values() for answer in predict(model, item, split.value)]
         write_json(predictions, answers)
         _print(
             {
@@ -230,7 +230,7 @@ def evaluate_command(
             }
         )
         return
-    accuracy = {name: evaluate(model, one, split.value).percent for name, one in domains.items()}
+    accuracy = {name: evaluate(model, item, split.value).percent for name, item in domains.items()}
     _table(split.value, [{"domain": name, "accuracy": value} for name, value in accuracy.items()])
     _print({"split": split.value, "accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy)})
 
@@ -325,7 +325,7 @@ def study(
         settings,
         out,
         beta or (1.0, 0.75, 0.5, 0.25),
-        [None if one == "none" else one for one in sharing] if sharing else (None, "int", "union", "jaccard"),
+        [None if loss == "none" else loss for loss in sharing] if sharing else (None, "int", "union", "jaccard"),
         seed or (0, 1, 2),
         baseline,
         lambda line: typer.echo(line, err=True),

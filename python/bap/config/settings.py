@@ -401,7 +401,7 @@ def known_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(error: ValidationError) -> str:
-    """The first thing that pydantic found, in the words of the other messages."""
+    """The first error of pydantic, in the form of the other messages."""
     first = error.errors(include_url=False)[0]
     group, name, *rest = map(str, first["loc"])
     index = "".join(f"[{part}]" for part in rest if part.isdecimal())

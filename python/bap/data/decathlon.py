@@ -44,7 +44,7 @@ _BLOCK = 10**7
 
 def _fail(what: str, problems: list[str]) -> None:
     if problems:
-        listed = "".join(f"\n  {one}" for one in problems)
+        listed = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(f"load_decathlon(): expected {what} to be whole, got:{listed}")
 
 
@@ -84,9 +84,9 @@ def _annotations(path: Path) -> _File:
     try:
         return _File.model_validate(read)
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
-        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
-        _fail(str(path), found[:5] + more)
+        entries = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)]
+        more = [f"and {len(entries) - 5} more"] if len(entries) > 5 else []
+        _fail(str(path), entries[:5] + more)
         raise AssertionError from None
 
 
@@ -104,14 +104,16 @@ def _labels(read: _File, path: Path, categories: dict[int, int]) -> tuple[dict[i
     """{image id: label} and what is wrong with the annotations."""
     labels: dict[int, int] = {}
     problems = []
-    known = {one.id for one in read.images}
-    for one in read.annotations:
-        if one.category_id not in categories:
-            problems.append(f"{path.name}: image {one.image_id} has category {one.category_id}, which is not listed")
-        elif one.image_id not in known:
-            problems.append(f"{path.name}: image {one.image_id} is annotated, but not listed")
-        elif labels.setdefault(one.image_id, categories[one.category_id]) != categories[one.category_id]:
-            problems.append(f"{path.name}: image {one.image_id} has two categories")
+    known = {entry.id for entry in read.images}
+    for entry in read.annotations:
+        if entry.category_id not in categories:
+            problems.append(
+                f"{path.name}: image {entry.image_id} has category {entry.category_id}, which is not listed"
+            )
+        elif entry.image_id not in known:
+            problems.append(f"{path.name}: image {entry.image_id} is annotated, but not listed")
+        elif labels.setdefault(entry.image_id, categories[entry.category_id]) != categories[entry.category_id]:
+            problems.append(f"{path.name}: image {entry.image_id} has two categories")
     return labels, problems
 
 
@@ -124,8 +126,8 @@ def _split(
     if stripped:
         path = root / "annotations" / f"{domain}_test_stripped.json"
     read = _annotations(path)
-    problems = [f"{path.name}: category {one} is listed twice" for one in _twice(one.id for one in read.categories)]
-    named = {one.id: str(one.name) for one in sorted(read.categories, key=lambda one: one.id)}
+    problems = [f"{path.name}: category {id} is listed twice" for id in _twice(entry.id for entry in read.categories)]
+    named = {entry.id: str(entry.name) for entry in sorted(read.categories, key=lambda entry: entry.id)}
     if classes is None:
         classes = named
         if not named:
@@ -133,28 +135,28 @@ def _split(
     elif named and named != classes:
         others = sorted(set(named.items()) ^ set(classes.items()))
         problems.append(f"{path.name}: categories other than those of the training images, such as {others[:3]}")
-    labels, found = _labels(read, path, {identity: label for label, identity in enumerate(classes)})
-    problems += found
-    ids = [one.id for one in read.images]
+    labels, wrong = _labels(read, path, {identity: label for label, identity in enumerate(classes)})
+    problems += wrong
+    ids = [entry.id for entry in read.images]
     if len(set(ids)) != len(ids):
         problems.append(f"{path.name}: {len(ids) - len(set(ids))} image ids are used twice")
-    problems += [f"{path.name}: {name} is listed twice" for name in _twice(one.file_name for one in read.images)]
-    lacking = [] if stripped else [one for one in ids if one not in labels]
+    problems += [f"{path.name}: {name} is listed twice" for name in _twice(entry.file_name for entry in read.images)]
+    lacking = [] if stripped else [image for image in ids if image not in labels]
     if lacking:
         problems.append(f"{path.name}: {len(lacking)} images without annotation, such as {lacking[:3]}")
-    outside = [one.file_name for one in read.images if _outside(one.file_name)]
+    outside = [entry.file_name for entry in read.images if _outside(entry.file_name)]
     problems += [f"{path.name}: {name!r} is not a file inside the folder of the data" for name in outside]
     _fail(f"{domain} ({split})", problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
-    files = [root / one.file_name for one in read.images]
+    files = [root / entry.file_name for entry in read.images]
     _fail(f"{domain} ({split})", check_images(files, decode))
-    known = None if stripped else torch.tensor([labels[one] for one in ids])
+    known = None if stripped else torch.tensor([labels[image] for image in ids])
     return ImageFiles(files, known, _RESIZE, workers, ids, list(classes)), classes
 
 
 def _names(root: Path, domains: Iterable[str] | None, size: int | None, splits: Sequence[str], full: bool) -> list[str]:
     """Names of the domains; raises if annotations that are required are missing."""
-    there = [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
-    names = list(domains) if domains is not None else list(DECATHLON) if full and there else there
+    present = [name for name in DECATHLON if (root / "annotations" / f"{name}_train.json").exists()]
+    names = list(domains) if domains is not None else list(DECATHLON) if full and present else present
     if not names:
         raise DataError(f"load_decathlon(): expected annotations of the decathlon in {root / 'annotations'}, got none.")
     if size is not None and size > _RESIZE:
@@ -166,7 +168,7 @@ def _names(root: Path, domains: Iterable[str] | None, size: int | None, splits: 
         if name not in DECATHLON:
             raise DataError(f"load_decathlon(): expected `domains` to be among {list(DECATHLON)}, got {name!r}.")
         lacking = [split for split in splits if not _has(root, name, split)]
-        if full and lacking and there:
+        if full and lacking and present:
             problems.append(f"{name}: no annotations of {', '.join(lacking)} in {root / 'annotations'}")
     if problems:
         problems.append("Hint: nothing is fetched here; full=False, or --set full=false, accepts an extract")
@@ -192,10 +194,10 @@ def load_decathlon(
 
     Args:
         root: folder that has ``annotations`` and ``data``.
-        domains: names; None takes all ten, or, if not ``full``, those of the ten that have annotations there.
+        domains: names; None takes all ten, or, if not ``full``, those of the ten that have annotations.
         size: of the crop, at most 72; None is 64, cut from images whose shorter side is 72.
         workers: processes that decode images.
-        full: whether all ``splits`` must be there, and the numbers of images and classes must be the published ones;
+        full: whether all ``splits`` must exist, and the numbers of images and classes must be the published ones;
             False accepts an extract, which has ``train`` at least.
         decode: images of each split that are decoded to check them; -1: all.
         splits: which are loaded, ``train`` in any case.
@@ -204,7 +206,7 @@ def load_decathlon(
         DataError: if files are missing or broken, ids or labels do not fit, or numbers differ; problems are named.
     """
     root = Path(root)
-    splits = [one for one in SPLITS if one in splits or one == "train"]
+    splits = [part for part in SPLITS if part in splits or part == "train"]
     loaded = {}
     for name in _names(root, domains, size, splits, full):
         (count, *counts), mean, std, flip = DECATHLON[name]
@@ -218,7 +220,7 @@ def load_decathlon(
         assert classes is not None
         problems = []
         # Test images must not occur in another split.
-        for split in [one for one in parts if one != "train"]:
+        for split in [part for part in parts if part != "train"]:
             both = set(files["train"]) & set(files[split])
             if both:
                 problems.append(f"{len(both)} images are in train and in {split}, such as {sorted(both)[0]}")

@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 def random_of(*key: int | str) -> np.random.Generator:
     """A generator that depends on its key only, so that a resumed run draws the same numbers."""
-    numbers = [zlib.crc32(one.encode()) if isinstance(one, str) else one for one in key]
+    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
@@ -36,9 +36,9 @@ def order_of(
 
     Examples:
         >>> from bap.data import order_of, random_of
-        >>> [one.tolist() for one in order_of(5, 2, None)]
+        >>> [batch.tolist() for batch in order_of(5, 2, None)]
         [[0, 1], [2, 3], [4]]
-        >>> [len(one) for one in order_of(5, 2, random_of(0))]
+        >>> [len(batch) for batch in order_of(5, 2, random_of(0))]
         [2, 2]
     """
     if shuffled is None:

@@ -30,7 +30,7 @@ def _problem(path: Path) -> str | None:
 def check_images(paths: Sequence[Path], decode: int = 16, most: int = 10) -> list[str]:
     """What is wrong with image files.
 
-    All must be there and not be empty. A sample is decoded as a whole. Of up to 20,000, evenly spread, the end is
+    All must exist and not be empty. A sample is decoded as a whole. Of up to 20,000, evenly spread, the end is
     looked at: a JPEG or PNG that lacks the mark of its end is decoded, too.
 
     Args:
@@ -72,7 +72,7 @@ class _Batches(Dataset):
         chosen = self.order[number]
         random = None if self.key is None else random_of(*self.key, number)
         try:
-            x = torch.stack([self.split.image(int(one), self.domain, random) for one in chosen])
+            x = torch.stack([self.split.image(int(image), self.domain, random) for image in chosen])
         except DataError as error:
             # Raised where the batch is asked for: a worker would add its traceback to the message.
             return error

@@ -50,7 +50,7 @@ def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], worke
 
 def _classes(path: Path) -> list[str]:
     try:
-        return sorted(one.name for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+        return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"load_sketch(): expected {path} to be a folder that can be read, got {error}.") from None
 
@@ -67,7 +67,7 @@ def load_sketch(
 
     Args:
         root: folder that has the folders of the domains.
-        domains: names; None takes all six, or, if not ``full``, those that are there.
+        domains: names; None takes all six, or, if not ``full``, those that exist.
         size: of the input; None is 224, cut from images whose shorter side is 256.
         workers: processes that decode images.
         full: whether the numbers of domains and classes must be the published ones.
@@ -77,8 +77,8 @@ def load_sketch(
         DataError: if folders or images are missing or broken, or classes differ; problems are named.
     """
     root, size = Path(root), size or 224
-    there = [name for name in SKETCH if (root / name / "train").is_dir()]
-    names = list(domains) if domains is not None else list(SKETCH) if full and there else there
+    present = [name for name in SKETCH if (root / name / "train").is_dir()]
+    names = list(domains) if domains is not None else list(SKETCH) if full and present else present
     if not names:
         raise DataError(f"load_sketch(): expected folders such as {root / 'flowers' / 'train'}, got none.")
     loaded = {}

@@ -109,18 +109,18 @@ class Cost:
     @property
     def params(self) -> float:
         """Params ×."""
-        own = sum(one.norm_params + one.switches / 32 for one in self.domains.values())
+        own = sum(cost.norm_params + cost.switches / 32 for cost in self.domains.values())
         return (self.weights + own) / self.backbone_params
 
     @property
     def flop(self) -> float:
         """FLOP ×, as the papers count."""
-        return sum(one.macs for one in self.domains.values()) / len(self.domains) / self.backbone_macs
+        return sum(cost.macs for cost in self.domains.values()) / len(self.domains) / self.backbone_macs
 
     @property
     def exact_flop(self) -> float:
         """FLOP × with dead filters left out."""
-        return sum(one.exact_macs for one in self.domains.values()) / len(self.domains) / self.backbone_macs
+        return sum(cost.exact_macs for cost in self.domains.values()) / len(self.domains) / self.backbone_macs
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
@@ -153,20 +153,20 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     set_domain(model, bank.domains[0])
     specs = conv_specs(model, example)
     on = {name: bank.by_layer(bank.mask(name)) for name in bank.domains}
-    all_on = {name: torch.ones(one.in_channels, dtype=torch.bool) for name, one in specs.items()}
+    all_on = {name: torch.ones(spec.in_channels, dtype=torch.bool) for name, spec in specs.items()}
 
     def reads(domain: str, layer: str) -> Tensor:
         return on[domain].get(layer, all_on[layer]).cpu()
 
     weights = 0
-    for layer, one in specs.items():
+    for layer, spec in specs.items():
         rows = torch.stack([live[name].filters[layer] for name in live]).any(0)
         columns = torch.stack([reads(name, layer) for name in live]).any(0)
         bias = model.get_submodule(layer).bias is not None
         if not prune:
             rows, columns = torch.ones_like(rows), torch.ones_like(columns)
         kept = int(rows.sum())
-        weights += kept * one.taps * (int(columns.sum()) if one.groups == 1 else 1) + kept * bias
+        weights += kept * spec.taps * (int(columns.sum()) if spec.groups == 1 else 1) + kept * bias
     # Batch norm is kept where any domain needs the channel: the domains' tensors have one shape.
     norms = {
         layer: torch.stack([live[name].norms[layer] for name in live]).any(0) for layer in live[bank.domains[0]].norms
@@ -177,16 +177,16 @@ def count(model: nn.Module, example: Tensor, prune: bool = True, live: dict[str,
     domains = {}
     for name in bank.domains:
         macs = exact = needed = switches = 0
-        for layer, one in specs.items():
+        for layer, spec in specs.items():
             read = int(reads(name, layer).sum())
             written = int(live[name].filters[layer].sum())
-            macs += read * one.macs_per_channel
-            each = written * one.taps * (read if one.groups == 1 else 1)
-            exact += each * one.positions
+            macs += read * spec.macs_per_channel
+            each = written * spec.taps * (read if spec.groups == 1 else 1)
+            exact += each * spec.positions
             needed += each
             if layer in on[name]:
                 union = torch.stack([reads(other, layer) for other in live]).any(0)
-                switches += int(union.sum()) if prune else one.in_channels
+                switches += int(union.sum()) if prune else spec.in_channels
         norm = sum(4 * width for layer, width in norm_width.items() if own_norm[layer])
         domains[name] = DomainCost(macs, exact, needed, norm, switches)
-    return Cost(backbone_params(model), sum(one.macs for one in specs.values()), weights, domains)
+    return Cost(backbone_params(model), sum(spec.macs for spec in specs.values()), weights, domains)

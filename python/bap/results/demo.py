@@ -70,14 +70,14 @@ def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) 
     runs = []
     for beta in (config.budget.beta, 1.0):
         say(f"training {len(domains)} domains for {config.schedule.epochs} epochs at budget {beta:g} ...")
-        one = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
+        run_config = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
         path = out / f"beta{beta:g}"
-        results = train_run(one, path, resume=True, baseline={}, domains=domains, progress=progress)
+        results = train_run(run_config, path, resume=True, baseline={}, domains=domains, progress=progress)
         runs.append((path, results))
     path, results = runs[0]
     model, _, specs = load_checkpoint(path / "checkpoint")
     size = next(iter(domains.values())).size
-    images = {name: next(one.batches("test", 32))[0] for name, one in domains.items()}
+    images = {name: next(domain.batches("test", 32))[0] for name, domain in domains.items()}
     with bk.use_backend(backend_of(config)):
         pruning = prune_(model, torch.zeros(1, 3, size, size), images)
     save_checkpoint(out / "pruned", model, config, specs, kept=(pruning.rows, pruning.columns))
@@ -88,7 +88,7 @@ def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) 
     served = speed_report(model, deploy(model, example, images), example)
     write_json(out / "speed.json", served)
     report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
-    say(results_table([(folder.name, one) for folder, one in runs]))
+    say(results_table([(folder.name, run) for folder, run in runs]))
     say(speed_table(served))
     before, after = pruning.before, pruning.after
     say(

@@ -69,27 +69,27 @@ def plot_accuracy(results: Sequence[tuple[str, dict[str, Any]]], path: str | Pat
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
-    budgets = sorted({one["beta"] for _, one in results})
+    budgets = sorted({run["beta"] for _, run in results})
     names = _domains_of(results)
     # A mean over other domains is another quantity.
-    shown = [*names, "mean"] if all(len(one["accuracy"]) == len(names) for _, one in results) else names
+    shown = [*names, "mean"] if all(len(run["accuracy"]) == len(names) for _, run in results) else names
     for name in shown:
         values = {
             beta: [
-                one["mean_accuracy"] if name == "mean" else one["accuracy"][name]
-                for _, one in results
-                if one["beta"] == beta and (name == "mean" or name in one["accuracy"])
+                run["mean_accuracy"] if name == "mean" else run["accuracy"][name]
+                for _, run in results
+                if run["beta"] == beta and (name == "mean" or name in run["accuracy"])
             ]
             for beta in budgets
         }
-        found = {beta: one for beta, one in values.items() if one}
-        means = [float(np.mean(one)) for one in found.values()]
-        spread = [float(np.std(one)) for one in found.values()]
+        points = {beta: accuracies for beta, accuracies in values.items() if accuracies}
+        means = [float(np.mean(accuracies)) for accuracies in points.values()]
+        spread = [float(np.std(accuracies)) for accuracies in points.values()]
         axes.errorbar(
-            list(found), means, spread, marker="o", label=name, linewidth=3 if name == "mean" else 1.2, capsize=2
+            list(points), means, spread, marker="o", label=name, linewidth=3 if name == "mean" else 1.2, capsize=2
         )
     axes.set_xlabel("budget β")
-    splits = sorted({one.get("split", "unrecorded split") for _, one in results})
+    splits = sorted({run.get("split", "unrecorded split") for _, run in results})
     axes.set_ylabel(f"accuracy, % ({', '.join(splits)})")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -103,15 +103,15 @@ def plot_curves(folder: str | Path, path: str | Path) -> Path:
         raise FileError(f"plot_curves(): expected {Path(folder, 'metrics.jsonl')} to have records, got none.")
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4))
-    epochs = [one["epoch"] for one in records]
+    epochs = [record["epoch"] for record in records]
     for axis, key, title in zip(
         axes, ("evaluated", "kept", "multiplier"), ("accuracy, %", "kept share", "multiplier λ"), strict=False
     ):
         for name in records[0]["domains"]:
-            axis.plot(epochs, [one["domains"].get(name, {}).get(key) for one in records], label=name)
+            axis.plot(epochs, [record["domains"].get(name, {}).get(key) for record in records], label=name)
         axis.set_title(title)
     for key in ("union", "intersection"):
-        axes[3].plot(epochs, [one[key] for one in records], label=key)
+        axes[3].plot(epochs, [record[key] for record in records], label=key)
     axes[3].set_title("sharing")
     for axis in axes:
         axis.set_xlabel("epoch")
@@ -123,7 +123,7 @@ def plot_curves(folder: str | Path, path: str | Path) -> Path:
 
 def _domains_of(results: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """Domains of all runs, in the order in which they come."""
-    return list(dict.fromkeys(name for _, one in results for name in one["accuracy"]))
+    return list(dict.fromkeys(name for _, run in results for name in run["accuracy"]))
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -139,16 +139,16 @@ def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     names = _domains_of(results)
     head = ["run", "β", "sharing", "split", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×", "union", "∩"]
     rows = []
-    for title, one in results:
-        cost = one["cost"]
-        found = shown_score(one.get("scores"))
-        s = "–" if found is None else f"{found[0]:.0f}" + (f" ({found[1]})" if found[1] else "")
-        cells = [title, f"{one['beta']:g}", one["sharing"] or "none", one.get("split", "not recorded")]
-        cells += [f"{one['accuracy'][name]:.1f}" if name in one["accuracy"] else "–" for name in names]
-        several = "" if len(one["accuracy"]) == len(names) else f" ({len(one['accuracy'])} domains)"
-        cells += [f"{one['mean_accuracy']:.1f}{several}", s]
+    for title, run in results:
+        cost = run["cost"]
+        score = shown_score(run.get("scores"))
+        s = "–" if score is None else f"{score[0]:.0f}" + (f" ({score[1]})" if score[1] else "")
+        cells = [title, f"{run['beta']:g}", run["sharing"] or "none", run.get("split", "not recorded")]
+        cells += [f"{run['accuracy'][name]:.1f}" if name in run["accuracy"] else "–" for name in names]
+        several = "" if len(run["accuracy"]) == len(names) else f" ({len(run['accuracy'])} domains)"
+        cells += [f"{run['mean_accuracy']:.1f}{several}", s]
         cells += [f"{cost[key]:.3f}" for key in ("flop", "exact_flop", "params")]
-        cells += [f"{one['union']:.3f}", f"{one['intersection']:.3f}"]
+        cells += [f"{run['union']:.3f}", f"{run['intersection']:.3f}"]
         rows.append(cells)
     return markdown_table(head, rows)
 
@@ -170,11 +170,11 @@ def _published(data: str, results: Sequence[tuple[str, dict[str, Any]]]) -> list
     if not rows:
         return []
     lines = ["", "## Published", ""]
-    for title, one in results:
-        found = shown_score(one.get("scores"))
-        comparable = one.get("protocol", {}).get("data") == data and one.get("protocol", {}).get("whole")
-        if found is None or found[1] or not comparable or not one["scores"].get("published_baseline"):
-            reason = "without a score" if found is None else found[1] or "an extract, or relative to another baseline"
+    for title, run in results:
+        score = shown_score(run.get("scores"))
+        comparable = run.get("protocol", {}).get("data") == data and run.get("protocol", {}).get("whole")
+        if score is None or score[1] or not comparable or not run["scores"].get("published_baseline"):
+            reason = "without a score" if score is None else score[1] or "an extract, or relative to another baseline"
             return [
                 *lines,
                 "Published rows are left out: they are of the test images of all domains, and "

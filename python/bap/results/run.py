@@ -38,7 +38,7 @@ def read_accuracies(path: str | Path) -> dict[str, float]:
         FileError: if the file holds something else.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or not content or {type(one) for one in content.values()} - {int, float}:
+    if not isinstance(content, dict) or not content or {type(value) for value in content.values()} - {int, float}:
         raise FileError(f"baseline_of(): expected {path} to hold {{domain: accuracy in per cent}}, got something else.")
     return {name: float(value) for name, value in content.items()}
 

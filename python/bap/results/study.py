@@ -183,15 +183,15 @@ def study_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ["β", "sharing", "split", "seeds", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×"]
     lines = []
     for (beta, sharing), cell in sorted(cells.items(), key=lambda item: -item[0][0]):
-        split = ", ".join(dict.fromkeys(one.get("split", "not recorded") for one in cell))
+        split = ", ".join(dict.fromkeys(row.get("split", "not recorded") for row in cell))
         line = [f"{beta:g}", sharing, split, str(len(cell))]
-        line += [_shown([one["accuracy"][name] for one in cell if name in one["accuracy"]], 1) for name in names]
-        line.append(_shown([one["mean_accuracy"] for one in cell], 1))
-        shown = [one for one in (shown_score(row.get("scores")) for row in cell) if one is not None]
+        line += [_shown([row["accuracy"][name] for row in cell if name in row["accuracy"]], 1) for name in names]
+        line.append(_shown([row["mean_accuracy"] for row in cell], 1))
+        shown = [score for score in (shown_score(row.get("scores")) for row in cell) if score is not None]
         notes = ", ".join(dict.fromkeys(note for _, note in shown if note))
         line.append(_shown([value for value, _ in shown], 0) + (f" ({notes})" if notes else ""))
-        line += [_shown([one["cost"][key] for one in cell], 3) for key in ("flop", "exact_flop", "params")]
-        line += [_shown([one[key] for one in cell], 3) for key in ("union", "intersection")]
-        line.append(_shown([sum(one["projected_off"].values()) for one in cell], 0))
+        line += [_shown([row["cost"][key] for row in cell], 3) for key in ("flop", "exact_flop", "params")]
+        line += [_shown([row[key] for row in cell], 3) for key in ("union", "intersection")]
+        line.append(_shown([sum(row["projected_off"].values()) for row in cell], 0))
         lines.append(line)
     return markdown_table([*head, "union", "∩", "projected"], lines)

@@ -130,7 +130,7 @@ def save_checkpoint(
     """Writes a network with its domains.
 
     Args:
-        path: the folder; made if it is not there.
+        path: the folder; created if it is missing.
         model: as :func:`bap.train.network.switched_network` makes it.
         config: the settings it was made with.
         domains: {domain: spec for its domain_config.json}, in the order in which they are loaded.
@@ -244,7 +244,7 @@ def load_checkpoint(
         The model, in eval mode with the first domain active; its settings; {domain: spec}.
 
     Raises:
-        FileError: if a file is missing, damaged or of another network, or a domain is not there.
+        FileError: if a file is missing, damaged or of another network, or a domain is missing.
 
     Warns:
         UserWarning: for a checkpoint of an earlier version, whose files no digest binds.
@@ -264,17 +264,17 @@ def load_checkpoint(
         [('b', 2)]
     """
     path = Path(path)
-    wanted = None if domains is None else list(dict.fromkeys(domains))
+    requested = None if domains is None else list(dict.fromkeys(domains))
     for _ in range(_TRIES - 1):
         try:
-            return _load(path, wanted)
+            return _load(path, requested)
         except _MismatchError:
             # A process that rewrites the checkpoint replaces its files one after another, within a moment.
             time.sleep(0.1)
-    return _load(path, wanted)
+    return _load(path, requested)
 
 
-def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict[str, dict[str, Any]]]:
+def _load(path: Path, requested: list[str] | None) -> tuple[nn.Module, Config, dict[str, dict[str, Any]]]:
     head = _read_head(path)
     binding = path / "config.json"
     network = None
@@ -286,7 +286,7 @@ def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict
     else:
         warnings.warn(
             f"load_checkpoint(): {path} is of an earlier format, without digests: a damaged file, or one of another "
-            "run, may not be found. Hint: save_checkpoint writes it anew.",
+            "run, may not be found. Hint: save_checkpoint rewrites it.",
             stacklevel=3,
         )
     # Its weights are in the checkpoint, not in the file that training started from.
@@ -295,14 +295,14 @@ def _load(path: Path, wanted: list[str] | None) -> tuple[nn.Module, Config, dict
     except ValueError as error:
         raise FileError(f"load_checkpoint(): expected {binding} to hold settings: {error}") from None
     present = domains_of(path)
-    names = present if wanted is None else wanted
+    names = present if requested is None else requested
     for name in names:
         if name not in present:
             raise FileError(f"load_checkpoint(): expected {path} to have one of {present}, got {name!r}.")
     if not names:
         raise FileError(f"load_checkpoint(): expected {path} to have domains, got none.")
     specs = {name: _read_spec(path, name, network) for name in names}
-    if wanted is None:
+    if requested is None:
         names = sorted(names, key=lambda name: specs[name].get("position", 0))
         specs = {name: specs[name] for name in names}
     shared = _read_bound(path / "model.safetensors", head.get("model") if network is not None else None, binding)

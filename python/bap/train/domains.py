@@ -60,13 +60,13 @@ def check_source(config: Config, names: Iterable[str]) -> None:
     """Refuses a run whose source is not among its domains, where another one would take its place in silence.
 
     Raises:
-        ValueError: if the source that is set, or that of a benchmark which must be whole, is not there.
+        ValueError: if the source that is set, or that of a benchmark which must be whole, is missing.
     """
     names = list(names)
     usual = config.data.suite != "builtin" and config.data.full
-    wanted = config.data.source or (_SOURCES[config.data.suite] if usual else None)
-    if config.data.source_mode != "excluded" and wanted is not None and wanted not in names:
+    source = config.data.source or (_SOURCES[config.data.suite] if usual else None)
+    if config.data.source_mode != "excluded" and source is not None and source not in names:
         raise ValueError(
-            f"check_source(): expected the source {wanted!r} to be among the domains, got {names}. Hint: "
+            f"check_source(): expected the source {source!r} to be among the domains, got {names}. Hint: "
             "-s source=NAME sets another one, -s source_mode=excluded trains without it, -s full=false takes the first."
         )

@@ -88,7 +88,7 @@ def measure_layers(model: nn.Module, example: Tensor, rounds: int = 9, backend: 
         widths = sorted({max(1, width * part // 4) for part in (1, 2, 3, 4)})
         times = []
         for kept in widths:
-            index = [round(one) for one in np.linspace(0, width - 1, kept)]
+            index = [round(channel) for channel in np.linspace(0, width - 1, kept)]
             lists = bk.ChannelLists(sorted(set(index)))
             gathered.attach({"measured": lists})
             gathered.set_domain("measured")

@@ -21,7 +21,7 @@ __all__ = ["Processes", "device_of", "leave"]
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name, which must be there.
+    """The device of that name.
 
     Raises:
         ValueError: if PyTorch does not find it.
@@ -50,7 +50,7 @@ class Processes:
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL, one GPU for each process).
 
     Raises:
-        ValueError: if the device is not there.
+        ValueError: if PyTorch does not find the device.
 
     Attributes:
         rank, world: this process and their number.

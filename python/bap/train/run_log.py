@@ -131,8 +131,8 @@ class _Curves:
             with open(self.path, "ab", buffering=0) as file:
                 before = file.tell()
                 writer = self._record(_Whole(file))
-                for one in events:
-                    writer.write(one.SerializeToString())
+                for event in events:
+                    writer.write(event.SerializeToString())
         except OSError as error:
             if before is not None:
                 os.truncate(self.path, before)
@@ -185,7 +185,7 @@ class RunLog:
         """
         self.records.append(record)
         if self.folder is not None:
-            text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in self.records)
+            text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.records)
             write_bytes(self.folder / "metrics.jsonl", text.encode())
             self._write_curves(self.folder / "tensorboard", record)
         if self.progress:
@@ -211,8 +211,8 @@ class RunLog:
 
     def _line(self, record: dict[str, Any]) -> str:
         domains = record["domains"].values()
-        accuracy = sum(one["evaluated"] for one in domains) / len(domains)
-        kept = " ".join(f"{name} {one['kept']:.3f}" for name, one in record["domains"].items())
+        accuracy = sum(values["evaluated"] for values in domains) / len(domains)
+        kept = " ".join(f"{name} {values['kept']:.3f}" for name, values in record["domains"].items())
         return (
             f"epoch {record['epoch']}/{self.epochs}  accuracy {accuracy:.2f} %  kept {kept}  "
             f"union {record['union']:.3f}  intersection {record['intersection']:.3f}  {record['seconds']:.1f} s"

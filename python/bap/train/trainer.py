@@ -69,7 +69,7 @@ class Trainer:
             sees them. None makes a new one.
 
     Attributes:
-        model: the network; this and what follows is there once the trainer is open.
+        model: the network; it and the following attributes exist once the trainer is open.
         bank: its switches, s.
         costs: (M,), a.
         beta: β.
@@ -267,12 +267,12 @@ class Trainer:
             self._step(name, images, labels, seen[name])
             self.log.step(self.epoch + 1, number, steps, name, seen[name].mean_loss)
         self._check_finite()
-        losses = {name: one.reduced() for name, one in seen.items()}
+        losses = {name: counts.reduced() for name, counts in seen.items()}
         return {
             "epoch": self.epoch,
             "seconds": time.perf_counter() - started,
             "rate": factor,
-            "domains": {name: {"loss": one.mean_loss, "accuracy": one.percent} for name, one in losses.items()},
+            "domains": {name: {"loss": total.mean_loss, "accuracy": total.percent} for name, total in losses.items()},
         }
 
     def _check_finite(self) -> None:
@@ -326,12 +326,12 @@ class Trainer:
         used = share(switches, self._cost_shares)
         multiplier = self.multipliers[name]
         total = multiplier.loss(used)
-        others = [one for one in self.bank.domains if one != name and one not in self.dense_domains]
+        others = [other for other in self.bank.domains if other != name and other not in self.dense_domains]
         if config.sharing.loss is not None and others:
             if config.sharing.relaxed:
-                rows = [self._relaxed(name), *(self._relaxed(one).detach() for one in others)]
+                rows = [self._relaxed(name), *(self._relaxed(other).detach() for other in others)]
             else:
-                rows = [switches, *(self.bank.mask(one).to(switches.dtype) for one in others)]
+                rows = [switches, *(self.bank.mask(other).to(switches.dtype) for other in others)]
             loss = sharing_loss(config.sharing.loss, torch.stack(rows), self._cost_shares, self.beta)
             total = total + self.sharing_weight.value * loss
             self.sharing_weight.update(float(loss.detach()))
@@ -371,13 +371,13 @@ class Trainer:
 
     def _describe(self, record: dict[str, Any]) -> None:
         processes = self.processes
-        for name, one in record["domains"].items():
-            found = evaluate(
+        for name, values in record["domains"].items():
+            counts = evaluate(
                 self.model, self.domains[name], self.config.data.evaluate_on, rank=processes.rank, world=processes.world
             )
             used = self.used(name)
-            one.update(evaluated=found.percent, kept=used, gap=used - self.beta)
-            one["multiplier"] = self.multipliers[name].value if name in self.multipliers else 0.0
+            values.update(evaluated=counts.percent, kept=used, gap=used - self.beta)
+            values["multiplier"] = self.multipliers[name].value if name in self.multipliers else 0.0
         masks = self.bank.masks().cpu().double()
         total = float(self.costs.sum())
         record["intersection"] = float(intersection(masks, self.costs)) / total
@@ -388,7 +388,7 @@ class Trainer:
     def _save(self, path: Path) -> None:
         progress = {
             "epoch": self.epoch,
-            "multipliers": {name: one.value for name, one in self.multipliers.items()},
+            "multipliers": {name: multiplier.value for name, multiplier in self.multipliers.items()},
             "sharing_weight": self.sharing_weight.value,
             "projected_off": self.projected_off,
             "scaler": self.scaler.state_dict(),

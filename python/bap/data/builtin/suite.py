@@ -65,12 +65,12 @@ def builtin_suite(domains: Iterable[str] = BUILTIN_DOMAINS, images: int = 1200) 
         images: training images of a domain; ``val`` has a quarter and ``test`` half as many, and ``shapes`` twice.
 
     Raises:
-        ValueError: for other names, or too few images for every class to be there.
+        ValueError: for other names, or too few images for every class to occur.
 
     Examples:
         >>> from bap.data import builtin_suite
         >>> suite = builtin_suite(["digits", "signs"], images=100)
-        >>> {name: (len(one.classes), len(one.splits["test"])) for name, one in suite.items()}
+        >>> {name: (len(domain.classes), len(domain.splits["test"])) for name, domain in suite.items()}
         {'digits': (10, 50), 'signs': (16, 50)}
     """
     if images < 100:
