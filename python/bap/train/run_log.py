@@ -110,8 +110,9 @@ class _Curves:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary, self._record = Event, Summary, RecordWriter
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
-        self.path = folder / name
+        # TensorBoard reads files in the order of their names: the number, too, must sort as text.
+        second, number = f"{int(time.time()):010d}", f"{next(self._numbers):06d}"
+        self.path = folder / f"events.out.tfevents.{second}.{socket.gethostname()}.{os.getpid()}.{number}"
         # Records of epochs that are trained again are hidden.
         start = SessionLog(status=SessionLog.START)
         self._append(

@@ -55,10 +55,10 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     settings = Config(**SMALL)
-    facts = {"size": 32, "kept": 1.0, "accuracy": 50.0}
+    specs = {"size": 32, "kept": 1.0, "accuracy": 50.0}
     classes = {"digits": [str(one) for one in range(10)]}
     model = switched_network(settings, {"digits": 10})
-    save_checkpoint(tmp_path / "checkpoint", model, settings, {n: {"classes": c, **facts} for n, c in classes.items()})
+    save_checkpoint(tmp_path / "checkpoint", model, settings, {n: {"classes": c, **specs} for n, c in classes.items()})
     return tmp_path / "checkpoint"
 
 
@@ -160,7 +160,7 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, checkpoin
         main()
 
 
-def test_a_new_domain_takes_numbers_without_a_point(bap, checkpoint: Path) -> None:
+def test_add_domain_parses_exponents_without_a_point(bap, checkpoint: Path) -> None:
     settings = ["-s", "lr_switch=1e-3", "-s", "epochs=1"]
     status, output, errors = bap("add-domain", checkpoint, "signs", *settings)
     assert status == 0, errors
@@ -227,7 +227,7 @@ def test_a_missing_package_names_the_extra(tmp_path: Path) -> None:
         )
 
 
-def test_a_group_is_left_when_the_process_ends_after_a_mistake_too(
+def test_process_group_is_destroyed_after_an_error(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     join = torch.distributed.init_process_group

@@ -50,14 +50,14 @@ from bap.config import SHORT_NAMES, Config, config_of, full_names, known_setting
         ("epochs", "overrides like name=value, got 'epochs'"),
     ],
 )  # fmt: skip
-def test_values_are_refused_with_their_name_and_rule(override: str, message: str) -> None:
+def test_invalid_values_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_config(overrides=[override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_yaml_numbers_are_read_as_they_look() -> None:
+def test_yaml_numbers_and_texts() -> None:
     config = load_config(overrides=["lr_switch=1e-3", "beta=1", "root=2024", "domains=[1, b]"])
     assert (config.optimiser.lr_switch, config.budget.beta, config.data.root, config.data.domains) == (
         1e-3,
@@ -82,7 +82,7 @@ def test_yaml_numbers_are_read_as_they_look() -> None:
         (b"[" * 600, "to be YAML"),
     ],
 )
-def test_files_that_are_no_settings_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -111,7 +111,7 @@ def test_every_setting_has_one_short_name() -> None:
         assert [full_names(one) for one in settings] == [{name: value}] * 3
 
 
-def test_names_of_both_kinds_mean_the_same(tmp_path: Path) -> None:
+def test_full_and_short_names_are_equivalent(tmp_path: Path) -> None:
     (tmp_path / "short.yaml").write_text("data: decathlon\nroot: there\nschedule: cosine\nsharing: int\nsettle: 0.5\n")
     (tmp_path / "groups.yaml").write_text(
         "data: {suite: decathlon, root: there}\nschedule: {decay: cosine}\nsharing: {loss: int}\n"
@@ -133,7 +133,7 @@ def test_names_of_both_kinds_mean_the_same(tmp_path: Path) -> None:
         ({"xyzzy": 0}, "got 'xyzzy'. Hint: the groups are data, model, switches, "),
     ],
 )
-def test_names_that_mean_nothing_are_refused(values: dict, message: str) -> None:
+def test_unknown_and_repeated_names_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         Config(**values)
     assert message in str(caught.value)

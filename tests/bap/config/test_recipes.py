@@ -12,7 +12,7 @@ from bap.results.demo import BUILTIN_RECIPE
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
-def test_all_recipes_are_there() -> None:
+def test_recipes_cover_all_models() -> None:
     models = {load_config(path).model.name for path in CONFIGS}
     assert models == {"resnet26", "wrn28_4", "resnet50", "densenet121"} <= set(MODELS)
 

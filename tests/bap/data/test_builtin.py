@@ -76,7 +76,7 @@ def test_scans_of_digits_are_of_one_split_only() -> None:
     assert sorted(split.labels.tolist()) == sorted(digits[order[1297:]].tolist())
 
 
-def test_nearest_class_means_do_not_solve_them(suite: dict[str, Domain]) -> None:
+def test_nearest_class_mean_fails_on_the_suite(suite: dict[str, Domain]) -> None:
     for domain in suite.values():
         train, test = domain.splits["train"], domain.splits["test"]
         x = train.images.float().flatten(1)

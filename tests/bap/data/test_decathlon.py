@@ -138,7 +138,7 @@ def test_each_kind_of_damage_is_named(root: Path, change, message: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"images": 1}'])
-def test_files_that_are_no_annotations_are_named(root: Path, content: bytes) -> None:
+def test_invalid_annotation_files_are_named(root: Path, content: bytes) -> None:
     path = root / "annotations" / "dtd_val.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"dtd_val\.json"):
@@ -157,10 +157,10 @@ def test_an_image_of_two_splits_is_named(root: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decathlon of three domains, of four images each."""
-    facts = {name: ((2, 4, 4, 4), *DECATHLON[name][1:]) for name in ("imagenet12", "aircraft", "dtd")}
-    for name in [one for one in DECATHLON if one not in facts]:
+    specs = {name: ((2, 4, 4, 4), *DECATHLON[name][1:]) for name in ("imagenet12", "aircraft", "dtd")}
+    for name in [one for one in DECATHLON if one not in specs]:
         monkeypatch.delitem(DECATHLON, name)
-    for name, one in facts.items():
+    for name, one in specs.items():
         monkeypatch.setitem(DECATHLON, name, one)
     monkeypatch.setattr("bap.train.domains._SUITES", {"decathlon": tuple(DECATHLON)})
 

@@ -56,7 +56,7 @@ def _encoded(kind: str, size: tuple[int, int] = (8, 8)) -> bytes:
         (_frames("WEBP"), "an animation of 2 frames"),
     ],
 )
-def test_what_cannot_be_used_is_named_before_it_is_decoded(data: bytes, message: str, tmp_path: Path) -> None:
+def test_unsupported_images_are_refused_before_decoding(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     (problem,) = check_images([path])
@@ -112,7 +112,7 @@ def _palette(transparent: bool) -> Image.Image:
     ],
     ids=["rgb", "clear", "shaded", "grey-alpha", "grey", "bits", "palette", "key", "cmyk", "bmp", "ppm"],
 )
-def test_every_kind_of_pixel(
+def test_pixel_modes(
     image: Image.Image, file: str, left: tuple[int, ...], right: tuple[int, ...], tmp_path: Path
 ) -> None:
     image.save(tmp_path / file)
@@ -129,7 +129,7 @@ def test_the_orientation_of_exif_is_not_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF"])
-def test_a_truncated_image_is_found_wherever_it_stands(kind: str, tmp_path: Path) -> None:
+def test_truncated_image_is_found_at_any_position(kind: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (72, 90, 3)).astype(np.uint8)
     held = io.BytesIO()
     Image.fromarray(pixels).save(held, kind)

@@ -193,7 +193,7 @@ def test_annotations_are_checked(root: Path, change, message: str) -> None:
         load_decathlon(root, ["dtd"], full=False)
 
 
-def test_an_image_that_breaks_later_is_named(root: Path) -> None:
+def test_image_damaged_after_loading_is_named(root: Path) -> None:
     domain = load_decathlon(root, ["aircraft"], full=False)["aircraft"]
     path = domain.splits["train"].paths[5]
     path.write_bytes(b"no image")
@@ -225,6 +225,6 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         load_sketch(tmp_path, ["faces"])
 
 
-def test_published_sizes_are_whole() -> None:
+def test_published_sizes_are_complete() -> None:
     assert len(DECATHLON) == 10
-    assert sum(facts[0][0] for facts in DECATHLON.values()) == 1000 + 100 + 100 + 2 + 47 + 43 + 1623 + 10 + 101 + 102
+    assert sum(specs[0][0] for specs in DECATHLON.values()) == 1000 + 100 + 100 + 2 + 47 + 43 + 1623 + 10 + 101 + 102

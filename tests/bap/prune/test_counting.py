@@ -54,7 +54,7 @@ def _network(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["dense", "resnet26", "wrn"])
-def test_dead_filters_change_nothing_and_live_ones_do(kind: str) -> None:
+def test_only_live_filters_change_the_output(kind: str) -> None:
     torch.manual_seed(3)
     model = _network(kind)
     x = torch.randn(4, 3, 16, 16)

@@ -41,7 +41,7 @@ def _trained(config: Config, names: tuple[str, ...] = ("a", "b")) -> nn.Module:
     ("name", "options"),
     [("resnet26", {"widths": [8, 16, 16], "blocks": [1, 2, 1]}), ("wrn28_4", {"depth": 10, "widen": 1})],
 )
-def test_every_domain_answers_as_before_from_fewer_weights(name: str, options: dict) -> None:
+def test_outputs_of_every_domain_stay_with_fewer_weights(name: str, options: dict) -> None:
     model = _trained(Config(model=name, model_options=options))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     made = deploy(model, torch.zeros(1, 3, 32, 32))
@@ -58,7 +58,7 @@ def test_every_domain_answers_as_before_from_fewer_weights(name: str, options: d
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_wrong_answer_is_found_out(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deploy_detects_changed_outputs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     prune = bk.prune_unused_
 
     def wrong(model: nn.Module, example: torch.Tensor) -> bk.PruneReport:
@@ -76,18 +76,18 @@ def test_times_compare_the_same_function(tiny: Config) -> None:
     model = _trained(tiny)
     example = torch.zeros(2, 3, 32, 32)
     made = deploy(model, example)
-    facts = speed_report(model, made, example, rounds=3)
-    assert [row["domain"] for row in facts["domains"]] == ["a", "b"]
-    for row in facts["domains"]:
+    specs = speed_report(model, made, example, rounds=3)
+    assert [row["domain"] for row in specs["domains"]] == ["a", "b"]
+    for row in specs["domains"]:
         assert row["over dense"] == pytest.approx(row["dense ms"] / row["planned ms"])
         assert row["over masked"] == pytest.approx(row["masked ms"] / row["planned ms"])
-    assert facts["bytes"]["after"] < facts["bytes"]["before"]
-    text = speed_table(facts)
+    assert specs["bytes"]["after"] < specs["bytes"]["before"]
+    text = speed_table(specs)
     assert text.splitlines()[0] == "| domain | dense ms | masked ms | planned ms | over dense | over masked |"
-    assert f"{facts['parameters']['after']:,} parameters instead of" in text
+    assert f"{specs['parameters']['after']:,} parameters instead of" in text
 
 
-def test_the_masked_peer_computes_what_the_model_does(tiny: Config) -> None:
+def test_masked_baseline_equals_the_model(tiny: Config) -> None:
     from bap.prune.deploy import _stock
 
     model = _trained(tiny)
@@ -101,8 +101,8 @@ def test_the_masked_peer_computes_what_the_model_does(tiny: Config) -> None:
 
 def test_command(tiny: Config, tmp_path) -> None:
     model = _trained(tiny)
-    facts = {name: {"classes": [str(one) for one in range(n)], "size": 32} for name, n in (("a", 3), ("b", 4))}
-    save_checkpoint(tmp_path, model, tiny, facts)
+    specs = {name: {"classes": [str(one) for one in range(n)], "size": 32} for name, n in (("a", 3), ("b", 4))}
+    save_checkpoint(tmp_path, model, tiny, specs)
     made = CliRunner().invoke(app, ["speed", str(tmp_path), "--batch", "2", "--rounds", "2"], catch_exceptions=False)
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)

@@ -44,7 +44,7 @@ def test_equals_the_gradients_of_a_positive_network(name: str, density: float) -
     assert not all(mask.all() for mask in found["a"].filters.values())
 
 
-def test_the_model_stays_as_it_was() -> None:
+def test_find_live_does_not_change_the_model() -> None:
     model = switched("resnet26", 0.5).train()
     bk.set_domain(model, "b")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -18,11 +18,11 @@ import bap_kernels as bk
 def test_pruning_keeps_every_output_and_the_file_gets_smaller(finished: Path, tmp_path: Path) -> None:
     from bap.train.checkpoint import save_checkpoint
 
-    model, config, facts = load_checkpoint(finished / "checkpoint")
+    model, config, specs = load_checkpoint(finished / "checkpoint")
     x = torch.randn(4, 3, 32, 32)
     expected = {}
     with bk.use_backend("aten"), torch.inference_mode():
-        for name in facts:
+        for name in specs:
             bk.set_domain(model, name)
             expected[name] = model(x).clone()
     made = prune_(model, torch.zeros(1, 3, 32, 32))
@@ -34,7 +34,7 @@ def test_pruning_keeps_every_output_and_the_file_gets_smaller(finished: Path, tm
         if isinstance(conv, torch.nn.Conv2d)
     )
     assert [row["domain"] for row in made.as_rows()] == ["shapes", "digits", "glyphs", "union"]
-    save_checkpoint(tmp_path / "pruned", model, config, facts, kept=(made.rows, made.columns))
+    save_checkpoint(tmp_path / "pruned", model, config, specs, kept=(made.rows, made.columns))
     loaded, _, _ = load_checkpoint(tmp_path / "pruned")
     with bk.use_backend("aten"), torch.inference_mode():
         for name, value in expected.items():
@@ -45,7 +45,7 @@ def test_pruning_keeps_every_output_and_the_file_gets_smaller(finished: Path, tm
     assert count(loaded, torch.zeros(1, 3, 32, 32)).as_dict() == made.after.as_dict()
 
 
-def test_pruning_what_is_used_is_found_out(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_a_used_filter_raises(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     model = switched_network(tiny, {"a": 3, "b": 2}).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -8,7 +8,7 @@ import pytest
 from bap.results.demo import run_demo
 
 
-def test_demo_tells_the_whole_story(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path) -> None:
     small = [
         "images=100",
         "epochs=2",

@@ -10,7 +10,7 @@ from bap.config import load_config
 from bap.results.run import train_run
 
 
-def test_a_run_leaves_its_files(finished: Path) -> None:
+def test_files_of_a_run(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert set(results["accuracy"]) == {"shapes", "digits", "glyphs"}
     assert all(value <= 0.5 for value in results["kept"].values())

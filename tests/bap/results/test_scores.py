@@ -29,7 +29,7 @@ def test_imagenet_to_sketch_baseline_scores_250_each() -> None:
     assert set(domain_scores(SKETCH_BASELINE, SKETCH_BASELINE).values()) == {250.0}
 
 
-def test_perfect_and_hopeless() -> None:
+def test_scores_of_perfect_and_chance_accuracy() -> None:
     assert score(dict.fromkeys(DECATHLON_BASELINE, 100.0), DECATHLON_BASELINE) == 10_000
     # Twice the baseline's error or more gives nothing.
     assert domain_scores({"a": 60.0, "b": 59.0}, {"a": 80.0, "b": 80.0}) == {"a": 0.0, "b": 0.0}
@@ -104,7 +104,7 @@ def _results(names: list[str], split: str = "test", whole: bool = True) -> dict:
     return results | scored(results, DECATHLON_BASELINE)
 
 
-def test_a_part_of_the_decathlon_never_stands_beside_the_whole() -> None:
+def test_partial_decathlon_is_not_compared_with_published_rows() -> None:
     names = list(DECATHLON_BASELINE)
     whole = _results(names)
     assert whole["scores"]["S"] == 2500

@@ -11,7 +11,7 @@ from bap.results.scores import score
 from bap.results.study import study
 
 
-def test_study_goes_on_where_it_stopped(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
+def test_study_resumes(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
     config = tiny.replace(epochs=1, pretrain_epochs=1, domains=["shapes", "digits"])
     said: list[str] = []
     study(config, tmp_path, (0.5,), (None,), (0, 1), True, said.append)

@@ -12,7 +12,7 @@ from torch import nn
 
 import bap_kernels as bk
 
-FACTS = {"a": ConvSpec(2, 4, 9, 1, 16), "b": ConvSpec(4, 8, 6, 1, 4), "c": ConvSpec(8, 8, 9, 8, 4)}
+SPEC = {"a": ConvSpec(2, 4, 9, 1, 16), "b": ConvSpec(4, 8, 6, 1, 4), "c": ConvSpec(8, 8, 9, 8, 4)}
 
 
 @pytest.mark.parametrize(
@@ -25,23 +25,23 @@ FACTS = {"a": ConvSpec(2, 4, 9, 1, 16), "b": ConvSpec(4, 8, 6, 1, 4), "c": ConvS
         ("time", 0.5, 0.25, 0.125),
     ],
 )
-def test_costs_of_every_measure(measure: str, a: float, b: float, c: float) -> None:
-    costs = switch_costs(measure, FACTS, {"a": 0.5, "b": 0.25, "c": 0.125})
+def test_switch_costs_of_every_measure(measure: str, a: float, b: float, c: float) -> None:
+    costs = switch_costs(measure, SPEC, {"a": 0.5, "b": 0.25, "c": 0.125})
     assert costs.dtype == torch.float64
     torch.testing.assert_close(costs, torch.tensor([a] * 2 + [b] * 4 + [c] * 8, dtype=torch.float64))
 
 
 def test_layer_measure_is_the_mean_of_layer_means() -> None:
     on = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0.0])
-    assert share(on, switch_costs("layer", FACTS)).item() == pytest.approx((1 / 2 + 2 / 4 + 7 / 8) / 3)
+    assert share(on, switch_costs("layer", SPEC)).item() == pytest.approx((1 / 2 + 2 / 4 + 7 / 8) / 3)
 
 
-def test_facts_of_a_network() -> None:
+def test_conv_specs_of_a_network() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0)), nn.Conv2d(8, 8, 3, groups=8))
-    facts = conv_specs(model.train(), torch.zeros(2, 3, 9, 7))
-    assert facts == {"0": ConvSpec(3, 8, 6, 1, 5 * 6), "1": ConvSpec(8, 8, 9, 8, 3 * 4)}
-    assert facts["0"].macs == 3 * 8 * 6 * 30
-    assert facts["1"].params == 72
+    specs = conv_specs(model.train(), torch.zeros(2, 3, 9, 7))
+    assert specs == {"0": ConvSpec(3, 8, 6, 1, 5 * 6), "1": ConvSpec(8, 8, 9, 8, 3 * 4)}
+    assert specs["0"].macs == 3 * 8 * 6 * 30
+    assert specs["1"].params == 72
     assert model.training
 
 
@@ -68,7 +68,7 @@ def test_multiplier_follows_kkt() -> None:
     assert multiplier.value == 0
 
 
-def test_projection_takes_the_weakest_and_says_how_many() -> None:
+def test_projection_turns_off_the_weakest() -> None:
     scores = torch.tensor([0.9, 0.2, 0.3, 0.1, 0.05, 0.01])
     costs = torch.ones(6, dtype=torch.float64)
     made = project(scores, 0.04, costs, 0.5)
@@ -80,7 +80,7 @@ def test_projection_takes_the_weakest_and_says_how_many() -> None:
     assert torch.equal(again.scores, made.scores)
 
 
-def test_what_the_budget_does_not_need_comes_back() -> None:
+def test_projection_restores_cheap_switches() -> None:
     # The cheap weak one went first; the dear one alone was enough.
     made = project(torch.tensor([0.1, 0.2, 0.9]), 0.0, torch.tensor([1.0, 10.0, 9.0], dtype=torch.float64), 0.5)
     assert (made.scores > 0).tolist() == [True, False, True]
@@ -101,7 +101,7 @@ def test_projection_keeps_some_of_every_layer() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 10_000))
-def test_the_bound_holds_exactly_and_nothing_more_fits(count: int, beta: float, seed: int) -> None:
+def test_projection_is_exact_and_maximal(count: int, beta: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(count, generator=generator)
     costs = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -133,9 +133,9 @@ def test_bank_reads_and_writes_the_layers() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: switch_costs("flop", FACTS), r"one of \['switch', 'layer', 'param', 'mac', 'time'\], got 'flop'"),
+        (lambda: switch_costs("flop", SPEC), r"one of \['switch', 'layer', 'param', 'mac', 'time'\], got 'flop'"),
         (lambda: switch_costs("mac", {}), "at least one layer, got none"),
-        (lambda: switch_costs("time", FACTS, {"a": 1.0}), r"got none of \['b', 'c'\]"),
+        (lambda: switch_costs("time", SPEC, {"a": 1.0}), r"got none of \['b', 'c'\]"),
         (lambda: Multiplier(0.0), r"`beta` to be in \(0, 1\], got 0.0"),
         (lambda: Multiplier(0.5, rate=0), "`rate` to be positive, got 0"),
         (lambda: Multiplier(0.5, value=-1), "`value` to be at least 0, got -1"),

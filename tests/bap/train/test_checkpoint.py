@@ -26,7 +26,7 @@ import bap_kernels as bk
 sys.path.insert(0, str(Path(__file__).parent))
 from old_format import old_checkpoint, old_tensors
 
-FACTS = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, "kept": 0.5, "accuracy": 61.25}
+SPEC = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, "kept": 0.5, "accuracy": 61.25}
 
 
 def _config(seed: int = 0) -> Config:
@@ -36,8 +36,8 @@ def _config(seed: int = 0) -> Config:
 def _saved(folder: Path, seed: int = 0) -> Path:
     config = _config(seed)
     model = switched_network(config, {"z": 3, "a": 2})
-    facts = {"z": {"classes": ["x", "y", "w"], **FACTS}, "a": {"classes": ["u", "v"], **FACTS}}
-    save_checkpoint(folder, model, config, facts)
+    specs = {"z": {"classes": ["x", "y", "w"], **SPEC}, "a": {"classes": ["u", "v"], **SPEC}}
+    save_checkpoint(folder, model, config, specs)
     return folder
 
 
@@ -47,9 +47,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _content(folder: Path) -> tuple[object, ...]:
-    model, config, facts = load_checkpoint(folder)
+    model, config, specs = load_checkpoint(folder)
     state = {name: (value.dtype, value.tolist()) for name, value in model.state_dict().items()}
-    return state, config, facts, bk.domain_names(model) if hasattr(bk, "domain_names") else None
+    return state, config, specs, bk.domain_names(model) if hasattr(bk, "domain_names") else None
 
 
 def _tried(call: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -72,11 +72,11 @@ def _flips(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, int, int
 
 def test_domains_keep_their_order(folder: Path) -> None:
     assert domains_of(folder) == ["z", "a"]
-    model, config, facts = load_checkpoint(folder)
-    assert list(facts) == ["z", "a"]
+    model, config, specs = load_checkpoint(folder)
+    assert list(specs) == ["z", "a"]
     for name in ("n", "b"):
         bk.nn.add_domain_(model, name, classes=2)
-        save_domain(folder, model, name, {"classes": ["u", "v"], **FACTS})
+        save_domain(folder, model, name, {"classes": ["u", "v"], **SPEC})
     assert list(load_checkpoint(folder)[2]) == ["z", "a", "n", "b"]
     assert list(load_checkpoint(folder, ["b", "z"])[2]) == ["b", "z"]
     assert config == _config()
@@ -154,9 +154,9 @@ def test_checkpoints_of_earlier_versions_load_with_a_warning(folder: Path) -> No
     before = _content(folder)
     old_checkpoint(folder)
     with pytest.warns(UserWarning, match="of an earlier format, without digests"):
-        model, config, facts = load_checkpoint(folder)
-    assert list(facts) == ["a", "z"]
-    assert facts["a"]["classes"] == ["u", "v"]
+        model, config, specs = load_checkpoint(folder)
+    assert list(specs) == ["a", "z"]
+    assert specs["a"]["classes"] == ["u", "v"]
     assert (config, {k: (v.dtype, v.tolist()) for k, v in model.state_dict().items()}) == (before[1], before[0])
     bk.nn.add_domain_(model, "b", classes=2)
     save_domain(folder, model, "b", {"classes": ["u", "v"]})
@@ -165,7 +165,7 @@ def test_checkpoints_of_earlier_versions_load_with_a_warning(folder: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:load_checkpoint")
-def test_damage_to_old_files_is_no_traceback(folder: Path) -> None:
+def test_damaged_old_files_raise_file_errors(folder: Path) -> None:
     old_checkpoint(folder)
     for path, byte, bit in _flips(folder, 60, 1):
         data = path.read_bytes()
@@ -215,7 +215,7 @@ def test_flips_in_a_state_are_found(tmp_path: Path) -> None:
     config = Config(model_options={"widths": [2, 2, 2], "blocks": [1, 1, 1]}, epochs=2, batch=2, backend="aten")
     Trainer(config, domains, tmp_path).fit(until=1)
     path = tmp_path / STATE
-    before, facts = read_tensors(path)
+    before, specs = read_tensors(path)
     found = 0
     for _ in _flipped(path, 200):
         read, problem = _tried(lambda: read_tensors(path))
@@ -224,7 +224,7 @@ def test_flips_in_a_state_are_found(tmp_path: Path) -> None:
             assert str(path) in problem
         else:
             tensors, info = read
-            assert info == facts
+            assert info == specs
             assert all(torch.equal(tensors[key], value) for key, value in before.items())
     assert found > 190
     old_tensors(path)
@@ -263,8 +263,8 @@ def test_loading_one_domain_reads_no_other(finished: Path, copy_of) -> None:
     for file in (folder / "domains" / "digits").iterdir():
         file.write_bytes(b"damaged")
     whole, _, _ = load_checkpoint(finished / "checkpoint")
-    one, _, facts = load_checkpoint(folder, ["glyphs"])
-    assert list(facts) == ["glyphs"]
+    one, _, specs = load_checkpoint(folder, ["glyphs"])
+    assert list(specs) == ["glyphs"]
     assert not [key for key in one.state_dict() if ".digits." in key or ".shapes." in key]
     x = torch.randn(3, 3, 32, 32)
     bk.set_domain(whole, "glyphs")
@@ -289,7 +289,7 @@ def test_damaged_checkpoints_are_refused(finished: Path, copy_of, file: str) -> 
         load_checkpoint(folder)
 
 
-def test_names_that_are_no_folders_are_refused(tiny: Config, tmp_path: Path) -> None:
+def test_domain_names_that_are_invalid_folders_are_refused(tiny: Config, tmp_path: Path) -> None:
     model = switched_network(tiny, {"a": 3})
     for name in ("../a", "/a", "a/b"):
         with pytest.raises(ValueError, match="it is the name of a folder"):

@@ -41,7 +41,7 @@ def _holder(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_a_second_process_is_refused_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
+def test_second_process_is_refused_and_a_killed_one_releases_the_lock(tmp_path: Path) -> None:
     process = _holder(tmp_path)
     try:
         with (
@@ -65,7 +65,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_nothing(tmp_path: P
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_thread_takes_its_own_lock_again_and_no_other_thread_does(tmp_path: Path) -> None:
+def test_lock_is_reentrant_in_its_thread_only(tmp_path: Path) -> None:
     problems: list[str] = []
 
     def other() -> None:
@@ -90,7 +90,7 @@ def test_a_thread_takes_its_own_lock_again_and_no_other_thread_does(tmp_path: Pa
         pass
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

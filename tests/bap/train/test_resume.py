@@ -68,7 +68,7 @@ OTHERS = {
 }
 
 
-def test_settings_that_would_mix_runs_are_refused_by_name(config: Config, half: Path) -> None:
+def test_resume_refuses_changed_settings(config: Config, half: Path) -> None:
     before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
     for name, value in OTHERS.items():
         full, settings = SHORT_NAMES[name], config.by_name()
@@ -89,7 +89,7 @@ def test_settings_that_would_mix_runs_are_refused_by_name(config: Config, half: 
                 check_same_settings({**config.by_name(), full: others[full]}, config, "there")
 
 
-def test_what_says_where_and_how_fast_may_change(config: Config, half: Path) -> None:
+def test_resume_accepts_changed_device_settings(config: Config, half: Path) -> None:
     results = _resumed(config, half, workers=1, log_every=1, threads=None, root="elsewhere")
     assert results["split"] == "val"
     assert [one["epoch"] for one in read_metrics(half)] == [1, 2, 3, 4]
@@ -99,7 +99,7 @@ def test_what_says_where_and_how_fast_may_change(config: Config, half: Path) -> 
         _resumed(config, half, beta=0.75)
 
 
-def test_more_epochs_where_those_that_are_done_stay_the_same(config: Config, half: Path, tmp_path: Path) -> None:
+def test_resume_accepts_more_epochs_if_the_schedule_allows(config: Config, half: Path, tmp_path: Path) -> None:
     assert _resumed(config, half, epochs=6)["beta"] == 0.5
     whole = Trainer(config.replace(epochs=6), {"a": _domain()}, tmp_path / "whole").open()
     whole.fit()
@@ -127,7 +127,7 @@ def test_other_data_are_refused(config: Config, half: Path) -> None:
         train_run(config, half, resume=True, domains={"a": named})
 
 
-def test_other_weights_are_refused_and_the_same_may_move(config: Config, tmp_path: Path) -> None:
+def test_resume_refuses_other_weights_but_not_another_path(config: Config, tmp_path: Path) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
         model = build("resnet26", 2, **config.model.options)
@@ -150,7 +150,7 @@ def test_a_run_that_saved_no_state_yet_has_its_settings(config: Config, tmp_path
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", STATE, "results.json", "checkpoint"])
-def test_a_folder_with_any_part_of_a_run_is_no_new_one(config: Config, tmp_path: Path, name: str) -> None:
+def test_folder_with_part_of_a_run_needs_resume(config: Config, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"to have no run, got one\. Hint: --resume"):
         train_run(config, tmp_path, domains={"a": _domain()})
@@ -168,7 +168,7 @@ def test_a_study_refuses_runs_and_weights_of_other_settings(config: Config, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_no_labels_to_evaluate_on_are_found_before_training(config: Config, tmp_path: Path) -> None:
+def test_missing_labels_are_found_before_training(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected 'a' to have images with labels in 'val', got no such split"):
         train_run(config, tmp_path / "run", domains={"a": _domain(val=False)})
     domain = _domain()

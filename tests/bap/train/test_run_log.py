@@ -1,7 +1,8 @@
-"""What a run writes down: curves that TensorBoard reads, and a full disk that is met where it is found."""
+"""The log of a run: curves that TensorBoard reads, progress lines, and a full disk."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ def _record(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "seconds": 1.0, "union": 0.7, "intersection": 0.3, "domains": {"digits": one}}
 
 
-def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    journal = RunLog(tmp_path, 3, progress=False)
+    # The tenth file of a second must sort after the ninth.
+    monkeypatch.setattr("bap.train.run_log._Curves._numbers", itertools.count(9))
+    log = RunLog(tmp_path, 3, progress=False)
     for epoch in (1, 2, 3):
-        journal.add(_record(epoch))
+        log.add(_record(epoch))
     # A run that goes on after its second epoch hides what it trains again.
     again = RunLog(tmp_path, 3, keep=2, progress=False)
     again.add({**_record(3), "union": 0.6})
@@ -33,8 +36,8 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_under_the_curves_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = RunLog(tmp_path, 3, progress=False)
-    journal.add(_record(1))
+    log = RunLog(tmp_path, 3, progress=False)
+    log.add(_record(1))
     (events,) = (tmp_path / "tensorboard").iterdir()
     before = events.read_bytes()
     threads = threading.active_count()
@@ -46,7 +49,7 @@ def test_a_full_disk_under_the_curves_names_the_file(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(_Whole, "write", full)
         with pytest.raises(FileError) as caught:
-            journal.add(_record(2))
+            log.add(_record(2))
     assert str(events) in str(caught.value)
     assert "got No space left on device. Hint: is the disk full?" in str(caught.value)
     # No half record, no thread that waits, and the run goes on from its state.
@@ -58,9 +61,9 @@ def test_a_full_disk_under_the_curves_names_the_file(tmp_path: Path, monkeypatch
 
 
 def test_steps_are_printed_by_their_number(capsys: pytest.CaptureFixture) -> None:
-    journal = RunLog(None, 2, progress=True, every=3)
+    log = RunLog(None, 2, progress=True, every=3)
     for step in range(1, 8):
-        journal.step(1, step, 7, "digits", 0.25)
+        log.step(1, step, 7, "digits", 0.25)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"epoch 1/2  step {step}/7  digits  mean loss 0.250" for step in (3, 6)]
     RunLog(None, 2, progress=True, every=0).step(1, 1, 7, "digits", 0.25)

@@ -18,7 +18,7 @@ def _cost(kept: set[int]) -> float:
     return sum(COSTS[m].item() for m in kept)
 
 
-def test_cardinalities_are_those_of_the_sets() -> None:
+def test_intersection_and_union_equal_set_sizes() -> None:
     switches = _switches(SETS)
     assert intersection(switches, COSTS).item() == _cost(set.intersection(*SETS)) == 7
     assert union(switches, COSTS).item() == _cost(set.union(*SETS)) == 12
@@ -41,7 +41,7 @@ def test_values(kind: str, beta: float, expected: float) -> None:
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_equal_domains_within_the_budget_cost_nothing(kind: str) -> None:
+def test_losses_of_equal_domains_within_the_budget_are_zero(kind: str) -> None:
     same = _switches([{0, 3}] * 3)
     assert sharing_loss(kind, same, COSTS, 9 / 20).item() == pytest.approx(0)
 

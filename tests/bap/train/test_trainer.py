@@ -65,7 +65,9 @@ def test_the_constructor_has_no_side_effects(
     ],
     ids=["plain", "batch-union", "backbone", "jaccard-bf16"],
 )
-def test_two_and_two_epochs_are_four(tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(
+    tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict
+) -> None:
     config = tiny.replace(**changes)
     whole = Trainer(config, suite, tmp_path / "whole").open()
     start = _state(whole)
@@ -114,7 +116,7 @@ def test_the_multiplier_alone_brings_a_domain_to_its_budget(suite: dict[str, Dom
     assert trainer.multipliers["digits"].value > 0
 
 
-def test_sharing_brings_domains_together(suite: dict[str, Domain], tiny: Config) -> None:
+def test_sharing_losses_shrink_the_union(suite: dict[str, Domain], tiny: Config) -> None:
     found = {}
     for sharing in (None, "union", "jaccard"):
         config = tiny.replace(
@@ -162,7 +164,7 @@ def test_the_source_can_be_dense_or_left_out(suite: dict[str, Domain], tiny: Con
         load_domains(left_out.replace(domains=["shapes"]))
 
 
-def test_accumulation_sums_what_a_whole_batch_gives(suite: dict[str, Domain], tiny: Config) -> None:
+def test_accumulated_gradients_equal_those_of_a_whole_batch(suite: dict[str, Domain], tiny: Config) -> None:
     from bap.train.evaluate import Accuracy
 
     grads = []
@@ -284,7 +286,7 @@ def test_a_state_of_another_network_is_refused(tiny: Config, suite: dict[str, Do
         read_tensors(tmp_path / "nothing.safetensors")
 
 
-def test_quiet_unless_asked(tiny: Config, suite: dict[str, Domain], capsys: pytest.CaptureFixture) -> None:
+def test_progress_is_off_by_default(tiny: Config, suite: dict[str, Domain], capsys: pytest.CaptureFixture) -> None:
     Trainer(tiny, suite).fit(until=1)
     assert capsys.readouterr() == ("", "")
     Trainer(tiny, suite, progress=True).fit(until=1)
@@ -293,7 +295,7 @@ def test_quiet_unless_asked(tiny: Config, suite: dict[str, Domain], capsys: pyte
     assert line.count("\n") == 1
 
 
-def test_bank_and_network_fit_the_settings(tiny: Config, suite: dict[str, Domain]) -> None:
+def test_switched_layers_follow_the_settings(tiny: Config, suite: dict[str, Domain]) -> None:
     trainer = Trainer(tiny, suite).open()
     assert "conv1" not in trainer.bank.names
     assert "conv1" in Trainer(tiny.replace(switch_stem=True), suite).open().bank.names
