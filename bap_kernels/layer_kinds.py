@@ -1,4 +1,4 @@
-"""The kinds of layers and networks that depend on the domain: base classes, by which the package tells them."""
+"""The kinds of layers and networks that depend on the domain, as base classes."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class SwitchedLayer(DomainLayer):
 
 
 class PlannedModel(nn.Module):
-    """A network with a plan for each domain in the place of layers that depend on it.
+    """A network with a plan for each domain instead of layers that depend on it.
 
     Attributes:
         model: the network that was planned.

@@ -37,7 +37,7 @@ Channels = np.ndarray
 
 @dataclass(eq=False)
 class Value:
-    """A tensor between operations, or anything else that one hands to another."""
+    """A tensor between operations, or any other result that another operation takes."""
 
     name: str
     shape: tuple[int, ...] | None  # on the example; None: no tensor
@@ -68,7 +68,7 @@ class Op:
         zeros: of map, whether a channel of zeros stays one.
         fixed: of conv, depthwise and grouped, whether its filters are computed from the layer's parameters; of map,
             whether the model's layer is made for a number of channels.
-        padding: of conv, depthwise and grouped, in the place of the layer's.
+        padding: of conv, depthwise and grouped, instead of the layer's.
         pure: of opaque, whether it may be left out where nothing reads the result.
         fill: of pad, the constant; ``before`` channels of it come first.
         mutates: of opaque, whether it writes to its first argument.

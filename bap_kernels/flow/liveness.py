@@ -2,8 +2,8 @@
 
 Constants go forward: a filter that a mask leaves out is zero everywhere, batch norm makes another constant of it, and
 so on; such channels are never computed. Reads go backward: a convolution reads its in-list, a sum reads of both terms
-what is read of it, a concatenation hands each part what is read of that part, an operation without a rule and the
-result read everything.
+what is read of it, a concatenation reads of each part what is read of that part in it, an operation without a rule and
+the result read everything.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class ChannelSwitch(nn.Module):
         return (value > self.threshold).to(value.dtype) + (self.score - value)
 
     def takes_off_gradient(self) -> bool:
-        """Counts a training forward; says whether channels that are off get a gradient in it.
+        """Counts a training forward; returns whether channels that are off get a gradient in it.
 
         Without gradient nothing is counted, and a forward that checkpointing computes again counts once.
         """

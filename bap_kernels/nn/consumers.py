@@ -27,7 +27,7 @@ _CHANNELWISE = ("elementwise", "spatial", "identity", "binary")
 
 
 def _layer_passes(layer: nn.Module) -> bool:
-    """Whether a layer hands each channel's gradient on to the same channel, zeros as zeros."""
+    """Whether a layer passes each channel's gradient on to the same channel, and zeros as zeros."""
     if has_hooks(layer):
         return False
     if isinstance(layer, DomainBatchNorm2d):

@@ -190,9 +190,10 @@ class DomainBatchNorm2d(DomainNorm):
         mixed.batch.check(self, input, 4)
         # One scale and one shift for each sample and channel: a single pass over the batch.
         scales, shifts = zip(*(norm.scale_and_shift() for norm in parts), strict=True)
-        places = mixed.batch.on("places", input.device)
+        domain_index = mixed.batch.on("domain_index", input.device)
         scale, shift = (
-            torch.stack(rows).index_select(0, places)[:, :, None, None].to(input.dtype) for rows in (scales, shifts)
+            torch.stack(rows).index_select(0, domain_index)[:, :, None, None].to(input.dtype)
+            for rows in (scales, shifts)
         )
         return torch.addcmul(shift, input, scale)
 

@@ -204,8 +204,8 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
     Args:
         model: a model that went through :func:`bap_kernels.attach_` or :func:`bap_kernels.nn.switch_`.
         name: the domain; None makes every convolution keep all of its channels, and is refused by a model with layers
-            that need a domain, which are batch norm and classifiers. For a mixed batch: (N,), int64, places in
-            :func:`bap_kernels.domain_names`.
+            that need a domain, which are batch norm and classifiers. For a mixed batch: (N,), int64, indices
+            into :func:`bap_kernels.domain_names`.
 
     Raises:
         ValueError: if no layer depends on the domain, or one does not have that domain, or numbers are not 1-D.

@@ -23,7 +23,7 @@ def mixed_numbers(numbers: Tensor, domains: Sequence[str]) -> list[int]:
     """The domain number of each sample as a list, checked.
 
     Args:
-        numbers: (N,), int64: places in ``domains``.
+        numbers: (N,), int64: indices into ``domains``.
         domains: names, in the order of their numbers.
 
     Raises:
@@ -63,31 +63,31 @@ class MixedBatch:
         size: N.
         numbers: the domains that occur, increasing; of an empty batch, the first domain, with no sample.
         counts: samples of each of them, in that order.
-        neighbours: runs of neighbouring samples of one domain, as (place in ``numbers``, samples).
-        places: the place in ``numbers`` of each sample's domain, int64, (N,).
+        runs: consecutive samples of one domain, as (index into ``numbers``, samples).
+        domain_index: of each sample, the index into ``numbers`` of its domain, int64, (N,).
         order: the samples sorted by domain, int64, (N,); None where they are sorted already.
-        back: the inverse of ``order``.
+        inverse: of ``order``.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.size = len(numbers)
         self.numbers = sorted(set(numbers)) or [0]
-        place_of = {number: place for place, number in enumerate(self.numbers)}
-        places = [place_of[number] for number in numbers]
-        self.counts = [places.count(place) for place in range(len(self.numbers))]
-        self.neighbours = [(place, len(list(run))) for place, run in groupby(places)] or [(0, 0)]
-        self.places = torch.tensor(places, dtype=torch.int64)
+        index_of = {number: index for index, number in enumerate(self.numbers)}
+        indices = [index_of[number] for number in numbers]
+        self.counts = [indices.count(index) for index in range(len(self.numbers))]
+        self.runs = [(index, len(list(run))) for index, run in groupby(indices)] or [(0, 0)]
+        self.domain_index = torch.tensor(indices, dtype=torch.int64)
         self.order: Tensor | None = None
-        self.back: Tensor | None = None
-        if places != sorted(places):
-            self.order = torch.tensor(sorted(range(self.size), key=places.__getitem__))
-            self.back = torch.empty_like(self.order)
-            self.back[self.order] = torch.arange(self.size)
+        self.inverse: Tensor | None = None
+        if indices != sorted(indices):
+            self.order = torch.tensor(sorted(range(self.size), key=indices.__getitem__))
+            self.inverse = torch.empty_like(self.order)
+            self.inverse[self.order] = torch.arange(self.size)
         # On other devices; a CUDA graph cannot capture such a copy.
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
 
     def on(self, name: str, device: torch.device) -> Tensor:
-        """``places``, ``order`` or ``back`` on a device, copied once."""
+        """``domain_index``, ``order`` or ``inverse`` on a device, copied once."""
         index: Tensor = getattr(self, name)
         if index.device == device:
             return index
@@ -112,7 +112,7 @@ class MixedBatch:
 
     def restored(self, result: Tensor) -> Tensor:
         """Undoes :meth:`sorted`."""
-        return result if self.back is None else selected_samples(result, self.on("back", result.device))
+        return result if self.inverse is None else selected_samples(result, self.on("inverse", result.device))
 
 
 def selected_samples(tensor: Tensor, index: Tensor) -> Tensor:
@@ -174,12 +174,12 @@ class MixedStates:
         """
         batch = self.batch
         moves = batch.order is not None and _better_sorted(batch, layer, input)
-        runs = list(enumerate(batch.counts)) if moves or batch.order is None else batch.neighbours
+        runs = list(enumerate(batch.counts)) if moves or batch.order is None else batch.runs
         result = torch.ops.bap_kernels._gathered_conv2d_mixed.default(
             batch.sorted(input) if moves else input,
             layer.weight,
             layer.bias,
-            [in_indices[place] for place, _ in runs],
+            [in_indices[index] for index, _ in runs],
             [count for _, count in runs],
             layer.stride,
             sides,
@@ -190,11 +190,11 @@ class MixedStates:
 
 
 def _better_sorted(batch: MixedBatch, layer: nn.Conv2d, input: Tensor) -> bool:
-    """Whether copying the samples moves less than reading weights again for every run of neighbours."""
+    """Whether copying the samples moves fewer bytes than reading weights again for every run."""
     if input.device.type != "cpu":
         # Launches and tables grow with the runs, and bandwidth is plenty.
         return True
     _, _, H, W = input.shape
     pixels = H * W // (layer.stride[0] * layer.stride[1])
     copied = _COPY_COST * batch.size * (input.shape[1] * H * W + layer.out_channels * pixels)
-    return (len(batch.neighbours) - len(batch.counts)) * layer.weight.numel() > copied
+    return (len(batch.runs) - len(batch.counts)) * layer.weight.numel() > copied

@@ -23,18 +23,18 @@ _SHARED = (Tensor, ChannelLists, Enum, type, types.ModuleType, types.FunctionTyp
 
 
 class _Copier:
-    """Copies what a module's attributes lead to; ``kept`` and ``replaced`` decide about modules.
+    """Copies all that can be reached from a module's attributes.
 
     Args:
-        kept: modules that stay what they are.
-        replaced: gives the module that takes a module's place, already a copy, or None.
+        kept: whether a module is shared and not copied.
+        replaced: gives the replacement of a module, or None to copy it.
     """
 
     def __init__(
         self, kept: Callable[[nn.Module], bool], replaced: Callable[[nn.Module, _Copier], nn.Module | None]
     ) -> None:
         self.kept, self.replaced = kept, replaced
-        # By identity; the originals are held, so that identities stay theirs.
+        # By identity; the originals are held, so that no other object gets their identity.
         self.done: dict[int, tuple[Any, Any]] = {}
 
     def _note(self, old: Any, new: Any) -> Any:
@@ -115,7 +115,7 @@ class _Copier:
         return self.fresh(module)
 
     def fresh(self, module: nn.Module) -> nn.Module:
-        """A copy of a module, whatever may take its place."""
+        """A copy of a module, even if it has a replacement."""
         copied: nn.Module = self._note(module, object.__new__(type(module)))
         for name, value in module.__dict__.items():
             copied.__dict__[name] = value if name in _HOOKS else self(value)
@@ -136,8 +136,8 @@ def copy_modules(
     Args:
         module: the tree; modules that occur in several places still do.
         kept: modules for which it is true are not copied.
-        replaced: ``replaced(module, copier)`` gives what takes a module's place, made with ``copier.fresh(module)``
-            or anyhow; None copies it.
+        replaced: ``replaced(module, copier)`` gives the replacement of a module, for instance a changed
+            ``copier.fresh(module)``; None copies the module.
     """
     return _Copier(kept, replaced).module(module)
 
@@ -145,7 +145,7 @@ def copy_modules(
 def has_foreign_forward(module: nn.Module) -> bool:
     """Whether the instance has a forward of its own that a copy of the module would share with the original.
 
-    Such a function may hold the original module; a method or a functools.partial that does is seen through.
+    Such a function may hold the original module; methods and functools.partial objects that do can be copied.
     """
     own = module.__dict__.get("forward")
     if own is None:

@@ -82,7 +82,7 @@ def swap_(
 
 
 def replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts new modules in the places of old ones, {old: new}, wherever they stand in a model.
+    """Replaces modules, {old: new}, wherever they occur in a model.
 
     Returns:
         ``model``, or what replaces it.

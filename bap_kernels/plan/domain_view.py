@@ -28,7 +28,7 @@ def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
 
 
 def fixed_lists(layer: GatheredConv2d, domain: str | None, copier: Any) -> GatheredConv2d:
-    """A copy of a layer, made by a copier of `copy_modules`, that has the domain's lists for good."""
+    """A copy of a layer, made by a copier of `copy_modules`, with the domain's lists as its only ones."""
     copied: GatheredConv2d = copier.fresh(layer)
     copied.channels, copied.lists = lists_of(layer, domain), {}
     copied.__dict__.pop("_mixed", None)
@@ -83,7 +83,7 @@ def _in_domain_if_foreign(module: nn.Module, domain: str | None) -> nn.Module | 
 
 
 def frozen(module: nn.Module, domain: str | None) -> nn.Module:
-    """The module with the domain's lists for good, sharing its parameters; itself where it has no lists inside."""
+    """A copy of the module whose layers have only the domain's lists, sharing parameters; itself if it has none."""
 
     def kept(part: nn.Module) -> bool:
         return isinstance(part, InDomain) or not any(isinstance(inner, GatheredConv2d) for inner in part.modules())
@@ -96,7 +96,7 @@ def frozen(module: nn.Module, domain: str | None) -> nn.Module:
 
 
 def in_domain(module: nn.Module, domain: str | None) -> nn.Module:
-    """The module with what it holds for one domain in the place of layers that hold one module per domain.
+    """The module in which layers that hold one module per domain are replaced by the module of one domain.
 
     Switched convolutions become gathered ones with the channels that are on. Parameters are shared; a module without
     such layers is given back itself.

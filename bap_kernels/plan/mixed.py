@@ -120,8 +120,8 @@ class MixedPlans:
         if all(pair == (2, 3) for pair in lengths) and [len(result) for result in results] == self.batch.counts:
             # One entry for each sample.
             entries = [entry for result in results for entry in result]
-            if self.batch.back is not None:
-                entries = [entries[index] for index in self.batch.back.tolist()]
+            if self.batch.inverse is not None:
+                entries = [entries[index] for index in self.batch.inverse.tolist()]
             return type(first)(entries)
         if any(len(result) != len(first) for result in _every(results, probes)):
             raise _refusal(path, "lengths that vary with the samples,", [len(result) for result in results])
@@ -153,11 +153,11 @@ class MixedPlans:
             # No probability and never the largest: softmax and argmax are each domain's own.
             results = [F.pad(result, (0, most - result.shape[1]), value=-torch.inf) for result in results]
         whole = torch.cat(list(results), axis)
-        if self.batch.back is None or len(results) == 1:
+        if self.batch.inverse is None or len(results) == 1:
             return whole
         if axis == 0:
             return self.batch.restored(whole)
-        return whole.index_select(axis, self.batch.on("back", whole.device))
+        return whole.index_select(axis, self.batch.on("inverse", whole.device))
 
 
 def _three_samples(inputs: tuple[Any, ...], sampled: set[int]) -> tuple[Any, ...]:
@@ -275,6 +275,5 @@ def _entries(
 
 def _refusal(path: str, what: str, got: object) -> NotImplementedError:
     return NotImplementedError(
-        "PlannedNetwork(): expected results of a mixed batch that can be put together, got "
-        f"{what} {got} at {path!r}. {_HINT}"
+        f"PlannedNetwork(): expected results of a mixed batch that can be joined, got {what} {got} at {path!r}. {_HINT}"
     )

@@ -266,7 +266,7 @@ def order_channels_(
     Args:
         model: a swapped network in eval mode, with the lists of all domains attached.
         example_input: what the model is called with; only shapes matter. None tries square images.
-        block: channels that a kernel reads at once. Blocks of 8 and 16 are looked after, and reported, in any case.
+        block: channels that a kernel reads at once. Blocks of 8 and 16 are considered and reported in any case.
 
     Returns:
         An :class:`OrderReport`, which prints cover and runs before and after; its ``table`` holds the new lists.

@@ -55,7 +55,7 @@ _CONSTANT_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
 class _Restart(BaseException):
-    """The recording has to begin again, with more that is known."""
+    """The model has to be recorded again, with the names of more modules or the list of tensors that exist."""
 
 
 class WriteCall:
@@ -160,25 +160,30 @@ class _Recorder(TorchFunctionMode):
         for store in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
             for name, tensor in store:
                 self.names.setdefault(id(tensor), name)
-        # {identity: (weak reference, step, version)} of what steps returned, and weak references by storage.
+        # By identity, of the tensors that steps returned: a weak reference, the step, and the version then.
         self.steps: dict[int, tuple[Any, fx.Node, int]] = {}
-        self.sharing: dict[int, list[Any]] = {}
+        # By identity, of other results: the object, held so that its identity stays its own, and the step.
         self.objects: dict[int, tuple[Any, fx.Node]] = {}
-        # What a step's result is a view of; and steps whose result is their argument itself.
+        # By storage: weak references to the tensors that steps returned.
+        self.sharing: dict[int, list[Any]] = {}
+        # {step: the step whose result it returns a view of}, {step: the step whose result it returns again}
         self.view_of: dict[fx.Node, fx.Node] = {}
-        self.itself: dict[fx.Node, fx.Node] = {}
+        self.same_as: dict[fx.Node, fx.Node] = {}
+        # By identity, of tensors whose content no step returns: a weak reference, the modules around, the reason.
         self.stale: dict[int, tuple[Any, tuple[str, ...], str]] = {}
+        # Steps that do not depend on the input.
         self.static: set[fx.Node] = set()
-        self.fresh: set[int] = set()  # identities of constants that the code makes; they are held
+        # Identities of constants that the model's code makes, which `constants` holds.
+        self.fresh: set[int] = set()
         self.attributes: dict[str, fx.Node] = {}
+        # Names of the modules that are being called.
         self.within: list[str] = [""]
         self.recording, self.paused = True, False
+        # Writes so far; whether a name was added to `whole`; what was last raised, which the model's code may catch.
         self.written = 0
         self.grew = False
         self.raised: Unrecordable | None = None
         self.autocast = self._autocast()
-
-    # Names of modules, and what is raised.
 
     def unrecordable(self, reason: str, module: str | None = None) -> Unrecordable:
         self.raised = Unrecordable(reason, module)
@@ -234,7 +239,7 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) in self.names:
             return self._attribute(self.names[id(tensor)], tensor)
         if self.known is None:
-            # Tensors that were there before are constants; it takes a look at all objects to tell.
+            # Tensors that existed before the run are constants; the next recording lists them first.
             raise _Restart
         if self.known.get(id(tensor)) is tensor:
             return self._constant(tensor)
@@ -271,7 +276,7 @@ class _Recorder(TorchFunctionMode):
             source = next((source for source in sources if source is value), None)
             if source is not None:
                 before = self.node_of(source)
-                self.itself[node] = self.itself.get(before, before)
+                self.same_as[node] = self.same_as.get(before, before)
             else:
                 key = _storage(value)
                 shared = [source for source in sources if key is not None and _storage(source) == key]
@@ -314,7 +319,7 @@ class _Recorder(TorchFunctionMode):
         """Notes that a step wrote to a tensor; ``node`` returns what it holds now."""
         self.written += 1
         before = self.steps[id(tensor)][1]
-        before = self.itself.get(before, before)
+        before = self.same_as.get(before, before)
         key = _storage(tensor)
         others = [other() for other in self.sharing.get(key, ())] if key is not None else []
         self.bind(tensor, node)
@@ -329,7 +334,7 @@ class _Recorder(TorchFunctionMode):
             return
         chain: list[fx.Node] = []
         at: fx.Node | None = self.steps[id(other)][1]
-        while at is not None and self.itself.get(at, at) is not before:
+        while at is not None and self.same_as.get(at, at) is not before:
             chain.append(at)
             at = self.view_of.get(at)
         if at is None or id(other) in self.stale:
@@ -457,8 +462,8 @@ class _Recorder(TorchFunctionMode):
         tensor = written[0]
         self._only_shown_before(tensor)
         source = self.steps[id(tensor)][1]
-        while source in self.view_of or source in self.itself:
-            source = self.view_of.get(source, self.itself.get(source, source))
+        while source in self.view_of or source in self.same_as:
+            source = self.view_of.get(source, self.same_as.get(source, source))
         if source.op == "get_attr" and id(self.constants.get(str(source.target))) not in self.fresh:
             raise self.unrecordable("it writes to a parameter, a buffer or what was there before")
         if result is tensor and args and args[0] is tensor and writes_to_input(target, kwargs):

@@ -1,4 +1,4 @@
-"""What each swapped layer of a network does on an example, how long it takes, and which backend does it why."""
+"""What each swapped layer of a network does on an example, how long it takes, the chosen backend and why."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _widths(layer: nn.Conv2d) -> tuple[int, int]:
 
 
 def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> NetworkReport:
-    """Runs a network once and each of its swapped layers some times more, and says what they do.
+    """Reports what each swapped layer of a network does: runs the network once, and each layer some times more.
 
     Args:
         model: a swapped network in eval mode, with the domain set that is to be looked at.

@@ -1,8 +1,8 @@
 """Numbers that a forward computes from the sizes of tensors, while it is being recorded.
 
-They are numbers to the code that handles them, as far as it computes with them or hands them to PyTorch; each knows the
-step that computes it. Where the code needs the number itself (a branch, a loop, an index into a list) there is nothing
-to record: the steps would be right for the example's sizes only. `Unrecordable` is raised then.
+Code can compute with them and pass them to PyTorch; each knows the step that computes it. Where the code needs the
+value (a branch, a loop, an index into a list) the steps would be right for the example's sizes only: `Unrecordable` is
+raised.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["Number", "Unrecordable", "make_number"]
 
 
 class Unrecordable(BaseException):
-    """Raised in a model's code where its steps depend on numbers; past its ``except Exception``.
+    """Raised in a model's code where its steps depend on numbers; its ``except Exception`` does not catch it.
 
     Attributes:
-        module: the name of the module that has to run as it is; None for the innermost.
+        module: the name of the module that has to become one step; None: the innermost.
     """
 
     def __init__(self, reason: str, module: str | None = None) -> None:
@@ -35,8 +35,8 @@ class Number:
 
     Attributes:
         value: the number on the example.
-        step: what computes it.
-        record: ``record(function, arguments, value)`` adds a step; None once the recording has ended.
+        step: gives the step that computes it.
+        recorder: adds steps, and says whether the recording goes on.
     """
 
     value: Any

@@ -342,7 +342,7 @@ def test_planned_networks_take_mixed_batches(make: Callable[[], nn.Module], layo
         torch.testing.assert_close(planned(x[:1])[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["places", "order", "back"])
+@pytest.mark.parametrize("name", ["domain_index", "order", "inverse"])
 def test_indices_are_copied_to_a_device_once(name: str) -> None:
     batch = MixedBatch([1, 0, 1])
     assert batch.on(name, torch.device("cpu")) is getattr(batch, name)

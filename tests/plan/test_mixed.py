@@ -1,4 +1,4 @@
-"""Mixed batches of planned networks: every part of the result is put together rightly, or refused by name."""
+"""Mixed batches of planned networks: every part of the result is joined rightly, or an error names what cannot be."""
 
 from __future__ import annotations
 
