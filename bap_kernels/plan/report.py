@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from bap_kernels.functional import four_sided
 from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.swap import skipped
 from bap_kernels.plan.planned import PlannedNetwork
-from bap_kernels.plan.roof import limit_of, roof
+from bap_kernels.plan.roofline import limit_of, measured_roofline
 
 __all__ = ["LayerReport", "NetworkReport", "report"]
 
@@ -39,8 +40,8 @@ class LayerReport:
         why: how that was chosen, and why others were not; and why the weight is packed or compared at every call, where
             it is.
         limit: why it gains less over the dense convolution than its work lets it; empty where it does not.
-        roof_share: time that the machine's peaks allow for the kept work, over ``seconds``; above 1 where data stays in
-            a cache.
+        roofline_fraction: time that the machine's peaks allow for the kept work, over ``seconds``; above 1 where data
+            stays in a cache.
     """
 
     name: str
@@ -53,7 +54,15 @@ class LayerReport:
     backend: str
     why: str
     limit: str
-    roof_share: float | None = None
+    roofline_fraction: float | None = None
+
+    @property
+    def roof_share(self) -> float | None:
+        """Deprecated: :attr:`roofline_fraction`."""
+        warnings.warn(
+            "LayerReport.roof_share is deprecated; use `roofline_fraction`.", DeprecationWarning, stacklevel=2
+        )
+        return self.roofline_fraction
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class NetworkReport:
     not_served: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "roof", "backend", "why")]
+        rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "of roofline", "backend", "why")]
         for layer in self.layers:
             faster = layer.dense_seconds / layer.seconds if layer.seconds and layer.dense_seconds else None
             rows.append(
@@ -82,7 +91,7 @@ class NetworkReport:
                     f"{layer.bytes[0] / 1e6:.2f}",
                     "-" if layer.seconds is None else f"{layer.seconds * 1e3:.3f}",
                     "-" if faster is None else f"{faster:.2f}",
-                    "-" if layer.roof_share is None else f"{layer.roof_share:.0%}",
+                    "-" if layer.roofline_fraction is None else f"{layer.roofline_fraction:.0%}",
                     layer.backend,
                     "; ".join(part for part in (layer.why, layer.limit) if part),
                 )
@@ -142,17 +151,17 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
     choice = _C.explain(*tensors, layer.stride, padding, layer.dilation, layer.groups)
     backend, why = _why(choice)
     why = "; ".join(part for part in (why, choice["packed"]) if part)
-    seconds = dense = share = None
+    seconds = dense = fraction = None
     limit = ""
     if x.device.type == "cpu":
         seconds, dense = _medians(lambda: layer(x), lambda: layer._conv_forward(x, layer.weight, layer.bias))
-        peaks = roof(x.dtype, torch.get_num_threads())
-        share = peaks.share(macs[0], moved[0], seconds)
+        peaks = measured_roofline(x.dtype, torch.get_num_threads())
+        fraction = peaks.fraction(macs[0], moved[0], seconds)
         sides = (macs[0], macs[1]), (moved[0], moved[1]), (seconds, dense)
         limit = limit_of(peaks, backend, *sides, K_out, taps * (K_in if layer.groups == 1 else 1))
     channels = (K_in, layer.in_channels), (K_out, layer.out_channels)
     work = (macs[0], macs[1]), (moved[0], moved[1])
-    return LayerReport(name, *channels, *work, seconds, dense, backend, why, limit, share)
+    return LayerReport(name, *channels, *work, seconds, dense, backend, why, limit, fraction)
 
 
 def _widths(layer: nn.Conv2d) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 import bap_kernels as bk
 from bap_kernels.plan.report import NetworkReport
-from bap_kernels.plan.roof import Roof, limit_of, roof
+from bap_kernels.plan.roofline import Roofline, limit_of, measured_roofline
 from tests.networks import Inverted, Residual, randomise
 from tests.plan.test_planned import swapped
 
@@ -71,7 +71,7 @@ def test_errors() -> None:
         bk.report(model.train(), x)
 
 
-PEAKS = Roof(1e11, 1e10, 2e-6)
+PEAKS = Roofline(1e11, 1e10, 2e-6)
 HALF = (500_000_000, 1_000_000_000)
 
 
@@ -79,14 +79,14 @@ HALF = (500_000_000, 1_000_000_000)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "the smaller call is less efficient: 56% of the roof, dense 100%"),
+        ({}, "the smaller call is less efficient: 56% of the roofline, dense 100%"),
         ({"times": (11e-3, 20e-3)}, ""),
         ({"macs": (HALF[1], HALF[1]), "times": (30e-3, 20e-3)}, "it keeps all of its work"),
         ({"backend": "dense"}, "no way to skip channels was faster than the dense convolution"),
         ({"macs": (5000, 10000), "times": (9e-6, 10e-6)}, "launch-bound: the smallest call takes 2 of its 9 us"),
         ({"moved": (150_000_000, 200_000_000)}, "memory-bound: its work falls to 50%, its bytes to 75% only"),
         # Its bytes fall as its work does, so they are not what is left.
-        ({"moved": (150_000_000, 300_000_000)}, "the smaller call is less efficient: 83% of the roof, dense 150%"),
+        ({"moved": (150_000_000, 300_000_000)}, "the smaller call is less efficient: 83% of the roofline, dense 150%"),
         ({"results": 8}, "too narrow: it writes 8 channels, fewer than a vector holds"),
         ({"products": 3}, "too narrow: each result sums 3 products only"),
     ],
@@ -98,13 +98,15 @@ def test_what_limits_a_layer(changes: dict[str, Any], expected: str) -> None:
 
 
 def test_peaks_of_this_machine() -> None:
-    peaks = roof(torch.float32, torch.get_num_threads())
+    peaks = measured_roofline(torch.float32, torch.get_num_threads())
     # Units, not speeds: how busy the machine is must not matter.
     assert 1e4 < peaks.flop_per_s < 1e16
     assert 1e4 < peaks.bytes_per_s < 1e14
     assert 1e-8 < peaks.call_s < 100
-    assert roof(torch.float32, torch.get_num_threads()) is peaks
+    assert measured_roofline(torch.float32, torch.get_num_threads()) is peaks
     model = bk.swap_(nn.Sequential(nn.Conv2d(8, 6, 3)).eval())
     (layer,) = bk.report(model, torch.randn(1, 8, 9, 9)).layers
-    assert layer.roof_share == pytest.approx(peaks.share(layer.macs[0], layer.bytes[0], layer.seconds))
-    assert f"{layer.roof_share:.0%}" in str(NetworkReport((layer,)))
+    assert layer.roofline_fraction == pytest.approx(peaks.fraction(layer.macs[0], layer.bytes[0], layer.seconds))
+    assert f"{layer.roofline_fraction:.0%}" in str(NetworkReport((layer,)))
+    with pytest.warns(DeprecationWarning, match=r"LayerReport\.roof_share is deprecated; use `roofline_fraction`"):
+        assert layer.roof_share == layer.roofline_fraction

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in a fraction of a second, to say what bounds a layer."""
+"""The roofline of this machine, measured in a fraction of a second, to tell what bounds a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from bap_kernels.functional import gathered_conv2d
 
-__all__ = ["Roof", "limit_of", "roof"]
+__all__ = ["Roofline", "limit_of", "measured_roofline"]
 
 _SIDE = 768
 _COPIED = 32 << 20  # bytes, beyond most caches
@@ -24,7 +24,7 @@ _SLACK = 1.15
 
 
 @dataclass(frozen=True)
-class Roof:
+class Roofline:
     """Peaks of a machine.
 
     Attributes:
@@ -45,12 +45,12 @@ class Roof:
         """Seconds that the bytes take at least."""
         return moved / self.bytes_per_s
 
-    def share(self, macs: int, moved: int, seconds: float) -> float:
-        """Share of the roof; above 1 where data stays in a cache.
+    def fraction(self, macs: int, moved: int, seconds: float) -> float:
+        """Fraction of the roofline; above 1 where data stays in a cache.
 
         Examples:
-            >>> from bap_kernels.plan.roof import Roof
-            >>> Roof(1e9, 1e9, 1e-6).share(macs=1_000_000, moved=4_000_000, seconds=8e-3)
+            >>> from bap_kernels.plan.roofline import Roofline
+            >>> Roofline(1e9, 1e9, 1e-6).fraction(macs=1_000_000, moved=4_000_000, seconds=8e-3)
             0.5
         """
         return max(self.compute_s(macs), self.memory_s(moved)) / seconds
@@ -66,7 +66,7 @@ def _best(run: Callable[[], object], rounds: int) -> float:
 
 
 @lru_cache(maxsize=8)
-def roof(dtype: torch.dtype, threads: int) -> Roof:
+def measured_roofline(dtype: torch.dtype, threads: int) -> Roofline:
     """The peaks of this machine's CPU, measured once for each dtype and number of threads.
 
     Args:
@@ -81,11 +81,11 @@ def roof(dtype: torch.dtype, threads: int) -> Roof:
         copied = torch.empty_like(source)
         bytes_per_s = 2 * _COPIED / _best(lambda: copied.copy_(source), 5)
         x, weight = torch.randn(1, 8, 1, 1).to(dtype), torch.randn(8, 8, 1, 1).to(dtype)
-        return Roof(flop_per_s, bytes_per_s, _best(lambda: gathered_conv2d(x, weight), 50))
+        return Roofline(flop_per_s, bytes_per_s, _best(lambda: gathered_conv2d(x, weight), 50))
 
 
 def limit_of(
-    peaks: Roof,
+    peaks: Roofline,
     backend: str,
     macs: tuple[int, int],
     moved: tuple[int, int],
@@ -105,8 +105,8 @@ def limit_of(
         products: how many products each result sums.
 
     Examples:
-        >>> from bap_kernels.plan.roof import Roof, limit_of
-        >>> peaks = Roof(1e11, 1e10, 1e-6)
+        >>> from bap_kernels.plan.roofline import Roofline, limit_of
+        >>> peaks = Roofline(1e11, 1e10, 1e-6)
         >>> limit_of(peaks, "native", (500_000, 1_000_000), (3_000_000, 4_000_000), (4e-4, 5e-4), 64, 32)
         'memory-bound: its work falls to 50%, its bytes to 75% only'
         >>> limit_of(peaks, "native", (500_000, 1_000_000), (30_000, 60_000), (5e-6, 6e-6), 64, 32)
@@ -128,5 +128,5 @@ def limit_of(
         return f"too narrow: it writes {results} channels, fewer than a vector holds"
     if products < _NARROW:
         return f"too narrow: each result sums {products} products only"
-    shares = [peaks.share(macs[side], moved[side], times[side]) for side in range(2)]
-    return f"the smaller call is less efficient: {shares[0]:.0%} of the roof, dense {shares[1]:.0%}"
+    fractions = [peaks.fraction(macs[side], moved[side], times[side]) for side in range(2)]
+    return f"the smaller call is less efficient: {fractions[0]:.0%} of the roofline, dense {fractions[1]:.0%}"
