@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 
 def _state_of(score: Tensor) -> Any:
-    """What a change of scores is seen by: a copy of their values, or of those on a GPU all but the values."""
+    """What tells that scores have changed: a copy of their values; on a GPU, all but the values."""
     if score.is_cpu:
         return score.clone()
     if score.is_inference():

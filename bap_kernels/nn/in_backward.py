@@ -32,7 +32,7 @@ def in_backward() -> bool:
 
 
 def replaying(on: bool) -> bool:
-    """Says that layers have the state of the first forward from now on, or no longer; gives what was said before."""
+    """Sets, for this thread, whether layers have the state of the first forward; returns the previous setting."""
     before = getattr(_here, "replaying", False)
     _here.replaying = on
     return before
@@ -80,14 +80,14 @@ def in_checkpoint() -> bool:
 
 
 def once_for_each_forward(key: object, decide: Callable[[], bool]) -> bool:
-    """What ``decide()`` says, which counts training forwards: asked once for each, however often it is computed.
+    """Calls ``decide()``, which counts training forwards, once for each forward, however often that is computed again.
 
     Args:
         key: stands for what counts.
         decide: called in every forward that has a gradient and is no recomputation.
 
     Returns:
-        The answer; True where it has no effect.
+        The result of ``decide()``; True where it has no effect.
     """
     if torch.compiler.is_compiling():
         return decide()

@@ -75,7 +75,7 @@ def _state_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _used_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside one, repeats included, but of layers with domains only what the domains in use need."""
+    """A module and those inside it, repeats included; of layers with domains only the modules of domains in use."""
     yield module
     children: Iterable[nn.Module | None] = module._modules.values()
     if isinstance(module, PerDomain):

@@ -131,7 +131,7 @@ class Builder:
         )
 
     def _note_convolutions(self, name: str, target: Any) -> None:
-        """Says of each convolution in a step without a rule why it has none."""
+        """Notes why each convolution in a step without a rule has none."""
         if isinstance(target, nn.Conv2d):
             self.not_lowered[name] = _not_lowered_reason(target)
         elif isinstance(target, nn.Module):

@@ -55,7 +55,7 @@ def _gray(rows: np.ndarray) -> Channels:
 
 
 def _chain(rows: np.ndarray, weights: np.ndarray, start: int) -> Channels:
-    """Always to the nearest row that is left, by weighted Hamming distance."""
+    """An order in which each row is the nearest of those left to the row before, by weighted Hamming distance."""
     # |a - b| of zeros and ones is a + b - 2 a b.
     sums = rows @ weights
     weighted = rows * weights
@@ -70,7 +70,7 @@ def _chain(rows: np.ndarray, weights: np.ndarray, start: int) -> Channels:
 
 
 def _filled(rows: np.ndarray, weights: np.ndarray, sizes: list[int], offset: int, dense_first: bool) -> Channels:
-    """Blocks that are filled one after another with the rows that make them the least dearer, then chained.
+    """Fills blocks one after another with the rows that add the least cost, then chains the blocks.
 
     Args:
         rows: (n, m) zeros and ones.
@@ -116,7 +116,7 @@ def _filled(rows: np.ndarray, weights: np.ndarray, sizes: list[int], offset: int
 
 
 def candidate_orders(rows: np.ndarray, weights: np.ndarray, sizes: list[int], offset: int) -> Iterator[Channels]:
-    """Orders of channels that put those in the same lists side by side, (n,) each: which channel comes there.
+    """Orders of channels that put those in the same lists side by side, (n,) each: the channel at each position.
 
     Args:
         rows: (n, m) bool: whether list j has channel i.

@@ -61,7 +61,7 @@ def domain_set(module: nn.Module, domain: str | None) -> Iterator[None]:
 
 
 class InDomain(nn.Module):
-    """A module of the user's own, called in a domain: one whose instance has a forward that a copy cannot have.
+    """Calls a module in a domain, where its instance has a forward of its own that a copy cannot have.
 
     While it runs, the module's layers are set to the domain, for every thread that calls them.
     """
