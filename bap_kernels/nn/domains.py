@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
@@ -22,17 +22,10 @@ __all__ = ["attach_", "domain_names", "set_domain"]
 _DENSE = ChannelLists()
 
 
-class _Layer(NamedTuple):
-    """A layer that depends on the domain, by its attributes.
-
-    A dictionary stands for the module: the model must not be kept alive, and assigning through nn.Module is slow.
-    """
-
-    attributes: dict[str, Any]
-    state_name: str
-    states: dict[Any, Any]
-    # The state without a domain; None where it needs one.
-    without_domain: tuple[Any] | None
+# A layer that depends on the domain: its attributes, the name of that with the state, {domain: state}, and (the state
+# without a domain,) or None where it needs one. A dictionary stands for the module: the model must not be kept alive,
+# and assigning through nn.Module is slow. All of this is unpacked at every switch: a plain tuple is the fastest.
+_Layer: TypeAlias = tuple[dict[str, Any], str, dict[Any, Any], tuple[Any] | None]
 
 
 class _Layers:
@@ -62,7 +55,7 @@ class _Layers:
                 without = None if module._needs_domain else (module._without_domain,)
                 modules = module.domains._modules if isinstance(module, PerDomain) else {}
                 kind = self.owning if isinstance(module, PerDomain) else self.gathered
-                kind.append(_Layer(module.__dict__, module._state_name, modules, without))
+                kind.append((module.__dict__, module._state_name, modules, without))
             if children:
                 self.parents.append((children, tuple(children.values())))
             else:
@@ -73,12 +66,12 @@ class _Layers:
 
     def with_states(self) -> list[_Layer]:
         """The layers that have domains: gathered ones that a table was attached to, then the others."""
-        attached = [
-            _Layer(attributes, state_name, attributes["lists"], without)
+        attached: list[_Layer] = [
+            (attributes, state_name, attributes["lists"], without)
             for attributes, state_name, _, without in self.gathered
             if attributes["lists"]
         ]
-        return [*attached, *self.owning]
+        return attached + self.owning
 
     def fits(self) -> bool:
         # Tuples compare by identity first, so this is one quick pass over the module tree.
@@ -91,8 +84,8 @@ class _Layers:
 
     def mark_dynamic(self) -> None:
         """Tells torch.compile which sizes vary between domains."""
-        for layer in self.gathered:
-            for lists in layer.attributes["lists"].values():
+        for attributes, *_ in self.gathered:
+            for lists in attributes["lists"].values():
                 lists.mark_dynamic()
         self.marked = True
 
@@ -235,11 +228,11 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
     try:
         if name is None:
             # Where None is not allowed it is looked up, and refused as an unknown name is.
-            new = [layer.states[None] if layer.without_domain is None else layer.without_domain[0] for layer in layers]
+            new = [states[None] if without is None else without[0] for _, _, states, without in layers]
         else:
-            new = [layer.states[name] for layer in layers]
+            new = [states[name] for _, _, states, _ in layers]
     except (KeyError, TypeError):
-        tables = [layer.states for layer in layers]
+        tables = [states for _, _, states, _ in layers]
         message = f"set_domain(): expected `name` to be one of {_known(tables)}, got {name!r}."
         raise ValueError(message) from None
     # Plans are made here, which may fail; nothing has changed so far.
@@ -256,15 +249,14 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
 
 
 def _set_mixed(layers: list[_Layer], planned: list[PlannedModel], numbers: Tensor) -> None:
-    numbered = [layer.states for layer in layers] + [dict.fromkeys(domain_names(network)) for network in planned]
+    numbered = [states for _, _, states, _ in layers] + [dict.fromkeys(domain_names(network)) for network in planned]
     domains = _numbered(numbered)
     batch = MixedBatch(mixed_numbers(numbers, domains))
     names = [domains[number] for number in batch.numbers]
     activations = [network.prepare_domain(numbers, domains) for network in planned]
     now = change_now()
-    for layer in layers:
-        mixed = MixedStates(batch, [layer.states[name] for name in names])
-        layer.attributes["_mixed"], layer.attributes["_changed"] = mixed, now
+    for attributes, _, states, _ in layers:
+        attributes["_mixed"], attributes["_changed"] = MixedStates(batch, [states[name] for name in names]), now
     for activate in activations:
         activate()
 
@@ -309,4 +301,4 @@ def domain_names(model: nn.Module) -> list[str]:
     """
     layers = _layers(model)
     planned = [dict.fromkeys(domain_names(network.model)) for network in layers.planned_networks(model)]
-    return _numbered([*(layer.states for layer in layers.with_states()), *planned])
+    return _numbered([*(states for _, _, states, _ in layers.with_states()), *planned])
