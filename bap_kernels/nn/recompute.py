@@ -21,7 +21,7 @@ from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.in_backward import replaying
 from bap_kernels.nn.per_domain import PerDomain
 
-__all__ = ["RecomputedForward", "held_input", "is_recomputed", "plain_", "recompute", "recompute_"]
+__all__ = ["RecomputedForward", "held_input", "is_recomputed", "recompute", "recompute_"]
 
 
 class _Hold(torch.autograd.Function):
@@ -194,18 +194,6 @@ class RecomputedForward:
 def is_recomputed(module: nn.Module) -> bool:
     """Whether :func:`recompute_` chose this module."""
     return isinstance(module.__dict__.get("forward"), RecomputedForward)
-
-
-def plain_(module: nn.Module) -> None:
-    """Undoes :func:`recompute_` for one module, without those inside.
-
-    A shallow copy needs it: the wrapper that it shares calls the module that it was copied from.
-    """
-    wrapper = module.__dict__.get("forward")
-    if isinstance(wrapper, RecomputedForward):
-        del module.__dict__["forward"]
-        if wrapper.own is not None:
-            module.__dict__["forward"] = wrapper.own
 
 
 def recompute_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> nn.Module:

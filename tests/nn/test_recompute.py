@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bap_kernels as bk
 from bap_kernels.nn import recompute, recompute_, switch_
-from bap_kernels.nn.recompute import is_recomputed, plain_
+from bap_kernels.nn.recompute import is_recomputed
 
 
 @pytest.fixture(autouse=True)
@@ -334,15 +334,5 @@ def test_a_forward_that_was_set_before_is_kept() -> None:
     recompute_(model, _chosen)
     model(torch.randn(2, 8, 5, 5)).sum().backward()
     assert calls == [1, 1]
-    plain_(model[0])
-    model(torch.randn(2, 8, 5, 5)).sum().backward()
-    assert calls == [1, 1, 1]
-    assert not is_recomputed(model[0])
-
-
-def test_plain_undoes_recompute() -> None:
-    model = recompute_(_blocks(), _chosen)
-    plain_(model[1])
-    assert "forward" not in model[1].__dict__
-    assert is_recomputed(model[2][0])
-    plain_(model)
+    assert is_recomputed(model[0])
+    assert not is_recomputed(model[1])
