@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import bap_kernels as bk
-from bap.config import Config, load_config
+from bap.config import load_config
 from bap.files import write_json
 from bap.prune.deploy import deploy, speed_report
 from bap.prune.prune import prune_
@@ -57,56 +57,52 @@ def run_demo(
         FileError: if files cannot be written, or another run writes into the folder.
         PruneError: if pruning changed the answers of a domain.
     """
-    config = load_config(overrides=overrides, base=BUILTIN_RECIPE)
+    config, out = load_config(overrides=overrides, base=BUILTIN_RECIPE), Path(out)
     with folder_lock(out):
-        return _run(config, Path(out), say, progress)
-
-
-def _run(config: Config, out: Path, say: Callable[[str], None], progress: bool) -> dict[str, Any]:
-    started = time.perf_counter()
-    domains = load_domains(config)
-    say(f"pre-training the source for {config.pretrain.epochs} epochs ...")
-    config = config.replace(weights=str(pretrained(config, domains, out, progress)))
-    runs = []
-    for beta in (config.budget.beta, 1.0):
-        say(f"training {len(domains)} domains for {config.schedule.epochs} epochs at budget {beta:g} ...")
-        run_config = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
-        path = out / f"beta{beta:g}"
-        results = train_run(run_config, path, resume=True, baseline={}, domains=domains, progress=progress)
-        runs.append((path, results))
-    path, results = runs[0]
-    model, _, specs = load_checkpoint(path / "checkpoint")
-    size = next(iter(domains.values())).size
-    images = {name: next(domain.batches("test", 32))[0] for name, domain in domains.items()}
-    with bk.use_backend(backend_of(config)):
-        pruning = prune_(model, torch.zeros(1, 3, size, size), images)
-    save_checkpoint(out / "pruned", model, config, specs, kept=(pruning.rows, pruning.columns))
-    pruned, _, _ = load_checkpoint(out / "pruned")
-    with bk.use_backend(backend_of(config)):
-        accuracy = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
-    example = torch.zeros(8, 3, size, size)
-    served = speed_report(model, deploy(model, example, images), example)
-    write_json(out / "speed.json", served)
-    report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
-    say(results_table([(folder.name, run) for folder, run in runs]))
-    say(speed_table(served))
-    before, after = pruning.before, pruning.after
-    say(
-        f"pruned: {before.params:.3f} -> {after.params:.3f} of the backbone's parameters for {len(domains)} "
-        f"domains, {after.flop:.3f} of its multiply-adds ({after.exact_flop:.3f} without dead filters); "
-        f"largest change of an output {pruning.largest_change:.1e}"
-    )
-    return {
-        "seconds": time.perf_counter() - started,
-        "accuracy": results["accuracy"],
-        "accuracy_after_pruning": accuracy,
-        "params": {"before": before.params, "after": after.params},
-        "flop": after.flop,
-        "exact_flop": after.exact_flop,
-        "bytes": {
-            "model": (path / "checkpoint" / "model.safetensors").stat().st_size,
-            "pruned": (out / "pruned" / "model.safetensors").stat().st_size,
-        },
-        "served": served,
-        "report": str(report),
-    }
+        started = time.perf_counter()
+        domains = load_domains(config)
+        say(f"pre-training the source for {config.pretrain.epochs} epochs ...")
+        config = config.replace(weights=str(pretrained(config, domains, out, progress)))
+        runs = []
+        for beta in (config.budget.beta, 1.0):
+            say(f"training {len(domains)} domains for {config.schedule.epochs} epochs at budget {beta:g} ...")
+            run_config = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
+            path = out / f"beta{beta:g}"
+            results = train_run(run_config, path, resume=True, baseline={}, domains=domains, progress=progress)
+            runs.append((path, results))
+        path, results = runs[0]
+        model, _, specs = load_checkpoint(path / "checkpoint")
+        size = next(iter(domains.values())).size
+        images = {name: next(domain.batches("test", 32))[0] for name, domain in domains.items()}
+        with bk.use_backend(backend_of(config)):
+            pruning = prune_(model, torch.zeros(1, 3, size, size), images)
+        save_checkpoint(out / "pruned", model, config, specs, kept=(pruning.rows, pruning.columns))
+        pruned, _, _ = load_checkpoint(out / "pruned")
+        with bk.use_backend(backend_of(config)):
+            accuracy = {name: evaluate(pruned, domain).percent for name, domain in domains.items()}
+        example = torch.zeros(8, 3, size, size)
+        served = speed_report(model, deploy(model, example, images), example)
+        write_json(out / "speed.json", served)
+        report = make_report([folder for folder, _ in runs], out / "report", speed_table(served))
+        say(results_table([(folder.name, run) for folder, run in runs]))
+        say(speed_table(served))
+        before, after = pruning.before, pruning.after
+        say(
+            f"pruned: {before.params:.3f} -> {after.params:.3f} of the backbone's parameters for {len(domains)} "
+            f"domains, {after.flop:.3f} of its multiply-adds ({after.exact_flop:.3f} without dead filters); "
+            f"largest change of an output {pruning.largest_change:.1e}"
+        )
+        return {
+            "seconds": time.perf_counter() - started,
+            "accuracy": results["accuracy"],
+            "accuracy_after_pruning": accuracy,
+            "params": {"before": before.params, "after": after.params},
+            "flop": after.flop,
+            "exact_flop": after.exact_flop,
+            "bytes": {
+                "model": (path / "checkpoint" / "model.safetensors").stat().st_size,
+                "pruned": (out / "pruned" / "model.safetensors").stat().st_size,
+            },
+            "served": served,
+            "report": str(report),
+        }

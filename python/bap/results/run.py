@@ -19,7 +19,7 @@ from bap.files import FileError, read_json, write_bytes, write_json
 from bap.prune.counting import count
 from bap.results.scores import PUBLISHED_BASELINES, named_scores
 from bap.train.budget import share
-from bap.train.checkpoint import save_checkpoint
+from bap.train.checkpoint import domain_spec, save_checkpoint
 from bap.train.domains import check_source, load_domains, source_of, suite_of
 from bap.train.evaluate import check_splits, evaluate, final_split
 from bap.train.layer_times import LayerTimes, measure_layers
@@ -199,45 +199,26 @@ def train_run(
     with Processes(config.run.device).lock(path):
         if path is not None:
             _check_folder(config, path, resume)
-        return _train(config, path, resume, baseline, domains, progress)
-
-
-def _train(
-    config: Config,
-    path: Path | None,
-    resume: bool,
-    baseline: Mapping[str, float] | None,
-    domains: Mapping[str, Domain] | None,
-    progress: bool | None,
-) -> dict[str, Any]:
-    if domains is None:
-        check_source(config, config.data.domains or suite_of(config))
-    suite = dict(domains) if domains is not None else load_domains(config)
-    check_splits(suite, config.data.evaluate_on)
-    final_split(suite)
-    times = _layer_times(config, suite, path, resume) if config.budget.measure == "time" else None
-    trainer = Trainer(config, suite, path, resume, progress, times).open()
-    first = trainer.processes.first
-    if path is not None and first:
-        write_bytes(path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
-    started = time.perf_counter()
-    trainer.fit()
-    results = results_of(trainer, baseline if baseline is not None else baseline_of(config))
-    results["seconds"] = time.perf_counter() - started
-    if path is not None and first:
-        specs = {
-            name: {
-                "classes": list(domain.classes),
-                "size": domain.size,
-                "mean": list(domain.mean),
-                "std": list(domain.std),
-                "kept": results["kept"][name],
-                "accuracy": results["accuracy"][name],
-                "split": results["split"],
+        if domains is None:
+            check_source(config, config.data.domains or suite_of(config))
+        suite = dict(domains) if domains is not None else load_domains(config)
+        check_splits(suite, config.data.evaluate_on)
+        final_split(suite)
+        times = _layer_times(config, suite, path, resume) if config.budget.measure == "time" else None
+        trainer = Trainer(config, suite, path, resume, progress, times).open()
+        first = trainer.processes.first
+        if path is not None and first:
+            write_bytes(path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
+        started = time.perf_counter()
+        trainer.fit()
+        results = results_of(trainer, baseline if baseline is not None else baseline_of(config))
+        results["seconds"] = time.perf_counter() - started
+        if path is not None and first:
+            specs = {
+                name: domain_spec(domain, results["kept"][name], results["accuracy"][name], results["split"])
+                for name, domain in suite.items()
             }
-            for name, domain in suite.items()
-        }
-        save_checkpoint(path / "checkpoint", trainer.model, config, specs)
-        write_json(path / "results.json", results)
-    trainer.processes.wait()
-    return results
+            save_checkpoint(path / "checkpoint", trainer.model, config, specs)
+            write_json(path / "results.json", results)
+        trainer.processes.wait()
+        return results

@@ -126,45 +126,32 @@ def study(
                 config.replace(seed=seed, beta=beta, sharing=sharing)
     check_source(config, config.data.domains or suite_of(config))
     with folder_lock(folder):
-        return _study(config, folder, betas, sharings, seeds, baseline, say, progress)
-
-
-def _study(
-    config: Config,
-    folder: Path,
-    betas: Sequence[float],
-    sharings: Sequence[str | None],
-    seeds: Sequence[int],
-    baseline: bool,
-    say: Callable[[str], None],
-    progress: bool,
-) -> Path:
-    domains = load_domains(config)
-    check_splits(domains, config.data.evaluate_on)
-    final_split(domains)
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        base = config.replace(seed=seed)
-        weights = str(pretrained(base, domains, folder, progress))
-        base = base.replace(weights=weights)
-        reference = _baseline(base, domains, folder, progress) if baseline else {}
-        if reference:
-            write_json(folder / f"baseline_seed{seed}.json", reference)
-        for beta in betas:
-            for sharing in sharings:
-                path = folder / f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
-                one = base.replace(beta=beta, sharing=sharing)
-                if not _finished(path, one):
-                    done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=progress)
-                    say(f"{path.name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
-                # A cell may have been run before its baseline was.
-                results = read_results(path)
-                rows.append({"seed": seed, **results, **scored(results, reference)})
-                write_json(
-                    folder / "study.json", {"config": config.as_dict(), "torch": torch.__version__, "rows": rows}
-                )
-                write_bytes(folder / "study.md", (study_table(rows) + "\n").encode())
-    return folder / "study.md"
+        domains = load_domains(config)
+        check_splits(domains, config.data.evaluate_on)
+        final_split(domains)
+        rows: list[dict[str, Any]] = []
+        for seed in seeds:
+            base = config.replace(seed=seed)
+            weights = str(pretrained(base, domains, folder, progress))
+            base = base.replace(weights=weights)
+            reference = _baseline(base, domains, folder, progress) if baseline else {}
+            if reference:
+                write_json(folder / f"baseline_seed{seed}.json", reference)
+            for beta in betas:
+                for sharing in sharings:
+                    path = folder / f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+                    one = base.replace(beta=beta, sharing=sharing)
+                    if not _finished(path, one):
+                        done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=progress)
+                        say(f"{path.name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
+                    # A cell may have been run before its baseline was.
+                    results = read_results(path)
+                    rows.append({"seed": seed, **results, **scored(results, reference)})
+                    write_json(
+                        folder / "study.json", {"config": config.as_dict(), "torch": torch.__version__, "rows": rows}
+                    )
+                    write_bytes(folder / "study.md", (study_table(rows) + "\n").encode())
+        return folder / "study.md"
 
 
 def _shown(values: Sequence[float], digits: int) -> str:

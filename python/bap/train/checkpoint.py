@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap.config import Config, config_of
+from bap.data import Domain
 from bap.files import (
     FileError,
     digest_of,
@@ -36,7 +37,7 @@ from bap.files import (
 )
 from bap.train.network import switched_network
 
-__all__ = ["domains_of", "load_checkpoint", "save_checkpoint", "save_domain"]
+__all__ = ["domain_spec", "domains_of", "load_checkpoint", "save_checkpoint", "save_domain"]
 
 # Format 1, of earlier versions, has no digests.
 _FORMAT = 2
@@ -57,6 +58,12 @@ class _DomainSpec(BaseModel):
     std: list[FiniteFloat] | None = None
     kept: FiniteFloat | None = None
     accuracy: FiniteFloat | None = None
+
+
+def domain_spec(domain: Domain, kept: float, accuracy: float, split: str) -> dict[str, Any]:
+    """What domain_config.json says of a trained domain: its classes, its input, its share and its accuracy."""
+    inputs = {"size": domain.size, "mean": list(domain.mean), "std": list(domain.std)}
+    return {"classes": list(domain.classes), **inputs, "kept": kept, "accuracy": accuracy, "split": split}
 
 
 class _MismatchError(FileError):

@@ -9,7 +9,7 @@ from typing import Any
 import bap_kernels as bk
 from bap.config import config_of, full_names
 from bap.data import Domain
-from bap.train.checkpoint import domains_of, load_checkpoint, save_domain
+from bap.train.checkpoint import domain_spec, domains_of, load_checkpoint, save_domain
 from bap.train.domains import load_domains
 from bap.train.evaluate import evaluate, final_split
 from bap.train.lock import folder_lock
@@ -63,51 +63,36 @@ def add_domain(
         ValueError: if the checkpoint has the domain already, or a setting may not change or cannot be used.
         FileError: if files are damaged or cannot be written.
     """
-    path = Path(checkpoint)
     # A missing folder is not created: loading raises.
-    with folder_lock(path if path.is_dir() else None):
-        return _add(path, name, dict(changes or {}), like, data, progress)
-
-
-def _add(
-    checkpoint: Path, name: str, changes: dict[str, Any], like: str | None, data: Domain | None, progress: bool | None
-) -> dict[str, Any]:
-    present = domains_of(checkpoint)
-    if name in present:
-        raise ValueError(f"add_domain(): expected `name` to be new, got {name!r}, which {checkpoint} has.")
-    if like is not None and like not in present:
-        raise ValueError(f"add_domain(): expected `like` to be one of {present}, got {like!r}.")
-    model, config, _ = load_checkpoint(checkpoint)
-    changes, settings = full_names(changes), config.by_name()
-    if changes.get("optimiser.train_backbone", False) is not False:
-        raise ValueError(
-            "add_domain(): expected `optimiser.train_backbone` to be off, as other domains share it, got on."
-        )
-    for setting in _OF_THE_NETWORK:
-        if setting in changes and changes[setting] != settings[setting]:
+    with folder_lock(checkpoint if Path(checkpoint).is_dir() else None):
+        present = domains_of(checkpoint)
+        if name in present:
+            raise ValueError(f"add_domain(): expected `name` to be new, got {name!r}, which {checkpoint} has.")
+        if like is not None and like not in present:
+            raise ValueError(f"add_domain(): expected `like` to be one of {present}, got {like!r}.")
+        model, config, _ = load_checkpoint(checkpoint)
+        changes, settings = full_names(changes or {}), config.by_name()
+        if changes.get("optimiser.train_backbone", False) is not False:
             raise ValueError(
-                f"add_domain(): expected {setting!r} to stay as in {checkpoint}, {settings[setting]!r}, which the "
-                f"network was made with, got {changes[setting]!r}."
+                "add_domain(): expected `optimiser.train_backbone` to be off, as other domains share it, got on."
             )
-    own = {"optimiser.train_backbone": False, "data.source": None, "data.source_mode": "switched"}
-    config = config_of({**settings, **own, **changes, "data.domains": [name]}, "add-domain")
-    if config.budget.measure == "time":
-        config = config.replace(measure="mac", budget_ms=None)
-    domain = load_domains(config)[name] if data is None else data
-    split = final_split({name: domain})
-    bk.nn.add_domain_(model, name, like=like, classes=len(domain.classes))
-    trainer = Trainer(config, {name: domain}, None, progress=progress, model=model)
-    trainer.fit()
-    with bk.use_backend(backend_of(config)):
-        accuracy = evaluate(model, domain, split).percent
-    spec = {
-        "classes": list(domain.classes),
-        "size": domain.size,
-        "mean": list(domain.mean),
-        "std": list(domain.std),
-        "kept": trainer.used(name),
-        "accuracy": accuracy,
-        "split": split,
-    }
-    save_domain(checkpoint, model, name, spec)
-    return spec
+        for setting in _OF_THE_NETWORK:
+            if setting in changes and changes[setting] != settings[setting]:
+                raise ValueError(
+                    f"add_domain(): expected {setting!r} to stay as in {checkpoint}, {settings[setting]!r}, which the "
+                    f"network was made with, got {changes[setting]!r}."
+                )
+        own = {"optimiser.train_backbone": False, "data.source": None, "data.source_mode": "switched"}
+        config = config_of({**settings, **own, **changes, "data.domains": [name]}, "add-domain")
+        if config.budget.measure == "time":
+            config = config.replace(measure="mac", budget_ms=None)
+        domain = load_domains(config)[name] if data is None else data
+        split = final_split({name: domain})
+        bk.nn.add_domain_(model, name, like=like, classes=len(domain.classes))
+        trainer = Trainer(config, {name: domain}, None, progress=progress, model=model)
+        trainer.fit()
+        with bk.use_backend(backend_of(config)):
+            accuracy = evaluate(model, domain, split).percent
+        spec = domain_spec(domain, trainer.used(name), accuracy, split)
+        save_domain(checkpoint, model, name, spec)
+        return spec
