@@ -12,9 +12,17 @@ def gathered_conv2d(
     bias: Tensor | None,
     in_index: Tensor | None,
     out_index: Tensor | None,
+    stride_h: int,
+    stride_w: int,
+    pad_top: int,
+    pad_bottom: int,
+    pad_left: int,
+    pad_right: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    cache_packed: bool,
     /,
-    # stride (2), padding (4), dilation (2), groups, cache_packed
-    *geometry: int,
 ) -> Tensor: ...
 def gathered_conv2d_fused(
     input: Tensor,
@@ -22,31 +30,38 @@ def gathered_conv2d_fused(
     bias: Tensor | None,
     in_index: Tensor | None,
     out_index: Tensor | None,
+    stride_h: int,
+    stride_w: int,
+    pad_top: int,
+    pad_bottom: int,
+    pad_left: int,
+    pad_right: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    in_relu: bool,
+    out_scale: Tensor | None,
+    out_shift: Tensor | None,
+    residual: Tensor | None,
+    out_relu: bool,
+    cache_packed: bool,
+    weight_index: Tensor | None,
+    dual_store_index: Tensor | None,
     /,
-    # stride (2), padding (4), dilation (2), groups; then the schema's arguments from in_scale on
-    *geometry_and_fusion: Any,
-) -> Tensor: ...
-def gathered_conv2d_fused_copied(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    /,
-    # as above
-    *geometry_and_fusion: Any,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor | None]: ...
 def set_backend(name: str) -> None: ...
 def get_backend() -> str: ...
 def set_default_backend(name: str) -> None: ...
 def set_warn(issue: Callable[[str], None]) -> None: ...
-def why_not(backend: str) -> str | None: ...
-def set_why_not(reason: Callable[[str], str]) -> None: ...
+def unsupported_reason(backend: str) -> str | None: ...
+def set_unsupported_reason(reason: Callable[[str], str]) -> None: ...
 def isa() -> str: ...
 def isa_available() -> list[str]: ...
 def cpu_model() -> str: ...
 def has_avx512_bf16() -> bool: ...
-def build_facts() -> dict[str, str]: ...
+def build_info() -> dict[str, str]: ...
 def explain(
     input: Tensor,
     weight: Tensor,
@@ -57,6 +72,7 @@ def explain(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    cache_packed: bool = True,
 ) -> dict[str, Any]: ...
 def choose_as_on_gpu(
     input: Tensor,
@@ -71,11 +87,11 @@ def choose_as_on_gpu(
     name: str,
     seconds: Callable[[str], float],
     capturing: bool = False,
-    shown: Sequence[str] = (),
+    verified: Sequence[str] = (),
     now: Callable[[], float] | None = None,
     first_run_tells: bool = False,
 ) -> tuple[str, Tensor]: ...
-def set_cuda_facts(name: Callable[[int], str], capturing: Callable[[], bool]) -> None: ...
+def set_gpu_hooks(name: Callable[[int], str], capturing: Callable[[], bool]) -> None: ...
 def choices() -> list[dict[str, Any]]: ...
 def clear_choices() -> None: ...
 def set_choice_file(path: str, problem: str = "") -> None: ...

@@ -73,7 +73,7 @@ def _gpu_backend_unsupported_reason(backend: str) -> str:
 
 def unsupported_reason(backend: str) -> str | None:
     """Why a backend cannot run on this machine or is not built; None if it can run."""
-    reason = _C.why_not(backend)
+    reason = _C.unsupported_reason(backend)
     return None if reason is None else reason.removeprefix(f"{backend}: ")
 
 
@@ -228,8 +228,8 @@ def clear_choices() -> None:
     _C.clear_choices()
 
 
-_C.set_why_not(_gpu_backend_unsupported_reason)
-_C.set_cuda_facts(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)
+_C.set_unsupported_reason(_gpu_backend_unsupported_reason)
+_C.set_gpu_hooks(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
 _C.set_packed_cache_limit(settings.packed_cache_bytes)
 if settings.backend != "auto":

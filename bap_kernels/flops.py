@@ -44,11 +44,11 @@ def _forward(
     return 2 * _products(input, weight, in_index, groups, out_shape)
 
 
-register_flop_formula([torch.ops.bap_kernels.gathered_conv2d, torch.ops.bap_kernels._gathered_conv2d_fused])(_forward)
+register_flop_formula(torch.ops.bap_kernels.gathered_conv2d)(_forward)
 
 
-@register_flop_formula(torch.ops.bap_kernels._gathered_conv2d_fused_copied)
-def _forward_copied(*args: Any, out_shape: tuple[_Shape, _Shape], **kwargs: Any) -> int:
+@register_flop_formula(torch.ops.bap_kernels._gathered_conv2d_fused)
+def _fused(*args: Any, out_shape: tuple[_Shape, _Shape | None], **kwargs: Any) -> int:
     return _forward(*args, out_shape=out_shape[0], **kwargs)
 
 

@@ -344,29 +344,33 @@ def check_fused(
     vector_dtype: torch.dtype | None = None,
     residual_layout: str = "contiguous",
     device: str = "cpu",
-    copied: str | None = None,
+    dual_store: str | None = None,
 ) -> bool:
-    """Asserts the fused op's values with flags of make_fused, and a copy of a ``copied`` list; as check_forward."""
+    """Asserts the fused op's values with flags of make_fused, and its second store by a list; as check_forward.
+
+    Args:
+        dual_store: the kind of that list; None: there is no second store.
+    """
     sample = make_tensors(case)
     fused = make_fused(sample, flags, vector_dtype or case.dtype, residual_layout, case.seed)
     expected = reference.gathered_conv2d_fused(*sample.args, **fused)
-    op = getattr(torch.ops.bap_kernels, "_gathered_conv2d_fused_copied" if copied else "_gathered_conv2d_fused")
-    if copied:
-        fused["copy_index"] = index_list(copied, sample.kept[1], random.Random(case.seed))
+    if dual_store:
+        fused["dual_store_index"] = index_list(dual_store, sample.kept[1], random.Random(case.seed))
     sample = sample.to(device)
     fused = {k: moved(v, device) if isinstance(v, Tensor) else v for k, v in fused.items()}
     try:
         with bap_kernels.use_backend(backend):
-            result = op(*sample.args, **fused)
+            actual, second = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, **fused)
     except NotImplementedError as error:
         return not declined(backend, error)
-    actual, *copy = result if copied else (result,)
     # Scales of standard normal size can double the terms; one more rounding for each transform.
     assert_close(actual, expected, case.dtype, 4 * sample.depth + 4)
     _assert_follows(actual, sample.input)
-    for one in copy:
-        assert torch.equal(one, actual.index_select(1, fused["copy_index"])), "the copy differs from the result"
-        _assert_follows(one, sample.input)
+    assert (second is not None) == (dual_store is not None)
+    if second is not None:
+        expected = actual.index_select(1, fused["dual_store_index"])
+        assert torch.equal(second, expected), "the second store differs from the result"
+        _assert_follows(second, sample.input)
     return True
 
 

@@ -1,99 +1,57 @@
-// Python module bap_kernels._C: importing it registers the ops; it also holds build facts, settings and tables.
-#include <ATen/core/dispatch/Dispatcher.h>
+// Python module bap_kernels._C: importing it registers the ops; it also holds settings, tables and how it was built.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <cstring>
 
 #include "backends/aten/convolution.h"
 #include "backends/cpu/isa.h"
-#include "backends/cpu/native.h"
+#include "dispatch/backend.h"
 #include "dispatch/choice.h"
 #include "dispatch/fingerprint.h"
-#include "dispatch/named_backend.h"
 #include "dispatch/packed_cache.h"
 #include "dispatch/python_hooks.h"
-#include "dispatch/route_cuda.h"
-#include "dispatch/run_cpu.h"
-#include "ops/gathered_conv2d_copied.h"
 
 namespace py = pybind11;
 
 namespace bap_kernels {
 namespace {
 
-// The op by a direct call of the dispatcher: every key and mode below Python sees it, and converting plain integers is
-// cheaper than the generic conversion of torch.ops, which costs more than a small convolution.
-at::Tensor call_gathered_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
-                                int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
-                                int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                                bool cache_packed) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("bap_kernels::gathered_conv2d", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef,
-                                         c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt, bool)>();
-  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
-  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
-  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed);
-}
+// An op by a direct call of the dispatcher: every key and mode below Python sees it, and converting plain integers is
+// cheaper than the generic conversion of torch.ops, which costs more than a small convolution. `Rest` are the arguments
+// behind those of every gathered convolution.
+template <class Op, class Members = decltype(std::declval<typename Op::template Args<c10::SymInt>>().tie()),
+          class Rest = std::make_index_sequence<std::tuple_size_v<Members> - 9>>
+struct DirectCall;
 
-// Likewise for the fused op, at the end of the same arguments; three lists of integers as plain ones.
-at::Tensor call_gathered_conv2d_fused(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
-                                      int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
-                                      int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                                      const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
-                                      const OptionalTensor& out_scale, const OptionalTensor& out_shift,
-                                      const OptionalTensor& residual, bool out_relu, bool cache_packed,
-                                      const OptionalTensor& weight_index) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                            const OptionalTensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                            c10::SymInt, const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&, bool, bool, const OptionalTensor&)>();
-  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
-  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
-  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, in_scale, in_shift,
-                 in_relu, out_scale, out_shift, residual, out_relu, cache_packed, weight_index);
-}
+template <class Op, class... T, size_t... kRest>
+struct DirectCall<Op, std::tuple<const T&...>, std::index_sequence<kRest...>> {
+  template <size_t kPlace>
+  using Member = typename detail::Flat<std::tuple_element_t<9 + kPlace, std::tuple<T...>>>::type;
 
-// Likewise with a second, compact store.
-ResultAndCopy call_gathered_conv2d_fused_copied(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_index,
-    const OptionalTensor& out_index, int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_bottom,
-    int64_t pad_left, int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-    const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& out_scale,
-    const OptionalTensor& out_shift, const OptionalTensor& residual, bool out_relu, const at::Tensor& copy_index,
-    bool cache_packed, const OptionalTensor& weight_index) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bap_kernels::_gathered_conv2d_fused_copied", "")
-          .typed<ResultAndCopy(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                               c10::SymInt, const OptionalTensor&, const OptionalTensor&, bool, const OptionalTensor&,
-                               const OptionalTensor&, const OptionalTensor&, bool, const at::Tensor&, bool,
-                               const OptionalTensor&)>();
-  const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
-  const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
-  return op.call(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, in_scale, in_shift,
-                 in_relu, out_scale, out_shift, residual, out_relu, copy_index, cache_packed, weight_index);
-}
+  static typename Op::Result run(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
+                                 int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
+                                 int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                                 Member<kRest>... rest) {
+    const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
+    const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
+    return call<Op>({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, rest...});
+  }
+};
 
 py::dict choice_dict(const Choice& choice) {
   py::dict times;
-  for (int r = 0; r < kRouteCount; ++r) {
-    if (choice.seconds[r] > 0) times[route_name(static_cast<Route>(r))] = choice.seconds[r] * 1e6;
+  for (int r = 0; r < kCandidateCount; ++r) {
+    if (choice.seconds[r] > 0) times[candidate_name(static_cast<Candidate>(r))] = choice.seconds[r] * 1e6;
   }
   py::dict d;
   d["case"] = choice.key;
-  d["backend"] = route_name(choice.route);
+  d["backend"] = candidate_name(choice.candidate);
   d["candidates"] = times;
   d["confidence"] = choice.confidence();
   d["margin"] = choice.margin();
@@ -108,25 +66,33 @@ py::list choices() {
   return list;
 }
 
+// A function of a gathered convolution's arguments for Python: pairs and sides are lists of integers, and what the
+// function takes besides follows.
+template <auto kFunction>
+struct ConvFunction;
+
+template <class Result, class... Rest, Result (*kFunction)(const ConvArgs<int64_t>&, Rest...)>
+struct ConvFunction<kFunction> {
+  static Result run(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& in_index, const OptionalTensor& out_index, const std::vector<int64_t>& stride,
+                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                    Rest... rest) {
+    return kFunction({input, weight, bias, in_index, out_index, stride, padding, dilation, groups},
+                     std::forward<Rest>(rest)...);
+  }
+};
+
+template <auto kFunction, class... Rest>
+void def_conv_function(py::module_& m, const char* name, const Rest&... rest) {
+  m.def(name, &ConvFunction<kFunction>::run, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("in_index"),
+        py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), rest...);
+}
+
 // What the op would do with these arguments, and why; nothing is measured.
-py::dict explain(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& in_index, const OptionalTensor& out_index, const std::vector<int64_t>& stride,
-                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                 bool cache_packed) {
-  const ConvCall call{input,
-                      weight,
-                      bias,
-                      in_index,
-                      out_index,
-                      stride,
-                      padding,
-                      dilation,
-                      groups,
-                      cache_packed,
-                      check_gathered_conv2d<int64_t>("explain", input, weight, bias, in_index, out_index, stride,
-                                                     padding, dilation, groups)};
+py::dict explain(const ConvArgs<int64_t>& args, bool cache_packed) {
+  const ConvCall call{{args, {}, cache_packed}, check_conv<int64_t>("explain", args)};
   py::dict result;
-  const std::string key = case_key(call, place_of(input));
+  const std::string key = case_key(call, measured_device(args.input));
   Choice known{};
   if (ChoiceTable::instance().find(key, known)) {
     result = choice_dict(known);
@@ -135,51 +101,39 @@ py::dict explain(const at::Tensor& input, const at::Tensor& weight, const Option
     result["backend"] = py::none();  // not measured yet
     result["candidates"] = py::dict();
   }
-  py::dict why_not;
-  const std::string native = native_why_not(call);
-  if (!native.empty()) why_not["native"] = native;
-  for (const char* name : {"triton", "cuda"}) {
-    why_not[name] = input.is_cuda() ? auto_why_not(name, kShownRight) : backend_why_not(name);
+  py::dict reasons;
+  const std::string native = backend(BackendId::kNative).unsupported_reason(call);
+  if (!native.empty()) reasons["native"] = native;
+  for (const BackendId id : {BackendId::kTriton, BackendId::kCuda}) {
+    const Backend& gpu = backend(id);
+    reasons[gpu.name] = args.input.is_cuda() ? auto_excluded_reason(gpu, kVerifiedBackends) : gpu.unavailable_reason();
   }
-  result["why_not"] = why_not;
+  result["unsupported"] = reasons;
   result["packed"] = PackedCache::note(call);
   return result;
 }
 
 // What `auto` would do on a GPU of a given name, for tensors anywhere: its candidates are run, and `seconds` says what
-// each of them took, so that the choice can be followed without that GPU. Returns the route's name and the result.
-std::pair<std::string, at::Tensor> choose_as_on_gpu(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_index,
-    const OptionalTensor& out_index, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, int64_t groups, const std::string& name,
-    const std::function<double(std::string)>& seconds, bool capturing, const std::vector<std::string>& shown,
-    const std::function<double()>& now, bool first_run_tells) {
+// each of them took, so that the choice can be followed without that GPU. Returns the candidate's name and the result.
+std::pair<std::string, at::Tensor> choose_as_on_gpu(const ConvArgs<int64_t>& args, const std::string& name,
+                                                    const std::function<double(std::string)>& seconds, bool capturing,
+                                                    const std::vector<std::string>& verified,
+                                                    const std::function<double()>& now, bool first_run_tells) {
   const char* op = "choose_as_on_gpu";
-  const ConvCall call{
-      input,
-      weight,
-      bias,
-      in_index,
-      out_index,
-      stride,
-      padding,
-      dilation,
-      groups,
-      /*cache_packed=*/false,
-      check_gathered_conv2d<int64_t>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups)};
-  const Place place{name,
-                    place_id(name),
-                    [&] { return !capturing; },
-                    [&](Route route, c10::function_ref<void()> run) {
-                      run();
-                      return seconds(route_name(route));
-                    },
-                    now ? now : seconds_since_1970,
-                    first_run_tells};
-  const Route route = ChoiceTable::instance().choose(
-      call, place, [&] { return cuda_candidate_routes(call, shown); },
-      [&](const ConvCall& c, Route one) { run_cuda_route(c, one, op); });
-  return {route_name(route), run_cuda_route(call, route, op)};
+  const ConvCall call{{args}, check_conv<int64_t>(op, args)};
+  const MeasuredDevice gpu{name,
+                           device_id(name),
+                           [&] { return !capturing; },
+                           [&](Candidate candidate, c10::function_ref<void()> run) {
+                             run();
+                             return seconds(candidate_name(candidate));
+                           },
+                           now ? now : seconds_since_1970,
+                           first_run_tells};
+  const Candidate chosen = ChoiceTable::instance().choose(
+      call, gpu, [&] { return candidates_of(call, c10::kCUDA, verified); },
+      [&](const ConvCall& c, Candidate candidate) { run_candidate(c, candidate, op); });
+  return {candidate_name(chosen), run_candidate(call, chosen, op)};
 }
 
 // Whether two tensors of one shape and dtype on the CPU hold the same bits.
@@ -249,7 +203,8 @@ py::dict packed_cache_info() {
   return d;
 }
 
-py::dict build_facts() {
+// How the library was built.
+py::dict build_info() {
   py::dict d;
   d["compiler"] = BAP_KERNELS_BUILD_COMPILER;
   d["flags"] = BAP_KERNELS_BUILD_FLAGS;
@@ -266,42 +221,41 @@ py::dict build_facts() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native part of bap_kernels: registers the ops; settings, tables and build facts.";
-  m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(call_gathered_conv2d));
-  m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused));
-  m.def("gathered_conv2d_fused_copied", torch::wrap_pybind_function_no_gil(call_gathered_conv2d_fused_copied));
+  m.doc() =
+      "Native part of bap_kernels: registers the ops; settings, tables "
+      "and how it was built.";
+  m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2d>::run));
+  m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2dFused>::run));
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def("set_default_backend", &set_default_backend, py::arg("name"));
   m.def(
       "set_warn", [](std::function<void(const std::string&)> issue) { set_hooks(std::move(issue)); }, py::arg("issue"));
   m.def(
-      "why_not",
+      "unsupported_reason",
       [](const std::string& name) -> std::optional<std::string> {
-        const std::string reason = backend_why_not(name);
+        const std::string reason = backend_unavailable_reason(name);
         return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
       },
       py::arg("backend"));
-  m.def("set_why_not", &set_why_not, py::arg("reason"));
+  m.def("set_unsupported_reason", &set_unavailable_reason, py::arg("reason"));
   m.def("isa", [] { return isa(); });
   m.def("isa_available", &isa_available);
   m.def("cpu_model", &cpu_model);
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);
-  m.def("build_facts", &build_facts);
-  m.def("explain", &explain, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("in_index"),
-        py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
-        py::arg("cache_packed") = true);
-  m.def("choose_as_on_gpu", &choose_as_on_gpu, py::arg("input"), py::arg("weight"), py::arg("bias"),
-        py::arg("in_index"), py::arg("out_index"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("groups"), py::arg("name"), py::arg("seconds"), py::arg("capturing") = false,
-        py::arg("shown") = std::vector<std::string>(), py::arg("now") = std::function<double()>(),
-        py::arg("first_run_tells") = false);
-  m.def("set_cuda_facts", &set_cuda_facts, py::arg("name"), py::arg("capturing"));
+  m.def("build_info", &build_info);
+  def_conv_function<explain>(m, "explain", py::arg("cache_packed") = true);
+  def_conv_function<choose_as_on_gpu>(m, "choose_as_on_gpu", py::arg("name"), py::arg("seconds"),
+                                      py::arg("capturing") = false, py::arg("verified") = std::vector<std::string>(),
+                                      py::arg("now") = std::function<double()>(), py::arg("first_run_tells") = false);
+  m.def("set_gpu_hooks", &set_gpu_hooks, py::arg("name"), py::arg("capturing"));
   m.def("choices", &choices);
   m.def("clear_choices", [] { ChoiceTable::instance().clear(); });
   m.def(
       "set_choice_file",
-      [](const std::string& path, const std::string& problem) { ChoiceTable::instance().set_file(path, problem); },
+      [](const std::string& path, const std::string& problem) {
+        ChoiceTable::instance().set_file(path, cpu_model() + "|" + isa() + "|torch " TORCH_VERSION, problem);
+      },
       py::arg("path"), py::arg("problem") = "");
   m.def("choice_file_problem", [] { return ChoiceTable::instance().file_problem(); });
   m.def("set_choice_limit", [](int64_t cases) { ChoiceTable::instance().set_limit(cases); }, py::arg("cases"));
@@ -314,7 +268,8 @@ PYBIND11_MODULE(_C, m) {
       "convolution_fails",
       [](const at::Tensor& x, const at::Tensor& w, const std::vector<int64_t>& stride,
          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-        return convolution_fails(x, w, {stride, padding, dilation, groups}, /*weight_gradient=*/false);
+        return convolution_fails(x, w, {stride, padding, dilation, groups},
+                                 /*weight_gradient=*/false);
       },
       py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
       py::arg("groups"));

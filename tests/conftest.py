@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each backend for CPU tensors."""
     from bap_kernels import _C
 
-    reason = _C.why_not(request.param)
+    reason = _C.unsupported_reason(request.param)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param

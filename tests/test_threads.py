@@ -129,7 +129,7 @@ def test_concurrent_calls_with_one_weight_and_many_lists_are_right() -> None:
 
 
 def test_concurrent_calls_on_different_backends_are_right() -> None:
-    names = [name for name in ("auto", "aten", "native") if _C.why_not(name) is None]
+    names = [name for name in ("auto", "aten", "native") if _C.unsupported_reason(name) is None]
     sample = make_tensors(CASES["3x3"].but(size=(9, 10)))
     expected = reference.conv_on_selected(*sample.args)
 

@@ -120,7 +120,7 @@ def info() -> Info:
         backends={name: unsupported_reason(name) for name in settings.BACKENDS if name != "auto"},
         cuda_library=cuda_library_problem,
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        build=dict(_C.build_facts()),
+        build=dict(_C.build_info()),
         choice_file=file,
         choice_problem=_C.choice_file_problem() or None,
         choice_bytes=os.path.getsize(file) if file is not None and os.path.isfile(file) else 0,

@@ -122,7 +122,7 @@ def _medians(*runs: Callable[[], Any]) -> list[float]:
 def _why(choice: dict[str, Any]) -> tuple[str, str]:
     """(backend, how it was chosen) from the library's own account."""
     named = _C.get_backend()
-    reasons = [f"no {name}: {reason}" for name, reason in choice["why_not"].items() if name == "native"]
+    reasons = [f"no {name}: {reason}" for name, reason in choice["unsupported"].items() if name == "native"]
     if named != "auto":
         return named, "; ".join(["named by use_backend", *reasons])
     times = {name: f"{name} {seconds:.0f}" for name, seconds in choice["candidates"].items()}

@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
-_fused_copied = torch.ops.bap_kernels._gathered_conv2d_fused_copied.default
 Env = list[Any]
 
 
@@ -127,7 +126,7 @@ class ConvStep(Step):
         self.relu = relu
         self.reads, self.out = reads, out
         self.residual = reads[1] if len(reads) > 1 else None
-        self._flat_options = (*self.stride, *self.padding, *self.dilation, 1)
+        self._flat_options: tuple[Any, ...] = (*self.stride, *self.padding, *self.dilation, 1)
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         parameters = self.parameters
@@ -136,20 +135,15 @@ class ConvStep(Step):
         x = env[self.reads[0]]
         if self.cast is not None:
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
-        lists = (self.in_index, self.out_index)
-        dual = () if self.dual_store is None else (self.dual_index,)
-        fusion = (*self.before, *self.after, residual, self.relu, *dual, True, self.weight_index)
-        result: Any
+        lists: tuple[Any, ...] = (self.in_index, self.out_index)
+        fusion: tuple[Any, ...] = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
         if torch.compiler.is_compiling():
-            op = _fused_copied if dual else _fused
-            result = op(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
+            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
-            direct = _C.gathered_conv2d_fused_copied if dual else _C.gathered_conv2d_fused
-            result = direct(x, weight, bias, *lists, *self._flat_options, *fusion)
-        if self.dual_store is None:
-            env[self.out] = result
-        else:
-            env[self.out], env[self.dual_store] = result
+            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *fusion)
+        env[self.out], second = result
+        if self.dual_store is not None:
+            env[self.dual_store] = second
 
     @property
     def writes(self) -> tuple[int, ...]:  # noqa: D102

@@ -50,16 +50,16 @@ def gathered_conv2d(
     out_relu: bool,
     cache_packed: bool,
     weight_index: Tensor | None,
-    copy: Tensor | None,
-    copy_index: Tensor | None,
+    dual_store_index: Tensor | None,
+    dual_store: Tensor | None,
     op: str,
 ) -> None:
     """See :func:`bap_kernels.triton.ops.gathered_conv2d`."""
     _refuse(op, input, weight, groups, out.shape[2:])
     second = None
-    if copy is not None and copy_index is not None:
+    if dual_store is not None and dual_store_index is not None:
         with ops.on_device(input):
-            second = DualStore(copy, inverse_list(copy_index, out.shape[1]))
+            second = DualStore(dual_store, inverse_list(dual_store_index, out.shape[1]))
     ops.gathered_conv2d(
         *(out, input, weight, in_index, out_index, stride, padding, dilation),
         prologue=Prologue(in_scale, in_shift, in_relu),

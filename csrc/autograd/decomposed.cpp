@@ -16,7 +16,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/library.h>
 
 #include "backends/aten/convolution.h"
 
@@ -100,10 +99,6 @@ void check_lists(const char* op, const OptionalTensor& in_index, const OptionalT
   check_list_values(op, in, out, *channels_in, *channels_out, s.depthwise);
 }
 
-bool trivial(const ConvShape<SymInt>& s) {
-  return s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
-}
-
 at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
   return has_value(index) ? t.index_select(dim, *index) : t;
 }
@@ -178,10 +173,9 @@ struct SwitchedParts {
   at::Tensor on, scale, x, w;  // in the input's dtype; `scale` (1, C_in, 1, 1)
 };
 
-SwitchedParts switched_parts(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                             const OptionalTensor& bias, const at::Tensor& switches, SymIntArrayRef stride,
-                             SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
-  const auto s = check_switched_conv2d<SymInt>(op, input, weight, bias, switches, stride, padding, dilation, groups);
+SwitchedParts switched_parts(const char* op, const SwitchedConv2dArgs<SymInt>& a) {
+  const auto s = check_switched_conv2d<SymInt>(op, a);
+  const auto& [input, weight, switches] = std::tie(a.input, a.weight, a.switches);
   if (readable(switches)) {
     const bool right = is_true(at::logical_or(switches == 0, switches == 1).all()).value_or(true);
     TORCH_CHECK_VALUE(right, op, "(): expected `switch` to hold zeros and ones, got other values. Hint: compare ",
@@ -210,35 +204,28 @@ void refuse_decomposition(const char* op, std::initializer_list<const at::Tensor
       "they are planned or mixed.");
 }
 
-at::Tensor decomposed_gathered_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& in_index, const OptionalTensor& out_index,
-                                      SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                      const SymInt& groups) {
-  const char* op = "gathered_conv2d";
-  const auto s =
-      check_gathered_conv2d<SymInt>(op, input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
+at::Tensor decomposed_gathered_conv2d(const GatheredConv2dArgs<SymInt>& args) {
+  const char* op = GatheredConv2d::kName;
+  const auto& [input, weight, bias, in_index, out_index, stride, padding, dilation, groups] =
+      static_cast<const ConvArgs<SymInt>&>(args);
+  const auto s = check_conv<SymInt>(op, args);
   check_lists(op, in_index, out_index, s);
   const auto listed_bias = has_value(bias) ? OptionalTensor(selected(*bias, 0, out_index)) : std::nullopt;
-  if (trivial(s)) return constant_result(s, input, listed_bias);
+  if (s.trivial()) return constant_result(s, input, listed_bias);
   const at::Tensor filters = selected(weight, 0, out_index);
   const Geometry geometry{stride, padding, dilation};
   return geometry.convolve(selected(input, 1, in_index), s.depthwise ? filters : selected(filters, 1, in_index),
                            listed_bias, s.depthwise ? s.kept_in : SymInt(1));
 }
 
-GradientTriple decomposed_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                   const at::Tensor& weight, const OptionalTensor& in_index,
-                                                   const OptionalTensor& out_index, SymIntArrayRef stride,
-                                                   SymIntArrayRef padding, SymIntArrayRef dilation,
-                                                   const SymInt& groups, std::array<bool, 3> mask) {
-  const char* op = "gathered_conv2d_backward";
-  const auto s =
-      check_gathered_conv2d<SymInt>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
-  check_grad_output<SymInt>(op, grad_output, s, input);
+GradientTriple decomposed_gathered_conv2d_backward(const GatheredConv2dBackwardArgs<SymInt>& args) {
+  const char* op = GatheredConv2dBackward::kName;
+  const auto& [grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask] = args;
+  const auto s = check_gathered_conv2d_backward<SymInt>(op, args);
   check_lists(op, in_index, out_index, s);
-  const auto none = [&] { return at::empty({0}, input.options()); };
+  const auto none = [&args] { return at::empty({0}, args.input.options()); };
   at::Tensor grad_input = none(), grad_weight = none(), grad_bias = none();
-  if (trivial(s)) {
+  if (s.trivial()) {
     if (mask[0]) grad_input = at::zeros_like(input);
     if (mask[1]) grad_weight = at::zeros_like(weight);
   } else if (mask[0] || mask[1]) {
@@ -254,72 +241,48 @@ GradientTriple decomposed_gathered_conv2d_backward(const at::Tensor& grad_output
   return {grad_input, grad_weight, grad_bias};
 }
 
-at::Tensor decomposed_switched_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                      SymIntArrayRef dilation, const SymInt& groups, bool off_gradient) {
-  const SwitchedParts p =
-      switched_parts("switched_conv2d", input, weight, bias, switches, stride, padding, dilation, groups);
-  if (trivial(p.shape)) return constant_result(p.shape, input, bias);
+at::Tensor decomposed_switched_conv2d(const SwitchedConv2dArgs<SymInt>& a) {
+  const SwitchedParts p = switched_parts(SwitchedConv2d::kName, a);
+  if (p.shape.trivial()) return constant_result(p.shape, a.input, a.bias);
   at::Tensor scale = p.scale;
-  if (!off_gradient) scale = at::where(p.on.view({1, -1, 1, 1}), scale, at::zeros({}, scale.options()));
-  const Geometry geometry{stride, padding, dilation};
-  return geometry.convolve(p.x * scale, p.w, bias, groups);
+  if (!a.off_gradient) scale = at::where(p.on.view({1, -1, 1, 1}), scale, at::zeros({}, scale.options()));
+  const Geometry geometry{a.stride, a.padding, a.dilation};
+  return geometry.convolve(p.x * scale, p.w, a.bias, a.groups);
 }
 
-SwitchedGradients decomposed_switched_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                      const at::Tensor& weight, const at::Tensor& switches,
-                                                      SymIntArrayRef stride, SymIntArrayRef padding,
-                                                      SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
-                                                      SwitchedMask mask) {
-  const char* op = "switched_conv2d_backward";
-  const SwitchedParts p = switched_parts(op, input, weight, {}, switches, stride, padding, dilation, groups);
-  check_grad_output<SymInt>(op, grad_output, p.shape, input);
+SwitchedGradients decomposed_switched_conv2d_backward(const SwitchedConv2dBackwardArgs<SymInt>& a) {
+  const char* op = SwitchedConv2dBackward::kName;
+  const SwitchedParts p = switched_parts(op, a.forward());
+  check_grad_output<SymInt>(op, a.grad_output, p.shape, a.input);
+  const SwitchedMask& mask = a.mask;
   const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-  SwitchedGradients grads{none(input), none(input), none(input), none(switches)};
+  SwitchedGradients grads{none(a.input), none(a.input), none(a.input), none(a.switches)};
   auto& [grad_input, grad_weight, grad_bias, grad_switch] = grads;
-  if (mask[kGradBias]) grad_bias = grad_output.sum({0, 2, 3});
-  if (trivial(p.shape)) {
-    if (mask[kGradInput]) grad_input = at::zeros_like(input);
-    if (mask[kGradWeight]) grad_weight = at::zeros_like(weight);
-    if (mask[kGradSwitch]) grad_switch = at::zeros_like(switches);
+  if (mask[kGradBias]) grad_bias = a.grad_output.sum({0, 2, 3});
+  if (p.shape.trivial()) {
+    if (mask[kGradInput]) grad_input = at::zeros_like(a.input);
+    if (mask[kGradWeight]) grad_weight = at::zeros_like(a.weight);
+    if (mask[kGradSwitch]) grad_switch = at::zeros_like(a.switches);
     return grads;
   }
   const bool wants_input = mask[kGradInput] || mask[kGradSwitch];
   if (!wants_input && !mask[kGradWeight]) return grads;
-  const Geometry geometry{stride, padding, dilation};
-  const auto [dx, dw] = geometry.gradients(grad_output, p.x * p.scale, p.w, groups, wants_input, mask[kGradWeight]);
+  const Geometry geometry{a.stride, a.padding, a.dilation};
+  const auto [dx, dw] = geometry.gradients(a.grad_output, p.x * p.scale, p.w, a.groups, wants_input, mask[kGradWeight]);
   if (mask[kGradInput]) grad_input = dx * p.scale;
   if (mask[kGradWeight]) grad_weight = dw;
   if (mask[kGradSwitch]) {
     const auto wide = at::toOpMathType(dx.scalar_type());
-    at::Tensor ds = (p.x.to(wide) * dx.to(wide)).sum({0, 2, 3}).to(switches.scalar_type());
-    if (!off_gradient) ds = at::where(p.on, ds, at::zeros({}, ds.options()));
+    at::Tensor ds = (p.x.to(wide) * dx.to(wide)).sum({0, 2, 3}).to(a.switches.scalar_type());
+    if (!a.off_gradient) ds = at::where(p.on, ds, at::zeros({}, ds.options()));
     grad_switch = ds;
   }
   return grads;
 }
 
-namespace {
-
-at::Tensor gathered_conv2d_batched(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& in_index, const OptionalTensor& out_index,
-                                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                   SymInt groups, bool) {
-  return decomposed_gathered_conv2d(input, weight, bias, in_index, out_index, stride, padding, dilation, groups);
-}
-
-at::Tensor switched_conv2d_batched(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                   const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                   SymIntArrayRef dilation, SymInt groups, bool off_gradient, const OptionalTensor&,
-                                   int64_t) {
-  return decomposed_switched_conv2d(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(bap_kernels, FuncTorchBatched, m) {
-  m.impl("gathered_conv2d", gathered_conv2d_batched);
-  m.impl("switched_conv2d", switched_conv2d_batched);
+  implement<GatheredConv2d, decomposed_gathered_conv2d>(m);
+  implement<SwitchedConv2d, decomposed_switched_conv2d>(m);
 }
 
 }  // namespace bap_kernels

@@ -3,7 +3,8 @@
 // vmap). What no list names is never read, so that its NaN reaches neither results nor derivatives.
 #pragma once
 
-#include "ops/switched_call.h"
+#include "ops/gathered_conv2d_mixed.h"
+#include "ops/switched_conv2d.h"
 
 namespace bap_kernels {
 
@@ -14,26 +15,9 @@ bool needs_decomposition(std::initializer_list<const at::Tensor*> tensors);
 // Raises NotImplementedError, with the op's name, in these cases.
 void refuse_decomposition(const char* op, std::initializer_list<const at::Tensor*> tensors);
 
-at::Tensor decomposed_gathered_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& in_index, const OptionalTensor& out_index,
-                                      c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                      c10::SymIntArrayRef dilation, const c10::SymInt& groups);
-
-GradientTriple decomposed_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                   const at::Tensor& weight, const OptionalTensor& in_index,
-                                                   const OptionalTensor& out_index, c10::SymIntArrayRef stride,
-                                                   c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                                   const c10::SymInt& groups, std::array<bool, 3> mask);
-
-at::Tensor decomposed_switched_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const at::Tensor& switches, c10::SymIntArrayRef stride,
-                                      c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                                      const c10::SymInt& groups, bool off_gradient);
-
-SwitchedGradients decomposed_switched_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                      const at::Tensor& weight, const at::Tensor& switches,
-                                                      c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                                      c10::SymIntArrayRef dilation, const c10::SymInt& groups,
-                                                      bool off_gradient, SwitchedMask mask);
+at::Tensor decomposed_gathered_conv2d(const GatheredConv2dArgs<c10::SymInt>& args);
+GradientTriple decomposed_gathered_conv2d_backward(const GatheredConv2dBackwardArgs<c10::SymInt>& args);
+at::Tensor decomposed_switched_conv2d(const SwitchedConv2dArgs<c10::SymInt>& args);
+SwitchedGradients decomposed_switched_conv2d_backward(const SwitchedConv2dBackwardArgs<c10::SymInt>& args);
 
 }  // namespace bap_kernels

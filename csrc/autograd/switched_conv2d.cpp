@@ -1,65 +1,38 @@
 // Autograd of the switched convolution: the backward is an op of its own. All other derivatives are those of PyTorch's
 // operators: see decomposed.h.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
-#include <optional>
 
 #include "autograd/decomposed.h"
-#include "dispatch/choice.h"
-#include "ops/switched_call.h"
+#include "dispatch/backend.h"
 
 namespace bap_kernels {
 namespace {
 
 using c10::SymInt;
-using c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-using ForwardSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                 SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, const OptionalTensor&,
-                                 int64_t);
-using BackwardSchema = SwitchedGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymInt, bool, SwitchedMask,
-                                         const OptionalTensor&, int64_t);
-
-auto& forward_op() {
-  static auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("bap_kernels::switched_conv2d", "").typed<ForwardSchema>();
-  return op;
-}
-
-auto& backward_op() {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("bap_kernels::switched_conv2d_backward", "")
-                       .typed<BackwardSchema>();
-  return op;
-}
-
+// Its arguments are the members of SwitchedConv2dArgs, one by one: autograd looks for tensors among them.
 class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
  public:
-  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
-                          const OptionalTensor& bias, const Variable& switches, SymIntArrayRef stride,
-                          SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups, bool off_gradient,
-                          const OptionalTensor& read, int64_t reader) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    Variable output =
-        forward_op().call(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient, read, reader);
-    variable_list saved{input, weight, switches};
-    if (has_value(read)) saved.push_back(*read);
+  template <class... Members>
+  static Variable forward(AutogradContext* ctx, const Members&... members) {
+    const SwitchedConv2dArgs<SymInt> a{members...};
+    const at::AutoDispatchBelowADInplaceOrView below;
+    Variable output = call<SwitchedConv2d>(a);
+    variable_list saved{a.input, a.weight, a.switches};
+    if (has_value(a.read)) saved.push_back(*a.read);
     ctx->save_for_backward(saved);
     // The backward may run in another block, or in a thread of the engine that does not know the caller's backend.
     ctx->saved_data["backend"] = get_backend();
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["groups"] = groups;
-    ctx->saved_data["off_gradient"] = off_gradient;
-    ctx->saved_data["bias"] = has_value(bias);
-    ctx->saved_data["reader"] = reader;
+    ctx->saved_data["stride"] = a.stride;
+    ctx->saved_data["padding"] = a.padding;
+    ctx->saved_data["dilation"] = a.dilation;
+    ctx->saved_data["groups"] = a.groups;
+    ctx->saved_data["off_gradient"] = a.off_gradient;
+    ctx->saved_data["bias"] = has_value(a.bias);
+    ctx->saved_data["reader"] = a.reader;
     return output;
   }
 
@@ -70,12 +43,14 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const bool bias = ctx->saved_data["bias"].toBool();
     const SwitchedMask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias && ctx->needs_input_grad(2),
                                ctx->needs_input_grad(bias ? 3 : 2)};
-    auto [grad_input, grad_weight, grad_bias, grad_switch] = backward_op().call(
-        grad_output[0], saved[0], saved[1], saved[2], ctx->saved_data["stride"].toSymIntVector(),
-        ctx->saved_data["padding"].toSymIntVector(), ctx->saved_data["dilation"].toSymIntVector(),
-        ctx->saved_data["groups"].toSymInt(), ctx->saved_data["off_gradient"].toBool(), mask,
-        saved.size() > 3 ? OptionalTensor(saved[3]) : OptionalTensor(), ctx->saved_data["reader"].toInt());
-    variable_list grads(11);
+    const auto stride = ctx->saved_data["stride"].toSymIntVector();
+    const auto padding = ctx->saved_data["padding"].toSymIntVector();
+    const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
+    const OptionalTensor read = saved.size() > 3 ? OptionalTensor(saved[3]) : std::nullopt;
+    const auto [grad_input, grad_weight, grad_bias, grad_switch] = call<SwitchedConv2dBackward>(
+        {grad_output[0], saved[0], saved[1], saved[2], stride, padding, dilation, ctx->saved_data["groups"].toSymInt(),
+         ctx->saved_data["off_gradient"].toBool(), mask, read, ctx->saved_data["reader"].toInt()});
+    variable_list grads(std::tuple_size_v<decltype(std::declval<SwitchedConv2dArgs<SymInt>>().tie())>);
     if (mask[kGradInput]) grads[0] = grad_input;
     if (mask[kGradWeight]) grads[1] = grad_weight;
     if (mask[kGradBias]) grads[2] = grad_bias;
@@ -84,46 +59,36 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
   }
 };
 
-at::Tensor switched_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                    const at::Tensor& switches, SymIntArrayRef stride, SymIntArrayRef padding,
-                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient,
-                                    const OptionalTensor& read, int64_t reader) {
-  if (C10_UNLIKELY(needs_decomposition({&input, &weight, bias.has_value() ? &*bias : nullptr, &switches}))) {
-    return decomposed_switched_conv2d(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient);
+at::Tensor forward(const SwitchedConv2dArgs<SymInt>& a) {
+  const at::Tensor* bias = a.bias.has_value() ? &*a.bias : nullptr;
+  if (C10_UNLIKELY(needs_decomposition({&a.input, &a.weight, bias, &a.switches}))) {
+    return decomposed_switched_conv2d(a);
   }
   const bool tracked =
-      c10::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() || switches.requires_grad() ||
-                                      (has_value(bias) && bias->requires_grad()));
+      c10::GradMode::is_enabled() && (a.input.requires_grad() || a.weight.requires_grad() ||
+                                      a.switches.requires_grad() || (has_value(a.bias) && a.bias->requires_grad()));
   if (!tracked) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return forward_op().call(input, weight, bias, switches, stride, padding, dilation, std::move(groups), off_gradient,
-                             read, reader);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call<SwitchedConv2d>(a);
   }
-  return ForwardFunction::apply(input, weight, bias, switches, stride, padding, dilation, groups, off_gradient, read,
-                                reader);
+  return std::apply([](const auto&... members) { return ForwardFunction::apply(members...); }, a.tie());
 }
 
-SwitchedGradients switched_conv2d_backward_autograd(const at::Tensor& grad_output, const at::Tensor& input,
-                                                    const at::Tensor& weight, const at::Tensor& switches,
-                                                    SymIntArrayRef stride, SymIntArrayRef padding,
-                                                    SymIntArrayRef dilation, SymInt groups, bool off_gradient,
-                                                    SwitchedMask mask, const OptionalTensor& read, int64_t reader) {
-  const bool tracked = c10::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad() ||
-                                                       weight.requires_grad() || switches.requires_grad());
-  if (C10_UNLIKELY(tracked || needs_decomposition({&grad_output, &input, &weight, &switches}))) {
-    return decomposed_switched_conv2d_backward(grad_output, input, weight, switches, stride, padding, dilation, groups,
-                                               off_gradient, mask);
+SwitchedGradients backward(const SwitchedConv2dBackwardArgs<SymInt>& a) {
+  const bool tracked = c10::GradMode::is_enabled() && (a.grad_output.requires_grad() || a.input.requires_grad() ||
+                                                       a.weight.requires_grad() || a.switches.requires_grad());
+  if (C10_UNLIKELY(tracked || needs_decomposition({&a.grad_output, &a.input, &a.weight, &a.switches}))) {
+    return decomposed_switched_conv2d_backward(a);
   }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return backward_op().call(grad_output, input, weight, switches, stride, padding, dilation, std::move(groups),
-                            off_gradient, mask, read, reader);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call<SwitchedConv2dBackward>(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bap_kernels, Autograd, m) {
-  m.impl("switched_conv2d", switched_conv2d_autograd);
-  m.impl("switched_conv2d_backward", switched_conv2d_backward_autograd);
+  implement<SwitchedConv2d, forward>(m);
+  implement<SwitchedConv2dBackward, backward>(m);
 }
 
 }  // namespace bap_kernels

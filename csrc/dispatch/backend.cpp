@@ -1,14 +1,45 @@
-// The user's choice of a backend.
+// The registered backends, their candidates, and the thread's setting.
+#include "dispatch/backend.h"
+
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+#include <functional>
 #include <utility>
-
-#include "backends/cpu/isa.h"
-#include "dispatch/choice.h"
-#include "dispatch/named_backend.h"
 
 namespace bap_kernels {
 namespace {
+
+std::array<const Backend*, kBackendCount>& backends() {
+  static std::array<const Backend*, kBackendCount> registered{};
+  return registered;
+}
+
+struct CandidateRow {
+  const char* name;
+  BackendId backend;
+};
+constexpr CandidateRow kCandidates[kCandidateCount] = {
+    {"native", BackendId::kNative},      {"gather", BackendId::kAten},   {"gather_flat", BackendId::kAten},
+    {"gather_packed", BackendId::kAten}, {"dense", BackendId::kAten},    {"masked", BackendId::kAten},
+    {"cuda", BackendId::kCuda},          {"triton", BackendId::kTriton},
+};
+
+// Null for `auto` and for unknown names.
+const Backend* find_backend(const std::string& name) {
+  for (const Backend* registered : backends()) {
+    if (name == registered->name) return registered;
+  }
+  return nullptr;
+}
+
+struct Setting {
+  std::string name;
+  const Backend* backend;
+
+  explicit Setting(const std::string& text) : name(text), backend(find_backend(text)) {}
+};
 
 std::string& default_backend() {
   static auto* name = new std::string("auto");
@@ -16,53 +47,91 @@ std::string& default_backend() {
 }
 
 // Each thread's own, as grad mode and autocast are: two threads that overlap cannot restore each other's setting.
-std::string& backend_name() {
-  thread_local std::string name = default_backend();
-  return name;
+Setting& setting() {
+  thread_local Setting own(default_backend());
+  return own;
 }
 
-using WhyNot = std::function<std::string(const std::string&)>;
+using Reason = std::function<std::string(const std::string&)>;
 
 // Never destroyed: it holds a Python function, and Python is gone before statics are.
-WhyNot*& why_not_function() {
-  static WhyNot* function = nullptr;
+Reason*& python_reason() {
+  static Reason* function = nullptr;
   return function;
 }
 
 }  // namespace
 
-void set_why_not(WhyNot reason) { why_not_function() = new WhyNot(std::move(reason)); }
+RegisterBackend::RegisterBackend(BackendId id, const Backend& backend) { backends()[static_cast<int>(id)] = &backend; }
 
-BackendScope::BackendScope(std::string name) : previous_(std::exchange(backend_name(), std::move(name))) {}
-BackendScope::~BackendScope() { backend_name() = previous_; }
+const Backend& backend(BackendId id) { return *backends()[static_cast<int>(id)]; }
 
-std::string backend_why_not(const std::string& name) {
-  if (name == "auto" || name == "aten") return "";
-  if (name == "native") {
-    if (isa() != "none") return "";
-    return "this CPU and this build share neither AVX2 nor AVX-512 (or BAP_KERNELS_ISA=none is set)";
+const char* candidate_name(Candidate candidate) { return kCandidates[static_cast<int>(candidate)].name; }
+
+std::string auto_excluded_reason(const Backend& backend, const std::vector<std::string>& verified) {
+  const std::string reason = backend.unavailable_reason();
+  const bool known = std::find(verified.begin(), verified.end(), backend.name) != verified.end();
+  if (!reason.empty() || known || !backend.opt_in) return reason;
+  return std::string(
+             "no committed result from a GPU verifies it yet; opt in "
+             "with use_backend(\"") +
+         backend.name + "\")";
+}
+
+std::vector<Candidate> candidates_of(const ConvCall& call, c10::DeviceType device,
+                                     const std::vector<std::string>& verified) {
+  std::vector<Candidate> candidates;
+  for (const Backend* backend : backends()) {
+    if (backend->opt_in && (device == c10::kCPU || !auto_excluded_reason(*backend, verified).empty())) continue;
+    backend->add_candidates(call, device, candidates);
   }
-  if (name == "triton" || name == "cuda") {
-    return why_not_function() ? (*why_not_function())(name) : "bap_kernels._dispatch is not loaded";
-  }
-  TORCH_CHECK_VALUE(false, "use_backend(): expected `name` to be auto, native, aten, triton or cuda, got ", name, ".");
+  return candidates;
+}
+
+at::Tensor run_candidate(const ConvCall& call, Candidate candidate, const char* op) {
+  return backend(kCandidates[static_cast<int>(candidate)].backend).run(call, candidate, op);
 }
 
 void set_backend(const std::string& name) {
-  const std::string reason = backend_why_not(name);
+  const std::string reason = backend_unavailable_reason(name);
   TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), "use_backend(): expected `name` to be a backend that can run here, got ",
                               name, " (", reason, "). Hint: bap_kernels.info() lists every backend with its reason.");
-  backend_name() = name;
+  setting() = Setting(name);
 }
 
-const std::string& get_backend() { return backend_name(); }
+const std::string& get_backend() { return setting().name; }
 
 // At import, before other threads call us.
 void set_default_backend(const std::string& name) { default_backend() = name; }
 
-const NamedBackend* named_backend() {
-  const std::string& name = backend_name();
-  return name == "cuda" ? &cuda_backend : name == "triton" ? &triton_backend : nullptr;
+const Backend* named_backend(const at::Tensor& input) {
+  const Backend* named = setting().backend;
+  if (named == &backend(BackendId::kNative) && !input.is_cpu()) return &backend(BackendId::kAten);
+  return named;
 }
+
+const Backend* named_opt_in_backend() {
+  const Backend* named = setting().backend;
+  return named != nullptr && named->opt_in ? named : nullptr;
+}
+
+std::string backend_unavailable_reason(const std::string& name) {
+  if (name == "auto") return "";
+  const Backend* backend = find_backend(name);
+  TORCH_CHECK_VALUE(backend != nullptr,
+                    "use_backend(): expected `name` to be auto, native, aten, "
+                    "triton or cuda, got ",
+                    name, ".");
+  return backend->unavailable_reason();
+}
+
+void set_unavailable_reason(Reason reason) { python_reason() = new Reason(std::move(reason)); }
+
+std::string python_unavailable_reason(const std::string& name) {
+  return python_reason() ? (*python_reason())(name) : "bap_kernels._dispatch is not loaded";
+}
+
+BackendScope::BackendScope(const std::string& name) : previous_(get_backend()) { setting() = Setting(name); }
+BackendScope::~BackendScope() { setting() = Setting(previous_); }
 
 }  // namespace bap_kernels

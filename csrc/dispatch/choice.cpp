@@ -2,10 +2,8 @@
 #include "dispatch/choice.h"
 
 #include <ATen/Parallel.h>
-#include <torch/version.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -16,8 +14,6 @@
 #include <unordered_set>
 #include <utility>
 
-#include "backends/aten/packed_convolution.h"
-#include "backends/cpu/isa.h"
 #include "dispatch/bounded_map.h"
 #include "dispatch/choice_file.h"
 #include "dispatch/measure.h"
@@ -27,8 +23,8 @@
 namespace bap_kernels {
 namespace {
 
-// A case at its first call. The more cases a process measures, the less time each gets: n of them take
-// kSecondsPerCase * kFullCases * (1 + ln(n / kFullCases)) in all, and a round of each that stays.
+// A case at its first call. The more cases a process measures, the less time each gets: n of them take kSecondsPerCase
+// * kFullCases * (1 + ln(n / kFullCases)) in all, and a round of each that stays.
 constexpr double kSecondsPerCase = 0.1;
 constexpr int64_t kFullCases = 128;
 constexpr int kMinRounds = 8, kMaxRounds = 32;
@@ -46,18 +42,6 @@ constexpr double kSecondsValid = 30 * 86400.;
 constexpr size_t kMostCases = 1 << 14;
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
-double wall_seconds(c10::function_ref<void()> run) {
-  const auto start = std::chrono::steady_clock::now();
-  run();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// Identifies the machine and the software that a measurement holds for.
-const std::string& fingerprint() {
-  static const std::string text = cpu_model() + "|" + isa() + "|torch " TORCH_VERSION;
-  return text;
-}
-
 // Whether memory order is the format's own, or strided in some other way.
 const char* layout_name(const ConvCall& c) {
   if (c.format() == at::MemoryFormat::ChannelsLast) return c.input.is_contiguous(c.format()) ? "nhwc" : "nhwc-strided";
@@ -66,20 +50,16 @@ const char* layout_name(const ConvCall& c) {
 
 }  // namespace
 
-double seconds_since_1970() {
-  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
-
 double Choice::confidence() const {
   return measurements == 0 ? 1 : static_cast<double>(wins + 1) / static_cast<double>(rounds + 2);
 }
 
 double Choice::margin() const {
   double rival = std::numeric_limits<double>::infinity();
-  for (int r = 0; r < kRouteCount; ++r) {
-    if (r != static_cast<int>(route) && seconds[r] > 0) rival = std::min(rival, seconds[r]);
+  for (int r = 0; r < kCandidateCount; ++r) {
+    if (r != static_cast<int>(candidate) && seconds[r] > 0) rival = std::min(rival, seconds[r]);
   }
-  return rival / seconds[static_cast<int>(route)];
+  return rival / seconds[static_cast<int>(candidate)];
 }
 
 bool Choice::settled(double now) const {
@@ -88,27 +68,7 @@ bool Choice::settled(double now) const {
   return (agreeing >= kAgreeing && confidence() > kSure) || agreeing >= kEnough || measurements >= kMost;
 }
 
-const Place& cpu_place() {
-  static const auto* place = new Place{"",
-                                       0,
-                                       [] { return true; },
-                                       [](Route, c10::function_ref<void()> run) { return wall_seconds(run); },
-                                       seconds_since_1970,
-                                       /*first_run_tells=*/true};
-  return *place;
-}
-
-int32_t place_id(const std::string& name) {
-  return name.empty() ? 0 : static_cast<int32_t>(std::hash<std::string>()(name) | 1);
-}
-
-const char* route_name(Route route) {
-  constexpr const char* kNames[kRouteCount] = {"native", "gather", "gather_flat", "gather_packed",
-                                               "dense",  "masked", "cuda",        "triton"};
-  return kNames[static_cast<int>(route)];
-}
-
-std::string case_key(const ConvCall& c, const Place& place) {
+std::string case_key(const ConvCall& c, const MeasuredDevice& device) {
   const auto& s = c.shape;
   std::ostringstream key;
   key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in
@@ -119,10 +79,10 @@ std::string case_key(const ConvCall& c, const Place& place) {
       << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
       << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
       << (onednn_enabled() ? "" : " no-onednn");
-  if (place.name.empty()) {
+  if (device.name.empty()) {
     key << " t" << at::get_num_threads();
   } else {
-    key << " on " << place.name;
+    key << " on " << device.name;
   }
   return key.str();
 }
@@ -143,7 +103,7 @@ struct FastHash {
   }
 };
 
-FastKey fast_key(const ConvCall& c, const Place& place) {
+FastKey fast_key(const ConvCall& c, const MeasuredDevice& device) {
   const auto& s = c.shape;
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
@@ -170,15 +130,15 @@ FastKey fast_key(const ConvCall& c, const Place& place) {
                             c.groups,
                             flags,
                             static_cast<int64_t>(c.input.scalar_type()),
-                            place.name.empty() ? at::get_num_threads() : 0,
-                            place.id};
+                            device.name.empty() ? at::get_num_threads() : 0,
+                            device.id};
   FastKey key;
   size_t i = 0;
   for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
   return key;
 }
 
-// What a call finds in the table. Routes that were not measured in this process are due at once where they are not
+// What a call finds in the table. Candidates that were not measured in this process are due at once where they are not
 // settled.
 struct Known {
   std::shared_ptr<const Choice> choice;  // its own: the table of all choices may have forgotten it
@@ -190,7 +150,7 @@ struct Known {
 // Seconds of a second measurement, as far as the first one tells: every candidate runs, those that are hopeless drop
 // out after two rounds, and the first run of each may find the cache of packed weights cleared.
 double cost_again(const Choice& choice) {
-  const double best = choice.seconds[static_cast<int>(choice.route)];
+  const double best = choice.seconds[static_cast<int>(choice.candidate)];
   double cost = 0;
   for (const double t : choice.seconds) cost += t * (t < 2 * best ? 1 + kRoundsAgain : 3);
   return cost;
@@ -199,7 +159,7 @@ double cost_again(const Choice& choice) {
 // The call at which measuring again is within its share of the time in the case.
 uint32_t due_call(const Choice& choice, const Known& known, double now) {
   if (choice.settled(now)) return kNever;
-  const double best = std::max(1e-9, choice.seconds[static_cast<int>(choice.route)]);
+  const double best = std::max(1e-9, choice.seconds[static_cast<int>(choice.candidate)]);
   const double calls = std::ceil((known.spent + cost_again(choice) - kAllowance) / (kShare * best));
   return static_cast<uint32_t>(std::clamp(calls, known.calls + 1., kNever - 1.));
 }
@@ -211,20 +171,22 @@ bool too_early(const Choice& choice, double now) {
 }
 
 // Two measurements of a case as one. A disturbance only ever adds time, so of each candidate the lesser one counts.
-Choice combined(const Choice& known, const Measurement& found, const std::vector<Route>& candidates, double now) {
+Choice combined(const Choice& known, const Measurement& measured, const std::vector<Candidate>& candidates,
+                double now) {
   Choice result = known;
-  for (const Route r : candidates) {
+  for (const Candidate r : candidates) {
     const int i = static_cast<int>(r);
-    if (found.seconds[i] <= 0) continue;
-    result.seconds[i] = known.seconds[i] > 0 ? std::min(known.seconds[i], found.seconds[i]) : found.seconds[i];
+    if (measured.seconds[i] <= 0) continue;
+    result.seconds[i] = known.seconds[i] > 0 ? std::min(known.seconds[i], measured.seconds[i]) : measured.seconds[i];
   }
-  result.route = fastest_route(candidates, result.seconds);
+  result.candidate = fastest(candidates, result.seconds);
   result.measurements = known.measurements + 1;
   result.measured_at = now;
   // Rounds that another one won were lost by this one.
-  result.rounds = known.rounds + found.rounds;
-  result.wins = (result.route == known.route ? known.wins : 0) + (result.route == found.winner ? found.wins : 0);
-  const bool agrees = result.route == known.route && result.route == found.winner;
+  result.rounds = known.rounds + measured.rounds;
+  result.wins = (result.candidate == known.candidate ? known.wins : 0) +
+                (result.candidate == measured.winner ? measured.wins : 0);
+  const bool agrees = result.candidate == known.candidate && result.candidate == measured.winner;
   result.agreeing = agrees ? known.agreeing + 1 : 1;
   return result;
 }
@@ -288,29 +250,30 @@ ChoiceTable& ChoiceTable::instance() {
   return *table;
 }
 
-Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::function_ref<std::vector<Route>()> list,
-                          c10::function_ref<void(const ConvCall&, Route)> run) {
-  const FastKey fast = fast_key(call, place);
+Candidate ChoiceTable::choose(const ConvCall& call, const MeasuredDevice& device,
+                              c10::function_ref<std::vector<Candidate>()> list,
+                              c10::function_ref<void(const ConvCall&, Candidate)> run) {
+  const FastKey fast = fast_key(call, device);
   std::shared_ptr<const Choice> choice;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     Known* known = state_->known.get(fast);
     if (known != nullptr) {
-      if (++known->calls != known->due) return known->choice->route;
+      if (++known->calls != known->due) return known->choice->candidate;
       known->due = kNever;  // one thread measures; the others go on with what is known
       choice = known->choice;
     }
   }
   const bool due = choice != nullptr;
   // Outside the lock: both may ask Python, whose lock another thread may hold while it waits for this one.
-  const std::vector<Route> candidates = list();
-  const double now = place.now();
+  const std::vector<Candidate> candidates = list();
+  const double now = device.now();
   const auto covers = [&](const Choice& c) {
     const bool weighed = c.measurements > 0 || candidates.size() == 1;
-    return weighed && std::find(candidates.begin(), candidates.end(), c.route) != candidates.end();
+    return weighed && std::find(candidates.begin(), candidates.end(), c.candidate) != candidates.end();
   };
   if (!due) {
-    const std::string key = case_key(call, place);
+    const std::string key = case_key(call, device);
     std::string warning;
     {
       std::lock_guard<std::mutex> lock(state_->mutex);
@@ -326,36 +289,37 @@ Route ChoiceTable::choose(const ConvCall& call, const Place& place, c10::functio
     }
     if (!warning.empty()) warn(warning);
   }
-  if (choice == nullptr || !covers(*choice)) return measure_first(call, place, candidates, run);
-  return due ? measure_again(call, place, *choice, candidates, run) : choice->route;
+  if (choice == nullptr || !covers(*choice)) return measure_first(call, device, candidates, run);
+  return due ? measure_again(call, device, *choice, candidates, run) : choice->candidate;
 }
 
-Route ChoiceTable::measure_first(const ConvCall& call, const Place& place, const std::vector<Route>& candidates,
-                                 c10::function_ref<void(const ConvCall&, Route)> run) {
-  const FastKey fast = fast_key(call, place);
-  Choice choice{case_key(call, place), candidates.front()};
+Candidate ChoiceTable::measure_first(const ConvCall& call, const MeasuredDevice& device,
+                                     const std::vector<Candidate>& candidates,
+                                     c10::function_ref<void(const ConvCall&, Candidate)> run) {
+  const FastKey fast = fast_key(call, device);
+  Choice choice{case_key(call, device), candidates.front()};
   if (candidates.size() == 1) {
     std::lock_guard<std::mutex> lock(state_->mutex);
     state_->keep(fast, choice, {});
-    return choice.route;
+    return choice.candidate;
   }
-  if (!place.may_measure()) return choice.route;
+  if (!device.may_measure()) return choice.candidate;
   const Measuring measuring(state_->mutex, state_->measuring, choice.key);
   // Two threads that measure at once would disturb each other.
-  if (!measuring.mine) return choice.route;
+  if (!measuring.mine) return choice.candidate;
   double effort = kSecondsPerCase;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     effort *= static_cast<double>(kFullCases) / static_cast<double>(std::max(kFullCases, ++state_->measured));
   }
   const PackedCache::Trial trial;  // those that lose need no packed weights
-  const Measurement found = measure(call, place, candidates, {effort, kMinRounds, kMaxRounds}, run);
-  choice.route = found.winner;
-  choice.seconds = found.seconds;
+  const Measurement measured = measure(call, device, candidates, {effort, kMinRounds, kMaxRounds}, run);
+  choice.candidate = measured.winner;
+  choice.seconds = measured.seconds;
   choice.measurements = choice.agreeing = 1;
-  choice.rounds = found.rounds;
-  choice.wins = found.wins;
-  choice.measured_at = place.now();
+  choice.rounds = measured.rounds;
+  choice.wins = measured.wins;
+  choice.measured_at = device.now();
   Known known{nullptr, 1};
   known.due = due_call(choice, known, choice.measured_at);
   std::string warning;
@@ -365,14 +329,14 @@ Route ChoiceTable::measure_first(const ConvCall& call, const Place& place, const
     warning = state_->file.take_warning();
   }
   if (!warning.empty()) warn(warning);
-  return choice.route;
+  return choice.candidate;
 }
 
-Route ChoiceTable::measure_again(const ConvCall& call, const Place& place, Choice choice,
-                                 const std::vector<Route>& candidates,
-                                 c10::function_ref<void(const ConvCall&, Route)> run) {
-  const FastKey fast = fast_key(call, place);
-  const double start = place.now();
+Candidate ChoiceTable::measure_again(const ConvCall& call, const MeasuredDevice& device, Choice choice,
+                                     const std::vector<Candidate>& candidates,
+                                     c10::function_ref<void(const ConvCall&, Candidate)> run) {
+  const FastKey fast = fast_key(call, device);
+  const double start = device.now();
   const auto postpone = [&](double spent) {
     std::lock_guard<std::mutex> lock(state_->mutex);
     if (Known* known = state_->known.get(fast)) {
@@ -380,21 +344,21 @@ Route ChoiceTable::measure_again(const ConvCall& call, const Place& place, Choic
       const uint32_t later = known->calls < kNever / 2 ? std::max<uint32_t>(2 * known->calls, 16) : kNever;
       known->due = choice.settled(start) ? kNever : later;
     }
-    return choice.route;
+    return choice.candidate;
   };
-  if (choice.settled(start) || too_early(choice, start) || !place.may_measure()) return postpone(0);
+  if (choice.settled(start) || too_early(choice, start) || !device.may_measure()) return postpone(0);
   const Measuring measuring(state_->mutex, state_->measuring, choice.key);
   if (!measuring.mine) return postpone(0);
   const PackedCache::Trial trial;
-  Measurement found{};
+  Measurement measured{};
   try {
-    found = measure(call, place, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain}, run);
+    measured = measure(call, device, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain}, run);
   } catch (...) {
-    postpone(place.now() - start);  // Ctrl-C, or nothing can run: the call itself says so
+    postpone(device.now() - start);  // Ctrl-C, or nothing can run: the call itself says so
     throw;
   }
-  const double end = place.now();
-  choice = combined(choice, found, candidates, end);
+  const double end = device.now();
+  choice = combined(choice, measured, candidates, end);
   std::string warning;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
@@ -406,7 +370,7 @@ Route ChoiceTable::measure_again(const ConvCall& call, const Place& place, Choic
     warning = state_->file.take_warning();
   }
   if (!warning.empty()) warn(warning);
-  return choice.route;
+  return choice.candidate;
 }
 
 bool ChoiceTable::find(const std::string& key, Choice& choice) {
@@ -440,9 +404,9 @@ void ChoiceTable::clear() {
   state_->loaded = true;
 }
 
-void ChoiceTable::set_file(const std::string& path, const std::string& problem) {
+void ChoiceTable::set_file(const std::string& path, const std::string& machine, const std::string& problem) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->file = ChoiceFile(path, fingerprint());
+  state_->file = ChoiceFile(path, machine);
   if (!problem.empty()) state_->file.give_up(problem);
   state_->loaded = false;
 }

@@ -22,7 +22,7 @@ namespace {
 
 // A first line that any other content of the file would not have; the version changes with the meaning of a line.
 constexpr const char* kHead = "bap_kernels choices v5";
-// Measured with fewer routes, or without a count of measurements: begun anew.
+// Measured with fewer candidates, or without a count of measurements: begun anew.
 constexpr const char* kOldHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2", "bap_kernels choices v3",
                                      "bap_kernels choices v4"};
 // A file is compacted when it is longer than the first, and what does not fit into the second is dropped then, the
@@ -137,9 +137,9 @@ bool read_number(const std::string& text, double& number) {
   return !text.empty() && *end == '\0' && std::isfinite(number) && number >= 0;
 }
 
-int route_of(const std::string& name) {
-  for (const auto r : c10::irange(kRouteCount)) {
-    if (name == route_name(static_cast<Route>(r))) return r;
+int candidate_of(const std::string& name) {
+  for (const auto r : c10::irange(kCandidateCount)) {
+    if (name == candidate_name(static_cast<Candidate>(r))) return r;
   }
   return -1;
 }
@@ -157,12 +157,13 @@ void ChoiceFile::give_up(const std::string& problem) {
 
 std::string ChoiceFile::take_warning() { return std::exchange(warning_, ""); }
 
-// machine, case, route, microseconds of the candidates, counts, time: separated by tabs. More fields are ignored.
+// machine, case, chosen one, microseconds of the candidates, counts, time: separated by tabs. More fields are ignored.
 std::string ChoiceFile::line_of(const Choice& choice) const {
   std::ostringstream line;
-  line << machine_ << '\t' << choice.key << '\t' << route_name(choice.route) << '\t';
-  for (const auto r : c10::irange(kRouteCount)) {
-    if (choice.seconds[r] > 0) line << route_name(static_cast<Route>(r)) << '=' << choice.seconds[r] * 1e6 << ' ';
+  line << machine_ << '\t' << choice.key << '\t' << candidate_name(choice.candidate) << '\t';
+  for (const auto r : c10::irange(kCandidateCount)) {
+    if (choice.seconds[r] > 0)
+      line << candidate_name(static_cast<Candidate>(r)) << '=' << choice.seconds[r] * 1e6 << ' ';
   }
   line << '\t' << choice.measurements << ' ' << choice.agreeing << ' ' << choice.wins << ' ' << choice.rounds << '\t'
        << static_cast<int64_t>(choice.measured_at) << '\n';
@@ -171,20 +172,20 @@ std::string ChoiceFile::line_of(const Choice& choice) const {
 
 bool ChoiceFile::parse(const std::string& line, std::string& machine, Choice& choice) const {
   std::istringstream fields(line);
-  std::string route, times, counts, when;
-  for (std::string* field : {&machine, &choice.key, &route, &times, &counts, &when}) {
+  std::string chosen, times, counts, when;
+  for (std::string* field : {&machine, &choice.key, &chosen, &times, &counts, &when}) {
     if (!std::getline(fields, *field, '\t')) return false;
   }
-  const int number = route_of(route);
+  const int number = candidate_of(chosen);
   if (number < 0 || choice.key.empty()) return false;
-  choice.route = static_cast<Route>(number);
+  choice.candidate = static_cast<Candidate>(number);
   std::istringstream pairs(times);
   for (std::string pair; pairs >> pair;) {
     const size_t sign = pair.find('=');
     double microseconds = 0;
     if (sign == std::string::npos || !read_number(pair.substr(sign + 1), microseconds)) return false;
-    // Routes of a later version are left out.
-    const int candidate = route_of(pair.substr(0, sign));
+    // Candidates of a later version are left out.
+    const int candidate = candidate_of(pair.substr(0, sign));
     if (candidate >= 0) choice.seconds[candidate] = microseconds * 1e-6;
   }
   std::istringstream numbers(counts);

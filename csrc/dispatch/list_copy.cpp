@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "dispatch/named_backend.h"
+#include "dispatch/backend.h"
 
 namespace bap_kernels {
 namespace {
@@ -41,7 +41,7 @@ at::Tensor take(int64_t length) {
 
 ListCopy::ListCopy(const OptionalTensor& list) {
   if (!has_value(list)) return;
-  if (!list->is_cpu() || list->scalar_type() != at::kInt || list->dim() != 1 || named_backend() != nullptr) {
+  if (!list->is_cpu() || list->scalar_type() != at::kInt || list->dim() != 1 || named_opt_in_backend() != nullptr) {
     list_ = list;
     return;
   }

@@ -2,12 +2,12 @@
 // list meanwhile.
 #pragma once
 
-#include "ops/gathered_conv2d.h"
+#include "ops/op.h"
 
 namespace bap_kernels {
 
 // Copies an int32 list on the CPU, contiguous, into memory that the thread keeps for such copies. Every other tensor is
-// passed on: those that the checks refuse, lists on GPUs, which are not read on the host, and the lists of a named
+// passed on: those that the checks refuse, lists on GPUs, which are not read on the host, and the lists of an opt-in
 // backend, which keeps what it derives from them by their identity. The copy must outlive all who refer to it.
 class ListCopy {
  public:

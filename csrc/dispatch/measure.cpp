@@ -41,9 +41,9 @@ std::vector<at::Tensor> input_pool(const at::Tensor& input, int64_t runs) {
 
 // Less than half of the time may be undisturbed, and a single run may be quicker than any other ever was.
 double lower_quartile(std::vector<double> values) {
-  const auto place = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
-  std::nth_element(values.begin(), place, values.end());
-  return *place;
+  const auto quartile = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
+  std::nth_element(values.begin(), quartile, values.end());
+  return *quartile;
 }
 
 class Interrupts {
@@ -59,36 +59,36 @@ class Interrupts {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-void drop_slower(std::vector<Route>& running, const RouteSeconds& seconds, double factor) {
+void drop_slower(std::vector<Candidate>& running, const CandidateSeconds& seconds, double factor) {
   double least = std::numeric_limits<double>::max();
-  for (const Route r : running) least = std::min(least, seconds[static_cast<int>(r)]);
-  const auto slow = [&](Route r) { return seconds[static_cast<int>(r)] > factor * least; };
+  for (const Candidate r : running) least = std::min(least, seconds[static_cast<int>(r)]);
+  const auto slow = [&](Candidate r) { return seconds[static_cast<int>(r)] > factor * least; };
   running.erase(std::remove_if(running.begin(), running.end(), slow), running.end());
 }
 
 }  // namespace
 
-Route fastest_route(const std::vector<Route>& candidates, const RouteSeconds& seconds) {
-  Route taken = candidates.front();
-  for (const Route r : candidates) {
-    const double best = seconds[static_cast<int>(taken)], own = seconds[static_cast<int>(r)];
-    if (own > 0 && (best <= 0 || own < best * kMargin)) taken = r;
+Candidate fastest(const std::vector<Candidate>& candidates, const CandidateSeconds& seconds) {
+  Candidate best = candidates.front();
+  for (const Candidate r : candidates) {
+    const double least = seconds[static_cast<int>(best)], own = seconds[static_cast<int>(r)];
+    if (own > 0 && (least <= 0 || own < least * kMargin)) best = r;
   }
-  return taken;
+  return best;
 }
 
-Measurement measure(const ConvCall& c, const Place& place, const std::vector<Route>& candidates, const Effort& effort,
-                    c10::function_ref<void(const ConvCall&, Route)> run) {
-  std::array<std::vector<double>, kRouteCount> samples;  // of round 0, 1, ...: who is dropped stays out
-  Measurement found{candidates.front()};
+Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
+                    const Effort& effort, c10::function_ref<void(const ConvCall&, Candidate)> run) {
+  std::array<std::vector<double>, kCandidateCount> samples;  // of round 0, 1, ...: who is dropped stays out
+  Measurement measured{candidates.front()};
   Interrupts interrupts;
-  std::vector<Route> running = candidates;
+  std::vector<Candidate> running = candidates;
   std::exception_ptr first_error;
   double spent = 0;
-  const auto fails = [&](const ConvCall& call, Route r, double& seconds) {
+  const auto fails = [&](const ConvCall& call, Candidate r, double& seconds) {
     interrupts.check();
     try {
-      seconds = place.seconds(r, [&] { run(call, r); });
+      seconds = device.seconds(r, [&] { run(call, r); });
       spent += seconds;
       return false;
     } catch (...) {
@@ -99,23 +99,22 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
     }
   };
 
-  // A first run packs weights and warms caches and thread pools. A copy that a candidate leaves is not that of the one
-  // which is taken.
+  // A first run packs weights and warms caches and thread pools. A second store that a candidate leaves is not that of
+  // the chosen one.
   ConvCall plain = c;
-  plain.copy = nullptr;
-  RouteSeconds cold{};
-  const auto declines = [&](Route r) { return fails(plain, r, cold[static_cast<int>(r)]); };
+  plain.dual_store = nullptr;
+  CandidateSeconds cold{};
+  const auto declines = [&](Candidate r) { return fails(plain, r, cold[static_cast<int>(r)]); };
   running.erase(std::remove_if(running.begin(), running.end(), declines), running.end());
   if (running.empty()) std::rethrow_exception(first_error);
-  if (place.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessCold);
+  if (device.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessCold);
 
   const std::vector<at::Tensor> inputs =
       running.size() == 1 ? std::vector<at::Tensor>{} : input_pool(c.input, effort.max_rounds * running.size());
   size_t turn = 0;
-  const auto timed = [&](Route r) {
+  const auto timed = [&](Candidate r) {
     const at::Tensor& input = inputs[turn++ % inputs.size()];
-    const ConvCall call{input,      c.weight, c.bias,         c.in_index, c.out_index, c.stride,      c.padding,
-                        c.dilation, c.groups, c.cache_packed, c.shape,    c.fusion,    c.weight_index};
+    const ConvCall call = c.with_input(input);
     double seconds = 0;
     if (fails(call, r, seconds)) return false;
     samples[static_cast<int>(r)].push_back(seconds);
@@ -130,8 +129,8 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
   };
   for (int round = 0; may_go_on(round); ++round) {
     std::shuffle(running.begin(), running.end(), random);
-    std::vector<Route> alive;
-    for (const Route r : running) {
+    std::vector<Candidate> alive;
+    for (const Candidate r : running) {
       if (timed(r)) {
         alive.push_back(r);
       } else {
@@ -141,28 +140,28 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
     }
     running = std::move(alive);
     if (running.empty()) std::rethrow_exception(first_error);
-    for (const Route r : running) {
-      found.seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
+    for (const Candidate r : running) {
+      measured.seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
     }
     const int done = round + 1;
-    drop_slower(running, found.seconds,
+    drop_slower(running, measured.seconds,
                 done >= effort.min_rounds ? kHopeless
                 : done >= 2               ? kHopelessAfterTwo
                                           : kHopelessAfterOne);
   }
 
   // What fails has no time. What was dropped after its warm-up keeps that, and one that was never compared wins.
-  for (const Route r : candidates) {
+  for (const Candidate r : candidates) {
     const int i = static_cast<int>(r);
-    found.seconds[i] = samples[i].empty() ? cold[i] : lower_quartile(samples[i]);
+    measured.seconds[i] = samples[i].empty() ? cold[i] : lower_quartile(samples[i]);
   }
-  found.winner = running.size() == 1 ? running.front() : fastest_route(candidates, found.seconds);
-  const std::vector<double>& own = samples[static_cast<int>(found.winner)];
+  measured.winner = running.size() == 1 ? running.front() : fastest(candidates, measured.seconds);
+  const std::vector<double>& own = samples[static_cast<int>(measured.winner)];
   const std::vector<double>* rival = nullptr;
   bool hopeless = false;
-  for (const Route r : candidates) {
+  for (const Candidate r : candidates) {
     const std::vector<double>& others = samples[static_cast<int>(r)];
-    if (r == found.winner || others.empty()) continue;
+    if (r == measured.winner || others.empty()) continue;
     if (rival == nullptr || lower_quartile(others) < lower_quartile(*rival)) {
       rival = &others;
       hopeless = std::find(running.begin(), running.end(), r) == running.end();
@@ -170,17 +169,17 @@ Measurement measure(const ConvCall& c, const Place& place, const std::vector<Rou
   }
   if (rival == nullptr) {
     // Alone from the start, or ahead after the warm-ups already: that is a round, too.
-    const auto timed_once = [&](Route r) { return cold[static_cast<int>(r)] > 0; };
-    found.rounds = found.wins = std::count_if(candidates.begin(), candidates.end(), timed_once) > 1 ? 1 : 0;
-    return found;
+    const auto timed_once = [&](Candidate r) { return cold[static_cast<int>(r)] > 0; };
+    measured.rounds = measured.wins = std::count_if(candidates.begin(), candidates.end(), timed_once) > 1 ? 1 : 0;
+    return measured;
   }
-  found.rounds = static_cast<int>(std::min(own.size(), rival->size()));
-  for (int i = 0; i < found.rounds; ++i) found.wins += own[i] <= (*rival)[i];
+  measured.rounds = static_cast<int>(std::min(own.size(), rival->size()));
+  for (int i = 0; i < measured.rounds; ++i) measured.wins += own[i] <= (*rival)[i];
   // What was left out as hopeless would have lost those rounds, too.
-  const int missed = hopeless ? std::max(0, effort.min_rounds - found.rounds) : 0;
-  found.rounds += missed;
-  found.wins += missed;
-  return found;
+  const int missed = hopeless ? std::max(0, effort.min_rounds - measured.rounds) : 0;
+  measured.rounds += missed;
+  measured.wins += missed;
+  return measured;
 }
 
 }  // namespace bap_kernels

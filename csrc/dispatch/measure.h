@@ -16,18 +16,18 @@ struct Effort {
 };
 
 struct Measurement {
-  Route winner;
-  RouteSeconds seconds{};  // lower quartile of each candidate's runs; 0 for the other routes and those that failed
-  int rounds = 0;          // in which the winner and its closest rival both ran
-  int wins = 0;            // those in which the winner was no slower
+  Candidate winner;
+  CandidateSeconds seconds{};  // lower quartile of each candidate's runs; 0 for all others and those that failed
+  int rounds = 0;              // in which the winner and its closest rival both ran
+  int wins = 0;                // those in which the winner was no slower
 };
 
 // The candidate to take by their times: the first unless a later one is faster by more than the noise.
-Route fastest_route(const std::vector<Route>& candidates, const RouteSeconds& seconds);
+Candidate fastest(const std::vector<Candidate>& candidates, const CandidateSeconds& seconds);
 
 // Runs the candidates, the first of which is preferred. Any error of a candidate leaves it out; the first one's is
 // raised where all fail. Ctrl-C is heard between runs and raises.
-Measurement measure(const ConvCall& call, const Place& place, const std::vector<Route>& candidates,
-                    const Effort& effort, c10::function_ref<void(const ConvCall&, Route)> run);
+Measurement measure(const ConvCall& call, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
+                    const Effort& effort, c10::function_ref<void(const ConvCall&, Candidate)> run);
 
 }  // namespace bap_kernels

@@ -27,7 +27,7 @@
 
 namespace bap_kernels {
 
-enum class PackedKind : int { kSliced, kZeroed, kReordered, kPixelRows, kChannelRows, kByFilter, kMask };
+enum class PackedKind : int { kSliced, kZeroed, kReordered, kConvNhwc, kConvNchw, kByFilter, kMask };
 
 // How packed weights of a call are kept.
 enum class PackedTrust : int { kNone, kWhole, kSample };

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "backends/aten/packed_convolution.h"
-
 namespace bap_kernels {
 namespace {
 
@@ -16,6 +14,16 @@ constexpr int64_t kFewestSamples = 16, kMostSamples = 256, kValuesPerSample = 10
 constexpr int64_t kBookkeeping = 1280;
 // What a reordered weight takes beside its numbers: it begins on a page of its own, and has a description.
 constexpr int64_t kOfReordered = 5 * 1024;
+
+// Bytes of a weight that oneDNN reordered; it has no storage to ask.
+int64_t reordered_bytes(const at::Tensor& packed) {
+  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_nbytes", ""});
+  if (op.has_value()) return op->typed<int64_t(const at::Tensor&)>().call(packed);
+  // Blocks are of 16 channels at most.
+  const auto up = [](int64_t n) { return (n + 15) / 16 * 16; };
+  return up(packed.size(0)) * up(packed.size(1)) * packed.size(2) * packed.size(3) *
+         static_cast<int64_t>(packed.element_size());
+}
 
 uint32_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<uint32_t>(t._version()); }
 

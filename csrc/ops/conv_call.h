@@ -1,27 +1,17 @@
-// One checked call of the gathered convolution, as it travels from the op to a backend.
+// One checked call of the gathered convolution, as it travels from dispatch to a backend.
 #pragma once
+
+#include <ATen/ops/empty.h>
 
 #include "ops/gathered_conv2d.h"
 
 namespace bap_kernels {
 
-struct ConvCall {
-  const at::Tensor& input;
-  const at::Tensor& weight;
-  const OptionalTensor& bias;
-  const OptionalTensor& in_index;
-  const OptionalTensor& out_index;
-  c10::IntArrayRef stride, padding, dilation;
-  int64_t groups;
-  bool cache_packed;
+struct ConvCall : GatheredConv2dFusedArgs<int64_t> {
   ConvShape<int64_t> shape;
-  Fusion fusion = {};
-  // Where the input holds only some of the weight's channels: the weight's channel for each one that is read.
-  OptionalTensor weight_index = {};
-  // A second, compact store: the result's channels at these positions. A backend may fill `*copy` in the launch that
-  // writes the result, in the same memory format; where it leaves it undefined, the op selects them afterwards.
-  OptionalTensor copy_index = {};
-  at::Tensor* copy = nullptr;
+  // Where a backend may leave the second, compact store that `dual_store_index` asks for, if the launch that writes the
+  // result fills it too, in the same memory format. Where it stays undefined, dispatch selects it from the result.
+  at::Tensor* dual_store = nullptr;
 
   // The weight's channels that are read, in order; absent: all.
   const OptionalTensor& weight_list() const { return has_value(weight_index) ? weight_index : in_index; }
@@ -29,10 +19,21 @@ struct ConvCall {
   bool symmetric_padding() const { return padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight]; }
   int64_t taps() const { return shape.kernel_h * shape.kernel_w; }
   at::MemoryFormat format() const { return input.suggest_memory_format(); }
-  // No arithmetic is left: the result is empty, or only the bias and what is fused.
-  bool trivial() const {
-    return shape.batch == 0 || shape.kept_out == 0 || shape.kept_in == 0 || shape.out_h == 0 || shape.out_w == 0;
+  bool trivial() const { return shape.trivial(); }
+  at::Tensor empty_result(int64_t channels) const {
+    return at::empty({shape.batch, channels, shape.out_h, shape.out_w}, input.options().memory_format(format()));
   }
+  at::Tensor empty_result() const { return empty_result(shape.kept_out); }
+
+  // The same call for another input of its shape, without the second store.
+  ConvCall with_input(const at::Tensor& x) const {
+    return {{ConvArgs<int64_t>::with_tensors(x, weight, bias), fusion, cache_packed, weight_index}, shape};
+  }
+};
+
+// One checked call of its backward.
+struct ConvBackwardCall : GatheredConv2dBackwardArgs<int64_t> {
+  ConvShape<int64_t> shape;
 };
 
 }  // namespace bap_kernels

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/gathered_conv2d_copied.h"
+#include "ops/gathered_conv2d.h"
 
 namespace bap_kernels {
 namespace {
@@ -73,11 +73,8 @@ void check_range_and_repeats(const char* op, const char* name, const at::Tensor&
 }  // namespace
 
 template <class Int>
-ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& in_index,
-                                     const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
-                                     c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
-                                     const OptionalTensor& weight_index) {
+ConvShape<Int> check_conv(const char* op, const ConvArgs<Int>& args, const OptionalTensor& weight_index) {
+  const auto& [input, weight, bias, in_index, out_index, stride, padding, dilation, groups] = args;
   TORCH_CHECK_VALUE(input.dim() == 4, op, "(): expected `input` to have the shape (N, C_in, H, W), got ", input.dim(),
                     " dimensions. Hint: ",
                     input.dim() == 3 ? "add a batch axis with input.unsqueeze(0)."
@@ -152,30 +149,21 @@ ConvShape<Int> check_gathered_conv2d(const char* op, const at::Tensor& input, co
   return s;
 }
 
-template ConvShape<int64_t> check_gathered_conv2d(const char*, const at::Tensor&, const at::Tensor&,
-                                                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                                  c10::ArrayRef<int64_t>, c10::ArrayRef<int64_t>,
-                                                  c10::ArrayRef<int64_t>, const int64_t&, const OptionalTensor&);
-template ConvShape<c10::SymInt> check_gathered_conv2d(const char*, const at::Tensor&, const at::Tensor&,
-                                                      const OptionalTensor&, const OptionalTensor&,
-                                                      const OptionalTensor&, c10::ArrayRef<c10::SymInt>,
-                                                      c10::ArrayRef<c10::SymInt>, c10::ArrayRef<c10::SymInt>,
-                                                      const c10::SymInt&, const OptionalTensor&);
+template ConvShape<int64_t> check_conv(const char*, const ConvArgs<int64_t>&, const OptionalTensor&);
+template ConvShape<c10::SymInt> check_conv(const char*, const ConvArgs<c10::SymInt>&, const OptionalTensor&);
 
 void check_list_values(const char* op, const OptionalTensor& in_index, const OptionalTensor& out_index,
                        int64_t channels_in, int64_t channels_out, bool depthwise) {
-  if (has_value(in_index) && in_index->is_cpu()) check_range_and_repeats(op, "in_index", *in_index, channels_in);
-  if (has_value(out_index) && out_index->is_cpu()) check_range_and_repeats(op, "out_index", *out_index, channels_out);
+  check_list_values(op, "in_index", in_index, channels_in);
+  check_list_values(op, "out_index", out_index, channels_out);
   if (depthwise && has_value(in_index) && in_index->is_cpu()) {
     TORCH_CHECK_VALUE(in_index->equal(*out_index), op,
                       "(): expected `in_index` to equal `out_index` for a depthwise convolution, got different lists.");
   }
 }
 
-void check_weight_index_values(const char* op, const OptionalTensor& weight_index, int64_t weight_channels) {
-  if (has_value(weight_index) && weight_index->is_cpu()) {
-    check_range_and_repeats(op, "weight_index", *weight_index, weight_channels);
-  }
+void check_list_values(const char* op, const char* name, const OptionalTensor& list, int64_t channels) {
+  if (has_value(list) && list->is_cpu()) check_range_and_repeats(op, name, *list, channels);
 }
 
 namespace {
@@ -207,39 +195,20 @@ void check_like_result(const char* op, const char* name, const at::Tensor& t, co
 }  // namespace
 
 template <class Int>
-ConvShape<Int> check_gathered_conv2d_fused(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                                           const OptionalTensor& bias, const OptionalTensor& in_index,
-                                           const OptionalTensor& out_index, c10::ArrayRef<Int> stride,
-                                           c10::ArrayRef<Int> padding, c10::ArrayRef<Int> dilation, const Int& groups,
-                                           const Fusion& fusion, const OptionalTensor& weight_index) {
-  const auto s = check_gathered_conv2d<Int>(op, input, weight, bias, in_index, out_index, stride, padding, dilation,
-                                            groups, weight_index);
-  check_channel_vector(op, "in_scale", fusion.in_scale, s.kept_in, input);
-  check_channel_vector(op, "in_shift", fusion.in_shift, s.kept_in, input);
-  check_channel_vector(op, "out_scale", fusion.out_scale, s.kept_out, input);
-  check_channel_vector(op, "out_shift", fusion.out_shift, s.kept_out, input);
-  if (has_value(fusion.residual)) check_like_result(op, "residual", *fusion.residual, s, input);
+ConvShape<Int> check_gathered_conv2d_fused(const char* op, const GatheredConv2dFusedArgs<Int>& args) {
+  const auto s = check_conv<Int>(op, args, args.weight_index);
+  const Fusion& fusion = args.fusion;
+  check_channel_vector(op, "in_scale", fusion.in_scale, s.kept_in, args.input);
+  check_channel_vector(op, "in_shift", fusion.in_shift, s.kept_in, args.input);
+  check_channel_vector(op, "out_scale", fusion.out_scale, s.kept_out, args.input);
+  check_channel_vector(op, "out_shift", fusion.out_shift, s.kept_out, args.input);
+  if (has_value(fusion.residual)) check_like_result(op, "residual", *fusion.residual, s, args.input);
+  check_list(op, "dual_store_index", args.dual_store_index, args.input);
   return s;
 }
 
-template ConvShape<int64_t> check_gathered_conv2d_fused(const char*, const at::Tensor&, const at::Tensor&,
-                                                        const OptionalTensor&, const OptionalTensor&,
-                                                        const OptionalTensor&, c10::ArrayRef<int64_t>,
-                                                        c10::ArrayRef<int64_t>, c10::ArrayRef<int64_t>, const int64_t&,
-                                                        const Fusion&, const OptionalTensor&);
-template ConvShape<c10::SymInt> check_gathered_conv2d_fused(const char*, const at::Tensor&, const at::Tensor&,
-                                                            const OptionalTensor&, const OptionalTensor&,
-                                                            const OptionalTensor&, c10::ArrayRef<c10::SymInt>,
-                                                            c10::ArrayRef<c10::SymInt>, c10::ArrayRef<c10::SymInt>,
-                                                            const c10::SymInt&, const Fusion&, const OptionalTensor&);
-
-void check_copy_index(const char* op, const at::Tensor& copy_index, const at::Tensor& input) {
-  check_list(op, "copy_index", copy_index, input);
-}
-
-void check_copy_index_values(const char* op, const at::Tensor& copy_index, int64_t kept_out) {
-  if (copy_index.is_cpu()) check_range_and_repeats(op, "copy_index", copy_index, kept_out);
-}
+template ConvShape<int64_t> check_gathered_conv2d_fused(const char*, const GatheredConv2dFusedArgs<int64_t>&);
+template ConvShape<c10::SymInt> check_gathered_conv2d_fused(const char*, const GatheredConv2dFusedArgs<c10::SymInt>&);
 
 template <class Int>
 void check_grad_output(const char* op, const at::Tensor& grad_output, const ConvShape<Int>& s,

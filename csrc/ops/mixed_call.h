@@ -1,23 +1,31 @@
-// One domain's run of a mixed batch, as a call of its own.
+// One checked call of the gathered convolution of a mixed batch.
 #pragma once
+
+#include <vector>
 
 #include "ops/conv_call.h"
 #include "ops/gathered_conv2d_mixed.h"
 
 namespace bap_kernels {
 
+// The samples of one domain, neighbours in the batch.
 struct MixedRun {
-  at::Tensor input, output;  // parts of the batch; the call refers to the input
+  at::Tensor input, output;  // parts of the batch
   OptionalTensor in_index;
 };
 
-inline ConvCall mixed_run_call(const MixedRun& run, const at::Tensor& weight, const OptionalTensor& bias,
-                               c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation,
-                               bool cache_packed, ConvShape<int64_t> shape) {
-  static const OptionalTensor all;
-  shape.batch = run.input.size(0);
-  if (has_value(run.in_index)) shape.kept_in = run.in_index->size(0);
-  return {run.input, weight, bias, run.in_index, all, stride, padding, dilation, 1, cache_packed, shape};
-}
+struct MixedCall : GatheredConv2dMixedArgs<int64_t> {
+  ConvShape<int64_t> shape;  // of the batch
+  at::Tensor output;
+  std::vector<MixedRun> runs;  // in the order of the batch; none is empty
+
+  // One run as a call of its own.
+  ConvCall call(const MixedRun& run) const {
+    ConvCall part{{with_list(run.in_index).with_tensors(run.input, weight, bias), {}, cache_packed}, shape};
+    part.shape.batch = run.input.size(0);
+    if (has_value(run.in_index)) part.shape.kept_in = run.in_index->size(0);
+    return part;
+  }
+};
 
 }  // namespace bap_kernels

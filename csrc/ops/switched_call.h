@@ -1,4 +1,4 @@
-// One checked call of the switched convolution, as it travels from the op to a backend.
+// One checked call of the switched convolution, as it travels from dispatch to a backend.
 #pragma once
 
 #include "ops/conv_call.h"
@@ -6,42 +6,30 @@
 
 namespace bap_kernels {
 
-struct SwitchedCall {
-  const at::Tensor& input;
-  const at::Tensor& weight;
-  const OptionalTensor& bias;  // null in the backward, which needs no bias
-  const at::Tensor& switches;
-  c10::IntArrayRef stride, padding, dilation;
-  int64_t groups;
-  bool off_gradient;
-  ConvShape<int64_t> shape;  // kept_in is C_in, kept_out is C_out
-  // Only of the backward: which channels of the result anything reads (null: unknown), and who says so; see ops.
-  const OptionalTensor* read = nullptr;
-  int64_t reader = 0;
+struct SwitchedCall : SwitchedConv2dArgs<int64_t> {
+  ConvShape<int64_t> shape;            // kept_in is C_in, kept_out is C_out
+  const SwitchLists* lists = nullptr;  // what the switch says, where the host has read it
 
   bool symmetric_padding() const { return padding[kTop] == padding[kBottom] && padding[kLeft] == padding[kRight]; }
   at::MemoryFormat format() const { return input.suggest_memory_format(); }
   // No arithmetic is left, whatever the switch says: the result is empty, or only the bias.
-  bool trivial() const {
-    return shape.batch == 0 || shape.channels_out == 0 || shape.channels_in == 0 || shape.out_h == 0 ||
-           shape.out_w == 0;
-  }
+  bool trivial() const { return shape.trivial(); }
 
   // The same convolution as one over the listed channels; depthwise, its result has those channels alone.
   ConvCall on(const OptionalTensor& list) const {
-    static const OptionalTensor all;
-    const OptionalTensor& out = shape.depthwise ? list : all;
-    ConvCall call{input, weight, bias, list, out, stride, padding, dilation, groups, /*cache_packed=*/false, shape};
+    ConvCall call{{conv(list, shape.depthwise ? list : kAbsent)}, shape};
     if (has_value(list)) call.shape.kept_in = list->size(0);
     if (shape.depthwise) call.shape.kept_out = call.shape.kept_in;
     return call;
   }
 };
 
-// Which of the four gradients are computed.
-enum SwitchedGradient : int { kGradInput = 0, kGradWeight = 1, kGradBias = 2, kGradSwitch = 3 };
-using SwitchedMask = std::array<bool, 4>;
-// In the order of SwitchedGradient; those not computed have the shape (0,).
-using SwitchedGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// One checked call of its backward.
+struct SwitchedBackwardCall : SwitchedConv2dBackwardArgs<int64_t> {
+  ConvShape<int64_t> shape;
+  const SwitchLists* lists = nullptr;
+
+  SwitchedCall forward() const { return {SwitchedConv2dBackwardArgs<int64_t>::forward(), shape, lists}; }
+};
 
 }  // namespace bap_kernels

@@ -20,7 +20,9 @@ BACKENDS = [
     "auto",
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(_C.why_not("native") is not None, reason=f"backend native: {_C.why_not('native')}"),
+        marks=pytest.mark.skipif(
+            _C.unsupported_reason("native") is not None, reason=f"backend native: {_C.unsupported_reason('native')}"
+        ),
     ),
 ]
 

@@ -14,7 +14,7 @@ import bap_kernels
 from bap_kernels import _C
 
 pytestmark = [
-    pytest.mark.skipif(bool(_C.why_not("native")), reason=str(_C.why_not("native"))),
+    pytest.mark.skipif(bool(_C.unsupported_reason("native")), reason=str(_C.unsupported_reason("native"))),
     pytest.mark.usefixtures("nan_filled_empty"),
 ]
 

@@ -16,7 +16,7 @@ from bap_kernels import _C, dispatch, reference
 from bap_kernels.testing import Case, assert_close, make_tensors, run
 
 CASE = Case(in_channels=20, out_channels=12)
-native = pytest.mark.skipif(_C.why_not("native") is not None, reason="the native backend cannot run here")
+native = pytest.mark.skipif(_C.unsupported_reason("native") is not None, reason="the native backend cannot run here")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,7 @@ def test_unknown_name() -> None:
 
 @pytest.mark.parametrize("name", ["native", "aten", "triton", "cuda"])
 def test_named_backend_runs_or_says_why_not(name: str) -> None:
-    reason = _C.why_not(name)
+    reason = _C.unsupported_reason(name)
     if reason is None:
         with bap_kernels.use_backend(name):
             assert _C.get_backend() == name
@@ -102,15 +102,15 @@ def test_named_backend_runs_or_says_why_not(name: str) -> None:
 
 
 def test_aten_and_auto_always_run() -> None:
-    assert _C.why_not("aten") is None
-    assert _C.why_not("auto") is None
+    assert _C.unsupported_reason("aten") is None
+    assert _C.unsupported_reason("auto") is None
 
 
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_named_backend_refuses_a_case_with_the_reason(dtype: torch.dtype) -> None:
     case = CASE.but(dtype=dtype)
-    reason = explain(case)["why_not"]["native"]
+    reason = explain(case)["unsupported"]["native"]
     with pytest.raises(NotImplementedError) as caught:
         run(make_tensors(case), "native")
     line = str(caught.value).splitlines()[0]
@@ -124,7 +124,7 @@ def test_named_backend_refuses_a_case_with_the_reason(dtype: torch.dtype) -> Non
 def test_explain_names_the_case_and_times_every_candidate() -> None:
     run(make_tensors(CASE))
     facts = explain(CASE)
-    assert set(facts) >= {"case", "backend", "candidates", "why_not"}
+    assert set(facts) >= {"case", "backend", "candidates", "unsupported"}
     assert facts["backend"] in facts["candidates"]
     assert all(isinstance(name, str) and micros > 0 for name, micros in facts["candidates"].items())
     # One that wins by less than the noise of a measurement is not preferred.
@@ -139,8 +139,8 @@ from bap_kernels import _C
 from bap_kernels.testing import Case, check_backward, check_forward, check_fused, random_case
 
 assert _C.isa() == {isa!r}, _C.isa()
-named = "native" if _C.why_not("native") is None else "aten"
-assert named == {named!r}, _C.why_not("native")
+named = "native" if _C.unsupported_reason("native") is None else "aten"
+assert named == {named!r}, _C.unsupported_reason("native")
 ran = 0
 for seed in range(30):
     case = random_case(random.Random(seed))
@@ -231,13 +231,13 @@ def test_the_switched_backward_uses_the_backend_of_the_forward() -> None:
     x = torch.randn(1, 3, 6, 6, requires_grad=True)
     with bap_kernels.use_backend("aten"):
         y = bap_kernels.switched_conv2d(x, torch.randn(4, 3, 3, 3), None, torch.ones(3)).sum()
-    _C.set_why_not(lambda name: "")
+    _C.set_unsupported_reason(lambda name: "")
     try:
         # Triton cannot run here; a backward that took it would fail.
         with bap_kernels.use_backend("triton"):
             y.backward()
     finally:
-        _C.set_why_not(dispatch._gpu_backend_unsupported_reason)
+        _C.set_unsupported_reason(dispatch._gpu_backend_unsupported_reason)
     assert x.grad is not None
 
 
@@ -299,6 +299,6 @@ def test_workers_that_are_forked_begin_with_the_setting_of_their_parent() -> Non
 
 
 def test_build_facts_are_text() -> None:
-    facts = _C.build_facts()
+    facts = _C.build_info()
     assert facts
     assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in facts.items())

@@ -109,19 +109,19 @@ def test_named_backends_are_weighed_only_where_shown_right() -> None:
     chosen(sample, clock())
     assert not {"cuda", "triton"} & candidates()
     # Shown right, and not able to run here: not a candidate either.
-    shown = [name for name in ("cuda", "triton") if _C.why_not(name) is not None]
-    chosen(sample, clock(), "H200, shown", shown=shown)
-    assert all(not {*shown} & set(choice["candidates"]) for choice in _C.choices())
+    verified = [name for name in ("cuda", "triton") if _C.unsupported_reason(name) is not None]
+    chosen(sample, clock(), "H200, verified", verified=verified)
+    assert all(not {*verified} & set(choice["candidates"]) for choice in _C.choices())
 
 
 def test_a_candidate_that_declines_the_call_is_left_out() -> None:
     # Backends that can run by their own account, and then refuse: one of them by name, the other when it is tried.
     sample = make_tensors(CASE.but(dtype=torch.float64))
-    _C.set_why_not(lambda name: "")
+    _C.set_unsupported_reason(lambda name: "")
     try:
-        assert chosen(sample, clock(triton=1e-5, cuda=1e-5), shown=["triton", "cuda"]) == "gather"
+        assert chosen(sample, clock(triton=1e-5, cuda=1e-5), verified=["triton", "cuda"]) == "gather"
     finally:
-        _C.set_why_not(dispatch._gpu_backend_unsupported_reason)
+        _C.set_unsupported_reason(dispatch._gpu_backend_unsupported_reason)
     assert candidates() == {"gather", "masked"}
 
 

@@ -13,7 +13,7 @@ from bap_kernels import _C
 @pytest.fixture(params=("auto", "aten", "triton", "cuda"))
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Each backend that CUDA tensors can go through."""
-    reason = _C.why_not(request.param)
+    reason = _C.unsupported_reason(request.param)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param

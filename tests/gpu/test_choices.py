@@ -55,9 +55,13 @@ def test_nothing_is_measured_in_a_capture() -> None:
 
 def test_the_reasons_of_those_that_are_left_out() -> None:
     sample = make_tensors(CASE).to("cuda")
-    reasons = _C.explain(*sample.args)["why_not"]
+    reasons = _C.explain(*sample.args)["unsupported"]
     for name in ("triton", "cuda"):
-        assert reasons[name] == "" or "no committed result" in reasons[name] or reasons[name] == _C.why_not(name)
+        assert (
+            reasons[name] == ""
+            or "no committed result" in reasons[name]
+            or reasons[name] == _C.unsupported_reason(name)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

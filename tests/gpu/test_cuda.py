@@ -17,7 +17,9 @@ POINTWISE = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), layout="contiguous")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.skipif(_C.why_not("triton") is not None, reason=f"backend triton: {_C.why_not('triton')}")
+@pytest.mark.skipif(
+    _C.unsupported_reason("triton") is not None, reason=f"backend triton: {_C.unsupported_reason('triton')}"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [BASE, POINTWISE], ids=["3x3", "1x1"])
 def test_agrees_with_triton(case: Case, dtype: torch.dtype, gpu_backend: str) -> None:

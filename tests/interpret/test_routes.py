@@ -173,8 +173,8 @@ def test_the_op_leaves_no_copy_to_be_selected(monkeypatch: pytest.MonkeyPatch) -
     real = ops.gathered_conv2d
     monkeypatch.setattr(ops, "gathered_conv2d", lambda *a, **k: seen.append(k["epilogue"].dual) or real(*a, **k))
     with bap_kernels.use_backend("triton"):
-        y, copy = torch.ops.bap_kernels._gathered_conv2d_fused_copied(
-            *sample.args, None, None, False, None, None, None, False, index
+        y, copy = torch.ops.bap_kernels._gathered_conv2d_fused(
+            *sample.args, None, None, False, None, None, None, False, dual_store_index=index
         )
     assert [one.tensor.data_ptr() for one in seen] == [copy.data_ptr()]
     assert torch.equal(copy, y[:, [2, 0]])

@@ -25,7 +25,7 @@ using bap_kernels::micro::TileArgs;
 enum class Values { kIntegers, kReals, kSpecial };  // sums are exact; are rounded; are given, and no step is done
 
 struct Case {
-  bool pairs, channel_rows;
+  bool pairs, conv_nchw;
   int rows, width, valid, tiles, row_stride;
   Values values;
   bool along_lanes;  // tiles lie side by side in a row, not below each other
@@ -65,7 +65,7 @@ class Operands {
     c_ = c;
     prepare();
     const std::vector<char> out_before = out_.copy(), partial_before = partial_.copy();
-    const auto* kernels = c.channel_rows ? table.channel_rows : table.pixel_rows;
+    const auto* kernels = c.conv_nchw ? table.conv_nchw : table.conv_nhwc;
     kernels[c.rows - 1][c.width / table.lanes - 1](args_);
     return check(out_before, partial_before);
   }
@@ -109,12 +109,12 @@ class Operands {
 
   void prepare() {
     TileArgs t{};
-    const bool new_weight = c_.along_lanes != c_.channel_rows;  // the next tile has other output channels
-    const int per_tile = (c_.channel_rows ? c_.rows : c_.width);
+    const bool new_weight = c_.along_lanes != c_.conv_nchw;  // the next tile has other output channels
+    const int per_tile = (c_.conv_nchw ? c_.rows : c_.width);
     t.tiles = c_.tiles;
     t.weight_step = new_weight ? per_tile * c_.depth : 0;
     t.weight = lanes(weight_, (c_.tiles - 1) * t.weight_step + per_tile * c_.depth);
-    if (c_.channel_rows) {
+    if (c_.conv_nchw) {
       t.panel_stride = c_.width + random_.below(9);
       t.panel = lanes(source_, c_.depth > 0 ? (c_.depth - 1) * t.panel_stride + c_.width : 0);
       t.depth = c_.depth;
@@ -206,7 +206,7 @@ class Operands {
       sum.size = std::fabs(sum.value);
     }
     const float* w = t.weight + tile * t.weight_step;
-    if (c_.channel_rows) {
+    if (c_.conv_nchw) {
       for (int64_t k = 0; k < t.depth; ++k) add(sum, w + k * c_.rows + r, t.panel + k * t.panel_stride + lane);
       return sum;
     }
@@ -219,7 +219,7 @@ class Operands {
 
   Sum finished(Sum sum, int64_t tile, int r, int lane) const {
     const TileArgs& t = args_;
-    const int64_t channel = tile * t.channel_step + (c_.channel_rows ? r : lane);
+    const int64_t channel = tile * t.channel_step + (c_.conv_nchw ? r : lane);
     if (t.scale) sum.value *= t.scale[channel], sum.size *= std::fabs(t.scale[channel]);
     if (t.shift) sum.value += t.shift[channel], sum.size += std::fabs(t.shift[channel]);
     if (t.residual) {
@@ -272,7 +272,7 @@ class Operands {
     std::printf(
         "wrong %s: %s rows %d width %d valid %d tiles %d depth %d load %d store %d scale %d shift %d residual %d relu "
         "%d bfloat16 %d: tile %d row %d lane %d is %.9g, expected %.9g\n",
-        what, c_.channel_rows ? "channel_rows" : "pixel_rows", c_.rows, c_.width, c_.valid, c_.tiles, c_.depth, c_.load,
+        what, c_.conv_nchw ? "conv_nchw" : "conv_nhwc", c_.rows, c_.width, c_.valid, c_.tiles, c_.depth, c_.load,
         c_.store, c_.scale, c_.shift, c_.residual, c_.relu, c_.bfloat16, static_cast<int>(tile), r, lane, got, want);
     return false;
   }
@@ -284,10 +284,10 @@ class Operands {
   std::vector<const float*> pointers_;
 };
 
-Case random_case(Random& random, const KernelTable& table, bool pairs, bool channel_rows, int rows, int vectors,
+Case random_case(Random& random, const KernelTable& table, bool pairs, bool conv_nchw, int rows, int vectors,
                  int valid) {
   Case c{};
-  c.pairs = pairs, c.channel_rows = channel_rows, c.rows = rows, c.width = vectors * table.lanes, c.valid = valid;
+  c.pairs = pairs, c.conv_nchw = conv_nchw, c.rows = rows, c.width = vectors * table.lanes, c.valid = valid;
   c.tiles = 1 + random.below(3);
   c.values = static_cast<Values>(random.below(3));
   const bool special = c.values == Values::kSpecial;
@@ -301,7 +301,7 @@ Case random_case(Random& random, const KernelTable& table, bool pairs, bool chan
   c.taps = 1 + random.below(3);
   c.row_stride = rows + random.below(2);
   if (special) return c;
-  if (channel_rows) {
+  if (conv_nchw) {
     c.depth = random.below(24);
     return c;
   }
@@ -331,12 +331,12 @@ int64_t run_table(const Named& named, int rounds) {
     for (int rows = 1; rows <= named.table->rows; ++rows) {
       for (int vectors = 1; vectors <= bap_kernels::micro::kMaxVectors; ++vectors) {
         for (int valid = 1; valid <= vectors * named.table->lanes; ++valid) {
-          for (const bool channel_rows : {false, true}) {
-            const Case c = random_case(random, *named.table, named.pairs, channel_rows, rows, vectors, valid);
+          for (const bool conv_nchw : {false, true}) {
+            const Case c = random_case(random, *named.table, named.pairs, conv_nchw, rows, vectors, valid);
             if (!operands.run(*named.table, c)) return -1;
             // Whole tiles without gaps have paths of their own.
-            Case whole = random_case(random, *named.table, named.pairs, channel_rows, rows, vectors,
-                                     vectors * named.table->lanes);
+            Case whole =
+                random_case(random, *named.table, named.pairs, conv_nchw, rows, vectors, vectors * named.table->lanes);
             whole.bfloat16 = false;
             if (!operands.run(*named.table, whole)) return -1;
             calls += 2;

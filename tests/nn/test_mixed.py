@@ -89,7 +89,7 @@ def test_every_sample_gets_what_it_gets_alone(
         torch.testing.assert_close(model(x, scale=1.0), expected)
 
 
-@pytest.mark.skipif(bool(_C.why_not("native")), reason=str(_C.why_not("native")))
+@pytest.mark.skipif(bool(_C.unsupported_reason("native")), reason=str(_C.unsupported_reason("native")))
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_one_kernel_for_all_domains_gives_the_same_bits(layout: torch.memory_format, threads: int) -> None:

@@ -72,7 +72,9 @@ def test_random_cases(chunk: int, backend: str) -> None:
             raise AssertionError(f"seed {seed}, grad_output {grad_layout}, {backend}: {case}") from error
 
 
-@pytest.mark.skipif(_C.why_not("native") is not None, reason=f"backend native: {_C.why_not('native')}")
+@pytest.mark.skipif(
+    _C.unsupported_reason("native") is not None, reason=f"backend native: {_C.unsupported_reason('native')}"
+)
 def test_gradient_of_a_native_forward() -> None:
     for layout in ("contiguous", "channels_last"):
         check_backward(BASE.but(layout=layout), "native")

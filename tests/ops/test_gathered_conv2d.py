@@ -164,12 +164,12 @@ def test_function_is_depthwise_with_groups() -> None:
     assert_close(actual, reference.gathered_conv2d(*sample.args), torch.float32, sample.depth)
 
 
-@pytest.mark.skipif(_C.why_not("native") is not None, reason="the native backend cannot run here")
+@pytest.mark.skipif(_C.unsupported_reason("native") is not None, reason="the native backend cannot run here")
 def test_native_covers_depthwise_or_says_why_not() -> None:
     case = BASE.but(depthwise=True)
     if not check_forward(case, "native"):
         sample = make_tensors(case)
-        reason = _C.explain(*sample.args[:5], *map(list, sample.args[5:8]), sample.groups)["why_not"]["native"]
+        reason = _C.explain(*sample.args[:5], *map(list, sample.args[5:8]), sample.groups)["unsupported"]["native"]
         assert "depthwise" in reason or "groups" in reason
 
 

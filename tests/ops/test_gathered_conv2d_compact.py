@@ -35,7 +35,7 @@ def test_compact_input(kernel: tuple[int, int], dtype: torch.dtype, layout: str,
         options = {**fill, "in_relu": False, "out_relu": False, **given, "weight_index": read}
         for cached in (True, True, False):
             with bap_kernels.use_backend(backend):
-                y = ops._gathered_conv2d_fused(
+                y, _ = ops._gathered_conv2d_fused(
                     compact, *sample.args[1:3], in_index, *sample.args[4:], **options, cache_packed=cached
                 )
             assert_close(y, expected, dtype, 4 * sample.depth)
@@ -53,7 +53,7 @@ def test_residual_in_a_wider_tensor(size: tuple[int, int, int], dtype: torch.dty
     for residual in (wide[:, :33], wide[:, 7:40], wide[:, 7:8].expand(-1, 33, -1, -1), wide[:, 1:34].flip(3)):
         expected = reference.gathered_conv2d_fused(*sample.args, residual=residual)
         with bap_kernels.use_backend(backend):
-            y = ops._gathered_conv2d_fused(*sample.args, None, None, False, None, None, residual, False)
+            y, _ = ops._gathered_conv2d_fused(*sample.args, None, None, False, None, None, residual, False)
         assert_close(y, expected, dtype, 4 * sample.depth)
 
 
@@ -63,7 +63,7 @@ def test_errors() -> None:
     def call(in_index: torch.Tensor | None, weight_index: torch.Tensor, groups: int = 1) -> torch.Tensor:
         geometry = (*GEOMETRY[:3], groups)
         fusion = (None, None, False, None, None, None, False, False)
-        return ops._gathered_conv2d_fused(x, w, None, in_index, None, *geometry, *fusion, weight_index)
+        return ops._gathered_conv2d_fused(x, w, None, in_index, None, *geometry, *fusion, weight_index)[0][0][0][0][0][0]
 
     assert call(ints(0, 4), ints(8, 2)).shape == (1, 4, 6, 6)
     with pytest.raises(ValueError, match=r"expected `weight_index` to have one entry for each of the 5 channels that"):
@@ -82,7 +82,7 @@ def test_errors() -> None:
 
 def test_meta_kernel() -> None:
     x, w = torch.randn(2, 5, 6, 6).to("meta"), torch.randn(4, 9, 3, 3).to("meta")
-    y = ops._gathered_conv2d_fused(
+    y, _ = ops._gathered_conv2d_fused(
         x,
         w,
         None,

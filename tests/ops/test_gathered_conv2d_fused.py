@@ -77,7 +77,7 @@ def test_zero_padding_comes_after_the_input_transform(backend: str) -> None:
     sample.input.zero_()
     sample.weight.fill_(1)
     with bap_kernels.use_backend(backend):
-        y = torch.ops.bap_kernels._gathered_conv2d_fused(
+        y, _ = torch.ops.bap_kernels._gathered_conv2d_fused(
             *sample.args, None, torch.ones(4), False, None, None, None, False
         )
     assert (y[..., 1:-1, 1:-1] == 36).all()
@@ -113,7 +113,7 @@ def test_batch_norm_folds_into_the_output_transform() -> None:
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         shift = norm.bias - norm.running_mean * scale
         expected = torch.relu(norm.double()(reference.conv_on_selected(*sample.args)))
-    y = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, None, None, False, scale, shift, None, True)
+    y, _ = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, None, None, False, scale, shift, None, True)
     assert_close(y, expected, torch.float32, 4 * sample.depth)
 
 
@@ -123,7 +123,7 @@ def test_packed_weights_are_shared_between_transforms() -> None:
     for flags in (("out_shift",), ("in_scale",), (), ("residual", "out_relu")):
         fused = make_fused(sample, flags, torch.float32)
         expected = reference.gathered_conv2d_fused(*sample.args, **fused)
-        y = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, **fused, cache_packed=True)
+        y, _ = torch.ops.bap_kernels._gathered_conv2d_fused(*sample.args, **fused, cache_packed=True)
         assert_close(y, expected, torch.float32, 4 * sample.depth)
     assert torch.equal(torch.ops.bap_kernels.gathered_conv2d(*sample.args, True), plain)
 
@@ -134,5 +134,5 @@ def test_the_fused_op_refuses_what_needs_a_gradient() -> None:
     with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused\(\): expected tensors that need"):
         torch.ops.bap_kernels._gathered_conv2d_fused(x, w, *args)
     with torch.no_grad():
-        y = torch.ops.bap_kernels._gathered_conv2d_fused(x, w, *args)
+        y, _ = torch.ops.bap_kernels._gathered_conv2d_fused(x, w, *args)
     torch.testing.assert_close(y, torch.relu(torch.nn.functional.conv2d(x, w)))

@@ -113,7 +113,7 @@ def test_fused(layout: str, tmp_path: Path) -> None:
     op(*sample.args, **fused, cache_packed=True)
     assert ROUTE in _C.choices()[0]["candidates"]
     force(tmp_path / "choices.tsv")
-    y = op(*sample.args, **fused, cache_packed=True)
+    y, _ = op(*sample.args, **fused, cache_packed=True)
     assert [choice["backend"] for choice in _C.choices()] == [ROUTE]
     assert_close(y, reference.gathered_conv2d_fused(*sample.args, **fused), CASE.dtype, 4 * sample.depth + 4)
 

@@ -86,7 +86,7 @@ def test_result_is_linear_in_the_input(case: Case, scale: float) -> None:
 def test_result_follows_the_order_of_the_out_list(case: Case, data: st.DataObject) -> None:
     case = case.but(depthwise=False, out_list="all")
     sample = make_tensors(case)
-    backend = "aten" if _C.why_not("native") or case.dtype == torch.float64 else "native"
+    backend = "aten" if _C.unsupported_reason("native") or case.dtype == torch.float64 else "native"
     before = run(sample, backend)
     order = data.draw(st.permutations(range(case.out_channels)))
     sample.out_index = torch.tensor(order, dtype=torch.int32)

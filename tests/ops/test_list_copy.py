@@ -75,10 +75,10 @@ def _fused(index: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     )
 
 
-def _copied(index: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+def _dual_store(index: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     rest = (None, None, False, None, None, None, True)
-    torch.ops.bap_kernels._gathered_conv2d_fused_copied(
-        *(x, w, None, None, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, *rest), index
+    torch.ops.bap_kernels._gathered_conv2d_fused(
+        *(x, w, None, None, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, *rest), dual_store_index=index
     )
 
 
@@ -95,7 +95,7 @@ def _mixed(index: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("call", [_forward, _kept, _fused, _copied, _backward, _mixed])
+@pytest.mark.parametrize("call", [_forward, _kept, _fused, _dual_store, _backward, _mixed])
 def test_a_list_that_another_thread_writes(call: Callable, disturbed: torch.Tensor, backend: str) -> None:
     x, w = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 1, 1)
     seen = {"fine": 0, "refused": 0}

@@ -49,11 +49,11 @@ def test_opcheck_fused(name: str, flags: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck_copied(name: str) -> None:
+def test_opcheck_dual_store(name: str) -> None:
     sample = make_tensors(SAMPLES[name])
     fused = make_fused(sample, ("out_shift", "residual", "out_relu"), sample.input.dtype)
     copy_index = torch.arange(0, sample.kept[1], 2, dtype=torch.int32)
-    torch.library.opcheck(ops._gathered_conv2d_fused_copied.default, sample.args, fused | {"copy_index": copy_index})
+    torch.library.opcheck(ops._gathered_conv2d_fused.default, sample.args, fused | {"dual_store_index": copy_index})
 
 
 def on_meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -96,12 +96,15 @@ def test_meta_equals_the_real_result_of_the_other_ops(name: str, layout: str) ->
     args = meta_args(sample)
     fused = make_fused(sample, FUSED, torch.float32)
     meta_fused = {k: on_meta(v) if isinstance(v, torch.Tensor) else v for k, v in fused.items()}
-    real = ops._gathered_conv2d_fused(*sample.args, **fused)
-    assert_same_metadata(ops._gathered_conv2d_fused(*args, **meta_fused), real, name)
+    real, none = ops._gathered_conv2d_fused(*sample.args, **fused)
+    meta_real, meta_none = ops._gathered_conv2d_fused(*args, **meta_fused)
+    assert none is None
+    assert meta_none is None
+    assert_same_metadata(meta_real, real, name)
     copy_index = torch.arange(0, sample.kept[1], 2, dtype=torch.int32)
-    copied = ops._gathered_conv2d_fused_copied(*sample.args, **fused, copy_index=copy_index)
-    meta_copied = ops._gathered_conv2d_fused_copied(*args, **meta_fused, copy_index=on_meta(copy_index))
-    for meta, one in zip(meta_copied, copied, strict=True):
+    dual = ops._gathered_conv2d_fused(*sample.args, **fused, dual_store_index=copy_index)
+    meta_dual = ops._gathered_conv2d_fused(*args, **meta_fused, dual_store_index=on_meta(copy_index))
+    for meta, one in zip(meta_dual, dual, strict=True):
         assert_same_metadata(meta, one, name)
     grad = torch.randn_like(real)
     for mask in ([True, True, True], [False, True, False], [True, False, True]):

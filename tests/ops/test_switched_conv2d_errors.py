@@ -167,7 +167,7 @@ def test_dtype_of_the_result_gradient() -> None:
         ops.switched_conv2d_backward(grad, *sample.backward_args, True, [True] * 4)
 
 
-@pytest.mark.skipif(_C.why_not("native") is not None, reason="the native backend cannot run here")
+@pytest.mark.skipif(_C.unsupported_reason("native") is not None, reason="the native backend cannot run here")
 def test_native_says_what_it_cannot_run() -> None:
     sample = make_switched(CASE.but(dtype=torch.float64))
     with pytest.raises(NotImplementedError, match=r"switched_conv2d\(\): expected a call that backend `native` .*Hint"):

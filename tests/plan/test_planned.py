@@ -29,7 +29,7 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 @pytest.fixture(autouse=True)
 def _one_backend() -> None:
     # Plans choose no backend; measuring each shape of each network would take most of the time.
-    with bk.use_backend("aten" if _C.why_not("native") else "native"):
+    with bk.use_backend("aten" if _C.unsupported_reason("native") else "native"):
         yield
 
 

@@ -84,7 +84,7 @@ def test_refusals() -> None:
 
 
 def test_the_backend_can_run_and_is_never_chosen() -> None:
-    assert _C.why_not("cuda") is None
+    assert _C.unsupported_reason("cuda") is None
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(make_tensors(BASE), "auto")
     assert CONV not in {event.name.removeprefix("bap_kernels::") for event in profiler.events()}

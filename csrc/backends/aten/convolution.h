@@ -14,7 +14,7 @@
 // The families that are kept away are wider than what was found.
 #pragma once
 
-#include "ops/gathered_conv2d.h"
+#include "ops/op.h"
 
 namespace bap_kernels {
 

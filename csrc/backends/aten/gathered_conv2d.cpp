@@ -1,4 +1,4 @@
-// Gathered convolution by index_select and at::convolution, and its fused prologue and epilogue by plain operators.
+// Gathered convolution by index_select and at::convolution.
 #include "backends/aten/gathered_conv2d.h"
 
 #include <ATen/OpMathType.h>
@@ -13,41 +13,20 @@
 #include "backends/aten/packed_convolution.h"
 #include "backends/aten/pixel_gather.h"
 #include "dispatch/packed_cache.h"
+#include "ops/fusion.h"
 
 namespace bap_kernels {
 namespace {
 
-at::Tensor per_channel(const at::Tensor& v, at::ScalarType dtype) { return v.to(dtype).view({1, -1, 1, 1}); }
-
-at::Tensor select_channels(const at::Tensor& x, const at::Tensor& index, AtenRoute route) {
+at::Tensor select_channels(const at::Tensor& x, const at::Tensor& index, Candidate candidate) {
   if (x.suggest_memory_format() != at::MemoryFormat::ChannelsLast) return x.index_select(1, index);
-  if (route == AtenRoute::kGatherPacked && gather_pixels_applies(x)) return gather_pixels(x, index);
+  if (candidate == Candidate::kGatherPacked && gather_pixels_applies(x)) return gather_pixels(x, index);
   const at::Tensor pixels = x.permute({0, 2, 3, 1});  // index_select would return it without its memory format
-  if (route == AtenRoute::kGatherFlat && pixels.is_contiguous()) {
+  if (candidate == Candidate::kGatherFlat && pixels.is_contiguous()) {
     const auto n = pixels.size(0), h = pixels.size(1), w = pixels.size(2);
     return pixels.view({n * h * w, -1}).index_select(1, index).view({n, h, w, -1}).permute({0, 3, 1, 2});
   }
   return pixels.index_select(3, index).permute({0, 3, 1, 2});
-}
-
-at::Tensor apply_prologue(at::Tensor x, const Fusion& f) {
-  const auto dtype = x.scalar_type();
-  x = x.to(at::toOpMathType(dtype));
-  if (has_value(f.in_scale)) x = x * per_channel(*f.in_scale, x.scalar_type());
-  if (has_value(f.in_shift)) x = x + per_channel(*f.in_shift, x.scalar_type());
-  if (f.in_relu) x = x.relu();
-  return x.to(dtype);
-}
-
-at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
-  if (!f.has_epilogue()) return y;
-  const auto dtype = y.scalar_type();
-  y = y.to(at::toOpMathType(dtype));
-  if (has_value(f.out_scale)) y = y * per_channel(*f.out_scale, y.scalar_type());
-  if (has_value(f.out_shift)) y = y + per_channel(*f.out_shift, y.scalar_type());
-  if (has_value(f.residual)) y = y + f.residual->to(y.scalar_type());
-  if (f.out_relu) y = y.relu();
-  return y.to(dtype);
 }
 
 // The listed slices of the weight, in the call's format.
@@ -105,45 +84,28 @@ at::Tensor convolve(const ConvCall& c, at::Tensor x, const at::Tensor& w) {
 
 }  // namespace
 
-at::Tensor listed_bias(const ConvCall& c) {
-  if (!has_value(c.bias)) return {};
-  return has_value(c.out_index) ? c.bias->index_select(0, *c.out_index) : *c.bias;
-}
-
-at::Tensor trivial_gathered_conv2d(const ConvCall& c) {
-  const auto& s = c.shape;
-  at::Tensor y = at::empty({s.batch, s.kept_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
-  const at::Tensor bias = listed_bias(c);
-  if (bias.defined()) {
-    y.copy_(bias.view({1, -1, 1, 1}));
-  } else {
-    y.zero_();
-  }
-  return apply_epilogue(y, c.fusion);
-}
-
-bool dense_route_applies(const ConvCall& c) {
+bool dense_applies(const ConvCall& c) {
   return has_value(c.in_index) && !c.shape.depthwise && !c.fusion.has_prologue();
 }
 
-at::Tensor aten_gathered_conv2d(const ConvCall& c, AtenRoute route) {
-  if (route == AtenRoute::kDense) {
+at::Tensor aten_gathered_conv2d(const ConvCall& c, Candidate candidate) {
+  if (candidate == Candidate::kDense) {
     const at::Tensor dense = convolve(c, c.input, zeroed_weight(c));
     // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
     if (at::isfinite(dense.sum(at::toOpMathType(dense.scalar_type()))).item<bool>()) {
       return apply_epilogue(dense, c.fusion).contiguous(c.format());
     }
-    route = AtenRoute::kGather;
+    candidate = Candidate::kGather;
   }
-  if (route == AtenRoute::kMasked) {
+  if (candidate == Candidate::kMasked) {
     // Zero times NaN is NaN, so zeros in the weight alone would not do; to look for NaN would stall the device.
     const at::Tensor x = at::where(channel_mask(c), c.input, at::zeros({}, c.input.options()));
     return apply_epilogue(convolve(c, x, zeroed_weight(c)), c.fusion).contiguous(c.format());
   }
-  at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, route) : c.input;
+  at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, candidate) : c.input;
   if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
   at::Tensor y;
-  if (route == AtenRoute::kGatherPacked) {
+  if (candidate == Candidate::kGatherPacked) {
     at::Tensor padded = x;
     const auto padding = pad_unevenly(c, padded);
     if (!packed_fails(c, padded, padding)) {

@@ -1,24 +1,22 @@
 // Backward of the gathered convolution through PyTorch's convolution on the listed slices.
 //   dx[:, in] = conv_backward(dy, x[:, in], w[out, in]), zeros elsewhere;  dw[out, in] likewise;  db[out] = sum dy
-#include "backends/aten/gathered_conv2d_backward.h"
+
+#include "backends/aten/gathered_conv2d.h"
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include "backends/aten/convolution.h"
-#include "backends/aten/listed_channels.h"
-#include "dispatch/named_backend.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 
-GradientTriple aten_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                             const at::Tensor& weight, const OptionalTensor& in_index,
-                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
-                                             c10::IntArrayRef padding, c10::IntArrayRef dilation,
-                                             const ConvShape<int64_t>& s, std::array<bool, 3> mask) {
-  const auto none = [&] { return at::empty({0}, input.options()); };
+GradientTriple aten_gathered_conv2d_backward(const ConvBackwardCall& c) {
+  const auto& [grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask] =
+      static_cast<const GatheredConv2dBackwardArgs<int64_t>&>(c);
+  const ConvShape<int64_t>& s = c.shape;
+  const auto none = [&input] { return at::empty({0}, input.options()); };
   at::Tensor grad_input = none(), grad_weight = none(), grad_bias = none();
   if (s.batch == 0 || s.kept_in == 0 || s.kept_out == 0) {
     if (mask[0]) grad_input = at::zeros_like(input);
@@ -48,37 +46,8 @@ GradientTriple aten_gathered_conv2d_backward(const at::Tensor& grad_output, cons
       }
     }
   }
-  if (mask[2]) grad_bias = listed_bias_gradient(grad_output, out_index, s);
+  if (mask[2]) grad_bias = listed_bias_gradient(grad_output, out_index, s.channels_out);
   return {grad_input, grad_weight, grad_bias};
 }
-
-at::Tensor listed_bias_gradient(const at::Tensor& grad_output, const OptionalTensor& out_index,
-                                const ConvShape<int64_t>& s) {
-  const at::Tensor db = grad_output.sum({0, 2, 3});
-  return spread(db, at::empty({s.channels_out}, db.options()), 0, out_index);
-}
-
-namespace {
-
-GradientTriple gathered_conv2d_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
-                                             const at::Tensor& weight, const OptionalTensor& in_index,
-                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
-                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
-                                             std::array<bool, 3> mask) {
-  const char* op = "gathered_conv2d_backward";
-  const auto s =
-      check_gathered_conv2d<int64_t>(op, input, weight, {}, in_index, out_index, stride, padding, dilation, groups);
-  check_grad_output<int64_t>(op, grad_output, s, input);
-  const bool trivial = s.batch == 0 || s.kept_in == 0 || s.kept_out == 0 || s.out_h == 0 || s.out_w == 0;
-  if (const NamedBackend* named = trivial ? nullptr : named_backend()) {
-    return named->backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask);
-  }
-  return aten_gathered_conv2d_backward(grad_output, input, weight, in_index, out_index, stride, padding, dilation, s,
-                                       mask);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { m.impl("gathered_conv2d_backward", gathered_conv2d_backward_cuda); }
 
 }  // namespace bap_kernels

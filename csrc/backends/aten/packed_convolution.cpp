@@ -2,12 +2,12 @@
 // PyTorch without oneDNN has none of them and another version may have changed them.
 #include "backends/aten/packed_convolution.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/hash.h>
 
+#include "dispatch/choice.h"
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
@@ -67,8 +67,6 @@ int variant(const at::Tensor& x, const ConvCall& c, c10::IntArrayRef padding) {
 
 }  // namespace
 
-bool onednn_enabled() { return at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
-
 bool packed_convolution_applies(const ConvCall& c) {
   const auto dtype = c.input.scalar_type();
   return c.input.device().is_cpu() && onednn_enabled() && PackedCache::keeps(c) &&
@@ -86,15 +84,6 @@ at::Tensor packed_convolution(const ConvCall& c, const at::Tensor& x, c10::IntAr
   // A bias with gaps would be read as if it had none.
   const auto listed = bias.defined() ? OptionalTensor(bias.contiguous()) : std::nullopt;
   return pointwise_op()->call(x, packed, listed, padding, c.stride, c.dilation, groups, "none", Scalars(), "");
-}
-
-int64_t reordered_bytes(const at::Tensor& packed) {
-  static const auto op = find<int64_t(const at::Tensor&)>("mkldnn::_nbytes");
-  if (op.has_value()) return op->call(packed);
-  // Blocks are of 16 channels at most.
-  const auto up = [](int64_t n) { return (n + 15) / 16 * 16; };
-  return up(packed.size(0)) * up(packed.size(1)) * packed.size(2) * packed.size(3) *
-         static_cast<int64_t>(packed.element_size());
 }
 
 }  // namespace bap_kernels

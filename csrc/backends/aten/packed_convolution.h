@@ -7,9 +7,6 @@
 
 namespace bap_kernels {
 
-// Whether PyTorch was built with oneDNN and the user has not switched it off.
-bool onednn_enabled();
-
 // Whether the call's weight can be kept reordered, and oneDNN convolves its dtype on this machine.
 bool packed_convolution_applies(const ConvCall& call);
 
@@ -17,8 +14,5 @@ bool packed_convolution_applies(const ConvCall& call);
 // the listed slices of the weight, when they are not kept. The result is channels_last, whatever `x` is.
 at::Tensor packed_convolution(const ConvCall& call, const at::Tensor& x, c10::IntArrayRef padding,
                               const at::Tensor& bias, c10::function_ref<at::Tensor()> slice);
-
-// Bytes that a reordered weight holds; it has no storage to ask.
-int64_t reordered_bytes(const at::Tensor& packed);
 
 }  // namespace bap_kernels

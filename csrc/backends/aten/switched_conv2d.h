@@ -7,12 +7,8 @@ namespace bap_kernels {
 
 // All arithmetic is that of the dense convolution, and the switch is not read on the host: no call waits for a GPU.
 at::Tensor masked_switched_conv2d(const SwitchedCall& call);
-SwitchedGradients masked_switched_conv2d_backward(const SwitchedCall& call, const at::Tensor& grad_output,
-                                                  SwitchedMask mask);
 
-// Only what the lists name is computed. `compact` is the result of call.on(lists.on).
-at::Tensor widened_result(const SwitchedCall& call, const SwitchLists& lists, const at::Tensor& compact);
-SwitchedGradients listed_switched_conv2d_backward(const SwitchedCall& call, const SwitchLists& lists,
-                                                  const at::Tensor& grad_output, SwitchedMask mask);
+// Only what the lists name is computed, where they are given; else as above. Calls may be trivial.
+SwitchedGradients aten_switched_conv2d_backward(const SwitchedBackwardCall& call);
 
 }  // namespace bap_kernels

@@ -11,8 +11,8 @@
 #include <ATen/ops/zeros.h>
 
 #include "backends/aten/convolution.h"
-#include "backends/aten/listed_channels.h"
 #include "backends/aten/switched_conv2d.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 namespace {
@@ -63,10 +63,7 @@ SwitchedGradients plain_gradients(const SwitchedCall& c, const at::Tensor& grad_
           mask[kGradSwitch] ? at::zeros({c.shape.channels_in}, c.switches.options()) : none(c.switches)};
 }
 
-}  // namespace
-
-SwitchedGradients masked_switched_conv2d_backward(const SwitchedCall& c, const at::Tensor& grad_output,
-                                                  SwitchedMask mask) {
+SwitchedGradients masked_backward(const SwitchedCall& c, const at::Tensor& grad_output, SwitchedMask mask) {
   SwitchedMask rest = mask;
   if (!c.trivial()) rest = {false, false, mask[kGradBias], false};
   SwitchedGradients result = plain_gradients(c, grad_output, rest);
@@ -91,8 +88,8 @@ SwitchedGradients masked_switched_conv2d_backward(const SwitchedCall& c, const a
   return result;
 }
 
-SwitchedGradients listed_switched_conv2d_backward(const SwitchedCall& c, const SwitchLists& lists,
-                                                  const at::Tensor& grad_output, SwitchedMask mask) {
+SwitchedGradients listed_backward(const SwitchedCall& c, const SwitchLists& lists, const at::Tensor& grad_output,
+                                  SwitchedMask mask) {
   const int64_t dim = weight_dim(c);
   const int64_t off_count = lists.off.size(0);
   const bool some_on = !c.trivial() && off_count < c.shape.channels_in;
@@ -129,6 +126,14 @@ SwitchedGradients listed_switched_conv2d_backward(const SwitchedCall& c, const S
     put(lists.off, channel_products(w, dw, dim));
   }
   return result;
+}
+
+}  // namespace
+
+SwitchedGradients aten_switched_conv2d_backward(const SwitchedBackwardCall& call) {
+  const SwitchedCall forward = call.forward();
+  if (call.lists == nullptr) return masked_backward(forward, call.grad_output, call.mask);
+  return listed_backward(forward, *call.lists, call.grad_output, call.mask);
 }
 
 }  // namespace bap_kernels

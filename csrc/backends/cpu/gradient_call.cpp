@@ -8,8 +8,8 @@
 #include <mutex>
 
 #include "backends/cpu/isa.h"
+#include "backends/cpu/native.h"
 #include "backends/cpu/read_channels.h"
-#include "dispatch/choice.h"
 
 namespace bap_kernels {
 namespace {
@@ -80,9 +80,9 @@ std::vector<bool> zero_channels(const at::Tensor& t) {
 
 }  // namespace
 
-std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& s) {
+std::string native_backward_unsupported_reason(const at::Tensor& input, const ConvShape<int64_t>& s) {
   const auto dtype = input.scalar_type();
-  if (isa() == "none") return backend_why_not("native");
+  if (isa() == "none") return kNoInstructions;
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
     return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
   }

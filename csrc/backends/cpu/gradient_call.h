@@ -1,7 +1,6 @@
 // One checked backward call, prepared for the native kernels.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "ops/gathered_conv2d.h"
@@ -40,9 +39,6 @@ inline const int32_t* list_pointer(const OptionalTensor& list) {
   return list->numel() > 0 ? list->const_data_ptr<int32_t>() : &nothing;
 }
 
-// Empty if the native backward can run the call, else the reason why not.
-std::string native_gradient_why_not(const at::Tensor& input, const ConvShape<int64_t>& shape);
-
 // Fills in `live`: a filter whose consumers are all off gets a gradient of zeros, which batch norm and ReLU keep. They
 // are those that `read`, bool, names, if it may be trusted; else they are searched for. Where there are none, the first
 // pixels tell.
@@ -60,7 +56,7 @@ struct InputGradient {
   std::vector<double> dot;  // out
 };
 
-void run_input_gradient(const GradientCall& call, InputGradient& wish);
+void run_input_gradient(const GradientCall& call, InputGradient& gradient);
 
 // (C_out, C_in, kH, kW), zeros outside the listed slices.
 at::Tensor native_weight_gradient(const GradientCall& call);

@@ -61,7 +61,7 @@ struct Chunk {
   int64_t first_image, last_image, first_row, last_row;  // rows of the input
 };
 
-NativeCall class_call(const GradientCall& c, const InputGradient& wish, const Phase& rows, const Phase& columns) {
+NativeCall class_call(const GradientCall& c, const InputGradient& gradient, const Phase& rows, const Phase& columns) {
   NativeCall n{};
   const auto& s = c.shape;
   n.bfloat16 = c.bfloat16();
@@ -87,10 +87,10 @@ NativeCall class_call(const GradientCall& c, const InputGradient& wish, const Ph
   n.batch = s.batch;
   n.out_h = rows.count;
   n.out_w = columns.count;
-  n.kept_out = wish.count;
+  n.kept_out = gradient.count;
   n.channels_in = s.kept_out;
   n.in_index = c.all_live ? nullptr : c.live.data();
-  n.out_index = wish.channels;
+  n.out_index = gradient.channels;
   n.w_stride_out = c.weight.stride(1);
   n.w_stride_in = c.weight.stride(0);
   n.w_stride_h = -rows.tap_step * c.weight.stride(2);
@@ -148,11 +148,11 @@ std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t stride_h, in
 template <class scalar_t, class bits_t>
 class ChunkSink {
  public:
-  ChunkSink(const GradientCall& c, const InputGradient& wish, const std::vector<Class>& classes,
+  ChunkSink(const GradientCall& c, const InputGradient& gradient, const std::vector<Class>& classes,
             const std::vector<int32_t>& others, const at::Tensor& input)
-      : c_(c), wish_(wish), classes_(classes), others_(others), input_(input) {
+      : c_(c), wish_(gradient), classes_(classes), others_(others), input_(input) {
     x_ = reinterpret_cast<const bits_t*>(input.const_data_ptr<scalar_t>());
-    dx_ = wish.store ? reinterpret_cast<bits_t*>(wish.grad_input.mutable_data_ptr<scalar_t>()) : nullptr;
+    dx_ = gradient.store ? reinterpret_cast<bits_t*>(gradient.grad_input.mutable_data_ptr<scalar_t>()) : nullptr;
   }
 
   // parts[k]: the result of class k; dots: one sum for each computed channel.
@@ -305,31 +305,31 @@ std::vector<int32_t> channels_not_in(const int32_t* list, int64_t count, int64_t
 }
 
 template <class scalar_t, class bits_t>
-void run_chunks(const GradientCall& c, InputGradient& wish, const std::vector<Class>& classes, bool last) {
-  const auto chunks = make_chunks(c.shape, c.stride[0], wish.count);
-  const auto others = channels_not_in(wish.channels, wish.count, c.shape.channels_in);
-  const bool in_place = !wish.dots || !last || c.input.stride(1) == 1;
-  const ChunkSink<scalar_t, bits_t> sink(c, wish, classes, others,
+void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vector<Class>& classes, bool last) {
+  const auto chunks = make_chunks(c.shape, c.stride[0], gradient.count);
+  const auto others = channels_not_in(gradient.channels, gradient.count, c.shape.channels_in);
+  const bool in_place = !gradient.dots || !last || c.input.stride(1) == 1;
+  const ChunkSink<scalar_t, bits_t> sink(c, gradient, classes, others,
                                          in_place ? c.input : c.input.contiguous(at::MemoryFormat::ChannelsLast));
-  std::vector<double> dots(wish.dots ? chunks.size() * wish.count : 0, 0.0);
+  std::vector<double> dots(gradient.dots ? chunks.size() * gradient.count : 0, 0.0);
   const auto run = [&](int64_t number, int threads) {
     const Chunk& chunk = chunks[number];
     const int64_t stride = c.stride[0], first = chunk.first_row / stride;
     std::vector<int64_t> place = {0};
     for (const Class& k : classes) {
       const int64_t rows = std::min(k.rows.count, (chunk.last_row + stride - 1 - k.row_phase) / stride) - first;
-      place.push_back(place.back() + (chunk.last_image - chunk.first_image) * rows * k.columns.count * wish.count);
+      place.push_back(place.back() + (chunk.last_image - chunk.first_image) * rows * k.columns.count * gradient.count);
     }
     float* scratch = thread_scratch(kChunkSlot, place.back());
     std::vector<const float*> parts;
     for (size_t k = 0; k < classes.size(); ++k) {
       parts.push_back(scratch + place[k]);
       if (place[k + 1] == place[k]) continue;
-      const int64_t rows =
-          (place[k + 1] - place[k]) / (chunk.last_image - chunk.first_image) / (classes[k].columns.count * wish.count);
+      const int64_t rows = (place[k + 1] - place[k]) / (chunk.last_image - chunk.first_image) /
+                           (classes[k].columns.count * gradient.count);
       run_driver(chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), classes[k].weight, last);
     }
-    double* sums = wish.dots ? dots.data() + number * wish.count : nullptr;
+    double* sums = gradient.dots ? dots.data() + number * gradient.count : nullptr;
     last ? sink.pixels(chunk, parts, sums) : sink.planes(chunk, parts, sums);
   };
   const int64_t count = static_cast<int64_t>(chunks.size());
@@ -341,22 +341,22 @@ void run_chunks(const GradientCall& c, InputGradient& wish, const std::vector<Cl
       for (int64_t i = begin; i < end; ++i) run(i, 1);
     });
   }
-  for (int64_t i = 0; wish.dots && i < count; ++i) {
-    for (int64_t j = 0; j < wish.count; ++j) wish.dot[j] += dots[i * wish.count + j];
+  for (int64_t i = 0; gradient.dots && i < count; ++i) {
+    for (int64_t j = 0; j < gradient.count; ++j) gradient.dot[j] += dots[i * gradient.count + j];
   }
 }
 
 }  // namespace
 
-void run_input_gradient(const GradientCall& c, InputGradient& wish) {
+void run_input_gradient(const GradientCall& c, InputGradient& gradient) {
   const auto& s = c.shape;
-  wish.dot.assign(wish.dots ? wish.count : 0, 0.0);
-  if (c.live_count() == 0 || wish.count == 0 || c.input.numel() == 0) {
-    if (wish.store) wish.grad_input = at::zeros_like(c.input);
+  gradient.dot.assign(gradient.dots ? gradient.count : 0, 0.0);
+  if (c.live_count() == 0 || gradient.count == 0 || c.input.numel() == 0) {
+    if (gradient.store) gradient.grad_input = at::zeros_like(c.input);
     return;
   }
-  if (wish.store) wish.grad_input = at::empty_like(c.input);
-  const at::Tensor& layout = wish.store ? wish.grad_input : c.input;
+  if (gradient.store) gradient.grad_input = at::empty_like(c.input);
+  const at::Tensor& layout = gradient.store ? gradient.grad_input : c.input;
   const bool last = layout.stride(1) == 1 && s.channels_in > 1;
   const auto row_phases = make_phases(s.height, s.kernel_h, c.stride[0], c.padding[kTop], c.dilation[0]);
   const auto column_phases = make_phases(s.width, s.kernel_w, c.stride[1], c.padding[kLeft], c.dilation[1]);
@@ -365,23 +365,24 @@ void run_input_gradient(const GradientCall& c, InputGradient& wish) {
     for (size_t w = 0; w < column_phases.size(); ++w) {
       const Phase &rows = row_phases[r], &columns = column_phases[w];
       if (rows.taps == 0 || columns.taps == 0 || rows.count == 0 || columns.count == 0) continue;
-      Class k{static_cast<int64_t>(r), static_cast<int64_t>(w), rows, columns, class_call(c, wish, rows, columns), {}};
-      k.weight = last ? pack_weight_pixel_rows(k.call) : pack_weight_channel_rows(k.call);
+      Class k{
+          static_cast<int64_t>(r), static_cast<int64_t>(w), rows, columns, class_call(c, gradient, rows, columns), {}};
+      k.weight = last ? pack_weight_nhwc(k.call) : pack_weight_nchw(k.call);
       classes.push_back(std::move(k));
     }
   }
   const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const bool whole = c.stride[0] == 1 && c.stride[1] == 1 && !wish.channels && !wish.keep && !wish.dots;
-  if (whole && wish.store && !classes.empty() && wish.grad_input.is_contiguous(format)) {
+  const bool whole = c.stride[0] == 1 && c.stride[1] == 1 && !gradient.channels && !gradient.keep && !gradient.dots;
+  if (whole && gradient.store && !classes.empty() && gradient.grad_input.is_contiguous(format)) {
     const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     NativeCall n = chunk_call(classes[0], {0, s.batch, 0, s.height}, 0, s.height,
-                              static_cast<float*>(wish.grad_input.mutable_data_ptr()), threads);
+                              static_cast<float*>(gradient.grad_input.mutable_data_ptr()), threads);
     n.out_bfloat16 = c.bfloat16();
     run_driver(n, classes[0].weight, last);
   } else if (c.bfloat16()) {
-    run_chunks<c10::BFloat16, uint16_t>(c, wish, classes, last);
+    run_chunks<c10::BFloat16, uint16_t>(c, gradient, classes, last);
   } else {
-    run_chunks<float, float>(c, wish, classes, last);
+    run_chunks<float, float>(c, gradient, classes, last);
   }
 }
 

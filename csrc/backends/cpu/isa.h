@@ -12,6 +12,11 @@ namespace bap_kernels {
 // "avx512_emulated" runs the AVX-512 tiles in AVX2 code: slow, for tests.
 const std::string& isa();
 
+// Why there are no native kernels where isa() is "none".
+inline const char* const kNoInstructions =
+    "this CPU and this build share neither AVX2 nor AVX-512 (or "
+    "BAP_KERNELS_ISA=none is set)";
+
 // The instruction sets that this CPU has and this library was built for, best first; always ends with "none".
 std::vector<std::string> isa_available();
 

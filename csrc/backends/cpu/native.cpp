@@ -10,7 +10,6 @@
 
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
-#include "dispatch/choice.h"
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
@@ -70,9 +69,9 @@ int64_t pixel_step(const at::Tensor& t, at::MemoryFormat format) {
 
 }  // namespace
 
-std::string native_why_not(const ConvCall& c) {
+std::string native_unsupported_reason(const ConvCall& c) {
   const auto dtype = c.input.scalar_type();
-  if (isa() == "none") return backend_why_not("native");
+  if (isa() == "none") return kNoInstructions;
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
     return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
   }
@@ -181,13 +180,13 @@ at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   // The packed form depends on the tiles, so on the lanes' meaning too.
   const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
-  return PackedCache::instance().get(c, last ? PackedKind::kPixelRows : PackedKind::kChannelRows, variant,
-                                     [&] { return last ? pack_weight_pixel_rows(n) : pack_weight_channel_rows(n); });
+  return PackedCache::instance().get(c, last ? PackedKind::kConvNhwc : PackedKind::kConvNchw, variant,
+                                     [&] { return last ? pack_weight_nhwc(n) : pack_weight_nchw(n); });
 }
 
 void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_last) {
   const auto* w = weight.const_data_ptr<float>();
-  const NativeTasks tasks = channels_last ? pixel_rows_tasks(n, w) : channel_rows_tasks(n, w);
+  const NativeTasks tasks = channels_last ? conv_nhwc_tasks(n, w) : conv_nchw_tasks(n, w);
   at::parallel_for(0, tasks.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) tasks.run(task);
   });

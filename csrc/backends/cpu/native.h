@@ -3,14 +3,26 @@
 
 #include <string>
 
-#include "ops/conv_call.h"
+#include "ops/mixed_call.h"
+#include "ops/switched_call.h"
 
 namespace bap_kernels {
 
-// Empty if the native kernels can run the call, else the reason why not.
-std::string native_why_not(const ConvCall& call);
+// Why the native kernels cannot run the call; empty if they can.
+std::string native_unsupported_reason(const ConvCall& call);
 
-// Runs the call; native_why_not must be empty and the call not trivial.
+// Runs the call, which must be supported and not trivial.
 at::Tensor native_gathered_conv2d(const ConvCall& call);
+
+// The runs of a mixed batch as one pool of tasks; each must be supported as a
+// call of its own, and not trivial.
+void native_gathered_conv2d_mixed(const MixedCall& call, const char* op);
+
+// Why the native kernels cannot run a backward; empty if they can.
+std::string native_backward_unsupported_reason(const at::Tensor& input, const ConvShape<int64_t>& shape);
+
+// Calls must be supported, and may be trivial.
+GradientTriple native_gathered_conv2d_backward(const ConvBackwardCall& call);
+SwitchedGradients native_switched_conv2d_backward(const SwitchedBackwardCall& call);
 
 }  // namespace bap_kernels

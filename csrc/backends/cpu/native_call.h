@@ -74,8 +74,8 @@ struct NativeCall {
 NativeCall prepare_native(const ConvCall& call, at::Tensor& result);
 
 // Packed weights, [panel][reduction step][lane or row] in 32-bit lanes; see pack_weights.cpp for the two orders.
-at::Tensor pack_weight_pixel_rows(const NativeCall& native);
-at::Tensor pack_weight_channel_rows(const NativeCall& native);
+at::Tensor pack_weight_nhwc(const NativeCall& native);
+at::Tensor pack_weight_nchw(const NativeCall& native);
 
 // The work of one call, cut into tasks that may run in any order, at once or not.
 struct NativeTasks {
@@ -84,8 +84,8 @@ struct NativeTasks {
 };
 
 // The two drivers: channels_last results, and contiguous results. Tasks refer to the arguments.
-NativeTasks pixel_rows_tasks(const NativeCall& native, const float* weight);
-NativeTasks channel_rows_tasks(const NativeCall& native, const float* weight);
+NativeTasks conv_nhwc_tasks(const NativeCall& native, const float* weight);
+NativeTasks conv_nchw_tasks(const NativeCall& native, const float* weight);
 
 // The call's weight as its driver wants it, from the cache where the call asks for that.
 at::Tensor packed_weight(const ConvCall& call, const NativeCall& native);

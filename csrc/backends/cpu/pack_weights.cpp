@@ -1,6 +1,6 @@
 // Packing of the listed weight slices into the panels that the tiles read front to back.
-//   pixel_rows    panel of output channels: [tap][channel unit][lane], the last panel one or two vectors wide
-//   channel_rows  panel of output channels: [channel unit][tap][row], the last panel as narrow as it needs to be
+//   conv_nhwc  panel of output channels: [tap][channel unit][lane], the last panel one or two vectors wide
+//   conv_nchw  panel of output channels: [channel unit][tap][row], the last panel as narrow as it needs to be
 // A unit is one channel, or two bfloat16 channels side by side; what is missing is zero.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kMostLanes = 16;  // of any instruction set
 constexpr int64_t kFloatsPerThread = 32 * 1024;
 
-int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
-  if (channel_rows) return std::min<int64_t>(n.tiles->rows, n.kept_out - panel * n.tiles->rows);
+int64_t panel_width(const NativeCall& n, bool nchw, int64_t panel) {
+  if (nchw) return std::min<int64_t>(n.tiles->rows, n.kept_out - panel * n.tiles->rows);
   const int64_t full = micro::kMaxVectors * n.tiles->lanes;
   return n.kept_out - panel * full <= n.tiles->lanes ? n.tiles->lanes : full;
 }
@@ -24,14 +24,14 @@ int64_t panel_width(const NativeCall& n, bool channel_rows, int64_t panel) {
 // One unit after the other, all lanes of it: the filters' places in memory advance side by side, so each cache line is
 // read once and written once. `taps` holds the place of each tap.
 template <class scalar_t>
-void pack_panel(const NativeCall& n, const std::vector<int64_t>& taps, bool channel_rows, int64_t panel, float* dst) {
-  const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
-  const int64_t width = panel_width(n, channel_rows, panel);
+void pack_panel(const NativeCall& n, const std::vector<int64_t>& taps, bool nchw, int64_t panel, float* dst) {
+  const int64_t full = nchw ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
+  const int64_t width = panel_width(n, nchw, panel);
   const int64_t first = panel * full;
   const int64_t filters = std::min(full, n.kept_out - first);
   if (filters < width || (n.pairs && n.kept_in % 2)) std::fill_n(dst, width * n.depth, 0.f);
   const auto* w = reinterpret_cast<const scalar_t*>(n.w);
-  const int64_t unit_step = (channel_rows ? n.taps : 1) * width, tap_step = (channel_rows ? 1 : n.units) * width;
+  const int64_t unit_step = (nchw ? n.taps : 1) * width, tap_step = (nchw ? 1 : n.units) * width;
   int64_t filter[micro::kMaxVectors * kMostLanes];
   for (int64_t j = 0; j < filters; ++j) filter[j] = (n.out_index ? n.out_index[first + j] : first + j) * n.w_stride_out;
   const bool neighbours = !n.out_index && n.w_stride_out == 1;  // as in the gradient of a channels_last input
@@ -53,10 +53,10 @@ void pack_panel(const NativeCall& n, const std::vector<int64_t>& taps, bool chan
   }
 }
 
-at::Tensor pack(const NativeCall& n, bool channel_rows) {
-  const int64_t full = channel_rows ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
+at::Tensor pack(const NativeCall& n, bool nchw) {
+  const int64_t full = nchw ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t panels = (n.kept_out + full - 1) / full;
-  const int64_t floats = ((panels - 1) * full + panel_width(n, channel_rows, panels - 1)) * n.depth;
+  const int64_t floats = ((panels - 1) * full + panel_width(n, nchw, panels - 1)) * n.depth;
   at::Tensor packed = at::empty({floats}, at::TensorOptions().dtype(at::kFloat));
   float* dst = packed.mutable_data_ptr<float>();
   std::vector<int64_t> taps(n.taps);
@@ -66,9 +66,9 @@ at::Tensor pack(const NativeCall& n, bool channel_rows) {
   at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if (n.bfloat16) {
-        pack_panel<c10::BFloat16>(n, taps, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<c10::BFloat16>(n, taps, nchw, p, dst + p * full * n.depth);
       } else {
-        pack_panel<float>(n, taps, channel_rows, p, dst + p * full * n.depth);
+        pack_panel<float>(n, taps, nchw, p, dst + p * full * n.depth);
       }
     }
   });
@@ -77,7 +77,7 @@ at::Tensor pack(const NativeCall& n, bool channel_rows) {
 
 }  // namespace
 
-at::Tensor pack_weight_pixel_rows(const NativeCall& n) { return pack(n, false); }
-at::Tensor pack_weight_channel_rows(const NativeCall& n) { return pack(n, true); }
+at::Tensor pack_weight_nhwc(const NativeCall& n) { return pack(n, false); }
+at::Tensor pack_weight_nchw(const NativeCall& n) { return pack(n, true); }
 
 }  // namespace bap_kernels

@@ -1,4 +1,4 @@
-// Where the pixel-row tiles find the channels of an output pixel's taps.
+// Where the tiles of conv_nhwc find the channels of an output pixel's taps.
 #pragma once
 
 #include <vector>

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "ops/gathered_conv2d.h"
+#include "ops/op.h"
 
 namespace bap_kernels {
 

@@ -263,12 +263,12 @@ void run_task(const GradientCall& c, const Shape& s, int64_t slab, int64_t group
       t.weight = block.filters(0);
       t.partial = tile_sums;
       t.tiles = static_cast<int32_t>(full_panels);
-      if (full_panels > 0) s.tiles->pixel_rows[count - 1][1](t);
+      if (full_panels > 0) s.tiles->conv_nhwc[count - 1][1](t);
       if (full_panels == s.panels) continue;
       t.tiles = 1;
       t.weight = block.filters(full_panels);
       t.partial = tile_sums + full_panels * t.partial_step;
-      s.tiles->pixel_rows[count - 1][0](t);
+      s.tiles->conv_nhwc[count - 1][0](t);
     }
   }
 }

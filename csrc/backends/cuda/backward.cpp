@@ -3,8 +3,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "backends/aten/gathered_conv2d_backward.h"
 #include "backends/cuda/routes.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 namespace {
@@ -46,14 +46,12 @@ void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const
   launch_weight_gradient(result, with_aligned_chunks(grad), source, read, rows, columns, used, axes[0], axes[1]);
 }
 
-GradientTriple cuda_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                             const at::Tensor& weight, const OptionalTensor& in_index,
-                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
-                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
-                                             std::array<bool, 3> mask) {
-  const int64_t out_h = grad_output.size(2), out_w = grad_output.size(3);
-  refuse_uncovered("gathered_conv2d_backward", input, weight, groups, out_h, out_w);
-  const auto none = [&] { return at::empty({0}, input.options()); };
+GradientTriple cuda_gathered_conv2d_backward(const ConvBackwardCall& c) {
+  const auto& [grad_output, input, weight, in_index, out_index, stride, padding, dilation, groups, mask] =
+      static_cast<const GatheredConv2dBackwardArgs<int64_t>&>(c);
+  const int64_t out_h = c.shape.out_h, out_w = c.shape.out_w;
+  refuse_uncovered(GatheredConv2dBackward::kName, input, weight, groups, out_h, out_w);
+  const auto none = [&input] { return at::empty({0}, input.options()); };
   GradientTriple grads{none(), none(), none()};
   const auto axes = axes_of(input, weight, out_h, out_w, stride, padding, dilation);
   if (mask[0]) std::get<0>(grads) = gradient_of_input(grad_output, input, weight, in_index, out_index, axes);
@@ -64,11 +62,7 @@ GradientTriple cuda_gathered_conv2d_backward(const at::Tensor& grad_output, cons
                         list_form(in_index, input.size(1)), {}, axes);
     std::get<1>(grads) = dw;
   }
-  if (mask[2]) {
-    ConvShape<int64_t> s{};
-    s.channels_out = weight.size(0);
-    std::get<2>(grads) = listed_bias_gradient(grad_output, out_index, s);
-  }
+  if (mask[2]) std::get<2>(grads) = listed_bias_gradient(grad_output, out_index, weight.size(0));
   return grads;
 }
 

@@ -9,10 +9,24 @@
 
 namespace bap_kernels {
 
-const NamedBackend cuda_backend{cuda_gathered_conv2d, cuda_gathered_conv2d_backward, cuda_switched_conv2d,
-                                cuda_switched_conv2d_backward, cuda_gathered_conv2d_mixed};
-
 namespace {
+
+const Backend kCuda{
+    .name = "cuda",
+    .opt_in = true,
+    .unavailable_reason = [] { return python_unavailable_reason("cuda"); },
+    .unsupported_reason = [](const ConvCall&) { return std::string(); },
+    .backward_unsupported_reason = [](const at::Tensor&, const ConvShape<int64_t>&) { return std::string(); },
+    .add_candidates = [](const ConvCall&, c10::DeviceType,
+                         std::vector<Candidate>& candidates) { candidates.push_back(Candidate::kCuda); },
+    .run = [](const ConvCall& call, Candidate, const char* op) { return cuda_gathered_conv2d(call, op); },
+    .forward = cuda_gathered_conv2d,
+    .backward = cuda_gathered_conv2d_backward,
+    .switched = cuda_switched_conv2d,
+    .switched_backward = cuda_switched_conv2d_backward,
+    .mixed = cuda_gathered_conv2d_mixed,
+};
+const RegisterBackend registered(BackendId::kCuda, kCuda);
 
 // Whether the kernel with a halo takes a forward as it lies.
 bool takes_halo(const ConvLaunch& l) {
@@ -84,34 +98,32 @@ at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   launch.residual = f.residual;
   launch.relu = f.out_relu;
   launch.columns = s.kept_out;
-  if (c.copy != nullptr && c.copy_index->size(0) > 0) {
-    launch.copy_list = c.copy_index->contiguous();
-    launch.copy = c.copy;
+  if (c.dual_store != nullptr && c.dual_store_index->size(0) > 0) {
+    launch.copy_list = c.dual_store_index->contiguous();
+    launch.copy = c.dual_store;
     launch.copy_format = c.format();
   }
   run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, {}, f);
   return y;
 }
 
-void cuda_gathered_conv2d_mixed(const at::Tensor& output, const std::vector<MixedRun>& runs,
-                                const std::vector<ConvCall>& calls, const at::Tensor& input, const char* op) {
-  if (output.numel() == 0) return;
-  const ConvCall& c = calls.front();
+void cuda_gathered_conv2d_mixed(const MixedCall& c, const char* op) {
+  if (c.output.numel() == 0) return;
   const auto& s = c.shape;
-  refuse_uncovered(op, input, c.weight, c.groups, s.out_h, s.out_w);
+  refuse_uncovered(op, c.input, c.weight, /*groups=*/1, s.out_h, s.out_w);
   ConvLaunch launch;
-  launch.result = output;
+  launch.result = c.output;
   launch.bias = c.bias;
   launch.columns = s.channels_out;
   int64_t first = 0;
-  for (size_t i = 0; i < calls.size(); ++i) {
-    launch.runs.push_back(forward_run(calls[i], first));
-    first += runs[i].input.size(0);
+  for (const MixedRun& run : c.runs) {
+    launch.runs.push_back(forward_run(c.call(run), first));
+    first += run.input.size(0);
   }
   // The blocks with the longest sums start first, so that none of them is left for the end.
   std::stable_sort(launch.runs.begin(), launch.runs.end(),
                    [](const LaunchRun& a, const LaunchRun& b) { return a.list.length > b.list.length; });
-  run_forward(launch, input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, {}, {});
+  run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, {}, {});
 }
 
 void run_forward(ConvLaunch& launch, const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,

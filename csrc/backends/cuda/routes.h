@@ -10,22 +10,16 @@
 #pragma once
 
 #include "backends/cuda/launches.h"
-#include "dispatch/named_backend.h"
+#include "dispatch/backend.h"
 
 namespace bap_kernels {
 
-// The backend's functions: see NamedBackend.
+// The backend's functions: see Backend.
 at::Tensor cuda_gathered_conv2d(const ConvCall& call, const char* op);
-GradientTriple cuda_gathered_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                             const at::Tensor& weight, const OptionalTensor& in_index,
-                                             const OptionalTensor& out_index, c10::IntArrayRef stride,
-                                             c10::IntArrayRef padding, c10::IntArrayRef dilation, int64_t groups,
-                                             std::array<bool, 3> mask);
-void cuda_gathered_conv2d_mixed(const at::Tensor& output, const std::vector<MixedRun>& runs,
-                                const std::vector<ConvCall>& calls, const at::Tensor& input, const char* op);
+GradientTriple cuda_gathered_conv2d_backward(const ConvBackwardCall& call);
+void cuda_gathered_conv2d_mixed(const MixedCall& call, const char* op);
 at::Tensor cuda_switched_conv2d(const SwitchedCall& call);
-SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& call, const at::Tensor& grad_output,
-                                                SwitchedMask mask);
+SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& call);
 
 // Fills in the launch's source, packed first where the kernels cannot read it, and launches it. The launch has its
 // runs.

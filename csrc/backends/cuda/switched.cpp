@@ -38,9 +38,10 @@ at::Tensor cuda_switched_conv2d(const SwitchedCall& c) {
   return y;
 }
 
-SwitchedGradients cuda_switched_conv2d_backward(const SwitchedCall& c, const at::Tensor& grad_output,
-                                                SwitchedMask mask) {
+SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& c) {
   const auto& s = c.shape;
+  const at::Tensor& grad_output = c.grad_output;
+  const SwitchedMask& mask = c.mask;
   refuse_uncovered("switched_conv2d_backward", c.input, c.weight, c.groups, s.out_h, s.out_w);
   const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
   SwitchedGradients grads{none(c.input), none(c.weight), none(c.weight), none(c.switches)};

@@ -49,7 +49,7 @@ def backend_of(config: Config) -> str:
         return config.run.backend
     from bap_kernels import _C
 
-    return "native" if config.run.device == "cpu" and _C.why_not("native") is None else "aten"
+    return "native" if config.run.device == "cpu" and _C.unsupported_reason("native") is None else "aten"
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-// Fills one row of a panel of pixels from a plane; see channel_rows.cpp. No torch header, as in tile.h.
+// Fills one row of a panel of pixels from a plane; see conv_nchw.cpp. No torch header, as in tile.h.
 #pragma once
 
 #include <cstdint>

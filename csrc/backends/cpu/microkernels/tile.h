@@ -14,8 +14,8 @@ struct Segment {
 
 // A run of `tiles` output tiles, each `rows` x (`vectors` * lanes) accumulators. The two kernels share everything but
 // the roles:
-//   pixel_rows    rows are output pixels, lanes are output channels (channels_last results)
-//   channel_rows  rows are output channels, lanes are output pixels (contiguous results)
+//   conv_nhwc  rows are output pixels, lanes are output channels (channels_last results)
+//   conv_nchw  rows are output channels, lanes are output pixels (contiguous results)
 // Every pointer moves by its step from one tile to the next; steps and strides are in the pointer's own elements, those
 // of out and residual in bytes.
 struct TileArgs {
@@ -23,14 +23,14 @@ struct TileArgs {
   const float* weight;  // packed panel at the first reduction step
   int64_t weight_step;
 
-  // pixel_rows: source[tap * row_stride + r] is the start of pixel r's channels; offsets[c] is unit c's place in it.
+  // conv_nhwc: source[tap * row_stride + r] is the start of pixel r's channels; offsets[c] is unit c's place in it.
   const float* const* source;
   int64_t source_step;
   int32_t row_stride;
   const int32_t* offsets;
   const Segment* segments;
   int32_t segment_count;
-  // channel_rows: panel[k * panel_stride + lane], `depth` steps.
+  // conv_nchw: panel[k * panel_stride + lane], `depth` steps.
   const float* panel;
   int64_t panel_stride;
   int64_t depth;
@@ -59,8 +59,8 @@ constexpr int kMaxVectors = 2;
 // What one instruction set offers. kernel[rows - 1][vectors - 1]; null beyond `rows`.
 struct KernelTable {
   int rows, lanes;  // largest tile: rows x (kMaxVectors * lanes)
-  TileKernel pixel_rows[kMaxRows][kMaxVectors];
-  TileKernel channel_rows[kMaxRows][kMaxVectors];
+  TileKernel conv_nhwc[kMaxRows][kMaxVectors];
+  TileKernel conv_nchw[kMaxRows][kMaxVectors];
 };
 
 // Null where the compiler could not build the instruction set. The *_pairs tables multiply pairs of bfloat16 held in

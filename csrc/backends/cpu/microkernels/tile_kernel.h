@@ -1,7 +1,7 @@
 // The register tile of the gathered convolution, written once for every vector width.
 //   acc[r][lane] = sum over k of broadcast(r, k) * vector(k, lane);  y = relu(acc * scale + shift + residual)
-// pixel_rows broadcasts activations, found through a pixel pointer plus a channel offset: the gather is one extra
-// load per step. channel_rows broadcasts packed weights and reads activations as whole vectors.
+// conv_nhwc broadcasts activations, found through a pixel pointer plus a channel offset: the gather is one extra
+// load per step. conv_nchw broadcasts packed weights and reads activations as whole vectors.
 // Included by one source file per instruction set, inside that file's own anonymous namespace.
 // Accumulates in fp32. The order of the sum depends on the reduction alone, never on the tile's place or the threads.
 
@@ -132,7 +132,7 @@ inline void store_part(element_t* p, vector_t v, int count) {
 // the smaller tiles, where it is one function for all sizes.
 template <int kLanes, int kWidth>
 __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, const float* sums, int rows,
-                                           bool channel_rows) {
+                                           bool conv_nchw) {
   using S = Simd<kLanes, false>;
   using Vec = typename S::Vec;
   for (int r = 0; r < rows; ++r, sums += kWidth) {
@@ -140,8 +140,8 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
       const int count = t.valid - lane;
       const int64_t place = static_cast<int64_t>(lane) * (t.bfloat16 ? 2 : 4);
       Vec y = S::load(sums + lane);
-      if (at.scale) y *= channel_rows ? S::broadcast(at.scale[r]) : S::load(at.scale + lane);
-      if (at.shift) y += channel_rows ? S::broadcast(at.shift[r]) : S::load(at.shift + lane);
+      if (at.scale) y *= conv_nchw ? S::broadcast(at.scale[r]) : S::load(at.scale + lane);
+      if (at.shift) y += conv_nchw ? S::broadcast(at.shift[r]) : S::load(at.shift + lane);
       if (at.residual) {
         const char* residual = at.residual + r * t.residual_row_stride + place;
         if (t.bfloat16) {
@@ -166,7 +166,7 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
   }
 }
 
-template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kChannelRows>
+template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kConvNchw>
 inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Place& at) {
   using S = Simd<kLanes, kPairs>;
   using Vec = typename S::Vec;
@@ -196,7 +196,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
   }
 
   const float* w = at.weight;
-  if constexpr (kChannelRows) {
+  if constexpr (kConvNchw) {
     const float* x = t.panel;
     for (int64_t k = t.depth; k > 0; --k) {
       Vec b[kVectors];
@@ -263,8 +263,8 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           Vec y = acc[r][v];
-          if (at.scale) y *= kChannelRows ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
-          if (at.shift) y += kChannelRows ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
+          if (at.scale) y *= kConvNchw ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
+          if (at.shift) y += kConvNchw ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
           if (at.residual) {
             y += S::load(reinterpret_cast<const float*>(at.residual + r * t.residual_row_stride) + v * kLanes);
           }
@@ -281,14 +281,14 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) S::store(&sums[r][v * kLanes], acc[r][v]);
   }
-  finish_rows<kLanes, kWidth>(t, at, &sums[0][0], kRows, kChannelRows);
+  finish_rows<kLanes, kWidth>(t, at, &sums[0][0], kRows, kConvNchw);
 }
 
-template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kChannelRows>
+template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kConvNchw>
 void tile_kernel(const TileArgs& t) {
   Place at{t.weight, t.source, t.partial, t.scale, t.shift, t.out, t.residual};
   for (int i = t.tiles; i > 0; --i) {
-    one_tile<kLanes, kPairs, kTileRows, kRows, kVectors, kChannelRows>(t, at);
+    one_tile<kLanes, kPairs, kTileRows, kRows, kVectors, kConvNchw>(t, at);
     at.weight += t.weight_step;
     at.source += t.source_step;
     at.partial += t.partial_step;
@@ -301,10 +301,10 @@ void tile_kernel(const TileArgs& t) {
 
 template <int kLanes, bool kPairs, int kTileRows, int kRows>
 constexpr void fill_rows(KernelTable& table) {
-  table.pixel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, false>;
-  table.pixel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, false>;
-  table.channel_rows[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, true>;
-  table.channel_rows[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, true>;
+  table.conv_nhwc[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, false>;
+  table.conv_nhwc[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, false>;
+  table.conv_nchw[kRows - 1][0] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 1, true>;
+  table.conv_nchw[kRows - 1][1] = tile_kernel<kLanes, kPairs, kTileRows, kRows, 2, true>;
   if constexpr (kRows < kTileRows) fill_rows<kLanes, kPairs, kTileRows, kRows + 1>(table);
 }
 

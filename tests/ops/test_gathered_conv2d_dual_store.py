@@ -25,41 +25,39 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def check_copied(case: Case, flags: Sequence[str], backend: str, kind: str = "odd") -> bool:
-    return check_fused(case, flags, backend, torch.float32, copied=kind)
+def check_dual(case: Case, flags: Sequence[str], backend: str, kind: str = "odd") -> bool:
+    return check_fused(case, flags, backend, torch.float32, dual_store=kind)
 
 
-def copied(sample: Sample, copy_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops._gathered_conv2d_fused_copied(
-        *sample.args, None, None, False, None, None, None, False, copy_index=copy_index
-    )
+def dual(sample: Sample, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops._gathered_conv2d_fused(*sample.args, None, None, False, None, None, None, False, dual_store_index=index)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "sliced", "sliced_last", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, backend: str) -> None:
     for flags in ((), ("out_shift", "residual", "out_relu"), FLAGS):
-        ran = check_copied(BASE.but(dtype=dtype, layout=layout), flags, backend)
+        ran = check_dual(BASE.but(dtype=dtype, layout=layout), flags, backend)
         assert ran or dtype in (torch.float16, torch.float64)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["zero", "one", "odd", "all", "shuffled"])
-def test_lists_of_the_copy(kind: str, layout: str, backend: str) -> None:
+def test_lists_of_the_second_store(kind: str, layout: str, backend: str) -> None:
     for out_list in ("null", "odd", "one"):
-        assert check_copied(BASE.but(layout=layout, out_list=out_list), ("out_relu",), backend, kind)
+        assert check_dual(BASE.but(layout=layout, out_list=out_list), ("out_relu",), backend, kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_calls_without_arithmetic(layout: str, backend: str) -> None:
     for wrong in ({"batch": 0}, {"in_list": "zero"}, {"out_list": "zero"}):
-        check_copied(BASE.but(layout=layout, **wrong), ("out_shift", "residual"), backend)
+        check_dual(BASE.but(layout=layout, **wrong), ("out_shift", "residual"), backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_depthwise_and_one_pixel(layout: str, backend: str) -> None:
-    check_copied(BASE.but(depthwise=True, out_list="odd", layout=layout), FLAGS, backend)
-    check_copied(BASE.but(kernel=(1, 1), padding=(0,) * 4, size=(1, 1), layout=layout), FLAGS, backend)
+    check_dual(BASE.but(depthwise=True, out_list="odd", layout=layout), FLAGS, backend)
+    check_dual(BASE.but(kernel=(1, 1), padding=(0,) * 4, size=(1, 1), layout=layout), FLAGS, backend)
 
 
 @pytest.mark.parametrize("chunk", range(2))
@@ -69,16 +67,16 @@ def test_random_cases(chunk: int, backend: str) -> None:
         case = random_case(rng)
         flags = [flag for flag in FLAGS if rng.random() < 0.5]
         try:
-            check_copied(case, flags, backend, rng.choice(("odd", "shuffled", "one", "all")))
+            check_dual(case, flags, backend, rng.choice(("odd", "shuffled", "one", "all")))
         except Exception as error:
             raise AssertionError(f"seed {seed}, flags {flags}, {backend}: {case}") from error
 
 
-def test_the_copy_has_memory_of_its_own() -> None:
+def test_the_second_store_has_memory_of_its_own() -> None:
     for layout in LAYOUTS:
-        y, copy = copied(make_tensors(BASE.but(layout=layout)), torch.arange(13, dtype=torch.int32))
+        y, second = dual(make_tensors(BASE.but(layout=layout)), torch.arange(13, dtype=torch.int32))
         kept = y.clone()
-        copy.zero_()
+        second.zero_()
         assert torch.equal(y, kept)
 
 
@@ -87,12 +85,12 @@ def test_compact_input_and_packed_weights() -> None:
     read = ints(3, 17, 4, 0)
     args = (sample.input[:, read.long()], *sample.args[1:])
     for _ in range(2):
-        y, copy = ops._gathered_conv2d_fused_copied(
-            *args, None, None, False, None, None, None, False, ints(2, 11), True, read
+        y, second = ops._gathered_conv2d_fused(
+            *args, None, None, False, None, None, None, False, True, read, ints(2, 11)
         )
-        expected = ops._gathered_conv2d_fused(*args, None, None, False, None, None, None, False, True, read)
+        expected, _ = ops._gathered_conv2d_fused(*args, None, None, False, None, None, None, False, True, read)
         assert torch.equal(y, expected)
-        assert torch.equal(copy, expected[:, [2, 11]])
+        assert torch.equal(second, expected[:, [2, 11]])
 
 
 def test_the_direct_call_is_the_op() -> None:
@@ -100,8 +98,8 @@ def test_the_direct_call_is_the_op() -> None:
     fused = make_fused(sample, FLAGS, torch.float32)
     ordered = [fused[name] for name in FLAGS]
     geometry = (*sample.stride, *sample.padding, *sample.dilation, 1)
-    expected = ops._gathered_conv2d_fused_copied(*sample.args, *ordered, ints(1, 5))
-    actual = _C.gathered_conv2d_fused_copied(*sample.args[:5], *geometry, *ordered, ints(1, 5), False, None)
+    expected = ops._gathered_conv2d_fused(*sample.args, *ordered, False, None, ints(1, 5))
+    actual = _C.gathered_conv2d_fused(*sample.args[:5], *geometry, *ordered, False, None, ints(1, 5))
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -110,56 +108,58 @@ def test_the_direct_call_is_the_op() -> None:
 def test_errors(device: str) -> None:
     sample = make_tensors(BASE).to(device)
     for wrong, error, rule in (
-        (torch.tensor([1, 2], device=device), TypeError, r"`copy_index` to be an int32 list, got Long"),
-        (ints(1, 2)[None].to(device), ValueError, r"`copy_index` to be 1-D, got 2 dim"),
+        (torch.tensor([1, 2], device=device), TypeError, r"`dual_store_index` to be an int32 list, got Long"),
+        (ints(1, 2)[None].to(device), ValueError, r"`dual_store_index` to be 1-D, got 2 dim"),
         (
             ints(1, 2).to("cpu" if device == "meta" else "meta"),
             ValueError,
-            r"`copy_index` to be on the input's device .*, got ",
+            r"`dual_store_index` to be on the input's device .*, got ",
         ),
     ):
-        with pytest.raises(error, match=r"_gathered_conv2d_fused_copied\(\): expected " + rule):
-            copied(sample, wrong)
-    with pytest.raises(ValueError, match=r"_gathered_conv2d_fused_copied\(\): expected `residual` to have the result"):
-        ops._gathered_conv2d_fused_copied(
-            *sample.args, None, None, False, None, None, sample.input, False, ints(0).to(device)
+        with pytest.raises(error, match=r"_gathered_conv2d_fused\(\): expected " + rule):
+            dual(sample, wrong)
+    with pytest.raises(ValueError, match=r"_gathered_conv2d_fused\(\): expected `residual` to have the result"):
+        ops._gathered_conv2d_fused(
+            *sample.args, None, None, False, None, None, sample.input, False, False, None, ints(0).to(device)
         )
 
 
 def test_errors_of_the_list_values() -> None:
     sample = make_tensors(BASE.but(out_list="odd"))
     kept = sample.kept[1]
-    with pytest.raises(IndexError, match=rf"`copy_index` to hold channel numbers from 0 to {kept - 1}, got {kept}"):
-        copied(sample, ints(0, kept))
-    with pytest.raises(IndexError, match=r"`copy_index` to hold channel numbers from 0 to .*, got -1"):
-        copied(sample, ints(-1))
-    with pytest.raises(ValueError, match=r"`copy_index` to hold each channel at most once, got channel 1"):
-        copied(sample, ints(1, 0, 1))
+    with pytest.raises(
+        IndexError, match=rf"`dual_store_index` to hold channel numbers from 0 to {kept - 1}, got {kept}"
+    ):
+        dual(sample, ints(0, kept))
+    with pytest.raises(IndexError, match=r"`dual_store_index` to hold channel numbers from 0 to .*, got -1"):
+        dual(sample, ints(-1))
+    with pytest.raises(ValueError, match=r"`dual_store_index` to hold each channel at most once, got channel 1"):
+        dual(sample, ints(1, 0, 1))
 
 
 def test_refuses_what_needs_a_gradient() -> None:
     sample = make_tensors(BASE)
     sample.weight.requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused_copied\(\): expected tensors that need no"):
-        copied(sample, ints(0))
+    with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused\(\): expected tensors that need no"):
+        dual(sample, ints(0))
     with torch.no_grad():
-        copied(sample, ints(0))
+        dual(sample, ints(0))
 
 
 def test_counts_the_products_once() -> None:
     sample = make_tensors(BASE)
     counts = []
-    for call in (lambda: copied(sample, ints(0, 4)), lambda: ops.gathered_conv2d(*sample.args)):
+    for call in (lambda: dual(sample, ints(0, 4)), lambda: ops.gathered_conv2d(*sample.args)):
         with FlopCounterMode(display=False) as counter:
             call()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
 
-def test_a_copied_list_changed_in_place_is_seen(backend: str) -> None:
+def test_a_dual_store_list_changed_in_place_is_seen(backend: str) -> None:
     sample, index = make_tensors(BASE), ints(0, 4, 7)
     with bap_kernels.use_backend(backend):
         for _ in range(3):
-            y, copy = copied(sample, index)
-            assert torch.equal(copy, y[:, index.long()])
+            y, second = dual(sample, index)
+            assert torch.equal(second, y[:, index.long()])
             index.add_(1)

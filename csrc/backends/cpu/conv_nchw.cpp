@@ -222,7 +222,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
         t.out = n.y + place;
         t.residual = n.residual ? n.residual + place : nullptr;
         t.out_row_stride = t.residual_row_stride = area * size;
-        n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
+        n.tiles->conv_nchw[tile_rows - 1][vectors - 1](t);
       };
       // Pixels of two or more images in one tile: computed beside the result and moved into it.
       const auto run_straddling = [&](int64_t p, int64_t tile_rows) {
@@ -238,7 +238,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
         t.out = straddle_out;
         t.residual = n.residual ? straddle_residual : nullptr;
         t.out_row_stride = t.residual_row_stride = kStraddleRow;
-        n.tiles->channel_rows[tile_rows - 1][vectors - 1](t);
+        n.tiles->conv_nchw[tile_rows - 1][vectors - 1](t);
         for (int64_t r = 0; r < tile_rows; ++r) {
           move_pixels(n, n.y, p * rows + r, pixel, t.valid, straddle_out + r * kStraddleRow, true);
         }
@@ -290,7 +290,7 @@ TaskGrid task_grid(const NativeCall& n, int64_t tiles, int64_t panels, int64_t t
 
 }  // namespace
 
-NativeTasks channel_rows_tasks(const NativeCall& n, const float* weight) {
+NativeTasks conv_nchw_tasks(const NativeCall& n, const float* weight) {
   const int64_t width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + width - 1) / width, panels = (n.kept_out + n.tiles->rows - 1) / n.tiles->rows;
   const int64_t tiles_per_block =

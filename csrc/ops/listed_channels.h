@@ -1,10 +1,11 @@
 // Listed channels taken out of a tensor, and put back.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "ops/gathered_conv2d.h"
+#include "ops/op.h"
 
 namespace bap_kernels {
 
@@ -17,6 +18,13 @@ inline at::Tensor spread(const at::Tensor& part, const at::Tensor& whole, int64_
   if (has_value(index)) return at::zeros_like(whole).index_copy_(dim, index->to(at::kLong), part);
   at::Tensor like = at::empty_like(whole);
   return like.strides() == part.strides() ? part : like.copy_(part);
+}
+
+// Gradient (C_out,) of the bias: the sum of grad_output over images and pixels at the listed filters, zeros elsewhere.
+inline at::Tensor listed_bias_gradient(const at::Tensor& grad_output, const OptionalTensor& out_index,
+                                       int64_t channels_out) {
+  const at::Tensor sums = grad_output.sum({0, 2, 3});
+  return spread(sums, at::empty({channels_out}, sums.options()), 0, out_index);
 }
 
 }  // namespace bap_kernels

@@ -97,7 +97,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
       t.channel_step = along_panels ? width : 0;
       t.out_step = along_panels ? width * n.out_size() : rows * row_bytes;
       t.residual_step = along_panels ? t.out_step : rows * n.residual_pixel;
-      n.tiles->pixel_rows[tile_rows - 1][vectors - 1](t);
+      n.tiles->conv_nhwc[tile_rows - 1][vectors - 1](t);
     };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
     const bool panels_inside = kReductionBlock * panels * width * int64_t{4} <= kWeightsNear;
@@ -127,7 +127,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
 
 }  // namespace
 
-NativeTasks pixel_rows_tasks(const NativeCall& n, const float* weight) {
+NativeTasks conv_nhwc_tasks(const NativeCall& n, const float* weight) {
   const PixelAccess access(n);
   const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + rows - 1) / rows, panels = (n.kept_out + width - 1) / width;

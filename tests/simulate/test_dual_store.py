@@ -12,7 +12,7 @@ import bap_kernels
 from bap_kernels.testing import Case, check_fused, index_list, make_tensors, random_case
 from tests.kernel_contract import DTYPES, FLAGS, affordable
 
-op = torch.ops.bap_kernels._gathered_conv2d_fused_copied
+op = torch.ops.bap_kernels._gathered_conv2d_fused
 # A halo (any strides), NHWC as it lies, and planes of whole chunks: columns of several tiles.
 HALO = Case(in_channels=20, out_channels=150, size=(5, 8), in_list="shuffled", out_list="null")
 DIRECT = HALO.but(in_channels=64, in_list="null", layout="channels_last")
@@ -22,7 +22,7 @@ PACKED = PLANES.but(layout="channels_last")
 
 def copied(case: Case, copy_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with bap_kernels.use_backend("cuda"):
-        return op(*make_tensors(case).args, None, None, False, None, None, None, True, copy_index=copy_index)
+        return op(*make_tensors(case).args, None, None, False, None, None, None, True, dual_store_index=copy_index)
 
 
 def selections(case: Case, copy_index: torch.Tensor) -> int:
@@ -42,16 +42,16 @@ def selections(case: Case, copy_index: torch.Tensor) -> int:
 @pytest.mark.parametrize("case", [HALO, DIRECT, PLANES, PACKED], ids=["halo", "direct", "planes", "packed"])
 def test_routes(case: Case, kind: str, dtype: torch.dtype) -> None:
     flags = ("out_scale", "out_shift", "residual", "out_relu")
-    assert check_fused(case.but(dtype=dtype), flags, "cuda", copied=kind)
+    assert check_fused(case.but(dtype=dtype), flags, "cuda", dual_store=kind)
     copy_index = index_list(kind, case.out_channels, random.Random(0))
     assert copy_index is not None
     assert selections(case.but(dtype=dtype), copy_index) == 0
 
 
 def test_an_empty_copy_and_an_empty_result() -> None:
-    assert check_fused(DIRECT, FLAGS, "cuda", copied="zero")
+    assert check_fused(DIRECT, FLAGS, "cuda", dual_store="zero")
     for wrong in ({"batch": 0}, {"in_list": "zero"}, {"out_list": "zero"}):
-        assert check_fused(HALO.but(**wrong), ("out_shift",), "cuda", copied="odd")
+        assert check_fused(HALO.but(**wrong), ("out_shift",), "cuda", dual_store="odd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,9 +70,9 @@ def test_one_channel_and_one_pixel_are_ambiguous_layouts() -> None:
     for layout in ("contiguous", "channels_last"):
         for case in (HALO, DIRECT, PLANES, PACKED):
             case = case.but(layout=layout)
-            assert check_fused(case.but(size=(1, 1)), ("out_relu",), "cuda", copied="odd")
-            assert check_fused(case.but(out_channels=1), ("out_relu",), "cuda", copied="all")
-            assert check_fused(case.but(out_channels=9), ("out_relu",), "cuda", copied="one")
+            assert check_fused(case.but(size=(1, 1)), ("out_relu",), "cuda", dual_store="odd")
+            assert check_fused(case.but(out_channels=1), ("out_relu",), "cuda", dual_store="all")
+            assert check_fused(case.but(out_channels=9), ("out_relu",), "cuda", dual_store="one")
 
 
 def test_results_of_planes_by_way_of_a_copy_are_selected_from_afterwards() -> None:
@@ -89,7 +89,7 @@ def test_warpgroups(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) ->
     counted = torch.ops.bap_kernels._simulated_warpgroup_launches
     before = counted(torch.empty(0))
     case = DIRECT.but(dtype=torch.bfloat16, size=(9, 9), out_channels=columns)
-    assert check_fused(case, ("out_scale", "residual", "out_relu"), "cuda", copied=kind)
+    assert check_fused(case, ("out_scale", "residual", "out_relu"), "cuda", dual_store=kind)
     assert counted(torch.empty(0)) == before + 1
 
 
@@ -97,7 +97,7 @@ def test_warpgroups(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_random_cases(seed: int) -> None:
     rng = random.Random(seed + 900)
     case = affordable(random_case(rng), 6, 60, 60)
-    assert check_fused(case, rng.sample(FLAGS, 3), "cuda", copied=rng.choice(("odd", "shuffled", "one", "all")))
+    assert check_fused(case, rng.sample(FLAGS, 3), "cuda", dual_store=rng.choice(("odd", "shuffled", "one", "all")))
 
 
 def test_what_cannot_be_copied_is_said() -> None:

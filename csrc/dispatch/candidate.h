@@ -1,0 +1,23 @@
+// The ways to compute one call that `auto` chooses among.
+#pragma once
+
+namespace bap_kernels {
+
+// In the order in which backends have them: the first is the CPU kernels', the last two are those of backends for GPUs,
+// and the others are ATen's.
+enum class Candidate : int {
+  kNative,
+  kGather,        // select the listed channels, then a convolution with the listed weight slices
+  kGatherFlat,    // the same, selecting from a channels_last input as a matrix of pixels x channels
+  kGatherPacked,  // the same on a CPU, with oneDNN's own order of the weight slices, made beforehand
+  kDense,         // the full input with zeros in the weight of unlisted channels
+  kMasked,        // the same with zeros in the input too, which no host has to look at: for devices
+  kCuda,
+  kTriton,
+};
+constexpr int kCandidateCount = 8;
+
+// As in bap_kernels.choices() and in the file of choices.
+const char* candidate_name(Candidate candidate);
+
+}  // namespace bap_kernels

@@ -1,0 +1,86 @@
+// The gathered convolution on every device: checks, then the backend that is named, or that measured fastest. Lists on
+// the CPU are copied first, so that what is checked is what the kernels read; those on a GPU are not read here.
+#include "dispatch/gathered_conv2d.h"
+
+#include <ATen/ops/index_select.h>
+
+#include "dispatch/choice.h"
+#include "dispatch/list_copy.h"
+#include "ops/fusion.h"
+
+namespace bap_kernels {
+
+at::Tensor run_gathered_conv2d(const ConvCall& c, const char* op) {
+  if (c.trivial()) return trivial_result(c);
+  if (const Backend* named = named_backend(c.input)) return named->forward(c, op);
+  const auto candidates = [&] { return candidates_of(c, c.input.device().type(), kVerifiedBackends); };
+  const auto run = [&](const ConvCall& call, Candidate candidate) { run_candidate(call, candidate, op); };
+  return run_candidate(c, ChoiceTable::instance().choose(c, measured_device(c.input), candidates, run), op);
+}
+
+const Backend& backward_backend(const at::Tensor& input, const ConvShape<int64_t>& shape) {
+  const Backend& native = backend(BackendId::kNative);
+  const bool covered = input.is_cpu() && native.backward_unsupported_reason(input, shape).empty();
+  return covered ? native : backend(BackendId::kAten);
+}
+
+namespace {
+
+at::Tensor forward(const GatheredConv2dArgs<int64_t>& a) {
+  const char* op = GatheredConv2d::kName;
+  const ListCopy in_list(a.in_index), out_list(a.out_index);
+  const auto args = a.with_lists(in_list.get(), out_list.get());
+  const ConvCall call{{args, {}, a.cache_packed}, check_conv<int64_t>(op, args)};
+  const auto& s = call.shape;
+  check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  return run_gathered_conv2d(call, op);
+}
+
+at::Tensor selected_store(const at::Tensor& result, const at::Tensor& index, at::MemoryFormat format) {
+  if (format != at::MemoryFormat::ChannelsLast) return result.index_select(1, index);
+  // index_select would return it without its memory format.
+  return result.permute({0, 2, 3, 1}).index_select(3, index).permute({0, 3, 1, 2});
+}
+
+DualResult fused(const GatheredConv2dFusedArgs<int64_t>& a) {
+  const char* op = GatheredConv2dFused::kName;
+  const ListCopy in_list(a.in_index), out_list(a.out_index), weight_list(a.weight_index), dual_list(a.dual_store_index);
+  const GatheredConv2dFusedArgs<int64_t> args{a.with_lists(in_list.get(), out_list.get()), a.fusion, a.cache_packed,
+                                              weight_list.get(), dual_list.get()};
+  at::Tensor second;
+  ConvCall call{args, check_gathered_conv2d_fused<int64_t>(op, args)};
+  const auto& s = call.shape;
+  check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  check_list_values(op, "weight_index", call.weight_index, call.weight.size(1));
+  if (!has_value(call.dual_store_index)) return {run_gathered_conv2d(call, op), second};
+  check_list_values(op, "dual_store_index", call.dual_store_index, s.kept_out);
+  call.dual_store = &second;
+  at::Tensor result = run_gathered_conv2d(call, op);
+  if (!second.defined()) second = selected_store(result, *call.dual_store_index, call.format());
+  return {std::move(result), std::move(second)};
+}
+
+GradientTriple backward(const GatheredConv2dBackwardArgs<int64_t>& a) {
+  const char* op = GatheredConv2dBackward::kName;
+  const ListCopy in_list(a.in_index), out_list(a.out_index);
+  const auto args = a.with_lists(in_list.get(), out_list.get());
+  const ConvBackwardCall call{args, check_gathered_conv2d_backward<int64_t>(op, args)};
+  const auto& s = call.shape;
+  check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  if (s.trivial()) return backend(BackendId::kAten).backward(call);
+  const Backend* named = named_backend(call.input);
+  return (named != nullptr ? *named : backward_backend(call.input, s)).backward(call);
+}
+
+void implement_ops(torch::Library& m) {
+  implement<GatheredConv2d, forward>(m);
+  implement<GatheredConv2dFused, fused>(m);
+  implement<GatheredConv2dBackward, backward>(m);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { implement_ops(m); }
+TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { implement_ops(m); }
+
+}  // namespace bap_kernels

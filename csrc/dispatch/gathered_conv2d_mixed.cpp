@@ -1,0 +1,69 @@
+// The gathered convolution of mixed batches on every device: all runs at once by the named backend or the CPU kernels,
+// and those that they do not cover as calls of their own.
+#include <c10/util/irange.h>
+
+#include <deque>
+
+#include "dispatch/gathered_conv2d.h"
+#include "dispatch/list_copy.h"
+
+namespace bap_kernels {
+namespace {
+
+// Whether the CPU kernels can write the run's part of the batch. A run of one sample may be laid out in either way, and
+// the result has the batch's.
+bool native_covers(const MixedCall& c, const MixedRun& run) {
+  const ConvCall part = c.call(run);
+  const auto format = c.input.suggest_memory_format();
+  return !part.trivial() && backend(BackendId::kNative).unsupported_reason(part).empty() && part.format() == format &&
+         run.output.is_contiguous(format);
+}
+
+at::Tensor mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
+  const char* op = GatheredConv2dMixed::kName;
+  std::deque<ListCopy> copies;
+  OptionalTensorList lists;
+  for (const auto i : c10::irange(a.in_indices.size())) {
+    copies.emplace_back(a.in_indices.get(i));
+    lists.push_back(copies.back().get());
+  }
+  const auto args = a.with_lists(lists);
+  MixedCall call{args, check_gathered_conv2d_mixed<int64_t>(op, args)};
+  const auto& s = call.shape;
+  call.output = at::empty({s.batch, s.channels_out, s.out_h, s.out_w},
+                          a.input.options().memory_format(a.input.suggest_memory_format()));
+  int64_t first = 0;
+  for (const auto i : c10::irange(a.counts.size())) {
+    const OptionalTensor list = lists.get(i);
+    check_list_values(op, "in_index", list, s.channels_in);
+    const int64_t count = a.counts[i];
+    if (count > 0) call.runs.push_back({a.input.narrow(0, first, count), call.output.narrow(0, first, count), list});
+    first += count;
+  }
+  const Backend *named = named_backend(a.input), &native = backend(BackendId::kNative);
+  if (named != nullptr && named->opt_in) {
+    named->mixed(call, op);
+    return call.output;
+  }
+  const bool together = a.input.is_cpu() && (named == nullptr || named == &native);
+  MixedCall covered{args, s, call.output};
+  for (const MixedRun& run : call.runs) {
+    if (together && native_covers(call, run)) {
+      covered.runs.push_back(run);
+      continue;
+    }
+    const ConvCall part = call.call(run);
+    // On a GPU nothing is measured: each number of samples would be a case of its own.
+    const bool measured = a.input.is_cpu() || part.trivial();
+    run.output.copy_(measured ? run_gathered_conv2d(part, op) : backend(BackendId::kAten).forward(part, op));
+  }
+  if (!covered.runs.empty()) native.mixed(covered, op);
+  return call.output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { implement<GatheredConv2dMixed, mixed>(m); }
+TORCH_LIBRARY_IMPL(bap_kernels, CUDA, m) { implement<GatheredConv2dMixed, mixed>(m); }
+
+}  // namespace bap_kernels
