@@ -87,7 +87,7 @@ def require_backend() -> Iterator[Callable[[str], None]]:
         if not used:
             ours.reset_choices()
             used.append(name)
-        if reason := ours.library().why_not(name):
+        if reason := ours.library().unsupported_reason(name):
             pytest.skip(f"{name}: {reason}")
 
     yield require

@@ -39,7 +39,7 @@ def library() -> Any:
 
 def unsupported_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why a backend cannot run convolutions of a dtype on this machine; None if it can."""
-    if reason := library().why_not(backend):
+    if reason := library().unsupported_reason(backend):
         return str(reason)
     x = torch.ones(1, 64, 8, 8, dtype=dtype, device=device)
     index = torch.arange(32, dtype=torch.int32, device=device)

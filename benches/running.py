@@ -204,7 +204,7 @@ def begin(
     if options.threads:
         torch.set_num_threads(options.threads)
     memory.keep_freed()
-    build, isa = (dict(ours.library().build_facts()), ours.library().isa()) if with_package else ({}, "none")
+    build, isa = (dict(ours.library().build_info()), ours.library().isa()) if with_package else ({}, "none")
     console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
     roofline = measure_roofline(DTYPES[dtype], device)
     header = describe(device, dtype, roofline, build, isa)

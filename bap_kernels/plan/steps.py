@@ -136,7 +136,15 @@ class ConvStep(Step):
         if self.cast is not None:
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
         lists: tuple[Any, ...] = (self.in_index, self.out_index)
-        fusion: tuple[Any, ...] = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
+        fusion: tuple[Any, ...] = (
+            *self.before,
+            *self.after,
+            residual,
+            self.relu,
+            True,
+            self.weight_index,
+            self.dual_index,
+        )
         if torch.compiler.is_compiling():
             result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
