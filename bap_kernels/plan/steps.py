@@ -136,19 +136,11 @@ class ConvStep(Step):
         if self.cast is not None:
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
         lists: tuple[Any, ...] = (self.in_index, self.out_index)
-        fusion: tuple[Any, ...] = (
-            *self.before,
-            *self.after,
-            residual,
-            self.relu,
-            True,
-            self.weight_index,
-            self.dual_index,
-        )
+        after: tuple[Any, ...] = (*self.after, residual, self.relu, True, self.weight_index, self.dual_index)
         if torch.compiler.is_compiling():
-            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
+            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *self.before, *after)
         else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *fusion)
+            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *self.before, *after)
         env[self.out], second = result
         if self.dual_store is not None:
             env[self.dual_store] = second
