@@ -135,12 +135,12 @@ class ConvStep(Step):
         x = env[self.reads[0]]
         if self.cast is not None:
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
-        lists: tuple[Any, ...] = (self.in_index, self.out_index)
-        after: tuple[Any, ...] = (*self.after, residual, self.relu, True, self.weight_index, self.dual_index)
+        lists = (self.in_index, self.out_index)
+        fusion: Any = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
         if torch.compiler.is_compiling():
-            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *self.before, *after)
+            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *self.before, *after)
+            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *fusion)
         env[self.out], second = result
         if self.dual_store is not None:
             env[self.dual_store] = second
