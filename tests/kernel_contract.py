@@ -115,24 +115,24 @@ class ForwardContract(Contract):
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-    def test_compact_copies(self, layout: str, kernel: tuple[int, int], dtype: torch.dtype) -> None:
+    def test_dual_stores(self, layout: str, kernel: tuple[int, int], dtype: torch.dtype) -> None:
         case = self.base.but(layout=layout, kernel=kernel, dtype=dtype, out_list="null")
         # With a separate residual, and with a prologue, which has its own code path.
-        self.runs_fused(case, ("out_scale", "residual", "out_relu"), vector_dtype=torch.float32, copied="odd")
-        self.runs_fused(case, ("in_shift", "in_relu"), vector_dtype=torch.float32, copied="shuffled")
+        self.runs_fused(case, ("out_scale", "residual", "out_relu"), vector_dtype=torch.float32, dual_store="odd")
+        self.runs_fused(case, ("in_shift", "in_relu"), vector_dtype=torch.float32, dual_store="shuffled")
 
-    @pytest.mark.parametrize("copied", [kind for kind in LISTS if kind != "null"])
-    def test_lists_of_compact_copies(self, copied: str) -> None:
+    @pytest.mark.parametrize("dual_store", [kind for kind in LISTS if kind != "null"])
+    def test_lists_of_dual_stores(self, dual_store: str) -> None:
         for case in (self.pointwise, self.pointwise.but(layout="channels_last", out_list="null"), self.base):
-            self.runs_fused(case, ("residual",), copied=copied)
-        self.runs_fused(self.base.but(batch=0), (), copied=copied)
+            self.runs_fused(case, ("residual",), dual_store=dual_store)
+        self.runs_fused(self.base.but(batch=0), (), dual_store=dual_store)
 
     @pytest.mark.parametrize("seed", range(30))
     def test_random_cases(self, seed: int) -> None:
         self.runs(affordable(random_case(random.Random(seed)), 6, *self.most))
         case = affordable(random_case(random.Random(seed + 100)), 6, *self.most)
-        copied = random.Random(seed).choice((None, "odd", "shuffled"))
-        self.runs_fused(case, random.Random(seed).sample(FLAGS, 3), copied=copied)
+        dual_store = random.Random(seed).choice((None, "odd", "shuffled"))
+        self.runs_fused(case, random.Random(seed).sample(FLAGS, 3), dual_store=dual_store)
 
 
 class BackwardContract(Contract):

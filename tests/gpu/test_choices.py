@@ -67,8 +67,8 @@ def test_the_reasons_of_those_that_are_left_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compact_copies(layout: str, kernel: tuple[int, int], dtype: torch.dtype, gpu_backend: str) -> None:
+def test_dual_stores(layout: str, kernel: tuple[int, int], dtype: torch.dtype, gpu_backend: str) -> None:
     case = CASE.but(layout=layout, kernel=kernel, padding=(kernel[0] // 2,) * 4, dtype=dtype, out_channels=130)
-    for copied in ("odd", "shuffled", "all"):
+    for kind in ("odd", "shuffled", "all"):
         flags = ("out_scale", "residual", "out_relu")
-        check_fused(case.but(out_list="null"), flags, gpu_backend, torch.float32, device="cuda", copied=copied)
+        check_fused(case.but(out_list="null"), flags, gpu_backend, torch.float32, device="cuda", dual_store=kind)

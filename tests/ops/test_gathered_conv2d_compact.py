@@ -63,7 +63,7 @@ def test_errors() -> None:
     def call(in_index: torch.Tensor | None, weight_index: torch.Tensor, groups: int = 1) -> torch.Tensor:
         geometry = (*GEOMETRY[:3], groups)
         fusion = (None, None, False, None, None, None, False, False)
-        return ops._gathered_conv2d_fused(x, w, None, in_index, None, *geometry, *fusion, weight_index)[0][0]
+        return ops._gathered_conv2d_fused(x, w, None, in_index, None, *geometry, *fusion, weight_index)[0]
 
     assert call(ints(0, 4), ints(8, 2)).shape == (1, 4, 6, 6)
     with pytest.raises(ValueError, match=r"expected `weight_index` to have one entry for each of the 5 channels that"):
