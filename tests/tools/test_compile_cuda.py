@@ -1,4 +1,4 @@
-"""Offline compilation of the CUDA kernels: what the tool reads from the compiler, and that its checks can fail."""
+"""Offline compilation of the CUDA kernels: parsed compiler output, and checks that can fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARPGROUP_SASS = (
 )
 
 
-def test_checks_can_fail() -> None:
+def test_examine_reports_spills_and_missing_instructions() -> None:
     assert examine(CONV, "80", 128, 0, SASS).wrong == []
     assert examine(CONV, "80", 128, 8, SASS).wrong == ["spills 8 bytes"]
     assert examine(CONV, "80", 128, 0, SASS.replace("128", "64")).wrong == ["no LDGSTS.128"]
@@ -42,7 +42,7 @@ def test_checks_can_fail() -> None:
     assert examine(WARPGROUP, "90a", 176, 0, WARPGROUP_SASS).wrong == ["a processor holds 0 blocks"]
 
 
-def test_names() -> None:
+def test_instance_of_parses_mangled_names() -> None:
     tile = "".join(f"Li{size}E" for size in LARGE)
     name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8ProductsE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
     assert instance_of(name) == Instance("conv", "float32", LARGE, True)
@@ -56,18 +56,18 @@ def test_names() -> None:
     assert instance_of("_Z28channel_gather_planar_kernelv") is None
 
 
-def test_listing_is_split_by_function() -> None:
+def test_functions_of_splits_listing() -> None:
     listing = "head\n\t\tFunction : f\n\tMOV ;\n\t\tFunction : g\n\tADD ;\n"
     assert functions_of(listing) == {"f": "\tMOV ;", "g": "\tADD ;\n"}
 
 
-def test_occupancy_by_each_limit() -> None:
+def test_occupancy_respects_each_limit() -> None:
     assert occupancy("90a", 8, 255, 98304) == 1
     assert occupancy("90a", 4, 128, 65536) == 3
     assert occupancy("80", 4, 40, 0) == 12
 
 
-def test_tiles_are_those_of_the_kernels() -> None:
+def test_tiles_equal_those_of_the_kernels() -> None:
     text = (KERNELS / "instances.h").read_text()
     tiles = {
         tuple(int(number) for number in numbers.split(","))
@@ -77,7 +77,7 @@ def test_tiles_are_those_of_the_kernels() -> None:
     limit = re.search(r"kHaloSharedBytes = (\d+) \* 1024", (KERNELS / "halo_shape.h").read_text())
     assert limit is not None
     assert HALO.shared_bytes == int(limit.group(1)) * 1024
-    # As Tile::kSharedBytes says, which check_index compares with what every device has.
+    # Equals Tile::kSharedBytes, which check_index compares with the limit of every device.
     assert {Instance("conv", "half", tile, False).shared_bytes for tile in tiles} == {98304, 65536, 81920}
     assert WARPGROUP.shared_bytes == 4 * (128 + 256) * 128 + 4 * 16
 
@@ -89,7 +89,7 @@ needs_nvcc = pytest.mark.skipif(
 
 
 @needs_nvcc
-def test_machine_code_of_the_small_kernels() -> None:
+def test_small_kernels_compile_without_faults() -> None:
     nvcc, cuobjdump = ninja_build.platform_facts(os.environ).nvcc, compile_cuda.find_cuobjdump()
     assert nvcc is not None
     assert cuobjdump is not None
@@ -100,7 +100,7 @@ def test_machine_code_of_the_small_kernels() -> None:
     assert all(code.wrong == [] and 0 < code.registers < 64 for code in codes)
 
 
-def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
+def test_tool_compiles_every_kernel_file() -> None:
     files = {path.stem for path in KERNELS.glob("*.cu")}
     assert files == {f"gathered_conv2d_{name}" for name in compile_cuda.SOURCES} | {
         *(f"warpgroup_conv2d_{name}" for name in compile_cuda.WARPGROUP_SOURCES),
@@ -109,7 +109,7 @@ def test_every_file_of_kernels_is_compiled_by_the_tool() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-def test_device_code_needs_no_torch_header(tmp_path: Path) -> None:
+def test_device_code_compiles_without_torch_headers(tmp_path: Path) -> None:
     for header in (
         "gathered_conv2d_block.h",
         "halo_conv2d_block.h",

@@ -1,4 +1,4 @@
-"""Offline compilation: the machine code of the main kernels, and that its checks can fail."""
+"""Offline compilation of the Triton kernels: machine code, and checks that can fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASE = Case("planar", 90, "16", "large")
 
 
 @pytest.mark.parametrize("case", compile_triton.quick_cases(), ids=lambda case: f"{case.kernel} sm_{case.arch}")
-def test_machine_code(case: Case) -> None:
+def test_machine_code_has_no_fault(case: Case) -> None:
     code = compile_triton.compile_case(case)
     assert code.wrong == []
     assert code.copies_16 > 0
@@ -26,7 +26,7 @@ def test_machine_code(case: Case) -> None:
     assert code.blocks_per_processor >= 1
 
 
-def test_checks_can_fail() -> None:
+def test_check_reports_spills_and_missing_instructions() -> None:
     assert check(CASE, PTX, GOOD, 1000) == []
     assert check(CASE, PTX.replace("0x10", "0x4"), GOOD, 1000) == ["no copy of 16 bytes"]
     assert check(CASE, PTX.replace("wgmma", "fma"), GOOD, 1000) == ["no wgmma.mma_async"]
@@ -41,13 +41,13 @@ def test_checks_can_fail() -> None:
     assert check(dataclasses.replace(CASE, kernel="fwd 3x3 channel by channel"), "wgmma.mma_async", GOOD, 0) == []
 
 
-def test_copies_are_counted_by_their_size() -> None:
+def test_copies_of_16_ignores_smaller_copies() -> None:
     copy = "cp.async.{} [ %r1 + 0 ], [ %rd1 + 0 ], {}, %r2;\n"
     text = copy.format("cg.shared.global", "0x10") + copy.format("ca.shared.global", "0x4")
     assert copies_of_16(text) == 1
 
 
-def test_occupancy_by_each_limit() -> None:
+def test_occupancy_respects_each_limit() -> None:
     assert occupancy(90, 4, 32, 0) == 16
     assert occupancy(90, 8, 128, 0) == 2
     assert occupancy(90, 4, 32, 100_000) == 2
@@ -55,14 +55,14 @@ def test_occupancy_by_each_limit() -> None:
     assert occupancy(80, 1, 8, 0) == 32
 
 
-def test_the_table_has_every_configuration() -> None:
+def test_table_cases_cover_every_configuration() -> None:
     cases = compile_triton.table_cases(compile_triton.ARCHS)
-    tried = {(configs.architecture(case.arch).table, case.products, case.shape) for case in cases}
-    wanted = {
+    covered = {(configs.architecture(case.arch).table, case.products, case.shape) for case in cases}
+    configured = {
         (table, products, shape)
         for (table, products), shapes in configs.TABLE.items()
         for shape in shapes
         if table != "small"
     }
-    assert tried == wanted
+    assert covered == configured
     assert {case.kernel for case in cases} == set(compile_triton.CASES)

@@ -1,4 +1,4 @@
-"""The report of a GPU: parts that fail, hang or cannot run, what is left on disk, and the rehearsal without a GPU."""
+"""The report of a GPU: parts that fail, hang or cannot run, files, and a run without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
 
 
 def is_killed(process: int) -> bool:
-    """Whether a process has ended; its killer has returned, so that it does not go on for long."""
+    """Whether a killed process ends within seconds."""
     for _ in range(1000):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -36,8 +36,8 @@ def is_killed(process: int) -> bool:
     return False
 
 
-def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Long limits, except for the one that never ends by itself: a busy machine must not end the others.
+def test_failing_or_hanging_parts_do_not_affect_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Only the part that hangs has a short limit, so that the others pass on a busy machine.
     report = Report(tmp_path, 500)
     parts = [
         Part("fine", python("print('{\"cases\": 3}')"), 400, read=gpu_report.last_json),
@@ -55,7 +55,7 @@ def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: p
     assert results["hanging"].state == "failed"
     assert results["hanging"].reason.startswith("ran past ")
     child = tmp_path / "child"
-    assert not child.exists() or is_killed(int(child.read_text())), "what it had started ran on"
+    assert not child.exists() or is_killed(int(child.read_text())), "its child process is still running"
     assert (results["left out"].state, results["left out"].reason) == ("skipped", "no CUDA device here")
     assert "expected a line of JSON" in results["silent"].reason
     assert results["missing"].reason.startswith("FileNotFoundError")
@@ -68,29 +68,29 @@ def test_parts_that_fail_or_hang_take_nobody_with_them(tmp_path: Path, capsys: p
     assert "| failing | failed |" in capsys.readouterr().out
 
 
-def test_what_no_time_is_left_for_is_skipped(tmp_path: Path) -> None:
+def test_part_without_remaining_time_is_skipped(tmp_path: Path) -> None:
     result = Report(tmp_path, 1).run(Part("late", python("print(1)"), 30))
     assert (result.state, result.reason) == ("skipped", "no time was left for it")
 
 
-def test_the_backends_are_read_from_what_info_prints() -> None:
+def test_backends_of_parses_info() -> None:
     text = str(bk.info())
     assert "cuda of torch" in text
-    found = gpu_report.backends_of(text)
+    backends = gpu_report.backends_of(text)
     for name in ("triton", "cuda"):
         reason = bk.dispatch.unsupported_reason(name)
-        assert found[name] == (reason or "can run")
-        assert gpu_report.missing(name, found) == (None if reason is None else f"backend {name}: {reason}")
+        assert backends[name] == (reason or "can run")
+        assert gpu_report.missing(name, backends) == (None if reason is None else f"backend {name}: {reason}")
     assert gpu_report.missing("cuda", {}) == "backend cuda: bap_kernels does not load"
 
 
 def collected(*options: str) -> set[str]:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return {line for line in done.stdout.splitlines() if "::" in line}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return {line for line in process.stdout.splitlines() if "::" in line}
 
 
-def test_the_gpu_tests_are_divided_and_none_is_left_out(tmp_path: Path) -> None:
+def test_parts_run_every_gpu_test_once(tmp_path: Path) -> None:
     everything = collected("tests/gpu")
     parts = [
         *gpu_report.test_parts(tmp_path, "triton", None, False, 2),
@@ -110,32 +110,32 @@ def test_the_gpu_tests_are_divided_and_none_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["3/2", "a/b"])
-def test_wrong_parts(text: str) -> None:
+def test_invalid_part_option_fails(text: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/gpu", "--part", text]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 4
-    assert "--part" in done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 4
+    assert "--part" in process.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
 @pytest.mark.slow
-def test_rehearsal_of_the_networks(tmp_path: Path) -> None:
+def test_gpu_networks_runs_on_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu_networks", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
     command += ["--markdown", str(tmp_path / "rows.md")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["part"] for row in rows} == {"network", "mixed", "training"}
     assert not [row for row in rows if "failed" in row]
     assert all(row["p50_s"] > 0 for row in rows)
-    last = gpu_report.last_json(done.stdout)
+    last = gpu_report.last_json(process.stdout)
     assert (last["failed"], last["left_out"]) == (0, [])
     assert "| planned, auto |" in (tmp_path / "rows.md").read_text()
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_training_steps_are_a_part_within_the_time(quick: bool, tmp_path: Path) -> None:
+def test_training_part_fits_its_time(quick: bool, tmp_path: Path) -> None:
     report = Report(tmp_path, 60)
     gpu_report.run_benches(report, "no CUDA device here", (), quick)
     found = {result.part: result for result in report.results}
