@@ -11,7 +11,7 @@ from benches import baselines, gate, ours
 from benches.baselines import Variant
 from benches.cases import Cell
 from benches.machine import Roofline
-from benches.problem import NumberStore, Problem, normal_tensors
+from benches.problem import NumberStore, Problem
 from benches.rows import Row, row_of, with_ratios
 from benches.summary import NOISE
 from benches.timers import Spread, clock, interleave
@@ -50,8 +50,7 @@ class Bench:
 
     def problem(self, cell: Cell) -> Problem:
         """Return the tensors of a cell."""
-        with normal_tensors():
-            return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
+        return Problem.make(cell, self.store, DTYPES[self.dtype], self.device)
 
     def prepare(self, name: str, problem: Problem, pool_share: float = 1.0) -> Variant:
         """Prepare a baseline or a backend."""

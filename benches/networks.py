@@ -233,12 +233,9 @@ class NetworkBench:
             for x in batches(NETWORKS[cell.network][1], cell.batch)
         ]
 
+    @normal_tensors()
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         """Return the networks of the named variants, with a pool of inputs."""
-        with normal_tensors():
-            return self._prepare(cell, names)
-
-    def _prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         model = self.model(cell.network)
         lists = in_lists(model, cell.density, cell.seed)
         inputs = self.inputs(cell)

@@ -26,15 +26,11 @@ CALLS = 100
 SAMPLES = 25
 
 
-def calls(
+@normal_tensors()
+def build_calls(
     device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = VARIANTS
 ) -> dict[str, Callable[[], object]]:
     """Return the calls of the named variants."""
-    with normal_tensors():
-        return _calls(device, dtype, names)
-
-
-def _calls(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, CHANNELS, 1, 1, generator=generator).to(device, dtype)
     weight = torch.randn(CHANNELS, CHANNELS, 1, 1, generator=generator).to(device, dtype)
@@ -72,7 +68,7 @@ def check(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 def measure_overhead(device: torch.device, dtype: str, names: tuple[str, ...] = VARIANTS) -> list[Row]:
     """Time the calls in interleaved rounds of a hundred each."""
     with torch.inference_mode():
-        by_name = calls(device, DTYPES[dtype], names)
+        by_name = build_calls(device, DTYPES[dtype], names)
         errors = check(by_name)
         samples: dict[str, list[float]] = {name: [] for name in by_name}
         for call in by_name.values():

@@ -104,6 +104,7 @@ class Problem:
     out_index: Tensor | None
 
     @classmethod
+    @normal_tensors()
     def make(cls, cell: Cell, store: NumberStore, dtype: torch.dtype, device: torch.device) -> "Problem":
         """Draw weight and lists with the seed of the cell; the inputs come from the store."""
         case = cell.case

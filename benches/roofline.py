@@ -12,8 +12,9 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from benches.cases import BATCHES, CASES, DENSITIES, Case, Cell, kept
+from benches.cases import BATCHES, CASES, DENSITIES, Case, kept
 from benches.rows import Row
 from benches.tables import Table
 
@@ -198,23 +199,18 @@ def main() -> None:
     parser.add_argument("--lists", choices=("in", "both"), default="in")
     options = parser.parse_args()
     variants = ("dense", "oracle", "gather_conv", "triton")
-    print("| case | d | layout | " + " | ".join(f"{variant} [µs]" for variant in variants) + " | triton over dense |")
-    print("|---|---|---|" + "---|" * (len(variants) + 1))
-    for layout in ("channels_last", "nchw"):
-        for density in DENSITIES:
-            for case in CASES:
-                cell = Cell(case, options.batch, density, options.lists, layout)
-                gpu = GPUS[options.gpu]
-                times = {
-                    variant: sum(
-                        work.seconds(gpu, options.dtype)
-                        for work in kernels(case, cell.batch, density, options.lists, layout, options.dtype, variant)
-                    )
-                    for variant in variants
-                }
-                figures = " | ".join(f"{times[variant] * 1e6:.1f}" for variant in variants)
-                ratio = times["dense"] / times["triton"]
-                print(f"| {case.network} {case.shape} | {density} | {layout} | {figures} | {ratio:.2f} |")
+    lines = []
+    for layout, density, case in product(("channels_last", "nchw"), DENSITIES, CASES):
+        setting = options.batch, density, options.lists, layout, options.dtype
+        times = {
+            variant: sum(work.seconds(GPUS[options.gpu], options.dtype) for work in kernels(case, *setting, variant))
+            for variant in variants
+        }
+        figures = [f"{seconds * 1e6:.1f}" for seconds in times.values()]
+        ratio = f"{times['dense'] / times['triton']:.2f}"
+        lines.append([f"{case.network} {case.shape}", f"{density:g}", layout, *figures, ratio])
+    columns = ["case", "d", "layout", *(f"{variant} [µs]" for variant in variants), "triton over dense"]
+    print(Table(f"Roofline of {options.gpu}, {options.dtype}", columns, lines).markdown())
 
 
 if __name__ == "__main__":

@@ -105,23 +105,20 @@ class Layer:
         index = problem.in_index
         leaves = {"weight": weight} if weight.requires_grad else {}
         enter = Timed.enter
+        forwards: dict[str, Forward] = {
+            "masked": lambda x: F.conv2d(x * switch.view(1, -1, 1, 1), weight, None, stride, padding),
+            "dense": lambda x: F.conv2d(x, weight, None, stride, padding),
+            "naive": lambda x: F.conv2d(x.index_select(1, index), weight.index_select(1, index), None, stride, padding),
+        }
         if name in ours.BACKENDS:
-            op, use = ours.package().switched_conv2d, ours.package().use_backend
-            forward: Forward = lambda x: op(x, weight, None, switch, stride, padding)  # noqa: E731
-            enter = lambda: use(name)  # noqa: E731
-        elif name == "masked":
-            forward = lambda x: F.conv2d(x * switch.view(1, -1, 1, 1), weight, None, stride, padding)  # noqa: E731
-        elif name == "dense":
-            forward = lambda x: F.conv2d(x, weight, None, stride, padding)  # noqa: E731
-        elif name == "naive":
-            forward = lambda x: F.conv2d(  # noqa: E731
-                x.index_select(1, index), weight.index_select(1, index), None, stride, padding
-            )
-        else:
+            op, enter = ours.package().switched_conv2d, partial(ours.package().use_backend, name)
+            forwards[name] = lambda x: op(x, weight, None, switch, stride, padding)
+        if name not in forwards:
             known = tuple(dict.fromkeys((*VARIANTS, *ours.BACKENDS)))
             raise ValueError(f"variant(): expected `name` to be one of {', '.join(known)}, got {name!r}.")
         if name not in ("dense", "naive"):
             leaves = {**leaves, "switch": switch}
+        forward = forwards[name]
         return Variant(forward, problem.inputs, enter, forward=forward, leaves=leaves, gradients=self.gradients)
 
 

@@ -30,15 +30,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_check_is_run(program: Path) -> None:
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert sorted(done.stdout.split()) == sorted(CHECKS)
+def test_program_has_every_check(program: Path) -> None:
+    process = subprocess.run([program], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert sorted(process.stdout.split()) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_index(program: Path, name: str) -> None:
-    done = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout
+def test_check_passes(program: Path, name: str) -> None:
+    process = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stdout
     if name == "instances":
-        assert int(done.stdout.split()[0]) <= 40
+        assert int(process.stdout.split()[0]) <= 40

@@ -1,4 +1,4 @@
-"""The native backward on shapes that need several chunks, slabs and threads, and what it must not compute."""
+"""The native backward on shapes with several chunks, slabs and threads, and the work that it skips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 gathered = torch.ops.bap_kernels.gathered_conv2d_backward
 switched = torch.ops.bap_kernels.switched_conv2d_backward
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# (batch, C_in, C_out, size, kernel, stride, padding): between them every way of cutting up the work.
+# (batch, C_in, C_out, size, kernel, stride, padding), covering every partition of the work.
 SHAPES = {
     "rows_of_one_image": (1, 24, 40, (70, 64), (3, 3), (1, 1), (1, 1, 1, 1)),
     "rows_and_images": (5, 64, 48, (56, 56), (3, 3), (1, 1), (1, 1, 1, 1)),
@@ -45,7 +45,7 @@ def _same_number_of_threads() -> Iterator[None]:
 
 
 class Problem:
-    """Tensors of one shape; half of the channels are listed, and every third filter's gradient is zero if asked."""
+    """Tensors of one shape; half of the channels are listed; optionally every third channel of grad_output is zero."""
 
     def __init__(self, name: str, layout: str, dtype: torch.dtype = torch.float32, zeros: bool = False) -> None:
         batch, C_in, C_out, size, kernel, self.stride, self.padding = SHAPES[name]
@@ -68,7 +68,7 @@ class Problem:
         return F.conv2d(F.pad(x, (left, right, top, bottom)), w, None, self.stride)
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of input and weight under the switch, and of the switch, float64, by autograd."""
+        """Return float64 gradients of input, weight and switch, by autograd."""
         x, w = self.x.double().requires_grad_(), self.w.double().requires_grad_()
         s = self.switch().double().requires_grad_()
         return torch.autograd.grad(self.convolve(x * s.view(1, -1, 1, 1), w), (x, w, s), self.dy.double())
@@ -99,21 +99,21 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradients(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_gradients_equal_autograd(name: str, layout: str, dtype: torch.dtype) -> None:
     problem = Problem(name, layout, dtype)
     dx, dw, ds = problem.expected()
-    got = problem.gathered()
-    assert_near(got[0], dx, dtype)
-    assert_near(got[1], dw, dtype)
-    assert_near(got[2], problem.dy.double().sum((0, 2, 3)), dtype)
-    got = problem.switched()
-    assert_near(got[0], dx, dtype)
-    assert_near(got[1], dw, dtype)
-    # Its products are of the inputs' dtype, its sums of float32 at least.
-    assert_near(got[3], ds, torch.float32)
+    result = problem.gathered()
+    assert_near(result[0], dx, dtype)
+    assert_near(result[1], dw, dtype)
+    assert_near(result[2], problem.dy.double().sum((0, 2, 3)), dtype)
+    result = problem.switched()
+    assert_near(result[0], dx, dtype)
+    assert_near(result[1], dw, dtype)
+    # Products have the inputs' dtype, sums at least float32.
+    assert_near(result[3], ds, torch.float32)
     off = problem.switch() == 0
-    assert not got[0][:, off].any()
-    assert not got[1][:, off].any()
+    assert not result[0][:, off].any()
+    assert not result[1][:, off].any()
     partly = problem.switched(off_gradient=False)[3]
     assert not partly[off].any()
     assert_near(partly[~off], ds[~off], torch.float32)
@@ -121,7 +121,7 @@ def test_gradients(name: str, layout: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_results_are_bit_equal_over_runs_and_threads(name: str, layout: str) -> None:
+def test_gradients_are_bit_equal_over_runs_and_threads(name: str, layout: str) -> None:
     problem = Problem(name, layout)
     torch.set_num_threads(2)
     first = (*problem.gathered(), *problem.switched())
@@ -132,7 +132,7 @@ def test_results_are_bit_equal_over_runs_and_threads(name: str, layout: str) -> 
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_results_are_bit_equal_over_fifty_runs(layout: str) -> None:
+def test_gradients_are_bit_equal_over_fifty_runs(layout: str) -> None:
     problem = Problem("stride_2", layout)
     torch.set_num_threads(2)
     first = problem.switched()
@@ -142,22 +142,22 @@ def test_results_are_bit_equal_over_fifty_runs(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_zero_channels_of_the_result_gradient_are_skipped(name: str, layout: str) -> None:
+def test_zero_channels_of_grad_output_are_skipped(name: str, layout: str) -> None:
     problem = Problem(name, layout, zeros=True)
     dx, dw, ds = problem.expected()
-    # What is not read cannot spoil anything.
+    # Channels that are not read may hold NaN.
     problem.w[::3] = torch.nan
-    got = problem.switched()
-    assert_near(got[0], dx, torch.float32)
-    assert_near(got[1], dw, torch.float32)
-    assert_near(got[3], ds, torch.float32)
+    result = problem.switched()
+    assert_near(result[0], dx, torch.float32)
+    assert_near(result[1], dw, torch.float32)
+    assert_near(result[3], ds, torch.float32)
     assert_near(problem.gathered()[0], dx, torch.float32)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("value", [1e-30, float("nan"), float("inf"), -0.5])
 @pytest.mark.parametrize("place", [(0, 0, 0), (3, 13, 17), (5, 14, 13)])
-def test_one_number_anywhere_keeps_a_channel(layout: str, value: float, place: tuple[int, int, int]) -> None:
+def test_channel_with_a_single_nonzero_is_not_skipped(layout: str, value: float, place: tuple[int, int, int]) -> None:
     problem = Problem("stride_2", layout, zeros=True)
     n, h, w = place
     problem.dy[n, 3, min(h, problem.dy.shape[2] - 1), min(w, problem.dy.shape[3] - 1)] = value
@@ -167,7 +167,7 @@ def test_one_number_anywhere_keeps_a_channel(layout: str, value: float, place: t
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_minus_zero_is_zero(layout: str) -> None:
+def test_channel_of_minus_zeros_is_skipped(layout: str) -> None:
     problem = Problem("images", layout, zeros=True)
     problem.dy[:, ::3] = -0.0
     problem.w[::3] = torch.nan
@@ -175,7 +175,7 @@ def test_minus_zero_is_zero(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_a_result_gradient_of_zeros(layout: str) -> None:
+def test_zero_grad_output_gives_zero_gradients(layout: str) -> None:
     problem = Problem("images", layout)
     problem.dy.zero_()
     for gradient in problem.switched():
@@ -183,8 +183,8 @@ def test_a_result_gradient_of_zeros(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_the_input_gradient_of_channels_that_are_off_is_never_kept(layout: str) -> None:
-    """One channel is on and 511 are off; the memory asked for stays far below a gradient of full width."""
+def test_memory_stays_below_a_full_input_gradient(layout: str) -> None:
+    """One channel is on and 511 are off."""
     x = torch.randn(8, 512, 28, 28).contiguous(memory_format=FORMATS[layout])
     w, dy = torch.randn(16, 512, 1, 1), torch.randn(8, 16, 28, 28).contiguous(memory_format=FORMATS[layout])
     switch = torch.zeros(512).index_fill_(0, torch.tensor([5]), 1)

@@ -15,7 +15,7 @@ import pytest
 from tools import tile_test
 from tools.build_plan import ISA_FLAGS
 
-# Tables of the program, and what a CPU must have for each.
+# Tables of the program, with the CPU flags that each needs.
 TABLES = {
     "avx2": "avx2",
     "avx512_emulated": "emulated",
@@ -47,18 +47,18 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_tiles_agree_with_loops(table: str, program: Path) -> None:
+def test_tiles_equal_loops(table: str, program: Path) -> None:
     if TABLES[table] not in tile_test.isas_here():
         pytest.skip(f"this CPU has no {TABLES[table]}; tools/emulate_avx512.sh runs these tiles in an emulator")
-    done = run(program, "--rounds", "1", table)
-    assert done.returncode == 0, done.stdout
-    assert re.search(rf"^{table}: [1-9]\d* calls: ok$", done.stdout, re.M), done.stdout
+    process = run(program, "--rounds", "1", table)
+    assert process.returncode == 0, process.stdout
+    assert re.search(rf"^{table}: [1-9]\d* calls: ok$", process.stdout, re.M), process.stdout
 
 
-def test_tables_that_cannot_run_are_errors(program: Path) -> None:
-    done = run(program, "avx1024")
-    assert done.returncode == 2
-    assert "avx1024: not compiled in" in done.stdout
+def test_unknown_table_fails(program: Path) -> None:
+    process = run(program, "avx1024")
+    assert process.returncode == 2
+    assert "avx1024: not compiled in" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_tables_that_cannot_run_are_errors(program: Path) -> None:
     ],
     ids=["rounds_down", "writes_past_the_end"],
 )
-def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
+def test_mutated_tile_fails(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     for part in ("backends/cpu/microkernels", "backends/cpu/cpu_features.h", "backends/cpu/cpu_features.cpp"):
         source = tile_test.ROOT / "csrc" / part
@@ -80,8 +80,8 @@ def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: st
     assert text.count(right) == 1
     tile.write_text(text.replace(right, wrong))
     tile_test.build(tmp_path / "tile_test", ["avx2"], sources=sources, cxx=compiler)
-    done = run(tmp_path / "tile_test", "--rounds", "1", "avx2")
-    assert done.returncode == status, done.stdout
+    process = run(tmp_path / "tile_test", "--rounds", "1", "avx2")
+    assert process.returncode == status, process.stdout
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ def test_wrong_tiles_are_found(right: str, wrong: str, status: int, compiler: st
     ],
     ids=["as_it_is", "reads_past_the_mask", "rounds_up", "shifts_the_padding"],
 )
-def test_rows_are_packed_as_loops_do_it(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
+def test_row_packing_equals_loops_and_mutations_fail(
+    right: str, wrong: str, status: int, compiler: str, tmp_path: Path
+) -> None:
     source = tile_test.ROOT / "csrc/backends/cpu/microkernels/pack_row_avx2.cpp"
     text = source.read_text()
     assert not right or text.count(right) == 1
@@ -109,12 +111,12 @@ def test_rows_are_packed_as_loops_do_it(right: str, wrong: str, status: int, com
     packing = [compiler, *flags, *ISA_FLAGS["avx2"], "-c", changed, "-o", tmp_path / "pack_row.o"]
     subprocess.run(packing, check=True)
     subprocess.run([compiler, *flags, test, tmp_path / "pack_row.o", "-o", tmp_path / "pack_row_test"], check=True)
-    done = run(tmp_path / "pack_row_test")
-    assert done.returncode == status, done.stdout
-    assert status or re.fullmatch(r"[1-9]\d* calls: ok\n", done.stdout)
+    process = run(tmp_path / "pack_row_test")
+    assert process.returncode == status, process.stdout
+    assert status or re.fullmatch(r"[1-9]\d* calls: ok\n", process.stdout)
 
 
-def test_instruction_sets_are_read_as_the_system_lists_them(tmp_path: Path) -> None:
+def test_isas_here_parses_cpuinfo(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: a\nflags\t\t: fpu fma avx2 avx512f avx512dq avx512vl avx512bw\n")
     assert tile_test.isas_here(cpuinfo) == ["avx2", "emulated", "avx512"]

@@ -1,4 +1,4 @@
-"""Choosing a backend: named, nested, unknown, unavailable; and every instruction set that this machine can run."""
+"""Selection of a backend, and of every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def explain(case: Case) -> dict:
     return _C.explain(*sample.args[:5], *map(list, sample.args[5:8]), sample.groups, False)
 
 
-def test_nested_contexts_restore() -> None:
+def test_nested_contexts_restore_backend() -> None:
     start = _C.get_backend()
     with bap_kernels.use_backend("aten"):
         assert _C.get_backend() == "aten"
@@ -48,7 +48,7 @@ def test_nested_contexts_restore() -> None:
     assert _C.get_backend() == start
 
 
-def test_exceptions_restore() -> None:
+def test_context_restores_backend_after_exception() -> None:
     start = _C.get_backend()
     with pytest.raises(KeyError), bap_kernels.use_backend("aten"):
         raise KeyError
@@ -68,7 +68,7 @@ def test_exceptions_restore() -> None:
     assert _C.get_backend() == start
 
 
-def test_setter_stays() -> None:
+def test_call_sets_backend_permanently() -> None:
     start = _C.get_backend()
     try:
         bap_kernels.use_backend("aten")
@@ -78,7 +78,7 @@ def test_setter_stays() -> None:
     assert _C.get_backend() == start
 
 
-def test_unknown_name() -> None:
+def test_unknown_backend_raises() -> None:
     start = _C.get_backend()
     with pytest.raises(ValueError, match=r"use_backend\(\): expected `name` to be one of auto, .*, got 'fast'"):
         bap_kernels.use_backend("fast")
@@ -86,7 +86,7 @@ def test_unknown_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["native", "aten", "triton", "cuda"])
-def test_named_backend_runs_or_says_why_not(name: str) -> None:
+def test_backend_runs_or_raises_with_reason(name: str) -> None:
     reason = _C.unsupported_reason(name)
     if reason is None:
         with bap_kernels.use_backend(name):
@@ -94,10 +94,10 @@ def test_named_backend_runs_or_says_why_not(name: str) -> None:
         return
     assert len(reason) > 10
     start = _C.get_backend()
-    with pytest.raises(ImportError) as caught:
+    with pytest.raises(ImportError) as error:
         bap_kernels.use_backend(name)
-    assert f"got '{name}'" in str(caught.value)
-    assert reason.removeprefix(f"{name}: ") in str(caught.value)
+    assert f"got '{name}'" in str(error.value)
+    assert reason.removeprefix(f"{name}: ") in str(error.value)
     assert _C.get_backend() == start
 
 
@@ -108,12 +108,12 @@ def test_aten_and_auto_always_run() -> None:
 
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_named_backend_refuses_a_case_with_the_reason(dtype: torch.dtype) -> None:
+def test_backend_raises_with_reason_for_unsupported_dtype(dtype: torch.dtype) -> None:
     case = CASE.but(dtype=dtype)
     reason = explain(case)["unsupported"]["native"]
-    with pytest.raises(NotImplementedError) as caught:
+    with pytest.raises(NotImplementedError) as error:
         run(make_tensors(case), "native")
-    line = str(caught.value).splitlines()[0]
+    line = str(error.value).splitlines()[0]
     assert line.startswith("gathered_conv2d(): expected ")
     assert "native" in line
     assert reason in line
@@ -121,15 +121,15 @@ def test_named_backend_refuses_a_case_with_the_reason(dtype: torch.dtype) -> Non
     assert_close(run(sample, "auto"), reference.gathered_conv2d(*sample.args), dtype, sample.depth)
 
 
-def test_explain_names_the_case_and_times_every_candidate() -> None:
+def test_explain_has_case_and_times_of_every_candidate() -> None:
     run(make_tensors(CASE))
-    facts = explain(CASE)
-    assert set(facts) >= {"case", "backend", "candidates", "unsupported"}
-    assert facts["backend"] in facts["candidates"]
-    assert all(isinstance(name, str) and micros > 0 for name, micros in facts["candidates"].items())
-    # One that wins by less than the noise of a measurement is not preferred.
-    assert facts["candidates"][facts["backend"]] <= 1.05 * min(facts["candidates"].values())
-    assert "20" in facts["case"]
+    explanation = explain(CASE)
+    assert set(explanation) >= {"case", "backend", "candidates", "unsupported"}
+    assert explanation["backend"] in explanation["candidates"]
+    assert all(isinstance(name, str) and micros > 0 for name, micros in explanation["candidates"].items())
+    # A candidate must be faster by more than noise.
+    assert explanation["candidates"][explanation["backend"]] <= 1.05 * min(explanation["candidates"].values())
+    assert "20" in explanation["case"]
 
 
 ISA_PROGRAM = """
@@ -156,22 +156,22 @@ print("ran", ran)
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "avx512_emulated", "none"])
-def test_forced_instruction_set(isa: str) -> None:
+def test_forced_instruction_set_is_used(isa: str) -> None:
     available = _C.isa_available()
     named = "aten" if isa == "none" else "native"
-    done = run_python(ISA_PROGRAM.format(isa=isa, named=named), BAP_KERNELS_ISA=isa)
+    process = run_python(ISA_PROGRAM.format(isa=isa, named=named), BAP_KERNELS_ISA=isa)
     if isa in (*available, "none") or (isa == "avx512_emulated" and "avx2" in available):
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "ran" in done.stdout
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert "ran" in process.stdout
     else:
-        assert done.returncode != 0
-        last = done.stderr.strip().splitlines()[-1]
+        assert process.returncode != 0
+        last = process.stderr.strip().splitlines()[-1]
         assert "BAP_KERNELS_ISA" in last
         assert "expected" in last
         assert isa in last
 
 
-def test_instruction_sets_of_this_machine() -> None:
+def test_best_instruction_set_is_used() -> None:
     available = _C.isa_available()
     assert _C.isa() in {"avx512", "avx2", "none"}
     assert _C.isa() in (*available, "none")
@@ -181,20 +181,20 @@ def test_instruction_sets_of_this_machine() -> None:
 
 
 @pytest.mark.parametrize("name", ["BAP_KERNELS_ISA", "BAP_KERNELS_BACKEND"])
-def test_wrong_variable_is_an_error_that_names_it(name: str) -> None:
-    done = run_python("import bap_kernels", **{name: "fastest"})
-    assert done.returncode != 0
-    assert f"expected `{name}` to be one of" in done.stderr
-    assert "got 'fastest'" in done.stderr
+def test_invalid_environment_variable_raises(name: str) -> None:
+    process = run_python("import bap_kernels", **{name: "fastest"})
+    assert process.returncode != 0
+    assert f"expected `{name}` to be one of" in process.stderr
+    assert "got 'fastest'" in process.stderr
 
 
-def test_variable_sets_the_first_backend() -> None:
-    done = run_python("from bap_kernels import _C; print(_C.get_backend())", BAP_KERNELS_BACKEND="aten")
-    assert done.stdout.split() == ["aten"], done.stderr
+def test_environment_variable_sets_backend() -> None:
+    process = run_python("from bap_kernels import _C; print(_C.get_backend())", BAP_KERNELS_BACKEND="aten")
+    assert process.stdout.split() == ["aten"], process.stderr
 
 
 def backward_backend(forward: str, backward: str, in_thread: bool = False) -> str:
-    """The backend that the backward pass sees, from its refusal of a dtype that only `native` refuses."""
+    """Return the backend of the backward pass, by whether it raises for a dtype that only `native` lacks."""
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     with bap_kernels.use_backend(forward):
         y = bap_kernels.gathered_conv2d(x, torch.randn(4, 3, 3, 3, dtype=torch.float64)).sum()
@@ -219,21 +219,21 @@ def backward_backend(forward: str, backward: str, in_thread: bool = False) -> st
 
 @native
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_the_backward_uses_the_backend_of_the_forward(in_thread: bool) -> None:
-    # Native has no kernel for float64 and says so.
+def test_backward_uses_backend_of_forward(in_thread: bool) -> None:
+    # Native has no float64 kernel.
     assert backward_backend("aten", "native", in_thread) == "not native"
     assert backward_backend("auto", "native", in_thread) == "not native"
     with pytest.raises(NotImplementedError, match="native"):
         backward_backend("native", "aten", in_thread)
 
 
-def test_the_switched_backward_uses_the_backend_of_the_forward() -> None:
+def test_switched_backward_uses_backend_of_forward() -> None:
     x = torch.randn(1, 3, 6, 6, requires_grad=True)
     with bap_kernels.use_backend("aten"):
         y = bap_kernels.switched_conv2d(x, torch.randn(4, 3, 3, 3), None, torch.ones(3)).sum()
     _C.set_unsupported_reason(lambda name: "")
     try:
-        # Triton cannot run here; a backward that took it would fail.
+        # Triton cannot run here: a backward through it would fail.
         with bap_kernels.use_backend("triton"):
             y.backward()
     finally:
@@ -249,7 +249,7 @@ def in_thread(action: Callable[[], str]) -> str:
     return seen[0]
 
 
-def test_a_thread_has_a_setting_of_its_own() -> None:
+def test_backend_setting_is_per_thread() -> None:
     start = _C.get_backend()
     with bap_kernels.use_backend("aten"):
         assert in_thread(_C.get_backend) == start
@@ -264,14 +264,14 @@ def test_a_thread_has_a_setting_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("value", ["", " ", "none", "NONE", " None "])
-def test_instruction_sets_are_read_as_the_settings_say(value: str) -> None:
-    done = run_python("from bap_kernels import _C; print(_C.isa(), *_C.isa_available())", BAP_KERNELS_ISA=value)
-    found, best, *_ = done.stdout.split()
+def test_isa_variable_is_parsed(value: str) -> None:
+    process = run_python("from bap_kernels import _C; print(_C.isa(), *_C.isa_available())", BAP_KERNELS_ISA=value)
+    found, best, *_ = process.stdout.split()
     assert found == ("none" if value.strip() else best)
 
 
 @pytest.mark.parametrize("value", ["aten", " ATEN ", "Aten"])
-def test_the_variable_is_the_default_of_every_thread(value: str) -> None:
+def test_backend_variable_is_default_of_every_thread(value: str) -> None:
     code = (
         "import threading; from bap_kernels import _C, use_backend; seen = []\n"
         "with use_backend('auto'):\n"
@@ -279,8 +279,8 @@ def test_the_variable_is_the_default_of_every_thread(value: str) -> None:
         "    thread.start(); thread.join()\n"
         "print(*seen, _C.get_backend())"
     )
-    done = run_python(code, BAP_KERNELS_BACKEND=value)
-    assert done.stdout.split() == ["aten", "aten"], done.stderr
+    process = run_python(code, BAP_KERNELS_BACKEND=value)
+    assert process.stdout.split() == ["aten", "aten"], process.stderr
 
 
 class _Backends(torch.utils.data.Dataset):
@@ -291,14 +291,14 @@ class _Backends(torch.utils.data.Dataset):
         return _C.get_backend() == "aten"
 
 
-def test_workers_that_are_forked_begin_with_the_setting_of_their_parent() -> None:
+def test_forked_workers_inherit_backend() -> None:
     loader = torch.utils.data.DataLoader(_Backends(), num_workers=1, multiprocessing_context="fork")
     with bap_kernels.use_backend("aten"):
         assert [bool(seen) for seen in loader] == [True, True]
     assert [bool(seen) for seen in loader] == [False, False]
 
 
-def test_build_facts_are_text() -> None:
-    facts = _C.build_info()
-    assert facts
-    assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in facts.items())
+def test_build_information_is_text() -> None:
+    information = _C.build_info()
+    assert information
+    assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in information.items())

@@ -1,4 +1,4 @@
-"""What `auto` would choose on a GPU, followed on the CPU: candidates run as they are, and a clock that is told."""
+"""Choices of `auto` on a simulated GPU: real candidates with a simulated clock."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def candidates() -> set[str]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_candidates_of_a_case(layout: str) -> None:
+def test_candidates_depend_on_layout(layout: str) -> None:
     compact = {"gather", "gather_flat"} if layout == "channels_last" else {"gather"}
     chosen(make_tensors(CASE.but(layout=layout)), clock())
     assert candidates() == compact | {"masked"}
     _C.clear_choices()
-    # Without a list nothing is left to weigh, and nothing is measured.
+    # Without a list there is one candidate, and nothing is measured.
     for change in ({"in_list": "null"}, {"depthwise": True, "layout": "contiguous"}):
         assert chosen(make_tensors(CASE.but(layout=layout).but(**change)), refusing) == "gather"
 
 
 @pytest.mark.parametrize("fastest", ["gather", "gather_flat", "masked"])
-def test_the_fastest_is_taken_and_known_from_then_on(fastest: str) -> None:
+def test_fastest_candidate_is_chosen_once(fastest: str) -> None:
     sample = make_tensors(CASE.but(layout="channels_last"))
     assert chosen(sample, clock(**{fastest: 1e-4})) == fastest
     assert chosen(sample, refusing) == fastest
@@ -71,13 +71,13 @@ def test_the_fastest_is_taken_and_known_from_then_on(fastest: str) -> None:
     assert choice["case"].endswith(" on H200")
 
 
-def test_a_tie_within_noise_goes_to_the_first() -> None:
+def test_tie_within_noise_chooses_first_candidate() -> None:
     sample = make_tensors(CASE)
     assert chosen(sample, clock(masked=0.98 * TIMES["gather"])) == "gather"
     assert chosen(sample, clock(masked=0.9 * TIMES["gather"]), "another") == "masked"
 
 
-def test_each_gpu_and_the_cpu_have_choices_of_their_own(tmp_path: Path) -> None:
+def test_choices_are_per_device(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     sample = make_tensors(CASE)
@@ -86,7 +86,7 @@ def test_each_gpu_and_the_cpu_have_choices_of_their_own(tmp_path: Path) -> None:
     run(sample)
     assert len(_C.choices()) == 3
     assert chosen(sample, refusing, "A100") == "masked"
-    # As another process finds them.
+    # As in another process.
     _C.set_choice_file("")
     _C.clear_choices()
     _C.set_choice_file(str(path))
@@ -96,7 +96,7 @@ def test_each_gpu_and_the_cpu_have_choices_of_their_own(tmp_path: Path) -> None:
     assert len(_C.choices()) == 3
 
 
-def test_nothing_is_measured_while_a_stream_is_captured() -> None:
+def test_capture_does_not_measure() -> None:
     sample = make_tensors(CASE)
     assert chosen(sample, refusing, capturing=True) == "gather"
     assert _C.choices() == []
@@ -104,18 +104,18 @@ def test_nothing_is_measured_while_a_stream_is_captured() -> None:
     assert chosen(sample, refusing, capturing=True) == "masked"
 
 
-def test_named_backends_are_weighed_only_where_shown_right() -> None:
+def test_only_verified_backends_are_candidates() -> None:
     sample = make_tensors(CASE)
     chosen(sample, clock())
     assert not {"cuda", "triton"} & candidates()
-    # Shown right, and not able to run here: not a candidate either.
+    # Verified, but unable to run here: no candidate.
     verified = [name for name in ("cuda", "triton") if _C.unsupported_reason(name) is not None]
     chosen(sample, clock(), "H200, verified", verified=verified)
     assert all(not {*verified} & set(choice["candidates"]) for choice in _C.choices())
 
 
-def test_a_candidate_that_declines_the_call_is_left_out() -> None:
-    # Backends that can run by their own account, and then refuse: one of them by name, the other when it is tried.
+def test_candidate_that_declines_is_skipped() -> None:
+    # Backends that report that they can run, and then raise: one as the set backend, the other as a candidate.
     sample = make_tensors(CASE.but(dtype=torch.float64))
     _C.set_unsupported_reason(lambda name: "")
     try:
@@ -128,7 +128,7 @@ def test_a_candidate_that_declines_the_call_is_left_out() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_the_masked_route_keeps_unlisted_channels_out(layout: str, dtype: torch.dtype, value: float) -> None:
+def test_masked_candidate_ignores_unlisted_channels(layout: str, dtype: torch.dtype, value: float) -> None:
     for change in ({}, {"kernel": (1, 1), "padding": (0,) * 4}, {"padding": (2, 0, 1, 0), "stride": (2, 1)}):
         case = CASE.but(layout=layout, dtype=dtype, out_list="odd", **change)
         expected = reference.gathered_conv2d(*make_tensors(case).args)
@@ -139,10 +139,10 @@ def test_the_masked_route_keeps_unlisted_channels_out(layout: str, dtype: torch.
 
 
 class Machine:
-    """A GPU whose candidates take what they are told to, and whose clock goes on with what runs."""
+    """A simulated GPU whose candidates take prescribed times."""
 
     def __init__(self, name: str = "H200", **times: float) -> None:
-        # From now on, for what `choices()` says of the age of a choice has the real clock.
+        # Starts now, because `choices()` computes ages by the real clock.
         self.name, self.times, self.now = name, TIMES | times, time.time()
         self.runs: list[str] = []
         self.measuring = 0.0
@@ -164,7 +164,7 @@ class Machine:
         return route
 
     def calls_until(self, measured: int, most: int) -> int:
-        """Calls until as many measurements were made, an hour apart."""
+        """Call, an hour apart, until so many measurements were made."""
         for count in range(1, most + 1):
             self.now += 3600
             self.call()
@@ -177,26 +177,26 @@ class Machine:
         return choice
 
 
-def test_what_a_busy_minute_has_chosen_is_found_out_later() -> None:
+def test_disturbed_choice_is_corrected_later() -> None:
     machine = Machine(gather=6e-4)
     assert machine.call() == "masked"
     assert machine.choice()["measurements"] == 1
     assert not machine.choice()["settled"]
     machine.times["gather"] = 1e-4
-    # Not within the same minute, however many calls there are.
+    # Not within the same minute, regardless of the number of calls.
     calls_in_it = int(50 / machine.times["masked"])
     assert machine.call(min(calls_in_it, 300)) == "masked"
     assert machine.choice()["measurements"] == 1
     assert machine.calls_until(2, 1000) < 1000
     assert machine.call() == "gather"
-    # Two that disagree prove nothing yet: it goes on until two in a row agree.
+    # Two measurements disagree: it continues until two in a row agree.
     assert not machine.choice()["settled"]
     assert machine.calls_until(3, 10000) < 10000
     assert machine.call() == "gather"
     assert machine.choice()["settled"] == (machine.choice()["confidence"] > 0.75)
 
 
-def test_a_clear_choice_is_settled_by_a_second_measurement_and_never_measured_again() -> None:
+def test_clear_choice_is_final_after_second_measurement() -> None:
     machine = Machine(gather=1e-4)
     machine.call()
     assert machine.choice()["confidence"] == pytest.approx(0.9)  # eight rounds of eight
@@ -210,7 +210,7 @@ def test_a_clear_choice_is_settled_by_a_second_measurement_and_never_measured_ag
     assert len(machine.runs) == runs
 
 
-def test_a_settled_choice_is_measured_once_more_after_a_month(tmp_path: Path) -> None:
+def test_final_choice_is_measured_again_after_a_month(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     machine = Machine(gather=1e-4)
@@ -229,7 +229,7 @@ def test_a_settled_choice_is_measured_once_more_after_a_month(tmp_path: Path) ->
     assert in_a_later_process(2) == 3
 
 
-def test_a_choice_that_is_not_settled_is_measured_again_by_a_later_process(tmp_path: Path) -> None:
+def test_open_choice_is_measured_again_by_later_process(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     machine = Machine(gather=6e-4)
@@ -245,7 +245,7 @@ def test_a_choice_that_is_not_settled_is_measured_again_by_a_later_process(tmp_p
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_measuring_again_takes_a_fiftieth_of_the_time_at_most() -> None:
+def test_repeated_measurements_take_at_most_two_percent() -> None:
     machine = Machine(gather=0.02, masked=0.0201)
     machine.call()
     first = machine.measuring
@@ -253,21 +253,21 @@ def test_measuring_again_takes_a_fiftieth_of_the_time_at_most() -> None:
         machine.now += 3600
         machine.call()
         assert machine.measuring - first <= 0.01 + 0.02 * (calls + 1) * 0.02 + 1e-9
-    # It is close, so it was measured until four agreed.
+    # Close: measured until four agreed.
     assert machine.measuring > first
     assert machine.choice()["measurements"] >= 2
 
 
-def test_a_choice_that_stays_close_is_settled_in_the_end() -> None:
+def test_close_choice_becomes_final() -> None:
     machine = Machine(gather=1e-4, masked=0.99e-4)
     machine.call()
-    assert machine.choice()["confidence"] < 0.2  # it lost all rounds, by less than counts
+    assert machine.choice()["confidence"] < 0.2  # slower in all rounds, but within noise
     assert machine.calls_until(4, 5000) < 5000
     assert machine.choice()["settled"]
     assert machine.call() == "gather"
 
 
-def test_a_choice_that_changes_each_time_is_given_up_on() -> None:
+def test_unstable_choice_becomes_final() -> None:
     machine = Machine(masked=1e-4)
     machine.call()
     for count in range(2, 9):
@@ -277,10 +277,10 @@ def test_a_choice_that_changes_each_time_is_given_up_on() -> None:
 
 
 @pytest.mark.parametrize("first_run_tells", [False, True])
-def test_a_large_case_is_measured_within_a_limit_of_time(first_run_tells: bool) -> None:
+def test_large_case_is_measured_within_time_limit(first_run_tells: bool) -> None:
     machine = Machine(gather=0.42, masked=0.9)
     assert machine.call(first_run_tells=first_run_tells) == "gather"
-    # One run of each, a second one only where the first does not tell.
+    # One run of each candidate; a second one only if the first is inconclusive.
     assert sorted(machine.runs) == ["gather", "masked"] * 1 if first_run_tells else ["gather"] * 2 + ["masked"] * 2
     close = Machine("close", gather=0.42, masked=0.4)
     assert close.call(first_run_tells=first_run_tells) == "masked"
@@ -290,7 +290,7 @@ def test_a_large_case_is_measured_within_a_limit_of_time(first_run_tells: bool) 
     assert middle.measuring <= 2.5 * 0.1 + 0.041 + 1e-9
 
 
-def test_the_more_cases_the_less_time_for_each() -> None:
+def test_many_cases_get_less_time_each() -> None:
     machine = Machine(gather=2e-3, masked=2.2e-3)
     rounds = []
     for width in range(5, 5 + 260):
@@ -302,7 +302,7 @@ def test_the_more_cases_the_less_time_for_each() -> None:
     assert 8 <= rounds[-1] < 16
 
 
-def test_any_error_of_a_candidate_leaves_it_out() -> None:
+def test_candidate_with_error_is_skipped() -> None:
     for error in (RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("no memory"), ValueError("no")):
 
         def seconds(route: str, error: Exception = error) -> float:
@@ -315,7 +315,7 @@ def test_any_error_of_a_candidate_leaves_it_out() -> None:
         assert candidates() == {"masked"}
 
 
-def test_an_error_in_the_middle_of_measuring_leaves_a_candidate_out() -> None:
+def test_candidate_with_error_during_measurement_is_skipped() -> None:
     runs = []
 
     def seconds(route: str) -> float:
@@ -328,7 +328,7 @@ def test_an_error_in_the_middle_of_measuring_leaves_a_candidate_out() -> None:
     assert candidates() == {"gather"}
 
 
-def test_the_first_error_is_raised_where_all_candidates_fail() -> None:
+def test_first_error_is_raised_if_all_candidates_fail() -> None:
     def seconds(route: str) -> float:
         raise RuntimeError(f"{route} fails")
 
@@ -341,7 +341,7 @@ def test_the_first_error_is_raised_where_all_candidates_fail() -> None:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("at", [1, 2, 5])
-def test_what_ends_a_program_is_not_swallowed_and_leaves_nothing_behind(stop: type[BaseException], at: int) -> None:
+def test_exit_exceptions_propagate_and_leave_no_choice(stop: type[BaseException], at: int) -> None:
     runs = []
 
     def seconds(route: str) -> float:
@@ -371,19 +371,19 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_is_heard_between_runs() -> None:
-    done = subprocess.run(
+def test_keyboard_interrupt_stops_measurement() -> None:
+    process = subprocess.run(
         [sys.executable, "-c", CTRL_C],
         env=os.environ | {"BAP_KERNELS_CACHE_DIR": ""},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.stdout.strip() == "heard []", done.stderr
-    assert done.returncode == 0
+    assert process.stdout.strip() == "heard []", process.stderr
+    assert process.returncode == 0
 
 
-def test_while_one_thread_measures_others_go_on() -> None:
+def test_other_threads_run_during_measurement() -> None:
     sample = make_tensors(CASE)
     inside, done = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""The table of `auto`: one measurement for each case, kept on disk, and never in the way when the disk is not right."""
+"""The choices of `auto`: one measurement per case, the choice file, and unusable files and folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def start_process(folder: Path | str, width: int = 13) -> subprocess.Popen[str]:
 
 
 def in_new_process(folder: Path | str) -> tuple[list, list, str]:
-    """The tables that a new process starts and ends with, and its standard error."""
+    """Return the choices at the start and the end of a new process, and its standard error."""
     process = start_process(folder)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -70,14 +70,14 @@ def reread(path: Path) -> list[dict]:
 
 
 def assert_same_table(actual: list[dict], expected: list[dict]) -> None:
-    # The file holds fewer digits than memory does.
+    # The file has fewer digits than memory.
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         assert (a["case"], a["backend"]) == (b["case"], b["backend"])
         assert a["candidates"] == pytest.approx(b["candidates"], rel=1e-3)
 
 
-def test_one_measurement_for_each_case() -> None:
+def test_each_case_is_measured_once() -> None:
     sample = make_tensors(CASE)
     run(sample)
     first = _C.choices()
@@ -87,7 +87,7 @@ def test_one_measurement_for_each_case() -> None:
     assert _C.choices() == first
 
 
-def test_cases_are_told_apart() -> None:
+def test_cases_are_distinguished() -> None:
     changes = (
         {"size": (12, 14)},
         {"stride": (2, 1)},
@@ -104,7 +104,7 @@ def test_cases_are_told_apart() -> None:
         assert len(_C.choices()) == count, change
 
 
-def test_named_backends_and_trivial_cases_measure_nothing() -> None:
+def test_fixed_backends_and_trivial_cases_are_not_measured() -> None:
     run(make_tensors(CASE), "aten")
     run(make_tensors(CASE.but(batch=0)))
     run(make_tensors(CASE.but(in_list="zero")))
@@ -126,7 +126,7 @@ ROUTE_CASES = {
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced_last"])
 @pytest.mark.parametrize("name", ROUTE_CASES)
 def test_every_candidate_is_right(name: str, layout: str, tmp_path: Path) -> None:
-    # A table that names each candidate as the fastest makes `auto` take it, also where it would lose.
+    # Files that name each candidate as the fastest make `auto` use it.
     path, case = tmp_path / "choices.tsv", ROUTE_CASES[name].but(layout=layout)
     sample = make_tensors(case)
     expected = reference.gathered_conv2d(*sample.args)
@@ -150,7 +150,7 @@ def test_every_candidate_is_right(name: str, layout: str, tmp_path: Path) -> Non
         assert [choice["backend"] for choice in _C.choices()] == [route]
 
 
-def test_clear_forgets() -> None:
+def test_clear_choices_drops_choices() -> None:
     run(make_tensors(CASE))
     _C.clear_choices()
     assert _C.choices() == []
@@ -165,7 +165,7 @@ def test_results_do_not_change_with_the_choice() -> None:
             assert_close(run(sample), expected, torch.float32, sample.depth)
 
 
-def test_table_on_disk_is_read_back(tmp_path: Path) -> None:
+def test_choice_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -174,7 +174,7 @@ def test_table_on_disk_is_read_back(tmp_path: Path) -> None:
     assert_same_table(reread(path), before)
 
 
-def test_table_serves_a_new_process(tmp_path: Path) -> None:
+def test_new_process_reads_choice_file(tmp_path: Path) -> None:
     _C.set_choice_file(str(file_in(tmp_path)))
     run(make_tensors(CASE))
     before = file_in(tmp_path).read_bytes()
@@ -185,7 +185,7 @@ def test_table_serves_a_new_process(tmp_path: Path) -> None:
     assert "warn" not in stderr.lower()
 
 
-def test_corrupt_table_does_not_stop_a_new_process(tmp_path: Path) -> None:
+def test_new_process_ignores_corrupt_file(tmp_path: Path) -> None:
     path = file_in(tmp_path)
     path.write_bytes(b"garbage")
     start, after, stderr = in_new_process(tmp_path)
@@ -205,7 +205,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_corrupt_table_is_ignored_with_a_warning(tmp_path: Path, name: str) -> None:
+def test_corrupt_file_warns_and_is_ignored(tmp_path: Path, name: str) -> None:
     path = tmp_path / "choices.tsv"
     path.write_bytes(CORRUPT[name])
     _C.set_choice_file(str(path))
@@ -217,7 +217,7 @@ def test_corrupt_table_is_ignored_with_a_warning(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.filterwarnings("error")
-def test_empty_table_is_a_fresh_one(tmp_path: Path) -> None:
+def test_empty_file_is_a_new_file(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     path.touch()
     _C.set_choice_file(str(path))
@@ -228,7 +228,7 @@ def test_empty_table_is_a_fresh_one(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
-def test_table_of_a_version_before_is_begun_anew(version: str, tmp_path: Path) -> None:
+def test_file_of_older_version_is_replaced(version: str, tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -243,7 +243,7 @@ def test_table_of_a_version_before_is_begun_anew(version: str, tmp_path: Path) -
     assert_same_table(reread(path), written)
 
 
-def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_fields_warn_and_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -285,7 +285,7 @@ def test_damaged_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_lines_of_another_machine_are_left_alone(tmp_path: Path) -> None:
+def test_lines_of_another_machine_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -297,7 +297,7 @@ def test_lines_of_another_machine_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:bap_kernels")
-def test_cut_line_does_not_take_the_others_along(tmp_path: Path) -> None:
+def test_truncated_line_does_not_affect_others(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -314,7 +314,7 @@ def test_cut_line_does_not_take_the_others_along(tmp_path: Path) -> None:
 
 
 def in_the_way_of(kind: str, folder: Path) -> Path:
-    """Something other than a table of choices, where the table or its folder should be."""
+    """Create something other than a choice file at the path of the file or its folder."""
     path = file_in(folder)
     if kind == "pipe":
         os.mkfifo(path)
@@ -330,7 +330,7 @@ def in_the_way_of(kind: str, folder: Path) -> Path:
     elif kind == "link to itself":
         path.symlink_to(path)
     elif kind == "file for a folder":
-        # Not even root can write below it.
+        # Not even root can write there.
         (folder / "file").write_text("")
         return file_in(folder / "file" / "cache")
     else:
@@ -341,7 +341,7 @@ def in_the_way_of(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind", ["pipe", "folder", "socket", "device", "terminal", "link to itself", "file for a folder", "proc"]
 )
-def test_whatever_is_in_its_place_choices_stay_in_memory_and_one_warning_says_why(kind: str, tmp_path: Path) -> None:
+def test_unusable_path_warns_once_and_keeps_choices_in_memory(kind: str, tmp_path: Path) -> None:
     path = in_the_way_of(kind, tmp_path)
     _C.set_choice_file(str(path))
     with warnings.catch_warnings(record=True) as seen:
@@ -357,7 +357,7 @@ def test_whatever_is_in_its_place_choices_stay_in_memory_and_one_warning_says_wh
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "file for a folder"])
-def test_a_process_starts_whatever_is_in_its_place(kind: str, tmp_path: Path) -> None:
+def test_process_starts_with_unusable_path(kind: str, tmp_path: Path) -> None:
     path = in_the_way_of(kind, tmp_path)
     _, after, stderr = in_new_process(path.parent)
     assert len(after) == 1
@@ -366,20 +366,20 @@ def test_a_process_starts_whatever_is_in_its_place(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("folder", ["~nosuch", "~nosuch/cache"])
-def test_a_process_starts_without_a_home(folder: str) -> None:
+def test_process_starts_without_home(folder: str) -> None:
     _, after, stderr = in_new_process(folder)
     assert len(after) == 1
     assert stderr.count("UserWarning") == 1
     assert f"`{folder}` has no home folder in front" in stderr
 
 
-def test_info_says_where_choices_are_and_why_not(tmp_path: Path) -> None:
+def test_info_has_choice_file_and_problem(tmp_path: Path) -> None:
     path = in_the_way_of("pipe", tmp_path)
     _C.set_choice_file(str(path))
     with pytest.warns(UserWarning, match="it is a pipe"):
-        facts = bk.info()
-    assert facts.choice_problem == "it is a pipe"
-    assert "cannot be used, it is a pipe" in str(facts)
+        info = bk.info()
+    assert info.choice_problem == "it is a pipe"
+    assert "cannot be used, it is a pipe" in str(info)
     _C.set_choice_file(str(tmp_path / "good.tsv"))
     assert bk.info().choice_problem is None
 
@@ -399,23 +399,23 @@ print(len(_C.choices()), _C.choice_file_problem())
 """
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_full_disk_keeps_choices_in_memory(tmp_path: Path) -> None:
+    process = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],
         env=os.environ | {"BAP_KERNELS_CACHE_DIR": str(tmp_path), "BAP_KERNELS_BACKEND": "auto"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == ["4", "File too large\n"]
-    assert done.stderr.count("UserWarning") == 1
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split(maxsplit=1) == ["4", "File too large\n"]
+    assert process.stderr.count("UserWarning") == 1
     with pytest.warns(UserWarning, match="1 unreadable line;"):
         assert len(reread(file_in(tmp_path))) == 1
 
 
 @pytest.mark.filterwarnings("ignore:bap_kernels")
-def test_read_only_cache_folder(tmp_path: Path) -> None:
+def test_read_only_cache_folder_keeps_choices_in_memory(tmp_path: Path) -> None:
     _C.set_choice_file(str(file_in(tmp_path)))
     run(make_tensors(CASE))
     before = _C.choices()
@@ -429,7 +429,7 @@ def test_read_only_cache_folder(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_no_cache_folder(tmp_path: Path) -> None:
+def test_empty_cache_folder_keeps_choices_in_memory(tmp_path: Path) -> None:
     _, after, stderr = in_new_process("")
     assert len(after) == 1
     assert "warn" not in stderr.lower()
@@ -440,13 +440,13 @@ def line(machine: str, case: str, filler: int = 0) -> str:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_long_file_is_compacted_and_keeps_what_holds(tmp_path: Path) -> None:
+def test_long_file_is_compacted(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
     head, own = path.read_text().splitlines(keepends=True)
     others = [line("another machine", f"case {i}") for i in range(100)]
-    # The same few cases, measured again and again, and lines of another machine before and between them.
+    # The same few cases many times, with lines of another machine before and between them.
     repeated = [line("a third machine", f"case {i % 10}", filler=1000) for i in range(5000)]
     path.write_text("".join([head, own, *others[:50], *repeated, *others[50:]]))
     before = path.stat().st_size
@@ -462,7 +462,7 @@ def test_a_long_file_is_compacted_and_keeps_what_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_file_of_too_many_cases_drops_the_oldest(tmp_path: Path) -> None:
+def test_file_with_too_many_cases_drops_the_oldest(tmp_path: Path) -> None:
     path = tmp_path / "choices.tsv"
     _C.set_choice_file(str(path))
     run(make_tensors(CASE))
@@ -484,7 +484,7 @@ def test_memory_of_many_cases_is_bounded() -> None:
         kept = [choice["case"] for choice in _C.choices()]
         assert 3 <= len(kept) <= 6
         assert any(" 2x49 " in case for case in kept)
-        # What is used all the time is not forgotten.
+        # A case in constant use is kept.
         for width in range(50, 58):
             run(make_tensors(CASE.but(size=(2, width), in_list="null")), "auto")
             run(make_tensors(CASE.but(size=(2, 49), in_list="null")), "auto")
@@ -494,7 +494,7 @@ def test_memory_of_many_cases_is_bounded() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_processes_that_write_at_once(tmp_path: Path) -> None:
+def test_concurrent_processes_keep_the_file_valid(tmp_path: Path) -> None:
     started = [start_process(tmp_path, width) for width in (11, 13, 15)]
     assert [process.communicate(timeout=120) and process.returncode for process in started] == [0, 0, 0]
     assert len(reread(file_in(tmp_path))) == 3

@@ -1,4 +1,4 @@
-"""Packed weights kept between calls: right after every change, within the limit, least recently used out first."""
+"""Cached packed weights: right after every change, within the limit, evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counts() -> tuple[int, int, int]:
     return info["hits"], info["misses"], info["evictions"]
 
 
-def test_second_call_hits(backend: str) -> None:
+def test_second_call_is_a_hit(backend: str) -> None:
     sample = make_tensors(CASE)
     run(sample, backend, cache_packed=True)
     info = _C.packed_cache_info()
@@ -49,7 +49,7 @@ def test_second_call_hits(backend: str) -> None:
     assert counts()[:2] == (hits + 1, misses)
 
 
-def test_calls_that_do_not_ask_keep_nothing(backend: str) -> None:
+def test_call_without_caching_keeps_nothing(backend: str) -> None:
     before = counts()
     run(make_tensors(CASE), backend, cache_packed=False)
     assert _C.packed_cache_info()["entries"] == 0
@@ -58,7 +58,7 @@ def test_calls_that_do_not_ask_keep_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["weight", "bias", "in_index", "out_index"])
-def test_change_in_place(name: str, layout: str, backend: str) -> None:
+def test_in_place_change_is_used(name: str, layout: str, backend: str) -> None:
     sample = make_tensors(CASE.but(layout=layout))
     assert_right(sample, backend)
     changed = getattr(sample, name)
@@ -71,7 +71,7 @@ def test_change_in_place(name: str, layout: str, backend: str) -> None:
     assert_right(sample, backend)
 
 
-def test_optimizer_step_and_load(backend: str) -> None:
+def test_optimizer_step_and_load_state_are_used(backend: str) -> None:
     conv = torch.nn.Conv2d(32, 24, 3, padding=1)
     sample = make_tensors(CASE)
     sample.weight, sample.bias = conv.weight, conv.bias
@@ -85,13 +85,13 @@ def test_optimizer_step_and_load(backend: str) -> None:
     conv.load_state_dict(torch.nn.Conv2d(32, 24, 3).state_dict())
     with torch.no_grad():
         assert_right(sample, backend)
-    # Another storage under the same tensor.
+    # The same tensor with another storage.
     conv.weight.data = torch.randn_like(conv.weight)
     with torch.no_grad():
         assert_right(sample, backend)
 
 
-def test_change_through_a_view(backend: str) -> None:
+def test_change_through_view_is_used(backend: str) -> None:
     sample = make_tensors(CASE)
     flat = sample.weight.view(-1)
     assert_right(sample, backend)
@@ -99,7 +99,7 @@ def test_change_through_a_view(backend: str) -> None:
     assert_right(sample, backend)
 
 
-def test_inference_tensors_are_never_stale(backend: str) -> None:
+def test_change_of_inference_tensor_is_used(backend: str) -> None:
     with torch.inference_mode():
         sample = make_tensors(CASE)
         assert_right(sample, backend)
@@ -107,7 +107,7 @@ def test_inference_tensors_are_never_stale(backend: str) -> None:
         assert_right(sample, backend)
 
 
-def test_entry_made_in_inference_mode_serves_training(backend: str) -> None:
+def test_entry_of_inference_mode_is_used_in_training(backend: str) -> None:
     sample = make_tensors(CASE)
     with torch.inference_mode():
         run(sample, backend, cache_packed=True)
@@ -116,8 +116,8 @@ def test_entry_made_in_inference_mode_serves_training(backend: str) -> None:
     assert sample.input.grad is not None
 
 
-def test_dead_weights_are_not_found_again(backend: str) -> None:
-    # The allocator hands the same addresses out again: identity must not be an address alone.
+def test_freed_weight_is_not_found_at_reused_address(backend: str) -> None:
+    # The allocator reuses addresses: an address alone does not identify a weight.
     for seed in range(20):
         sample = make_tensors(CASE.but(seed=seed, in_list="all", out_list="all"))
         assert_right(sample, backend)
@@ -127,7 +127,7 @@ def test_dead_weights_are_not_found_again(backend: str) -> None:
     assert _C.packed_cache_info()["bytes"] == 0
 
 
-def test_one_weight_with_many_lists(backend: str) -> None:
+def test_weight_has_one_entry_per_lists(backend: str) -> None:
     sample = make_tensors(CASE)
     lists = [torch.arange(first, 32, 3, dtype=torch.int32) for first in range(3)]
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_one_weight_with_many_lists(backend: str) -> None:
     assert _C.packed_cache_info()["entries"] >= 3
 
 
-def test_equal_tensors_in_other_layouts(backend: str) -> None:
+def test_layouts_have_separate_entries(backend: str) -> None:
     sample = make_tensors(CASE)
     assert_right(sample, backend)
     sample.input = sample.input.contiguous(memory_format=torch.channels_last)
@@ -158,9 +158,9 @@ def test_limit_zero_keeps_nothing(backend: str) -> None:
     assert (info["entries"], info["bytes"], info["limit_bytes"]) == (0, 0, 0)
 
 
-# Of "auto", measuring packs for every candidate.
+# Measurements of "auto" pack for every candidate.
 @pytest.mark.parametrize("backend", ["aten", "native"], indirect=True)
-def test_least_recently_used_goes_first(backend: str) -> None:
+def test_least_recently_used_entry_is_evicted(backend: str) -> None:
     samples = [make_tensors(CASE.but(seed=5)) for _ in range(3)]
     run(samples[0], backend, cache_packed=True)
     one = _C.packed_cache_info()["bytes"]
@@ -178,13 +178,13 @@ def test_least_recently_used_goes_first(backend: str) -> None:
     assert _C.packed_cache_info()["bytes"] <= 2 * one + one // 2
 
 
-def test_entry_larger_than_the_limit(backend: str) -> None:
+def test_entry_larger_than_limit_is_not_kept(backend: str) -> None:
     _C.set_packed_cache_limit(16)
     assert_right(make_tensors(CASE), backend)
     assert _C.packed_cache_info()["bytes"] <= 16
 
 
-def test_smaller_limit_drops_at_once(backend: str) -> None:
+def test_smaller_limit_evicts_at_once(backend: str) -> None:
     sample = make_tensors(CASE)
     run(sample, backend, cache_packed=True)
     assert _C.packed_cache_info()["bytes"] > 0
@@ -193,7 +193,7 @@ def test_smaller_limit_drops_at_once(backend: str) -> None:
     assert_right(sample, backend)
 
 
-def test_clear(backend: str) -> None:
+def test_clear_drops_all_entries(backend: str) -> None:
     sample = make_tensors(CASE)
     run(sample, backend, cache_packed=True)
     _C.clear_packed_cache()

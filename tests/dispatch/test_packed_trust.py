@@ -1,4 +1,4 @@
-"""Packed weights are right after every kind of write, also those that leave the tensor's version as it was."""
+"""Packed weights are right after every kind of write, including those that do not bump the tensor's version."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layer() -> GatheredConv2d:
 
 
 def right(conv: nn.Conv2d) -> None:
-    """That the layer computes with what its weight holds now."""
+    """Assert that the layer computes with the current weight."""
     on = torch.zeros(24, dtype=conv.weight.dtype)
     on[LISTS.in_index.long()] = 1
     x = X.to(conv.weight.dtype)
@@ -44,7 +44,7 @@ def right(conv: nn.Conv2d) -> None:
     torch.testing.assert_close(conv(x), expected, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
-# Ways to write to a weight. Each takes a weight and returns what keeps its way open.
+# Each function writes to a weight and returns objects that must stay alive.
 def in_place(weight: Tensor) -> None:
     weight.mul_(-2)
 
@@ -71,7 +71,7 @@ def other_data(weight: Tensor) -> None:
 
 
 def other_data_twice(weight: Tensor) -> None:
-    # The second storage may get the address of the one that the weight had.
+    # The second storage may reuse the address of the first.
     weight.data = weight.data * -1
     gc.collect()
     weight.data = weight.data * 2
@@ -100,7 +100,7 @@ WRITES = [
 
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize("write", WRITES)
-def test_every_way_to_write_a_weight(write: Callable[[Tensor], None], graded: bool) -> None:
+def test_each_write_to_a_weight_is_used(write: Callable[[Tensor], None], graded: bool) -> None:
     conv = layer()
     with torch.set_grad_enabled(graded):
         for _ in range(4):
@@ -127,7 +127,7 @@ def test_every_way_to_write_a_weight(write: Callable[[Tensor], None], graded: bo
         lambda conv: nn.init.kaiming_normal_(conv.weight),
     ],
 )
-def test_every_change_of_a_layer(change: Callable[[GatheredConv2d], object]) -> None:
+def test_each_change_of_a_layer_is_used(change: Callable[[GatheredConv2d], object]) -> None:
     conv = layer()
     with torch.no_grad():
         for _ in range(3):
@@ -149,7 +149,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimiser_steps_in_eval_mode(name: str, graded: bool) -> None:
+def test_optimiser_step_in_eval_mode_is_used(name: str, graded: bool) -> None:
     conv = layer()
     step = OPTIMIZERS[name](list(conv.parameters()))
     for _ in range(3):
@@ -163,8 +163,8 @@ def test_optimiser_steps_in_eval_mode(name: str, graded: bool) -> None:
             right(conv)
 
 
-def test_a_step_of_one_value_is_seen() -> None:
-    # So small a change that hardly any sample of the values would meet it.
+def test_step_of_a_single_value_is_used() -> None:
+    # Changes so few values that a sample would hardly contain one.
     conv = layer()
     step = torch.optim.SGD(conv.parameters(), 1.0, fused=True)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_step_of_one_value_is_seen() -> None:
         right(conv)
 
 
-def test_a_functional_fused_step_after_a_tracked_forward_is_seen() -> None:
+def test_functional_fused_step_is_used() -> None:
     conv = layer()
     with torch.no_grad():
         right(conv)
@@ -190,7 +190,7 @@ def test_a_functional_fused_step_after_a_tracked_forward_is_seen() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("make", [layer, lambda: SwitchedConv2d(24, 16, 3, padding=1, domains=["a"]).eval()])
-def test_a_change_of_mode_drops_what_is_kept(make: Callable[[], nn.Conv2d], mode: bool) -> None:
+def test_mode_change_drops_packed_weights(make: Callable[[], nn.Conv2d], mode: bool) -> None:
     conv = make()
     if isinstance(conv, SwitchedConv2d):
         conv.set_domain("a")
@@ -203,7 +203,7 @@ def test_a_change_of_mode_drops_what_is_kept(make: Callable[[], nn.Conv2d], mode
 
 
 def _one_value(weight: Tensor) -> None:
-    """Writes one listed value, which a sample of them would hardly meet, past the version."""
+    """Write one listed value, which a sample would hardly contain, without bumping the version."""
     ctypes.c_float.from_address(weight.data_ptr() + 4 * ((7 * 24 + 9) * 9 + 5)).value += 5
 
 
@@ -215,13 +215,13 @@ def _one_value(weight: Tensor) -> None:
         lambda conv: conv.weight[0],
         lambda conv: conv.weight.detach().numpy(),
         lambda conv: torch.utils.dlpack.to_dlpack(conv.weight.detach()),
-        lambda conv: conv.weight.detach().numpy() is None,  # gone, but NumPy may have handed it on
+        lambda conv: conv.weight.detach().numpy() is None,  # freed here, but NumPy may have shared it
         lambda conv: conv.requires_grad_(False).weight.numpy(),
         lambda conv: conv.share_memory(),
         lambda conv: nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(conv.parameters()), conv.parameters()),
     ],
 )
-def test_weights_that_others_can_write_are_compared_whole(hold: Callable[[GatheredConv2d], object]) -> None:
+def test_shared_weight_is_compared_by_all_values(hold: Callable[[GatheredConv2d], object]) -> None:
     conv = layer()
     with torch.no_grad():
         held = hold(conv)
@@ -238,7 +238,7 @@ def test_weights_that_others_can_write_are_compared_whole(hold: Callable[[Gather
     del held
 
 
-def test_weights_made_in_inference_mode_are_kept_and_compared() -> None:
+def test_inference_weight_is_kept_and_compared() -> None:
     with torch.inference_mode():
         conv = layer()
         right(conv)
@@ -253,18 +253,18 @@ def test_weights_made_in_inference_mode_are_kept_and_compared() -> None:
     assert "weight compared at every call: it was made in inference mode" in bk.report(conv, X).layers[0].why
 
 
-def test_a_weight_of_its_own_is_kept_without_a_word() -> None:
+def test_private_weight_is_kept_without_warning() -> None:
     conv = layer()
     state = conv.state_dict()
     del state
     assert "every call" not in bk.report(conv, X).layers[0].why
-    # As saving and copying do; Python's object of the storage stays.
+    # As in saving and copying; the Python object of the storage stays.
     assert conv.weight.untyped_storage().nbytes() > 0
     copy.deepcopy(conv)
     assert "every call" not in bk.report(conv, X).layers[0].why
 
 
-def test_a_strided_weight_that_others_can_write_is_packed_at_every_call() -> None:
+def test_strided_shared_weight_is_packed_at_every_call() -> None:
     base = torch.randn(16, 48, 3, 3)
     conv = layer()
     conv.weight = nn.Parameter(base[:, ::2])
@@ -286,7 +286,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.usefixtures("one_process")
-def test_collectives_on_parameters(graded: bool) -> None:
+def test_collective_on_parameter_is_used(graded: bool) -> None:
     conv = layer()
     operation = dist.ReduceOp.SUM
     for _ in range(3):
@@ -294,7 +294,7 @@ def test_collectives_on_parameters(graded: bool) -> None:
             right(conv)
         with torch.no_grad():
             version = conv.weight._version
-            # A broadcast of another rank's values, and what an average of several ranks would write.
+            # A broadcast from another rank, and an average over ranks.
             conv.weight.data.copy_(torch.randn_like(conv.weight))
             dist.broadcast(conv.weight, 0)
             dist.all_reduce(conv.weight, operation)
@@ -305,7 +305,7 @@ def test_collectives_on_parameters(graded: bool) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.usefixtures("one_process")
-def test_zero_redundancy_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+def test_zero_redundancy_optimizer_step_is_used(kind: type[torch.optim.Optimizer]) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     conv = layer()
@@ -321,7 +321,7 @@ def test_zero_redundancy_optimizer(kind: type[torch.optim.Optimizer]) -> None:
             right(conv)
 
 
-def test_writes_of_another_process() -> None:
+def test_write_of_another_process_is_used() -> None:
     conv = layer()
     conv.share_memory()
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_writes_of_another_process() -> None:
         right(conv)
 
 
-def test_writes_to_a_mapped_file(tmp_path: Path) -> None:
+def test_write_to_mapped_file_is_used(tmp_path: Path) -> None:
     path = tmp_path / "weight.bin"
     path.write_bytes(torch.randn(16 * 24 * 9).numpy().tobytes())
     conv = layer()
@@ -350,18 +350,18 @@ def test_writes_to_a_mapped_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_follows_every_write(dtype: torch.dtype) -> None:
+def test_autocast_uses_each_write(dtype: torch.dtype) -> None:
     conv = layer()
     for _ in range(3):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=dtype == torch.float32):
-            got = conv(X)
+            result = conv(X)
         with torch.no_grad():
             expected = conv(X)
-            torch.testing.assert_close(got.float(), expected, rtol=5e-2, atol=5e-2)
+            torch.testing.assert_close(result.float(), expected, rtol=5e-2, atol=5e-2)
             conv.weight.data.mul_(-1.5)
 
 
-def test_lists_changed_past_their_version() -> None:
+def test_list_change_without_version_is_used() -> None:
     conv = layer()
     lists = conv.channels
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_lists_changed_past_their_version() -> None:
         torch.testing.assert_close(conv(X), first)
 
 
-def test_many_lists_of_one_weight_and_a_write() -> None:
+def test_write_invalidates_all_lists_of_a_weight() -> None:
     conv = layer()
     with torch.no_grad():
         tables = [ChannelLists([i % 24], [i % 16]) for i in range(240)]

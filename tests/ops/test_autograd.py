@@ -25,7 +25,7 @@ def axes() -> dict[str, Case]:
     cases["kernel_1x1"] = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0))
     cases["kernel_1x1_strided"] = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), stride=(2, 2))
     cases["kernel_5x5"] = BASE.but(kernel=(5, 5), padding=(2, 2, 2, 2))
-    # Rows and columns at the end that no output pixel reads.
+    # The last rows and columns are read by no output pixel.
     cases["stride_leaves_a_rest"] = BASE.but(size=(9, 10), stride=(3, 4), padding=(0, 0, 0, 0))
     for kind in LISTS:
         cases[f"in_{kind}"] = BASE.but(in_list=kind)
@@ -48,21 +48,21 @@ AXES = axes()
 
 @pytest.mark.parametrize("name", AXES)
 @pytest.mark.parametrize("backend", ["aten", "auto"])
-def test_axis(name: str, backend: str) -> None:
+def test_gradients_equal_reference_along_each_axis(name: str, backend: str) -> None:
     check_backward(AXES[name], backend)
 
 
 @pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_layouts_of_the_result_gradient(layout: str, grad_layout: str) -> None:
+def test_gradients_are_right_for_each_grad_output_layout(layout: str, grad_layout: str) -> None:
     check_backward(BASE.but(layout=layout), grad_layout=grad_layout)
     check_backward(BASE.but(layout=layout, depthwise=True), grad_layout=grad_layout)
 
 
 @pytest.mark.parametrize("chunk", range(12))
 @pytest.mark.parametrize("backend", ["aten", "auto"])
-def test_random_cases(chunk: int, backend: str) -> None:
-    # "auto" takes the native kernels wherever they can run.
+def test_gradients_equal_reference_on_random_cases(chunk: int, backend: str) -> None:
+    # "auto" uses the native kernels wherever they can run.
     for seed in range(2000 + 25 * chunk, 2025 + 25 * chunk, 2 if backend == "aten" else 1):
         rng = random.Random(seed)
         case, grad_layout = random_case(rng), rng.choice(GRAD_LAYOUTS)
@@ -75,14 +75,14 @@ def test_random_cases(chunk: int, backend: str) -> None:
 @pytest.mark.skipif(
     _C.unsupported_reason("native") is not None, reason=f"backend native: {_C.unsupported_reason('native')}"
 )
-def test_gradient_of_a_native_forward() -> None:
+def test_native_forward_has_gradients() -> None:
     for layout in ("contiguous", "channels_last"):
         check_backward(BASE.but(layout=layout), "native")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_equals_the_masked_dense_convolution(kernel: tuple[int, int], layout: str) -> None:
+def test_gradients_equal_masked_dense_convolution(kernel: tuple[int, int], layout: str) -> None:
     pad = kernel[0] // 2
     case = BASE.but(kernel=kernel, padding=(pad,) * 4, layout=layout, dtype=torch.float64)
     sample = make_tensors(case)
@@ -92,8 +92,10 @@ def test_equals_the_masked_dense_convolution(kernel: tuple[int, int], layout: st
     masked = F.conv2d(sample.input * mask, sample.weight, sample.bias, padding=pad)[:, sample.out_index]
     y = op(*sample.args)
     grad = torch.randn_like(y)
-    for got, want in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(masked, leaves, grad), strict=True):
-        assert_close(got, want, torch.float64, 200)
+    for result, expected in zip(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(masked, leaves, grad), strict=True
+    ):
+        assert_close(result, expected, torch.float64, 200)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_equals_the_masked_dense_convolution(kernel: tuple[int, int], layout: st
         Case(1, 4, 3, (3, 3), in_list="zero", dtype=torch.float64),
     ],
 )
-def test_finite_differences(case: Case) -> None:
+def test_gradcheck(case: Case) -> None:
     sample = make_tensors(case)
     leaves = tuple(t.contiguous().requires_grad_() for t in (sample.input, sample.weight, sample.bias))
     assert torch.autograd.gradcheck(lambda *tensors: op(*tensors, *sample.args[3:]), leaves)
@@ -117,7 +119,7 @@ def test_finite_differences(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)))
-def test_only_the_gradients_that_are_needed(mask: tuple[bool, bool, bool]) -> None:
+def test_backward_computes_requested_gradients_only(mask: tuple[bool, bool, bool]) -> None:
     for case in (BASE, BASE.but(depthwise=True), BASE.but(in_list="zero"), BASE.but(out_list="zero")):
         sample = make_tensors(case)
         leaves = [t.requires_grad_(m) for t, m in zip((sample.input, sample.weight, sample.bias), mask, strict=True)]
@@ -130,13 +132,13 @@ def test_only_the_gradients_that_are_needed(mask: tuple[bool, bool, bool]) -> No
         direct = torch.ops.bap_kernels.gathered_conv2d_backward(
             grad, sample.input.detach(), sample.weight.detach(), *sample.args[3:], list(mask)
         )
-        for leaf, want, got, needed in zip(leaves, expected, direct, mask, strict=True):
+        for leaf, exact, result, needed in zip(leaves, expected, direct, mask, strict=True):
             assert (leaf.grad is not None) == needed
             if needed:
-                assert_close(leaf.grad, want, case.dtype, 200)
-                assert torch.equal(got, leaf.grad)
+                assert_close(leaf.grad, exact, case.dtype, 200)
+                assert torch.equal(result, leaf.grad)
             else:
-                assert got.shape == (0,)
+                assert result.shape == (0,)
 
 
 def test_gradients_accumulate_and_mix_with_other_ops() -> None:
@@ -144,24 +146,24 @@ def test_gradients_accumulate_and_mix_with_other_ops() -> None:
     leaves = [t.requires_grad_() for t in (sample.input, sample.weight, sample.bias)]
     x = F.silu(sample.input)
     ours = (op(x, *sample.args[1:]).relu() * 3 + op(x, *sample.args[1:]).square()).sum()
-    theirs = reference.conv_on_selected(F.silu(sample.input), *sample.args[1:])
-    theirs = (theirs.relu() * 3 + theirs.square()).sum()
-    for got, want in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
-        torch.testing.assert_close(got, want)
+    pytorch = reference.conv_on_selected(F.silu(sample.input), *sample.args[1:])
+    pytorch = (pytorch.relu() * 3 + pytorch.square()).sum()
+    for result, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(pytorch, leaves), strict=True):
+        torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_follow_the_layout_of_their_tensor(layout: str) -> None:
+def test_gradients_have_layout_of_their_tensor(layout: str) -> None:
     sample = make_tensors(BASE.but(layout=layout, weight_layout=layout))
     for leaf in (sample.input, sample.weight):
         leaf.requires_grad_()
     y = op(*sample.args)
-    got = torch.autograd.grad(y, (sample.input, sample.weight), torch.ones_like(y))
-    assert got[0].stride() == sample.input.stride()
-    assert got[1].stride() == sample.weight.stride()
+    result = torch.autograd.grad(y, (sample.input, sample.weight), torch.ones_like(y))
+    assert result[0].stride() == sample.input.stride()
+    assert result[1].stride() == sample.weight.stride()
 
 
-def test_inference_records_nothing() -> None:
+def test_inference_has_no_graph() -> None:
     sample = make_tensors(BASE)
     sample.weight.requires_grad_()
     with torch.no_grad():
@@ -172,7 +174,7 @@ def test_inference_records_nothing() -> None:
     assert_close(y.clone(), reference.gathered_conv2d(*sample.args), torch.float32, sample.depth)
 
 
-def test_saved_tensors_notice_a_change_in_place() -> None:
+def test_backward_after_in_place_change_raises() -> None:
     sample = make_tensors(BASE)
     sample.weight.requires_grad_()
     y = op(*sample.args)
@@ -181,11 +183,11 @@ def test_saved_tensors_notice_a_change_in_place() -> None:
         y.sum().backward()
 
 
-def test_result_gradient_may_be_a_scalar_expanded() -> None:
+def test_expanded_grad_output_is_supported() -> None:
     sample = make_tensors(BASE)
     sample.input.requires_grad_()
     y = op(*sample.args)
-    (got,) = torch.autograd.grad(y.sum(), sample.input)
+    (result,) = torch.autograd.grad(y.sum(), sample.input)
     grad = lay_out(torch.ones(y.shape), "contiguous")
-    want = reference.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:])[0]
-    assert_close(got, want, torch.float32, 9 * sample.kept[1])
+    expected = reference.gathered_conv2d_backward(grad, *sample.args[:2], *sample.args[3:])[0]
+    assert_close(result, expected, torch.float32, 9 * sample.kept[1])

@@ -42,7 +42,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def _lists(domain: int) -> dict[str, ChannelLists]:
-    """Lengths differ between domains, and some layers have equal lengths in some of them."""
+    """Draw lists of different lengths, some of them equal between domains."""
     return {
         "conv": ChannelLists(range(2 + domain), range(3, 8 + domain // 3)),
         "depthwise": ChannelLists(range(2, 14 - domain // 2), range(2, 14 - domain // 2)),
@@ -65,7 +65,7 @@ def _model(layer_type: type[GatheredConv2d] = MaskedConv2d) -> nn.Module:
 @pytest.mark.parametrize("layer_type", [GatheredConv2d, MaskedConv2d])
 def test_twelve_domains_compile_into_two_graphs(layer_type: type[GatheredConv2d], training: bool) -> None:
     model = _model(layer_type)
-    # Statistics of batch norm would differ between the two runs.
+    # In training mode the running statistics would differ between the two runs.
     model.train(training).norm.eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -76,8 +76,10 @@ def test_twelve_domains_compile_into_two_graphs(layer_type: type[GatheredConv2d]
         actual, expected = compiled(x), model(x)
         torch.testing.assert_close(actual, expected)
         if training:
-            wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
-            for one, its in zip(torch.autograd.grad(actual.sum(), list(model.parameters())), wanted, strict=True):
+            expected_grads = torch.autograd.grad(expected.sum(), list(model.parameters()))
+            for one, its in zip(
+                torch.autograd.grad(actual.sum(), list(model.parameters())), expected_grads, strict=True
+            ):
                 torch.testing.assert_close(one, its)
         results.append(actual)
     assert counter.frame_count <= 2
@@ -85,9 +87,9 @@ def test_twelve_domains_compile_into_two_graphs(layer_type: type[GatheredConv2d]
     assert torch.equal(results[0], results[-1])
 
 
-def test_lists_made_before_the_compiler_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_created_before_compiler_import_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as without:
-        # Lists are marked for the compiler only where it is loaded.
+        # Lists are marked for the compiler only after it is imported.
         without.delitem(sys.modules, "torch._dynamo")
         model = _model()
         bk.set_domain(model, DOMAINS[0])
@@ -102,7 +104,7 @@ def test_lists_made_before_the_compiler_was_loaded(monkeypatch: pytest.MonkeyPat
     assert counter.frame_count <= 2
 
 
-def test_domains_switch_through_the_compiled_module() -> None:
+def test_compiled_module_follows_set_domain() -> None:
     model = _model().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.randn(2, 3, 12, 11)
@@ -114,20 +116,20 @@ def test_domains_switch_through_the_compiled_module() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lists", [ChannelLists(), ChannelLists([0, 2, 5], [1, 2, 3, 6])], ids=["dense", "lists"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_inductor_agrees_on_strides(memory_format: torch.memory_format, lists: ChannelLists) -> None:
-    # Inductor alone asserts the strides that the Meta kernels promise, of results and of gradients.
+def test_inductor_accepts_strides_of_meta_kernels(memory_format: torch.memory_format, lists: ChannelLists) -> None:
+    # Only Inductor asserts the strides of the Meta kernels, of results and gradients.
     conv = MaskedConv2d(6, 8, 3, padding=1, channels=lists)
     compiled = torch.compile(conv, fullgraph=True)
     x = torch.randn(2, 6, 7, 5).to(memory_format=memory_format).requires_grad_()
     actual, expected = compiled(x), conv(x)
     torch.testing.assert_close(actual, expected)
     grad = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, (x, *conv.parameters()), grad)
-    for one, its in zip(torch.autograd.grad(actual, (x, *conv.parameters()), grad), wanted, strict=True):
+    expected_grads = torch.autograd.grad(expected, (x, *conv.parameters()), grad)
+    for one, its in zip(torch.autograd.grad(actual, (x, *conv.parameters()), grad), expected_grads, strict=True):
         torch.testing.assert_close(one, its)
 
 
-def test_compiled_eval_sees_new_weights() -> None:
+def test_compiled_eval_uses_updated_weights() -> None:
     model = _model().eval()
     bk.set_domain(model, DOMAINS[1])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -142,7 +144,7 @@ def test_compiled_eval_sees_new_weights() -> None:
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("batch", ["static", "dynamic"])
-def test_export(batch: str, strict: bool) -> None:
+def test_export_equals_eager(batch: str, strict: bool) -> None:
     model = _model().eval()
     bk.set_domain(model, DOMAINS[2])
     x = torch.randn(4, 3, 12, 11)
@@ -153,13 +155,13 @@ def test_export(batch: str, strict: bool) -> None:
     torch.testing.assert_close(run(x), model(x))
     if batch == "dynamic":
         torch.testing.assert_close(run(x[:3]), model(x[:3]))
-    # The program keeps the domain that it was exported with.
+    # The program keeps the domain of the export.
     expected = model(x)
     bk.set_domain(model, DOMAINS[7])
     torch.testing.assert_close(run(x), expected)
 
 
-def test_copy_of_a_compiled_model_switches_on_its_own() -> None:
+def test_copy_of_compiled_model_has_its_own_domain() -> None:
     model = _model().eval()
     bk.set_domain(model, DOMAINS[0])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

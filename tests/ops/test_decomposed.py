@@ -1,4 +1,4 @@
-"""Derivatives beyond the first in reverse mode, and torch.func: against ``F.conv2d`` on what the lists select."""
+"""Higher derivatives and torch.func transforms, against ``F.conv2d`` on the listed channels."""
 
 from __future__ import annotations
 
@@ -114,25 +114,25 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("case", cases())
-def test_transforms(case: str, transform: str) -> None:
-    ours, theirs, args = cases()[case]
-    torch.testing.assert_close(TRANSFORMS[transform](ours, args), TRANSFORMS[transform](theirs, args))
+def test_func_transforms_equal_pytorch(case: str, transform: str) -> None:
+    ours, pytorch, args = cases()[case]
+    torch.testing.assert_close(TRANSFORMS[transform](ours, args), TRANSFORMS[transform](pytorch, args))
 
 
 @pytest.mark.parametrize("case", cases())
-def test_second_derivatives(case: str) -> None:
-    ours, theirs, args = cases()[case]
+def test_second_derivatives_equal_pytorch(case: str) -> None:
+    ours, pytorch, args = cases()[case]
 
     def second(f: Function) -> tuple[Tensor, ...]:
         leaves = [t.clone().requires_grad_() for t in args]
         first = torch.autograd.grad(f(*leaves).pow(3).sum(), leaves, create_graph=True, materialize_grads=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), leaves, materialize_grads=True)
 
-    torch.testing.assert_close(second(ours), second(theirs))
+    torch.testing.assert_close(second(ours), second(pytorch))
 
 
 @pytest.mark.parametrize("case", ["listed", "switched"])
-def test_finite_differences_of_second_derivatives(case: str) -> None:
+def test_gradgradcheck(case: str) -> None:
     ours, _, args = cases()[case]
     fixed = args[3:]
     leaves = [t[:1, :, :3] if t.dim() == 4 and t.shape[0] == 2 else t for t in args[:3]]
@@ -142,7 +142,7 @@ def test_finite_differences_of_second_derivatives(case: str) -> None:
 
 
 @pytest.mark.parametrize("off_gradient", [True, False])
-def test_off_gradient_is_left_out_in_transforms_too(off_gradient: bool) -> None:
+def test_off_gradient_option_holds_in_transforms(off_gradient: bool) -> None:
     x, w, b = tensors()
 
     def loss(s: Tensor) -> Tensor:
@@ -154,21 +154,21 @@ def test_off_gradient_is_left_out_in_transforms_too(off_gradient: bool) -> None:
 
 
 @pytest.mark.parametrize("case", ["listed", "depthwise", "switched"])
-def test_nan_of_channels_that_are_not_read_stays_out(case: str) -> None:
+def test_nan_in_unlisted_channels_is_ignored(case: str) -> None:
     ours, _, args = cases()[case]
     spoiled = args[0].clone()
     off = [c for c in range(6) if c not in READ] if case != "switched" else [1, 4]
     spoiled[:, off] = float("nan")
     tangents = (*directions(args)[:3], *(torch.zeros_like(t) for t in args[3:]))
-    for clean, got in zip(jvp(ours, args, tangents), jvp(ours, (spoiled, *args[1:]), tangents), strict=True):
-        torch.testing.assert_close(got, clean)
+    for clean, result in zip(jvp(ours, args, tangents), jvp(ours, (spoiled, *args[1:]), tangents), strict=True):
+        torch.testing.assert_close(result, clean)
     weights = grad(lambda *a: ours(*a).square().sum(), (0, 1, 2))
-    for clean, got in zip(weights(*args), weights(spoiled, *args[1:]), strict=True):
-        torch.testing.assert_close(got, clean)
+    for clean, result in zip(weights(*args), weights(spoiled, *args[1:]), strict=True):
+        torch.testing.assert_close(result, clean)
 
 
 @pytest.mark.parametrize("layer", ["gathered", "masked", "switched"])
-def test_gradients_by_sample_through_layers(layer: str) -> None:
+def test_per_sample_gradients_of_layers_equal_pytorch(layer: str) -> None:
     x = tensors()[0].float()
     torch.manual_seed(0)
     module: nn.Conv2d
@@ -192,10 +192,10 @@ def test_gradients_by_sample_through_layers(layer: str) -> None:
         y = F.conv2d(x[None] * mask.view(1, -1, 1, 1), parameters["weight"], parameters["bias"], padding=1)
         return y[:, kept].square().sum()
 
-    got = vmap(grad(ours), (None, 0))(parameters, x)
-    want = vmap(grad(theirs), (None, 0))(parameters, x)
+    result = vmap(grad(ours), (None, 0))(parameters, x)
+    expected = vmap(grad(theirs), (None, 0))(parameters, x)
     for name in ("weight", "bias"):
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
     direction = {name: torch.ones_like(p) for name, p in parameters.items() if name in ("weight", "bias")}
 
     def only(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -206,7 +206,7 @@ def test_gradients_by_sample_through_layers(layer: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_lists_are_checked() -> None:
+def test_invalid_lists_raise_in_transforms() -> None:
     x, w, b = tensors()
     for bad, error in (([0, 6], IndexError), ([2, 2], ValueError)):
         index = torch.tensor(bad, dtype=torch.int32)
@@ -218,14 +218,14 @@ def test_lists_are_checked() -> None:
         grad(lambda x: bk.gathered_conv2d(x, w, b, torch.tensor([0])).sum())(x)
 
 
-def test_a_list_for_each_sample_is_refused() -> None:
+def test_vmap_over_lists_raises() -> None:
     x, w, b = tensors()
     lists = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match=r"gathered_conv2d\(\): expected `in_index` to be one list.*Hint"):
         vmap(lambda x, i: bk.gathered_conv2d(x[None], w, b, i))(x, lists)
 
 
-def test_ops_for_inference_refuse_transforms() -> None:
+def test_inference_ops_raise_in_transforms() -> None:
     x, w, b = tensors()
     fused = torch.ops.bap_kernels._gathered_conv2d_fused
     nothing = (None, None, False, None, None, None, False)
@@ -241,11 +241,11 @@ def test_ops_for_inference_refuse_transforms() -> None:
             call(forward_ad.make_dual(x, x))
 
 
-def test_a_narrow_bfloat16_layer_in_transforms() -> None:
+def test_narrow_bfloat16_convolution_is_right_in_transforms() -> None:
     # PyTorch's own kernels return uninitialised values for it: see csrc/backends/aten/convolution.h.
     torch.manual_seed(0)
     x = torch.randint(-2, 3, (2, 4, 5, 3)).bfloat16()
     w = torch.randint(-2, 3, (3, 4, 2, 2)).bfloat16()
-    got = grad(lambda w: bk.gathered_conv2d(x, w, stride=(1, 2)).float().sum())(w)
-    want = grad(lambda w: F.conv2d(x.double(), w.double(), stride=(1, 2)).sum())(w)
-    torch.testing.assert_close(got.double(), want.double())
+    result = grad(lambda w: bk.gathered_conv2d(x, w, stride=(1, 2)).float().sum())(w)
+    expected = grad(lambda w: F.conv2d(x.double(), w.double(), stride=(1, 2)).sum())(w)
+    torch.testing.assert_close(result.double(), expected.double())

@@ -68,7 +68,7 @@ AXES = axes()
 
 
 @pytest.mark.parametrize("name", AXES)
-def test_axis(name: str, backend: str) -> None:
+def test_forward_equals_reference_along_each_axis(name: str, backend: str) -> None:
     ran = check_forward(AXES[name], backend)
     assert ran or AXES[name].depthwise or AXES[name].dtype not in NATIVE_DTYPES
 
@@ -77,10 +77,8 @@ def test_axis(name: str, backend: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
-def test_every_width_and_number_of_channels(
-    backend: str, dtype: torch.dtype, kernel: tuple[int, int], layout: str
-) -> None:
-    # Crosses every tile edge of a kernel, together and apart: 1 to 40 columns, kept inputs and kept outputs.
+def test_forward_is_right_at_tile_edges(backend: str, dtype: torch.dtype, kernel: tuple[int, int], layout: str) -> None:
+    # 1 to 40 columns, kept inputs and kept outputs cross every tile edge, together and separately.
     base = Case(1, size=(2, 1), kernel=kernel, padding=same(kernel), layout=layout, dtype=dtype)
     for n in range(1, 41):
         for columns, k_in, k_out in ((n, 3, 5), (9, 3, n), (5, n, 3), (41 - n, n, n)):
@@ -107,7 +105,7 @@ def test_every_width_and_number_of_channels(
         (3, 64, (60, 60), (7, 7), (2, 2)),
     ],
 )
-def test_more_than_one_tile(
+def test_forward_is_right_for_several_tiles(
     backend: str,
     in_channels: int,
     out_channels: int,
@@ -128,7 +126,7 @@ def test_more_than_one_tile(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_null_lists_are_the_dense_convolution(layout: str, dtype: torch.dtype) -> None:
+def test_null_lists_equal_dense_convolution(layout: str, dtype: torch.dtype) -> None:
     sample = make_tensors(BASE.but(in_list="null", out_list="null", layout=layout, dtype=dtype))
     dense = F.conv2d(sample.input, sample.weight, sample.bias, padding=1)
     actual = run(sample)
@@ -139,7 +137,7 @@ def test_null_lists_are_the_dense_convolution(layout: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("padding", [0, 1, 3, (1, 0), (0, 2), "same", "valid"])
 @pytest.mark.parametrize("kernel", [(3, 3), (3, 2), (4, 5), (1, 1)])
 @pytest.mark.parametrize("dilation", [1, (2, 3)])
-def test_function_takes_the_paddings_of_conv2d(padding: object, kernel: tuple[int, int], dilation: object) -> None:
+def test_function_paddings_equal_conv2d(padding: object, kernel: tuple[int, int], dilation: object) -> None:
     sample = make_tensors(BASE.but(kernel=kernel, dtype=torch.float64))
     x, weight, bias = sample.input, sample.weight, sample.bias
     actual = bap_kernels.gathered_conv2d(
@@ -151,13 +149,13 @@ def test_function_takes_the_paddings_of_conv2d(padding: object, kernel: tuple[in
 
 
 @pytest.mark.parametrize("stride", [1, 2, (2, 1), (1, 3)])
-def test_function_takes_the_strides_of_conv2d(stride: object) -> None:
+def test_function_strides_equal_conv2d(stride: object) -> None:
     sample = make_tensors(BASE.but(in_list="null", out_list="null", dtype=torch.float64))
     actual = bap_kernels.gathered_conv2d(sample.input, sample.weight, stride=stride)
     assert_close(actual, F.conv2d(sample.input, sample.weight, stride=stride), torch.float64, sample.depth)
 
 
-def test_function_is_depthwise_with_groups() -> None:
+def test_function_with_groups_is_depthwise() -> None:
     sample = make_tensors(BASE.but(depthwise=True))
     actual = bap_kernels.gathered_conv2d(*sample.args[:5], stride=2, padding=1, groups=sample.groups)
     sample.stride = (2, 2)
@@ -165,7 +163,7 @@ def test_function_is_depthwise_with_groups() -> None:
 
 
 @pytest.mark.skipif(_C.unsupported_reason("native") is not None, reason="the native backend cannot run here")
-def test_native_covers_depthwise_or_says_why_not() -> None:
+def test_native_runs_depthwise_or_raises_with_reason() -> None:
     case = BASE.but(depthwise=True)
     if not check_forward(case, "native"):
         sample = make_tensors(case)
@@ -173,7 +171,7 @@ def test_native_covers_depthwise_or_says_why_not() -> None:
         assert "depthwise" in reason or "groups" in reason
 
 
-def test_lists_of_any_stride(backend: str) -> None:
+def test_strided_lists_are_supported(backend: str) -> None:
     sample = make_tensors(BASE.but(in_list="shuffled", out_list="shuffled"))
     expected = run(sample, backend)
     sample.in_index = torch.stack((sample.in_index, torch.full_like(sample.in_index, -1)), 1)[:, 0]
@@ -181,7 +179,7 @@ def test_lists_of_any_stride(backend: str) -> None:
     assert torch.equal(run(sample, backend), expected)
 
 
-def test_inputs_are_left_as_they_were(backend: str) -> None:
+def test_inputs_are_not_modified(backend: str) -> None:
     for layout in LAYOUTS:
         sample = make_tensors(BASE.but(layout=layout))
         before = [t.clone() for t in sample.args[:5]]

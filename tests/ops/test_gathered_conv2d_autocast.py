@@ -1,4 +1,4 @@
-"""Autocast on CPU casts to the dtype that the user chose, as it does for ``F.conv2d``."""
+"""Autocast on the CPU casts to the requested dtype, as for ``F.conv2d``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASE = Case(in_channels=9, out_channels=7)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_obeys_the_users_dtype(dtype: torch.dtype, bias: bool) -> None:
+def test_autocast_uses_requested_dtype(dtype: torch.dtype, bias: bool) -> None:
     sample = make_tensors(CASE.but(bias=bias))
     with torch.autocast("cpu", dtype):
         y = op(*sample.args)
@@ -23,13 +23,13 @@ def test_obeys_the_users_dtype(dtype: torch.dtype, bias: bool) -> None:
     assert torch.equal(y, op(*cast, *sample.args[3:]))
 
 
-def test_leaves_float64_alone_as_the_dense_convolution_does() -> None:
+def test_autocast_ignores_float64() -> None:
     sample = make_tensors(CASE.but(dtype=torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
         assert op(*sample.args).dtype == F.conv2d(sample.input, sample.weight).dtype
 
 
-def test_nested_and_disabled() -> None:
+def test_nested_autocast_uses_inner_setting() -> None:
     sample = make_tensors(CASE)
     plain = op(*sample.args)
     with torch.autocast("cpu", torch.bfloat16):
@@ -43,7 +43,7 @@ def test_nested_and_disabled() -> None:
     assert op(*sample.args).dtype == torch.float32
 
 
-def test_mixed_dtypes_meet_under_autocast_only() -> None:
+def test_mixed_dtypes_require_autocast() -> None:
     sample = make_tensors(CASE)
     sample.input = sample.input.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -53,14 +53,14 @@ def test_mixed_dtypes_meet_under_autocast_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_come_back_in_the_parameters_dtype(dtype: torch.dtype) -> None:
+def test_gradients_have_dtype_of_parameters(dtype: torch.dtype) -> None:
     sample = make_tensors(CASE)
     leaves = [t.requires_grad_() for t in (sample.input, sample.weight, sample.bias)]
     with torch.autocast("cpu", dtype):
         y = op(*sample.args)
     grad = torch.randn_like(y)
-    got = torch.autograd.grad(y, leaves, grad)
-    assert [g.dtype for g in got] == [torch.float32] * 3
-    want = torch.autograd.grad(op(*sample.args), leaves, grad.float())
-    for a, b in zip(got, want, strict=True):
+    result = torch.autograd.grad(y, leaves, grad)
+    assert [g.dtype for g in result] == [torch.float32] * 3
+    expected = torch.autograd.grad(op(*sample.args), leaves, grad.float())
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-2, atol=1.5e-1)

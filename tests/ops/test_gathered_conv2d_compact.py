@@ -1,4 +1,4 @@
-"""The fused op on inputs that hold some of the weight's channels, and on residuals that are part of a wider tensor."""
+"""The fused op with compact inputs, and with residuals that are part of a wider tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def ints(*values: int) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_compact_input(kernel: tuple[int, int], dtype: torch.dtype, layout: str, backend: str) -> None:
+def test_compact_input_equals_full_input(
+    kernel: tuple[int, int], dtype: torch.dtype, layout: str, backend: str
+) -> None:
     pad = kernel[0] // 2
     case = Case(in_channels=19, out_channels=40, kernel=kernel, padding=(pad,) * 4, dtype=dtype, layout=layout)
     sample = make_tensors(case.but(in_list="null"))
@@ -44,7 +46,9 @@ def test_compact_input(kernel: tuple[int, int], dtype: torch.dtype, layout: str,
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(2, 6, 5), (1, 7, 7), (3, 1, 4), (1, 1, 1)])
-def test_residual_in_a_wider_tensor(size: tuple[int, int, int], dtype: torch.dtype, layout: str, backend: str) -> None:
+def test_residual_may_be_part_of_a_wider_tensor(
+    size: tuple[int, int, int], dtype: torch.dtype, layout: str, backend: str
+) -> None:
     N, H, W = size
     case = Case(N, 12, 33, (H, W), in_list="null", out_list="null", layout=layout, dtype=dtype)
     sample = make_tensors(case)
@@ -57,7 +61,7 @@ def test_residual_in_a_wider_tensor(size: tuple[int, int, int], dtype: torch.dty
         assert_close(y, expected, dtype, 4 * sample.depth)
 
 
-def test_errors() -> None:
+def test_invalid_compact_input_raises() -> None:
     x, w = torch.randn(1, 5, 6, 6), torch.randn(4, 9, 3, 3)
 
     def call(in_index: torch.Tensor | None, weight_index: torch.Tensor, groups: int = 1) -> torch.Tensor:
@@ -80,7 +84,7 @@ def test_errors() -> None:
         call(ints(1, 2), ints(1, 2), groups=5)
 
 
-def test_meta_kernel() -> None:
+def test_meta_kernel_has_shape_of_result() -> None:
     x, w = torch.randn(2, 5, 6, 6).to("meta"), torch.randn(4, 9, 3, 3).to("meta")
     y, _ = ops._gathered_conv2d_fused(
         x,

@@ -1,4 +1,4 @@
-"""The fused op with a second, compact store of its result: equal bit for bit to selecting from the result."""
+"""The fused op with a second, compact copy of its result, bit-equal to index_select of the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dual(sample: Sample, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "sliced", "sliced_last", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, backend: str) -> None:
+def test_dual_store_equals_index_select(dtype: torch.dtype, layout: str, backend: str) -> None:
     for flags in ((), ("out_shift", "residual", "out_relu"), FLAGS):
         ran = check_dual(BASE.but(dtype=dtype, layout=layout), flags, backend)
         assert ran or dtype in (torch.float16, torch.float64)
@@ -43,25 +43,25 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, backend: str) -> No
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["zero", "one", "odd", "all", "shuffled"])
-def test_lists_of_the_second_store(kind: str, layout: str, backend: str) -> None:
+def test_dual_store_is_right_for_each_kind_of_list(kind: str, layout: str, backend: str) -> None:
     for out_list in ("null", "odd", "one"):
         assert check_dual(BASE.but(layout=layout, out_list=out_list), ("out_relu",), backend, kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_calls_without_arithmetic(layout: str, backend: str) -> None:
+def test_dual_store_of_empty_reductions_is_right(layout: str, backend: str) -> None:
     for wrong in ({"batch": 0}, {"in_list": "zero"}, {"out_list": "zero"}):
         check_dual(BASE.but(layout=layout, **wrong), ("out_shift", "residual"), backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise_and_one_pixel(layout: str, backend: str) -> None:
+def test_dual_store_is_right_for_depthwise_and_single_pixel(layout: str, backend: str) -> None:
     check_dual(BASE.but(depthwise=True, out_list="odd", layout=layout), FLAGS, backend)
     check_dual(BASE.but(kernel=(1, 1), padding=(0,) * 4, size=(1, 1), layout=layout), FLAGS, backend)
 
 
 @pytest.mark.parametrize("chunk", range(2))
-def test_random_cases(chunk: int, backend: str) -> None:
+def test_dual_store_equals_index_select_on_random_cases(chunk: int, backend: str) -> None:
     for seed in range(7000 + 25 * chunk, 7025 + 25 * chunk):
         rng = random.Random(seed)
         case = random_case(rng)
@@ -72,7 +72,7 @@ def test_random_cases(chunk: int, backend: str) -> None:
             raise AssertionError(f"seed {seed}, flags {flags}, {backend}: {case}") from error
 
 
-def test_the_second_store_has_memory_of_its_own() -> None:
+def test_second_store_does_not_alias_result() -> None:
     for layout in LAYOUTS:
         y, second = dual(make_tensors(BASE.but(layout=layout)), torch.arange(13, dtype=torch.int32))
         kept = y.clone()
@@ -80,7 +80,7 @@ def test_the_second_store_has_memory_of_its_own() -> None:
         assert torch.equal(y, kept)
 
 
-def test_compact_input_and_packed_weights() -> None:
+def test_dual_store_works_with_compact_input_and_packed_weights() -> None:
     sample = make_tensors(BASE.but(in_list="null"))
     read = ints(3, 17, 4, 0)
     args = (sample.input[:, read.long()], *sample.args[1:])
@@ -93,7 +93,7 @@ def test_compact_input_and_packed_weights() -> None:
         assert torch.equal(second, expected[:, [2, 11]])
 
 
-def test_the_direct_call_is_the_op() -> None:
+def test_direct_call_equals_op() -> None:
     sample = make_tensors(BASE)
     fused = make_fused(sample, FLAGS, torch.float32)
     ordered = [fused[name] for name in FLAGS]
@@ -105,7 +105,7 @@ def test_the_direct_call_is_the_op() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_errors(device: str) -> None:
+def test_invalid_dual_store_list_raises(device: str) -> None:
     sample = make_tensors(BASE).to(device)
     for wrong, error, rule in (
         (torch.tensor([1, 2], device=device), TypeError, r"`dual_store_index` to be an int32 list, got Long"),
@@ -124,7 +124,7 @@ def test_errors(device: str) -> None:
         )
 
 
-def test_errors_of_the_list_values() -> None:
+def test_dual_store_list_out_of_range_raises() -> None:
     sample = make_tensors(BASE.but(out_list="odd"))
     kept = sample.kept[1]
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_errors_of_the_list_values() -> None:
         dual(sample, ints(1, 0, 1))
 
 
-def test_refuses_what_needs_a_gradient() -> None:
+def test_input_that_requires_grad_raises() -> None:
     sample = make_tensors(BASE)
     sample.weight.requires_grad_()
     with pytest.raises(NotImplementedError, match=r"_gathered_conv2d_fused\(\): expected tensors that need no"):
@@ -146,7 +146,7 @@ def test_refuses_what_needs_a_gradient() -> None:
         dual(sample, ints(0))
 
 
-def test_counts_the_products_once() -> None:
+def test_flops_count_convolution_once() -> None:
     sample = make_tensors(BASE)
     counts = []
     for call in (lambda: dual(sample, ints(0, 4)), lambda: ops.gathered_conv2d(*sample.args)):
@@ -156,7 +156,7 @@ def test_counts_the_products_once() -> None:
     assert counts[0] == counts[1] > 0
 
 
-def test_a_dual_store_list_changed_in_place_is_seen(backend: str) -> None:
+def test_in_place_change_of_dual_store_list_is_used(backend: str) -> None:
     sample, index = make_tensors(BASE), ints(0, 4, 7)
     with bap_kernels.use_backend(backend):
         for _ in range(3):

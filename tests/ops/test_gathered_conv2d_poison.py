@@ -1,4 +1,4 @@
-"""What is not listed never reaches a result or a gradient; what is listed always does."""
+"""NaN in unlisted channels never reaches a result or a gradient; NaN in listed channels always does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-# The native kernels refuse depthwise convolutions and float64.
+# The native kernels support neither depthwise convolutions nor float64.
 RUNS = [
     (backend, name)
     for backend in ("aten", "native", "auto")
@@ -49,8 +49,8 @@ def test_unlisted_channels_never_reach_the_output(backend: str, name: str, layou
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_unlisted_channels_never_win_a_measurement(layout: str) -> None:
-    # Nearly all channels kept: the dense convolution with zeroed weights is then the fastest candidate of "auto".
+def test_masked_candidate_ignores_unlisted_channels(layout: str) -> None:
+    # With nearly all channels kept, the dense convolution with zeroed weights is the fastest candidate of "auto".
     case = Case(1, 64, 64, (28, 28), layout=layout, in_list="all", out_list="null")
     for poisoned_first in (True, False):
         sample = make_tensors(case.but(size=(28, 28 + poisoned_first)))
@@ -85,8 +85,8 @@ def test_zero_weight_does_not_hide_a_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_padding_is_zero_and_not_what_lies_around_the_input(layout: str, backend: str) -> None:
-    # Weights that read only outside the input: each result is the bias alone.
+def test_padding_does_not_read_memory_around_the_input(layout: str, backend: str) -> None:
+    # Weights that read padding only: each result is the bias.
     case = Case(1, 9, 8, (1, 1), padding=(1, 1, 1, 1), layout="sliced" if layout == "contiguous" else "sliced_last")
     sample = make_tensors(case)
     sample.weight[:, :, 1, 1] = 0

@@ -1,4 +1,4 @@
-"""The route with a weight that oneDNN has reordered: right wherever it runs, and absent where it cannot."""
+"""The candidate with a weight reordered by oneDNN."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _own_table() -> Iterator[None]:
 
 
 def candidates(sample: Sample, cache_packed: bool = True) -> set[str]:
-    """What `auto` measures for a case that it has not seen."""
+    """Return the candidates that `auto` measures for a new case."""
     _C.set_choice_file("")
     _C.clear_choices()
     run(sample, cache_packed=cache_packed)
@@ -39,7 +39,7 @@ def candidates(sample: Sample, cache_packed: bool = True) -> set[str]:
 
 
 def force(path: Path, route: str = ROUTE) -> None:
-    """Let a table say that the route was the fastest in every case of the table in memory."""
+    """Load a choice file in which this candidate is the fastest in every known case."""
     keys = [choice["case"] for choice in _C.choices()]
     path.unlink(missing_ok=True)
     _C.clear_choices()
@@ -77,10 +77,10 @@ CASES = {
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced_last", "stepped"])
 @pytest.mark.parametrize("name", CASES)
-def test_right_wherever_it_is_forced(name: str, layout: str, tmp_path: Path) -> None:
+def test_prepacked_is_right_when_forced(name: str, layout: str, tmp_path: Path) -> None:
     case = CASES[name].but(layout=layout)
     sample = make_tensors(case)
-    # A view counts as memory that something else holds, and this one is too scattered to be compared.
+    # A view counts as shared memory, and this one is too scattered to be compared.
     sample.weight = sample.weight.data
     expected = reference.gathered_conv2d(*sample.args)
     assert ROUTE in candidates(sample)
@@ -93,7 +93,7 @@ def test_right_wherever_it_is_forced(name: str, layout: str, tmp_path: Path) -> 
         if layout != "stepped" and case.size != (1, 1):
             last = layout.endswith("last")
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    # Its kind of packed weight alone was used, and found again.
+    # Only its packed weight was used, with a hit.
     assert _C.packed_cache_info()["hits"] == hits + 1
     assert [choice["backend"] for choice in _C.choices()] == [ROUTE]
     if len(unlisted(sample.in_index, case.in_channels)):
@@ -105,7 +105,7 @@ def test_right_wherever_it_is_forced(name: str, layout: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_fused(layout: str, tmp_path: Path) -> None:
+def test_prepacked_fused_is_right(layout: str, tmp_path: Path) -> None:
     flags = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
     sample = make_tensors(CASE.but(layout=layout))
     fused = make_fused(sample, flags, CASE.dtype)
@@ -118,7 +118,7 @@ def test_fused(layout: str, tmp_path: Path) -> None:
     assert_close(y, reference.gathered_conv2d_fused(*sample.args, **fused), CASE.dtype, 4 * sample.depth + 4)
 
 
-def test_bias_with_gaps(tmp_path: Path) -> None:
+def test_prepacked_supports_strided_bias(tmp_path: Path) -> None:
     sample = make_tensors(CASE.but(out_list="null"))
     sample.bias = torch.randn(2 * len(sample.bias))[::2]
     assert ROUTE in candidates(sample)
@@ -128,7 +128,7 @@ def test_bias_with_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bfloat16_where_onednn_has_it(layout: str, tmp_path: Path) -> None:
+def test_prepacked_bfloat16_is_right(layout: str, tmp_path: Path) -> None:
     sample = make_tensors(CASE.but(dtype=torch.bfloat16, layout=layout))
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert (ROUTE in candidates(sample)) == supported
@@ -140,20 +140,20 @@ def test_bfloat16_where_onednn_has_it(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_absent_for_other_dtypes(dtype: torch.dtype) -> None:
+def test_prepacked_is_no_candidate_for_other_dtypes(dtype: torch.dtype) -> None:
     sample = make_tensors(CASE.but(dtype=dtype))
     assert ROUTE not in candidates(sample)
     y = run(sample, cache_packed=True)
     assert_close(y, reference.gathered_conv2d(*sample.args), dtype, sample.depth)
 
 
-def test_absent_where_nothing_is_kept() -> None:
+def test_prepacked_is_no_candidate_without_caching() -> None:
     assert ROUTE not in candidates(make_tensors(CASE), cache_packed=False)
-    # Another tensor may write to the memory of a slice, which is too scattered to be compared.
+    # Another tensor may write to the slice, which is too scattered to be compared.
     assert ROUTE not in candidates(make_tensors(CASE.but(weight_layout="sliced")))
 
 
-def test_inference_tensors_are_compared_by_their_values(tmp_path: Path) -> None:
+def test_prepacked_weight_in_inference_mode_is_compared_by_value(tmp_path: Path) -> None:
     with torch.inference_mode():
         sample = make_tensors(CASE)
         assert ROUTE in candidates(sample)
@@ -164,7 +164,7 @@ def test_inference_tensors_are_compared_by_their_values(tmp_path: Path) -> None:
             sample.weight[-1, -1].add_(1)
 
 
-def test_switching_onednn_off_is_another_case(tmp_path: Path) -> None:
+def test_disabled_onednn_is_another_case(tmp_path: Path) -> None:
     sample = make_tensors(CASE)
     expected = reference.gathered_conv2d(*sample.args)
     assert ROUTE in candidates(sample)
@@ -178,14 +178,14 @@ def test_switching_onednn_off_is_another_case(tmp_path: Path) -> None:
     assert len(_C.choices()) == 2
 
 
-def test_trivial_batch() -> None:
+def test_prepacked_accepts_empty_batch() -> None:
     sample = make_tensors(CASE.but(batch=0))
     assert run(sample, cache_packed=True).shape == sample.output_shape
     assert _C.choices() == []
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_change_of_the_weight(layout: str, tmp_path: Path) -> None:
+def test_prepacked_follows_weight_changes(layout: str, tmp_path: Path) -> None:
     sample = make_tensors(CASE.but(layout=layout))
     assert ROUTE in candidates(sample)
     force(tmp_path / "choices.tsv")
@@ -204,7 +204,7 @@ def test_change_of_the_weight(layout: str, tmp_path: Path) -> None:
     assert [choice["backend"] for choice in _C.choices()] == [ROUTE]
 
 
-def test_one_weight_for_many_shapes(tmp_path: Path) -> None:
+def test_prepacked_weight_is_kept_for_several_shapes(tmp_path: Path) -> None:
     samples = []
     for size in ((12, 13), (9, 20), (12, 14)):
         sample = make_tensors(CASE)
@@ -219,7 +219,7 @@ def test_one_weight_for_many_shapes(tmp_path: Path) -> None:
         assert_close(y, reference.gathered_conv2d(*sample.args), CASE.dtype, sample.depth)
 
 
-def test_bytes_are_counted_and_dead_weights_dropped(tmp_path: Path) -> None:
+def test_prepacked_bytes_are_counted_and_freed(tmp_path: Path) -> None:
     sample = make_tensors(CASE)
     sample.weight = torch.nn.Parameter(sample.weight)
     with torch.no_grad():
@@ -238,8 +238,8 @@ def test_bytes_are_counted_and_dead_weights_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("route", ["native", "gather", "gather_packed", "dense"])
-def test_every_packed_weight_lets_a_parameter_die(route: str, layout: str, tmp_path: Path) -> None:
-    # A packed weight with a graph would hold the parameter that it was made of.
+def test_packed_weights_do_not_keep_parameters_alive(route: str, layout: str, tmp_path: Path) -> None:
+    # A packed weight with a graph would keep its parameter alive.
     sample = make_tensors(CASE.but(layout=layout))
     if route not in candidates(sample):
         pytest.skip(f"{route} cannot run here")
@@ -254,13 +254,13 @@ def test_every_packed_weight_lets_a_parameter_die(route: str, layout: str, tmp_p
     assert _C.packed_cache_info()["entries"] == 0
 
 
-def test_candidates_that_lose_leave_nothing() -> None:
+def test_slower_candidates_leave_no_packed_weights() -> None:
     sample = make_tensors(CASE)
     assert len(candidates(sample)) > 1
     assert _C.packed_cache_info()["entries"] == 1
 
 
-def test_inputs_of_many_sizes_share_few_orders(tmp_path: Path) -> None:
+def test_many_input_sizes_share_few_weight_orders(tmp_path: Path) -> None:
     sample, sizes = make_tensors(CASE), [(h, w) for h in range(5, 11) for w in range(5, 11)]
 
     def run_all() -> None:

@@ -1,4 +1,4 @@
-"""Forward of the gathered convolution on seeded random cases and on cases that hypothesis picks."""
+"""Forward of the gathered convolution on seeded random cases and on hypothesis cases."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _same_number_of_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
-    # "auto" measures every new case, and runs what the named backends run.
+def test_forward_equals_reference_on_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
+    # "auto" measures every new case and runs candidates that the other backends test.
     seeds = range(chunk * CASES_PER_CHUNK, (chunk + 1) * CASES_PER_CHUNK, 2 if backend == "auto" else 1)
     ran = 0
     torch.set_num_threads(2 if backend == "native" and chunk % 3 == 2 else 1)
@@ -67,14 +67,14 @@ few = settings(
 
 @few
 @given(case=cases)
-def test_any_case_matches_the_references(backend: str, case: Case) -> None:
+def test_forward_equals_references_on_hypothesis_cases(backend: str, case: Case) -> None:
     check_forward(case, backend)
 
 
 @few
 @given(case=cases, scale=st.sampled_from((0.0, -1.0, 4.0)))
 def test_result_is_linear_in_the_input(case: Case, scale: float) -> None:
-    # Powers of two leave every rounding as it was: equality is exact.
+    # Powers of two do not change rounding: equality is exact.
     sample = make_tensors(case.but(bias=False))
     before = run(sample, "aten")
     sample.input = lay_out(sample.input * scale, case.layout)
@@ -107,12 +107,12 @@ def test_function_equals_the_op() -> None:
             actual = bap_kernels.gathered_conv2d(*sample.args[:6], sides, *sample.args[7:])
         assert torch.equal(actual, expected), (seed, case)
         grad = torch.randn_like(expected)
-        wanted = torch.autograd.grad(expected, leaves, grad)
-        for got, want in zip(torch.autograd.grad(actual, leaves, grad), wanted, strict=True):
-            assert torch.equal(got, want), (seed, case)
+        expected_grads = torch.autograd.grad(expected, leaves, grad)
+        for result, exact in zip(torch.autograd.grad(actual, leaves, grad), expected_grads, strict=True):
+            assert torch.equal(result, exact), (seed, case)
 
 
-def test_function_is_seen_by_modes() -> None:
+def test_function_calls_torch_function_modes() -> None:
     sample = make_tensors(Case())
     args = (*sample.args[:6], 1, *sample.args[7:])
     with torch.autocast("cpu", torch.bfloat16):

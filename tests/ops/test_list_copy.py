@@ -1,4 +1,4 @@
-"""Lists are checked and read in a copy of the call's own, so that writes of another thread cannot come in between."""
+"""Each call copies its lists before it checks them, so that writes of other threads have no effect in between."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bap_kernels.testing import Case, assert_close, make_tensors, run
 CASE = Case(1, 64, 48, (6, 7), in_list="odd", out_list="odd", seed=5)
 
 
-def test_long_strided_and_empty_lists(backend: str) -> None:
-    # Copies reuse memory: a long one, then shorter ones, then a longer one.
+def test_long_strided_and_empty_lists_are_copied(backend: str) -> None:
+    # Copies reuse memory: lengths go down, then up.
     for channels in (300, 20, 7, 1000, 20):
         sample = make_tensors(Case(1, channels, channels, (3, 3), kernel=(1, 1), padding=(0, 0, 0, 0), seed=channels))
         expected = reference.conv_on_selected(*sample.args)
@@ -29,7 +29,7 @@ def test_long_strided_and_empty_lists(backend: str) -> None:
         assert_close(run(sample, backend), reference.conv_on_selected(*sample.args), sample.input.dtype, 1)
 
 
-def test_nested_calls_have_lists_of_their_own(backend: str) -> None:
+def test_nested_calls_have_separate_list_copies(backend: str) -> None:
     sample = make_tensors(CASE)
     lists = [torch.arange(first, 64, 4, dtype=torch.int32) for first in range(4)]
     for _ in range(2):
@@ -42,7 +42,7 @@ def test_nested_calls_have_lists_of_their_own(backend: str) -> None:
 
 @pytest.fixture
 def disturbed() -> Iterator[torch.Tensor]:
-    """A list that another thread turns to nonsense and back, over and over."""
+    """A list that another thread repeatedly overwrites with invalid values and restores."""
     index = torch.arange(0, 64, 2, dtype=torch.int32)
     good, bad = index.clone(), torch.full_like(index, 2**30)
     bad[::2] = -(2**30)
@@ -96,15 +96,15 @@ def _mixed(index: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("call", [_forward, _kept, _fused, _dual_store, _backward, _mixed])
-def test_a_list_that_another_thread_writes(call: Callable, disturbed: torch.Tensor, backend: str) -> None:
+def test_concurrent_list_write_gives_result_or_error(call: Callable, disturbed: torch.Tensor, backend: str) -> None:
     x, w = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 1, 1)
-    seen = {"fine": 0, "refused": 0}
+    seen = {"right": 0, "raised": 0}
     with torch.no_grad(), bk.use_backend(backend):
         for _ in range(300):
             try:
                 call(disturbed, x, w)
-                seen["fine"] += 1
+                seen["right"] += 1
             except (IndexError, ValueError):
-                seen["refused"] += 1
-    # Which of the two happens how often is up to the threads; that nothing else does is the test.
+                seen["raised"] += 1
+    # How often each outcome occurs depends on the threads; there must be no other.
     assert sum(seen.values()) == 300

@@ -40,7 +40,7 @@ def axes() -> dict[str, Case]:
     for stride in ((2, 1), (2, 2), (1, 3)):
         cases[f"stride_{stride[0]}x{stride[1]}"] = BASE.but(stride=stride)
         cases[f"stride_{stride[0]}x{stride[1]}_kernel_1x1"] = BASE.but(stride=stride, kernel=(1, 1), padding=(0,) * 4)
-    # Rows and columns at the end that no output pixel reads.
+    # The last rows and columns are read by no output pixel.
     cases["stride_leaves_a_rest"] = BASE.but(size=(9, 10), stride=(3, 4), padding=(0,) * 4)
     for padding in ((0, 0, 0, 0), (1, 1, 0, 0), (2, 0, 0, 3), (4, 5, 3, 4)):
         cases["padding_" + "".join(map(str, padding))] = BASE.but(padding=padding)
@@ -74,14 +74,14 @@ AXES = axes()
 
 
 @pytest.mark.parametrize("name", AXES)
-def test_axis(name: str, backend: str) -> None:
+def test_forward_equals_reference_along_each_axis(name: str, backend: str) -> None:
     ran = check_switched(AXES[name], backend)
     assert ran or AXES[name].depthwise or AXES[name].dtype not in NATIVE_DTYPES
 
 
 @pytest.mark.parametrize("off_gradient", [True, False])
 @pytest.mark.parametrize("name", AXES)
-def test_gradients_of_an_axis(name: str, off_gradient: bool, backend: str) -> None:
+def test_gradients_equal_reference_along_each_axis(name: str, off_gradient: bool, backend: str) -> None:
     case = AXES[name]
     ran = check_switched_backward(case, backend, off_gradient=off_gradient)
     assert ran or case.depthwise or case.dtype not in NATIVE_DTYPES
@@ -89,40 +89,40 @@ def test_gradients_of_an_axis(name: str, off_gradient: bool, backend: str) -> No
 
 @pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
-def test_layouts_of_the_result_gradient(layout: str, grad_layout: str) -> None:
+def test_gradients_are_right_for_each_grad_output_layout(layout: str, grad_layout: str) -> None:
     for case in (BASE, BASE.but(depthwise=True), BASE.but(kernel=(1, 1), padding=(0,) * 4), BASE.but(in_list="null")):
         assert check_switched_backward(case.but(layout=layout), grad_layout=grad_layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_switch_gradient_has_the_switchs_dtype(dtype: torch.dtype) -> None:
+def test_switch_gradient_has_dtype_of_switch(dtype: torch.dtype) -> None:
     sample = make_switched(BASE.but(dtype=torch.float64), dtype)
     sample.switch.requires_grad_()
     y = op(*sample.args)
     assert y.dtype == torch.float64
     grad = torch.randn_like(y)
-    (got,) = torch.autograd.grad(y, sample.switch, grad)
-    assert_close(got, expected_gradients(sample, grad)[-1], dtype, 1000)
+    (result,) = torch.autograd.grad(y, sample.switch, grad)
+    assert_close(result, expected_gradients(sample, grad)[-1], dtype, 1000)
 
 
 @pytest.mark.parametrize("kind", ["odd", "zero", "one", "all"])
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_switch_gradient_obeys_the_identity(depthwise: bool, kind: str) -> None:
+def test_switch_gradient_equals_product_of_weight_and_its_gradient(depthwise: bool, kind: str) -> None:
     # <x_c, dX_c> = <W_c, dW_c>, both of the convolution on the unmasked input.
     sample = make_switched(BASE.but(dtype=torch.float64, depthwise=depthwise, in_list=kind), torch.float64)
     grad = torch.randn(sample.output_shape, dtype=torch.float64)
     x, w = sample.input.detach().requires_grad_(), sample.weight.detach().requires_grad_()
     dx, dw = torch.autograd.grad(F.conv2d(x, w, padding=1, groups=sample.groups), (x, w), grad)
     sample.switch.requires_grad_()
-    (got,) = torch.autograd.grad(op(*sample.args), sample.switch, grad)
+    (result,) = torch.autograd.grad(op(*sample.args), sample.switch, grad)
     by_weight = (sample.weight * dw).sum((1, 2, 3) if depthwise else (0, 2, 3))
-    torch.testing.assert_close(got, (sample.input * dx).sum((0, 2, 3)))
-    torch.testing.assert_close(got, by_weight)
-    assert got.abs().min() > 0
+    torch.testing.assert_close(result, (sample.input * dx).sum((0, 2, 3)))
+    torch.testing.assert_close(result, by_weight)
+    assert result.abs().min() > 0
 
 
 @pytest.mark.parametrize("kind", ["odd", "null", "zero"])
-def test_all_on_is_the_dense_convolution_and_none_on_the_bias(kind: str, backend: str) -> None:
+def test_all_on_equals_dense_convolution_and_all_off_equals_bias(kind: str, backend: str) -> None:
     sample = make_switched(BASE.but(in_list=kind))
     y = run_switched(sample, backend)
     dense = F.conv2d(sample.input, sample.weight, sample.bias, padding=1)
@@ -135,7 +135,7 @@ def test_all_on_is_the_dense_convolution_and_none_on_the_bias(kind: str, backend
         assert not torch.allclose(y, dense, atol=0.1)
 
 
-def test_no_channels_at_all() -> None:
+def test_zero_input_channels_give_bias() -> None:
     x, switch = torch.zeros(2, 0, 5, 6, requires_grad=True), torch.zeros(0, requires_grad=True)
     w, b = torch.zeros(3, 0, 3, 3, requires_grad=True), torch.randn(3, requires_grad=True)
     y = bk.switched_conv2d(x, w, b, switch)
@@ -145,7 +145,7 @@ def test_no_channels_at_all() -> None:
     assert b.grad.tolist() == [24.0] * 3
 
 
-def test_no_filters() -> None:
+def test_zero_filters_give_empty_result() -> None:
     x, switch = torch.randn(2, 3, 5, 6, requires_grad=True), torch.tensor([1.0, 0, 1], requires_grad=True)
     y = bk.switched_conv2d(x, torch.zeros(0, 3, 3, 3), None, switch)
     assert y.shape == (2, 0, 3, 4)
@@ -156,14 +156,14 @@ def test_no_filters() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": (3, 1)}], ids=str)
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 3), (3, 2)], ids=str)
-def test_options_mean_what_conv2d_means(kernel: tuple[int, int], options: dict) -> None:
+def test_options_equal_those_of_conv2d(kernel: tuple[int, int], options: dict) -> None:
     x, w, b = torch.randn(2, 4, 11, 10), torch.randn(5, 4, *kernel), torch.randn(5)
     switch = torch.tensor([1.0, 0, 1, 1])
     expected = F.conv2d(x * switch.view(4, 1, 1), w, b, **options)
     torch.testing.assert_close(bk.switched_conv2d(x, w, b, switch, **options), expected)
 
 
-def test_positional_arguments() -> None:
+def test_positional_arguments_have_documented_order() -> None:
     x, w, b, switch = torch.randn(2, 4, 9, 8), torch.randn(4, 1, 3, 3), torch.randn(4), torch.tensor([1.0, 0, 0, 1])
     switch.requires_grad_()
     actual = bk.switched_conv2d(x, w, b, switch, (2, 1), (1, 0), (1, 2), 4, False)
@@ -172,7 +172,7 @@ def test_positional_arguments() -> None:
     assert grad.ne(0).tolist() == [True, False, False, True]
 
 
-def test_switch_of_any_stride(backend: str) -> None:
+def test_strided_switch_is_supported(backend: str) -> None:
     sample = make_switched(BASE)
     expected = run_switched(sample, backend)
     sample.switch = torch.stack((sample.switch, torch.full_like(sample.switch, 7)), 1)[:, 0]
@@ -188,7 +188,7 @@ def test_minus_zero_is_off() -> None:
     assert torch.equal(op(*sample.args), expected)
 
 
-def test_inputs_are_left_as_they_were(backend: str) -> None:
+def test_inputs_are_not_modified(backend: str) -> None:
     for layout in LAYOUTS:
         sample = make_switched(BASE.but(layout=layout))
         before = [t.clone() for t in sample.tensors]
@@ -200,7 +200,7 @@ def test_inputs_are_left_as_they_were(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip((*before, grad_before), (*sample.tensors, grad), strict=True))
 
 
-def test_results_do_not_vary() -> None:
+def test_repeated_results_are_bit_equal() -> None:
     sample = make_switched(BASE.but(size=(20, 21)))
     grad = torch.randn(sample.output_shape)
     first = backward_op(grad, *sample.backward_args, True, [True] * 4)
@@ -209,7 +209,7 @@ def test_results_do_not_vary() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_references_agree_on_a_worked_example() -> None:
+def test_reference_equals_worked_example() -> None:
     x, w = torch.tensor([2.0, 3.0]).view(1, 2, 1, 1), torch.tensor([5.0, 7.0]).view(1, 2, 1, 1)
     args = (x, w, torch.tensor([1.0]), torch.tensor([1.0, 0.0]), (1, 1), (0,) * 4, (1, 1), 1)
     assert reference.switched_conv2d(*args).item() == reference.conv_on_masked(*args).item() == 11

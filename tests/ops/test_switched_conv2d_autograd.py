@@ -1,4 +1,4 @@
-"""The switched convolution under torch's transformations: autograd, opcheck, autocast, the compiler, flop counts."""
+"""The switched convolution under autograd, opcheck, autocast, torch.compile and flop counting."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_opcheck_backward(name: str, mask: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_meta_equals_the_real_gradients(name: str, layout: str) -> None:
+def test_meta_has_metadata_of_real_gradients(name: str, layout: str) -> None:
     sample = make_switched(SAMPLES[name].but(layout=layout, weight_layout=layout))
     grad = torch.randn(sample.output_shape).to(sample.input.dtype)
     for mask in MASKS:
@@ -79,8 +79,8 @@ def test_meta_equals_the_real_gradients(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["some_on", "none_on", "strided", "uneven", "depthwise"])
-def test_finite_differences(name: str) -> None:
-    # The switch takes no values but 0 and 1: its gradient is compared with autograd of a product instead.
+def test_gradcheck(name: str) -> None:
+    # The switch must be 0 or 1, so its gradient is compared with autograd of a product.
     sample = make_switched(SAMPLES[name].but(batch=1, dtype=torch.float64))
     inputs = [t.contiguous().requires_grad_() for t in sample.tensors[:3]]
     assert torch.autograd.gradcheck(lambda *tensors: op(*tensors, *sample.args[3:]), inputs)
@@ -90,8 +90,8 @@ def test_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["some_on", "uneven", "strided", "depthwise"])
-def test_switch_gradient_is_the_derivative_of_the_relaxed_convolution(name: str) -> None:
-    # The convolution is linear in each switch: differences of a real-valued one are exact but for rounding.
+def test_switch_gradient_equals_derivative_of_real_valued_switch(name: str) -> None:
+    # The convolution is linear in each switch: finite differences are exact up to rounding.
     sample = make_switched(SAMPLES[name].but(dtype=torch.float64), torch.float64)
     grad = torch.randn(sample.output_shape, dtype=torch.float64)
     for c in range(len(sample.switch)):
@@ -106,7 +106,7 @@ def test_switch_gradient_is_the_derivative_of_the_relaxed_convolution(name: str)
 
 @pytest.mark.parametrize("off_gradient", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
-def test_only_the_gradients_that_are_needed(mask: tuple[bool, ...], off_gradient: bool) -> None:
+def test_backward_computes_requested_gradients_only(mask: tuple[bool, ...], off_gradient: bool) -> None:
     for case in (BASE, BASE.but(depthwise=True), BASE.but(in_list="zero"), BASE.but(in_list="null"), BASE.but(batch=0)):
         sample = make_switched(case)
         leaves = leaves_of(sample, mask)
@@ -118,38 +118,38 @@ def test_only_the_gradients_that_are_needed(mask: tuple[bool, ...], off_gradient
             y.backward(grad)
         detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in sample.backward_args]
         direct = backward_op(grad, *detached, off_gradient, list(mask))
-        for leaf, want, got, needed in zip(leaves, expected, direct, mask, strict=True):
+        for leaf, exact, result, needed in zip(leaves, expected, direct, mask, strict=True):
             assert (leaf.grad is not None) == needed
             if needed:
-                assert_close(leaf.grad, want, case.dtype, 9 * 9 * 7 * 150)
-                assert torch.equal(got, leaf.grad)
+                assert_close(leaf.grad, exact, case.dtype, 9 * 9 * 7 * 150)
+                assert torch.equal(result, leaf.grad)
             else:
-                assert got.shape == (0,)
+                assert result.shape == (0,)
 
 
-def test_no_bias_shifts_no_gradient() -> None:
+def test_missing_bias_does_not_shift_gradients() -> None:
     sample = make_switched(BASE.but(bias=False))
     sample.switch.requires_grad_()
     y = op(*sample.args)
     grad = torch.randn_like(y)
-    (got,) = torch.autograd.grad(y, sample.switch, grad)
-    assert_close(got, expected_gradients(sample, grad)[-1], torch.float32, 9 * 9 * 7 * 144)
+    (result,) = torch.autograd.grad(y, sample.switch, grad)
+    assert_close(result, expected_gradients(sample, grad)[-1], torch.float32, 9 * 9 * 7 * 144)
 
 
-def test_frozen_weights_cost_nothing() -> None:
+def test_frozen_weight_gets_no_gradient() -> None:
     sample = make_switched(SMALL.but(in_list="odd"))
     leaves_of(sample, (True, False, False, True))
     y = op(*sample.args)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    # Gradients of the input over channels that are on, of the switch over those that are off.
+    # Input gradients of channels that are on, switch gradients of channels that are off.
     assert counter.get_total_flops() == 2 * y.numel() * 9 * 5
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "stepped"])
 @pytest.mark.parametrize("name", ["some_on", "1x1", "strided", "depthwise", "bfloat16", "none_on", "float64"])
-def test_channels_that_are_off_reach_nothing(
+def test_nan_in_off_channels_is_ignored(
     name: str, layout: str, value: float, backend: str, nan_filled_empty: None
 ) -> None:
     cases = SAMPLES | {"1x1": SMALL.but(kernel=(1, 1), padding=(0,) * 4), "float64": SMALL.but(dtype=torch.float64)}
@@ -165,19 +165,19 @@ def test_channels_that_are_off_reach_nothing(
             pytest.skip(str(error))
         assert_close(y, reference.switched_conv2d(*clean.args), case.dtype, sample.depth)
         grad = torch.randn(y.shape).to(y.dtype)
-        got = list(torch.autograd.grad(y, leaves, grad))
+        result = list(torch.autograd.grad(y, leaves, grad))
         expected = list(expected_gradients(clean, grad, off_gradient))
         if off_gradient:
-            # Its own gradient is the one thing that an off channel decides.
-            assert not got[-1][sample.off].isfinite().any()
-            got[-1] = got[-1].masked_fill(sample.off, 0)
+            # An off channel affects only the gradient of its switch.
+            assert not result[-1][sample.off].isfinite().any()
+            result[-1] = result[-1].masked_fill(sample.off, 0)
             expected[-1] = expected[-1].masked_fill(sample.off, 0)
-        assert_gradients(sample, tuple(got), tuple(expected))
+        assert_gradients(sample, tuple(result), tuple(expected))
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_one_bad_channel_spoils_no_other_switch(layout: str, depthwise: bool) -> None:
+def test_nan_in_one_channel_does_not_affect_other_switches(layout: str, depthwise: bool) -> None:
     sample = make_switched(SMALL.but(in_channels=21, layout=layout, depthwise=depthwise))
     bad = int(sample.off.nonzero()[0])
     sample.input[:, bad] = torch.nan
@@ -187,7 +187,7 @@ def test_one_bad_channel_spoils_no_other_switch(layout: str, depthwise: bool) ->
 
 
 @pytest.mark.parametrize("kind", ["odd", "all"])
-def test_channels_that_are_on_always_reach_the_output(kind: str) -> None:
+def test_nan_in_on_channels_reaches_output(kind: str) -> None:
     sample = make_switched(SMALL.but(in_list=kind))
     sample.input[0, int((~sample.off).nonzero()[0]), 2, 3] = torch.nan
     y, expected = op(*sample.args), reference.switched_conv2d(*sample.args)
@@ -195,7 +195,7 @@ def test_channels_that_are_on_always_reach_the_output(kind: str) -> None:
     assert torch.equal(y.isnan(), expected.isnan())
 
 
-def test_inference_records_nothing() -> None:
+def test_inference_has_no_graph() -> None:
     sample = make_switched(BASE)
     sample.switch.requires_grad_()
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_inference_records_nothing() -> None:
 
 
 @pytest.mark.parametrize("changed", ["input", "weight", "switch"])
-def test_saved_tensors_notice_a_change_in_place(changed: str) -> None:
+def test_backward_after_in_place_change_raises(changed: str) -> None:
     sample = make_switched(BASE)
     sample.bias.requires_grad_()
     y = op(*sample.args)
@@ -217,8 +217,8 @@ def test_saved_tensors_notice_a_change_in_place(changed: str) -> None:
         y.sum().backward()
 
 
-def test_straight_through_scores_learn_to_come_back() -> None:
-    # What the adapters do: a threshold forward, the identity backward. The brackets keep zeros and ones exact.
+def test_straight_through_scores_turn_on_again() -> None:
+    # Straight-through estimator: threshold forward, identity backward. The brackets keep zeros and ones exact.
     torch.manual_seed(0)
     x, w = torch.randn(8, 4, 6, 6), torch.randn(3, 4, 3, 3)
     target = F.conv2d(x[:, :2], w[:, :2])
@@ -243,11 +243,11 @@ def test_autocast_casts_all_but_the_switch(dtype: torch.dtype, bias: bool) -> No
     cast = [None if t is None else t.to(dtype) for t in sample.args[:3]]
     assert torch.equal(y, op(*cast, *sample.args[3:]))
     grad = torch.randn_like(y)
-    got = torch.autograd.grad(y, leaves, grad)
-    assert [g.dtype for g in got] == [torch.float32] * len(leaves)
+    result = torch.autograd.grad(y, leaves, grad)
+    assert [g.dtype for g in result] == [torch.float32] * len(leaves)
     inner = [t.requires_grad_() for t in (*[t.detach() for t in cast if t is not None], sample.switch)]
     again = op(*inner[:2], inner[2] if bias else None, *sample.args[3:])
-    for one, its in zip(got, torch.autograd.grad(again, inner, grad), strict=True):
+    for one, its in zip(result, torch.autograd.grad(again, inner, grad), strict=True):
         assert torch.equal(one, its.float())
 
 
@@ -270,20 +270,20 @@ def conv_of(sample: SwitchedSample, off_gradient: bool = True):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("name", ["some_on", "all_on", "strided", "depthwise"])
-def test_compiles_with_its_gradients_into_one_graph(name: str) -> None:
+def test_forward_and_backward_compile_into_one_graph(name: str) -> None:
     sample = make_switched(SAMPLES[name])
     leaves, conv = leaves_of(sample, (True,) * len(sample.tensors)), conv_of(sample)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(conv, backend=counter, fullgraph=True)
-    # Switches are data: another one is no other graph.
+    # Switches are data: other values do not recompile.
     for number in range(3):
         with torch.no_grad():
             sample.switch.copy_((torch.arange(5) % (number + 1) == 0).float())
         actual, expected = compiled(*leaves), conv(*leaves)
         torch.testing.assert_close(actual, expected)
         grad = torch.randn_like(expected)
-        wanted = torch.autograd.grad(expected, leaves, grad)
-        for one, its in zip(torch.autograd.grad(actual, leaves, grad), wanted, strict=True):
+        expected_grads = torch.autograd.grad(expected, leaves, grad)
+        for one, its in zip(torch.autograd.grad(actual, leaves, grad), expected_grads, strict=True):
             torch.testing.assert_close(one, its)
     assert counter.frame_count == 1
 
@@ -292,19 +292,19 @@ def test_compiles_with_its_gradients_into_one_graph(name: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_inductor_agrees_on_strides(depthwise: bool, layout: str) -> None:
-    # Inductor alone asserts the strides that the Meta kernels promise, of results and of gradients.
+def test_inductor_accepts_strides_of_meta_kernels(depthwise: bool, layout: str) -> None:
+    # Only Inductor asserts the strides of the Meta kernels, of results and gradients.
     sample = make_switched(SMALL.but(layout=layout, depthwise=depthwise))
     leaves, conv = leaves_of(sample), conv_of(sample)
     actual, expected = torch.compile(conv, fullgraph=True)(*leaves), conv(*leaves)
     torch.testing.assert_close(actual, expected)
     grad = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, leaves, grad)
-    for one, its in zip(torch.autograd.grad(actual, leaves, grad), wanted, strict=True):
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    for one, its in zip(torch.autograd.grad(actual, leaves, grad), expected_grads, strict=True):
         torch.testing.assert_close(one, its)
 
 
-def test_export_traces_with_symbolic_sizes() -> None:
+def test_export_supports_symbolic_sizes() -> None:
     sample = make_switched(SMALL)
 
     class Module(torch.nn.Module):

@@ -22,12 +22,12 @@ def draw(seed: int) -> tuple[Case, str, bool]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
+def test_op_equals_masked_dense_convolution_on_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
     ran = 0
     for seed in range(9000 + chunk * CASES_PER_CHUNK, 9000 + (chunk + 1) * CASES_PER_CHUNK):
         case, grad_layout, off_gradient = draw(seed)
         try:
-            # The loops of the reference are checked where they are cheap; autograd is a reference everywhere.
+            # The loops of the reference run on small cases only; autograd is the reference everywhere.
             ran += check_switched_backward(case, backend, grad_layout, off_gradient, loops=seed % 10 == 0)
             if backend == "auto" or seed % 10 == 0:
                 check_switched(case, backend)
@@ -36,7 +36,7 @@ def test_random_cases(chunk: int, backend: str, nan_filled_empty: None) -> None:
     assert ran >= CASES_PER_CHUNK // 2
 
 
-def test_random_cases_reach_every_kind() -> None:
+def test_random_cases_cover_every_kind() -> None:
     drawn = [draw(seed) for seed in range(9000, 9000 + CHUNKS * CASES_PER_CHUNK)]
     cases = [case for case, _, _ in drawn]
     assert {layout for _, layout, _ in drawn} == set(GRAD_LAYOUTS)
@@ -62,13 +62,13 @@ def test_function_equals_the_op() -> None:
             actual = bk.switched_conv2d(*sample.args[:5], sides, *sample.args[6:], off_gradient=off_gradient)
         assert torch.equal(actual, expected), (seed, case)
         grad = torch.randn_like(expected)
-        wanted = torch.autograd.grad(expected, leaves, grad)
-        for got, want in zip(torch.autograd.grad(actual, leaves, grad), wanted, strict=True):
-            assert torch.equal(got, want), (seed, case)
+        expected_grads = torch.autograd.grad(expected, leaves, grad)
+        for result, exact in zip(torch.autograd.grad(actual, leaves, grad), expected_grads, strict=True):
+            assert torch.equal(result, exact), (seed, case)
 
 
 def test_result_is_linear_in_the_input() -> None:
-    # Powers of two leave every rounding as it was: equality is exact.
+    # Powers of two do not change rounding: equality is exact.
     for seed in range(9600, 9630):
         case, _, _ = draw(seed)
         sample = make_switched(case.but(bias=False))
@@ -77,8 +77,8 @@ def test_result_is_linear_in_the_input() -> None:
         assert torch.equal(run_switched(sample, "aten"), before * -4), (seed, case)
 
 
-def test_switching_everything_off_and_on_sums_up() -> None:
-    # A switch and its complement share out the dense result.
+def test_switch_and_complement_sum_to_dense_result() -> None:
+    # The results of a switch and its complement sum to the dense result.
     for seed in range(9700, 9730):
         case, _, _ = draw(seed)
         sample = make_switched(case.but(bias=False, dtype=torch.float64))
