@@ -14,6 +14,6 @@ Each imports only what stands below it.
 
 from bap import _moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _moved.install()

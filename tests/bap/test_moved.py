@@ -1,12 +1,19 @@
-"""Modules and names of version 0.1.0 can still be imported."""
+"""The version, and modules and names of version 0.1.0 that can still be imported."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
+import bap
 import pytest
 from bap._moved import MOVED, RENAMED
+
+import bap_kernels
+
+
+def test_version() -> None:
+    assert bap.__version__ == bap_kernels.__version__
 
 
 @pytest.mark.parametrize("old", MOVED)
