@@ -25,6 +25,9 @@ constexpr const char* kHead = "bap_kernels choices v5";
 // Measured with fewer candidates, or without a count of measurements: begun anew.
 constexpr const char* kOldHeads[] = {"bap_kernels choices v1", "bap_kernels choices v2", "bap_kernels choices v3",
                                      "bap_kernels choices v4"};
+// The first versions' file, in the same folder.
+constexpr const char* kEarlyName = "choices-v2.tsv";
+constexpr const char* kEarlyHead = "bap_kernels choices v4";
 // A file is compacted when it is longer than the first, and what does not fit into the second is dropped then, the
 // oldest lines first. A line has about 250 bytes.
 constexpr size_t kMostBytes = size_t{4} << 20, kBytesAfterwards = size_t{2} << 20;
@@ -144,6 +147,28 @@ int candidate_of(const std::string& name) {
   return -1;
 }
 
+// A line of the first versions' file: machine, case, chosen one, microseconds of every candidate in Candidate's order.
+// It has no counts of rounds, so the choice is not settled.
+bool parse_early(const std::string& line, std::string& machine, Choice& choice) {
+  std::istringstream fields(line);
+  std::string chosen, times;
+  for (std::string* field : {&machine, &choice.key, &chosen, &times}) {
+    if (!std::getline(fields, *field, '\t')) return false;
+  }
+  std::istringstream numbers(times);
+  std::string text;
+  double microseconds = 0;
+  for (size_t r = 0; numbers >> text; ++r) {
+    if (r >= choice.seconds.size() || !read_number(text, microseconds)) return false;
+    choice.seconds[r] = microseconds * 1e-6;
+  }
+  const int number = candidate_of(chosen);
+  if (number < 0 || choice.key.empty() || !(choice.seconds[number] > 0)) return false;
+  choice.candidate = static_cast<Candidate>(number);
+  choice.measurements = 1;
+  return true;
+}
+
 }  // namespace
 
 ChoiceFile::ChoiceFile(std::string path, std::string machine) : path_(std::move(path)), machine_(std::move(machine)) {}
@@ -196,9 +221,23 @@ bool ChoiceFile::parse(const std::string& line, std::string& machine, Choice& ch
          choice.wins <= choice.rounds && read_number(when, choice.measured_at);
 }
 
+std::vector<Choice> ChoiceFile::read_early() const {
+  std::vector<Choice> choices;
+  File file(std::filesystem::path(path_).replace_filename(kEarlyName), O_RDONLY);
+  std::istringstream lines(file.good() ? file.read() : "");
+  std::string line, machine;
+  if (!std::getline(lines, line) || line != kEarlyHead) return choices;
+  while (std::getline(lines, line)) {
+    Choice choice{};
+    if (parse_early(line, machine, choice) && machine == machine_) choices.push_back(std::move(choice));
+  }
+  return choices;
+}
+
 std::vector<Choice> ChoiceFile::read() {
   std::vector<Choice> found;
   if (path_.empty() || !problem_.empty()) return found;
+  found = read_early();
   std::error_code ignored;
   if (!std::filesystem::exists(std::filesystem::path(path_), ignored) && !ignored) return found;
   File file(path_, O_RDONLY);

@@ -28,6 +28,8 @@ class ChoiceFile {
   std::string take_warning();
 
  private:
+  // What the first versions kept in a file of another name: choices that are measured again soon.
+  std::vector<Choice> read_early() const;
   std::string line_of(const Choice& choice) const;
   bool parse(const std::string& line, std::string& machine, Choice& choice) const;
   void compact();
