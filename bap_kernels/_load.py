@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from bap_kernels import _C
 
-__all__ = ["_C", "cuda_library_is_simulated", "cuda_library_problem"]
+__all__ = ["_C", "cuda_library", "cuda_library_is_simulated", "cuda_library_problem"]
 
 _BUILD = "Hint: build it with `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace`."
 
@@ -74,5 +74,10 @@ def _load_cuda_library(path: str) -> tuple[ModuleType | None, str | None]:
 if not TYPE_CHECKING:
     _C = _load_library(settings.library)
 
-_cuda_library, cuda_library_problem = _load_cuda_library(settings.cuda_library)
-cuda_library_is_simulated = bool(getattr(_cuda_library, "simulated", 0))
+cuda_library, cuda_library_problem = _load_cuda_library(settings.cuda_library)
+cuda_library_is_simulated = False
+if cuda_library is not None:
+    try:
+        cuda_library_is_simulated = _C.set_cuda_launcher(cuda_library.launcher)
+    except (AttributeError, RuntimeError) as error:
+        cuda_library_problem = f"bap_kernels._C_cuda does not fit: {str(error).splitlines()[0]}. {_BUILD}"

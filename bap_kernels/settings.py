@@ -37,12 +37,6 @@ ENVIRONMENT = (
     Variable(
         "BAP_KERNELS_CUDA_LIBRARY", "", "import", "another build of bap_kernels._C_cuda, such as the tests' simulation"
     ),
-    Variable(
-        "BAP_KERNELS_SIMULATED_PROCESSORS", "1", "call", "processors of that simulation: many make it take small tiles"
-    ),
-    Variable(
-        "BAP_KERNELS_SIMULATED_WARPGROUPS", "0", "call", "whether that simulation has products of warpgroups: 0, 1"
-    ),
     Variable("BAP_KERNELS_WITH_CUDA", "auto", "build", "build the CUDA library: 0, 1, auto"),
     Variable("BAP_KERNELS_MAX_JOBS", "one for each core", "build", "compilers run at once"),
     Variable("BAP_KERNELS_SANITIZE", "", "build", "sanitizers to build a second library with"),
@@ -102,13 +96,6 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         raise ValueError(
             f"bap_kernels: expected `{name}` to be a number of bytes, 0 or more and less than 2**63, got {text!r}."
         )
-    processors = environment.get("BAP_KERNELS_SIMULATED_PROCESSORS", "").strip() or "1"
-    if not (processors.isascii() and processors.isdigit() and len(processors) < 10 and int(processors) > 0):
-        raise ValueError(
-            "bap_kernels: expected `BAP_KERNELS_SIMULATED_PROCESSORS` to be a number, 1 or more and less than 10**9, "
-            f"got {processors!r}."
-        )
-    _one_of(environment, "BAP_KERNELS_SIMULATED_WARPGROUPS", ("0", "1"))
     folder = environment.get("BAP_KERNELS_CACHE_DIR", _CACHE_DIR)
     cache_dir, cache_problem = _cache_dir(folder)
     return Settings(

@@ -10,6 +10,7 @@
 
 #include "backends/aten/convolution.h"
 #include "backends/cpu/isa.h"
+#include "backends/cuda/bindings.h"
 #include "dispatch/backend.h"
 #include "dispatch/choice.h"
 #include "dispatch/fingerprint.h"
@@ -221,6 +222,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  bind_cuda(m);
   m.doc() =
       "Native part of bap_kernels: registers the ops; settings, tables "
       "and how it was built.";

@@ -143,11 +143,6 @@ def test_cache_folder_without_home_is_none_with_reason(text: str, monkeypatch: p
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "1e9", "to be a number of bytes, .* got '1e9'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**63), f"to be a number of bytes, .* got '{2**63}'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "9" * 5000, "to be a number of bytes, .* got '999"),
-        *(
-            ("BAP_KERNELS_SIMULATED_PROCESSORS", value, f"to be a number, .* got '{value}'")
-            for value in ("0", "-1", "nan", "1.5", "many", "9999999999")
-        ),
-        ("BAP_KERNELS_SIMULATED_WARPGROUPS", "2", "to be one of 0, 1, got '2'"),
         ("BAP_KERNELS_AUTOTUNE", "yes", "to be one of 0, 1, got 'yes'"),
         ("BAP_KERNELS_AUTOTUNE", "-1", "to be one of 0, 1, got '-1'"),
     ],

@@ -36,8 +36,6 @@ DEFAULT_ARCHS: dict[str, tuple[int, int]] = {
     "10.0": (12, 8),
 }
 MIN_TORCH = (2, 11)
-# Oldest torch whose stable ABI the CUDA part asks for: 2.11, one byte each for major and minor.
-TORCH_TARGET_VERSION = "0x020b000000000000"
 SANITIZERS = ("address", "undefined")
 
 
@@ -75,7 +73,7 @@ class PlatformFacts:
 
 
 # Sources of the library bap_kernels._C_cuda, and of its simulation; all others are those of bap_kernels._C.
-CUDA_FOLDERS = ("csrc/backends/cuda/ops/", "csrc/backends/cuda/kernels/")
+CUDA_FOLDER = "csrc/backends/cuda/kernels/"
 SIMULATION = "csrc/backends/cuda/simulate/"
 # What a build with sanitizers checks: code that reads and writes memory itself.
 CHECKED_FOLDERS = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/")
@@ -273,7 +271,7 @@ def _cpu_units(
     units = []
     for source in sources:
         path = PurePosixPath(source)
-        if path.suffix != ".cpp" or source.startswith(CUDA_FOLDERS) or source.startswith(SIMULATION):
+        if path.suffix != ".cpp" or source.startswith((CUDA_FOLDER, SIMULATION)):
             continue
         flags = facts if source == "csrc/module.cpp" else ()
         if path.parent.name == "microkernels":
@@ -306,7 +304,7 @@ def _cuda_part(
     units = tuple(
         Unit(source, compiler="nvcc")
         for source in sources
-        if source.startswith(CUDA_FOLDERS) and source.endswith((".cu", ".cpp"))
+        if source.startswith(CUDA_FOLDER) and source.endswith((".cu", ".cpp"))
     )
     obstacle = _cuda_obstacle(units, torch, platform, sanitize)
     if wish == "0":
@@ -321,17 +319,15 @@ def _cuda_part(
         "-std=c++20",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
         "--threads=1",
-        "-DUSE_CUDA",
     )
-    flags += (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}")
     return Part(
         "_C_cuda",
         True,
         f"nvcc {'.'.join(map(str, platform.nvcc_version))}, torch with CUDA {torch.cuda}",
         tuple(f"sm_{arch.replace('.', '')}" for arch in archs),
         units,
-        (*flags, *gencode_flags(archs), *_includes(torch, platform)),
-        (f"-L{torch.lib_dir}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", torch.cudart_library or "-lcudart"),
+        (*flags, *gencode_flags(archs), "-Icsrc", "-isystem", platform.python_include),
+        (torch.cudart_library or "-lcudart",),
         optional=wish == "auto",
     )
 

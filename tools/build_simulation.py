@@ -14,18 +14,17 @@ import sys
 from pathlib import Path
 
 from tools import ninja_build
-from tools.build_plan import TORCH_TARGET_VERSION, BuildPlan, Part, TorchFacts, Unit
+from tools.build_plan import BuildPlan, Part, TorchFacts, Unit
 
-SOURCES = ("csrc/backends/cuda/ops/", "csrc/backends/cuda/simulate/", "csrc/backends/cuda/kernels/launch.cpp")
-# The gather has no simulation: its kernel is not written against a block. The checks are a program of their own.
-WITHOUT = ("csrc/backends/cuda/ops/channel_gather.cpp", "csrc/backends/cuda/simulate/check_")
+SOURCES = ("csrc/backends/cuda/simulate/", "csrc/backends/cuda/kernels/launch.cpp")
+# The checks are a program of their own.
+WITHOUT = "csrc/backends/cuda/simulate/check_"
 
 
 def simulation_part(sources: list[str], torch: TorchFacts, python_include: str) -> Part:
     """The library of the simulation, as a part of a build."""
     chosen = [source for source in sources if source.startswith(SOURCES) and not source.startswith(WITHOUT)]
     flags = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-DBAP_KERNELS_SIMULATED", "-Icsrc"]
-    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
     for directory in (*torch.include_dirs, python_include):
         flags += ["-isystem", directory]
     return Part(
@@ -34,7 +33,6 @@ def simulation_part(sources: list[str], torch: TorchFacts, python_include: str) 
         "for tests",
         units=tuple(Unit(source) for source in chosen),
         flags=tuple(flags),
-        link_flags=(f"-L{torch.lib_dir}", "-ltorch", "-ltorch_cpu", "-lc10"),
     )
 
 

@@ -289,7 +289,6 @@ def run_benches(report: Report, skip: str | None, wrong: Sequence[str], quick: b
     report.run(Part("networks", networks, 2 * budget + 20, skip, last_json))
     overhead = [python, "-m", "tools.launch_overhead", "--device", "cuda"]
     report.run(Part("launch-overhead", overhead, 40, skip, last_json))
-    report.run(Part("channel_gather", [python, "-m", "tools.gpu_gather", *short], 30, skip, last_json))
     training = [python, "-m", "benches.training", "--steps", "--device", "cuda"]
     training += ["--budget-seconds", str(budget), "--out", str(out / "training")]
     few = ["--density", "0.5", "--layout", "channels_last", "--no-peaks"] if quick else []

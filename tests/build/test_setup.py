@@ -30,7 +30,7 @@ SOURCES = [
     *(f"csrc/backends/cpu/microkernels/tile_{isa}.cpp" for isa in ISA_FLAGS),
     "csrc/module.cpp",
 ]
-CUDA_SOURCES = ["csrc/backends/cuda/ops/gather.cu", "csrc/backends/cuda/kernels/gather_kernel.cu"]
+CUDA_SOURCES = ["csrc/backends/cuda/kernels/gather.cpp", "csrc/backends/cuda/kernels/gather_kernel.cu"]
 TORCH = TorchFacts("2.15.0+cu130", ("/torch/include",), "/torch/lib", "13.0", True, "/torch/lib/libgomp.so.1")
 PLATFORM = PlatformFacts(python_include="/py/include", cores=4, nvcc="/usr/bin/nvcc", nvcc_version=(13, 0))
 

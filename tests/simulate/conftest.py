@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bap_kernels._load import cuda_library_is_simulated
+from tests.simulate.device import set_device
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +32,12 @@ def _full_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture(autouse=True)
+def _device() -> None:
+    set_device()
+
+
 @pytest.fixture(params=["large tiles", "small tiles"])
-def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _tiles(request: pytest.FixtureRequest, _device: None) -> None:
     """Both choices of tiles: few processors take large ones, many take small ones."""
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1" if request.param == "large tiles" else "1000000")
+    set_device(processors=1 if request.param == "large tiles" else 1_000_000)

@@ -9,6 +9,7 @@ import bap_kernels
 from bap_kernels.testing import LISTS, Case, check_backward, make_tensors
 from bap_kernels.testing_switched import check_switched, check_switched_backward
 from tests.kernel_contract import DTYPES, BackwardContract
+from tests.simulate import device
 
 BASE = Case(in_channels=18, out_channels=20, size=(5, 6))
 WIDE = Case(in_channels=136, out_channels=144, size=(9, 9), batch=1)
@@ -51,22 +52,22 @@ def test_blocks(b: int) -> None:
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def test_results_do_not_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_vary() -> None:
     sample = make_tensors(BASE.but(batch=4, size=(9, 9)))
     op = torch.ops.bap_kernels.gathered_conv2d_backward
     grad = torch.randn(sample.output_shape)
     arguments = (grad, *sample.args[:2], *sample.args[3:], (True, True, True))
     # Many processors: the pixels are cut into chunks.
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "100")
+    device.set_device(processors=100)
     with bap_kernels.use_backend("cuda"):
         first, second = op(*arguments), op(*arguments)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("processors", ["1", "8", "1000"])
-def test_chunks_of_pixels(processors: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", processors)
+@pytest.mark.parametrize("processors", [1, 8, 1000])
+def test_chunks_of_pixels(processors: int) -> None:
+    device.set_device(processors)
     for dtype in (torch.float32, torch.bfloat16):
         runs(BASE.but(batch=5, size=(13, 11), kernel=(1, 1), padding=(0,) * 4, dtype=dtype))
 

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import bap_kernels
 from bap_kernels.testing import Case, check_fused, index_list, make_tensors, random_case
 from tests.kernel_contract import DTYPES, FLAGS, affordable
+from tests.simulate import device
 
 op = torch.ops.bap_kernels._gathered_conv2d_fused
 # A halo (any strides), NHWC as it lies, and planes of whole chunks: columns of several tiles.
@@ -26,14 +27,12 @@ def copied(case: Case, copy_index: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def selections(case: Case, copy_index: torch.Tensor) -> int:
-    """Selections that follow the launch: the op's own way where a backend leaves the copy to it."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    """Selections from the result: the op's own way where a backend leaves the second store to it."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         y, copy = copied(case, copy_index)
     assert torch.equal(copy, y.index_select(1, copy_index))
-    names = [event.name for event in profiler.events()]
-    return names[max(i for i, name in enumerate(names) if "_gathered_conv2d_cuda" in name) :].count(
-        "aten::index_select"
-    )
+    selected = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::index_select"]
+    return selected.count(list(y.shape))
 
 
 @pytest.mark.usefixtures("_tiles")
@@ -83,14 +82,12 @@ def test_results_of_planes_by_way_of_a_copy_are_selected_from_afterwards() -> No
 
 @pytest.mark.parametrize("columns", [136, 256])
 @pytest.mark.parametrize("kind", ["odd", "shuffled"])
-def test_warpgroups(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_WARPGROUPS", "1")
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1")
-    counted = torch.ops.bap_kernels._simulated_warpgroup_launches
-    before = counted(torch.empty(0))
+def test_warpgroups(kind: str, columns: int) -> None:
+    device.set_device(warpgroups=True)
     case = DIRECT.but(dtype=torch.bfloat16, size=(9, 9), out_channels=columns)
-    assert check_fused(case, ("out_scale", "residual", "out_relu"), "cuda", dual_store=kind)
-    assert counted(torch.empty(0)) == before + 1
+    with device.kernels() as names:
+        assert check_fused(case, ("out_scale", "residual", "out_relu"), "cuda", dual_store=kind)
+    assert names.count("warpgroup_conv2d") == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -98,14 +95,3 @@ def test_random_cases(seed: int) -> None:
     rng = random.Random(seed + 900)
     case = affordable(random_case(rng), 6, 60, 60)
     assert check_fused(case, rng.sample(FLAGS, 3), "cuda", dual_store=rng.choice(("odd", "shuffled", "one", "all")))
-
-
-def test_what_cannot_be_copied_is_said() -> None:
-    x = torch.zeros(1, 2, 4, 16).permute(0, 3, 1, 2)
-    w, y = torch.zeros(16, 1, 16), torch.zeros(1, 2, 4, 16).permute(0, 3, 1, 2)
-    options = [2, 2, 1, 1, 0, 1, 4, 4, 1, 1, 0, 1, 0, 16, *[0] * 7]
-    two = torch.tensor([0, 1], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="expected a copy of a forward's compact result, with its list"):
-        torch.ops.bap_kernels._gathered_conv2d_cuda(
-            y, x, [w], [w], [0, 15, 0, 1], *[None] * 11, x[:, :3].clone(), two, options
-        )

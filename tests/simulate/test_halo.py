@@ -9,7 +9,6 @@ import random
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from bap_kernels import reference
 from bap_kernels.testing import (
@@ -24,19 +23,19 @@ from bap_kernels.testing import (
     run,
 )
 from bap_kernels.testing_switched import check_switched
+from tests.simulate import device
+from tests.simulate.device import CONV, PACK
 
 BASE = Case(in_channels=40, out_channels=36, size=(9, 16), in_list="shuffled")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
-CONV, PACK = "_gathered_conv2d_cuda", "_channel_pack_cuda"
 
 
 def launches(case: Case) -> list[str]:
     """The backend's launches for a case, in order."""
     sample = make_tensors(case)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with device.launches() as names:
         run(sample, "cuda")
-    names = [event.name.removeprefix("bap_kernels::") for event in profiler.events()]
     return [name for name in names if name in (CONV, PACK)]
 
 
@@ -134,9 +133,8 @@ def test_a_prologue_needs_no_copy_and_stays_within_the_source() -> None:
     # Zeros of the padding stay zeros, whatever the shift makes of those within.
     for changes in ({}, {"layout": "channels_last"}, {"size": (7, 13)}, {"in_channels": 150, "dtype": torch.bfloat16}):
         case = BASE.but(padding=(2, 2, 2, 2), **changes)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with device.launches() as names:
             assert check_fused(case, FLAGS[:3], "cuda", torch.float32)
-        names = {event.name.removeprefix("bap_kernels::") for event in profiler.events()}
         assert CONV in names
         assert PACK not in names
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import bap_kernels
 from bap_kernels.testing import assert_close, lay_out
+from tests.simulate import device
+from tests.simulate.device import CONV, PACK
 
 op = torch.ops.bap_kernels._gathered_conv2d_mixed
-CONV, PACK = "_gathered_conv2d_cuda", "_channel_pack_cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Options = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]
 SAME: Options = ((1, 1), (1, 1, 1, 1), (1, 1))
@@ -60,10 +60,9 @@ def runs(
         off[slice(None) if one is None else one.long()] = False
         x[first : first + count, off] = torch.nan
         first += count
-    with bap_kernels.use_backend("cuda"), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with bap_kernels.use_backend("cuda"), device.launches() as names:
         y = op(x, weight, bias, lists, counts, *options)
     assert_close(y, wanted, x.dtype, x.shape[1] * weight[0, 0].numel())
-    names = [event.name.removeprefix("bap_kernels::") for event in profiler.events()]
     assert [name for name in names if name in (CONV, PACK)] == launches
 
 
@@ -163,10 +162,9 @@ def test_a_network(layout: str) -> None:
             bap_kernels.set_domain(model, domains[number])
             alone.append(model(sample.unsqueeze(0))[0])
         bap_kernels.set_domain(model, numbers)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with device.launches() as names:
             y = model(x)
         torch.testing.assert_close(y, torch.stack(alone))
         # The packed weights of every domain are kept.
         assert torch.equal(model(x), y)
-    names = [event.name.removeprefix("bap_kernels::") for event in profiler.events()]
     assert names.count(CONV) == 3

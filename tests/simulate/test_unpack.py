@@ -11,7 +11,8 @@ import bap_kernels
 from bap_kernels.testing import Case, lay_out, make_tensors
 from bap_kernels.testing_switched import check_switched_backward
 from tests.kernel_contract import DTYPES
-from tests.simulate.test_routes import BASE, CONV, RANDOM, UNPACK, private_ops
+from tests.simulate.device import CONV, UNPACK, library
+from tests.simulate.test_routes import BASE, RANDOM, launched
 
 
 def compact(batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -19,6 +20,21 @@ def compact(batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype
     source = torch.full((batch, *size, -(-channels // 16) * 16), torch.nan, dtype=dtype)
     source[..., :channels] = torch.randn(batch, *size, channels, generator=torch.Generator().manual_seed(3)).to(dtype)
     return source
+
+
+def unpack(
+    result: torch.Tensor,
+    source: torch.Tensor,
+    entries: torch.Tensor | None,
+    used: torch.Tensor | None,
+    block: int,
+    depth: int,
+) -> None:
+    address = [0 if each is None else each.data_ptr() for each in (entries, used)]
+    library().unpack(
+        *(result.data_ptr(), result.shape, result.stride(), source.data_ptr(), source.shape[3]),
+        *(source.element_size(), address[0], block, depth, address[1]),
+    )
 
 
 def unpacked(
@@ -32,7 +48,7 @@ def unpacked(
     used = None if count is None else torch.tensor([count], dtype=torch.int32)
     # A result that is not written must be seen.
     result.fill_(torch.nan)
-    torch.ops.bap_kernels._channel_unpack_cuda(result, source, entries, used, [block, len(channels)])
+    unpack(result, source, entries, used, block, len(channels))
     return result
 
 
@@ -77,21 +93,8 @@ def test_a_count_on_the_device(count: int) -> None:
 def test_without_a_list(channels: int) -> None:
     source = compact(3, channels, (6, 6), torch.float32)
     result = torch.full((3, channels, 6, 6), torch.nan)
-    torch.ops.bap_kernels._channel_unpack_cuda(result, source, None, None, [0, channels])
+    unpack(result, source, None, None, 0, channels)
     assert torch.equal(result, source[..., :channels].permute(0, 3, 1, 2))
-
-
-def test_options_and_shapes_are_checked() -> None:
-    op = torch.ops.bap_kernels._channel_unpack_cuda
-    source, result = torch.zeros(1, 2, 4, 16), torch.zeros(1, 16, 2, 4)
-    with pytest.raises(RuntimeError, match=r"_channel_unpack_cuda\(\): expected 2 options, got 1"):
-        op(result, source, None, None, [0])
-    with pytest.raises(RuntimeError, match=r"expected a dense source .* got \(1, 4, 2, 16\) for \(1, 16, 2, 4\)"):
-        op(result, source.transpose(1, 2), None, None, [0, 16])
-    with pytest.raises(RuntimeError, match=r"expected a dense source"):
-        op(result.half(), source, None, None, [0, 16])
-    with pytest.raises(RuntimeError, match="expected 17 channels in source and result, got 16 and 16"):
-        op(result, source, None, None, [0, 17])
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
@@ -111,7 +114,7 @@ def test_gradients_of_planes(dtype: torch.dtype, stride: tuple[int, int]) -> Non
     torch.testing.assert_close(grads["cuda"], grads["aten"], rtol=tolerance, atol=tolerance)
     others = [c for c in range(64) if c not in RANDOM]
     assert bool((grads["cuda"][:, others] == 0).all())
-    assert private_ops(case, RANDOM, backward=True)[:3].count(UNPACK) == 1
+    assert launched(case, RANDOM, backward=True)[:3].count(UNPACK) == 1
 
 
 def test_switches_off_leave_zeros_in_planes() -> None:
@@ -122,5 +125,5 @@ def test_switches_off_leave_zeros_in_planes() -> None:
 def test_forwards_of_planes_that_are_copied() -> None:
     # Planes of 98 bytes cannot be read in chunks: the copy goes in and the result out.
     pointwise = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), size=(7, 7))
-    assert private_ops(pointwise, RANDOM)[-2:] == [CONV, UNPACK]
-    assert UNPACK not in private_ops(pointwise.but(layout="channels_last"), RANDOM)
+    assert launched(pointwise, RANDOM)[-2:] == [CONV, UNPACK]
+    assert UNPACK not in launched(pointwise.but(layout="channels_last"), RANDOM)

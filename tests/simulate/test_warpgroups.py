@@ -14,6 +14,7 @@ import torch
 import bap_kernels
 from bap_kernels import reference
 from bap_kernels.testing import Case, Sample, assert_close, check_fused, make_tensors, poison, run
+from tests.simulate import device
 
 # 99 pixels: less than a tile, and rows that no pixel has. Columns of one tile and a bit.
 BASE = Case(
@@ -23,21 +24,22 @@ WORDS = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def _device_with_warpgroups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_WARPGROUPS", "1")
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1")
+def _device_with_warpgroups() -> None:
+    device.set_device(warpgroups=True)
 
 
 def launches() -> int:
-    return torch.ops.bap_kernels._simulated_warpgroup_launches(torch.empty(0))
+    """Launches of the kernel in this test so far."""
+    return device.launched("warpgroup_conv2d")
 
 
 def runs(case: Case, sample: Sample | None = None) -> None:
     sample = make_tensors(case) if sample is None else sample
     expected = reference.gathered_conv2d(*sample.args)
-    before = launches()
-    assert_close(run(poison(sample), "cuda"), expected, case.dtype, sample.depth)
-    assert launches() == before + 1
+    with device.kernels() as names:
+        y = run(poison(sample), "cuda")
+    assert_close(y, expected, case.dtype, sample.depth)
+    assert names.count("warpgroup_conv2d") == 1
 
 
 @pytest.mark.parametrize("dtype", WORDS)
@@ -138,7 +140,7 @@ def test_mixed_batches() -> None:
         torch.testing.assert_close(part.double(), exact, rtol=2e-2, atol=2e-2)
 
 
-def test_what_is_left_to_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_to_the_other_kernels() -> None:
     before = launches()
     small = BASE.but(dtype=torch.bfloat16)
     for case in (
@@ -149,9 +151,8 @@ def test_what_is_left_to_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> N
         small.but(kernel=(1, 1), padding=(0,) * 4, layout="contiguous", size=(16, 16)),  # planes
     ):
         run(make_tensors(case), "cuda")
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "132")
+    device.set_device(processors=132, warpgroups=True)
     run(make_tensors(small), "cuda")
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_PROCESSORS", "1")
-    monkeypatch.setenv("BAP_KERNELS_SIMULATED_WARPGROUPS", "0")
+    device.set_device(warpgroups=False)
     run(make_tensors(small), "cuda")
     assert launches() == before

@@ -11,7 +11,7 @@ namespace {
 
 at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                              const OptionalTensor& in_index, const OptionalTensor& out_index,
-                             const std::array<AxisOptions, 2>& axes) {
+                             const std::array<ConvAxis, 2>& axes) {
   const at::Tensor dx = at::empty_like(input);
   ConvLaunch launch;
   launch.result = dx;
@@ -38,7 +38,7 @@ at::Tensor with_aligned_chunks(const at::Tensor& t) {
 
 void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& input,
                          const ListForm& rows, const ListForm& columns, const OptionalTensor& used,
-                         const std::array<AxisOptions, 2>& axes) {
+                         const std::array<ConvAxis, 2>& axes) {
   const int64_t vector = 16 / static_cast<int64_t>(input.element_size());
   const bool direct = columns.block % vector == 0 && aligned_chunks(input, false);
   const at::Tensor source = direct ? input : packed_channels(input, columns, used);

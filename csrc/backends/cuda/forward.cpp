@@ -34,8 +34,8 @@ bool takes_halo(const ConvLaunch& l) {
   ConvParams p{};
   const at::Tensor& x = l.source;
   p.source_stride = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-  p.axis_h = l.h.axis();
-  p.axis_w = l.w.axis();
+  p.axis_h = l.h;
+  p.axis_w = l.w;
   for (const LaunchRun& run : l.runs) {
     p.runs.of[0].depth = std::max(p.runs.of[0].depth, static_cast<int>(run.list.length));
   }

@@ -1,10 +1,11 @@
-// Callers of the private ops of bap_kernels._C_cuda.
+// From tensors to the parameters of the kernels, and the launches.
 #include "backends/cuda/launches.h"
 
 #include <ATen/Context.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <string>
@@ -12,39 +13,95 @@
 namespace bap_kernels {
 namespace {
 
-template <class Schema>
-auto typed_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+const CudaLauncher* known_launcher = nullptr;
+
+const CudaLauncher& launcher() {
+  TORCH_INTERNAL_ASSERT(known_launcher != nullptr);
+  return *known_launcher;
 }
 
-// The user's wish for float32 convolutions, by its older or its newer name.
-bool tf32_allowed(const at::Tensor& t) {
-  return t.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+void* current_stream(const at::Tensor& t) {
+  if (!t.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(t.device().type()).getStream(t.device()).native_handle();
 }
+
+// Makes the tensors' device current as long as it lives, and knows its current stream.
+struct OnDevice {
+  explicit OnDevice(const at::Tensor& t)
+      : guard(t.is_cuda() ? std::optional(t.device()) : std::nullopt),
+        stream(current_stream(t)),
+        index(t.is_cuda() ? t.get_device() : 0) {}
+  c10::OptionalDeviceGuard guard;
+  void* stream;
+  int index;
+};
+
+std::string shape_text(const at::Tensor& t) {
+  std::string text = "(";
+  for (const int64_t size : t.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+void check_launch(Status status, const char* kernel, const at::Tensor& source, const at::Tensor& other) {
+  TORCH_CHECK(status == 0, "the CUDA kernel ", kernel, " did not launch for shapes ", shape_text(source), " and ",
+              shape_text(other), ": ", launcher().status_text(status), ".");
+}
+
+// By the user's wish for float32 convolutions, under its older or its newer name.
+Products products_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16:
+      return Products::kBFloat16;
+    case at::kHalf:
+      return Products::kHalf;
+    default:
+      return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) ? Products::kTf32 : Products::kFloat32;
+  }
+}
+
+Strides strides_of(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+ListParams list_params(const ListForm& list) {
+  if (!has_value(list.entries)) return {nullptr, 0};
+  return {list.entries->const_data_ptr<int32_t>(), static_cast<int>(list.block)};
+}
+
+VectorParams vector_params(const OptionalTensor& t) {
+  if (!has_value(t)) return {nullptr, false};
+  return {t->const_data_ptr(), t->scalar_type() == at::kFloat};
+}
+
+const int32_t* count_pointer(const OptionalTensor& t) { return has_value(t) ? t->const_data_ptr<int32_t>() : nullptr; }
 
 OptionalTensor dense(const OptionalTensor& vector) {
   return has_value(vector) ? OptionalTensor(vector->contiguous()) : std::nullopt;
 }
 
-// Runs as the private ops take them, kMaxRuns at a time.
-struct LaunchRuns {
-  std::vector<at::Tensor> weights, lists;
-  std::vector<int64_t> integers;
-};
+at::Tensor new_floats(at::IntArrayRef sizes, const at::Tensor& like) {
+  return at::empty(sizes, like.options().dtype(at::kFloat));
+}
 
+// Calls `body` with the runs of each launch, kMaxRuns at a time, and their number of images.
 template <class Body>
-void for_launches(const at::Tensor& source, const std::vector<LaunchRun>& runs, Body body) {
+void for_launches(const std::vector<LaunchRun>& runs, Body body) {
   for (size_t first = 0; first < runs.size(); first += kMaxRuns) {
-    LaunchRuns part;
+    Runs part{};
+    int images = 0;
     for (size_t i = first; i < std::min(runs.size(), first + kMaxRuns); ++i) {
       const LaunchRun& run = runs[i];
-      if (run.weight.defined()) part.weights.push_back(run.weight);
-      // Where there is no list any tensor holds its place.
-      part.lists.push_back(has_value(run.list.entries) ? *run.list.entries : source);
-      const RunOptions options{run.list.block, run.list.length, run.first, run.images};
-      for (const int64_t integer : list_of(options)) part.integers.push_back(integer);
+      BatchRun& to = part.of[part.count++];
+      if (run.weight.defined()) {
+        to.weight = run.weight.const_data_ptr();
+        to.stride_weight_column = run.weight.stride(0);
+        to.stride_weight_tap = run.weight.stride(1);
+      }
+      to.list = list_params(run.list);
+      to.depth = static_cast<int>(run.list.length);
+      to.first = static_cast<int>(run.first);
+      to.images = static_cast<int>(run.images);
+      images += to.images;
     }
-    body(part);
+    body(part, images);
   }
 }
 
@@ -56,58 +113,223 @@ at::Tensor new_copy(const at::Tensor& t, int64_t channels) {
       .permute({0, 3, 1, 2});
 }
 
+// Adds the rows of `partial` (terms, columns) into the places of `result` that the list names.
+void sum_terms(const at::Tensor& partial, const at::Tensor& result, const ListParams& list, const int32_t* used,
+               Products products, const OnDevice& on) {
+  SumPartialsParams p{};
+  p.partial = partial.const_data_ptr<float>();
+  p.result = result.mutable_data_ptr();
+  p.stride_chunk = partial.size(1);
+  p.result_stride = {0, result.stride(0), 0, 0};
+  p.column_list = list;
+  p.used = used;
+  p.chunks = static_cast<int>(partial.size(0));
+  p.rows = p.taps = p.kernel_w = 1;
+  p.columns = static_cast<int>(partial.size(1));
+  p.result_is_float = result.scalar_type() == at::kFloat;
+  check_launch(launcher().sum_partials(p, products, on.stream), "sum_partials", partial, result);
+}
+
+int row_tile(TileShape tile) {
+  return tile == TileShape::kSmall ? SmallTile::kRows : tile == TileShape::kLarge ? LargeTile::kRows : ThinTile::kRows;
+}
+
+// The forward with a halo, of filled-in parameters.
+void launch_halo(const ConvParams& conv, const ConvLaunch& l, Products products, const OnDevice& on) {
+  HaloParams p{};
+  p.conv = conv;
+  p.planes = l.source.stride(3) == 1;
+  p.planar_result = l.result->stride(3) == 1;
+  p.prologue = conv.source_scale.values != nullptr || conv.source_shift.values != nullptr || conv.source_relu;
+  // Where 16 bytes of a plane's row start is seen row by row.
+  if (p.planar_result) {
+    p.conv.result_vector = reinterpret_cast<uintptr_t>(conv.result) % kChunkBytes == 0;
+    const Strides& copy = conv.copy_stride;
+    p.conv.copy_vector =
+        reinterpret_cast<uintptr_t>(conv.copy) % kChunkBytes == 0 && copy.w == 1 && copy.h == l.result->size(3);
+  }
+  const auto element_bytes = static_cast<int>(l.source.element_size());
+  const HaloChoice choice = choose_halo(halo_case(conv, reinterpret_cast<uintptr_t>(conv.source), element_bytes),
+                                        launcher().processor_count(on.index));
+  TORCH_INTERNAL_ASSERT(choice.fits && !conv.gradient && !conv.full_width);
+  p.shape = choice.shape;
+  check_launch(launcher().halo_conv2d(p, products, choice.tile, choice.shared_bytes, on.stream), "halo_conv2d",
+               l.source, l.runs[0].weight);
+}
+
+// One launch, of parameters that lack what depends on the tile.
+void launch_gemm(ConvParams p, const ConvLaunch& l, Products products, const OnDevice& on) {
+  const bool planes = l.route == ConvRoute::kPlanes;
+  const auto along = [&](const ConvAxis& axis) {
+    return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
+  };
+  const int64_t pixels = along(p.axis_h) * along(p.axis_w);
+  const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
+  const int64_t rows = planes ? pixels : pixels * p.batch;
+  const int processors = launcher().processor_count(on.index);
+  const TileShape tile = choose_tile(rows, p.columns, grids, planes, processors);
+  const bool reduced = has_value(l.grad_switch);
+  const at::Tensor& weight = l.runs[0].weight;
+  const bool words = products == Products::kBFloat16 || products == Products::kHalf;
+  if (words && !planes && !reduced && tile == TileShape::kLarge && launcher().has_warpgroups(on.index)) {
+    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, processors);
+    return check_launch(launcher().warpgroup_conv2d(p, products, wide, on.stream), "warpgroup_conv2d", l.source,
+                        weight);
+  }
+  at::Tensor partial;
+  if (reduced) {
+    const int64_t terms = grids * ((rows + row_tile(tile) - 1) / row_tile(tile));
+    partial = new_floats({terms, p.columns}, l.source);
+    p.partial = partial.mutable_data_ptr<float>();
+    p.input = l.input->const_data_ptr();
+    p.input_stride = strides_of(*l.input);
+    p.reduce_off = l.reduce_off;
+  }
+  check_launch(launcher().gathered_conv2d(p, products, tile, planes, on.stream), "gathered_conv2d", l.source, weight);
+  if (reduced) sum_terms(partial, *l.grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, products, on);
+}
+
 }  // namespace
 
+const CudaLauncher* cuda_launcher() { return known_launcher; }
+
+void set_cuda_launcher(const CudaLauncher* given) {
+  TORCH_CHECK(given->layout == kLauncherLayout, "bap_kernels._C_cuda was built from other sources than bap_kernels._C");
+  known_launcher = given;
+}
+
 void launch_conv(const ConvLaunch& l) {
-  using T = const at::Tensor&;
-  using O = const OptionalTensor&;
-  static auto op = typed_op<void(O, T, at::TensorList, at::TensorList, c10::IntArrayRef, O, O, O, O, O, O, O, O, O, O,
-                                 O, O, O, c10::IntArrayRef)>("bap_kernels::_gathered_conv2d_cuda");
-  const ConvOptions options{l.h,
-                            l.w,
-                            l.result_list.block,
-                            l.columns,
-                            static_cast<int64_t>(l.route),
-                            l.gradient,
-                            l.full_width,
-                            l.relu,
-                            tf32_allowed(l.source),
-                            l.reduce_off,
-                            l.source_relu};
+  const Products products = products_of(l.source);
+  const bool planes = l.route == ConvRoute::kPlanes, halo = l.route == ConvRoute::kHalo;
+  TORCH_INTERNAL_ASSERT(halo || aligned_chunks(l.source, planes));
+  const OnDevice on(l.source);
   const OptionalTensor bias = dense(l.bias), scale = dense(l.scale), shift = dense(l.shift);
   const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
-  const OptionalTensor copy = l.copy != nullptr ? OptionalTensor(*l.copy) : std::nullopt;
-  for_launches(l.source, l.runs, [&](const LaunchRuns& runs) {
-    op.call(l.result, l.source, runs.weights, runs.lists, runs.integers, l.result_list.entries, bias, scale, shift,
-            l.residual, l.depth, l.stored, l.input, l.grad_switch, source_scale, source_shift, copy, l.copy_list,
-            list_of(options));
+  ConvParams p{};
+  p.source = l.source.const_data_ptr();
+  p.source_stride = strides_of(l.source);
+  p.result_list = list_params(l.result_list);
+  p.full_width = l.full_width;
+  p.depth = count_pointer(l.depth);
+  p.stored = count_pointer(l.stored);
+  p.columns = static_cast<int>(l.columns);
+  p.gradient = l.gradient;
+  p.axis_h = l.h;
+  p.axis_w = l.w;
+  p.kernel_w = p.axis_w.kernel;
+  p.phases_w = p.gradient ? p.axis_w.stride : 1;
+  p.bias = vector_params(bias);
+  p.scale = vector_params(scale);
+  p.shift = vector_params(shift);
+  p.relu = l.relu;
+  p.source_scale = vector_params(source_scale);
+  p.source_shift = vector_params(source_shift);
+  p.source_relu = l.source_relu;
+  if (has_value(l.residual)) {
+    p.residual = l.residual->const_data_ptr();
+    p.residual_stride = strides_of(*l.residual);
+    p.residual_vector = aligned_chunks(*l.residual, false);
+  }
+  if (has_value(l.result)) {
+    p.result = l.result->mutable_data_ptr();
+    p.result_stride = strides_of(*l.result);
+    const int64_t vector = kChunkBytes / static_cast<int64_t>(l.source.element_size());
+    // Listed columns stand side by side where the list consists of blocks.
+    const bool together = planes || !p.full_width || p.result_list.block % vector == 0;
+    p.result_vector = together && aligned_chunks(*l.result, planes);
+  }
+  if (l.copy != nullptr) {
+    TORCH_INTERNAL_ASSERT(has_value(l.copy_list) && l.copy->size(1) == l.copy_list->size(0) && has_value(l.result) &&
+                          !p.gradient && !p.full_width);
+    p.copy = l.copy->mutable_data_ptr();
+    p.copy_stride = strides_of(*l.copy);
+    p.copy_list = l.copy_list->const_data_ptr<int32_t>();
+    p.copied = static_cast<int>(l.copy_list->size(0));
+    p.copy_vector = aligned_chunks(*l.copy, planes);
+  }
+  for_launches(l.runs, [&](const Runs& runs, int images) {
+    p.runs = runs;
+    p.batch = images;
+    halo ? launch_halo(p, l, products, on) : launch_gemm(p, l, products, on);
   });
 }
 
 void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
                             const ListForm& source_list, const ListForm& rows, const ListForm& columns,
-                            const OptionalTensor& used, const AxisOptions& h, const AxisOptions& w) {
-  using T = const at::Tensor&;
-  using O = const OptionalTensor&;
-  static auto op = typed_op<void(T, T, T, O, O, O, O, c10::IntArrayRef)>("bap_kernels::_weight_gradient_cuda");
-  const WeightGradientOptions options{
-      h, w, source_list.block, rows.block, columns.block, rows.length, columns.length, tf32_allowed(source)};
-  op.call(result, grad, source, source_list.entries, rows.entries, columns.entries, used, list_of(options));
+                            const OptionalTensor& used, const ConvAxis& h, const ConvAxis& w) {
+  TORCH_INTERNAL_ASSERT(aligned_chunks(source, false) && aligned_chunks(grad, false));
+  const Products products = products_of(source);
+  const OnDevice on(source);
+  WeightGradientParams p{};
+  p.grad = grad.const_data_ptr();
+  p.source = source.const_data_ptr();
+  p.grad_stride = strides_of(grad);
+  p.source_stride = strides_of(source);
+  p.source_list = list_params(source_list);
+  p.used = count_pointer(used);
+  p.batch = static_cast<int>(source.size(0));
+  p.rows = static_cast<int>(rows.length);
+  p.columns = static_cast<int>(columns.length);
+  p.axis_h = h;
+  p.axis_w = w;
+
+  const TileShape tile = choose_weight_tile(p.rows, p.columns);
+  const bool large = tile == TileShape::kLarge;
+  const int taps = h.kernel * w.kernel;
+  const int64_t tiles = int64_t{taps} * ceil_div(p.rows, large ? LargeTile::kRows : SmallTile::kRows) *
+                        ceil_div(p.columns, large ? LargeTile::kColumns : SmallTile::kColumns);
+  const int64_t pixels = int64_t{p.batch} * h.output * w.output;
+  const int64_t depth = kDepthBytes / static_cast<int64_t>(source.element_size());
+  // Two waves of blocks at most, and at least four steps for each block.
+  const int64_t most =
+      std::max<int64_t>(1, std::min(2 * launcher().processor_count(on.index) / tiles, pixels / (4 * depth)));
+  p.pixels_per_chunk = static_cast<int>((pixels + most * depth - 1) / (most * depth) * depth);
+  const int64_t chunks = (pixels + p.pixels_per_chunk - 1) / p.pixels_per_chunk;
+  const at::Tensor partial = new_floats({chunks, p.rows, taps, p.columns}, source);
+  p.partial = partial.mutable_data_ptr<float>();
+  check_launch(launcher().weight_gradient(p, products, tile, on.stream), "weight_gradient", grad, source);
+
+  SumPartialsParams s{};
+  s.partial = p.partial;
+  s.result = result.mutable_data_ptr();
+  s.stride_chunk = partial.stride(0);
+  s.stride_row = partial.stride(1);
+  s.stride_tap = partial.stride(2);
+  s.result_stride = strides_of(result);
+  s.row_list = list_params(rows);
+  s.column_list = list_params(columns);
+  s.used = p.used;
+  s.chunks = static_cast<int>(chunks);
+  s.rows = p.rows;
+  s.taps = taps;
+  s.kernel_w = w.kernel;
+  s.columns = p.columns;
+  s.result_is_float = result.scalar_type() == at::kFloat;
+  check_launch(launcher().sum_partials(s, products, on.stream), "sum_partials", partial, result);
 }
 
 at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun>& runs, const OptionalTensor& used,
                            const Fusion& prologue) {
-  using T = const at::Tensor&;
-  using O = const OptionalTensor&;
-  static auto op = typed_op<void(T, T, at::TensorList, c10::IntArrayRef, O, O, O, c10::IntArrayRef)>(
-      "bap_kernels::_channel_pack_cuda");
   int64_t length = 1;
   for (const LaunchRun& run : runs) length = std::max(length, run.list.length);
   const at::Tensor copy = new_copy(source, length);
-  const PackOptions options{prologue.in_relu};
-  for_launches(source, runs, [&](const LaunchRuns& part) {
-    op.call(copy.permute({0, 2, 3, 1}), source, part.lists, part.integers, used, dense(prologue.in_scale),
-            dense(prologue.in_shift), list_of(options));
+  const OptionalTensor scale = dense(prologue.in_scale), shift = dense(prologue.in_shift);
+  const OnDevice on(source);
+  ChannelPackParams p{};
+  p.source = source.const_data_ptr();
+  p.result = copy.mutable_data_ptr();
+  p.source_stride = strides_of(source);
+  p.used = count_pointer(used);
+  p.height = static_cast<int>(source.size(2));
+  p.width = static_cast<int>(source.size(3));
+  p.padded = static_cast<int>(copy.size(1));
+  p.scale = vector_params(scale);
+  p.shift = vector_params(shift);
+  p.relu = prologue.in_relu;
+  for_launches(runs, [&](const Runs& part, int images) {
+    p.runs = part;
+    p.batch = images;
+    check_launch(launcher().channel_pack(p, products_of(source), on.stream), "channel_pack", source, copy);
   });
   return copy;
 }
@@ -118,11 +340,22 @@ at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const
 
 void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const ListForm& list,
                      const OptionalTensor& used) {
-  using T = const at::Tensor&;
-  using O = const OptionalTensor&;
-  static auto op = typed_op<void(T, T, O, O, c10::IntArrayRef)>("bap_kernels::_channel_unpack_cuda");
-  const UnpackOptions options{list.block, list.length};
-  op.call(result, copy.permute({0, 2, 3, 1}), list.entries, used, list_of(options));
+  const OnDevice on(copy);
+  ChannelUnpackParams p{};
+  p.source = copy.const_data_ptr();
+  p.result = result.mutable_data_ptr();
+  p.result_stride = strides_of(result);
+  p.list = list_params(list);
+  p.depth = static_cast<int>(list.length);
+  p.used = count_pointer(used);
+  p.batch = static_cast<int>(result.size(0));
+  p.channels = static_cast<int>(result.size(1));
+  p.height = static_cast<int>(result.size(2));
+  p.width = static_cast<int>(result.size(3));
+  p.padded = static_cast<int>(copy.size(1));
+  const int64_t vector = kChunkBytes / static_cast<int64_t>(result.element_size());
+  p.result_vector = aligned_chunks(result, true) && result.size(2) * result.size(3) % vector == 0;
+  check_launch(launcher().channel_unpack(p, products_of(copy), on.stream), "channel_unpack", copy, result);
 }
 
 void launch_conv_into_result(ConvLaunch l) {
@@ -161,8 +394,8 @@ at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, c
 }
 
 bool capturing_cuda(const at::Tensor& t) {
-  static auto op = typed_op<bool(const at::Tensor&)>("bap_kernels::_capturing_cuda");
-  return op.call(t);
+  const OnDevice on(t);
+  return launcher().is_capturing(on.stream);
 }
 
 bool aligned_chunks(const at::Tensor& t, bool planes) {
@@ -190,11 +423,9 @@ void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor&
   } else if (pixels >= int64_t{1} << 30 || weight.numel() >= int64_t{1} << 30) {
     reason = "the shape is beyond 32-bit tile arithmetic";
   } else {
-    const auto conv = c10::Dispatcher::singleton().findSchema({"bap_kernels::_gathered_conv2d_cuda", ""});
-    const auto key = input.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
-    if (!conv.has_value()) {
+    if (known_launcher == nullptr) {
       reason = "bap_kernels._C_cuda is not loaded";
-    } else if (!conv->hasKernelForDispatchKey(key)) {
+    } else if (!(known_launcher->simulated ? input.is_cpu() : input.is_cuda())) {
       reason = "it does not compute on the tensors' device, " + input.device().str();
     }
   }
@@ -203,14 +434,17 @@ void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor&
                               ". Hint: use_backend(\"auto\") takes the ATen path where CUDA cannot run.");
 }
 
-std::array<AxisOptions, 2> axes_of(const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
-                                   c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation) {
-  return {{{input.size(2), out_h, weight.size(2), stride[0], padding[kTop], dilation[0]},
-           {input.size(3), out_w, weight.size(3), stride[1], padding[kLeft], dilation[1]}}};
+std::array<ConvAxis, 2> axes_of(const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
+                                c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation) {
+  const auto axis = [&](int d, int64_t output, int64_t before) {
+    return ConvAxis{static_cast<int>(input.size(2 + d)), static_cast<int>(output), static_cast<int>(weight.size(2 + d)),
+                    static_cast<int>(stride[d]),         static_cast<int>(before), static_cast<int>(dilation[d])};
+  };
+  return {axis(0, out_h, padding[kTop]), axis(1, out_w, padding[kLeft])};
 }
 
-bool pointwise(const std::array<AxisOptions, 2>& axes) {
-  return std::all_of(axes.begin(), axes.end(), [](const AxisOptions& a) {
+bool pointwise(const std::array<ConvAxis, 2>& axes) {
+  return std::all_of(axes.begin(), axes.end(), [](const ConvAxis& a) {
     return a.kernel == 1 && a.stride == 1 && a.before == 0 && a.input == a.output;
   });
 }

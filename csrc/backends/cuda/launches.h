@@ -1,11 +1,20 @@
-// Callers of the private ops of bap_kernels._C_cuda, and what their arguments are made from.
+// From tensors to the launches of bap_kernels._C_cuda.
 #pragma once
 
+#include "backends/cuda/kernels/launcher.h"
 #include "backends/cuda/lists.h"
-#include "backends/cuda/ops/options.h"
 #include "ops/conv_call.h"
 
 namespace bap_kernels {
+
+// The launches, once the loader has handed them over; null before.
+const CudaLauncher* cuda_launcher();
+// Raises ImportError where the table was made from other sources than this library.
+void set_cuda_launcher(const CudaLauncher* launcher);
+
+// Where the source of a convolution lies: channels side by side, pixels side by side (1x1 kernels), or either with a
+// halo.
+enum class ConvRoute { kRows, kPlanes, kHalo };
 
 // Elements that a packed or compact axis is rounded up to, so that each line has whole runs of 16 bytes.
 constexpr int64_t kPackedAlignment = 16;
@@ -31,7 +40,7 @@ struct ConvLaunch {
   OptionalTensor copy_list;
   at::Tensor* copy = nullptr;
   at::MemoryFormat copy_format = at::MemoryFormat::Contiguous;
-  AxisOptions h, w;
+  ConvAxis h, w;
   int64_t columns = 0;
   ConvRoute route = ConvRoute::kRows;
   bool gradient = false, full_width = false, relu = false, reduce_off = false, source_relu = false;
@@ -46,7 +55,7 @@ void launch_conv_into_result(ConvLaunch launch);
 // The gradient (C_out, C_in, kH, kW) at the listed places; `source` holds the channels that `source_list` reads.
 void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
                             const ListForm& source_list, const ListForm& rows, const ListForm& columns,
-                            const OptionalTensor& used, const AxisOptions& h, const AxisOptions& w);
+                            const OptionalTensor& used, const ConvAxis& h, const ConvAxis& w);
 
 // A compact NHWC copy (N, K rounded up, H, W) of the listed channels of each run, zeros behind them. With a count, what
 // lies beyond it is not read and may be left unwritten.
@@ -73,10 +82,10 @@ bool aligned_chunks(const at::Tensor& t, bool planes);
 void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
                       int64_t out_w);
 
-std::array<AxisOptions, 2> axes_of(const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
-                                   c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation);
+std::array<ConvAxis, 2> axes_of(const at::Tensor& input, const at::Tensor& weight, int64_t out_h, int64_t out_w,
+                                c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation);
 
 // Whether each result pixel meets the input pixel at its place and no other.
-bool pointwise(const std::array<AxisOptions, 2>& axes);
+bool pointwise(const std::array<ConvAxis, 2>& axes);
 
 }  // namespace bap_kernels

@@ -1,5 +1,5 @@
 // The way from a checked call to the CUDA C++ kernels: which route a call takes, its packed weight and its lists. The
-// kernels are private ops of bap_kernels._C_cuda.
+// kernels are in bap_kernels._C_cuda; see launcher.h.
 //
 // Routes of the forward and of the input's gradient:
 //   planes  1x1 convolutions of planes whose runs of 16 bytes are aligned: any list
@@ -37,6 +37,6 @@ at::Tensor with_aligned_chunks(const at::Tensor& t);
 // The weight's gradient into `result`; `used`: how many channels of `columns` are read and stored, on the device.
 void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& input,
                          const ListForm& rows, const ListForm& columns, const OptionalTensor& used,
-                         const std::array<AxisOptions, 2>& axes);
+                         const std::array<ConvAxis, 2>& axes);
 
 }  // namespace bap_kernels

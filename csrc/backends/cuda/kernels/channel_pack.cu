@@ -46,4 +46,10 @@ int processor_count(int device) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
 }
 
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace bap_kernels

@@ -1,6 +1,8 @@
 // From a kind of products, known at run time, to the kernels that were compiled for it.
 #include "backends/cuda/kernels/launch.h"
 
+#include "backends/cuda/kernels/launcher.h"
+
 namespace bap_kernels {
 
 Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape tile, bool planes, void* stream) {
@@ -45,6 +47,28 @@ Status launch_weight_gradient(const WeightGradientParams& p, Products products, 
     default:
       return launch_weight_gradient_of<Products::kFloat32>(p, tile, stream);
   }
+}
+
+const CudaLauncher& linked_launcher() {
+#if defined(BAP_KERNELS_SIMULATED)
+  constexpr bool kSimulated = true;
+#else
+  constexpr bool kSimulated = false;
+#endif
+  static const CudaLauncher table{kLauncherLayout,
+                                  kSimulated,
+                                  launch_gathered_conv2d,
+                                  launch_warpgroup_conv2d,
+                                  launch_halo_conv2d,
+                                  launch_weight_gradient,
+                                  launch_sum_partials,
+                                  launch_channel_pack,
+                                  launch_channel_unpack,
+                                  status_text,
+                                  processor_count,
+                                  has_warpgroups,
+                                  is_capturing};
+  return table;
 }
 
 }  // namespace bap_kernels

@@ -1,5 +1,5 @@
-// Launches of the convolution kernels on a stream of the current device. No CUDA type appears here, so that launchers
-// can be compiled against a simulation; a status is a cudaError_t, 0 for success.
+// Launches of the kernels on a stream of the current device. No CUDA type appears here: the host's code is compiled
+// without CUDA, and against a simulation. A status is a cudaError_t, 0 for success.
 #pragma once
 
 #include "backends/cuda/kernels/conv_params.h"
@@ -27,6 +27,8 @@ const char* status_text(Status status);
 int processor_count(int device);
 // Whether a device, the current one, runs the products of warpgroups, and code for it was compiled.
 bool has_warpgroups(int device);
+// Whether work on the stream is being captured into a graph, when nothing may be read back.
+bool is_capturing(void* stream);
 
 // One products' part of the first four: what the file of each compiles.
 template <Products kProducts>

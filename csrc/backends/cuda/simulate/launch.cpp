@@ -2,20 +2,20 @@
 // tools/build_simulation.py only, with g++ and without CUDA.
 #include "backends/cuda/kernels/launch.h"
 
-#include <cstdlib>
-
 #include "backends/cuda/kernels/channel_pack_block.h"
 #include "backends/cuda/kernels/channel_unpack_block.h"
 #include "backends/cuda/kernels/gathered_conv2d_block.h"
 #include "backends/cuda/kernels/halo_conv2d_block.h"
 #include "backends/cuda/kernels/weight_gradient_block.h"
+#include "backends/cuda/simulate/device.h"
 #include "backends/cuda/simulate/simulated_block.h"
 
 namespace bap_kernels {
 namespace {
 
 template <class Kernel, class Params>
-Status simulate(const Params& p, int shared_bytes) {
+Status simulate(const char* name, const Params& p, int shared_bytes) {
+  simulated_device().launches.emplace_back(name);
   for (int y = 0; y < Kernel::grid_y(p); ++y) {
     for (int x = 0; x < Kernel::grid_x(p); ++x) {
       SimulatedBlock<typename Kernel::State> block(Kernel::kThreads, shared_bytes, x, y);
@@ -31,7 +31,7 @@ template <Products kProducts>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case TileShape::k##name:          \
-    return simulate<GatheredConv2d<kProducts, name##Tile, kPlanes>>(p, name##Tile::kSharedBytes);
+    return simulate<GatheredConv2d<kProducts, name##Tile, kPlanes>>("gathered_conv2d", p, name##Tile::kSharedBytes);
   if (planes) {
     constexpr bool kPlanes = true;
     switch (tile) {
@@ -50,7 +50,7 @@ template <Products kProducts>
 Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case HaloTileShape::k##name:      \
-    return simulate<HaloConv2d<kProducts, name##HaloTile>>(p, shared_bytes);
+    return simulate<HaloConv2d<kProducts, name##HaloTile>>("halo_conv2d", p, shared_bytes);
   switch (tile) { BAP_KERNELS_HALO_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return 1;
@@ -60,7 +60,7 @@ template <Products kProducts>
 Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case TileShape::k##name:          \
-    return simulate<WeightGradient<kProducts, name##Tile>>(p, name##Tile::kPipelineBytes);
+    return simulate<WeightGradient<kProducts, name##Tile>>("weight_gradient", p, name##Tile::kPipelineBytes);
   switch (tile) {
     BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_CASE)
     default:
@@ -79,42 +79,40 @@ BAP_KERNELS_PRODUCTS(BAP_KERNELS_INSTANCE)
 Status launch_channel_pack(const ChannelPackParams& p, Products products, void*) {
   switch (products) {
     case Products::kBFloat16:
-      return simulate<ChannelPack<BFloat16Word>>(p, ChannelPack<BFloat16Word>::kSharedBytes);
+      return simulate<ChannelPack<BFloat16Word>>("channel_pack", p, ChannelPack<BFloat16Word>::kSharedBytes);
     case Products::kHalf:
-      return simulate<ChannelPack<HalfWord>>(p, ChannelPack<HalfWord>::kSharedBytes);
+      return simulate<ChannelPack<HalfWord>>("channel_pack", p, ChannelPack<HalfWord>::kSharedBytes);
     default:
-      return simulate<ChannelPack<float>>(p, ChannelPack<float>::kSharedBytes);
+      return simulate<ChannelPack<float>>("channel_pack", p, ChannelPack<float>::kSharedBytes);
   }
 }
 
 Status launch_channel_unpack(const ChannelUnpackParams& p, Products products, void*) {
   switch (products) {
     case Products::kBFloat16:
-      return simulate<ChannelUnpack<BFloat16Word>>(p, ChannelUnpack<BFloat16Word>::kSharedBytes);
+      return simulate<ChannelUnpack<BFloat16Word>>("channel_unpack", p, ChannelUnpack<BFloat16Word>::kSharedBytes);
     case Products::kHalf:
-      return simulate<ChannelUnpack<HalfWord>>(p, ChannelUnpack<HalfWord>::kSharedBytes);
+      return simulate<ChannelUnpack<HalfWord>>("channel_unpack", p, ChannelUnpack<HalfWord>::kSharedBytes);
     default:
-      return simulate<ChannelUnpack<float>>(p, ChannelUnpack<float>::kSharedBytes);
+      return simulate<ChannelUnpack<float>>("channel_unpack", p, ChannelUnpack<float>::kSharedBytes);
   }
 }
 
 Status launch_sum_partials(const SumPartialsParams& p, Products products, void*) {
   switch (products) {
     case Products::kBFloat16:
-      return simulate<SumPartials<BFloat16Word>>(p, 0);
+      return simulate<SumPartials<BFloat16Word>>("sum_partials", p, 0);
     case Products::kHalf:
-      return simulate<SumPartials<HalfWord>>(p, 0);
+      return simulate<SumPartials<HalfWord>>("sum_partials", p, 0);
     default:
-      return simulate<SumPartials<float>>(p, 0);
+      return simulate<SumPartials<float>>("sum_partials", p, 0);
   }
 }
 
 const char* status_text(Status status) { return status == 0 ? "success" : "no such instance"; }
 
-// As many as the environment says: few make large tiles, many small ones.
-int processor_count(int) {
-  const char* wish = std::getenv("BAP_KERNELS_SIMULATED_PROCESSORS");
-  return wish != nullptr ? std::atoi(wish) : 1;
-}
+int processor_count(int) { return simulated_device().processors; }
+
+bool is_capturing(void*) { return false; }
 
 }  // namespace bap_kernels

@@ -1,0 +1,18 @@
+// See bindings.h.
+#include "backends/cuda/bindings.h"
+
+#include "backends/cuda/launches.h"
+
+namespace bap_kernels {
+
+void bind_cuda(pybind11::module_& m) {
+  m.def(
+      "set_cuda_launcher",
+      [](const pybind11::capsule& table) {
+        set_cuda_launcher(table.get_pointer<const CudaLauncher>());
+        return cuda_launcher()->simulated;
+      },
+      pybind11::arg("launcher"));
+}
+
+}  // namespace bap_kernels
