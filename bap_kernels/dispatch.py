@@ -11,7 +11,7 @@ import torch
 
 import bap_kernels._warn  # noqa: F401  issues the warnings of the C++ part
 from bap_kernels._load import _C, cuda_library_is_simulated, cuda_library_problem
-from bap_kernels._packed import triton_weights
+from bap_kernels._packed import packed_weights
 from bap_kernels.settings import BACKENDS, MAX_BYTES, settings
 
 __all__ = [
@@ -149,13 +149,7 @@ def packed_cache_info() -> dict[str, int]:
         ``misses``, ``evictions``, calls that ``compared`` a whole weight, and calls whose packed weights were
         ``not_kept``. The last two grow where :func:`bap_kernels.report` says so of a layer.
     """
-    info = dict(_C.packed_cache_info())
-    weights = triton_weights()
-    if weights is not None:
-        held, count = weights.held_bytes()
-        info["bytes"] += held
-        info["entries"] += count
-    return info
+    return packed_weights.info()
 
 
 def set_packed_cache_limit(limit_bytes: int) -> None:
@@ -171,10 +165,7 @@ def set_packed_cache_limit(limit_bytes: int) -> None:
         raise ValueError(
             f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more and less than 2**63, got {limit_bytes}."
         )
-    _C.set_packed_cache_limit(limit_bytes)
-    weights = triton_weights()
-    if weights is not None:
-        weights.set_limit(limit_bytes)
+    packed_weights.set_limit(limit_bytes)
 
 
 def clear_packed_cache() -> None:
@@ -194,10 +185,7 @@ def clear_packed_cache() -> None:
     on parameters, a pointer, a NumPy view that is gone), in eval mode and without gradients since the last forward,
     and then only if it changed a small part of a weight on a CPU, or a weight on a GPU.
     """
-    _C.clear_packed_cache()
-    weights = triton_weights()
-    if weights is not None:
-        weights.clear()
+    packed_weights.clear()
 
 
 def choices() -> list[dict[str, Any]]:
@@ -231,7 +219,7 @@ def clear_choices() -> None:
 _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
 _C.set_gpu_hooks(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
-_C.set_packed_cache_limit(settings.packed_cache_bytes)
+packed_weights.set_limit(settings.packed_cache_bytes)
 if settings.backend != "auto":
     _C.set_default_backend(settings.backend)
     use_backend(settings.backend)

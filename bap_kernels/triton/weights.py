@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import math
-import threading
-import weakref
-from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bap_kernels._load import _C
+from bap_kernels._packed import packed_weights
 
 __all__ = [
     "ALIGNMENT",
     "alignment",
     "cached_weight",
     "capturing",
-    "clear",
-    "drop_of",
     "fresh_weight",
-    "held_bytes",
     "keep_for_graphs",
     "pack_weight",
-    "set_limit",
 ]
 
 # Elements that a row is rounded up to, so that each starts on 16 bytes and has whole words; the rest is zero.
 ALIGNMENT = 16
-
-_Key = tuple[object, ...]
-_State = tuple[int, ...]
 
 
 def pack_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None, by_input: bool = False) -> Tensor:
@@ -56,86 +44,6 @@ def pack_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None, by_
     return packed
 
 
-@dataclass(frozen=True)
-class _Entry:
-    parts: tuple[weakref.ref[Tensor], ...]
-    # By weak references, so that another storage cannot get the same address.
-    storages: tuple[StorageWeakRef, ...]
-    state: _State
-    packed: Tensor
-
-    def holds(self, parts: tuple[Tensor, ...], state: _State) -> bool:
-        return (
-            self.state == state
-            # Another tensor may have got the identity of one that is gone.
-            and all(ref() is part for ref, part in zip(self.parts, parts, strict=True))
-            and all(ref.cdata == _storage(part)._cdata for ref, part in zip(self.storages, parts, strict=True))
-        )
-
-
-def _storage(part: Tensor) -> torch.UntypedStorage:
-    return part.untyped_storage()
-
-
-class _PackedWeights:
-    """Least recently used packed weights, up to a number of bytes."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.held_bytes = 0
-        self.entries: OrderedDict[_Key, _Entry] = OrderedDict()
-        self.of_weight: dict[int, set[_Key]] = {}
-        # Re-entered where memory that is collected under it holds a key.
-        self.lock = threading.RLock()
-
-    def get(self, key: _Key, parts: tuple[Tensor, ...], state: _State) -> Tensor | None:
-        with self.lock:
-            entry = self.entries.get(key)
-            if entry is None or not entry.holds(parts, state):
-                return None
-            self.entries.move_to_end(key)
-            return entry.packed
-
-    def put(self, key: _Key, parts: tuple[Tensor, ...], state: _State, packed: Tensor) -> None:
-        with self.lock:
-            self.drop(key)
-            if packed.nbytes > self.limit_bytes:
-                return
-            # What has gone needs no packed copy.
-            references = tuple(weakref.ref(part, lambda _: self.drop(key)) for part in parts)
-            storages = tuple(StorageWeakRef(_storage(part)) for part in parts)
-            self.entries[key] = _Entry(references, storages, state, packed)
-            self.of_weight.setdefault(id(parts[0]), set()).add(key)
-            self.held_bytes += packed.nbytes
-            self.trim()
-
-    def trim(self) -> None:
-        with self.lock:
-            while self.held_bytes > self.limit_bytes:
-                self.drop(next(iter(self.entries)))
-
-    def drop(self, key: _Key) -> None:
-        with self.lock:
-            entry = self.entries.pop(key, None)
-            if entry is not None:
-                self.held_bytes -= entry.packed.nbytes
-                number = key[2]
-                assert isinstance(number, int)
-                of_weight = self.of_weight.get(number, set())
-                of_weight.discard(key)
-                if not of_weight:
-                    self.of_weight.pop(number, None)
-
-    def drop_of(self, weight: Tensor) -> None:
-        if self.entries:
-            with self.lock:
-                for key in list(self.of_weight.get(id(weight), ())):
-                    self.drop(key)
-
-
-_packed = _PackedWeights(_C.packed_cache_info()["limit_bytes"])
-
-
 def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """The packed weight by filters, kept until the weight or a list changes.
 
@@ -147,12 +55,12 @@ def cached_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -
     key = (rows is None, columns is None, *map(id, parts))
     # Parameters change their memory under .to() and load_state_dict(assign=True), which keep the version.
     state = (weight.data_ptr(), *(part._version for part in parts))
-    packed = _packed.get(key, parts, state)
+    packed = packed_weights.get(key, parts, state)
     if packed is None:
         packed = pack_weight(weight, rows, columns)
         # What a capture has recorded holds nothing before the graph is replayed.
         if not capturing(weight):
-            _packed.put(key, parts, state, packed)
+            packed_weights.put(key, parts, state, packed)
     return packed
 
 
@@ -162,7 +70,7 @@ def fresh_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) ->
     Such calls are those in training mode, those that autograd tracks, and those of weights that something else may
     write to: what they leave may have changed without a trace when the weight is next met.
     """
-    drop_of(weight)
+    packed_weights.drop_of(weight)
     return pack_weight(weight, rows, columns)
 
 
@@ -183,30 +91,6 @@ def keep_for_graphs(weight: Tensor, *parts: Tensor | None) -> None:
     if capturing(weight):
         held = _of_graphs.setdefault(weight, {})
         held.update({id(part): part for part in parts if part is not None})
-
-
-def clear() -> None:
-    """Drops all packed weights, other than those of captured graphs."""
-    with _packed.lock:
-        _packed.entries.clear()
-        _packed.of_weight.clear()
-        _packed.held_bytes = 0
-
-
-def drop_of(weight: Tensor) -> None:
-    """Drops the packed weights of one weight."""
-    _packed.drop_of(weight)
-
-
-def set_limit(limit_bytes: int) -> None:
-    """Sets the most bytes that are kept."""
-    _packed.limit_bytes = limit_bytes
-    _packed.trim()
-
-
-def held_bytes() -> tuple[int, int]:
-    """Bytes and number of the packed weights that are kept."""
-    return _packed.held_bytes, len(_packed.entries)
 
 
 def alignment(*lengths: int) -> int:

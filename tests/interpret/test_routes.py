@@ -278,23 +278,26 @@ def test_refusals(case: Case, reason: str) -> None:
 
 
 def test_packed_weights_are_kept_and_seen_to_change() -> None:
-    from bap_kernels.triton import weights
+    from bap_kernels._packed import packed_weights
 
-    weights.clear()
+    def held() -> tuple[int, int]:
+        return packed_weights.held_bytes, len(packed_weights.entries)
+
+    packed_weights.clear()
     sample = make_tensors(BASE)
     first = run(sample, "triton", cache_packed=True)
-    held, count = weights.held_bytes()
+    kept, count = held()
     assert count == 1
-    assert held > 0
+    assert kept > 0
     assert torch.equal(run(sample, "triton", cache_packed=True), first)
-    assert weights.held_bytes() == (held, 1)
+    assert held() == (kept, 1)
     sample.weight.mul_(2)
     assert_close(
         run(sample, "triton", cache_packed=True), reference.gathered_conv2d(*sample.args), torch.float32, sample.depth
     )
-    assert weights.held_bytes() == (held, 1)
+    assert held() == (kept, 1)
     bap_kernels.clear_packed_cache()
-    assert weights.held_bytes() == (0, 0)
+    assert held() == (0, 0)
 
 
 def test_autograd_names_the_backend_in_the_backward_too() -> None:

@@ -12,12 +12,17 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import dispatch
+from bap_kernels import _C, dispatch
 
 pytest.importorskip("triton")
 
+from bap_kernels._packed import packed_weights
 from bap_kernels.triton import configs, lists, weights
 from bap_kernels.triton.configs import ARCHITECTURES, TABLE, Config, Problem
+
+
+def held() -> tuple[int, int]:
+    return packed_weights.held_bytes, len(packed_weights.entries)
 
 
 def ints(values: list[int]) -> torch.Tensor:
@@ -84,38 +89,61 @@ def test_packed_weight(by_input: bool) -> None:
 
 
 def test_kept_weights_go_with_their_parameters_and_keep_to_the_limit() -> None:
-    weights.clear()
+    packed_weights.clear()
     one, two = torch.randn(16, 16, 1, 1), torch.randn(16, 16, 1, 1)
     first = weights.cached_weight(one, None, None)
     assert weights.cached_weight(one, None, None) is first
     one.add_(1)
     second = weights.cached_weight(one, None, None)
     assert torch.equal(second[:, 0], one[:, :, 0, 0])
-    assert weights.held_bytes() == (1024, 1)
+    assert held() == (1024, 1)
     weights.cached_weight(two, None, ints([3]))
     # The list is gone already, and the entry with it.
-    assert weights.held_bytes() == (1024, 1)
+    assert held() == (1024, 1)
     index = ints([3])
     weights.cached_weight(two, None, index)
-    assert weights.held_bytes() == (2048, 2)
+    assert held() == (2048, 2)
     assert bk.packed_cache_info()["entries"] >= 2
     limit = bk.packed_cache_info()["limit_bytes"]
     try:
         bk.set_packed_cache_limit(1500)
-        assert weights.held_bytes() == (1024, 1)
+        assert held() == (1024, 1)
         bk.set_packed_cache_limit(100)
-        assert weights.held_bytes() == (0, 0)
+        assert held() == (0, 0)
         assert torch.equal(weights.cached_weight(one, None, None), second)
-        assert weights.held_bytes() == (0, 0)
+        assert held() == (0, 0)
     finally:
         bk.set_packed_cache_limit(limit)
     weights.cached_weight(one, None, None)
     del one
     gc.collect()
-    assert weights.held_bytes() == (0, 0)
+    assert held() == (0, 0)
     with torch.inference_mode():
         weights.cached_weight(torch.randn(16, 16, 1, 1), None, None)
-    assert weights.held_bytes() == (0, 0)
+    assert held() == (0, 0)
+
+
+def test_one_limit_bounds_all_packed_weights() -> None:
+    bk.clear_packed_cache()
+    limit = bk.packed_cache_info()["limit_bytes"]
+    native, other = bk.nn.GatheredConv2d(64, 64, 3).eval(), torch.randn(64, 64, 3, 3)
+    try:
+        with torch.no_grad():
+            native(torch.randn(1, 64, 9, 9))
+        before = bk.packed_cache_info()
+        packed = weights.pack_weight(other, None, None).nbytes
+        assert packed <= before["bytes"] < 2 * packed
+        bk.set_packed_cache_limit(2 * packed - 1)
+        assert bk.packed_cache_info()["bytes"] == before["bytes"]
+        weights.cached_weight(other, None, None)
+        # Those of the C++ part have made room.
+        after = bk.packed_cache_info()
+        assert (after["bytes"], after["entries"], after["limit_bytes"]) == (packed, 1, 2 * packed - 1)
+        bk.clear_packed_cache()
+        assert bk.packed_cache_info()["entries"] == 0
+        assert _C.packed_cache_info()["limit_bytes"] == 2 * packed - 1
+    finally:
+        bk.set_packed_cache_limit(limit)
 
 
 def test_every_shape_has_a_configuration_on_every_architecture() -> None:
@@ -210,12 +238,12 @@ def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights.clear()
+    packed_weights.clear()
     weight, index = torch.randn(16, 16, 1, 1), ints([1, 5])
     monkeypatch.setattr(weights, "capturing", lambda tensor: True)
     recorded = weights.cached_weight(weight, None, index)
     weights.keep_for_graphs(weight, recorded)
-    assert weights.held_bytes() == (0, 0)
+    assert held() == (0, 0)
     monkeypatch.undo()
     kept = weights.cached_weight(weight, None, index)
     assert kept is not recorded
@@ -224,7 +252,7 @@ def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.
     monkeypatch.setattr(weights, "capturing", lambda tensor: True)
     weights.keep_for_graphs(weight, kept)
     monkeypatch.undo()
-    weights.clear()
+    packed_weights.clear()
     assert {id(part) for part in weights._of_graphs[weight].values()} == {id(recorded), id(kept)}
     before = len(weights._of_graphs)
     del weight
