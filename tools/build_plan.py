@@ -76,7 +76,7 @@ class PlatformFacts:
 CUDA_FOLDER = "csrc/backends/cuda/kernels/"
 SIMULATION = "csrc/backends/cuda/simulate/"
 # What a build with sanitizers checks: code that reads and writes memory itself.
-CHECKED_FOLDERS = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/")
+CHECKED = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/", "csrc/backends/aten/pixel_gather.cpp")
 # Precompiled for the sources that include torch.
 PRECOMPILED = "csrc/precompiled.h"
 
@@ -282,7 +282,7 @@ def _cpu_units(
                 continue
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
-        own_checks = checks if source.startswith(CHECKED_FOLDERS) else ()
+        own_checks = checks if source.startswith(CHECKED) else ()
         reused = bool(checks) and not own_checks and not flags
         includes_torch = path.parent.name != "microkernels"
         # Worth it where many sources share it.

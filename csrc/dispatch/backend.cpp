@@ -128,7 +128,7 @@ std::string backend_unavailable_reason(const std::string& name) {
 void set_unavailable_reason(Reason reason) { python_reason() = new Reason(std::move(reason)); }
 
 std::string python_unavailable_reason(const std::string& name) {
-  return python_reason() ? (*python_reason())(name) : "bap_kernels._dispatch is not loaded";
+  return python_reason() ? (*python_reason())(name) : "bap_kernels.dispatch is not loaded";
 }
 
 BackendScope::BackendScope(const std::string& name) : previous_(get_backend()) { setting() = Setting(name); }

@@ -89,7 +89,7 @@ std::string case_key(const ConvCall& c, const MeasuredDevice& device) {
 
 namespace {
 
-// The same facts as case_key in a form that costs no allocation to build.
+// The same as case_key in a form that costs no allocation to build.
 struct FastKey {
   std::array<int32_t, 28> v{};
   bool operator==(const FastKey& o) const { return v == o.v; }

@@ -150,7 +150,7 @@ class ChunkSink {
  public:
   ChunkSink(const GradientCall& c, const InputGradient& gradient, const std::vector<Class>& classes,
             const std::vector<int32_t>& others, const at::Tensor& input)
-      : c_(c), wish_(gradient), classes_(classes), others_(others), input_(input) {
+      : c_(c), gradient_(gradient), classes_(classes), others_(others), input_(input) {
     x_ = reinterpret_cast<const bits_t*>(input.const_data_ptr<scalar_t>());
     dx_ = gradient.store ? reinterpret_cast<bits_t*>(gradient.grad_input.mutable_data_ptr<scalar_t>()) : nullptr;
   }
@@ -158,13 +158,14 @@ class ChunkSink {
   // parts[k]: the result of class k; dots: one sum for each computed channel.
   void pixels(const Chunk& chunk, const std::vector<const float*>& parts, double* dots) const {
     const auto& s = c_.shape;
-    const int64_t count = wish_.count, dx_h = dx_ ? wish_.grad_input.stride(2) : 0;
-    std::vector<float> sums(wish_.dots ? count : 0, 0.f);
+    const int64_t count = gradient_.count, dx_h = dx_ ? gradient_.grad_input.stride(2) : 0;
+    std::vector<float> sums(gradient_.dots ? count : 0, 0.f);
     for (int64_t n = chunk.first_image; n < chunk.last_image; ++n) {
       for (int64_t h = chunk.first_row; h < chunk.last_row; ++h) {
         for (int64_t w = 0; w < s.width; ++w) {
           const bits_t* x = x_ + n * input_.stride(0) + h * input_.stride(2) + w * input_.stride(3);
-          bits_t* dx = dx_ ? dx_ + n * wish_.grad_input.stride(0) + h * dx_h + w * wish_.grad_input.stride(3) : nullptr;
+          bits_t* dx =
+              dx_ ? dx_ + n * gradient_.grad_input.stride(0) + h * dx_h + w * gradient_.grad_input.stride(3) : nullptr;
           const int64_t k = class_of(h % c_.stride[0], w % c_.stride[1]);
           if (k < 0) {
             if (dx) std::fill_n(dx, s.channels_in, bits_t{0});
@@ -174,11 +175,11 @@ class ChunkSink {
           const int64_t first = chunk.first_row / c_.stride[0];
           const int64_t row = (n - chunk.first_image) * rows_of(one, chunk) + h / c_.stride[0] - first;
           const float* part = parts[k] + (row * one.columns.count + w / c_.stride[1]) * count;
-          float* sum = wish_.dots ? sums.data() : nullptr;
-          if (wish_.channels) {
+          float* sum = gradient_.dots ? sums.data() : nullptr;
+          if (gradient_.channels) {
             listed_pixel(part, x, dx, sum);
           } else {
-            micro::gradient_pixel_avx2(part, x, dx, wish_.keep, sum, count);
+            micro::gradient_pixel_avx2(part, x, dx, gradient_.keep, sum, count);
           }
         }
       }
@@ -191,9 +192,9 @@ class ChunkSink {
       if (dx_) {
         for (const int32_t channel : others_) clear_rows(n, channel, chunk);
       }
-      for (int64_t i = 0; i < wish_.count; ++i) {
-        const int64_t channel = wish_.channels ? wish_.channels[i] : i;
-        const bool kept = wish_.keep == nullptr || wish_.keep[i] != 0;
+      for (int64_t i = 0; i < gradient_.count; ++i) {
+        const int64_t channel = gradient_.channels ? gradient_.channels[i] : i;
+        const bool kept = gradient_.keep == nullptr || gradient_.keep[i] != 0;
         if (dx_ && (!kept || static_cast<int64_t>(classes_.size()) < c_.stride[0] * c_.stride[1])) {
           clear_rows(n, channel, chunk);
         }
@@ -202,7 +203,7 @@ class ChunkSink {
           const bool paired = pairs_with_next(k);
           const float* odd = paired ? parts[k + 1] : nullptr;
           const double sum = plane(chunk, n, i, channel, one, parts[k], odd, kept);
-          if (wish_.dots) dots[i] += sum;
+          if (gradient_.dots) dots[i] += sum;
           if (paired) ++k;
         }
       }
@@ -224,15 +225,15 @@ class ChunkSink {
 
   void listed_pixel(const float* part, const bits_t* x, bits_t* dx, float* sum) const {
     if (dx) std::fill_n(dx, c_.shape.channels_in, bits_t{0});
-    for (int64_t i = 0; i < wish_.count; ++i) {
-      const int32_t channel = wish_.channels[i];
+    for (int64_t i = 0; i < gradient_.count; ++i) {
+      const int32_t channel = gradient_.channels[i];
       if (dx) reinterpret_cast<scalar_t*>(dx)[channel] = static_cast<scalar_t>(part[i]);
       if (sum) sum[i] += part[i] * static_cast<float>(reinterpret_cast<const scalar_t*>(x)[channel]);
     }
   }
 
   void clear_rows(int64_t n, int64_t channel, const Chunk& chunk) const {
-    const auto& g = wish_.grad_input;
+    const auto& g = gradient_.grad_input;
     for (int64_t h = chunk.first_row; h < chunk.last_row; ++h) {
       bits_t* row = dx_ + n * g.stride(0) + channel * g.stride(1) + h * g.stride(2);
       if (g.stride(3) == 1) {
@@ -245,7 +246,7 @@ class ChunkSink {
 
   // Whether the next class has the odd columns of the same rows, neighbours in memory of this one's.
   bool pairs_with_next(size_t k) const {
-    const bool neighbours = input_.stride(3) == 1 && (!dx_ || wish_.grad_input.stride(3) == 1);
+    const bool neighbours = input_.stride(3) == 1 && (!dx_ || gradient_.grad_input.stride(3) == 1);
     return c_.stride[1] == 2 && neighbours && classes_[k].column_phase == 0 && k + 1 < classes_.size() &&
            classes_[k + 1].row_phase == classes_[k].row_phase;
   }
@@ -254,20 +255,20 @@ class ChunkSink {
   double plane(const Chunk& chunk, int64_t n, int64_t i, int64_t channel, const Class& k, const float* part,
                const float* odd, bool kept) const {
     int64_t rows = rows_of(k, chunk), columns = k.columns.count;
-    const int64_t h = chunk.first_row + k.row_phase, place = (n - chunk.first_image) * wish_.count + i;
+    const int64_t h = chunk.first_row + k.row_phase, place = (n - chunk.first_image) * gradient_.count + i;
     const int64_t odd_columns = odd ? c_.shape.width - columns : 0;
     part += place * rows * columns;
     if (odd) odd += place * rows * odd_columns;
     const bits_t* x = nullptr;
     bits_t* dx = nullptr;
     int64_t x_h = 0, x_w = 0, dx_h = 0, dx_w = 0;
-    if (wish_.dots) {
+    if (gradient_.dots) {
       x_h = input_.stride(2) * c_.stride[0], x_w = input_.stride(3) * c_.stride[1];
       x = x_ + n * input_.stride(0) + channel * input_.stride(1) + h * input_.stride(2) +
           k.column_phase * input_.stride(3);
     }
     if (dx_ && kept) {
-      const auto& g = wish_.grad_input;
+      const auto& g = gradient_.grad_input;
       dx_h = g.stride(2) * c_.stride[0], dx_w = g.stride(3) * c_.stride[1];
       dx = dx_ + n * g.stride(0) + channel * g.stride(1) + h * g.stride(2) + k.column_phase * g.stride(3);
     }
@@ -286,7 +287,7 @@ class ChunkSink {
   }
 
   const GradientCall& c_;
-  const InputGradient& wish_;
+  const InputGradient& gradient_;
   const std::vector<Class>& classes_;
   const std::vector<int32_t>& others_;  // channels that are not computed
   const at::Tensor input_;

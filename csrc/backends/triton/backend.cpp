@@ -1,5 +1,5 @@
-// The Triton kernels as a backend: private ops that bap_kernels/_dispatch.py implements. Results are allocated here, so
-// that their memory formats are those of every other backend.
+// The Triton kernels as a backend: private ops that bap_kernels/triton/private_ops.py implements. Results are allocated
+// here, so that their memory formats are those of every other backend.
 #include "dispatch/backend.h"
 
 #include <ATen/ops/empty.h>
