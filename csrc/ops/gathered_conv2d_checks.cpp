@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/gathered_conv2d.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 namespace {
@@ -28,15 +29,6 @@ void check_pair(const char* op, const char* name, c10::ArrayRef<Int> value, size
   for (const auto& v : value) {
     TORCH_CHECK_VALUE(v >= least, op, "(): expected `", name, "` to be at least ", least, ", got ", value, ".");
   }
-}
-
-void check_list(const char* op, const char* name, const OptionalTensor& list, const at::Tensor& input) {
-  if (!has_value(list)) return;
-  TORCH_CHECK_TYPE(list->scalar_type() == at::kInt, op, "(): expected `", name, "` to be an int32 list, got ",
-                   list->scalar_type(), ". Hint: convert it once with .to(torch.int32).");
-  TORCH_CHECK_VALUE(list->dim() == 1, op, "(): expected `", name, "` to be 1-D, got ", list->dim(), " dimensions.");
-  TORCH_CHECK_VALUE(list->device() == input.device(), op, "(): expected `", name, "` to be on the input's device ",
-                    input.device(), ", got ", list->device(), ". Hint: move it once with .to(input.device).");
 }
 
 // Output length of one spatial axis, as in torch.nn.Conv2d.
@@ -71,6 +63,15 @@ void check_range_and_repeats(const char* op, const char* name, const at::Tensor&
 }
 
 }  // namespace
+
+void check_list(const char* op, const char* name, const OptionalTensor& list, const at::Tensor& input) {
+  if (!has_value(list)) return;
+  TORCH_CHECK_TYPE(list->scalar_type() == at::kInt, op, "(): expected `", name, "` to be an int32 list, got ",
+                   list->scalar_type(), ". Hint: convert it once with .to(torch.int32).");
+  TORCH_CHECK_VALUE(list->dim() == 1, op, "(): expected `", name, "` to be 1-D, got ", list->dim(), " dimensions.");
+  TORCH_CHECK_VALUE(list->device() == input.device(), op, "(): expected `", name, "` to be on the input's device ",
+                    input.device(), ", got ", list->device(), ". Hint: move it once with .to(input.device).");
+}
 
 template <class Int>
 ConvShape<Int> check_conv(const char* op, const ConvArgs<Int>& args, const OptionalTensor& weight_index) {

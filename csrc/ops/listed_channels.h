@@ -1,4 +1,4 @@
-// Listed channels taken out of a tensor, and put back.
+// Lists of channels: their check; listed channels taken out of a tensor, and put back.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -8,6 +8,9 @@
 #include "ops/op.h"
 
 namespace bap_kernels {
+
+// Raises on a list that is not int32, 1-D and on the input's device; see check_list_values for its values.
+void check_list(const char* op, const char* name, const OptionalTensor& list, const at::Tensor& input);
 
 inline at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
   return has_value(index) ? t.index_select(dim, *index) : t;
