@@ -325,10 +325,13 @@ class GatheredConv2d(GatheredLayer, PackedConv2d):
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
         input, sides = self._padded(input)
+        # nn.Module.__getattr__ costs a tenth of a small layer's time; it is left for weights that are computed.
+        parameters = self._parameters
+        weight = parameters.get("weight")
         return call_gathered_conv2d(
             input,
-            self.weight,
-            self.bias,
+            self.weight if weight is None else weight,
+            parameters["bias"] if "bias" in parameters else self.bias,
             channels.in_index,
             channels.out_index,
             self.stride,
