@@ -325,13 +325,14 @@ class GatheredConv2d(GatheredLayer, PackedConv2d):
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
         input, sides = self._padded(input)
-        # nn.Module.__getattr__ costs a tenth of a small layer's time; it is left for weights that are computed.
-        parameters = self._parameters
-        weight = parameters.get("weight")
+        # nn.Module.__getattr__ costs a tenth of a small layer's time; it is left for parameters that are computed.
+        parameters: dict[str, Any] = self._parameters
+        stored = "weight" in parameters and "bias" in parameters
+        weight, bias = (parameters["weight"], parameters["bias"]) if stored else (self.weight, self.bias)
         return call_gathered_conv2d(
             input,
-            self.weight if weight is None else weight,
-            parameters["bias"] if "bias" in parameters else self.bias,
+            weight,
+            bias,
             channels.in_index,
             channels.out_index,
             self.stride,
