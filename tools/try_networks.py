@@ -177,6 +177,10 @@ def switch(subject: Subject) -> Outcome:
         bk.set_domain(model, domain)
         with torch.no_grad():
             subject.compare(model(subject.x), subject.expected(None), f"switch_, domain {domain}, all on")
+    try:
+        copy.deepcopy(subject.dense).train()(subject.x)
+    except Exception as error:
+        return {"status": "no training", "detail": f"the dense network raises in training mode: {error}"}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model.train()
     for domain in DOMAINS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import itemgetter
@@ -106,10 +107,11 @@ class MixedPlans:
             if any(result != first for result in every):
                 raise _refusal(path, "a value that varies with the samples", first)
             return first
-        if type(first) is dict:
+        if type(first) in (dict, OrderedDict):
             if any(list(result) != list(first) for result in every):
                 raise _refusal(path, "keys that vary with the samples", list(first))
-            return {key: self._joined(*_entries(results, probes, key), f"{path}[{key!r}]") for key in first}
+            parts = ((key, self._joined(*_entries(results, probes, key), f"{path}[{key!r}]")) for key in first)
+            return type(first)(parts)
         if type(first) in (list, tuple) or hasattr(first, "_fields"):
             return self._joined_sequences(results, probes, path)
         raise _refusal(path, "a value of a type that is not known,", type(first).__name__)

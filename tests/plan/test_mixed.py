@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ def masked(model: nn.Module, x: Tensor, numbers: Tensor = NUMBERS) -> Tensor:
 RESULTS: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Tensor]]] = {
     "tensor": (lambda net, y: y, lambda r: r),
     "nested": (lambda net, y: {"features": [y, (y.mean((2, 3)),)], "size": 3}, lambda r: r["features"][0]),
+    "ordered dict": (lambda net, y: OrderedDict(out=y, aux=y.relu()), lambda r: r["out"]),
     "namedtuple": (lambda net, y: Pair(y.relu(), [y]), lambda r: r.second[0]),
     # As many channels as samples.
     "channels first": (lambda net, y: y.transpose(0, 1), lambda r: r.transpose(0, 1)),
@@ -130,7 +132,7 @@ def test_one_entry_for_each_sample() -> None:
         (lambda y: (y, y.max().item()), r"a value that varies with the samples .* at 'output\[1\]'"),
         (lambda y: {int(i): y for i in range(len(y))}, "keys that vary with the samples"),
         (lambda y: y if len(y) == 2 else [y], "values of different types"),
-        (lambda y: collections.OrderedDict(y=y), "a value of a type that is not known, OrderedDict"),
+        (lambda y: collections.defaultdict(int, y=y), "a value of a type that is not known, defaultdict"),
     ],
 )
 def test_results_of_other_shapes_raise(function: Callable[[Tensor], Any], message: str) -> None:
