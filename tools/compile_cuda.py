@@ -31,12 +31,12 @@ from tools import ninja_build
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "90a", "100")
 SOURCES = ("bfloat16", "half", "tf32", "float32")
-PRODUCTS = ("bfloat16", "half", "tf32", "float32")
+MATH_MODES = ("bfloat16", "half", "tf32", "float32")
 HMMA = {"bfloat16": "HMMA.16816.F32.BF16", "half": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
 HMMA["float32"] = HMMA["tf32"]
 HGMMA = {"bfloat16": "x16.F32.BF16", "half": "x16.F32"}
 WARPGROUP_SOURCES = ("bfloat16", "half")
-# One processor: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
+# One SM: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024}
 NAMES = {"GatheredConv2d": "conv", "WeightGradient": "weight gradient", "ChannelPack": "pack", "SumPartials": "sum"}
@@ -51,13 +51,13 @@ class Instance:
 
     Args:
         kernel: a value of ``NAMES``.
-        products: one of ``PRODUCTS``, or the element type of a kernel that multiplies nothing.
+        mode: one of ``MATH_MODES``, or the element type of a kernel that multiplies nothing.
         tile: rows, columns, warps along rows and columns, stages, blocks; empty where there is none.
         planes: whether the source is planar.
     """
 
     kernel: str
-    products: str
+    mode: str
     tile: tuple[int, ...]
     planes: bool
 
@@ -89,7 +89,7 @@ class Code:
 
     kernel: str
     arch: str
-    products: str
+    mode: str
     tile: str
     layout: str
     registers: int
@@ -99,7 +99,7 @@ class Code:
     hgmma: int
     ldgsts_128: int
     ldsm: int
-    blocks_per_processor: int
+    blocks_per_sm: int
     occupancy: float
     wrong: list[str]
 
@@ -110,19 +110,19 @@ def instance_of(mangled: str) -> Instance | None:
     Examples:
         >>> from tools.compile_cuda import instance_of
         >>> tile = "TileILi64ELi64ELi2ELi2ELi4ELi2EE"
-        >>> instance_of(f"_Z12block_kernelINS_14WeightGradientILNS_8ProductsE2ENS_4{tile}EEvT0_")
-        Instance(kernel='weight gradient', products='tf32', tile=(64, 64, 2, 2, 4, 2), planes=False)
+        >>> instance_of(f"_Z12block_kernelINS_14WeightGradientILNS_8MathModeE2ENS_4{tile}EEvT0_")
+        Instance(kernel='weight gradient', mode='tf32', tile=(64, 64, 2, 2, 4, 2), planes=False)
     """
     found = re.search("|".join(NAMES), mangled)
     if found is None or not re.search("block_kernel|warpgroup_kernel", mangled):
         return None
-    products = re.search(r"ProductsE(\d)", mangled)
+    mode = re.search(r"MathModeE(\d)", mangled)
     tile = re.search(r"TileI((?:Li\d+E)+)", mangled)
-    if products is None or tile is None:
+    if mode is None or tile is None:
         element = "bfloat16" if "BFloat16Word" in mangled else "half" if "HalfWord" in mangled else "float32"
         return Instance(NAMES[found.group()], element, (), False)
     sizes = tuple(int(size) for size in re.findall(r"Li(\d+)E", tile.group(1)))
-    return Instance(NAMES[found.group()], PRODUCTS[int(products.group(1))], sizes, "Lb1E" in mangled)
+    return Instance(NAMES[found.group()], MATH_MODES[int(mode.group(1))], sizes, "Lb1E" in mangled)
 
 
 def usage_of(log: str) -> dict[str, tuple[int, int]]:
@@ -181,14 +181,14 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
         if not ldgsts:
             wrong.append("no LDGSTS.128")
         if instance.kernel == "warpgroup":
-            product = f"HGMMA.64x{instance.tile[1]}{HGMMA[instance.products]}"
+            product = f"HGMMA.64x{instance.tile[1]}{HGMMA[instance.mode]}"
             wrong += [
                 f"no {name}" for name in (product, "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC") if name not in sass
             ]
-        elif HMMA[instance.products] not in sass:
-            wrong.append(f"no {HMMA[instance.products]}")
+        elif HMMA[instance.mode] not in sass:
+            wrong.append(f"no {HMMA[instance.mode]}")
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
-        words = instance.kernel == "weight gradient" and instance.products in ("tf32", "float32")
+        words = instance.kernel == "weight gradient" and instance.mode in ("tf32", "float32")
         if not ldsm and not words and instance.kernel != "warpgroup":
             wrong.append("no LDSM")
         # Chunks of the halo, turned or gathered, are written whole.
@@ -199,7 +199,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
     if blocks < (instance.tile[5] if instance.tile else 1):
         wrong.append(f"a processor holds {blocks} blocks")
     return Code(
-        *(instance.kernel, arch, instance.products, "x".join(map(str, instance.tile[:2])) or "-"),
+        *(instance.kernel, arch, instance.mode, "x".join(map(str, instance.tile[:2])) or "-"),
         *(layout, registers, instance.shared_bytes, spill_bytes),
         *(hmma, hgmma, ldgsts, ldsm, blocks),
         occupancy=blocks * instance.warps / WARPS,
@@ -250,14 +250,14 @@ def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code
     return codes
 
 
-HEAD = "| kernel | sm | products | tile | layout | registers | shared | spills "
+HEAD = "| kernel | sm | math mode | tile | layout | registers | shared | spills "
 HEAD += "| HMMA | HGMMA | LDGSTS.128 | LDSM | blocks | occupancy |"
 
 
 def line(c: Code) -> str:
     """A row of the table."""
-    cells = [c.kernel, c.arch, c.products, c.tile, c.layout, c.registers, c.shared_bytes, c.spill_bytes]
-    cells += [c.hmma, c.hgmma, c.ldgsts_128, c.ldsm, c.blocks_per_processor, f"{c.occupancy:.0%}"]
+    cells = [c.kernel, c.arch, c.mode, c.tile, c.layout, c.registers, c.shared_bytes, c.spill_bytes]
+    cells += [c.hmma, c.hgmma, c.ldgsts_128, c.ldsm, c.blocks_per_sm, f"{c.occupancy:.0%}"]
     return f"| {' | '.join(map(str, cells))} |" + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
 
 

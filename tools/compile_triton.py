@@ -36,7 +36,7 @@ from bap_kernels.triton.lists import ChannelList
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# One processor of these architectures: registers, warps and blocks; bytes of shared memory that each block reserves.
+# One SM of these architectures: registers, warps and blocks; bytes of shared memory that each block reserves.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 POINTERS = {
@@ -92,7 +92,7 @@ class Code:
     spill_bytes: int
     copies_16: int
     products_found: str
-    blocks_per_processor: int
+    blocks_per_sm: int
     occupancy: float
     seconds: float
     wrong: list[str]
@@ -338,7 +338,7 @@ def compile_case(case: Case) -> Code:
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         copies_16=copies_of_16(ptx),
         products_found=next((name for name in reversed(ANY_PRODUCTS) if name in ptx), "fma"),
-        blocks_per_processor=blocks,
+        blocks_per_sm=blocks,
         occupancy=blocks * step.spec.config.warps / WARPS,
         seconds=round(time.perf_counter() - start, 1),
         wrong=check(case, ptx, usage, shared),
@@ -351,7 +351,7 @@ HEAD = "| kernel | sm | products | shape | tile | registers | shared | copies | 
 def line(c: Code) -> str:
     """A row of the table."""
     cells = [c.kernel, c.arch, c.products, c.shape, c.tile, c.registers, c.shared_bytes, c.copies_16]
-    cells += [c.products_found, c.blocks_per_processor, f"{c.occupancy:.0%}"]
+    cells += [c.products_found, c.blocks_per_sm, f"{c.occupancy:.0%}"]
     return f"| {' | '.join(map(str, cells))} |" + (f" WRONG: {'; '.join(c.wrong)}" if c.wrong else "")
 
 

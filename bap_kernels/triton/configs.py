@@ -50,13 +50,13 @@ class Architecture:
     Args:
         capability: compute capability without its point, as 90.
         table: whose configurations it takes.
-        processors: streaming multiprocessors of the usual board.
+        sm_count: streaming multiprocessors of the usual board.
         shared_bytes: shared memory that one block may use.
     """
 
     capability: int
     table: str
-    processors: int
+    sm_count: int
     shared_bytes: int
 
 
@@ -170,7 +170,7 @@ def tiles(rows: int, columns: int, config: Config) -> int:
     return -(-rows // config.BM) * -(-columns // config.BN)
 
 
-def shape_class(rows: int, columns: int, processors: int, table: dict[str, Config]) -> str:
+def shape_class(rows: int, columns: int, sm_count: int, table: dict[str, Config]) -> str:
     """The class of a shape: by its columns, then the largest tile that still fills the device.
 
     Examples:
@@ -186,10 +186,10 @@ def shape_class(rows: int, columns: int, processors: int, table: dict[str, Confi
         return "thin"
     if columns <= 64:
         return "narrow"
-    if "huge" in table and rows > 64 and columns >= 256 and tiles(rows, columns, table["huge"]) >= 2 * processors:
+    if "huge" in table and rows > 64 and columns >= 256 and tiles(rows, columns, table["huge"]) >= 2 * sm_count:
         return "huge"
     for name in ("large", "medium"):
-        if name in table and 2 * rows > table[name].BM and tiles(rows, columns, table[name]) >= processors:
+        if name in table and 2 * rows > table[name].BM and tiles(rows, columns, table[name]) >= sm_count:
             return name
     return "small"
 
@@ -212,23 +212,23 @@ def from_table(rows: int, columns: int, products: str, capability: int) -> Confi
     """The table's configuration for a result of ``rows`` x ``columns``."""
     facts = architecture(capability)
     table = TABLE[facts.table, products]
-    wanted = shape_class(rows, columns, facts.processors, table)
+    wanted = shape_class(rows, columns, facts.sm_count, table)
     return next(table[name] for name in _SMALLER[wanted] if name in table)
 
 
-def chunks(pixels: int, tile_count: int, depth: int, processors: int) -> tuple[int, int]:
+def chunks(pixels: int, tile_count: int, depth: int, sm_count: int) -> tuple[int, int]:
     """Into how many chunks the pixels of a weight's gradient are cut, and the pixels of each, a multiple of ``depth``.
 
     Two waves of blocks at most, and at least four steps for each block.
 
     Examples:
         >>> from bap_kernels.triton.configs import chunks
-        >>> chunks(pixels=6272, tile_count=36, depth=64, processors=132)
+        >>> chunks(pixels=6272, tile_count=36, depth=64, sm_count=132)
         (7, 896)
-        >>> chunks(pixels=100, tile_count=36, depth=64, processors=132)
+        >>> chunks(pixels=100, tile_count=36, depth=64, sm_count=132)
         (1, 128)
     """
-    wanted = max(1, min(2 * processors // tile_count, pixels // (4 * depth)))
+    wanted = max(1, min(2 * sm_count // tile_count, pixels // (4 * depth)))
     length = -(-pixels // (wanted * depth)) * depth
     return -(-pixels // length), length
 

@@ -129,7 +129,7 @@ def weight_gradient_partials(
     """Memory for the sums over chunks of pixels: (chunks, K_out, taps, K_in), float32."""
     tile_count = geometry.taps * tiles(kept_out, kept_in, config)
     pixels = geometry.batch * math.prod(geometry.out_size)
-    count, _ = chunks(pixels, tile_count, config.BK, architecture(target.capability).processors)
+    count, _ = chunks(pixels, tile_count, config.BK, architecture(target.capability).sm_count)
     return g.new_empty((count, kept_out, geometry.taps, kept_in), dtype=torch.float32)
 
 

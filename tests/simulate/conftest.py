@@ -39,5 +39,5 @@ def _device() -> None:
 
 @pytest.fixture(params=["large tiles", "small tiles"])
 def _tiles(request: pytest.FixtureRequest, _device: None) -> None:
-    """Both choices of tiles: few processors take large ones, many take small ones."""
-    set_device(processors=1 if request.param == "large tiles" else 1_000_000)
+    """Both choices of tiles: few SMs take large ones, many take small ones."""
+    set_device(sm_count=1 if request.param == "large tiles" else 1_000_000)

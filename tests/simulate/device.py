@@ -17,9 +17,9 @@ def library() -> Any:
     return _load.cuda_library
 
 
-def set_device(processors: int = 1, warpgroups: bool = False) -> None:
-    """Few processors take large tiles, many take small ones."""
-    library().set_device(processors, warpgroups)
+def set_device(sm_count: int = 1, warpgroups: bool = False) -> None:
+    """Few SMs take large tiles, many take small ones."""
+    library().set_device(sm_count, warpgroups)
 
 
 _log: list[str] = []

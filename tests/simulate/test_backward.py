@@ -57,17 +57,17 @@ def test_results_do_not_vary() -> None:
     op = torch.ops.bap_kernels.gathered_conv2d_backward
     grad = torch.randn(sample.output_shape)
     arguments = (grad, *sample.args[:2], *sample.args[3:], (True, True, True))
-    # Many processors: the pixels are cut into chunks.
-    device.set_device(processors=100)
+    # Many SMs: the pixels are cut into chunks.
+    device.set_device(sm_count=100)
     with bap_kernels.use_backend("cuda"):
         first, second = op(*arguments), op(*arguments)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("processors", [1, 8, 1000])
-def test_chunks_of_pixels(processors: int) -> None:
-    device.set_device(processors)
+@pytest.mark.parametrize("sm_count", [1, 8, 1000])
+def test_chunks_of_pixels(sm_count: int) -> None:
+    device.set_device(sm_count)
     for dtype in (torch.float32, torch.bfloat16):
         runs(BASE.but(batch=5, size=(13, 11), kernel=(1, 1), padding=(0,) * 4, dtype=dtype))
 

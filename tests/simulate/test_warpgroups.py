@@ -151,7 +151,7 @@ def test_what_is_left_to_the_other_kernels() -> None:
         small.but(kernel=(1, 1), padding=(0,) * 4, layout="contiguous", size=(16, 16)),  # planes
     ):
         run(make_tensors(case), "cuda")
-    device.set_device(processors=132, warpgroups=True)
+    device.set_device(sm_count=132, warpgroups=True)
     run(make_tensors(small), "cuda")
     device.set_device(warpgroups=False)
     run(make_tensors(small), "cuda")

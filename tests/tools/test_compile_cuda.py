@@ -44,14 +44,14 @@ def test_examine_reports_spills_and_missing_instructions() -> None:
 
 def test_instance_of_parses_mangled_names() -> None:
     tile = "".join(f"Li{size}E" for size in LARGE)
-    name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8ProductsE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
+    name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8MathModeE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
     assert instance_of(name) == Instance("conv", "float32", LARGE, True)
     assert instance_of("_ZN12block_kernelINS_11ChannelPackINS_8HalfWordEEEEEvv") == Instance("pack", "half", (), False)
     halo = "".join(f"Li{size}E" for size in HALO.tile)
-    name = f"_ZN12block_kernelINS_10HaloConv2dILNS_8ProductsE0ENS_4TileI{halo}EEEENS_10HaloParamsELi1EEEvT0_"
+    name = f"_ZN12block_kernelINS_10HaloConv2dILNS_8MathModeE0ENS_4TileI{halo}EEEENS_10HaloParamsELi1EEEvT0_"
     assert instance_of(name) == HALO
     warpgroup = "".join(f"Li{size}E" for size in WARPGROUP.tile)
-    name = f"_ZN16warpgroup_kernelINS_15WarpgroupConv2dILNS_8ProductsE0ENS_4TileI{warpgroup}EEEEEvNS_10ConvParamsE"
+    name = f"_ZN16warpgroup_kernelINS_15WarpgroupConv2dILNS_8MathModeE0ENS_4TileI{warpgroup}EEEEEvNS_10ConvParamsE"
     assert instance_of(name) == WARPGROUP
     assert instance_of("_Z28another_kernelv") is None
 
@@ -94,7 +94,7 @@ def test_small_kernels_compile_without_faults() -> None:
     assert nvcc is not None
     assert cuobjdump is not None
     codes = compile_cuda.compile_source("channel_pack", "80", nvcc, cuobjdump)
-    assert sorted((code.kernel, code.products) for code in codes) == sorted(
+    assert sorted((code.kernel, code.mode) for code in codes) == sorted(
         (kernel, element) for kernel in ("pack", "sum", "unpack") for element in ("bfloat16", "half", "float32")
     )
     assert all(code.wrong == [] and 0 < code.registers < 64 for code in codes)

@@ -23,7 +23,7 @@ def test_machine_code_has_no_fault(case: Case) -> None:
     assert code.wrong == []
     assert code.copies_16 > 0
     assert code.spill_bytes == 0
-    assert code.blocks_per_processor >= 1
+    assert code.blocks_per_sm >= 1
 
 
 def test_check_reports_spills_and_missing_instructions() -> None:

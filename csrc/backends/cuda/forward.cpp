@@ -43,7 +43,7 @@ bool takes_halo(const ConvLaunch& l) {
   p.batch = static_cast<int>(x.size(0));
   p.columns = static_cast<int>(l.columns);
   const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  // That there is a tile does not depend on the number of processors.
+  // Whether a tile fits is independent of the number of SMs.
   return choose_halo(halo_case(p, address, static_cast<int>(x.element_size())), 1).fits;
 }
 

@@ -48,14 +48,14 @@ void check_launch(Status status, const char* kernel, const at::Tensor& source, c
 }
 
 // By the user's wish for float32 convolutions, under its older or its newer name.
-Products products_of(const at::Tensor& t) {
+MathMode products_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kBFloat16:
-      return Products::kBFloat16;
+      return MathMode::kBFloat16;
     case at::kHalf:
-      return Products::kHalf;
+      return MathMode::kHalf;
     default:
-      return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) ? Products::kTf32 : Products::kFloat32;
+      return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) ? MathMode::kTf32 : MathMode::kFloat32;
   }
 }
 
@@ -115,7 +115,7 @@ at::Tensor new_copy(const at::Tensor& t, int64_t channels) {
 
 // Adds the rows of `partial` (terms, columns) into the places of `result` that the list names.
 void sum_terms(const at::Tensor& partial, const at::Tensor& result, const ListParams& list, const int32_t* used,
-               Products products, const OnDevice& on) {
+               MathMode mode, const OnDevice& on) {
   SumPartialsParams p{};
   p.partial = partial.const_data_ptr<float>();
   p.result = result.mutable_data_ptr();
@@ -127,7 +127,7 @@ void sum_terms(const at::Tensor& partial, const at::Tensor& result, const ListPa
   p.rows = p.taps = p.kernel_w = 1;
   p.columns = static_cast<int>(partial.size(1));
   p.result_is_float = result.scalar_type() == at::kFloat;
-  check_launch(launcher().sum_partials(p, products, on.stream), "sum_partials", partial, result);
+  check_launch(launcher().sum_partials(p, mode, on.stream), "sum_partials", partial, result);
 }
 
 int row_tile(TileShape tile) {
@@ -135,7 +135,7 @@ int row_tile(TileShape tile) {
 }
 
 // The forward with a halo, of filled-in parameters.
-void launch_halo(const ConvParams& conv, const ConvLaunch& l, Products products, const OnDevice& on) {
+void launch_halo(const ConvParams& conv, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
   HaloParams p{};
   p.conv = conv;
   p.planes = l.source.stride(3) == 1;
@@ -150,15 +150,15 @@ void launch_halo(const ConvParams& conv, const ConvLaunch& l, Products products,
   }
   const auto element_bytes = static_cast<int>(l.source.element_size());
   const HaloChoice choice = choose_halo(halo_case(conv, reinterpret_cast<uintptr_t>(conv.source), element_bytes),
-                                        launcher().processor_count(on.index));
+                                        launcher().sm_count(on.index));
   TORCH_INTERNAL_ASSERT(choice.fits && !conv.gradient && !conv.full_width);
   p.shape = choice.shape;
-  check_launch(launcher().halo_conv2d(p, products, choice.tile, choice.shared_bytes, on.stream), "halo_conv2d",
-               l.source, l.runs[0].weight);
+  check_launch(launcher().halo_conv2d(p, mode, choice.tile, choice.shared_bytes, on.stream), "halo_conv2d", l.source,
+               l.runs[0].weight);
 }
 
 // One launch, of parameters that lack what depends on the tile.
-void launch_gemm(ConvParams p, const ConvLaunch& l, Products products, const OnDevice& on) {
+void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
   const bool planes = l.route == ConvRoute::kPlanes;
   const auto along = [&](const ConvAxis& axis) {
     return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
@@ -166,15 +166,14 @@ void launch_gemm(ConvParams p, const ConvLaunch& l, Products products, const OnD
   const int64_t pixels = along(p.axis_h) * along(p.axis_w);
   const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
   const int64_t rows = planes ? pixels : pixels * p.batch;
-  const int processors = launcher().processor_count(on.index);
-  const TileShape tile = choose_tile(rows, p.columns, grids, planes, processors);
+  const int sm_count = launcher().sm_count(on.index);
+  const TileShape tile = choose_tile(rows, p.columns, grids, planes, sm_count);
   const bool reduced = has_value(l.grad_switch);
   const at::Tensor& weight = l.runs[0].weight;
-  const bool words = products == Products::kBFloat16 || products == Products::kHalf;
+  const bool words = mode == MathMode::kBFloat16 || mode == MathMode::kHalf;
   if (words && !planes && !reduced && tile == TileShape::kLarge && launcher().has_warpgroups(on.index)) {
-    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, processors);
-    return check_launch(launcher().warpgroup_conv2d(p, products, wide, on.stream), "warpgroup_conv2d", l.source,
-                        weight);
+    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, sm_count);
+    return check_launch(launcher().warpgroup_conv2d(p, mode, wide, on.stream), "warpgroup_conv2d", l.source, weight);
   }
   at::Tensor partial;
   if (reduced) {
@@ -185,8 +184,8 @@ void launch_gemm(ConvParams p, const ConvLaunch& l, Products products, const OnD
     p.input_stride = strides_of(*l.input);
     p.reduce_off = l.reduce_off;
   }
-  check_launch(launcher().gathered_conv2d(p, products, tile, planes, on.stream), "gathered_conv2d", l.source, weight);
-  if (reduced) sum_terms(partial, *l.grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, products, on);
+  check_launch(launcher().gathered_conv2d(p, mode, tile, planes, on.stream), "gathered_conv2d", l.source, weight);
+  if (reduced) sum_terms(partial, *l.grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, mode, on);
 }
 
 }  // namespace
@@ -199,7 +198,7 @@ void set_cuda_launcher(const CudaLauncher* given) {
 }
 
 void launch_conv(const ConvLaunch& l) {
-  const Products products = products_of(l.source);
+  const MathMode mode = products_of(l.source);
   const bool planes = l.route == ConvRoute::kPlanes, halo = l.route == ConvRoute::kHalo;
   TORCH_INTERNAL_ASSERT(halo || aligned_chunks(l.source, planes));
   const OnDevice on(l.source);
@@ -250,7 +249,7 @@ void launch_conv(const ConvLaunch& l) {
   for_launches(l.runs, [&](const Runs& runs, int images) {
     p.runs = runs;
     p.batch = images;
-    halo ? launch_halo(p, l, products, on) : launch_gemm(p, l, products, on);
+    halo ? launch_halo(p, l, mode, on) : launch_gemm(p, l, mode, on);
   });
 }
 
@@ -258,7 +257,7 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
                             const ListForm& source_list, const ListForm& rows, const ListForm& columns,
                             const OptionalTensor& used, const ConvAxis& h, const ConvAxis& w) {
   TORCH_INTERNAL_ASSERT(aligned_chunks(source, false) && aligned_chunks(grad, false));
-  const Products products = products_of(source);
+  const MathMode mode = products_of(source);
   const OnDevice on(source);
   WeightGradientParams p{};
   p.grad = grad.const_data_ptr();
@@ -281,13 +280,12 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   const int64_t pixels = int64_t{p.batch} * h.output * w.output;
   const int64_t depth = kDepthBytes / static_cast<int64_t>(source.element_size());
   // Two waves of blocks at most, and at least four steps for each block.
-  const int64_t most =
-      std::max<int64_t>(1, std::min(2 * launcher().processor_count(on.index) / tiles, pixels / (4 * depth)));
+  const int64_t most = std::max<int64_t>(1, std::min(2 * launcher().sm_count(on.index) / tiles, pixels / (4 * depth)));
   p.pixels_per_chunk = static_cast<int>((pixels + most * depth - 1) / (most * depth) * depth);
   const int64_t chunks = (pixels + p.pixels_per_chunk - 1) / p.pixels_per_chunk;
   const at::Tensor partial = new_floats({chunks, p.rows, taps, p.columns}, source);
   p.partial = partial.mutable_data_ptr<float>();
-  check_launch(launcher().weight_gradient(p, products, tile, on.stream), "weight_gradient", grad, source);
+  check_launch(launcher().weight_gradient(p, mode, tile, on.stream), "weight_gradient", grad, source);
 
   SumPartialsParams s{};
   s.partial = p.partial;
@@ -305,7 +303,7 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   s.kernel_w = w.kernel;
   s.columns = p.columns;
   s.result_is_float = result.scalar_type() == at::kFloat;
-  check_launch(launcher().sum_partials(s, products, on.stream), "sum_partials", partial, result);
+  check_launch(launcher().sum_partials(s, mode, on.stream), "sum_partials", partial, result);
 }
 
 at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun>& runs, const OptionalTensor& used,

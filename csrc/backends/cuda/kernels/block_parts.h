@@ -47,14 +47,14 @@ BAP_DEVICE scalar_t transformed(const VectorParams& scale, const VectorParams& s
   return from_float<scalar_t>(relu ? rectified(value) : value);
 }
 
-// Fragments of slice `slice` of an operand that starts at byte `at`: kProductsM x 4 and kProductsN x 2 registers.
+// Fragments of slice `slice` of an operand that starts at byte `at`: kMmasM x 4 and kMmasN x 2 registers.
 template <class Tile, int kElementBytes, bool kByDepth, class Block, class State>
 BAP_DEVICE void load_fragments_a(Block& b, int thread, State& s, int at, int slice) {
   const int lane = thread % kWarp;
   const int first = thread / kWarp / Tile::kWarpsN * Tile::kWarpRows;
   BAP_UNROLL
-  for (int i = 0; i < Tile::kProductsM; ++i) {
-    const int row = first + i * kProductRows;
+  for (int i = 0; i < Tile::kMmasM; ++i) {
+    const int row = first + i * kMmaRows;
     if constexpr (!kByDepth) {
       b.load_matrices(thread, s.a[i],
                       [=](int of) { return at + by_rows(row + matrix_row_a(of), 2 * slice + matrix_chunk_a(of)); });
@@ -78,8 +78,8 @@ BAP_DEVICE void load_fragments_b(Block& b, int thread, State& s, int at, int sli
   const int lane = thread % kWarp;
   const int first = thread / kWarp % Tile::kWarpsN * Tile::kWarpColumns;
   BAP_UNROLL
-  for (int j = 0; j < Tile::kProductsN; j += 2) {
-    const int column = first + j * kProductColumns;
+  for (int j = 0; j < Tile::kMmasN; j += 2) {
+    const int column = first + j * kMmaColumns;
     uint32_t pair[4];
     if constexpr (!kByDepth) {
       b.load_matrices(thread, pair,
@@ -92,7 +92,7 @@ BAP_DEVICE void load_fragments_b(Block& b, int thread, State& s, int at, int sli
     } else {
       BAP_UNROLL
       for (int r = 0; r < 4; ++r) {
-        const int n = column + r / 2 * kProductColumns + fragment_column_b(lane);
+        const int n = column + r / 2 * kMmaColumns + fragment_column_b(lane);
         pair[r] = b.load_word(
             thread, at + by_depth<Tile::kColumns, 4>(8 * slice + fragment_depth_b(lane, r % 2), n / 4) + n % 4 * 4);
       }

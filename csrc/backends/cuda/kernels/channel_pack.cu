@@ -6,33 +6,33 @@
 
 namespace bap_kernels {
 
-Status launch_channel_pack(const ChannelPackParams& p, Products products, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_channel_pack(const ChannelPackParams& p, MathMode mode, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return launch_blocks<ChannelPack<BFloat16Word>, 1>(p, ChannelPack<BFloat16Word>::kSharedBytes, stream);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return launch_blocks<ChannelPack<HalfWord>, 1>(p, ChannelPack<HalfWord>::kSharedBytes, stream);
     default:
       return launch_blocks<ChannelPack<float>, 1>(p, ChannelPack<float>::kSharedBytes, stream);
   }
 }
 
-Status launch_channel_unpack(const ChannelUnpackParams& p, Products products, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_channel_unpack(const ChannelUnpackParams& p, MathMode mode, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return launch_blocks<ChannelUnpack<BFloat16Word>, 1>(p, ChannelUnpack<BFloat16Word>::kSharedBytes, stream);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return launch_blocks<ChannelUnpack<HalfWord>, 1>(p, ChannelUnpack<HalfWord>::kSharedBytes, stream);
     default:
       return launch_blocks<ChannelUnpack<float>, 1>(p, ChannelUnpack<float>::kSharedBytes, stream);
   }
 }
 
-Status launch_sum_partials(const SumPartialsParams& p, Products products, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_sum_partials(const SumPartialsParams& p, MathMode mode, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return launch_blocks<SumPartials<BFloat16Word>, 1>(p, 0, stream);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return launch_blocks<SumPartials<HalfWord>, 1>(p, 0, stream);
     default:
       return launch_blocks<SumPartials<float>, 1>(p, 0, stream);
@@ -41,7 +41,7 @@ Status launch_sum_partials(const SumPartialsParams& p, Products products, void* 
 
 const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-int processor_count(int device) {
+int sm_count(int device) {
   int count = 0;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
 }

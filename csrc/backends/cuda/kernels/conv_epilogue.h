@@ -60,14 +60,13 @@ struct ConvEpilogue {
   BAP_DEVICE static void stage_sums(Block& b, int thread, const State& s) {
     const int lane = thread % kWarp, warp = thread / kWarp;
     BAP_UNROLL
-    for (int i = 0; i < Tile::kProductsM; ++i) {
+    for (int i = 0; i < Tile::kMmasM; ++i) {
       BAP_UNROLL
-      for (int j = 0; j < Tile::kProductsN; ++j) {
+      for (int j = 0; j < Tile::kMmasN; ++j) {
         BAP_UNROLL
         for (int r = 0; r < 4; ++r) {
-          const int row = warp / Tile::kWarpsN * Tile::kWarpRows + i * kProductRows + fragment_row_c(lane, r);
-          const int column =
-              warp % Tile::kWarpsN * Tile::kWarpColumns + j * kProductColumns + fragment_column_c(lane, r);
+          const int row = warp / Tile::kWarpsN * Tile::kWarpRows + i * kMmaRows + fragment_row_c(lane, r);
+          const int column = warp % Tile::kWarpsN * Tile::kWarpColumns + j * kMmaColumns + fragment_column_c(lane, r);
           b.template store<float>(thread, staged(row, column) * 4, s.sums[i][j][r]);
         }
       }

@@ -1,4 +1,4 @@
-// The device as the block of a kernel: asynchronous copies, matrix loads and products of the tensor cores, sm_80 and
+// The device as the block of a kernel: asynchronous copies, matrix loads and mma, sm_80 and
 // up. The text of the kernels is in *_block.h; what is here is all that a simulation on the host replaces.
 #pragma once
 
@@ -75,30 +75,30 @@ class DeviceBlock {
   }
 
   // All products of the fragments that each thread holds.
-  template <Products kProducts, class Tile>
+  template <MathMode kMode, class Tile>
   __device__ __forceinline__ void multiply() {
-    if constexpr (kProducts == Products::kBFloat16 || kProducts == Products::kHalf) {
+    if constexpr (kMode == MathMode::kBFloat16 || kMode == MathMode::kHalf) {
       BAP_UNROLL
-      for (int i = 0; i < Tile::kProductsM; ++i) {
+      for (int i = 0; i < Tile::kMmasM; ++i) {
         BAP_UNROLL
-        for (int j = 0; j < Tile::kProductsN; ++j) product<kProducts>(state_.sums[i][j], state_.a[i], state_.b[j]);
+        for (int j = 0; j < Tile::kMmasN; ++j) mma<kMode>(state_.sums[i][j], state_.a[i], state_.b[j]);
       }
     } else {
-      constexpr bool kSplit = kProducts == Products::kFloat32;
-      uint32_t b_low[kSplit ? Tile::kProductsN : 1][2];
+      constexpr bool kSplit = kMode == MathMode::kFloat32;
+      uint32_t b_low[kSplit ? Tile::kMmasN : 1][2];
       BAP_UNROLL
-      for (int j = 0; j < Tile::kProductsN; ++j) round<kSplit, 2>(state_.b[j], b_low[kSplit ? j : 0]);
+      for (int j = 0; j < Tile::kMmasN; ++j) round<kSplit, 2>(state_.b[j], b_low[kSplit ? j : 0]);
       BAP_UNROLL
-      for (int i = 0; i < Tile::kProductsM; ++i) {
+      for (int i = 0; i < Tile::kMmasM; ++i) {
         uint32_t a_low[4];
         round<kSplit, 4>(state_.a[i], a_low);
         BAP_UNROLL
-        for (int j = 0; j < Tile::kProductsN; ++j) {
+        for (int j = 0; j < Tile::kMmasN; ++j) {
           if constexpr (kSplit) {
-            product<Products::kTf32>(state_.sums[i][j], a_low, state_.b[j]);
-            product<Products::kTf32>(state_.sums[i][j], state_.a[i], b_low[j]);
+            mma<MathMode::kTf32>(state_.sums[i][j], a_low, state_.b[j]);
+            mma<MathMode::kTf32>(state_.sums[i][j], state_.a[i], b_low[j]);
           }
-          product<Products::kTf32>(state_.sums[i][j], state_.a[i], state_.b[j]);
+          mma<MathMode::kTf32>(state_.sums[i][j], state_.a[i], state_.b[j]);
         }
       }
     }
@@ -115,14 +115,14 @@ class DeviceBlock {
     }
   }
 
-  template <Products kProducts>
-  __device__ __forceinline__ static void product(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    if constexpr (kProducts == Products::kBFloat16) {
+  template <MathMode kMode>
+  __device__ __forceinline__ static void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kMode == MathMode::kBFloat16) {
       asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
           "{%0, %1, %2, %3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    } else if constexpr (kProducts == Products::kHalf) {
+    } else if constexpr (kMode == MathMode::kHalf) {
       asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
           "{%0, %1, %2, %3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -99,12 +99,12 @@ class DeviceWarpgroups : public DeviceBlock<State> {
     if constexpr (kLeft == 0) hold_sums();
   }
   // One product of the group's rows and kColumns columns over a slice of depth; the operands begin at these bytes.
-  template <Products kProducts, int kColumns>
+  template <MathMode kMode, int kColumns>
   __device__ __forceinline__ void multiply_group(int rows_at, int columns_at) {
     const uint64_t a = matrix_descriptor(this->shared_ + rows_at), b = matrix_descriptor(this->shared_ + columns_at);
-    float (&c)[kColumns / kProductColumns][4] = this->state_.sums[0];
-    constexpr bool kBFloat16 = kProducts == Products::kBFloat16;
-    static_assert(kBFloat16 || kProducts == Products::kHalf, "16-bit products");
+    float (&c)[kColumns / kMmaColumns][4] = this->state_.sums[0];
+    constexpr bool kBFloat16 = kMode == MathMode::kBFloat16;
+    static_assert(kBFloat16 || kMode == MathMode::kHalf, "16-bit products");
     if constexpr (kColumns == 128 && kBFloat16) {
       asm volatile(BAP_PRODUCT("128", "bf16", BAP_NAMES_64, "%64", "%65") : BAP_SUMS_64(0) : "l"(a), "l"(b));
     } else if constexpr (kColumns == 128) {
@@ -125,9 +125,9 @@ class DeviceWarpgroups : public DeviceBlock<State> {
  private:
   // Keeps the compiler from moving other uses of the sums across.
   __device__ __forceinline__ void hold_sums() {
-    constexpr int kProductsN = sizeof(this->state_.sums[0]) / sizeof(this->state_.sums[0][0]);
+    constexpr int kMmasN = sizeof(this->state_.sums[0]) / sizeof(this->state_.sums[0][0]);
     BAP_UNROLL
-    for (int j = 0; j < kProductsN; ++j) {
+    for (int j = 0; j < kMmasN; ++j) {
       BAP_UNROLL
       for (int r = 0; r < 4; ++r) asm volatile("" : "+f"(this->state_.sums[0][j][r])::"memory");
     }

@@ -11,9 +11,9 @@
 
 namespace bap_kernels {
 
-// How the products of a kernel are made. kFloat32 splits each operand into two TF32 parts and adds three products,
-// which leaves an error near that of float32.
-enum class Products : int { kBFloat16, kHalf, kTf32, kFloat32 };
+// The math mode of a kernel: the type that the tensor cores multiply. kFloat32 splits each operand into two TF32 parts
+// and adds three products, which leaves an error near that of float32.
+enum class MathMode : int { kBFloat16, kHalf, kTf32, kFloat32 };
 
 struct BFloat16Word {
   uint16_t bits;
@@ -108,22 +108,22 @@ BAP_HOST_DEVICE uint32_t tf32_rest(uint32_t bits, uint32_t rounded) {
   return to_tf32(bits_of(float_of(bits) - float_of(rounded)));
 }
 
-template <Products kProducts>
-struct ProductTraits;
+template <MathMode kMode>
+struct MathTraits;
 template <>
-struct ProductTraits<Products::kBFloat16> {
+struct MathTraits<MathMode::kBFloat16> {
   using scalar_t = BFloat16Word;
 };
 template <>
-struct ProductTraits<Products::kHalf> {
+struct MathTraits<MathMode::kHalf> {
   using scalar_t = HalfWord;
 };
 template <>
-struct ProductTraits<Products::kTf32> {
+struct MathTraits<MathMode::kTf32> {
   using scalar_t = float;
 };
 template <>
-struct ProductTraits<Products::kFloat32> {
+struct MathTraits<MathMode::kFloat32> {
   using scalar_t = float;
 };
 

@@ -24,18 +24,18 @@
 
 namespace bap_kernels {
 
-template <Products kProducts_, class Tile_, bool kPlanes_>
+template <MathMode kMode_, class Tile_, bool kPlanes_>
 struct GatheredConv2d {
   using Tile = Tile_;
-  using scalar_t = typename ProductTraits<kProducts_>::scalar_t;
-  static constexpr Products kProducts = kProducts_;
+  using scalar_t = typename MathTraits<kMode_>::scalar_t;
+  static constexpr MathMode kMode = kMode_;
   static constexpr bool kPlanes = kPlanes_;
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
   // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
+  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kRowStep = kThreads / kDepthChunks;
   static constexpr int kCopiesA = Tile::kRows / kRowStep, kCopiesB = Tile::kColumns / kRowStep;
   static constexpr int kGroup = 8;
@@ -47,8 +47,8 @@ struct GatheredConv2d {
     int row_h[kPlanes ? 1 : kCopiesA], row_w[kPlanes ? 1 : kCopiesA];
     int channel, next_channel;
     StepCursor cursor;
-    float sums[Tile::kProductsM][Tile::kProductsN][4];
-    uint32_t a[Tile::kProductsM][4], b[Tile::kProductsN][2];
+    float sums[Tile::kMmasM][Tile::kMmasN][4];
+    uint32_t a[Tile::kMmasM][4], b[Tile::kMmasN][2];
   };
 
   // What a block knows.

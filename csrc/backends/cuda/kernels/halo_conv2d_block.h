@@ -8,7 +8,7 @@
 //   staged: planes are copied asynchronously as they lie, one look-up per thread and block of channels, while the block
 //           before is multiplied; then turned into the halo, from shared memory to shared memory
 //   else:   elements are gathered into the halo one by one, along pixels or channels, whichever lie side by side; other
-//           blocks of the processor must hide the wait
+//           blocks of the SM must hide the wait
 // Grid: (tiles * column tiles, images). Shared memory: kStages of the weight, the halo, the staged planes; then the
 //   result in float32 and offsets.
 // Needs:  at least two taps, so that a staged block has arrived when it is turned; lists within range; for staging
@@ -24,18 +24,18 @@
 
 namespace bap_kernels {
 
-template <Products kProducts_, class Tile_>
+template <MathMode kMode_, class Tile_>
 struct HaloConv2d {
   using Tile = Tile_;
   using Memory = HaloMemory<Tile>;
-  using scalar_t = typename ProductTraits<kProducts_>::scalar_t;
-  static constexpr Products kProducts = kProducts_;
+  using scalar_t = typename MathTraits<kMode_>::scalar_t;
+  static constexpr MathMode kMode = kMode_;
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Memory::kStageBytes;
   // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
+  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kCopies = Tile::kColumns / (kThreads / kDepthChunks);
   static constexpr int kChannelThreads = depth_threads<kThreads, kBytes>();
   static constexpr int kGroup = 8;
@@ -46,8 +46,8 @@ struct HaloConv2d {
   struct State {
     int channel, next_channel;  // that the thread stages
     StepCursor cursor;
-    float sums[Tile::kProductsM][Tile::kProductsN][4];
-    uint32_t a[Tile::kProductsM][4], b[Tile::kProductsN][2];
+    float sums[Tile::kMmasM][Tile::kMmasN][4];
+    uint32_t a[Tile::kMmasM][4], b[Tile::kMmasN][2];
   };
 
   struct Plan {
@@ -268,9 +268,9 @@ struct HaloConv2d {
     const int tap = step % plan.taps;
     const int move = halo_tap(plan.shape, plan.h, plan.w, tap / plan.w.kernel, tap % plan.w.kernel);
     BAP_UNROLL
-    for (int i = 0; i < Tile::kProductsM; ++i) {
+    for (int i = 0; i < Tile::kMmasM; ++i) {
       b.load_matrices(thread, s.a[i], [&](int of) {
-        const int pixel = halo_pixel(plan.shape, plan.h.stride, first + i * kProductRows + matrix_row_a(of)) + move;
+        const int pixel = halo_pixel(plan.shape, plan.h.stride, first + i * kMmaRows + matrix_row_a(of)) + move;
         return Memory::kHaloAt + by_rows(pixel, 2 * slice + matrix_chunk_a(of));
       });
     }

@@ -153,7 +153,7 @@ HaloChoice choose_halo_shape(const HaloCase& c, HaloTileShape tile) {
 // A host's choice: whether the halo kernel takes a forward that would otherwise copy its channels first, and its tile.
 // It takes several taps whose halo fits. Without planes every tile of columns gathers the halo again, element by
 // element, which more than two of them make dearer than one compact copy.
-inline HaloChoice choose_halo(const HaloCase& c, int processors) {
+inline HaloChoice choose_halo(const HaloCase& c, int sm_count) {
   const bool taps = c.h.kernel * c.w.kernel > 1 && c.h.kernel <= 7 && c.w.kernel <= 7;
   if (!taps || (!c.planes && c.columns > 2 * SmallHaloTile::kColumns)) return {};
   const HaloChoice small = choose_halo_shape<SmallHaloTile>(c, HaloTileShape::kSmall);
@@ -162,7 +162,7 @@ inline HaloChoice choose_halo(const HaloCase& c, int processors) {
   if (!large.fits) return small;
   const int64_t blocks = int64_t{ceil_div(c.h.output, large.shape.tile_h)} * ceil_div(c.w.output, large.shape.tile_w) *
                          ceil_div(c.columns, LargeHaloTile::kColumns) * c.batch;
-  const bool idle = blocks < processors || 4 * halo_work(c, large.shape) > 5 * halo_work(c, small.shape);
+  const bool idle = blocks < sm_count || 4 * halo_work(c, large.shape) > 5 * halo_work(c, small.shape);
   // Staging hides the loads, which counts for more than larger tiles.
   const bool staged = large.shape.copy_bytes > 0 || small.shape.copy_bytes == 0;
   return small.fits && (idle || !staged) ? small : large;

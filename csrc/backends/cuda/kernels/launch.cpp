@@ -1,51 +1,51 @@
-// From a kind of products, known at run time, to the kernels that were compiled for it.
+// From a math mode, known at run time, to the kernels that were compiled for it.
 #include "backends/cuda/kernels/launch.h"
 
 #include "backends/cuda/kernels/launcher.h"
 
 namespace bap_kernels {
 
-Status launch_gathered_conv2d(const ConvParams& p, Products products, TileShape tile, bool planes, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
-      return launch_conv_of<Products::kBFloat16>(p, tile, planes, stream);
-    case Products::kHalf:
-      return launch_conv_of<Products::kHalf>(p, tile, planes, stream);
-    case Products::kTf32:
-      return launch_conv_of<Products::kTf32>(p, tile, planes, stream);
+Status launch_gathered_conv2d(const ConvParams& p, MathMode mode, TileShape tile, bool planes, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
+      return launch_conv_of<MathMode::kBFloat16>(p, tile, planes, stream);
+    case MathMode::kHalf:
+      return launch_conv_of<MathMode::kHalf>(p, tile, planes, stream);
+    case MathMode::kTf32:
+      return launch_conv_of<MathMode::kTf32>(p, tile, planes, stream);
     default:
-      return launch_conv_of<Products::kFloat32>(p, tile, planes, stream);
+      return launch_conv_of<MathMode::kFloat32>(p, tile, planes, stream);
   }
 }
 
-Status launch_warpgroup_conv2d(const ConvParams& p, Products products, WarpgroupTileShape tile, void* stream) {
-  return products == Products::kBFloat16 ? launch_warpgroup_conv_of<Products::kBFloat16>(p, tile, stream)
-                                         : launch_warpgroup_conv_of<Products::kHalf>(p, tile, stream);
+Status launch_warpgroup_conv2d(const ConvParams& p, MathMode mode, WarpgroupTileShape tile, void* stream) {
+  return mode == MathMode::kBFloat16 ? launch_warpgroup_conv_of<MathMode::kBFloat16>(p, tile, stream)
+                                     : launch_warpgroup_conv_of<MathMode::kHalf>(p, tile, stream);
 }
 
-Status launch_halo_conv2d(const HaloParams& p, Products products, HaloTileShape tile, int shared_bytes, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
-      return launch_halo_of<Products::kBFloat16>(p, tile, shared_bytes, stream);
-    case Products::kHalf:
-      return launch_halo_of<Products::kHalf>(p, tile, shared_bytes, stream);
-    case Products::kTf32:
-      return launch_halo_of<Products::kTf32>(p, tile, shared_bytes, stream);
+Status launch_halo_conv2d(const HaloParams& p, MathMode mode, HaloTileShape tile, int shared_bytes, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
+      return launch_halo_of<MathMode::kBFloat16>(p, tile, shared_bytes, stream);
+    case MathMode::kHalf:
+      return launch_halo_of<MathMode::kHalf>(p, tile, shared_bytes, stream);
+    case MathMode::kTf32:
+      return launch_halo_of<MathMode::kTf32>(p, tile, shared_bytes, stream);
     default:
-      return launch_halo_of<Products::kFloat32>(p, tile, shared_bytes, stream);
+      return launch_halo_of<MathMode::kFloat32>(p, tile, shared_bytes, stream);
   }
 }
 
-Status launch_weight_gradient(const WeightGradientParams& p, Products products, TileShape tile, void* stream) {
-  switch (products) {
-    case Products::kBFloat16:
-      return launch_weight_gradient_of<Products::kBFloat16>(p, tile, stream);
-    case Products::kHalf:
-      return launch_weight_gradient_of<Products::kHalf>(p, tile, stream);
-    case Products::kTf32:
-      return launch_weight_gradient_of<Products::kTf32>(p, tile, stream);
+Status launch_weight_gradient(const WeightGradientParams& p, MathMode mode, TileShape tile, void* stream) {
+  switch (mode) {
+    case MathMode::kBFloat16:
+      return launch_weight_gradient_of<MathMode::kBFloat16>(p, tile, stream);
+    case MathMode::kHalf:
+      return launch_weight_gradient_of<MathMode::kHalf>(p, tile, stream);
+    case MathMode::kTf32:
+      return launch_weight_gradient_of<MathMode::kTf32>(p, tile, stream);
     default:
-      return launch_weight_gradient_of<Products::kFloat32>(p, tile, stream);
+      return launch_weight_gradient_of<MathMode::kFloat32>(p, tile, stream);
   }
 }
 
@@ -65,7 +65,7 @@ const CudaLauncher& linked_launcher() {
                                   launch_channel_pack,
                                   launch_channel_unpack,
                                   status_text,
-                                  processor_count,
+                                  sm_count,
                                   has_warpgroups,
                                   is_capturing};
   return table;

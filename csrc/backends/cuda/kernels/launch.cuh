@@ -1,4 +1,4 @@
-// The kernels: one entry function for every block of *_block.h, and the launches of each kind of products.
+// The kernels: one entry function for every block of *_block.h, and the launches of each math mode.
 #pragma once
 
 #include "backends/cuda/kernels/device_block.cuh"
@@ -28,12 +28,12 @@ Status launch_blocks(const Params& p, int shared_bytes, void* stream) {
   return cudaGetLastError();
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* stream) {
-#define BAP_KERNELS_CASE(name, ...)                                                            \
-  case TileShape::k##name:                                                                     \
-    return launch_blocks<GatheredConv2d<kProducts, name##Tile, kPlanes>, name##Tile::kBlocks>( \
-        p, name##Tile::kSharedBytes, stream);
+#define BAP_KERNELS_CASE(name, ...)                                                                                    \
+  case TileShape::k##name:                                                                                             \
+    return launch_blocks<GatheredConv2d<kMode, name##Tile, kPlanes>, name##Tile::kBlocks>(p, name##Tile::kSharedBytes, \
+                                                                                          stream);
   if (planes) {
     constexpr bool kPlanes = true;
     switch (tile) {
@@ -48,22 +48,21 @@ Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* st
   return cudaErrorInvalidValue;
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void* stream) {
 #define BAP_KERNELS_CASE(name, ...) \
   case HaloTileShape::k##name:      \
-    return launch_blocks<HaloConv2d<kProducts, name##HaloTile>, name##HaloTile::kBlocks>(p, shared_bytes, stream);
+    return launch_blocks<HaloConv2d<kMode, name##HaloTile>, name##HaloTile::kBlocks>(p, shared_bytes, stream);
   switch (tile) { BAP_KERNELS_HALO_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return cudaErrorInvalidValue;
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void* stream) {
-#define BAP_KERNELS_CASE(name, ...)                                                                                 \
-  case TileShape::k##name:                                                                                          \
-    return launch_blocks<WeightGradient<kProducts, name##Tile>, name##Tile::kBlocks>(p, name##Tile::kPipelineBytes, \
-                                                                                     stream);
+#define BAP_KERNELS_CASE(name, ...) \
+  case TileShape::k##name:          \
+    return launch_blocks<WeightGradient<kMode, name##Tile>, name##Tile::kBlocks>(p, name##Tile::kPipelineBytes, stream);
   switch (tile) {
     BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_CASE)
     default:

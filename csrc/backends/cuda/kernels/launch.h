@@ -10,34 +10,33 @@ namespace bap_kernels {
 
 using Status = int;
 
-Status launch_gathered_conv2d(const ConvParams& params, Products products, TileShape tile, bool planes, void* stream);
+Status launch_gathered_conv2d(const ConvParams& params, MathMode mode, TileShape tile, bool planes, void* stream);
 // Products of the 16-bit kinds, by sources that are not planar and without terms of a switch's gradient; on devices
 // that have warpgroups.
-Status launch_warpgroup_conv2d(const ConvParams& params, Products products, WarpgroupTileShape tile, void* stream);
+Status launch_warpgroup_conv2d(const ConvParams& params, MathMode mode, WarpgroupTileShape tile, void* stream);
 // `shared_bytes`: what the choice of the shape said.
-Status launch_halo_conv2d(const HaloParams& params, Products products, HaloTileShape tile, int shared_bytes,
-                          void* stream);
-Status launch_weight_gradient(const WeightGradientParams& params, Products products, TileShape tile, void* stream);
-Status launch_sum_partials(const SumPartialsParams& params, Products products, void* stream);
-Status launch_channel_pack(const ChannelPackParams& params, Products products, void* stream);
-Status launch_channel_unpack(const ChannelUnpackParams& params, Products products, void* stream);
+Status launch_halo_conv2d(const HaloParams& params, MathMode mode, HaloTileShape tile, int shared_bytes, void* stream);
+Status launch_weight_gradient(const WeightGradientParams& params, MathMode mode, TileShape tile, void* stream);
+Status launch_sum_partials(const SumPartialsParams& params, MathMode mode, void* stream);
+Status launch_channel_pack(const ChannelPackParams& params, MathMode mode, void* stream);
+Status launch_channel_unpack(const ChannelUnpackParams& params, MathMode mode, void* stream);
 
 const char* status_text(Status status);
 // Streaming multiprocessors of a device.
-int processor_count(int device);
-// Whether a device, the current one, runs the products of warpgroups, and code for it was compiled.
+int sm_count(int device);
+// Whether a device, the current one, runs WGMMA, and code for it was compiled.
 bool has_warpgroups(int device);
 // Whether work on the stream is being captured into a graph, when nothing may be read back.
 bool is_capturing(void* stream);
 
-// One products' part of the first four: what the file of each compiles.
-template <Products kProducts>
+// One math mode's part of the first four: what the file of each compiles.
+template <MathMode kMode>
 Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_warpgroup_conv_of(const ConvParams& params, WarpgroupTileShape tile, void* stream);
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_halo_of(const HaloParams& params, HaloTileShape tile, int shared_bytes, void* stream);
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_weight_gradient_of(const WeightGradientParams& params, TileShape tile, void* stream);
 
 }  // namespace bap_kernels

@@ -1,4 +1,4 @@
-// The entry function of the kernel of warpgroups and its launch, of one kind of products.
+// The entry function of the WGMMA kernel and its launch, in one math mode.
 #pragma once
 
 #include <atomic>
@@ -36,11 +36,11 @@ Status launch_warpgroups(const ConvParams& p, void* stream) {
   return cudaGetLastError();
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_warpgroup_conv_of(const ConvParams& p, WarpgroupTileShape tile, void* stream) {
 #define BAP_KERNELS_CASE(name, ...) \
   case WarpgroupTileShape::k##name: \
-    return launch_warpgroups<WarpgroupConv2d<kProducts, name##WarpgroupTile>>(p, stream);
+    return launch_warpgroups<WarpgroupConv2d<kMode, name##WarpgroupTile>>(p, stream);
   switch (tile) { BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return cudaErrorInvalidValue;

@@ -20,7 +20,7 @@ struct CudaLauncher {
   decltype(&launch_channel_pack) channel_pack;
   decltype(&launch_channel_unpack) channel_unpack;
   decltype(&bap_kernels::status_text) status_text;
-  decltype(&bap_kernels::processor_count) processor_count;
+  decltype(&bap_kernels::sm_count) sm_count;
   decltype(&bap_kernels::has_warpgroups) has_warpgroups;
   decltype(&bap_kernels::is_capturing) is_capturing;
 };

@@ -1,4 +1,4 @@
-// How the products of a warpgroup (wgmma, compute capability 9.0a) are told where an operand lies in shared memory.
+// How WGMMA (compute capability 9.0a) is told where an operand lies in shared memory.
 //
 // An operand has rows of 128 bytes of depth; 8 rows are a group of 1024 bytes, which begins at a multiple of that. The
 // instruction finds a chunk of 16 bytes by an address with bits 4 to 6 exchanged by bits 7 to 9 (XOR), which is where

@@ -1,7 +1,7 @@
 // The sum of every kernel that multiplies: stages of shared memory are filled by asynchronous copies that run ahead of
 // the products made from them.
 //
-// A kernel gives: Tile, kProducts, kStages, kStageBytes, kSliceUnroll, a State with `sums`, and
+// A kernel gives: Tile, kMode, kStages, kStageBytes, kSliceUnroll, a State with `sums`, and
 //   begin(b, p, plan, thread, state)                 before its first copy; copies that it starts arrive with the first
 //                                                    step's
 //   copy(b, p, plan, thread, state, stage)           starts the copies of the next step into the stage at byte `stage`
@@ -19,9 +19,9 @@ namespace bap_kernels {
 template <class Tile, class State>
 BAP_DEVICE void clear_sums(State& s) {
   BAP_UNROLL
-  for (int i = 0; i < Tile::kProductsM; ++i) {
+  for (int i = 0; i < Tile::kMmasM; ++i) {
     BAP_UNROLL
-    for (int j = 0; j < Tile::kProductsN; ++j) {
+    for (int j = 0; j < Tile::kMmasN; ++j) {
       BAP_UNROLL
       for (int r = 0; r < 4; ++r) s.sums[i][j][r] = 0.0f;
     }
@@ -54,7 +54,7 @@ BAP_DEVICE void sum_products(Block& b, const Params& p, const Plan& plan) {
     BAP_UNROLL_SLICES
     for (int slice = 0; slice < kSlices; ++slice) {
       b.each([&](int thread, State& s) { Kernel::load(b, plan, thread, s, step, read * kStageBytes, slice); });
-      b.template multiply<Kernel::kProducts, typename Kernel::Tile>();
+      b.template multiply<Kernel::kMode, typename Kernel::Tile>();
     }
     read = read + 1 == kStages ? 0 : read + 1;
     written = written + 1 == kStages ? 0 : written + 1;

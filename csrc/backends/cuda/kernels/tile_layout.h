@@ -16,7 +16,7 @@ constexpr int kDepthBytes = 128;
 constexpr int kDepthChunks = kDepthBytes / kChunkBytes;
 constexpr int kWarp = 32;
 // One product of the tensor cores: 16 rows x 8 columns x 32 bytes of depth, whatever the element type.
-constexpr int kProductRows = 16, kProductColumns = 8, kSliceBytes = 32;
+constexpr int kMmaRows = 16, kMmaColumns = 8, kSliceBytes = 32;
 constexpr int kSlices = kDepthBytes / kSliceBytes;
 
 // Rows and columns of the result that a block computes, warps along each, stages of the pipeline.
@@ -26,7 +26,7 @@ struct Tile {
   static constexpr int kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kWarpRows = kRows / kWarpsM, kWarpColumns = kColumns / kWarpsN;
-  static constexpr int kProductsM = kWarpRows / kProductRows, kProductsN = kWarpColumns / kProductColumns;
+  static constexpr int kMmasM = kWarpRows / kMmaRows, kMmasN = kWarpColumns / kMmaColumns;
   static constexpr int kStageBytes = (kRows + kColumns) * kDepthBytes;
   static constexpr int kColumnsAt = kRows * kDepthBytes;  // where a stage's second operand starts
   // A result is staged in float32 before it is stored; the gap at each line's end keeps its writes off each other's
@@ -41,7 +41,7 @@ struct Tile {
   static constexpr int kEpilogueBytes = kPlacesAt + kColumns * 4;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kPipelineBytes > kEpilogueBytes ? kPipelineBytes : kEpilogueBytes;
-  static_assert(kWarpRows % kProductRows == 0 && kWarpColumns % (2 * kProductColumns) == 0, "pairs of products");
+  static_assert(kWarpRows % kMmaRows == 0 && kWarpColumns % (2 * kMmaColumns) == 0, "pairs of products");
   static_assert(kThreads % kDepthChunks == 0 && kRows % (kThreads / kDepthChunks) == 0, "whole copies");
   static_assert(kColumns % (kThreads / kDepthChunks) == 0, "whole copies");
 };

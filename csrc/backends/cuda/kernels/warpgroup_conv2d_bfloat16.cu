@@ -1,17 +1,17 @@
-// The convolution by products of warpgroups, of one kind of products, and whether a device runs them; see
+// The convolution by WGMMA in one math mode, and whether a device runs them; see
 // warpgroup_conv2d_block.h.
 #include "backends/cuda/kernels/launch_warpgroups.cuh"
 
 namespace bap_kernels {
 
-template Status launch_warpgroup_conv_of<Products::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
+template Status launch_warpgroup_conv_of<MathMode::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
 
 bool has_warpgroups(int device) {
   constexpr int kDevices = 64;
   static std::atomic<signed char> known[kDevices];  // 0: not asked yet
   if (device < 0 || device >= kDevices) return false;
   if (known[device] == 0) {
-    using Kernel = WarpgroupConv2d<Products::kBFloat16, SquareWarpgroupTile>;
+    using Kernel = WarpgroupConv2d<MathMode::kBFloat16, SquareWarpgroupTile>;
     int major = 0;
     cudaFuncAttributes attributes{};
     const bool runs = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&

@@ -1,4 +1,4 @@
-// The gathered convolution by products of whole warpgroups (wgmma), compute capability 9.0a: the implicit GEMM of
+// The gathered convolution by WGMMA, compute capability 9.0a: the implicit GEMM of
 // gathered_conv2d_block.h for sources in NHWC, with its plan, its copies and its epilogue.
 //
 // Block: one warpgroup copies, the others multiply, kWarpgroupRows rows of the tile each. They meet at two barriers in
@@ -22,18 +22,18 @@
 
 namespace bap_kernels {
 
-template <Products kProducts_, class Tile_>
+template <MathMode kMode_, class Tile_>
 struct WarpgroupConv2d {
   using Tile = Tile_;
-  using scalar_t = typename ProductTraits<kProducts_>::scalar_t;
-  static constexpr Products kProducts = kProducts_;
+  using scalar_t = typename MathTraits<kMode_>::scalar_t;
+  static constexpr MathMode kMode = kMode_;
   static constexpr int kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
   static constexpr int kConsumers = Tile::kThreads, kConsumerGroups = kConsumers / kWarpgroup;
   static constexpr int kThreads = kConsumers + kWarpgroup;
   // Registers of a thread are given out in units of 8; a block of 384 threads begins with 168 for each.
   static constexpr int kProducerRegisters = 136, kConsumerRegisters = 184;
   // The same tile as the copying warpgroup sees it.
-  using Copies = GatheredConv2d<kProducts, bap_kernels::Tile<Tile::kRows, Tile::kColumns, 4, 1, kStages, 1>, false>;
+  using Copies = GatheredConv2d<kMode, bap_kernels::Tile<Tile::kRows, Tile::kColumns, 4, 1, kStages, 1>, false>;
   using Epilogue = ConvEpilogue<scalar_t, Tile, false>;
   static constexpr int kBarriersAt = Tile::kSharedBytes;
   static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
@@ -45,7 +45,7 @@ struct WarpgroupConv2d {
 
   struct State {
     typename Copies::State copies;
-    float sums[Tile::kProductsM][Tile::kProductsN][4];
+    float sums[Tile::kMmasM][Tile::kMmasN][4];
   };
   using Plan = typename Copies::Plan;
 
@@ -92,7 +92,7 @@ struct WarpgroupConv2d {
       const int columns = at.stage * kStageBytes + Tile::kColumnsAt;
       BAP_UNROLL
       for (int slice = 0; slice < kSlices; ++slice) {
-        b.template multiply_group<kProducts, Tile::kColumns>(rows + slice * kSliceBytes, columns + slice * kSliceBytes);
+        b.template multiply_group<kMode, Tile::kColumns>(rows + slice * kSliceBytes, columns + slice * kSliceBytes);
       }
       b.commit_products();
       // Those of the step before have been made: its stage may be filled again.

@@ -14,25 +14,25 @@
 
 namespace bap_kernels {
 
-template <Products kProducts_, class Tile_>
+template <MathMode kMode_, class Tile_>
 struct WeightGradient {
   using Tile = Tile_;
-  using scalar_t = typename ProductTraits<kProducts_>::scalar_t;
-  static constexpr Products kProducts = kProducts_;
+  using scalar_t = typename MathTraits<kMode_>::scalar_t;
+  static constexpr MathMode kMode = kMode_;
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
   // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kProducts == Products::kFloat32 ? 1 : kSlices;
+  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kCopiesA = Tile::kRows * kDepth / kVector / kThreads;
   static constexpr int kCopiesB = Tile::kColumns * kDepth / kVector / kThreads;
 
   struct State {
     int pixel;  // of the next copy
     int channels[kCopiesB];
-    float sums[Tile::kProductsM][Tile::kProductsN][4];
-    uint32_t a[Tile::kProductsM][4], b[Tile::kProductsN][2];
+    float sums[Tile::kMmasM][Tile::kMmasN][4];
+    uint32_t a[Tile::kMmasM][4], b[Tile::kMmasN][2];
   };
 
   struct Plan {
@@ -120,16 +120,16 @@ struct WeightGradient {
     const int lane = thread % kWarp, warp = thread / kWarp;
     const int tap = plan.tap_h * p.axis_w.kernel + plan.tap_w;
     BAP_UNROLL
-    for (int i = 0; i < Tile::kProductsM; ++i) {
+    for (int i = 0; i < Tile::kMmasM; ++i) {
       BAP_UNROLL
       for (int r = 0; r < 4; ++r) {
         const int row =
-            plan.first_row + warp / Tile::kWarpsN * Tile::kWarpRows + i * kProductRows + fragment_row_c(lane, r);
+            plan.first_row + warp / Tile::kWarpsN * Tile::kWarpRows + i * kMmaRows + fragment_row_c(lane, r);
         if (row >= p.rows) continue;
         float* line = p.partial + ((static_cast<int64_t>(plan.chunk) * p.rows + row) * taps(p) + tap) * p.columns;
         BAP_UNROLL
-        for (int j = 0; j < Tile::kProductsN; ++j) {
-          const int column = plan.first_column + warp % Tile::kWarpsN * Tile::kWarpColumns + j * kProductColumns +
+        for (int j = 0; j < Tile::kMmasN; ++j) {
+          const int column = plan.first_column + warp % Tile::kWarpsN * Tile::kWarpColumns + j * kMmaColumns +
                              fragment_column_c(lane, r);
           if (column < plan.used) line[column] = s.sums[i][j][r];
         }

@@ -104,7 +104,7 @@ void stages() {
     require(rows.size() == count && planes.size() == count, name + ": two staged results share a place");
     require(*rows.rbegin() * 4 < Tile::kTableAt && *planes.rbegin() * 4 < Tile::kTableAt,
             name + ": staged results reach into the table");
-    // The least that a processor of the kernels' devices gives a block (compute capability 8.6).
+    // The least that an SM of the kernels' devices gives a block (compute capability 8.6).
     require(Tile::kSharedBytes <= 99 * 1024, name + ": more shared memory than every device has");
   });
 }

@@ -22,9 +22,9 @@ void descriptors() {
     }
   }
 #define BAP_KERNELS_CALL(name, ...)                                                                                  \
-  require(WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kSharedBytes <= 227 * 1024,                         \
+  require(WarpgroupConv2d<MathMode::kHalf, name##WarpgroupTile>::kSharedBytes <= 227 * 1024,                         \
           "more shared memory than a block of the device has");                                                      \
-  require(name##WarpgroupTile::kEpilogueBytes <= WarpgroupConv2d<Products::kHalf, name##WarpgroupTile>::kBarriersAt, \
+  require(name##WarpgroupTile::kEpilogueBytes <= WarpgroupConv2d<MathMode::kHalf, name##WarpgroupTile>::kBarriersAt, \
           "the table reaches into the barriers");
   BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_CALL)
 #undef BAP_KERNELS_CALL
@@ -85,7 +85,7 @@ bool small_pipeline(const Faults& f) {
       if (!f.no_fence_of_sums) b.begin_products();
       for (int slice = 0; slice < kSlices; ++slice) {
         const int columns = kColumnsAt + slice * kSliceBytes;
-        b.template multiply_group<Products::kHalf, kColumns>(slice * kSliceBytes, columns);
+        b.template multiply_group<MathMode::kHalf, kColumns>(slice * kSliceBytes, columns);
       }
       b.commit_products();
       if (f.early_arrival) b.arrive(kEmptyAt);

@@ -7,7 +7,7 @@
 namespace bap_kernels {
 
 struct SimulatedDevice {
-  int processors = 1;  // few make large tiles, many small ones
+  int sm_count = 1;  // few make large tiles, many small ones
   bool warpgroups = false;
   std::vector<std::string> launches;  // names of kernels, in order
 };

@@ -27,11 +27,11 @@ Status simulate(const char* name, const Params& p, int shared_bytes) {
 
 }  // namespace
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case TileShape::k##name:          \
-    return simulate<GatheredConv2d<kProducts, name##Tile, kPlanes>>("gathered_conv2d", p, name##Tile::kSharedBytes);
+    return simulate<GatheredConv2d<kMode, name##Tile, kPlanes>>("gathered_conv2d", p, name##Tile::kSharedBytes);
   if (planes) {
     constexpr bool kPlanes = true;
     switch (tile) {
@@ -46,21 +46,21 @@ Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void*) {
   return 1;
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case HaloTileShape::k##name:      \
-    return simulate<HaloConv2d<kProducts, name##HaloTile>>("halo_conv2d", p, shared_bytes);
+    return simulate<HaloConv2d<kMode, name##HaloTile>>("halo_conv2d", p, shared_bytes);
   switch (tile) { BAP_KERNELS_HALO_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return 1;
 }
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case TileShape::k##name:          \
-    return simulate<WeightGradient<kProducts, name##Tile>>("weight_gradient", p, name##Tile::kPipelineBytes);
+    return simulate<WeightGradient<kMode, name##Tile>>("weight_gradient", p, name##Tile::kPipelineBytes);
   switch (tile) {
     BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_CASE)
     default:
@@ -70,39 +70,39 @@ Status launch_weight_gradient_of(const WeightGradientParams& p, TileShape tile, 
 }
 
 #define BAP_KERNELS_INSTANCE(name)                                                                 \
-  template Status launch_conv_of<Products::k##name>(const ConvParams&, TileShape, bool, void*);    \
-  template Status launch_halo_of<Products::k##name>(const HaloParams&, HaloTileShape, int, void*); \
-  template Status launch_weight_gradient_of<Products::k##name>(const WeightGradientParams&, TileShape, void*);
-BAP_KERNELS_PRODUCTS(BAP_KERNELS_INSTANCE)
+  template Status launch_conv_of<MathMode::k##name>(const ConvParams&, TileShape, bool, void*);    \
+  template Status launch_halo_of<MathMode::k##name>(const HaloParams&, HaloTileShape, int, void*); \
+  template Status launch_weight_gradient_of<MathMode::k##name>(const WeightGradientParams&, TileShape, void*);
+BAP_KERNELS_MATH_MODES(BAP_KERNELS_INSTANCE)
 #undef BAP_KERNELS_INSTANCE
 
-Status launch_channel_pack(const ChannelPackParams& p, Products products, void*) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_channel_pack(const ChannelPackParams& p, MathMode mode, void*) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return simulate<ChannelPack<BFloat16Word>>("channel_pack", p, ChannelPack<BFloat16Word>::kSharedBytes);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return simulate<ChannelPack<HalfWord>>("channel_pack", p, ChannelPack<HalfWord>::kSharedBytes);
     default:
       return simulate<ChannelPack<float>>("channel_pack", p, ChannelPack<float>::kSharedBytes);
   }
 }
 
-Status launch_channel_unpack(const ChannelUnpackParams& p, Products products, void*) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_channel_unpack(const ChannelUnpackParams& p, MathMode mode, void*) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return simulate<ChannelUnpack<BFloat16Word>>("channel_unpack", p, ChannelUnpack<BFloat16Word>::kSharedBytes);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return simulate<ChannelUnpack<HalfWord>>("channel_unpack", p, ChannelUnpack<HalfWord>::kSharedBytes);
     default:
       return simulate<ChannelUnpack<float>>("channel_unpack", p, ChannelUnpack<float>::kSharedBytes);
   }
 }
 
-Status launch_sum_partials(const SumPartialsParams& p, Products products, void*) {
-  switch (products) {
-    case Products::kBFloat16:
+Status launch_sum_partials(const SumPartialsParams& p, MathMode mode, void*) {
+  switch (mode) {
+    case MathMode::kBFloat16:
       return simulate<SumPartials<BFloat16Word>>("sum_partials", p, 0);
-    case Products::kHalf:
+    case MathMode::kHalf:
       return simulate<SumPartials<HalfWord>>("sum_partials", p, 0);
     default:
       return simulate<SumPartials<float>>("sum_partials", p, 0);
@@ -111,7 +111,7 @@ Status launch_sum_partials(const SumPartialsParams& p, Products products, void*)
 
 const char* status_text(Status status) { return status == 0 ? "success" : "no such instance"; }
 
-int processor_count(int) { return simulated_device().processors; }
+int sm_count(int) { return simulated_device().sm_count; }
 
 bool is_capturing(void*) { return false; }
 

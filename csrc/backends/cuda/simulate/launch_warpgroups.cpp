@@ -21,18 +21,18 @@ Status simulate(const ConvParams& p) {
 
 }  // namespace
 
-template <Products kProducts>
+template <MathMode kMode>
 Status launch_warpgroup_conv_of(const ConvParams& p, WarpgroupTileShape tile, void*) {
 #define BAP_KERNELS_CASE(name, ...) \
   case WarpgroupTileShape::k##name: \
-    return simulate<WarpgroupConv2d<kProducts, name##WarpgroupTile>>(p);
+    return simulate<WarpgroupConv2d<kMode, name##WarpgroupTile>>(p);
   switch (tile) { BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_CASE) }
 #undef BAP_KERNELS_CASE
   return 1;
 }
 
-template Status launch_warpgroup_conv_of<Products::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
-template Status launch_warpgroup_conv_of<Products::kHalf>(const ConvParams&, WarpgroupTileShape, void*);
+template Status launch_warpgroup_conv_of<MathMode::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
+template Status launch_warpgroup_conv_of<MathMode::kHalf>(const ConvParams&, WarpgroupTileShape, void*);
 
 bool has_warpgroups(int) { return simulated_device().warpgroups; }
 

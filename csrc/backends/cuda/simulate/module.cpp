@@ -11,8 +11,8 @@ namespace py = pybind11;
 namespace bap_kernels {
 namespace {
 
-void set_device(int processors, bool warpgroups) {
-  simulated_device().processors = processors;
+void set_device(int sm_count, bool warpgroups) {
+  simulated_device().sm_count = sm_count;
   simulated_device().warpgroups = warpgroups;
 }
 
@@ -37,7 +37,7 @@ void unpack(uintptr_t result, std::array<int64_t, 4> sizes, std::array<int64_t, 
   const int64_t vector = kChunkBytes / element_bytes;
   p.result_vector = dense && result % kChunkBytes == 0 && strides[0] % vector == 0 && strides[1] % vector == 0 &&
                     sizes[2] * sizes[3] % vector == 0;
-  launch_channel_unpack(p, element_bytes == 2 ? Products::kBFloat16 : Products::kFloat32, nullptr);
+  launch_channel_unpack(p, element_bytes == 2 ? MathMode::kBFloat16 : MathMode::kFloat32, nullptr);
 }
 
 py::capsule launcher_of_other_sources() {
@@ -50,7 +50,7 @@ py::capsule launcher_of_other_sources() {
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.attr("launcher") = py::capsule(&linked_launcher(), kLauncherCapsule);
-  m.def("set_device", &set_device, py::arg("processors") = 1, py::arg("warpgroups") = false);
+  m.def("set_device", &set_device, py::arg("sm_count") = 1, py::arg("warpgroups") = false);
   m.def("take_launches", &take_launches);
   m.def("unpack", &unpack);
   m.def("launcher_of_other_sources", &launcher_of_other_sources);

@@ -178,11 +178,11 @@ class SimulatedBlock {
     }
   }
 
-  template <Products kProducts, class Tile>
+  template <MathMode kMode, class Tile>
   void multiply() {
     for (size_t first = 0; first < states_.size(); first += kWarp) {
-      for (int i = 0; i < Tile::kProductsM; ++i) {
-        for (int j = 0; j < Tile::kProductsN; ++j) product<kProducts>(static_cast<int>(first), i, j);
+      for (int i = 0; i < Tile::kMmasM; ++i) {
+        for (int j = 0; j < Tile::kMmasN; ++j) mma<kMode>(static_cast<int>(first), i, j);
       }
     }
   }
@@ -197,16 +197,16 @@ class SimulatedBlock {
     if (at % kChunkBytes != 0) throw std::logic_error("simulated block: a matrix row is not aligned to 16 bytes");
   }
 
-  template <Products kProducts>
+  template <MathMode kMode>
   static float element(uint32_t bits, int half) {
     const auto word = static_cast<uint16_t>(bits >> (16 * half));
-    if constexpr (kProducts == Products::kBFloat16) return to_float(BFloat16Word{word});
+    if constexpr (kMode == MathMode::kBFloat16) return to_float(BFloat16Word{word});
     return to_float(HalfWord{word});
   }
 
-  template <Products kProducts>
-  void product(int first, int i, int j) {
-    constexpr bool kWords = kProducts == Products::kTf32 || kProducts == Products::kFloat32;
+  template <MathMode kMode>
+  void mma(int first, int i, int j) {
+    constexpr bool kWords = kMode == MathMode::kTf32 || kMode == MathMode::kFloat32;
     constexpr int kDepth = kWords ? 8 : 16;
     // Of each operand what is multiplied, and for kFloat32 what rounding it to TF32 left.
     float a[16][kDepth], b[kDepth][8], a_low[16][kDepth], b_low[kDepth][8];
@@ -216,20 +216,20 @@ class SimulatedBlock {
       for (int e = 0; e < (kWords ? 4 : 8); ++e) {
         if constexpr (kWords) {
           const int row = e % 2 == 0 ? group : group + 8, column = e < 2 ? place : place + 4;
-          split<kProducts>(s.a[i][e], a[row][column], a_low[row][column]);
+          split<kMode>(s.a[i][e], a[row][column], a_low[row][column]);
         } else {
           const int row = e < 2 || (e >= 4 && e < 6) ? group : group + 8;
           const int column = place * 2 + e % 2 + (e < 4 ? 0 : 8);
-          a[row][column] = element<kProducts>(s.a[i][e / 2], e % 2);
+          a[row][column] = element<kMode>(s.a[i][e / 2], e % 2);
         }
       }
       for (int e = 0; e < (kWords ? 2 : 4); ++e) {
         if constexpr (kWords) {
           const int row = e == 0 ? place : place + 4;
-          split<kProducts>(s.b[j][e], b[row][group], b_low[row][group]);
+          split<kMode>(s.b[j][e], b[row][group], b_low[row][group]);
         } else {
           const int row = place * 2 + e % 2 + (e < 2 ? 0 : 8);
-          b[row][group] = element<kProducts>(s.b[j][e / 2], e % 2);
+          b[row][group] = element<kMode>(s.b[j][e / 2], e % 2);
         }
       }
     }
@@ -238,7 +238,7 @@ class SimulatedBlock {
         const int row = e < 2 ? lane / 4 : lane / 4 + 8, column = lane % 4 * 2 + e % 2;
         float sum = 0.0f;
         for (int k = 0; k < kDepth; ++k) {
-          if constexpr (kProducts == Products::kFloat32) {
+          if constexpr (kMode == MathMode::kFloat32) {
             sum += a_low[row][k] * b[k][column] + a[row][k] * b_low[k][column];
           }
           sum += a[row][k] * b[k][column];
@@ -248,11 +248,11 @@ class SimulatedBlock {
     }
   }
 
-  template <Products kProducts>
+  template <MathMode kMode>
   static void split(uint32_t bits, float& high, float& low) {
     const uint32_t rounded = to_tf32(bits);
     high = float_of(rounded);
-    low = kProducts == Products::kFloat32 ? float_of(tf32_rest(bits, rounded)) : 0.0f;
+    low = kMode == MathMode::kFloat32 ? float_of(tf32_rest(bits, rounded)) : 0.0f;
   }
 
   SimulatedMemory memory_;

@@ -217,13 +217,13 @@ class SimulatedWarpgroups {
   }
 
   void begin_products() { groups_[fibres_.current()].fenced = true; }
-  template <Products kProducts, int kColumns>
+  template <MathMode kMode, int kColumns>
   void multiply_group(int rows_at, int columns_at) {
     const int number = fibres_.current();
     Group& group = groups_[number];
     require(group.fenced, "begins products without a fence");
-    std::vector<float> a = operand<kProducts>(group, matrix_descriptor(rows_at), 64);
-    std::vector<float> b = operand<kProducts>(group, matrix_descriptor(columns_at), kColumns);
+    std::vector<float> a = operand<kMode>(group, matrix_descriptor(rows_at), 64);
+    std::vector<float> b = operand<kMode>(group, matrix_descriptor(columns_at), kColumns);
     // Register d[4 j + 2 h + e] of lane l of warp w: row 16 w + 8 h + l / 4, column 8 j + 2 (l mod 4) + e.
     for (int t = 0; t < kWarpgroup; ++t) {
       State& s = states_[number * kWarpgroup + t];
@@ -337,7 +337,7 @@ class SimulatedWarpgroups {
   }
 
   // `rows` x 16 elements as a descriptor says.
-  template <Products kProducts>
+  template <MathMode kMode>
   std::vector<float> operand(Group& group, uint64_t descriptor, int rows) {
     const int start = static_cast<int>(descriptor & 0x3fff) * 16;
     const int stride = static_cast<int>(descriptor >> 32 & 0x3fff) * 16;
@@ -357,7 +357,7 @@ class SimulatedWarpgroups {
           uint16_t word;
           std::memcpy(&word, bytes + 2 * e, 2);
           values[row * 16 + chunk * 8 + e] =
-              kProducts == Products::kBFloat16 ? to_float(BFloat16Word{word}) : to_float(HalfWord{word});
+              kMode == MathMode::kBFloat16 ? to_float(BFloat16Word{word}) : to_float(HalfWord{word});
         }
       }
     }
