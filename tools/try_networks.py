@@ -170,6 +170,24 @@ def mixed(subject: Subject) -> Outcome:
     return {}
 
 
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    torch.stack([t.float().square().mean() for t in tree_leaves(model(x))]).sum().backward()
+    optimizer.step()
+
+
+def _untrainable_reason(subject: Subject) -> str:
+    """Why a step of the dense network says nothing about ours; empty if it does."""
+    model = copy.deepcopy(subject.dense).train()
+    try:
+        _train(model, torch.optim.SGD(model.parameters(), lr=1e-3), subject.x)
+    except Exception as error:
+        return f"the dense network raises in training mode: {error}"
+    with torch.no_grad():
+        finite = all(t.isfinite().all() for t in tree_leaves(model.eval()(subject.x)))
+    return "" if finite else "the dense network's result is not finite after a training step"
+
+
 def switch(subject: Subject) -> Outcome:
     """Switches, one training step per domain, then fixed layers with the trained lists."""
     model = bk.nn.switch_(copy.deepcopy(subject.dense), DOMAINS)
@@ -177,17 +195,13 @@ def switch(subject: Subject) -> Outcome:
         bk.set_domain(model, domain)
         with torch.no_grad():
             subject.compare(model(subject.x), subject.expected(None), f"switch_, domain {domain}, all on")
-    try:
-        copy.deepcopy(subject.dense).train()(subject.x)
-    except Exception as error:
-        return {"status": "no training", "detail": f"the dense network raises in training mode: {error}"}
+    if reason := _untrainable_reason(subject):
+        return {"status": "no training", "detail": reason}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model.train()
     for domain in DOMAINS:
         bk.set_domain(model, domain)
-        optimizer.zero_grad()
-        torch.stack([t.float().square().mean() for t in tree_leaves(model(subject.x))]).sum().backward()
-        optimizer.step()
+        _train(model, optimizer, subject.x)
     model.eval()
     layers = [module for module in model.modules() if isinstance(module, bk.nn.SwitchedConv2d)]
     with torch.no_grad():
