@@ -1,4 +1,4 @@
-"""Networks for tests of plans: small ones, torchvision's at a reduced size, and random ones.
+"""Networks for tests of layers and plans: small ones, torchvision's at a reduced size, and random ones.
 
 Weights, affine parameters and running statistics are random, some scales negative, so that nothing cancels.
 """
@@ -39,6 +39,19 @@ def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 
     """Convolution, batch norm, ReLU in place."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, width: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
 
 
 class Residual(nn.Module):

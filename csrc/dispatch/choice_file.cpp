@@ -35,15 +35,15 @@ constexpr size_t kMostBytes = size_t{4} << 20, kBytesAfterwards = size_t{2} << 2
 class File {
  public:
   File(const std::string& path, int flags) {
-    // What is no regular file is not opened: a pipe would wait for its other end, a device may do anything.
-    struct stat facts{};
-    if (::stat(path.c_str(), &facts) == 0 && !regular(facts)) return;
+    // Only regular files are opened: a pipe would wait for its other end, a device may do anything.
+    struct stat status{};
+    if (::stat(path.c_str(), &status) == 0 && !regular(status)) return;
     // O_NONBLOCK for what has taken the file's place since then.
     fd_ = ::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK, 0666);
     if (fd_ < 0) {
       problem_ = std::strerror(errno);
-    } else if (::fstat(fd_, &facts) == 0) {
-      regular(facts);
+    } else if (::fstat(fd_, &status) == 0) {
+      regular(status);
     }
   }
   ~File() {
@@ -58,8 +58,8 @@ class File {
 
   // Reads its size anew.
   void measure() {
-    struct stat facts{};
-    if (::fstat(fd_, &facts) == 0) regular(facts);
+    struct stat status{};
+    if (::fstat(fd_, &status) == 0) regular(status);
   }
 
   std::string read() { return read(0, size_); }
@@ -110,13 +110,13 @@ class File {
   }
 
  private:
-  bool regular(const struct stat& facts) {
-    size_ = static_cast<size_t>(facts.st_size);
-    if (S_ISREG(facts.st_mode)) return true;
-    problem_ = S_ISDIR(facts.st_mode)    ? "it is a folder"
-               : S_ISFIFO(facts.st_mode) ? "it is a pipe"
-               : S_ISSOCK(facts.st_mode) ? "it is a socket"
-                                         : "it is a device";
+  bool regular(const struct stat& status) {
+    size_ = static_cast<size_t>(status.st_size);
+    if (S_ISREG(status.st_mode)) return true;
+    problem_ = S_ISDIR(status.st_mode)    ? "it is a folder"
+               : S_ISFIFO(status.st_mode) ? "it is a pipe"
+               : S_ISSOCK(status.st_mode) ? "it is a socket"
+                                          : "it is a device";
     return false;
   }
 

@@ -51,10 +51,8 @@ struct GatheredConv2dArgs : ConvArgs<Int> {
 struct GatheredConv2d {
   static constexpr const char* kName = "gathered_conv2d";
   static constexpr const char* kSchema =
-      "(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? "
-      "out_index, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool "
-      "cache_packed=False) -> Tensor";
+      "(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool cache_packed=False) -> Tensor";
   using Result = at::Tensor;
   template <class Int>
   using Args = GatheredConv2dArgs<Int>;
@@ -85,10 +83,8 @@ struct GatheredConv2dBackwardArgs {
 struct GatheredConv2dBackward {
   static constexpr const char* kName = "gathered_conv2d_backward";
   static constexpr const char* kSchema =
-      "(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, "
-      "Tensor? out_index, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] "
-      "output_mask) -> (Tensor, Tensor, Tensor)";
+      "(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, Tensor? out_index, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)";
   using Result = GradientTriple;  // an empty tensor for each gradient that is not computed
   template <class Int>
   using Args = GatheredConv2dBackwardArgs<Int>;
@@ -132,14 +128,10 @@ struct GatheredConv2dFusedArgs : ConvArgs<Int> {
 struct GatheredConv2dFused {
   static constexpr const char* kName = "_gathered_conv2d_fused";
   static constexpr const char* kSchema =
-      "(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? "
-      "out_index, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, Tensor? in_scale, "
-      "Tensor? in_shift, bool in_relu, "
-      "Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
-      "bool cache_packed=False, "
-      "Tensor? weight_index=None, Tensor? dual_store_index=None) -> (Tensor, "
-      "Tensor)";
+      "(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, SymInt groups, Tensor? in_scale, Tensor? in_shift, bool in_relu, "
+      "Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, bool cache_packed=False, "
+      "Tensor? weight_index=None, Tensor? dual_store_index=None) -> (Tensor, Tensor)";
   using Result = DualResult;
   template <class Int>
   using Args = GatheredConv2dFusedArgs<Int>;

@@ -32,10 +32,8 @@ struct GatheredConv2dMixedArgs {
 struct GatheredConv2dMixed {
   static constexpr const char* kName = "_gathered_conv2d_mixed";
   static constexpr const char* kSchema =
-      "(Tensor input, Tensor weight, Tensor? bias, Tensor?[] in_indices, int[] "
-      "counts, SymInt[2] stride, "
-      "SymInt[4] padding, SymInt[2] dilation, bool cache_packed=False) -> "
-      "Tensor";
+      "(Tensor input, Tensor weight, Tensor? bias, Tensor?[] in_indices, int[] counts, SymInt[2] stride, "
+      "SymInt[4] padding, SymInt[2] dilation, bool cache_packed=False) -> Tensor";
   using Result = at::Tensor;
   template <class Int>
   using Args = GatheredConv2dMixedArgs<Int>;

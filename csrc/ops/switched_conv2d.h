@@ -43,10 +43,8 @@ struct SwitchedConv2dArgs {
 struct SwitchedConv2d {
   static constexpr const char* kName = "switched_conv2d";
   static constexpr const char* kSchema =
-      "(Tensor input, Tensor weight, Tensor? bias, Tensor switch, SymInt[2] "
-      "stride, SymInt[4] padding, "
-      "SymInt[2] dilation, SymInt groups, bool off_gradient=True, Tensor? "
-      "read=None, int reader=0) -> Tensor";
+      "(Tensor input, Tensor weight, Tensor? bias, Tensor switch, SymInt[2] stride, SymInt[4] padding, "
+      "SymInt[2] dilation, SymInt groups, bool off_gradient=True, Tensor? read=None, int reader=0) -> Tensor";
   using Result = at::Tensor;
   template <class Int>
   using Args = SwitchedConv2dArgs<Int>;
@@ -77,12 +75,9 @@ struct SwitchedConv2dBackwardArgs {
 struct SwitchedConv2dBackward {
   static constexpr const char* kName = "switched_conv2d_backward";
   static constexpr const char* kSchema =
-      "(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
-      "SymInt[2] stride, SymInt[4] padding, "
-      "SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] "
-      "output_mask, Tensor? read=None, int reader=0) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor "
-      "grad_switch)";
+      "(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, SymInt[2] stride, SymInt[4] padding, "
+      "SymInt[2] dilation, SymInt groups, bool off_gradient, bool[4] output_mask, Tensor? read=None, int reader=0) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_switch)";
   using Result = SwitchedGradients;
   template <class Int>
   using Args = SwitchedConv2dBackwardArgs<Int>;

@@ -15,6 +15,7 @@ import bap_kernels as bk
 from bap_kernels import ChannelLists, ChannelTable
 from bap_kernels.nn import DomainBatchNorm2d, DomainLinear, GatheredConv2d, SwitchedConv2d, add_domain_, switch_
 from bap_kernels.nn import domains as nn_domains
+from tests.networks import Block
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +23,6 @@ def _one_backend() -> Iterator[None]:
     # `auto` may take another backend from a second call on, whose rounding differs.
     with bk.use_backend("aten"):
         yield
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, groups: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
 
 
 class Net(nn.Module):

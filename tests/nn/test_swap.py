@@ -15,17 +15,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels import ChannelLists, ChannelTable
 from bap_kernels.nn import GatheredConv2d, MaskedConv2d, domains
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, groups: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
+from tests.networks import Block
 
 
 class Net(nn.Module):

@@ -90,38 +90,25 @@ const RegisterBackend registered(BackendId::kTriton, kTriton);
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
+  m.def("_triton_unsupported_reason(Tensor input, Tensor weight, int groups, int[2] out_size) -> str");
   m.def(
-      "_triton_unsupported_reason(Tensor input, Tensor weight, int groups, "
-      "int[2] out_size) -> str");
+      "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
+      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "
+      "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
+      "bool cache_packed, Tensor? weight_index, Tensor? dual_store_index, Tensor(b!)? dual_store, str op) -> ()");
   m.def(
-      "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, "
-      "Tensor? bias, Tensor? in_index, "
-      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, "
-      "int groups, Tensor? in_scale, "
-      "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, "
-      "Tensor? residual, bool out_relu, "
-      "bool cache_packed, Tensor? weight_index, Tensor? dual_store_index, "
-      "Tensor(b!)? dual_store, str op) -> ()");
+      "_gathered_conv2d_mixed_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor?[] in_indices, "
+      "int[] counts, int[2] stride, int[4] padding, int[2] dilation, bool cache_packed) -> ()");
   m.def(
-      "_gathered_conv2d_mixed_triton(Tensor(a!) out, Tensor input, Tensor "
-      "weight, Tensor? bias, "
-      "Tensor?[] in_indices, int[] counts, int[2] stride, int[4] padding, "
-      "int[2] dilation, bool cache_packed) -> ()");
-  m.def(
-      "_gathered_conv2d_backward_triton(Tensor grad_output, Tensor input, "
-      "Tensor weight, Tensor? in_index, "
-      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, "
-      "int groups, bool[3] output_mask) "
+      "_gathered_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, "
+      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "_switched_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, "
-      "Tensor? bias, Tensor switch, "
+      "_switched_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor switch, "
       "int[2] stride, int[4] padding, int[2] dilation, int groups) -> ()");
   m.def(
-      "_switched_conv2d_backward_triton(Tensor grad_output, Tensor input, "
-      "Tensor weight, Tensor switch, "
-      "int[2] stride, int[4] padding, int[2] dilation, int groups, bool "
-      "off_gradient, bool[4] output_mask) "
+      "_switched_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
+      "int[2] stride, int[4] padding, int[2] dilation, int groups, bool off_gradient, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
