@@ -216,6 +216,8 @@ def clear_choices() -> None:
     _C.clear_choices()
 
 
+if settings.isa is not None:
+    _C.set_isa(settings.isa)
 _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
 _C.set_gpu_hooks(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)

@@ -242,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("backend"));
   m.def("set_unsupported_reason", &set_unavailable_reason, py::arg("reason"));
   m.def("isa", [] { return isa(); });
+  m.def("set_isa", &set_isa, py::arg("name"));
   m.def("isa_available", &isa_available);
   m.def("cpu_model", &cpu_model);
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);

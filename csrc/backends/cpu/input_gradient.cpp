@@ -62,33 +62,14 @@ struct Chunk {
 };
 
 NativeCall class_call(const GradientCall& c, const InputGradient& gradient, const Phase& rows, const Phase& columns) {
-  NativeCall n{};
-  const auto& s = c.shape;
-  n.bfloat16 = c.bfloat16();
-  n.pairs = n.bfloat16 && isa_has_bfloat16_pairs();
-  n.tiles = isa_tiles(n.pairs);
-  n.kept_in = c.live_count();
-  n.units = n.pairs ? (n.kept_in + 1) / 2 : n.kept_in;
-  n.taps = rows.taps * columns.taps;
-  n.depth = n.units * n.taps;
-  n.x = static_cast<const char*>(c.grad_output.const_data_ptr());
-  n.x_stride_n = c.grad_output.stride(0);
-  n.x_stride_c = c.grad_output.stride(1);
-  n.x_stride_h = c.grad_output.stride(2);
-  n.x_stride_w = c.grad_output.stride(3);
-  n.height = s.out_h;
-  n.width = s.out_w;
-  n.kernel_w = columns.taps;
-  n.stride_h = n.stride_w = 1;
+  NativeCall n = native_source(c.grad_output, c.live_count(), {rows.taps, columns.taps});
   n.dilation_h = rows.dilation;
   n.dilation_w = columns.dilation;
   n.pad_top = rows.pad;
   n.pad_left = columns.pad;
-  n.batch = s.batch;
   n.out_h = rows.count;
   n.out_w = columns.count;
   n.kept_out = gradient.count;
-  n.channels_in = s.kept_out;
   n.in_index = c.all_live ? nullptr : c.live.data();
   n.out_index = gradient.channels;
   n.w_stride_out = c.weight.stride(1);
@@ -110,15 +91,7 @@ NativeCall chunk_call(const Class& k, const Chunk& chunk, int64_t first, int64_t
   n.out_h = rows;
   n.y = reinterpret_cast<char*>(y);
   n.threads = threads;
-  // A product of matrices: its rows are one long row.
-  const bool pointwise = n.taps == 1 && n.pad_left == 0 && n.out_w == n.width && -n.pad_top + rows <= n.height &&
-                         n.pad_top <= 0 && n.x_stride_h == n.width * n.x_stride_w;
-  if (pointwise) {
-    n.x -= n.pad_top * n.x_stride_h * n.element_size();
-    n.width = n.out_w = rows * n.width;
-    n.height = n.out_h = 1;
-    n.pad_top = n.x_stride_h = 0;
-  }
+  join_rows(n);
   return n;
 }
 

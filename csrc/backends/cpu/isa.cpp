@@ -4,8 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cctype>
-#include <cstdlib>
 #include <fstream>
 
 #include "backends/cpu/cpu_features.h"
@@ -23,37 +21,30 @@ bool usable(const std::string& isa) {
   return isa == "none";
 }
 
-std::string choose() {
-  // In capitals or with spaces around it, as bap_kernels.config reads it.
-  const char* forced = std::getenv("BAP_KERNELS_ISA");
-  std::string isa = forced != nullptr ? forced : "";
-  isa.erase(std::remove_if(isa.begin(), isa.end(), [](unsigned char c) { return std::isspace(c) != 0; }), isa.end());
-  std::transform(isa.begin(), isa.end(), isa.begin(), [](unsigned char c) { return std::tolower(c); });
-  if (isa.empty()) return isa_available().front();
-  TORCH_CHECK_VALUE(isa == "avx512" || isa == "avx2" || isa == "none" || isa == "avx512_emulated",
-                    "bap_kernels: expected `BAP_KERNELS_ISA` to be avx512, avx2, avx512_emulated or none, got ", isa,
-                    ".");
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      usable(isa),
-      "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ", isa,
-      ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
-  return isa;
+std::string& chosen() {
+  static std::string name = isa_available().front();
+  return name;
 }
 
 }  // namespace
 
 std::vector<std::string> isa_available() {
-  std::vector<std::string> found;
+  std::vector<std::string> names;
   for (const char* name : {"avx512", "avx2", "none"}) {
-    if (usable(name)) found.emplace_back(name);
+    if (usable(name)) names.emplace_back(name);
   }
-  return found;
+  return names;
 }
 
-const std::string& isa() {
-  static const std::string chosen = choose();
-  return chosen;
+void set_isa(const std::string& name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      usable(name),
+      "bap_kernels: expected `BAP_KERNELS_ISA` to name instructions that this CPU and this build have, got ", name,
+      ". Hint: available here: ", c10::Join(", ", isa_available()), ".");
+  chosen() = name;
 }
+
+const std::string& isa() { return chosen(); }
 
 bool isa_has_bfloat16_pairs() { return isa_tiles(/*pairs=*/true) != nullptr; }
 

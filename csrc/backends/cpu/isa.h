@@ -8,9 +8,11 @@
 
 namespace bap_kernels {
 
-// "avx512", "avx2" or "none". BAP_KERNELS_ISA forces one; asking for one that the CPU or the build lacks raises.
-// "avx512_emulated" runs the AVX-512 tiles in AVX2 code: slow, for tests.
+// "avx512", "avx2" or "none": the best one here unless another is set. "avx512_emulated" runs the AVX-512 tiles in AVX2
+// code: slow, for tests.
 const std::string& isa();
+// Before the first use of isa(); raises on what the CPU or the build lacks.
+void set_isa(const std::string& name);
 
 // Why there are no native kernels where isa() is "none".
 inline const char* const kNoInstructions =

@@ -85,35 +85,52 @@ std::string native_unsupported_reason(const ConvCall& c) {
   return "";
 }
 
-NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
+NativeCall native_source(const at::Tensor& source, int64_t kept_in, std::array<int64_t, 2> kernel) {
   NativeCall n{};
-  const auto& s = c.shape;
-  n.bfloat16 = n.out_bfloat16 = c.input.scalar_type() == at::kBFloat16;
+  n.bfloat16 = source.scalar_type() == at::kBFloat16;
   n.pairs = n.bfloat16 && isa_has_bfloat16_pairs();
   n.tiles = isa_tiles(n.pairs);
-  n.units = n.pairs ? (s.kept_in + 1) / 2 : s.kept_in;
-  n.taps = c.taps();
+  n.units = n.pairs ? (kept_in + 1) / 2 : kept_in;
+  n.taps = kernel[0] * kernel[1];
   n.depth = n.units * n.taps;
-  n.x = static_cast<const char*>(c.input.const_data_ptr());
-  n.x_stride_n = c.input.stride(0);
-  n.x_stride_c = c.input.stride(1);
-  n.x_stride_h = c.input.stride(2);
-  n.x_stride_w = c.input.stride(3);
-  n.height = s.height;
-  n.width = s.width;
-  n.kernel_w = s.kernel_w;
+  n.x = static_cast<const char*>(source.const_data_ptr());
+  n.x_stride_n = source.stride(0);
+  n.x_stride_c = source.stride(1);
+  n.x_stride_h = source.stride(2);
+  n.x_stride_w = source.stride(3);
+  n.batch = source.size(0);
+  n.channels_in = source.size(1);
+  n.height = source.size(2);
+  n.width = source.size(3);
+  n.kept_in = kept_in;
+  n.kernel_w = kernel[1];
+  n.stride_h = n.stride_w = n.dilation_h = n.dilation_w = 1;
+  return n;
+}
+
+void join_rows(NativeCall& n) {
+  const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.pad_left == 0 && n.out_w == n.width &&
+                         n.pad_top <= 0 && n.out_h - n.pad_top <= n.height;
+  if (!pointwise || n.x_stride_h != n.width * n.x_stride_w) return;
+  n.x -= n.pad_top * n.x_stride_h * n.element_size();
+  n.width = n.out_w = n.out_h * n.width;
+  n.height = n.out_h = 1;
+  n.pad_top = n.x_stride_h = 0;
+}
+
+NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
+  const auto& s = c.shape;
+  NativeCall n = native_source(c.input, s.kept_in, {s.kernel_h, s.kernel_w});
+  n.out_bfloat16 = n.bfloat16;
   n.stride_h = c.stride[0];
   n.stride_w = c.stride[1];
   n.dilation_h = c.dilation[0];
   n.dilation_w = c.dilation[1];
   n.pad_top = c.padding[kTop];
   n.pad_left = c.padding[kLeft];
-  n.batch = s.batch;
   n.out_h = s.out_h;
   n.out_w = s.out_w;
-  n.kept_in = s.kept_in;
   n.kept_out = s.kept_out;
-  n.channels_in = s.channels_in;
   n.in_index = list_data(n, c.in_index);
   n.out_index = list_data(n, c.out_index);
   n.w = static_cast<const char*>(c.weight.const_data_ptr());
@@ -122,12 +139,7 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   n.w_stride_h = c.weight.stride(2);
   n.w_stride_w = c.weight.stride(3);
   n.weight_index = list_data(n, c.weight_index);
-  const bool pointwise = n.taps == 1 && n.stride_h == 1 && n.stride_w == 1 && n.out_h == n.height && n.out_w == n.width;
-  if (pointwise && n.x_stride_h == n.width * n.x_stride_w) {
-    n.width = n.out_w = n.height * n.width;
-    n.height = n.out_h = 1;
-    n.x_stride_h = 0;
-  }
+  join_rows(n);
   n.in_scale = float_data(n, c.fusion.in_scale);
   n.in_shift = float_data(n, c.fusion.in_shift);
   n.in_relu = c.fusion.in_relu;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -69,6 +70,14 @@ struct NativeCall {
     return x + (n * x_stride_n + ih * x_stride_h + iw * x_stride_w) * element_size();
   }
 };
+
+// The part that both directions have in common: arithmetic, source, and a kernel of `kernel` taps over `kept_in` of its
+// channels. Steps of one pixel, no padding, and a result that is not there yet.
+NativeCall native_source(const at::Tensor& source, int64_t kept_in, std::array<int64_t, 2> kernel);
+
+// Where every pixel of the result meets its own pixel of the source and no other, and rows follow each other without a
+// gap: makes one row of them all.
+void join_rows(NativeCall& native);
 
 // Fills in everything; `result` is allocated in the call's memory format, unless it comes as a place to write to.
 NativeCall prepare_native(const ConvCall& call, at::Tensor& result);

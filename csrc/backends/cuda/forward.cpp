@@ -8,25 +8,7 @@
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
-
 namespace {
-
-const Backend kCuda{
-    .name = "cuda",
-    .opt_in = true,
-    .unavailable_reason = [] { return python_unavailable_reason("cuda"); },
-    .unsupported_reason = [](const ConvCall&) { return std::string(); },
-    .backward_unsupported_reason = [](const at::Tensor&, const ConvShape<int64_t>&) { return std::string(); },
-    .add_candidates = [](const ConvCall&, c10::DeviceType,
-                         std::vector<Candidate>& candidates) { candidates.push_back(Candidate::kCuda); },
-    .run = [](const ConvCall& call, Candidate, const char* op) { return cuda_gathered_conv2d(call, op); },
-    .forward = cuda_gathered_conv2d,
-    .backward = cuda_gathered_conv2d_backward,
-    .switched = cuda_switched_conv2d,
-    .switched_backward = cuda_switched_conv2d_backward,
-    .mixed = cuda_gathered_conv2d_mixed,
-};
-const RegisterBackend registered(BackendId::kCuda, kCuda);
 
 // Whether the kernel with a halo takes a forward as it lies.
 bool takes_halo(const ConvLaunch& l) {
