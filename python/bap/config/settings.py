@@ -81,7 +81,8 @@ class Data(_Group):
         suite: ``builtin``, ``decathlon`` or ``sketch`` (ImageNet-to-Sketch); ``embedded`` is ``builtin``'s old name.
         root: folder of the data; None for the built-in suite.
         domains: names; empty means all of the suite.
-        source: the domain that the backbone was trained on; None is the suite's first.
+        source: the domain that the backbone was trained on; None is the suite's usual one, which a benchmark must have
+            then; a part of the built-in suite takes its first.
         source_mode: ``switched`` treats it as the others, ``dense`` keeps all its channels, so that nothing can be
             pruned, ``excluded`` leaves it out of the joint training [R].
         images: training images of a built-in domain.
@@ -89,6 +90,8 @@ class Data(_Group):
         workers: processes that load images from files.
         full: whether data on disk must have all splits and all domains of the suite, the source among them, with the
             published numbers of images and classes; False accepts an extract.
+        decode_all: whether every image file is decoded before training; False decodes a sample, and every JPEG and PNG
+            whose end is missing.
         evaluate_on: split of the accuracy in each epoch.
     """
 
@@ -101,6 +104,7 @@ class Data(_Group):
     size: Annotated[int, Field(ge=8, le=4096)] | None = None
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     full: bool = True
+    decode_all: bool = False
     evaluate_on: Annotated[str, _one_of("val", "test")] = "val"
 
 
@@ -332,7 +336,7 @@ class Config(_Group):
 SHORT_NAMES = {
     "data": "data.suite", "root": "data.root", "domains": "data.domains", "source": "data.source",
     "source_mode": "data.source_mode", "images": "data.images", "size": "data.size", "workers": "data.workers",
-    "full": "data.full", "evaluate_on": "data.evaluate_on",
+    "full": "data.full", "decode_all": "data.decode_all", "evaluate_on": "data.evaluate_on",
     "model": "model.name", "model_options": "model.options", "weights": "model.weights",
     "switch_stem": "switches.stem", "switch_shortcuts": "switches.shortcuts", "threshold": "switches.threshold",
     "initial": "switches.initial", "ste_every": "switches.ste_every", "keep_at_least": "switches.keep_at_least",

@@ -6,12 +6,13 @@ from typing import Any
 from bap.data.builtin import BUILTIN_DOMAINS, builtin_suite
 from bap.data.decathlon import DECATHLON, load_decathlon
 from bap.data.domain import SPLITS, Arrays, Domain, Split, order_of, random_of
-from bap.data.files import DataError, ImageFiles
+from bap.data.files import DECODED, DataError, ImageFiles
 from bap.data.sketch import SKETCH, load_sketch
 
 __all__ = [
     "BUILTIN_DOMAINS",
     "DECATHLON",
+    "DECODED",
     "SKETCH",
     "SPLITS",
     "Arrays",

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 
 from bap.data.domain import SPLITS, Domain, Split
-from bap.data.files import DataError, ImageFiles, check_images
+from bap.data.files import DECODED, DataError, ImageFiles, check_images
 from bap.files import FileError, read_json
 
 __all__ = ["DECATHLON", "load_decathlon"]
@@ -187,7 +187,7 @@ def load_decathlon(
     size: int | None = None,
     workers: int = 0,
     full: bool = True,
-    decode: int = 16,
+    decode: int = DECODED,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, Domain]:
     """The domains of the Visual Decathlon, checked.

@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from bap.data.domain import Domain, Split, order_of, random_of
 from bap.data.images import DataError, open_image, seems_cut
 
-__all__ = ["DataError", "ImageFiles", "check_images"]
+__all__ = ["DECODED", "DataError", "ImageFiles", "check_images"]
 
-# Files whose end marker is checked, evenly spread over a split: a million would take minutes.
-_LOOKED_AT = 20_000
+# Images of a split that are decoded before training, evenly spread.
+DECODED = 16
+
+# Files whose end marker is checked, evenly spread over a split; only ImageNet's has more: seconds, not minutes.
+_LOOKED_AT = 200_000
 
 
 def _problem(path: Path) -> str | None:
@@ -27,10 +30,10 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def check_images(paths: Sequence[Path], decode: int = 16, most: int = 10) -> list[str]:
+def check_images(paths: Sequence[Path], decode: int = DECODED, most: int = 10) -> list[str]:
     """What is wrong with image files.
 
-    All must exist and not be empty. A sample is decoded as a whole. Of up to 20,000, evenly spread, the end is
+    All must exist and not be empty. A sample is decoded as a whole. Of up to 200,000, evenly spread, the end is
     looked at: a JPEG or PNG that lacks the mark of its end is decoded, too.
 
     Args:

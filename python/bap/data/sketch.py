@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bap.data.domain import Domain, Split
-from bap.data.files import DataError, ImageFiles, check_images
+from bap.data.files import DECODED, DataError, ImageFiles, check_images
 
 __all__ = ["SKETCH", "load_sketch"]
 
@@ -61,7 +61,7 @@ def load_sketch(
     size: int | None = None,
     workers: int = 0,
     full: bool = True,
-    decode: int = 16,
+    decode: int = DECODED,
 ) -> dict[str, Domain]:
     """The domains of ImageNet-to-Sketch, checked. ``val`` is ``test``, as the benchmark has no third split.
 

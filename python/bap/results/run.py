@@ -202,6 +202,9 @@ def train_run(
         if domains is None:
             check_source(config, config.data.domains or suite_of(config))
         suite = dict(domains) if domains is not None else load_domains(config)
+        if domains is None:
+            # An extract has what its folder has.
+            check_source(config, suite)
         check_splits(suite, config.data.evaluate_on)
         final_split(suite)
         times = _layer_times(config, suite, path, resume) if config.budget.measure == "time" else None

@@ -127,6 +127,7 @@ def study(
     check_source(config, config.data.domains or suite_of(config))
     with folder_lock(folder):
         domains = load_domains(config)
+        check_source(config, domains)
         check_splits(domains, config.data.evaluate_on)
         final_split(domains)
         rows: list[dict[str, Any]] = []

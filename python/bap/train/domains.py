@@ -6,7 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bap.config import Config
-from bap.data import BUILTIN_DOMAINS, DECATHLON, SKETCH, SPLITS, Domain, builtin_suite, load_decathlon, load_sketch
+from bap.data import (
+    BUILTIN_DOMAINS,
+    DECATHLON,
+    DECODED,
+    SKETCH,
+    SPLITS,
+    Domain,
+    builtin_suite,
+    load_decathlon,
+    load_sketch,
+)
 
 __all__ = ["check_source", "load_domains", "source_of", "suite_of"]
 
@@ -34,13 +44,13 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
     names = [name for name in names or (suite_of(config) if data.full else ()) if name != excluded]
     if data.domains and not names:
         raise ValueError("load_domains(): expected at least one domain besides the source, got none.")
-    root = Path(str(data.root))
+    root, decode = Path(str(data.root)), -1 if data.decode_all else DECODED
     if data.suite == "builtin":
         suite = builtin_suite(names or BUILTIN_DOMAINS, data.images)
     elif data.suite == "decathlon":
-        suite = load_decathlon(root, names or None, data.size, data.workers, data.full, splits=splits)
+        suite = load_decathlon(root, names or None, data.size, data.workers, data.full, decode, splits)
     else:
-        suite = load_sketch(root, names or None, data.size, data.workers, data.full)
+        suite = load_sketch(root, names or None, data.size, data.workers, data.full, decode)
     if excluded is not None:
         suite.pop(excluded, None)
     if not suite:
@@ -60,13 +70,13 @@ def check_source(config: Config, names: Iterable[str]) -> None:
     """Refuses a run whose source is not among its domains, where another one would take its place in silence.
 
     Raises:
-        ValueError: if the source that is set, or that of a benchmark which must be whole, is missing.
+        ValueError: if the source that is set, or that of a benchmark, is missing.
     """
     names = list(names)
-    usual = config.data.suite != "builtin" and config.data.full
-    source = config.data.source or (_SOURCES[config.data.suite] if usual else None)
+    benchmark = config.data.suite != "builtin"
+    source = config.data.source or (_SOURCES[config.data.suite] if benchmark else None)
     if config.data.source_mode != "excluded" and source is not None and source not in names:
         raise ValueError(
             f"check_source(): expected the source {source!r} to be among the domains, got {names}. Hint: "
-            "-s source=NAME sets another one, -s source_mode=excluded trains without it, -s full=false takes the first."
+            "-s source=NAME sets another one, -s source_mode=excluded trains without it."
         )

@@ -14,7 +14,15 @@ from bap.train.schedule import learning_rate
 __all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "weights_digest"]
 
 # Settings that change where, how fast and how verbosely a run computes, not its results beyond rounding.
-MAY_CHANGE = ("data.root", "data.workers", "run.device", "run.threads", "run.backend", "run.log_every")
+MAY_CHANGE = (
+    "data.root",
+    "data.decode_all",
+    "data.workers",
+    "run.device",
+    "run.threads",
+    "run.backend",
+    "run.log_every",
+)
 
 
 def weights_digest(config: Config) -> str | None:

@@ -181,9 +181,9 @@ def test_a_whole_benchmark_needs_every_domain_and_split(small: None, tmp_path: P
     assert "Hint: nothing is fetched here; full=False" in str(caught.value)
     # An extract without validation images is found before training, too.
     with pytest.raises(ValueError, match="expected 'dtd' to have images with labels in 'val', got no such split"):
-        train_run(_config(root, full=False), tmp_path / "run")
+        train_run(_config(root, full=False, source="dtd"), tmp_path / "run")
     _domain(root, "dtd")
-    # The source is not replaced by the next domain; an extract says which it took.
+    # The source is not replaced by the next domain, not in an extract either.
     chosen = _config(root, domains=["dtd", "aircraft"])
     with pytest.raises(ValueError, match=r"expected the source 'imagenet12' to be among the domains, got \['dtd'"):
         train_run(chosen, tmp_path / "run")
@@ -191,8 +191,10 @@ def test_a_whole_benchmark_needs_every_domain_and_split(small: None, tmp_path: P
     with pytest.raises(ValueError, match="expected the source 'svhn' to be among the domains"):
         check_source(_config(root, full=False, source="svhn"), ["dtd"])
     assert list(load_domains(_config(root, source_mode="excluded"))) == ["aircraft", "dtd"]
-    results = train_run(_config(root, full=False), tmp_path / "extract")
-    assert results["protocol"]["source"] == "aircraft"
+    with pytest.raises(ValueError, match=r"expected the source 'imagenet12' to be among the domains, got \['aircraft'"):
+        train_run(_config(root, full=False), tmp_path / "run")
+    results = train_run(_config(root, full=False, source="dtd"), tmp_path / "extract")
+    assert results["protocol"]["source"] == "dtd"
     assert results["protocol"]["missing"] == ["imagenet12"]
     _domain(root, "imagenet12")
     for split in ("train", "val", "test_stripped"):

@@ -179,3 +179,22 @@ def test_a_crop_larger_than_the_image_and_labels_without_class(tmp_path: Path) -
     split = ImageFiles([tmp_path / "a.png"], torch.tensor([0]), 8)
     with pytest.raises(DataError, match="resized to at least its crop, 9, got 8 x 8"):
         list(Domain("one", ("a",), {"train": split}, 9).batches("train", 1, (0,)))
+
+
+def test_every_file_is_decoded_where_the_settings_say_so(tmp_path: Path) -> None:
+    from bap.config import Config
+    from bap.train.domains import load_domains
+
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "flowers" / split / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                (folder / f"{number:02}.bmp").write_bytes(_encoded("BMP", (16, 16)))
+    # A BMP has no mark of its end, and this one is not in the sample: every second of 40 files.
+    path = tmp_path / "flowers" / "train" / "a" / "03.bmp"
+    path.write_bytes(path.read_bytes()[:-300])
+    config = Config(data="sketch", root=str(tmp_path), domains=["flowers"], source="flowers", full=False, size=16)
+    assert list(load_domains(config)) == ["flowers"]
+    with pytest.raises(DataError, match=r"03\.bmp: cannot be decoded"):
+        load_domains(config.replace(decode_all=True))

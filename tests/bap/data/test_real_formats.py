@@ -98,7 +98,7 @@ SETTINGS = {
 
 
 def test_decathlon_end_to_end(root: Path, tmp_path: Path) -> None:
-    config = Config(data="decathlon", root=str(root), **SETTINGS)
+    config = Config(data="decathlon", root=str(root), source="aircraft", **SETTINGS)
     results = train_run(config, tmp_path / "run")
     # Labels of the test images are not public: the accuracy is that of the validation images, and it says so.
     assert results["split"] == results["protocol"]["evaluated_on"] == "val"
