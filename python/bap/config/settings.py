@@ -92,7 +92,10 @@ class Data(_Group):
             published numbers of images and classes; False accepts an extract.
         decode_all: whether every image file is decoded before training; False decodes a sample, and every JPEG and PNG
             whose end is missing.
-        evaluate_on: split of the accuracy in each epoch.
+        train_on: ``train``, or ``train+val`` for submissions to a benchmark's server: validation images are trained on,
+            and no accuracy is measured on them.
+        evaluate_on: split of the accuracy in each epoch; ``train`` is for ``train+val`` without labels of the test
+            images, and results then say so.
     """
 
     suite: Annotated[str, _one_of("builtin", "decathlon", "sketch"), BeforeValidator(_suite)] = "builtin"
@@ -105,7 +108,8 @@ class Data(_Group):
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     full: bool = True
     decode_all: bool = False
-    evaluate_on: Annotated[str, _one_of("val", "test")] = "val"
+    train_on: Annotated[str, _one_of("train", "train+val")] = "train"
+    evaluate_on: Annotated[str, _one_of("val", "test", "train")] = "val"
 
 
 class Model(_Group):
@@ -304,6 +308,16 @@ class Config(_Group):
             raise ValueError(
                 f"Config(): expected `data.root`, the folder of {data.suite!r}, got None. Hint: --set root=FOLDER"
             )
+        if data.train_on == "train+val" and data.evaluate_on == "val":
+            raise ValueError(
+                "Config(): expected `data.evaluate_on` to be 'test' or 'train' where `data.train_on` is 'train+val', "
+                "got 'val', which is trained on. Hint: -s evaluate_on=train where test labels are hidden."
+            )
+        if data.train_on == "train+val" and data.suite == "sketch":
+            raise ValueError(
+                "Config(): expected `data.train_on` to be 'train' for 'sketch', whose validation images are its test "
+                "images, got 'train+val'."
+            )
         if self.budget.milliseconds is not None and self.budget.measure != "time":
             raise ValueError(
                 "Config(): expected `budget.measure` to be 'time' for `budget.milliseconds`, got "
@@ -336,7 +350,8 @@ class Config(_Group):
 SHORT_NAMES = {
     "data": "data.suite", "root": "data.root", "domains": "data.domains", "source": "data.source",
     "source_mode": "data.source_mode", "images": "data.images", "size": "data.size", "workers": "data.workers",
-    "full": "data.full", "decode_all": "data.decode_all", "evaluate_on": "data.evaluate_on",
+    "full": "data.full", "decode_all": "data.decode_all", "train_on": "data.train_on",
+    "evaluate_on": "data.evaluate_on",
     "model": "model.name", "model_options": "model.options", "weights": "model.weights",
     "switch_stem": "switches.stem", "switch_shortcuts": "switches.shortcuts", "threshold": "switches.threshold",
     "initial": "switches.initial", "ste_every": "switches.ste_every", "keep_at_least": "switches.keep_at_least",

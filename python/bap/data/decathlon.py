@@ -23,7 +23,8 @@ from bap.files import FileError, read_json
 
 __all__ = ["DECATHLON", "load_decathlon"]
 
-# (classes, train, val, test), mean, std, whether training flips; means and deviations are published [P].
+# (classes, train, val, test), mean, std, whether training crops at random and flips; means and deviations are published
+# [P], and so are the domains without augmentation but for DTD [Q].
 _Spec = tuple[tuple[int, int, int, int], tuple[float, ...], tuple[float, ...], bool]
 DECATHLON: dict[str, _Spec] = {
     "imagenet12": ((1000, 1232167, 49000, 48238), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
@@ -209,7 +210,7 @@ def load_decathlon(
     splits = [part for part in SPLITS if part in splits or part == "train"]
     loaded = {}
     for name in _names(root, domains, size, splits, full):
-        (count, *counts), mean, std, flip = DECATHLON[name]
+        (count, *counts), mean, std, augmented = DECATHLON[name]
         parts: dict[str, Split] = {}
         classes: dict[int, str] | None = None
         files: dict[str, list[Path]] = {}
@@ -248,6 +249,7 @@ def load_decathlon(
             size or _CROP,
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
-            flip=flip,
+            flip=augmented,
+            crop=augmented,
         )
     return loaded

@@ -73,6 +73,14 @@ class Split(ABC):
             rank, world: as in :func:`order_of`.
         """
 
+    def joined(self, other: Split) -> Split:
+        """The images of both, these first; without labels where one has none.
+
+        Raises:
+            ValueError: if they are of different kinds or sizes.
+        """
+        raise ValueError(f"joined(): expected splits that can be joined, got {type(self).__name__}.")
+
 
 class Arrays(Split):
     """Images in memory.
@@ -107,6 +115,15 @@ class Arrays(Split):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def joined(self, other: Split) -> Arrays:
+        """As in :meth:`Split.joined`."""
+        if not isinstance(other, Arrays) or other.images.shape[1:] != self.images.shape[1:]:
+            raise ValueError("joined(): expected `other` to be images in memory of the same size, got others.")
+        known = None
+        if self.labels is not None and other.labels is not None:
+            known = torch.cat([self.labels, other.labels])
+        return Arrays(torch.cat([self.images, other.images]), known)
 
     def batches(
         self, domain: Domain, batch: int, key: tuple[int | str, ...] | None, rank: int = 0, world: int = 1
@@ -149,6 +166,7 @@ class Domain:
         size: height and width of a batch's images.
         mean, std: of the channels, of images in [0, 1].
         flip: whether training flips images left to right.
+        crop: whether training crops image files at random; False takes the middle, as evaluation does.
         padding: pixels that training adds on each side before it crops at random; of images in memory.
 
     Raises:
@@ -163,6 +181,7 @@ class Domain:
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
     flip: bool = False
     padding: int = 2
+    crop: bool = True
 
     def __post_init__(self) -> None:
         for name, split in self.splits.items():

@@ -114,8 +114,20 @@ class ImageFiles(Split):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def joined(self, other: Split) -> ImageFiles:
+        """As in :meth:`Split.joined`."""
+        if not isinstance(other, ImageFiles) or (other.resize, other.category_ids) != (self.resize, self.category_ids):
+            raise ValueError("joined(): expected `other` to be image files of the same size and classes, got others.")
+        known = None
+        if self.labels is not None and other.labels is not None:
+            known = torch.cat([self.labels, other.labels])
+        ids = None
+        if self.image_ids is not None and other.image_ids is not None:
+            ids = [*self.image_ids, *other.image_ids]
+        return ImageFiles([*self.paths, *other.paths], known, self.resize, self.workers, ids, self.category_ids)
+
     def image(self, number: int, domain: Domain, random: np.random.Generator | None) -> Tensor:
-        """One normalised image, (3, size, size), cropped at random, or in the middle without ``random``.
+        """One normalised image, (3, size, size), cropped in the middle, or at random if domain and ``random`` allow.
 
         Raises:
             DataError: if the file cannot be decoded; it is named.
@@ -143,7 +155,8 @@ class ImageFiles(Split):
         left, top = (width - size) // 2, (height - size) // 2
         flip = False
         if random is not None:
-            left, top = int(random.integers(0, width - size + 1)), int(random.integers(0, height - size + 1))
+            if domain.crop:
+                left, top = int(random.integers(0, width - size + 1)), int(random.integers(0, height - size + 1))
             flip = domain.flip and bool(random.random() < 0.5)
         pixels = np.asarray(image, dtype=np.float32)[top : top + size, left : left + size] / 255
         if flip:

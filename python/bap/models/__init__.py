@@ -2,7 +2,19 @@
 
 from bap.models.backbones import MODELS, Backbone, build, load_weights, stem_and_shortcuts
 from bap.models.eval_mode import evaluating
+from bap.models.rebuffi import RebuffiResNet26, renamed_keys
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "Backbone", "ResNet26", "WideResNet", "build", "evaluating", "load_weights", "stem_and_shortcuts"]
+__all__ = [
+    "MODELS",
+    "Backbone",
+    "RebuffiResNet26",
+    "ResNet26",
+    "WideResNet",
+    "build",
+    "evaluating",
+    "load_weights",
+    "renamed_keys",
+    "stem_and_shortcuts",
+]

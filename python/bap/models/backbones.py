@@ -15,6 +15,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from bap.files import parse_tensors, read_bytes
+from bap.models.rebuffi import RebuffiResNet26, renamed_keys
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
@@ -30,12 +31,14 @@ class Backbone:
         size: height and width of its usual input.
         head: name of the last linear layer.
         options: names of further arguments.
+        renamed: from entries of released weights to those of the network; None: they have its names.
     """
 
     make: Callable[..., nn.Module]
     size: int
     head: str
     options: tuple[str, ...] = ()
+    renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
@@ -61,6 +64,7 @@ def _options(kind: type[nn.Module]) -> tuple[str, ...]:
 
 MODELS: dict[str, Backbone] = {
     "resnet26": Backbone(ResNet26, 64, "fc", _options(ResNet26)),
+    "resnet26_rebuffi": Backbone(RebuffiResNet26, 64, "fc", _options(RebuffiResNet26), renamed_keys),
     "wrn28_4": Backbone(WideResNet, 64, "fc", _options(WideResNet)),
     "resnet50": Backbone(_torchvision("resnet50"), 224, "fc"),
     "densenet121": Backbone(_torchvision("densenet121"), 224, "classifier"),
@@ -101,14 +105,21 @@ def _today(key: str) -> str:
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key.removeprefix("module."))
 
 
-def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    head: str,
+    renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> list[str]:
     """Loads a checkpoint of the plain backbone; the classifier only where it fits.
 
     Args:
         model: the plain backbone.
         path: a ``.safetensors`` file, or a state dict that :func:`torch.load` reads with ``weights_only=True``.
-            ``{"state_dict": ...}``, names that begin with ``module.``, and older DenseNet names are understood.
+            ``{"state_dict": ...}``, ``{"net": ...}``, names that begin with ``module.``, and older DenseNet names
+            are understood.
         head: name of the classifier.
+        renamed: see :class:`Backbone`.
 
     Returns:
         Names of the classifier's entries that were left out.
@@ -135,9 +146,12 @@ def load_weights(model: nn.Module, path: str | Path, head: str) -> list[str]:
         raise ValueError(
             f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {type(state).__name__}."
         )
-    if isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for wrapper in ("state_dict", "net"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
     state = {_today(key): value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if renamed is not None:
+        state = renamed(state)
     own = model.state_dict()
     left_out = [
         key for key in own if key.startswith(f"{head}.") and (key not in state or state[key].shape != own[key].shape)

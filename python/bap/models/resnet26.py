@@ -1,4 +1,7 @@
-"""ResNet-26 of the Visual Decathlon (Rebuffi, Bilen and Vedaldi, NIPS 2017): stages of 64, 128 and 256 channels."""
+"""A ResNet-26 after that of the Visual Decathlon (Rebuffi, Bilen and Vedaldi, NIPS 2017), of 64, 128 and 256 channels.
+
+Their own definition differs in two places, see :class:`bap.models.RebuffiResNet26`.
+"""
 
 from __future__ import annotations
 

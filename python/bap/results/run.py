@@ -79,7 +79,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
         split: of the accuracy, for all domains; None: see :func:`final_split`.
     """
     processes, config = trainer.processes, trainer.config
-    split = final_split(trainer.domains) if split is None else split
+    split = final_split(trainer.domains, config.data.evaluate_on) if split is None else split
     accuracy = {}
     with bk.use_backend(backend_of(config)):
         for name, domain in trainer.domains.items():
@@ -101,7 +101,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
             "whole": config.data.suite == "builtin" or config.data.full,
             "source": source_of(config, accuracy),
             "source_mode": config.data.source_mode,
-            "trained_on": "train",
+            "trained_on": config.data.train_on,
             "evaluated_on": split,
             "images": {name: len(domain.splits[split]) for name, domain in trainer.domains.items()},
         },
@@ -206,7 +206,7 @@ def train_run(
             # An extract has what its folder has.
             check_source(config, suite)
         check_splits(suite, config.data.evaluate_on)
-        final_split(suite)
+        final_split(suite, config.data.evaluate_on)
         times = _layer_times(config, suite, path, resume) if config.budget.measure == "time" else None
         trainer = Trainer(config, suite, path, resume, progress, times).open()
         first = trainer.processes.first

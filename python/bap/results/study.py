@@ -129,7 +129,7 @@ def study(
         domains = load_domains(config)
         check_source(config, domains)
         check_splits(domains, config.data.evaluate_on)
-        final_split(domains)
+        final_split(domains, config.data.evaluate_on)
         rows: list[dict[str, Any]] = []
         for seed in seeds:
             base = config.replace(seed=seed)

@@ -44,6 +44,8 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
     names = [name for name in names or (suite_of(config) if data.full else ()) if name != excluded]
     if data.domains and not names:
         raise ValueError("load_domains(): expected at least one domain besides the source, got none.")
+    if data.train_on == "train+val":
+        splits = (*splits, "val")
     root, decode = Path(str(data.root)), -1 if data.decode_all else DECODED
     if data.suite == "builtin":
         suite = builtin_suite(names or BUILTIN_DOMAINS, data.images)
@@ -55,6 +57,13 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
         suite.pop(excluded, None)
     if not suite:
         raise ValueError("load_domains(): expected at least one domain besides the source, got none.")
+    if data.train_on == "train+val":
+        for name, domain in suite.items():
+            if "val" not in domain.splits:
+                raise ValueError(
+                    f"load_domains(): expected {name!r} to have 'val' for `data.train_on`, got no such split."
+                )
+            domain.splits["train"] = domain.splits["train"].joined(domain.splits.pop("val"))
     return suite
 
 

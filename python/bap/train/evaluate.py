@@ -134,7 +134,7 @@ def check_splits(domains: Mapping[str, Domain], evaluate_on: str) -> None:
         ValueError: if a domain lacks images or labels of ``train`` or ``evaluate_on``.
     """
     for name, domain in domains.items():
-        for split in ("train", evaluate_on):
+        for split in dict.fromkeys(("train", evaluate_on)):
             images = domain.splits.get(split)
             problem = "no such split" if images is None else "no images" if not len(images) else "no labels"
             if images is None or not len(images) or images.labels is None:
@@ -144,13 +144,18 @@ def check_splits(domains: Mapping[str, Domain], evaluate_on: str) -> None:
                 )
 
 
-def final_split(domains: Mapping[str, Domain]) -> str:
+def final_split(domains: Mapping[str, Domain], evaluate_on: str = "val") -> str:
     """The split of the results: ``test`` if every domain has labels of it, else ``val`` for all of them.
+
+    Args:
+        domains: the data.
+        evaluate_on: the split of the accuracies during training; only where this is ``train`` can the results be
+            of the training images, for want of others.
 
     Raises:
         ValueError: if a domain has labels of neither.
     """
-    for split in ("test", "val"):
+    for split in ("test", "val", *(("train",) if evaluate_on == "train" else ())):
         images = [domain.splits.get(split) for domain in domains.values()]
         if all(part is not None and part.labels is not None and len(part) for part in images):
             return split

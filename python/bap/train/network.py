@@ -21,7 +21,8 @@ def plain_network(config: Config, classes: int) -> nn.Module:
     torch.manual_seed(config.run.seed)
     model = build(config.model.name, classes, **config.model.options)
     if config.model.weights is not None:
-        load_weights(model, config.model.weights, MODELS[config.model.name].head)
+        backbone = MODELS[config.model.name]
+        load_weights(model, config.model.weights, backbone.head, backbone.renamed)
     return model
 
 

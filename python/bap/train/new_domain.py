@@ -87,7 +87,7 @@ def add_domain(
         if config.budget.measure == "time":
             config = config.replace(measure="mac", budget_ms=None)
         domain = load_domains(config)[name] if data is None else data
-        split = final_split({name: domain})
+        split = final_split({name: domain}, config.data.evaluate_on)
         bk.nn.add_domain_(model, name, like=like, classes=len(domain.classes))
         trainer = Trainer(config, {name: domain}, None, progress=progress, model=model)
         trainer.fit()

@@ -36,6 +36,8 @@ def data_fingerprint(domains: Mapping[str, Domain]) -> dict[str, Any]:
         name: {
             "classes": digest_of(list(domain.classes)),
             "size": domain.size,
+            # Left out where it is as it always was: states of earlier versions lack it.
+            **({} if domain.crop else {"crop": False}),
             "splits": {
                 split: [len(images), None if images.labels is None else digest_of(images.labels.numpy().tobytes())]
                 for split, images in domain.splits.items()

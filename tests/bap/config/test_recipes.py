@@ -14,7 +14,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 def test_recipes_cover_all_models() -> None:
     models = {load_config(path).model.name for path in CONFIGS}
-    assert models == {"resnet26", "wrn28_4", "resnet50", "densenet121"} <= set(MODELS)
+    assert models == {"resnet26", "resnet26_rebuffi", "wrn28_4", "resnet50", "densenet121"} <= set(MODELS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bap.config import Config
-from bap.data import DECATHLON, DataError, load_decathlon, load_sketch
+from bap.data import DECATHLON, Arrays, DataError, ImageFiles, load_decathlon, load_sketch, random_of
 from bap.results.report import make_report
 from bap.results.run import train_run
 from bap.train.domains import load_domains
 from bap.train.evaluate import predict
+from bap.train.resume import check_same_data, data_fingerprint
 from PIL import Image
 
 COLOURS = {0: (200, 40, 40), 1: (40, 200, 40)}
@@ -95,6 +97,60 @@ SETTINGS = {
     "multiplier_rate": 1.0,
     "backend": "aten",
 }
+
+
+def test_domains_without_augmentation_train_on_what_is_evaluated(root: Path) -> None:
+    domains = load_decathlon(root, full=False)
+    cropped = {name: (domain.crop, domain.flip) for name, domain in domains.items()}
+    assert cropped == {"aircraft": (True, True), "dtd": (False, False)}
+    assert [name for name, spec in DECATHLON.items() if not spec[3]] == ["dtd", "gtsrb", "omniglot", "svhn"]
+    for name, domain in domains.items():
+        split = domain.splits["train"]
+        assert isinstance(split, ImageFiles)
+        same = []
+        for number in range(len(split)):
+            evaluated = split.image(number, domain, None)
+            same += [torch.equal(split.image(number, domain, random_of(seed)), evaluated) for seed in range(4)]
+        assert all(same) == (name == "dtd"), name
+    # A run that was started with random crops does not go on without them.
+    before = data_fingerprint({"dtd": replace(domains["dtd"], crop=True)})
+    assert "crop" not in before["dtd"]
+    with pytest.raises(ValueError, match=r"got others for \['dtd'\]"):
+        check_same_data(before, {"dtd": domains["dtd"]}, "there")
+
+
+def test_training_on_validation_images_too_is_never_evaluated_on_them(root: Path, tmp_path: Path) -> None:
+    shown = {**SETTINGS, "epochs": 1, "data": "decathlon", "root": str(root), "source": "dtd", "train_on": "train+val"}
+    with pytest.raises(ValueError, match=r"`data.evaluate_on` to be 'test' or 'train' where .* got 'val', which is tr"):
+        Config(**shown)
+    with pytest.raises(ValueError, match=r"expected `data.train_on` to be 'train' for 'sketch'"):
+        Config(**{**shown, "data": "sketch", "evaluate_on": "test"})
+    config = Config(**shown, evaluate_on="train")
+    domains = load_domains(config)
+    apart = load_decathlon(root, full=False)
+    for name, domain in domains.items():
+        assert list(domain.splits) == ["train", "test"]
+        both, parts = domain.splits["train"], [apart[name].splits[split] for split in ("train", "val")]
+        assert isinstance(both, ImageFiles)
+        assert both.paths == parts[0].paths + parts[1].paths
+        assert both.image_ids == parts[0].image_ids + parts[1].image_ids
+        assert both.labels is not None
+        assert both.labels.tolist() == parts[0].labels.tolist() + parts[1].labels.tolist()
+    results = train_run(config, tmp_path / "both")
+    assert results["split"] == "train"
+    assert results["protocol"]["trained_on"] == "train+val"
+    assert results["protocol"]["images"] == {"aircraft": 24, "dtd": 24}
+    assert "S_partial_train" in results["scores"]
+    # The labels of the test images are hidden: nothing could be measured on them.
+    with pytest.raises(ValueError, match="expected 'aircraft' to have images with labels in 'test', got no labels"):
+        train_run(config.replace(evaluate_on="test"), None)
+    (root / "annotations" / "dtd_val.json").unlink()
+    with pytest.raises(ValueError, match=r"expected 'dtd' to have 'val' for `data.train_on`, got no such split"):
+        load_domains(config)
+    with pytest.raises(ValueError, match="to be images in memory of the same size, got others"):
+        Arrays(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None).joined(domains["dtd"].splits["train"])
+    with pytest.raises(ValueError, match="to be image files of the same size and classes, got others"):
+        domains["dtd"].splits["train"].joined(domains["aircraft"].splits["train"])
 
 
 def test_decathlon_end_to_end(root: Path, tmp_path: Path) -> None:
