@@ -16,6 +16,7 @@
 #include "dispatch/fingerprint.h"
 #include "dispatch/packed_cache.h"
 #include "dispatch/python_hooks.h"
+#include "dispatch/verdict_bindings.h"
 
 namespace py = pybind11;
 
@@ -223,6 +224,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   bind_cuda(m);
+  bind_verdicts(m);
   m.doc() =
       "Native part of bap_kernels: registers the ops; settings, tables "
       "and how it was built.";

@@ -37,5 +37,6 @@ def _deferred(name: str) -> Callable[..., Any]:
 _library = torch.library.Library("bap_kernels", "IMPL")
 for _key in ("CUDA", "CPU"):
     _library.impl("_triton_unsupported_reason", _deferred("unsupported_reason"), _key)
+    _library.impl("_triton_families", _deferred("families"), _key)
     for _name in _OPS:
         _library.impl(f"_{_name}_triton", _deferred(_name), _key)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bap_kernels.dispatch import interpreting
 from bap_kernels.triton import mixed, ops, switched
 from bap_kernels.triton.launch import DualStore, Epilogue, Prologue
+from bap_kernels.triton.launch_spec import target_of
 from bap_kernels.triton.lists import inverse_list
 
 __all__ = [
+    "families",
     "gathered_conv2d",
     "gathered_conv2d_backward",
     "gathered_conv2d_mixed",
@@ -24,6 +27,35 @@ __all__ = [
 def unsupported_reason(input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> str:
     """Why the kernels cannot run a call; empty if they can."""
     return ops.unsupported_reason(input, weight, groups, out_size, interpreting()) or ""
+
+
+def families(
+    op: str,
+    grad_output: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    in_indices: Sequence[Tensor | None],
+    out_index: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_size: Sequence[int],
+    prologue: bool,
+    output_mask: Sequence[bool],
+) -> list[str]:
+    """Names of the kernel families that a call of ``op`` may run, as verdicts name them."""
+    mode = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(input.dtype)
+    math = mode or ("tf32" if target_of(input.device).tf32 else "float32")
+    kernels = {"forward", "planar", "pack"}
+    if grad_output is not None:
+        switch = op == "switched_conv2d_backward"
+        kernels = {"pack"}
+        if output_mask[0] or (switch and output_mask[3]):
+            kernels |= {"input_gradient", "planar"}
+        if output_mask[1]:
+            kernels.add("weight_gradient")
+    kernels |= {"switched"} if op.startswith("switched") else {"mixed"} if "mixed" in op else set()
+    return [f"triton/{kernel}/{math}" for kernel in sorted(kernels)]
 
 
 def _refuse(op: str, input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dispatch/candidate.h"
+#include "dispatch/verdicts.h"
 #include "ops/mixed_call.h"
 #include "ops/switched_call.h"
 
@@ -43,6 +44,14 @@ struct Backend {
   // Into `call.output`. Runs may read no channel, and there may be none. Null where each run becomes a call of
   // `forward`.
   void (*mixed)(const MixedCall& call, const char* op);
+
+  // The kernel families that a call would run, which must be known before it does; see verdicts.h. Null for backends
+  // that need no verdict.
+  FamilySet (*forward_families)(const ConvCall& call) = nullptr;
+  FamilySet (*backward_families)(const ConvBackwardCall& call) = nullptr;
+  FamilySet (*switched_families)(const SwitchedCall& call) = nullptr;
+  FamilySet (*switched_backward_families)(const SwitchedBackwardCall& call) = nullptr;
+  FamilySet (*mixed_families)(const MixedCall& call) = nullptr;
 };
 
 struct RegisterBackend {

@@ -13,9 +13,11 @@ namespace bap_kernels {
 at::Tensor run_gathered_conv2d(const ConvCall& c, const char* op) {
   if (c.trivial()) return trivial_result(c);
   if (const Backend* named = named_backend(c.input)) return named->forward(c, op);
-  const auto candidates = [&] { return candidates_of(c, c.input.device().type(), kVerifiedBackends); };
+  const MeasuredDevice& device = measured_device(c.input);
+  if (device.is_gpu()) Verdicts::instance().ask(device.number, device.may_measure);
+  const auto candidates = [&] { return candidates_of(c, device.is_gpu() ? c10::kCUDA : c10::kCPU, kVerifiedBackends); };
   const auto run = [&](const ConvCall& call, Candidate candidate) { run_candidate(call, candidate, op); };
-  return run_candidate(c, ChoiceTable::instance().choose(c, measured_device(c.input), candidates, run), op);
+  return run_candidate(c, ChoiceTable::instance().choose(c, device, candidates, run), op);
 }
 
 const Backend& backward_backend(const at::Tensor& input, const ConvShape<int64_t>& shape) {

@@ -49,6 +49,7 @@ MeasuredDevice make_gpu(c10::Device device) {
   gpu.may_measure = [] { return hooks() != nullptr && !hooks()->capturing(); };
   gpu.seconds = [device](Candidate, c10::function_ref<void()> run) { return gpu_seconds(device, run); };
   gpu.now = seconds_since_1970;
+  gpu.number = device.index();
   return gpu;
 }
 
@@ -63,7 +64,15 @@ const MeasuredDevice& this_cpu() {
   return *cpu;
 }
 
+// A plain pointer: a thread may end after Python, whose functions the device holds.
+thread_local const MeasuredDevice* simulated_gpu = nullptr;
+
 }  // namespace
+
+void set_simulated_gpu(std::unique_ptr<const MeasuredDevice> gpu) {
+  delete simulated_gpu;
+  simulated_gpu = gpu.release();
+}
 
 double seconds_since_1970() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
@@ -78,6 +87,7 @@ void set_gpu_hooks(std::function<std::string(int64_t)> name, std::function<bool(
 }
 
 const MeasuredDevice& measured_device(const at::Tensor& input) {
+  if (simulated_gpu != nullptr) return *simulated_gpu;
   if (!input.is_cuda()) return this_cpu();
   static std::mutex mutex;
   static auto* gpus = new std::unordered_map<c10::DeviceIndex, MeasuredDevice>();

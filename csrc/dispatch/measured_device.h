@@ -6,6 +6,7 @@
 #include <c10/util/FunctionRef.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "dispatch/candidate.h"
@@ -19,10 +20,16 @@ struct MeasuredDevice {
   std::function<double(Candidate candidate, c10::function_ref<void()> run)> seconds;  // of one run
   std::function<double()> now;                                                        // seconds since 1970
   bool first_run_tells = false;  // whether a first run is about as long as others: nothing is compiled for it
+  int64_t number = -1;           // a GPU's, as in torch.device
+
+  bool is_gpu() const { return !name.empty(); }
 };
 
-// The one that a tensor is on: a GPU, or this machine's CPU.
+// The one that a tensor is on: a GPU, or this machine's CPU. Where the calling thread simulates a GPU, that one.
 const MeasuredDevice& measured_device(const at::Tensor& input);
+// A GPU that stands for the device of all tensors in the calling thread, so that `auto` can be followed without one;
+// nullptr: none.
+void set_simulated_gpu(std::unique_ptr<const MeasuredDevice> gpu);
 // What tells devices apart cheaply; 0 for an empty name.
 int32_t device_id(const std::string& name);
 double seconds_since_1970();

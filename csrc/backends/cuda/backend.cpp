@@ -1,6 +1,7 @@
 // The CUDA C++ kernels as a backend.
 #include "dispatch/backend.h"
 
+#include "backends/cuda/families.h"
 #include "backends/cuda/routes.h"
 
 namespace bap_kernels {
@@ -20,6 +21,11 @@ const Backend kCuda{
     .switched = cuda_switched_conv2d,
     .switched_backward = cuda_switched_conv2d_backward,
     .mixed = cuda_gathered_conv2d_mixed,
+    .forward_families = cuda_forward_families,
+    .backward_families = cuda_backward_families,
+    .switched_families = cuda_switched_families,
+    .switched_backward_families = cuda_switched_backward_families,
+    .mixed_families = cuda_mixed_families,
 };
 const RegisterBackend registered(BackendId::kCuda, kCuda);
 

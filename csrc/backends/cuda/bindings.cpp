@@ -1,6 +1,9 @@
 // See bindings.h.
 #include "backends/cuda/bindings.h"
 
+#include <pybind11/stl.h>
+
+#include "backends/cuda/families.h"
 #include "backends/cuda/launches.h"
 
 namespace bap_kernels {
@@ -13,6 +16,7 @@ void bind_cuda(pybind11::module_& m) {
         return cuda_launcher()->simulated;
       },
       pybind11::arg("launcher"));
+  m.def("cuda_families", [] { return family_names(cuda_families()); });
 }
 
 }  // namespace bap_kernels

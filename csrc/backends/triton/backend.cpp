@@ -71,6 +71,47 @@ void add_candidates(const ConvCall& c, c10::DeviceType, std::vector<Candidate>& 
   if (unsupported_reason(c).empty()) candidates.push_back(Candidate::kTriton);
 }
 
+// From Python, which knows the launches. `mask` is that of a backward; empty for a forward.
+FamilySet families(std::string_view op, const OptionalTensor& grad_output, const ConvArgs<int64_t>& args,
+                   const OptionalTensorList& in_indices, const ConvShape<int64_t>& shape, bool prologue,
+                   c10::ArrayRef<bool> mask) {
+  const std::array<int64_t, 2> out_size = {shape.out_h, shape.out_w};
+  return families_of(call_private<"_triton_families", std::vector<std::string>>(
+      op, grad_output, args.input, args.weight, in_indices, args.out_index, args.stride, args.padding, args.dilation,
+      c10::IntArrayRef(out_size), prologue, mask));
+}
+
+OptionalTensorList one_list(const OptionalTensor& in_index) {
+  OptionalTensorList lists;
+  lists.push_back(in_index);
+  return lists;
+}
+
+FamilySet forward_families(const ConvCall& c) {
+  return families(GatheredConv2d::kName, kAbsent, c, one_list(c.in_index), c.shape, c.fusion.has_prologue(), {});
+}
+
+FamilySet backward_families(const ConvBackwardCall& c) {
+  return families(GatheredConv2dBackward::kName, c.grad_output, c.GatheredConv2dBackwardArgs<int64_t>::forward(),
+                  one_list(c.in_index), c.shape, /*prologue=*/false, c.mask);
+}
+
+FamilySet switched_families(const SwitchedCall& c) {
+  return families(SwitchedConv2d::kName, kAbsent, c.conv(), one_list(kAbsent), c.shape, /*prologue=*/false, {});
+}
+
+FamilySet switched_backward_families(const SwitchedBackwardCall& c) {
+  return families(SwitchedConv2dBackward::kName, c.grad_output, c.forward().conv(), one_list(kAbsent), c.shape,
+                  /*prologue=*/false, c.mask);
+}
+
+FamilySet mixed_families(const MixedCall& c) {
+  OptionalTensorList in_indices;
+  for (const MixedRun& run : c.runs) in_indices.push_back(run.in_index);
+  return families(GatheredConv2dMixed::kName, kAbsent, c.with_list(kAbsent), in_indices, c.shape, /*prologue=*/false,
+                  {});
+}
+
 const Backend kTriton{
     .name = "triton",
     .opt_in = true,
@@ -84,12 +125,22 @@ const Backend kTriton{
     .switched = switched,
     .switched_backward = switched_backward,
     .mixed = mixed,
+    .forward_families = forward_families,
+    .backward_families = backward_families,
+    .switched_families = switched_families,
+    .switched_backward_families = switched_backward_families,
+    .mixed_families = mixed_families,
 };
 const RegisterBackend registered(BackendId::kTriton, kTriton);
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
+  // Names of the kernel families that a call of `op` runs; an absent list in `in_indices` stands for all channels.
+  m.def(
+      "_triton_families(str op, Tensor? grad_output, Tensor input, Tensor weight, Tensor?[] in_indices, "
+      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int[2] out_size, bool prologue, "
+      "bool[] output_mask) -> str[]");
   m.def("_triton_unsupported_reason(Tensor input, Tensor weight, int groups, int[2] out_size) -> str");
   m.def(
       "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
