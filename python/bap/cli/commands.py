@@ -1,7 +1,7 @@
 """The commands of ``bap``. Results go to the standard output as JSON; progress goes to the error stream.
 
-Training prints a line per epoch, and one in every ``log_every`` steps, whether or not there is a terminal. Under
-torchrun one process prints.
+Training prints a line per epoch, in every ``log_every`` steps and after ``log_seconds`` without one, whether or not
+there is a terminal; ``--no-progress`` turns that off. Under torchrun one process prints.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ Set = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a trained network (RUN/checkpoint).")]
 Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only these domains; others are not read.")]
+Progress = Annotated[
+    bool, typer.Option("--progress/--no-progress", help="Lines on the error stream while training, terminal or not.")
+]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data, in place of the one in the settings.")]
 
 
@@ -77,7 +80,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 @app.command()
-def pretrain(out: Out, config: Config = None, set_: Set = None) -> None:
+def pretrain(out: Out, config: Config = None, set_: Set = None, progress: Progress = True) -> None:
     """Train the plain backbone on the source domain; writes backbone.safetensors."""
     from bap.config import load_config
     from bap.train.domains import check_source, load_domains, source_of, suite_of
@@ -95,7 +98,7 @@ def pretrain(out: Out, config: Config = None, set_: Set = None) -> None:
     path = out / "backbone.safetensors"
     with folder_lock(out):
         domains = load_domains(settings.replace(domains=[source]), ("train",))
-        run(settings, domains[source], path, progress=True)
+        run(settings, domains[source], path, progress)
     _print({"weights": str(path), "source": source})
 
 
@@ -106,13 +109,14 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
     baseline: Annotated[Path | None, typer.Option(help="JSON, {domain: accuracy in per cent}, for the scores.")] = None,
+    progress: Progress = True,
 ) -> None:
     """Train all domains jointly under a budget; under torchrun on several processes."""
     from bap.config import load_config
     from bap.results.run import baseline_of, train_run
 
     settings = load_config(config, set_ or [])
-    results = train_run(settings, out, resume, baseline_of(settings, baseline), progress=True)
+    results = train_run(settings, out, resume, baseline_of(settings, baseline), progress=progress)
     rows = [
         {
             "domain": name,
@@ -241,12 +245,13 @@ def add_domain_command(
     name: Annotated[str, typer.Argument(help="The new domain.")],
     set_: Set = None,
     like: Annotated[str | None, typer.Option(help="Domain to start from; none starts with all channels on.")] = None,
+    progress: Progress = True,
 ) -> None:
     """Train a new domain on a finished network; the files of the others are not touched."""
     from bap.config import override_values
     from bap.train.new_domain import add_domain
 
-    spec = add_domain(checkpoint, name, override_values(set_ or []), like, progress=True)
+    spec = add_domain(checkpoint, name, override_values(set_ or []), like, progress=progress)
     _print({key: value for key, value in spec.items() if key != "classes"})
 
 
@@ -315,6 +320,7 @@ def study(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, 1 and 2 if none is given.")] = None,
     baseline: Annotated[bool, typer.Option(help="Also train a whole network for each domain, which S needs.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Train over budgets, sharing losses and seeds, and tabulate; resumes where it was stopped."""
     from bap.config import load_config
@@ -329,7 +335,7 @@ def study(
         seed or (0, 1, 2),
         baseline,
         lambda line: typer.echo(line, err=True),
-        progress=True,
+        progress=progress,
     )
     typer.echo(path.read_text())
 
@@ -346,8 +352,8 @@ def estimate_command(
 
 
 @app.command()
-def demo(out: Out, set_: Set = None) -> None:
+def demo(out: Out, set_: Set = None, progress: Progress = True) -> None:
     """Pre-train, train at half the budget, prune, evaluate and report on the built-in suite."""
     from bap.results.demo import run_demo
 
-    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True), progress=True))
+    _print(run_demo(out, set_ or [], lambda line: typer.echo(line, err=True), progress=progress))

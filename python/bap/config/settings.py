@@ -156,12 +156,15 @@ class Budget(_Group):
         measure: what it bounds, one of :data:`MEASURES`.
         milliseconds: for the measure ``time``: the budget of the switched convolutions, in place of ``beta``.
         multiplier_rate: η of the dual ascent of λ [R].
+        give_back: whether the projection also switches channels on, strongest first, in a domain that ends below its
+            budget.
     """
 
     beta: _Share = 0.5
     measure: Annotated[str, _one_of(*MEASURES)] = "mac"
     milliseconds: _Positive | None = None
     multiplier_rate: _Positive = 0.1
+    give_back: bool = False
 
 
 class Sharing(_Group):
@@ -242,6 +245,7 @@ class Run(_Group):
         backend: of the kernels in training and evaluation; None: ``native`` where it runs, else ``aten``.
         amp: mixed precision, ``bf16`` or ``fp16``; None is off.
         log_every: steps between two progress lines inside an epoch, where progress is printed; 0: a line per epoch.
+        log_seconds: a line is also printed once so many have passed since the last one; 0: not.
     """
 
     seed: _Whole = 0
@@ -250,6 +254,7 @@ class Run(_Group):
     backend: Annotated[str | None, _one_of(None, "auto", "native", "aten", "triton", "cuda")] = None
     amp: Annotated[str | None, _one_of(None, "bf16", "fp16")] = None
     log_every: _Whole = 200
+    log_seconds: _NotNegative = 30.0
 
 
 class Config(_Group):
@@ -357,7 +362,7 @@ SHORT_NAMES = {
     "initial": "switches.initial", "ste_every": "switches.ste_every", "keep_at_least": "switches.keep_at_least",
     "settle": "switches.freeze_at",
     "beta": "budget.beta", "measure": "budget.measure", "budget_ms": "budget.milliseconds",
-    "multiplier_rate": "budget.multiplier_rate",
+    "multiplier_rate": "budget.multiplier_rate", "give_back": "budget.give_back",
     "sharing": "sharing.loss", "sharing_weight": "sharing.weight", "sharing_learnable": "sharing.learnable",
     "sharing_rate": "sharing.rate", "sharing_slack": "sharing.slack", "relaxed": "sharing.relaxed",
     "temperature": "sharing.temperature",
@@ -368,7 +373,7 @@ SHORT_NAMES = {
     "round_robin": "schedule.round_robin", "schedule": "schedule.decay",
     "pretrain_epochs": "pretrain.epochs", "pretrain_lr": "pretrain.lr",
     "seed": "run.seed", "device": "run.device", "threads": "run.threads", "backend": "run.backend", "amp": "run.amp",
-    "log_every": "run.log_every",
+    "log_every": "run.log_every", "log_seconds": "run.log_seconds",
 }  # fmt: skip
 
 

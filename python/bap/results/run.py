@@ -112,6 +112,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
         "sharing": trainer.config.sharing.loss,
         "kept": {name: float(share(trainer.bank.mask(name).cpu(), trainer.costs)) for name in trainer.domains},
         "projected_off": trainer.projected_off,
+        "given_back": trainer.given_back,
         "intersection": float(intersection(masks, trainer.costs)) / total,
         "union": float(union(masks, trainer.costs)) / total,
         "cost": cost.as_dict(),

@@ -140,12 +140,14 @@ class Projection:
         turned_off: switches that it turned off.
         before: θ̄ before.
         after: θ̄ after, at most β.
+        turned_on: switches that it turned on, if room is given back.
     """
 
     scores: Tensor
     turned_off: int
     before: float
     after: float
+    turned_on: int = 0
 
 
 @torch.no_grad()
@@ -156,8 +158,9 @@ def project(
     beta: float,
     sizes: Sequence[int] | None = None,
     keep_at_least: int = 0,
+    give_back: bool = False,
 ) -> Projection:
-    """Switches off the weakest scores until θ̄ ≤ β holds exactly; does nothing where it holds already.
+    """Switches off the weakest scores until θ̄ ≤ β holds exactly; does nothing else where it holds already.
 
     Channels go in the order of their scores, lower numbers first among equals. One whose removal the budget does not
     need any more, because a dearer one went after it, comes back, strongest first.
@@ -169,6 +172,8 @@ def project(
         beta: β, in (0, 1].
         sizes: channels of each layer, for ``keep_at_least``.
         keep_at_least: the strongest so many of each layer's channels that are on stay on.
+        give_back: whether channels that are off come back while θ̄ ≤ β holds, strongest first: the multiplier may have
+            overshot, and left a domain far below its budget.
 
     Raises:
         ValueError: if β is out of range, or what must be kept exceeds it.
@@ -190,7 +195,7 @@ def project(
     total = float(costs.sum())
     allowed = beta * total
     before = float(costs[on].sum()) / total
-    if float(costs[on].sum()) <= allowed:
+    if float(costs[on].sum()) <= allowed and not give_back:
         return Projection(scores.detach().clone(), 0, before, before)
     protected = torch.zeros_like(on)
     if keep_at_least:
@@ -225,7 +230,14 @@ def project(
         again = float(costs[kept].sum())
         if again > allowed:
             kept[index] = False
-    off = on & ~kept
+    if give_back:
+        for index in margin.argsort(descending=True, stable=True).tolist():
+            if not kept[index]:
+                kept[index] = True
+                if float(costs[kept].sum()) > allowed:
+                    kept[index] = False
+    off, back = on & ~kept, kept & ~on
     below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-    projected = torch.where(off, below, values).to(device)
-    return Projection(projected, int(off.sum()), before, float(costs[kept].sum()) / total)
+    above = torch.nextafter(limits, torch.full_like(limits, torch.inf))
+    projected = torch.where(off, below, torch.where(back, above, values)).to(device)
+    return Projection(projected, int(off.sum()), before, float(costs[kept].sum()) / total, int(back.sum()))

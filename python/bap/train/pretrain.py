@@ -16,6 +16,7 @@ from bap.data import Domain
 from bap.files import write_tensors
 from bap.train.network import plain_network
 from bap.train.processes import device_of
+from bap.train.run_log import Pace
 from bap.train.schedule import learning_rate
 from bap.train.trainer import TrainError
 
@@ -43,6 +44,7 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
         raise ValueError(f"pretrain(): expected {domain.name!r} to have images with labels in 'train', got none.")
     model = plain_network(config, len(domain.classes)).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), config.pretrain.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    pace = Pace(config.run.log_every, config.run.log_seconds)
     for epoch in range(config.pretrain.epochs):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -59,7 +61,7 @@ def pretrain(config: Config, domain: Domain, path: str | Path | None = None, pro
                     f"pretrain(): expected losses to stay finite, got another one in epoch {epoch + 1}. "
                     f"Hint: lower pretrain_lr, {config.pretrain.lr}."
                 )
-            if progress and config.run.log_every and steps % config.run.log_every == 0:
+            if progress and pace.due(steps):
                 print(
                     f"{domain.name} epoch {epoch + 1}/{config.pretrain.epochs}  step {steps}  "
                     f"mean loss {total / steps:.3f}",

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "run.threads",
     "run.backend",
     "run.log_every",
+    "run.log_seconds",
 )
 
 

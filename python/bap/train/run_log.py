@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, StrictInt, ValidationEr
 
 from bap.files import FileError, read_bytes, read_json, write_bytes
 
-__all__ = ["RunLog", "checked_results", "read_metrics", "read_results"]
+__all__ = ["Pace", "RunLog", "checked_results", "read_metrics", "read_results"]
 
 
 class _DomainRecord(BaseModel):
@@ -154,6 +155,35 @@ class _Whole:
             data = data[self.file.write(data) :]
 
 
+class Pace:
+    """When a line of progress is due inside an epoch.
+
+    Args:
+        every: steps between two lines; 0: none for their number.
+        seconds: the longest time without a line; 0: none for the time.
+        clock: seconds, as :func:`time.monotonic` tells them.
+
+    Examples:
+        >>> from bap.train.run_log import Pace
+        >>> now = iter([0.0, 1.0, 2.0, 31.0])
+        >>> pace = Pace(every=2, seconds=30.0, clock=lambda: next(now))
+        >>> pace.due(1), pace.due(2), pace.due(3)
+        (False, True, False)
+    """
+
+    def __init__(self, every: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every, self.seconds, self.clock = every, seconds, clock
+        self.last = clock()
+
+    def due(self, step: int) -> bool:
+        """Whether a line is due after a step, counted from 1; if so, the time starts anew."""
+        now = self.clock()
+        due = (self.every > 0 and step % self.every == 0) or (0 < self.seconds <= now - self.last)
+        if due:
+            self.last = now
+        return due
+
+
 class RunLog:
     """Writes the records of a run.
 
@@ -165,15 +195,24 @@ class RunLog:
         keep: records of earlier epochs to go on from.
         progress: whether lines are printed; None: where the error stream is a terminal.
         every: steps between two lines inside an epoch; 0: none.
+        seconds: a line is also printed once so many have passed since the last one; 0: not.
+        clock: seconds, as :func:`time.monotonic` tells them.
     """
 
     def __init__(
-        self, folder: Path | None, epochs: int, keep: int = 0, progress: bool | None = None, every: int = 200
+        self,
+        folder: Path | None,
+        epochs: int,
+        keep: int = 0,
+        progress: bool | None = None,
+        every: int = 200,
+        seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self.epochs = epochs
         self.progress = sys.stderr.isatty() if progress is None else progress
-        self.every = every
+        self.pace = Pace(every, seconds, clock)
         self.records = read_metrics(folder)[:keep] if folder is not None else []
         self._curves: _Curves | None = None
         self._first = keep + 1
@@ -190,13 +229,14 @@ class RunLog:
             write_bytes(self.folder / "metrics.jsonl", text.encode())
             self._write_curves(self.folder / "tensorboard", record)
         if self.progress:
+            self.pace.last = self.pace.clock()
             print(self._line(record), file=sys.stderr, flush=True)
 
-    def step(self, epoch: int, step: int, steps: int, domain: str, loss: float) -> None:
-        """Prints a line every ``every`` steps of an epoch."""
-        if self.progress and self.every and step % self.every == 0:
+    def step(self, epoch: int, step: int, steps: int, domain: str, loss: Callable[[], float]) -> None:
+        """Prints a line where it is time for one; ``loss`` is called for it only, as it waits for the device."""
+        if self.progress and self.pace.due(step):
             print(
-                f"epoch {epoch}/{self.epochs}  step {step}/{steps}  {domain}  mean loss {loss:.3f}",
+                f"epoch {epoch}/{self.epochs}  step {step}/{steps}  {domain}  mean loss {loss():.3f}",
                 file=sys.stderr,
                 flush=True,
             )

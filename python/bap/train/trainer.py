@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from bap.train.state import load_state, save_state
 __all__ = ["TrainError", "Trainer", "backend_of"]
 
 STATE = "state.safetensors"
+# From so many domains on, straight-through sharing losses are warned of.
+_MANY_DOMAINS = 4
 
 
 class TrainError(RuntimeError):
@@ -77,6 +81,7 @@ class Trainer:
         sharing_weight: λ_PS.
         epoch: epochs that are done.
         projected_off: {domain: switches that the projection turned off}.
+        given_back: {domain: switches that it turned on}, see ``budget.give_back``.
 
     Raises:
         ValueError: if a domain lacks images or labels.
@@ -122,6 +127,7 @@ class Trainer:
         self._build(self._given_model)
         self.epoch = 0
         self.projected_off: dict[str, int] = {}
+        self.given_back: dict[str, int] = {}
         self._set_trainable()
         self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.run.amp == "fp16")
@@ -138,6 +144,7 @@ class Trainer:
             self.epoch,
             self.progress if first else False,
             config.run.log_every,
+            config.run.log_seconds,
         )
         self.is_open = True
         return self
@@ -176,6 +183,17 @@ class Trainer:
         sharing = config.sharing
         self.sharing_weight = SharingWeight(sharing.weight, sharing.learnable, sharing.rate, sharing.slack)
         self._weights_digest = weights_digest(config)
+        self._warn_of_vanishing_gradients()
+
+    def _warn_of_vanishing_gradients(self) -> None:
+        sharing, count = self.config.sharing, len(self.bank.domains) - len(self.dense_domains)
+        if sharing.loss is not None and not sharing.relaxed and count >= _MANY_DOMAINS and self.processes.first:
+            warnings.warn(
+                f"Trainer(): sharing.loss {sharing.loss!r} of {count} domains on straight-through switches: a switch "
+                "gets a gradient only where all other domains agree on its channel, which is almost nowhere. "
+                "Hint: -s relaxed=true",
+                stacklevel=4,
+            )
 
     def _set_trainable(self) -> None:
         own = {name for name, _ in bk.nn.domain_parameters(self.model)}
@@ -265,7 +283,7 @@ class Trainer:
         turns = turns_of(self.domains, config, self.epoch, processes.rank, processes.world)
         for number, (name, images, labels) in enumerate(turns, 1):
             self._step(name, images, labels, seen[name])
-            self.log.step(self.epoch + 1, number, steps, name, seen[name].mean_loss)
+            self.log.step(self.epoch + 1, number, steps, name, partial(getattr, seen[name], "mean_loss"))
         self._check_finite()
         losses = {name: counts.reduced() for name, counts in seen.items()}
         return {
@@ -355,11 +373,13 @@ class Trainer:
                 self.beta,
                 self.bank.sizes,
                 self.config.switches.keep_at_least,
+                self.config.budget.give_back,
             )
-            if projection.turned_off:
+            if projection.turned_off or projection.turned_on:
                 self.bank.write(name, projection.scores)
                 self._recalibrate(name)
             self.projected_off[name] = self.projected_off.get(name, 0) + projection.turned_off
+            self.given_back[name] = self.given_back.get(name, 0) + projection.turned_on
             self._freeze(name)
 
     def _recalibrate(self, name: str) -> None:
@@ -391,6 +411,7 @@ class Trainer:
             "multipliers": {name: multiplier.value for name, multiplier in self.multipliers.items()},
             "sharing_weight": self.sharing_weight.value,
             "projected_off": self.projected_off,
+            "given_back": self.given_back,
             "scaler": self.scaler.state_dict(),
             "config": self.config.as_dict(),
             "data": data_fingerprint(self.domains),
@@ -407,6 +428,7 @@ class Trainer:
             self.sharing_weight.value = float(progress["sharing_weight"])
             # Version 0.1.0 wrote "taken".
             self.projected_off = dict(progress["projected_off" if "projected_off" in progress else "taken"])
+            self.given_back = dict(progress.get("given_back", {}))
             self.scaler.load_state_dict(progress["scaler"])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None

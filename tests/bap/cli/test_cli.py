@@ -73,6 +73,9 @@ def test_a_run_without_a_terminal_prints_its_progress(bap, config: Path, tmp_pat
         [f"epoch {epoch}/2", f"step {step}/6"] for epoch in (1, 2) for step in (2, 4, 6)
     ]
     assert [line.split("  ")[0] for line in lines if "accuracy" in line] == ["epoch 1/2", "epoch 2/2"]
+    status, output, errors = bap("train", "-c", config, "-o", tmp_path / "silent", "--no-progress")
+    assert (status, errors) == (0, "")
+    assert json.loads(output)["accuracy"] == results["accuracy"]
     status, output, errors = bap("train", "-c", config, "-o", tmp_path / "run", "--resume", "-s", "beta=.25")
     assert (status, output) == (2, "")
     assert "beta: stored 0.5, asked 0.25" in errors

@@ -87,6 +87,39 @@ def test_projection_restores_cheap_switches() -> None:
     assert made.turned_off == 1
 
 
+def test_projection_gives_room_back_strongest_first() -> None:
+    # Far below the budget of 9.6: the strongest that is off goes first, the dear one does not fit, a cheaper one does.
+    scores = torch.tensor([0.9, 0.3, 0.2, -0.1, 0.1])
+    costs = torch.tensor([1.0, 3.0, 20.0, 2.0, 6.0], dtype=torch.float64)
+    assert project(scores, 0.5, costs, 0.3).scores.tolist() == scores.tolist()
+    made = project(scores, 0.5, costs, 0.3, give_back=True)
+    assert (made.scores > 0.5).tolist() == [True, True, False, True, False]
+    assert (made.turned_off, made.turned_on, made.before, made.after) == (0, 2, 1 / 32, 6 / 32)
+    # 10 of 32 would be 0.3125.
+    assert torch.equal(made.scores[[0, 2, 4]], scores[[0, 2, 4]])
+    again = project(made.scores, 0.5, costs, 0.3, give_back=True)
+    assert (again.turned_off, again.turned_on) == (0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 10_000))
+def test_given_back_room_leaves_the_budget_exact(count: int, beta: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(count, generator=generator) - 1.0 * (seed % 3)
+    costs = torch.rand(count, generator=generator, dtype=torch.float64)
+    made = project(scores, 0.0, costs, beta, give_back=True)
+    on = made.scores > 0
+    assert float(costs[on].sum()) <= beta * float(costs.sum())
+    assert made.turned_on == int((on & (scores <= 0)).sum())
+    assert made.turned_off == int((~on & (scores > 0)).sum())
+    assert made.after == pytest.approx(float(costs[on].sum()) / float(costs.sum()))
+    # No channel that is off fits any more.
+    for index in (~on).nonzero().flatten().tolist():
+        more = on.clone()
+        more[index] = True
+        assert float(costs[more].sum()) > beta * float(costs.sum())
+
+
 def test_projection_keeps_some_of_every_layer() -> None:
     scores = torch.tensor([0.1, 0.2, 0.8, 0.9])
     costs = torch.ones(4, dtype=torch.float64)

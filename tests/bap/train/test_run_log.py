@@ -60,12 +60,23 @@ def test_a_full_disk_under_the_curves_names_the_file(tmp_path: Path, monkeypatch
     assert [one["epoch"] for one in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_steps_are_printed_by_their_number(capsys: pytest.CaptureFixture) -> None:
+def test_steps_are_printed_by_their_number_or_time(capsys: pytest.CaptureFixture) -> None:
     log = RunLog(None, 2, progress=True, every=3)
     for step in range(1, 8):
-        log.step(1, step, 7, "digits", 0.25)
+        log.step(1, step, 7, "digits", lambda: 0.25)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"epoch 1/2  step {step}/7  digits  mean loss 0.250" for step in (3, 6)]
-    RunLog(None, 2, progress=True, every=0).step(1, 1, 7, "digits", 0.25)
-    RunLog(None, 2, progress=False, every=1).step(1, 1, 7, "digits", 0.25)
+    # The loss is not asked for where no line is printed: it waits for the device.
+    RunLog(None, 2, progress=True, every=0).step(1, 1, 7, "digits", lambda: pytest.fail("asked"))
+    RunLog(None, 2, progress=False, every=1).step(1, 1, 7, "digits", lambda: pytest.fail("asked"))
     assert capsys.readouterr().err == ""
+    # A step takes 12 seconds: every third one is 30 seconds after the last line, an epoch's among them.
+    now = itertools.count(0, 12)
+    log = RunLog(None, 2, progress=True, every=0, seconds=30.0, clock=lambda: float(next(now)))
+    for step in range(1, 5):
+        log.step(1, step, 4, "digits", lambda: 0.25)
+    log.add(_record(1))
+    for step in range(1, 4):
+        log.step(2, step, 4, "digits", lambda: 0.25)
+    lines = [line.split("  ")[:2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [["epoch 1/2", "step 3/4"], ["epoch 1/2", "accuracy 51.00 %"], ["epoch 2/2", "step 3/4"]]

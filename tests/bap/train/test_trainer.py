@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from bap.config import Config
-from bap.data import Domain
+from bap.data import Domain, builtin_suite
 from bap.files import FileError, read_tensors
 from bap.prune.layers import SwitchBank
 from bap.train import Trainer
 from bap.train.run_log import read_metrics
+from bap.train.sharing import relax, sharing_loss
 from bap.train.state import load_state
 from bap.train.trainer import STATE
 from torch import nn
@@ -105,6 +107,49 @@ def test_budgets_hold_exactly(suite: dict[str, Domain], tiny: Config, beta: floa
     assert record["intersection"] <= beta <= 1
     assert record["union"] >= max(one["kept"] for one in record["domains"].values()) - 1e-9
     assert record["projected_off"] == sum(trainer.projected_off.values())
+
+
+def test_a_domain_below_its_budget_gets_room_back(suite: dict[str, Domain], tiny: Config) -> None:
+    found = {}
+    for give_back in (False, True):
+        config = tiny.replace(epochs=2, settle=0.5, beta=0.5, give_back=give_back, keep_at_least=1)
+        trainer = Trainer(config, suite).open()
+        few = torch.full((sum(trainer.bank.sizes),), -1.0)
+        few[::9] = 1e-2
+        trainer.bank.write("digits", few)
+        trainer.fit()
+        found[give_back] = trainer.used("digits")
+        assert found[give_back] <= 0.5
+        assert (trainer.given_back["digits"] > 0) == give_back
+    assert found[False] < 0.2
+    # All that is missing is less than the dearest channel.
+    assert found[True] > 0.5 - float(trainer.costs.max() / trainer.costs.sum())
+
+
+def test_straight_through_sharing_of_many_domains_is_warned_of(tiny: Config) -> None:
+    many = builtin_suite(images=100)
+    names = ["shapes", "digits", "glyphs", "textures"]
+    config = tiny.replace(sharing="union", domains=names)
+    with pytest.warns(
+        UserWarning, match=r"'union' of 4 domains on straight-through switches: .* Hint: -s relaxed=true"
+    ):
+        trainer = Trainer(config, {name: many[name] for name in names}).open()
+    # With three quarters of the channels on, at random, next to none of the switches gets a gradient.
+    generator = torch.Generator().manual_seed(0)
+    switches = (torch.rand(10, 1000, generator=generator) < 0.75).float().requires_grad_()
+    sharing_loss("union", switches, torch.ones(1000), 0.5).backward()
+    assert switches.grad is not None
+    assert float((switches.grad != 0).float().mean()) < 1e-3
+    scores = torch.where(switches.detach() > 0, 7e-3, 3e-3).requires_grad_()
+    sharing_loss("union", relax(scores, 5e-3), torch.ones(1000), 0.5).backward()
+    assert scores.grad is not None
+    assert float((scores.grad != 0).float().mean()) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(config.replace(relaxed=True), trainer.domains).open()
+        Trainer(config.replace(sharing=None), trainer.domains).open()
+        three = {name: many[name] for name in names[:3]}
+        Trainer(config.replace(domains=names[:3]), three).open()
 
 
 def test_the_multiplier_alone_brings_a_domain_to_its_budget(suite: dict[str, Domain], tiny: Config) -> None:
