@@ -20,7 +20,7 @@ import torch
 from benches.problem import cache_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "numpy", "triton", "bap_kernels")
+PACKAGES = ("torch", "torchvision", "numpy", "triton", "onnxruntime", "openvino", "bap_kernels")
 
 
 @dataclass(frozen=True)

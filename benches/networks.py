@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benches import compiled, gate, ours
+from benches import compiled, engines, gate, ours
 from benches.cases import draw, kept
 from benches.measure import DTYPES
 from benches.memory import can_measure_peak, in_fresh_process, peak_bytes
@@ -57,11 +57,11 @@ def _bap(name: str) -> Callable[[], nn.Module]:
 
 # Variants of whole networks alone. planned: bk.plan. ordered: bk.plan after bk.order_channels_. pruned: bk.specialize,
 # the physically small network of one domain, in PyTorch's own layers. compiled, compiled_dense: pruned and dense under
-# torch.compile with frozen weights.
+# torch.compile with frozen weights. onnxruntime, openvino: pruned, exported to these engines.
 COMPILED = ("compiled", "compiled_dense")
-WHOLE = (*PLANNED, "pruned", *COMPILED)
+WHOLE = (*PLANNED, "pruned", *COMPILED, *engines.ENGINES)
 # Measured if requested, and in a full study: expensive, or of little interest on a CPU.
-OPT_IN = ("ordered", *COMPILED)
+OPT_IN = ("ordered", *COMPILED, *engines.ENGINES)
 # These do all of the work, and compute another function than the others.
 DENSE = ("dense", "compiled_dense")
 # Constructor and image size.
@@ -70,6 +70,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet26": (_bap("ResNet26"), 64),
     "densenet121": (_torchvision("densenet121"), 224),
     "wrn28_4": (_bap("WideResNet"), 64),
+    "resnet18": (_torchvision("resnet18"), 224),
+    "mobilenet_v2": (_torchvision("mobilenet_v2"), 224),
+    "vgg11_bn": (_torchvision("vgg11_bn"), 224),
+    "vgg16_bn": (_torchvision("vgg16_bn"), 224),
 }
 # Of the default study.
 DEFAULT_NETWORKS = ("resnet50", "resnet26")
@@ -255,7 +259,9 @@ class NetworkBench:
                 # One network per backend, so that packed weights are counted separately.
                 run = swap_(self.converted(model, cell.layout), lists)
                 enter = _enter(name)
-            prepared[name] = Timed(run, inputs, enter)
+            prepared[name] = Timed(run, [x.contiguous() for x in inputs] if name in engines.ENGINES else inputs, enter)
+        if any(name in engines.ENGINES for name in names):
+            return {name: replace(timed, enter=_after_pause(timed.enter)) for name, timed in prepared.items()}
         return prepared
 
     def _lowered(self, name: str, swapped: nn.Module, example: Tensor) -> nn.Module:
@@ -268,6 +274,8 @@ class NetworkBench:
             planned: nn.Module = bk.plan(swapped, example, DOMAIN, check=False)
             return planned
         small: nn.Module = bk.specialize(swapped, DOMAIN).to(memory_format=_format_of(example))
+        if name in engines.ENGINES:
+            return engines.deployed(name, small, example.contiguous(), torch.get_num_threads())
         return small if name == "pruned" else compiled.frozen(small, example)
 
     def _dense_compiled(self, cell: NetworkCell, model: nn.Module, example: Tensor) -> nn.Module:
@@ -377,6 +385,14 @@ def network_peak(cell: NetworkCell, name: str, dtype: str) -> int:
 def _format_of(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
+
+
+def _after_pause(enter: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        engines.pause()
+        enter()
+
+    return both
 
 
 def _enter(backend: str) -> Callable[[], None]:

@@ -24,10 +24,18 @@ STYLES: dict[str, dict[str, Any]] = {
     "pruned": {"color": "#8c8c8c", "marker": "v", "linestyle": "--"},
     "compiled": {"color": "#404040", "marker": "^", "linestyle": "--"},
     "compiled_dense": {"color": "#bdbdbd", "marker": "s", "linestyle": "--"},
+    "onnxruntime": {"color": "#1b7f79", "marker": "X", "linestyle": "--"},
+    "openvino": {"color": "#c51b7d", "marker": "<", "linestyle": "--"},
     "triton": {"color": "#66a61e", "marker": "h", "linestyle": "-"},
     "cuda": {"color": "#d95f02", "marker": "p", "linestyle": "-"},
 }
-LABELS = {"gather_conv": "gather + conv", "compiled_dense": "dense compiled", "ordered": "planned, ordered"}
+LABELS = {
+    "gather_conv": "gather + conv",
+    "compiled_dense": "dense compiled",
+    "ordered": "planned, ordered",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 # Layers with a panel of their own: 1x1 and 3x3, from early to late in both networks.
 SHOWN = (
     "56x56-64-64-k3s1",

@@ -40,7 +40,8 @@ METHOD = (
     "oneDNN with a prepacked weight. oracle8: the same with channel counts rounded up to 8; left out where they are "
     "multiples of 8.",
     "Whole networks: planned is bk.plan with the backend auto; pruned is bk.specialize, the physical small network of "
-    "the domain in PyTorch's layers, eager; compiled ones ran under torch.compile with frozen weights, for one shape.",
+    "the domain in PyTorch's layers, eager; compiled ones ran under torch.compile with frozen weights, for one shape; "
+    "ONNX Runtime and OpenVINO ran the pruned one in float32, exported for one shape, with as many threads.",
     "native, auto, aten: the op of the package under that backend, as layers in eval mode call it. auto chooses by "
     "measurements of its own, before the timing.",
     "The roofline of a case is max(FLOP / peak FLOP/s, bytes / copy bandwidth) of the kept work (for dense, of all the "
@@ -158,8 +159,18 @@ def losses_table(rows: Sequence[Row]) -> Table:
 
 def networks_table(rows: Sequence[Row]) -> Table:
     """Whole networks."""
-    copies = ("pruned", "compiled")
-    times = {(row.cell, row.variant): row.p50_s for row in summary.network_rows(rows) if row.variant in copies}
+    rows = summary.network_rows(rows)
+    measured = {row.variant for row in rows}
+    copies = [name for name in summary.COPIES if name in measured]
+    times = {(row.cell, row.variant): row.p50_s for row in rows if row.variant in copies}
+
+    def over_copies(row: Row) -> list[str]:
+        of_cell = {copy: times[row.cell, copy] for copy in copies if (row.cell, copy) in times}
+        ratios = [of_cell[copy] / row.p50_s if copy in of_cell else None for copy in copies]
+        if len(copies) > 1:
+            ratios.append(min(of_cell.values()) / row.p50_s if of_cell and row.variant not in copies else None)
+        return [number(ratio) for ratio in ratios]
+
     lines = [
         [
             f"{row.network} b{row.batch}",
@@ -169,20 +180,21 @@ def networks_table(rows: Sequence[Row]) -> Table:
             time_text(row.p50_s),
             number(row.vs_dense),
             number(row.vs_masked),
-            *(number(times[row.cell, copy] / row.p50_s if (row.cell, copy) in times else None) for copy in copies),
+            *over_copies(row),
             mebibytes(row.weight_bytes),
             mebibytes(row.peak_bytes),
             f"{row.max_error:.0e}" if row.max_error else "–",
         ]
-        for row in summary.network_rows(rows)
+        for row in rows
     ]
     note = (
         "Photographs, in-lists only; planned: the whole network (ordered: with reordered channels), native and auto: "
-        "layer by layer. /: speed-up over that variant; compiled is the pruned network, compiled. MiB: parameters and "
-        "packed weights, without copies that torch.compile makes. Peak: peak MiB of a forward beyond them. Error: of "
-        "logits, against the masked network in float64."
+        "layer by layer. /: speed-up over that variant; compiled is the pruned network, compiled; ONNX Runtime and "
+        "OpenVINO run its export. MiB: parameters and packed weights, without copies that compilers and engines make. "
+        "Peak: peak MiB of a forward beyond them. Error: of logits, against the masked network in float64."
     )
-    over = ["/ dense", "/ masked", "/ pruned", "/ compiled"]
+    over = ["/ dense", "/ masked", *(f"/ {label(copy)}" for copy in copies)]
+    over += ["/ fastest copy"] if len(copies) > 1 else []
     columns = ["network", "layout", "d", "", "time", *over, "MiB", "peak", "error"]
     return Table("Whole networks", columns, lines, note, left=2)
 

@@ -25,12 +25,13 @@ class Row:
     """One variant on one cell. Fields that do not apply (to whole networks, to call overhead) are None.
 
     Args:
-        network: ``resnet50``, ``resnet26``, ``densenet121`` or ``wrn28_4``; ``overhead`` for the time of one call.
+        network: ``resnet50`` or another of `benches.networks.NETWORKS`; ``overhead`` for the time of one call.
         case: Shape in letters; ``network`` for a whole network, ``domains`` for one that serves several domains,
             ``step`` for a whole training step.
         cell: Id shared by the variants of one comparison.
         variant: ``dense``, ``masked``, ``naive``, ``gather_conv``, ``oracle``, ``oracle8``, a backend of the package,
-            or for whole networks ``planned``, ``ordered``, ``pruned``, ``compiled``, ``compiled_dense``.
+            or for whole networks ``planned``, ``ordered``, ``pruned``, ``compiled``, ``compiled_dense``,
+            ``onnxruntime``, ``openvino``.
         candidate: The implementation that a choosing variant (gather_conv, oracle, auto) selected.
         device: ``cpu`` or ``cuda``; the header names the GPU.
         dtype: Element type of input, weight and result.

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from benches import ours, report
+from benches import engines, ours, report
 from benches.baselines import BASELINES
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
 from benches.measure import DTYPES, Bench
@@ -79,7 +79,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def variant_names(
-    requested: Sequence[str] | None, device: torch.device, dtype: torch.dtype, console: Console
+    requested: Sequence[str] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    console: Console,
+    engines_too: bool = False,
 ) -> list[str]:
     """Return the variants to time: those requested, or the baselines and every backend that can run here.
 
@@ -91,13 +95,30 @@ def variant_names(
     known = (*BASELINES, *ours.BACKENDS, *WHOLE)
     if requested is None:
         backends = available_backends(ours.DEFAULT_BACKENDS[device.type], device, dtype, console)
-        return [*BASELINES, *backends, *WHOLE]
+        return [*BASELINES, *backends, *_whole(device, dtype, console, engines_too)]
     if unknown := [name for name in requested if name not in known]:
         raise ValueError(f"study: expected `--variants` to be of {', '.join(known)}, got {', '.join(unknown)}.")
     names = [name for name in known if name in requested]
     for name in names:
         if name in ours.BACKENDS and (reason := ours.unsupported_reason(name, device, dtype)):
             raise NotImplementedError(f"study: expected `--variants` to be able to run here, got {name}: {reason}")
+        if name in engines.ENGINES and (reason := engines.unavailable_reason(name, device.type, _name_of(dtype))):
+            raise NotImplementedError(f"study: expected `--variants` to be able to run here, got {name}: {reason}")
+    return names
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _whole(device: torch.device, dtype: torch.dtype, console: Console, engines_too: bool) -> list[str]:
+    """Variants of whole networks; with the engines that can run here, naming those that cannot."""
+    names = [name for name in WHOLE if name not in engines.ENGINES]
+    for name in engines.ENGINES if engines_too else ():
+        if reason := engines.unavailable_reason(name, device.type, _name_of(dtype)):
+            console.print(f"{name} is left out: {reason}.", highlight=False)
+        else:
+            names.append(name)
     return names
 
 
@@ -151,7 +172,7 @@ def study(options: argparse.Namespace, console: Console) -> None:
     """Measure, then write and print the report."""
     start = time.perf_counter()
     device = device_of(options.device)
-    names = variant_names(options.variants, device, DTYPES[options.dtype], console)
+    names = variant_names(options.variants, device, DTYPES[options.dtype], console, options.full)
     with_package = any(name in ours.BACKENDS or name in WHOLE for name in names)
     if with_package:
         ours.reset_choices()

@@ -16,6 +16,8 @@ BUSY = 1.3
 WHOLE_NETWORK = "network"
 DOMAINS = "domains"
 OVERHEAD = "overhead"
+# Variants of whole networks that a user would deploy instead of a plan: the pruned copy, run in several ways.
+COPIES = ("pruned", "compiled", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benches import compiled, gate, memory_of_domains, networks, ours, report, rows, study
+from benches import compiled, engines, gate, memory_of_domains, networks, ours, report, rows, study
 from benches.memory_of_domains import Served, Serving, timed_row
 from benches.networks import NetworkBench, NetworkCell, network_cells
 from tests.benches.test_study import HEADER
@@ -39,7 +41,7 @@ def test_network_cells_are_unique_and_begin_with_half_density() -> None:
     default = network_cells((1, 8), (0.5,), ("nchw",))
     assert [cell.network for cell in default] == ["resnet50", "resnet26"] * 2
     cells = network_cells((1,), (0.75, 0.5), ("nchw",), list(networks.NETWORKS))
-    assert len({cell.id for cell in cells}) == len(cells) == 2 * len(networks.NETWORKS) == 8
+    assert len({cell.id for cell in cells}) == len(cells) == 2 * len(networks.NETWORKS)
     assert cells[0].density == 0.5
 
 
@@ -92,6 +94,52 @@ def test_frozen_compiles_for_each_batch() -> None:
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)
         torch.testing.assert_close(compiled.frozen(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_engine_rows_stand_beside_the_plan(tiny: str, engine: str) -> None:
+    if reason := engines.unavailable_reason(engine):
+        pytest.skip(reason)
+    names = ["dense", "masked", "planned", "pruned", engine]
+    of_bench = bench_rows(tiny, names)
+    assert [row.variant for row in of_bench] == names
+    assert 0 < of_bench[4].max_error < 1e-3
+    (table,) = [table for table in report.tables(HEADER, of_bench) if table.title == "Whole networks"]
+    planned, pruned = table.rows[2], table.rows[3]
+    times = {row.variant: row.p50_s for row in of_bench}
+    column = table.columns.index("/ fastest copy")
+    assert planned[column] == f"{min(times['pruned'], times[engine]) / times['planned']:.2f}"
+    assert pruned[column] == "–"
+
+
+def bench_rows(network: str, names: list[str]) -> list[rows.Row]:
+    return NetworkBench(CPU, "float32").rows(NetworkCell(network, 2, 0.5, "channels_last"), names, 0.0)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+@torch.inference_mode()
+def test_engine_results_do_not_overwrite_each_other(engine: str) -> None:
+    if reason := engines.unavailable_reason(engine):
+        pytest.skip(reason)
+    model, x = _tiny().eval(), torch.randn(2, 3, 16, 16)
+    run = engines.deployed(engine, model, x, threads=1)
+    first, second = run(x), run(-x)
+    torch.testing.assert_close(first, model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, model(-x), rtol=1e-4, atol=1e-4)
+
+
+def test_engines_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "float32 only, not on cpu in bfloat16" in engines.unavailable_reason("openvino", dtype="bfloat16")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    x = torch.randn(1, 3, 16, 16)
+    with pytest.raises(ImportError, match="expected openvino to be installed, got: openvino, onnx, onnxscript not"):
+        engines.deployed("openvino", _tiny(), x, 1)
+    with pytest.raises(ValueError, match="expected `name` to be of onnxruntime, openvino, got 'tvm'"):
+        engines.deployed("tvm", _tiny(), x, 1)
+    console = Console(file=io.StringIO())
+    with pytest.raises(NotImplementedError, match=r"got openvino: openvino, onnx, onnxscript not installed"):
+        study.variant_names(["planned", "openvino"], CPU, torch.float32, console)
+    assert "openvino" not in study.variant_names(None, CPU, torch.float32, console, engines_too=True)
 
 
 @pytest.mark.parametrize("variant", memory_of_domains.VARIANTS)
