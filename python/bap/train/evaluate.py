@@ -19,6 +19,8 @@ __all__ = ["Accuracy", "check_splits", "evaluate", "final_split", "predict"]
 class Accuracy:
     """Images, hits and the sum of losses, over all processes.
 
+    What is added stays on its device: only the attributes wait for it.
+
     Attributes:
         images: their number.
         hits: those with the right answer.
@@ -26,14 +28,26 @@ class Accuracy:
     """
 
     def __init__(self) -> None:
-        self.images = self.hits = 0
-        self.loss = 0.0
+        self.images = 0
+        self._hits: Tensor | int = 0
+        self._loss: Tensor | float = 0.0
 
-    def add(self, logits: Tensor, labels: Tensor, loss: float) -> None:
-        """Counts a batch with its mean loss."""
+    @property
+    def hits(self) -> int:
+        """Images with the right answer."""
+        return int(self._hits)
+
+    @property
+    def loss(self) -> float:
+        """Sum of the cross entropies."""
+        return float(self._loss)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Counts a batch with its mean loss, 0-d."""
         self.images += len(labels)
-        self.hits += int((logits.argmax(1) == labels).sum())
-        self.loss += loss * len(labels)
+        self._hits = self._hits + (logits.argmax(1) == labels).sum()
+        self._loss = self._loss + loss.detach().double() * len(labels)
 
     def reduced(self) -> Accuracy:
         """The sum over all processes."""
@@ -41,7 +55,7 @@ class Accuracy:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             values = torch.tensor([self.images, self.hits, self.loss], dtype=torch.float64, device=device)
             dist.all_reduce(values)
-            self.images, self.hits, self.loss = int(values[0]), int(values[1]), float(values[2])
+            self.images, self._hits, self._loss = int(values[0]), int(values[1]), float(values[2])
         return self
 
     @property
@@ -90,7 +104,7 @@ def evaluate(
                 )
             logits = call(x.to(device)).float()
             y = y.to(device)
-            accuracy.add(logits, y, float(nn.functional.cross_entropy(logits, y)))
+            accuracy.add(logits, y, nn.functional.cross_entropy(logits, y))
     accuracy.reduced()
     if not accuracy.images:
         raise ValueError(f"evaluate(): expected `split` of {domain.name!r} to have images, got none in {split!r}.")

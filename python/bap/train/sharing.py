@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bap.config import LOSSES
 
-__all__ = ["LOSSES", "SharingWeight", "intersection", "relax", "sharing_loss", "union"]
+__all__ = ["LOSSES", "SharingWeight", "intersection", "relax", "sharing_loss", "sharing_loss_of_one", "union"]
 
 
 def intersection(switches: Tensor, costs: Tensor) -> Tensor:
@@ -92,6 +92,41 @@ def sharing_loss(kind: str, switches: Tensor, costs: Tensor, beta: float) -> Ten
     if float(together.detach()) == 0:
         return 0 * together
     return 1 - intersection(switches, costs) / together
+
+
+def sharing_loss_of_one(kind: str, own: Tensor, others: Tensor, shares: Tensor, beta: float) -> Tensor:
+    """:func:`sharing_loss` as a function of one domain's switches, the others' being constants; reads nothing back.
+
+    Args:
+        kind: ``"int"``, ``"union"`` or ``"jaccard"``.
+        own: (M,), of the domain, in [0, 1].
+        others: (D - 1, M), of the other domains.
+        shares: (M,), costs that sum to 1.
+        beta: β, in (0, 1].
+
+    Returns:
+        0-d, at least 0.
+
+    Examples:
+        >>> import torch
+        >>> from bap.train.sharing import sharing_loss, sharing_loss_of_one
+        >>> switches = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+        >>> shares = torch.full((4,), 0.25)
+        >>> [sharing_loss_of_one(kind, switches[0], switches[1:], shares, 0.5).item() for kind in ("int", "union")]
+        [0.5, 0.5]
+    """
+    with torch.no_grad():
+        # What this domain can still change: channels that all the others keep, and those that none of them does.
+        agreed = others.prod(0) * shares if kind != "union" else shares
+        free = (1 - others).prod(0) * shares if kind != "int" else shares
+        taken = shares.sum() - free.sum()
+    if kind == "int":
+        return torch.relu(1 - torch.dot(own, agreed) / beta)
+    together = taken + torch.dot(own, free)
+    if kind == "union":
+        return torch.relu(together / beta - 1)
+    apart = 1 - torch.dot(own, agreed) / together.clamp_min(torch.finfo(together.dtype).tiny)
+    return torch.where(together > 0, apart, 0 * together)
 
 
 @dataclass

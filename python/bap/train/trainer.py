@@ -29,11 +29,12 @@ from bap.train.domains import source_of
 from bap.train.evaluate import Accuracy, check_splits, evaluate
 from bap.train.layer_times import LayerTimes
 from bap.train.network import switched_network
+from bap.train.objective import Objective
 from bap.train.processes import Processes
 from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, weights_digest
 from bap.train.run_log import RunLog
 from bap.train.schedule import learning_rate, steps_of, turns_of
-from bap.train.sharing import SharingWeight, intersection, relax, sharing_loss, union
+from bap.train.sharing import SharingWeight, intersection, union
 from bap.train.state import load_state, save_state
 
 __all__ = ["TrainError", "Trainer", "backend_of"]
@@ -41,6 +42,8 @@ __all__ = ["TrainError", "Trainer", "backend_of"]
 STATE = "state.safetensors"
 # From so many domains on, straight-through sharing losses are warned of.
 _MANY_DOMAINS = 4
+# Steps between two looks at a loss on a GPU: each look waits for it.
+_CHECKED_EVERY = 50
 
 
 class TrainError(RuntimeError):
@@ -163,7 +166,6 @@ class Trainer:
             {name: specs[name] for name in self.bank.names},
             None if times is None else times.per_channel,
         )
-        self._cost_shares = (self.costs / self.costs.sum()).float().to(device)
         self.beta = config.budget.beta
         if config.budget.milliseconds is not None:
             fixed = 0.0 if times is None else times.fixed
@@ -182,6 +184,9 @@ class Trainer:
         }
         sharing = config.sharing
         self.sharing_weight = SharingWeight(sharing.weight, sharing.learnable, sharing.rate, sharing.slack)
+        self.objective = Objective(
+            config, self.bank, self.costs, self.beta, self.multipliers, self.sharing_weight, self.dense_domains, device
+        )
         self._weights_digest = weights_digest(config)
         self._warn_of_vanishing_gradients()
 
@@ -227,8 +232,8 @@ class Trainer:
         if rates.train_backbone:
             sgd.append(group("backbone", rates.lr_backbone))
         return {
-            "adam": torch.optim.Adam([group("switch", rates.lr_switch), group("norm", rates.lr_norm)]),
-            "sgd": torch.optim.SGD(sgd, momentum=rates.momentum, weight_decay=rates.weight_decay),
+            "adam": torch.optim.Adam([group("switch", rates.lr_switch), group("norm", rates.lr_norm)], fused=True),
+            "sgd": torch.optim.SGD(sgd, momentum=rates.momentum, weight_decay=rates.weight_decay, fused=True),
         }
 
     @property
@@ -277,14 +282,20 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
         self.ddp_model.train()
+        self.objective.begin()
         seen = {name: Accuracy() for name in self.domains}
         processes = self.processes
         steps = sum(steps_of(domain, config.schedule.batch, processes.world) for domain in self.domains.values())
         turns = turns_of(self.domains, config, self.epoch, processes.rank, processes.world)
+        checked_every = 1 if processes.device.type == "cpu" else _CHECKED_EVERY
         for number, (name, images, labels) in enumerate(turns, 1):
             self._step(name, images, labels, seen[name])
+            if number % checked_every == 0:
+                self._check_losses({name: seen[name]})
             self.log.step(self.epoch + 1, number, steps, name, partial(getattr, seen[name], "mean_loss"))
+        self._check_losses(seen)
         self._check_finite()
+        self.objective.end()
         losses = {name: counts.reduced() for name, counts in seen.items()}
         return {
             "epoch": self.epoch,
@@ -292,6 +303,11 @@ class Trainer:
             "rate": factor,
             "domains": {name: {"loss": total.mean_loss, "accuracy": total.percent} for name, total in losses.items()},
         }
+
+    def _check_losses(self, seen: Mapping[str, Accuracy]) -> None:
+        for name, counts in seen.items():
+            if not math.isfinite(counts.loss):
+                raise self._not_finite(f"loss of {name!r}, {counts.loss},")
 
     def _check_finite(self) -> None:
         # No loss follows the last step.
@@ -319,45 +335,21 @@ class Trainer:
                 with self._autocast():
                     logits = self.ddp_model(images)
                 loss = F.cross_entropy(logits.float(), labels)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise self._not_finite(f"loss of {name!r}, {value},")
-                seen.add(logits.detach(), labels, value)
+                seen.add(logits.detach(), labels, loss)
                 total = loss * (len(images) / len(x))
                 if last and name in self.multipliers and not self.frozen:
-                    total = total + self._penalty(name)
+                    total = total + self.objective.penalty(name)
                 self.scaler.scale(total).backward()
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
+        self.objective.changed(name)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.run.amp is None:
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.config.run.amp == "bf16" else torch.float16
         return torch.autocast(self.processes.device.type, dtype)
-
-    def _penalty(self, name: str) -> Tensor:
-        """λ_d-weighted budget and λ_PS-weighted sharing loss in one domain's switches; one step of dual ascent."""
-        config = self.config
-        switches = self.bank.switches(name)
-        used = share(switches, self._cost_shares)
-        multiplier = self.multipliers[name]
-        total = multiplier.loss(used)
-        others = [other for other in self.bank.domains if other != name and other not in self.dense_domains]
-        if config.sharing.loss is not None and others:
-            if config.sharing.relaxed:
-                rows = [self._relaxed(name), *(self._relaxed(other).detach() for other in others)]
-            else:
-                rows = [switches, *(self.bank.mask(other).to(switches.dtype) for other in others)]
-            loss = sharing_loss(config.sharing.loss, torch.stack(rows), self._cost_shares, self.beta)
-            total = total + self.sharing_weight.value * loss
-            self.sharing_weight.update(float(loss.detach()))
-        multiplier.update(float(used.detach()))
-        return total
-
-    def _relaxed(self, name: str) -> Tensor:
-        return relax(self.bank.scores(name), self.bank.thresholds(name), self.config.sharing.temperature)
 
     def used(self, domain: str) -> float:
         """θ̄ of a domain, exact."""

@@ -173,9 +173,11 @@ def test_sharing_losses_shrink_the_union(suite: dict[str, Domain], tiny: Config)
             generator = torch.Generator().manual_seed(number)
             trainer.bank.write(name, 1e-2 * torch.rand(sum(trainer.bank.sizes), generator=generator))
         trainer.fit()
-        found[sharing] = trainer.log.records[-1]["union"]
-    assert found["union"] < found[None] - 0.02, found
-    assert found["jaccard"] < found[None] - 0.02, found
+        # Before the projection, which takes weak channels of each domain by itself.
+        record = trainer.log.records[3]
+        found[sharing] = record["union"], record["intersection"] / record["union"]
+    assert found["union"][0] < found[None][0] - 0.1, found
+    assert found["jaccard"][1] > found[None][1] + 0.1, found
 
 
 def test_a_step_moves_only_what_its_domain_owns(suite: dict[str, Domain], tiny: Config) -> None:
