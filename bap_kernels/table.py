@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from bap_kernels._warn import warn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.layer_kinds import GatheredLayer, SwitchedLayer
 
@@ -44,6 +46,75 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
         for name, conv in convs.items()
         if conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels
     }
+
+
+class Zeros(NamedTuple):
+    """What zeros leave one convolution to read.
+
+    Attributes:
+        lists: the in-list; None where it reads everything.
+        note: what was found, in words.
+        zero_weights, weights: how many of its single weights are zero, and how many there are.
+    """
+
+    lists: ChannelLists
+    note: str
+    zero_weights: int
+    weights: int
+
+
+_zeros_finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]] | None = None
+
+
+def set_zeros_finder(finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]]) -> None:
+    """Says how zeros are followed through a network; that needs plans, which import this module."""
+    global _zeros_finder
+    _zeros_finder = finder
+
+
+# What tools append to a layer's name in their files.
+_PARAMETER_SUFFIXES = (".weight", ".weight_mask")
+
+
+def _binary(domain: str, layer: str, mask: Any) -> np.ndarray:
+    """A mask as booleans on the host, (C_in,) or (C_out, C_in, kH, kW)."""
+    where = f"for layer {layer!r} in domain {domain!r}"
+    try:
+        values = torch.as_tensor(mask).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"ChannelTable.from_masks(): expected `masks` to hold tensors, got {type(mask).__name__} {where}."
+        ) from error
+    if values.dim() not in (1, 4) or values.numel() == 0:
+        raise ValueError(
+            "ChannelTable.from_masks(): expected `masks` to have the shape (C_in,) or that of a weight "
+            f"(C_out, C_in, kH, kW), got {tuple(values.shape)} {where}."
+        )
+    odd = values[(values != 0) & (values != 1)]
+    if odd.numel():
+        raise ValueError(
+            f"ChannelTable.from_masks(): expected `masks` to hold 0 and 1 only, got {odd.flatten()[0].item()} {where}. "
+            "Hint: compare scores with their threshold first."
+        )
+    present: np.ndarray = (values != 0).numpy()
+    return present
+
+
+def _check_fits(domain: str, layer: str, mask: np.ndarray, conv: nn.Module | None) -> None:
+    """Compares a mask with the layer that it is for."""
+    where = f"for layer {layer!r} in domain {domain!r}"
+    if not isinstance(conv, nn.Conv2d):
+        got = "no such layer" if conv is None else f"a {type(conv).__name__}"
+        raise ValueError(
+            f"ChannelTable.from_masks(): expected `masks` to name convolutions of `model`, got {got} {where}."
+        )
+    shapes = ((conv.in_channels,), (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size))
+    if mask.shape not in shapes:
+        hint = " Hint: a mask of filters needs the weight's shape." if mask.shape == (conv.out_channels,) else ""
+        raise ValueError(
+            f"ChannelTable.from_masks(): expected `masks` to have the shape {shapes[0]} or {shapes[1]} {where}, "
+            f"got {tuple(mask.shape)}.{hint}"
+        )
 
 
 def _union(lists: list[Tensor | None]) -> Tensor | None:
@@ -99,6 +170,12 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                         f"got {layer!r}: {type(lists).__name__}."
                     )
         self._domains = {domain: dict(layers) for domain, layers in domains.items()}
+        self._notes: dict[str, dict[str, str]] = {}
+
+    @property
+    def notes(self) -> dict[str, dict[str, str]]:
+        """What was found where the table was derived from weights or masks, {domain: {layer: text}}; not saved."""
+        return {domain: dict(notes) for domain, notes in self._notes.items()}
 
     def __getitem__(self, domain: str) -> Mapping[str, ChannelLists]:
         return self._domains[domain]
@@ -208,6 +285,121 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 for domain in domains[0]
             }
         )
+
+    @classmethod
+    def from_weights(
+        cls, model: nn.Module, domain: str = "default", example_input: Tensor | tuple[Any, ...] | None = None
+    ) -> ChannelTable:
+        """The channels that a network's own zeros leave, as in-lists of one domain.
+
+        A convolution need not read a channel whose slice of its weight is zero, nor one that always arrives as zeros:
+        from filters of zeros, through batch norms (a scale of zero included), activations, pooling, sums and
+        concatenations. A channel that arrives as another constant, such as the shift of a norm with a scale of zero,
+        is read: leaving it out would change the result. Only exact zeros count. So the table changes no result of the
+        network in eval mode, as long as its values are finite.
+
+        Masks of :mod:`torch.nn.utils.prune` count as multiplied in; call ``torch.nn.utils.prune.remove`` on a layer
+        before :func:`bap_kernels.swap_`, which leaves layers with hooks as they are. :attr:`notes` says what was found.
+
+        Args:
+            model: a network with pruned convolutions, swapped or not. It is not changed.
+            domain: the name of the domain.
+            example_input: what the model is called with, to follow zeros through it; by default an image is made up,
+                and where none fits each layer's own weight counts alone.
+
+        Raises:
+            ValueError: if the model has no convolution with weights, or does not take ``example_input``.
+
+        Warns:
+            UserWarning: if no layer can leave out any channel; the text says how many single weights are zero.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> import bap_kernels as bk
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 1)).eval()
+            >>> with torch.no_grad():
+            ...     _ = model[1].weight[2].zero_()
+            >>> table = bk.ChannelTable.from_weights(model, example_input=torch.randn(1, 3, 8, 8))
+            >>> table["default"]["3"], table.notes["default"]["3"]
+            (ChannelLists(in_index=[0, 1, 3], out_index=None), 'reads 3 of 4; other channels that arrive as zeros: 1')
+        """
+        assert _zeros_finder is not None
+        zeros = _zeros_finder("ChannelTable.from_weights", model, example_input)
+        table = cls({domain: {name: found.lists for name, found in zeros.items()}})
+        table._notes = {domain: {name: found.note for name, found in zeros.items()}}
+        if all(found.lists.in_index is None for found in zeros.values()):
+            single = sum(found.zero_weights for found in zeros.values()) / sum(
+                found.weights for found in zeros.values()
+            )
+            warn(
+                f"ChannelTable.from_weights(): no channel can be left out of any of {len(zeros)} convolutions; "
+                f"{single:.0%} of their single weights are zero. Hint: whole channels have to be zero, as structured "
+                "pruning along dim=1 (input channels) or dim=0 (filters, with their bias and norm) makes them."
+            )
+        return table
+
+    @classmethod
+    def from_masks(
+        cls, masks: Mapping[str, Mapping[str, Any]], both: bool = False, model: nn.Module | None = None
+    ) -> ChannelTable:
+        """Lists from the masks of other tools, for any number of domains.
+
+        Args:
+            masks: {domain: {layer: mask}}; tensors, arrays or sequences of 0 and 1, or of bool. A mask (C_in,) tells
+                the channels that the layer reads. A mask of the weight, (C_out, C_in, kH, kW), leaves out the channels
+                that no filter reads. Names may end in ``.weight`` or ``.weight_mask``.
+            both: whether masks of weights give out-lists too: filters that are masked whole. The layers must be
+                :class:`bap_kernels.nn.MaskedConv2d` then, unless the network takes compact results. Without, masks of
+                filters have no effect: multiply them into the weights and use :meth:`from_weights`, which follows them.
+            model: if given, layers and shapes of the masks are compared with its convolutions.
+
+        Raises:
+            TypeError: for anything that is no mask.
+            ValueError: for other shapes, values other than 0 and 1, and layers that the model does not have.
+
+        Examples:
+            >>> import torch
+            >>> from bap_kernels import ChannelTable
+            >>> masks = {"birds": {"conv1": [1, 0, 1, 1]}, "cars": {"conv1": torch.ones(2, 4, 3, 3)}}
+            >>> table = ChannelTable.from_masks(masks)
+            >>> table["birds"], table.notes["cars"]
+            ({'conv1': ChannelLists(in_index=[0, 2, 3], out_index=None)}, {'conv1': 'reads 4 of 4'})
+        """
+        if not isinstance(masks, Mapping) or not all(isinstance(layers, Mapping) for layers in masks.values()):
+            raise TypeError(
+                "ChannelTable.from_masks(): expected `masks` to be a mapping {domain: {layer: mask}}, "
+                f"got {type(masks).__name__}."
+            )
+        convolutions = None if model is None else dict(model.named_modules(remove_duplicate=False))
+        domains: dict[str, dict[str, ChannelLists]] = {}
+        notes: dict[str, dict[str, str]] = {}
+        for domain, layers in masks.items():
+            domains[domain], notes[domain] = {}, {}
+            for key, mask in layers.items():
+                values = _binary(domain, key, mask)
+                layer = next((key.removesuffix(end) for end in _PARAMETER_SUFFIXES if key.endswith(end)), key)
+                if layer in domains[domain]:
+                    raise ValueError(
+                        f"ChannelTable.from_masks(): expected `masks` to hold one mask for layer {layer!r} in domain "
+                        f"{domain!r}, got two."
+                    )
+                if convolutions is not None:
+                    _check_fits(domain, layer, values, convolutions.get(layer))
+                reads: np.ndarray = values if values.ndim == 1 else np.asarray(values.any(axis=(0, 2, 3)))
+                note = f"reads {np.count_nonzero(reads)} of {len(reads)}"
+                writes = np.ones(1, dtype=bool) if values.ndim == 1 else np.asarray(values.any(axis=(1, 2, 3)))
+                if not writes.all():
+                    note += f"; {np.count_nonzero(~writes)} of {len(writes)} filters are masked"
+                    note += "" if both else ", which has no effect without `both`"
+                domains[domain][layer] = ChannelLists(
+                    None if reads.all() else np.flatnonzero(reads),
+                    None if writes.all() or not both else np.flatnonzero(writes),
+                )
+                notes[domain][layer] = note
+        table = cls(domains)
+        table._notes = notes
+        return table
 
     def union(self) -> dict[str, ChannelLists]:
         """What any domain uses, {layer name: ChannelLists}: the channels that must be stored.

@@ -91,7 +91,7 @@ def unsupported_reason(conv: nn.Module) -> str | None:
     if type(conv) not in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
         return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
     if conv._parameters.get("weight") is None:
-        return "its weight is no parameter: a hook (weight_norm, spectral_norm, pruning) computes it"
+        return "its weight is computed by a hook: remove weight_norm, spectral_norm or torch.nn.utils.prune first"
     reason = unsupported_groups_reason(conv.in_channels, conv.out_channels, conv.groups) or _bad_options_reason(conv)
     return OWN_FORWARD if reason is None and has_own_forward(conv) else reason
 

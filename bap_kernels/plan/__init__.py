@@ -5,6 +5,7 @@ from bap_kernels.plan.planned import PlannedNetwork, plan
 from bap_kernels.plan.prune import PruneReport, prune_unused_
 from bap_kernels.plan.report import LayerReport, NetworkReport, report
 from bap_kernels.plan.specialize import specialize
+from bap_kernels.plan.zeroed import find_zeros as _find_zeros  # noqa: F401  tells ChannelTable.from_weights how
 
 __all__ = [
     "LayerReport",
