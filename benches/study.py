@@ -102,7 +102,7 @@ def variant_names(
     for name in names:
         if name in ours.BACKENDS and (reason := ours.unsupported_reason(name, device, dtype)):
             raise NotImplementedError(f"study: expected `--variants` to be able to run here, got {name}: {reason}")
-        if name in engines.ENGINES and (reason := engines.unavailable_reason(name, device.type, _name_of(dtype))):
+        if name in engines.ENGINES and (reason := engines.missing_reason(name, device.type, _name_of(dtype))):
             raise NotImplementedError(f"study: expected `--variants` to be able to run here, got {name}: {reason}")
     return names
 
@@ -115,7 +115,7 @@ def _whole(device: torch.device, dtype: torch.dtype, console: Console, engines_t
     """Variants of whole networks; with the engines that can run here, naming those that cannot."""
     names = [name for name in WHOLE if name not in engines.ENGINES]
     for name in engines.ENGINES if engines_too else ():
-        if reason := engines.unavailable_reason(name, device.type, _name_of(dtype)):
+        if reason := engines.missing_reason(name, device.type, _name_of(dtype)):
             console.print(f"{name} is left out: {reason}.", highlight=False)
         else:
             names.append(name)

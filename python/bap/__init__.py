@@ -4,6 +4,7 @@
     results    whole runs, studies, scores and reports
     train      joint training under budgets: losses, state, checkpoints
     config     settings
+    export     files for other runtimes
     prune      what a trained network keeps and costs; the narrow network that is served
     data       the domains' images
     models     plain backbones

@@ -98,7 +98,7 @@ def test_frozen_compiles_for_each_batch() -> None:
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_engine_rows_stand_beside_the_plan(tiny: str, engine: str) -> None:
-    if reason := engines.unavailable_reason(engine):
+    if reason := engines.missing_reason(engine):
         pytest.skip(reason)
     names = ["dense", "masked", "planned", "pruned", engine]
     of_bench = bench_rows(tiny, names)
@@ -119,7 +119,7 @@ def bench_rows(network: str, names: list[str]) -> list[rows.Row]:
 @pytest.mark.parametrize("engine", engines.ENGINES)
 @torch.inference_mode()
 def test_engine_results_do_not_overwrite_each_other(engine: str) -> None:
-    if reason := engines.unavailable_reason(engine):
+    if reason := engines.missing_reason(engine):
         pytest.skip(reason)
     model, x = _tiny().eval(), torch.randn(2, 3, 16, 16)
     run = engines.deployed(engine, model, x, threads=1)
@@ -129,7 +129,7 @@ def test_engine_results_do_not_overwrite_each_other(engine: str) -> None:
 
 
 def test_engines_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "float32 only, not on cpu in bfloat16" in engines.unavailable_reason("openvino", dtype="bfloat16")
+    assert "float32 only, not on cpu in bfloat16" in engines.missing_reason("openvino", dtype="bfloat16")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     x = torch.randn(1, 3, 16, 16)
     with pytest.raises(ImportError, match="expected openvino to be installed, got: openvino, onnx, onnxscript not"):

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap.files", "bap._moved"),
     ("bap.data", "bap.models"),
     ("bap.prune",),
+    ("bap.export",),
     ("bap.config",),
     ("bap.train",),
     ("bap.results",),

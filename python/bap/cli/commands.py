@@ -205,6 +205,33 @@ def speed(
     _print(report)
 
 
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Out,
+    format: Annotated[list[str], typer.Option("--format", "-f", help="onnx, openvino, pt2, aoti or executorch.")],
+    domain: Domains = None,
+    batch: Annotated[int, typer.Option(help="Images of a call; the files take no other number.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Calls of which the median is taken.", min=1)] = 15,
+) -> None:
+    """Write each domain's small network for another runtime; every file is run and compared with the plan."""
+    import torch
+
+    from bap.export import export_domain
+    from bap.prune.deploy import deploy
+    from bap.train.checkpoint import load_checkpoint
+
+    model, _, specs = load_checkpoint(checkpoint, domain or None)
+    size = _size_of(specs, checkpoint)
+    example = torch.zeros(batch, 3, size, size)
+    narrow = deploy(model, example).model
+    files = [
+        row.as_dict() for name in specs for row in export_domain(narrow, name, example, out, format, rounds=rounds)
+    ]
+    _table(f"batch {batch}, {torch.get_num_threads()} threads", files)
+    _print({"batch": batch, "threads": torch.get_num_threads(), "files": files})
+
+
 @app.command("eval")
 def evaluate_command(
     checkpoint: Checkpoint,

@@ -1,0 +1,97 @@
+"""Files for other runtimes beside the plan: ``python -m benches.exports [--formats onnx,openvino,...]``.
+
+Two domains at half of the channels, lists of their own, for ResNet-26 at 64x64 and MobileNet-V2 at 224x224. Each file
+is run again and compared with the plan's output. Formats whose packages are not installed are left out, by name.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from bap.export import FORMATS, export_domain, unavailable_reason
+from rich.console import Console
+
+import bap_kernels as bk
+from benches.networks import NETWORKS, NetworkBench
+from benches.report import time_text
+from benches.tables import Table
+
+DOMAINS = ("birds", "cars")
+DEFAULT = ("resnet26", "mobilenet_v2")
+
+
+def rows_of(network: str, formats: Sequence[str], batch: int, rounds: int, folder: Path) -> list[dict[str, object]]:
+    """Write and measure the files of one network, those of all domains of a format one after the other."""
+    model = bk.swap_(NetworkBench(torch.device("cpu"), "float32").model(network))
+    bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5))
+    size = NETWORKS[network][1]
+    example = torch.zeros(batch, 3, size, size)
+    return [
+        {"network": network, "batch": batch, **row.as_dict()}
+        for domain in DOMAINS
+        for row in export_domain(model, domain, example, folder / network, list(formats), rounds=rounds)
+    ]
+
+
+def table(rows: Sequence[dict[str, object]], threads: int) -> Table:
+    """The rows as a table."""
+    lines = [
+        [
+            f"{row['network']} b{row['batch']}",
+            str(row["domain"]),
+            str(row["format"]),
+            f"{float(str(row['bytes'])) / 2**20:.2f}",
+            f"{float(str(row['change'])):.0e}",
+            time_text(float(str(row["milliseconds"])) * 1e-3),
+            time_text(float(str(row["plan_milliseconds"])) * 1e-3),
+            f"{float(str(row['over plan'])):.2f}",
+        ]
+        for row in rows
+    ]
+    note = f"Half of the channels, {threads} threads, float32. Error: relative to the largest output. Above 1: faster."
+    return Table(
+        "Exported files",
+        ["network", "domain", "runtime", "MiB", "error", "time", "plan", "/ plan"],
+        lines,
+        note,
+        left=3,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benches.exports", description=__doc__)
+    split = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--networks", type=split, default=list(DEFAULT), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--formats", type=split, help=f"of {', '.join(FORMATS)} (default: all that are installed)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder for the files and rows.json (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    torch.set_num_threads(options.threads)
+    formats = options.formats or list(FORMATS)
+    for name in [] if options.formats else list(formats):
+        if reason := unavailable_reason(FORMATS[name]):
+            console.print(f"{name} is left out: {reason}.", highlight=False)
+            formats.remove(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        rows = [
+            row
+            for network in options.networks
+            for row in rows_of(network, formats, options.batch, options.rounds, folder)
+        ]
+        if options.out:
+            (options.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    console.print(table(rows, options.threads).rich())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
