@@ -156,6 +156,10 @@ class Budget(_Group):
         measure: what it bounds, one of :data:`MEASURES`.
         milliseconds: for the measure ``time``: the budget of the switched convolutions, in place of ``beta``.
         multiplier_rate: η of the dual ascent of λ [R].
+        anneal: how β goes down from ``anneal_start`` during the run, with a projection after every epoch: ``linear`` or
+            ``cubic``; None: it is the same throughout.
+        anneal_start: β of the start.
+        anneal_until: part of the run after which β has reached ``beta``.
         give_back: whether the projection also switches channels on, strongest first, in a domain that ends below its
             budget.
     """
@@ -164,6 +168,9 @@ class Budget(_Group):
     measure: Annotated[str, _one_of(*MEASURES)] = "mac"
     milliseconds: _Positive | None = None
     multiplier_rate: _Positive = 0.1
+    anneal: Annotated[str | None, _one_of(None, "linear", "cubic")] = None
+    anneal_start: _Share = 1.0
+    anneal_until: _Share = 0.75
     give_back: bool = False
 
 
@@ -173,6 +180,8 @@ class Sharing(_Group):
     Attributes:
         loss: ``int``, ``union``, ``jaccard``, or None.
         weight: λ_PS.
+        schedule: of λ_PS over the run: ``constant``; ``rise`` from 0 to ``weight``, ``fall`` from it to 0.
+        schedule_until: part of the run after which it has risen or fallen.
         learnable, rate, slack: see :class:`bap.train.sharing.SharingWeight`.
         relaxed: whether the loss sees sigmoids of the scores in place of straight-through switches.
         temperature: of those sigmoids.
@@ -180,6 +189,8 @@ class Sharing(_Group):
 
     loss: Annotated[str | None, _one_of(None, *LOSSES)] = None
     weight: _NotNegative = 1.0
+    schedule: Annotated[str, _one_of("constant", "rise", "fall")] = "constant"
+    schedule_until: _Share = 0.5
     learnable: bool = False
     rate: _Positive = 1e-2
     slack: _NotNegative = 0.0
@@ -187,17 +198,35 @@ class Sharing(_Group):
     temperature: _Positive = 2e-3
 
 
+class Distill(_Group):
+    """Distillation from a trained network, such as the dense one; see :mod:`bap.train.distill`.
+
+    Attributes:
+        teacher: its checkpoint, RUN/checkpoint.
+        weight: of the loss; 0 is off.
+        temperature: T.
+        guard: the most that the weighted loss may be, as a multiple of the cross entropy; None does not bound it.
+    """
+
+    teacher: _Text | None = None
+    weight: _NotNegative = 0.0
+    temperature: _Positive = 4.0
+    guard: _Positive | None = 1.0
+
+
 class Optimiser(_Group):
     """Learning rates.
 
     Attributes:
         lr_switch, lr_norm: Adam's, of switches and batch norm.
+        norm: ``sgd`` trains batch norm with SGD, like the backbone; ``adam``.
         lr_head, momentum, weight_decay: SGD's, of the classifiers (and of the backbone).
         train_backbone, lr_backbone: whether the shared weights are trained, with SGD.
     """
 
     lr_switch: _NotNegative = 1e-4
     lr_norm: _NotNegative = 1e-4
+    norm: Annotated[str, _one_of("adam", "sgd")] = "adam"
     lr_head: _NotNegative = 1e-3
     momentum: Annotated[_Real, Field(ge=0, lt=1)] = 0.9
     weight_decay: _NotNegative = 0.0
@@ -212,15 +241,20 @@ class Schedule(_Group):
         epochs: passes over the training images of every domain.
         batch: images of a step, on each process.
         accumulate: parts of a batch that go through the network one by one.
-        round_robin: ``epoch``: a whole epoch of one domain after another; ``batch``: domains take turns.
-        decay: of the learning rates, ``step``: × 0.1 after three quarters; ``cosine``.
+        round_robin: ``epoch``: a whole epoch of one domain after another; ``batch``: domains take turns; ``joint``: a
+            step sums a batch of every domain.
+        steps: of an epoch, for ``joint``; None: as many as the largest domain has batches.
+        decay: of the learning rates, ``step``: × 0.1 at each of the ``milestones``; ``cosine``.
+        milestones: parts of the run, ascending.
     """
 
     epochs: _Count = 150
     batch: _Count = 64
     accumulate: _Count = 1
-    round_robin: Annotated[str, _one_of("epoch", "batch")] = "epoch"
+    round_robin: Annotated[str, _one_of("epoch", "batch", "joint")] = "epoch"
+    steps: _Count | None = None
     decay: Annotated[str, _one_of("step", "cosine")] = "step"
+    milestones: list[_Share] = [0.75]
 
 
 class Pretrain(_Group):
@@ -279,6 +313,7 @@ class Config(_Group):
     switches: Switches = Switches()
     budget: Budget = Budget()
     sharing: Sharing = Sharing()
+    distill: Distill = Distill()
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     pretrain: Pretrain = Pretrain()
@@ -312,6 +347,36 @@ class Config(_Group):
         if data.suite != "builtin" and data.root is None:
             raise ValueError(
                 f"Config(): expected `data.root`, the folder of {data.suite!r}, got None. Hint: --set root=FOLDER"
+            )
+        budget, sharing, distill = self.budget, self.sharing, self.distill
+        if schedule.steps is not None and schedule.round_robin != "joint":
+            raise ValueError(
+                "Config(): expected `schedule.round_robin` to be 'joint' for `schedule.steps`, got "
+                f"{schedule.round_robin!r}."
+            )
+        if not schedule.milestones or schedule.milestones != sorted(set(schedule.milestones)):
+            raise ValueError(
+                f"Config(): expected `schedule.milestones` to be ascending parts of the run, got {schedule.milestones}."
+            )
+        if budget.anneal is not None and budget.anneal_until > switches.freeze_at:
+            raise ValueError(
+                "Config(): expected `budget.anneal_until` to be at most `switches.freeze_at`, after which no switch "
+                f"changes, got {budget.anneal_until} > {switches.freeze_at}."
+            )
+        if budget.anneal is not None and budget.milliseconds is None and budget.anneal_start < budget.beta:
+            raise ValueError(
+                "Config(): expected `budget.anneal_start` to be at least `budget.beta`, got "
+                f"{budget.anneal_start} < {budget.beta}."
+            )
+        if sharing.learnable and sharing.schedule != "constant":
+            raise ValueError(
+                "Config(): expected `sharing.schedule` to be 'constant' for a learnable weight, got "
+                f"{sharing.schedule!r}."
+            )
+        if distill.weight > 0 and distill.teacher is None:
+            raise ValueError(
+                "Config(): expected `distill.teacher`, the checkpoint of a trained network, for `distill.weight`, got "
+                "None. Hint: -s teacher=RUN/checkpoint"
             )
         if data.train_on == "train+val" and data.evaluate_on == "val":
             raise ValueError(
@@ -363,14 +428,20 @@ SHORT_NAMES = {
     "settle": "switches.freeze_at",
     "beta": "budget.beta", "measure": "budget.measure", "budget_ms": "budget.milliseconds",
     "multiplier_rate": "budget.multiplier_rate", "give_back": "budget.give_back",
+    "anneal": "budget.anneal", "anneal_start": "budget.anneal_start", "anneal_until": "budget.anneal_until",
     "sharing": "sharing.loss", "sharing_weight": "sharing.weight", "sharing_learnable": "sharing.learnable",
     "sharing_rate": "sharing.rate", "sharing_slack": "sharing.slack", "relaxed": "sharing.relaxed",
     "temperature": "sharing.temperature",
+    "sharing_schedule": "sharing.schedule", "sharing_schedule_until": "sharing.schedule_until",
+    "teacher": "distill.teacher", "distill_weight": "distill.weight", "distill_temperature": "distill.temperature",
+    "distill_guard": "distill.guard",
     "lr_switch": "optimiser.lr_switch", "lr_norm": "optimiser.lr_norm", "lr_head": "optimiser.lr_head",
+    "norm": "optimiser.norm",
     "lr_backbone": "optimiser.lr_backbone", "train_backbone": "optimiser.train_backbone",
     "momentum": "optimiser.momentum", "weight_decay": "optimiser.weight_decay",
     "epochs": "schedule.epochs", "batch": "schedule.batch", "accumulate": "schedule.accumulate",
-    "round_robin": "schedule.round_robin", "schedule": "schedule.decay",
+    "round_robin": "schedule.round_robin", "steps": "schedule.steps", "schedule": "schedule.decay",
+    "milestones": "schedule.milestones",
     "pretrain_epochs": "pretrain.epochs", "pretrain_lr": "pretrain.lr",
     "seed": "run.seed", "device": "run.device", "threads": "run.threads", "backend": "run.backend", "amp": "run.amp",
     "log_every": "run.log_every", "log_seconds": "run.log_seconds",

@@ -296,9 +296,9 @@ def _load(path: Path, requested: list[str] | None) -> tuple[nn.Module, Config, d
             "run, may not be found. Hint: save_checkpoint rewrites it.",
             stacklevel=3,
         )
-    # Its weights are in the checkpoint, not in the file that training started from.
+    # Its weights are in the checkpoint, not in the file that training started from; its teacher is not needed.
     try:
-        config = config_of(head["config"], str(binding)).replace(weights=None)
+        config = config_of(head["config"], str(binding)).replace(weights=None, teacher=None, distill_weight=0.0)
     except ValueError as error:
         raise FileError(f"load_checkpoint(): expected {binding} to hold settings: {error}") from None
     present = domains_of(path)

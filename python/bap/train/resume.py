@@ -9,7 +9,8 @@ from typing import Any
 from bap.config import Config, config_of, known_settings
 from bap.data import Domain
 from bap.files import FileError, digest_of, read_bytes
-from bap.train.schedule import learning_rate
+from bap.train.distill import teacher_digest
+from bap.train.schedule import annealed_budget, learning_rate, sharing_factor
 
 __all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "weights_digest"]
 
@@ -29,6 +30,9 @@ MAY_CHANGE = (
 def weights_digest(config: Config) -> str | None:
     """SHA-256 of the file that the backbone starts from."""
     return None if config.model.weights is None else digest_of(read_bytes(config.model.weights))
+
+
+_DIGESTS = {"model.weights": weights_digest, "distill.teacher": lambda config: teacher_digest(config.distill.teacher)}
 
 
 def data_fingerprint(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -53,9 +57,21 @@ def _epochs_fit(old: Config, new: Config, done: int) -> bool:
     epochs = old.schedule.epochs, new.schedule.epochs
     if done >= min(epochs):
         return False
-    rates = ([learning_rate(old.schedule.decay, epoch, whole) for epoch in range(done)] for whole in epochs)
-    frozen = ([epoch >= old.switches.freeze_at * whole for epoch in range(done + 1)] for whole in epochs)
-    return next(rates) == next(rates) and next(frozen) == next(frozen)
+    return _course(old, done, epochs[0]) == _course(old, done, epochs[1])
+
+
+def _course(config: Config, done: int, epochs: int) -> list[tuple[float, ...]]:
+    """What the number of epochs decides in those that are done."""
+    schedule, budget, sharing = config.schedule, config.budget, config.sharing
+    return [
+        (
+            learning_rate(schedule.decay, epoch, epochs, schedule.milestones),
+            annealed_budget(budget.anneal, budget.anneal_start, budget.beta, budget.anneal_until, epoch + 1, epochs),
+            sharing_factor(sharing.schedule, sharing.schedule_until, epoch, epochs),
+            float(epoch + 1 >= config.switches.freeze_at * epochs),
+        )
+        for epoch in range(done)
+    ]
 
 
 def check_same_settings(
@@ -63,7 +79,7 @@ def check_same_settings(
     asked: Config,
     where: str,
     done: int = 0,
-    weights: str | None = None,
+    digests: Mapping[str, str | None] | None = None,
     only: Iterable[str] | None = None,
 ) -> None:
     """Refuses settings that differ from those that a run or a file was made with.
@@ -73,7 +89,7 @@ def check_same_settings(
         asked: the settings now.
         where: the file or folder, for messages.
         done: epochs that are done: with it, ``schedule.epochs`` may change if these would have been the same.
-        weights: digest of the file of the backbone's weights then; the same file may lie elsewhere now.
+        digests: of what ``model.weights`` and ``distill.teacher`` named then; the same may lie elsewhere now.
         only: names of the settings to compare; None compares all but :data:`MAY_CHANGE`.
 
     Raises:
@@ -91,7 +107,8 @@ def check_same_settings(
             continue
         if name == "schedule.epochs" and _epochs_fit(old, asked, done):
             continue
-        if name == "model.weights" and weights is not None and weights == weights_digest(asked):
+        known = (digests or {}).get(name)
+        if known is not None and known == _DIGESTS[name](asked):
             continue
         different.append(f"{name}: stored {before[name]!r}, asked {after[name]!r}")
     if different:

@@ -1,7 +1,8 @@
 r"""Joint training of all domains under their budgets:  Σ_d [ CE_d + L_B,d ] + λ_PS L_PS   (BAP, arXiv 2309.11464).
 
-A step is of one domain: it takes the gradient of the whole objective in what that domain owns, its switches, batch norm
-and classifier, while the other domains' switches are constants [R]. Over a round of domains that is the whole gradient.
+A batch is of one domain: it takes the gradient of the whole objective in what that domain owns, its switches, batch
+norm and classifier, while the other domains' switches are constants [R]. Over a round of domains that is the whole
+gradient. A step is of one batch, or, jointly, of one of every domain.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from bap.data import Domain
 from bap.files import FileError, remove_leftovers
 from bap.prune.layers import SwitchBank, conv_specs
 from bap.train.budget import Multiplier, project, share, switch_costs
+from bap.train.distill import Teacher, distillation_loss, guarded, teacher_digest
 from bap.train.domains import source_of
 from bap.train.evaluate import Accuracy, check_splits, evaluate
 from bap.train.layer_times import LayerTimes
@@ -33,7 +35,7 @@ from bap.train.objective import Objective
 from bap.train.processes import Processes
 from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, weights_digest
 from bap.train.run_log import RunLog
-from bap.train.schedule import learning_rate, steps_of, turns_of
+from bap.train.schedule import annealed_budget, batches_of, learning_rate, sharing_factor, steps_of_epoch
 from bap.train.sharing import SharingWeight, intersection, union
 from bap.train.state import load_state, save_state
 
@@ -167,6 +169,9 @@ class Trainer:
             None if times is None else times.per_channel,
         )
         self.beta = config.budget.beta
+        distill = config.distill
+        self.teacher = Teacher(str(distill.teacher), self.domains, device) if distill.weight > 0 else None
+        self._teacher_digest = teacher_digest(distill.teacher)
         if config.budget.milliseconds is not None:
             fixed = 0.0 if times is None else times.fixed
             self.beta = min(1.0, (config.budget.milliseconds - fixed) / float(self.costs.sum()))
@@ -228,11 +233,12 @@ class Trainer:
         def group(kind: str, rate: float) -> dict[str, Any]:
             return {"params": kinds[kind], "lr": rate, "base": rate}
 
-        sgd = [group("head", rates.lr_head)]
+        adam, sgd = [group("switch", rates.lr_switch)], [group("head", rates.lr_head)]
+        (sgd if rates.norm == "sgd" else adam).append(group("norm", rates.lr_norm))
         if rates.train_backbone:
             sgd.append(group("backbone", rates.lr_backbone))
         return {
-            "adam": torch.optim.Adam([group("switch", rates.lr_switch), group("norm", rates.lr_norm)], fused=True),
+            "adam": torch.optim.Adam(adam, fused=True),
             "sgd": torch.optim.SGD(sgd, momentum=rates.momentum, weight_decay=rates.weight_decay, fused=True),
         }
 
@@ -253,16 +259,19 @@ class Trainer:
             TrainError: if a loss or a parameter is not finite; the state of the last epoch stays.
         """
         self.open()
-        last = self.config.schedule.epochs if until is None else min(until, self.config.schedule.epochs)
-        with self.processes.lock(self.folder), bk.use_backend(backend_of(self.config)):
+        config = self.config
+        last = config.schedule.epochs if until is None else min(until, config.schedule.epochs)
+        with self.processes.lock(self.folder), bk.use_backend(backend_of(config)):
             if self.frozen:
                 self._freeze_switches()
             while self.epoch < last:
                 record = self._train_epoch()
                 self.epoch += 1
                 record["epoch"] = self.epoch
-                if self.frozen or self.epoch == self.config.schedule.epochs:
+                if self.frozen or self.epoch == config.schedule.epochs:
                     self._freeze_switches()
+                elif config.budget.anneal is not None:
+                    self._project(self.objective.beta)
                 self._describe(record)
                 # Before the state: a resumed run drops records that have no state.
                 self.log.add(record)
@@ -277,21 +286,27 @@ class Trainer:
         started = time.perf_counter()
         # Users of the global generator, such as dropout, draw the same numbers after a resumption.
         torch.manual_seed(config.run.seed * 1_000_003 + self.epoch)
-        factor = learning_rate(config.schedule.decay, self.epoch, config.schedule.epochs)
+        epochs = config.schedule.epochs
+        factor = learning_rate(config.schedule.decay, self.epoch, epochs, config.schedule.milestones)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
         self.ddp_model.train()
-        self.objective.begin()
+        sharing = config.sharing
+        self.objective.begin(
+            self.beta_after(self.epoch + 1),
+            sharing_factor(sharing.schedule, sharing.schedule_until, self.epoch, epochs),
+        )
         seen = {name: Accuracy() for name in self.domains}
         processes = self.processes
-        steps = sum(steps_of(domain, config.schedule.batch, processes.world) for domain in self.domains.values())
-        turns = turns_of(self.domains, config, self.epoch, processes.rank, processes.world)
+        steps = steps_of_epoch(self.domains, config, processes.world)
+        batches = batches_of(self.domains, config, self.epoch, processes.rank, processes.world)
         checked_every = 1 if processes.device.type == "cpu" else _CHECKED_EVERY
-        for number, (name, images, labels) in enumerate(turns, 1):
-            self._step(name, images, labels, seen[name])
+        for number, turns in enumerate(batches, 1):
+            self._joint_step(turns, seen)
             if number % checked_every == 0:
-                self._check_losses({name: seen[name]})
+                self._check_losses({name: seen[name] for name, _, _ in turns})
+            name = turns[-1][0]
             self.log.step(self.epoch + 1, number, steps, name, partial(getattr, seen[name], "mean_loss"))
         self._check_losses(seen)
         self._check_finite()
@@ -324,10 +339,23 @@ class Trainer:
         )
 
     def _step(self, name: str, x: Tensor, y: Tensor, seen: Accuracy) -> None:
-        config, device = self.config, self.processes.device
-        bk.set_domain(self.model, name)
+        self._joint_step([(name, x, y)], {name: seen})
+
+    def _joint_step(self, turns: Sequence[tuple[str, Tensor, Tensor]], seen: Mapping[str, Accuracy]) -> None:
+        """A step of the optimisers on the sum of the losses of batches of different domains."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        for name, images, labels in turns:
+            self._add_gradients(name, images, labels, seen[name])
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for name, _, _ in turns:
+            self.objective.changed(name)
+
+    def _add_gradients(self, name: str, x: Tensor, y: Tensor, seen: Accuracy) -> None:
+        config, device = self.config, self.processes.device
+        bk.set_domain(self.model, name)
         parts = list(zip(*(tensor.to(device).chunk(config.schedule.accumulate) for tensor in (x, y)), strict=True))
         for number, (images, labels) in enumerate(parts):
             last = number == len(parts) - 1
@@ -336,14 +364,20 @@ class Trainer:
                     logits = self.ddp_model(images)
                 loss = F.cross_entropy(logits.float(), labels)
                 seen.add(logits.detach(), labels, loss)
+                if self.teacher is not None:
+                    loss = loss + self._distilled(name, images, logits.float(), loss)
                 total = loss * (len(images) / len(x))
                 if last and name in self.multipliers and not self.frozen:
                     total = total + self.objective.penalty(name)
                 self.scaler.scale(total).backward()
-        for optimizer in self.optimizers.values():
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.objective.changed(name)
+
+    def _distilled(self, name: str, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """The weighted, guarded loss of the teacher's logits."""
+        assert self.teacher is not None
+        distill = self.config.distill
+        with self._autocast():
+            targets = self.teacher.logits(name, images).float()
+        return guarded(distill.weight * distillation_loss(logits, targets, distill.temperature), loss, distill.guard)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.run.amp is None:
@@ -355,14 +389,25 @@ class Trainer:
         """θ̄ of a domain, exact."""
         return float(share(self.bank.mask(domain).cpu(), self.costs))
 
+    def beta_after(self, done: int) -> float:
+        """The budget that holds after so many epochs, β of the run but for annealing."""
+        budget, epochs = self.config.budget, self.config.schedule.epochs
+        return annealed_budget(budget.anneal, budget.anneal_start, self.beta, budget.anneal_until, done, epochs)
+
     def _freeze_switches(self) -> None:
         """Projects every domain whose budget does not hold, and freezes all switches."""
+        self._project(self.beta)
+        for name in self.multipliers:
+            self._freeze(name)
+
+    def _project(self, beta: float) -> None:
+        """Makes a budget hold exactly in every domain."""
         for name in self.multipliers:
             projection = project(
                 self.bank.scores(name),
                 self.bank.thresholds(name),
                 self.costs,
-                self.beta,
+                beta,
                 self.bank.sizes,
                 self.config.switches.keep_at_least,
                 self.config.budget.give_back,
@@ -372,7 +417,6 @@ class Trainer:
                 self._recalibrate(name)
             self.projected_off[name] = self.projected_off.get(name, 0) + projection.turned_off
             self.given_back[name] = self.given_back.get(name, 0) + projection.turned_on
-            self._freeze(name)
 
     def _recalibrate(self, name: str) -> None:
         processes = self.processes
@@ -388,13 +432,14 @@ class Trainer:
                 self.model, self.domains[name], self.config.data.evaluate_on, rank=processes.rank, world=processes.world
             )
             used = self.used(name)
-            values.update(evaluated=counts.percent, kept=used, gap=used - self.beta)
+            values.update(evaluated=counts.percent, kept=used, gap=used - self.objective.beta)
             values["multiplier"] = self.multipliers[name].value if name in self.multipliers else 0.0
         masks = self.bank.masks().cpu().double()
         total = float(self.costs.sum())
         record["intersection"] = float(intersection(masks, self.costs)) / total
         record["union"] = float(union(masks, self.costs)) / total
-        record["sharing_weight"] = self.sharing_weight.value
+        record["beta"] = self.objective.beta
+        record["sharing_weight"] = self.sharing_weight.value * self.objective.factor
         record["projected_off"] = sum(self.projected_off.values())
 
     def _save(self, path: Path) -> None:
@@ -408,6 +453,7 @@ class Trainer:
             "config": self.config.as_dict(),
             "data": data_fingerprint(self.domains),
             "weights": self._weights_digest,
+            "teacher": self._teacher_digest,
         }
         save_state(path, self.model, self.optimizers, progress)
 
@@ -426,5 +472,6 @@ class Trainer:
             raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None
 
     def _check_same(self, progress: Mapping[str, Any], path: Path) -> None:
-        check_same_settings(progress["config"], self.config, str(path), progress["epoch"], progress.get("weights"))
+        digests = {"model.weights": progress.get("weights"), "distill.teacher": progress.get("teacher")}
+        check_same_settings(progress["config"], self.config, str(path), progress["epoch"], digests)
         check_same_data(progress.get("data"), self.domains, path)

@@ -65,6 +65,12 @@ OTHERS = {
     "images": 100,
     "threshold": 1e-3,
     "keep_at_least": 2,
+    "anneal": "linear",
+    "give_back": True,
+    "sharing_schedule": "fall",
+    "milestones": [0.5],
+    "norm": "sgd",
+    "train_on": "train",
 }
 
 
@@ -114,6 +120,11 @@ def test_resume_accepts_more_epochs_if_the_schedule_allows(config: Config, half:
     Trainer(cosine, {"a": _domain()}, tmp_path / "cosine").fit(until=2)
     with pytest.raises(ValueError, match="epochs: stored 4, asked 6"):
         _resumed(cosine, tmp_path / "cosine", epochs=6)
+    # So would an annealed budget.
+    annealed = config.replace(anneal="linear")
+    Trainer(annealed, {"a": _domain()}, tmp_path / "annealed").fit(until=2)
+    with pytest.raises(ValueError, match="epochs: stored 4, asked 6"):
+        _resumed(annealed, tmp_path / "annealed", epochs=6)
 
 
 def test_other_data_are_refused(config: Config, half: Path) -> None:

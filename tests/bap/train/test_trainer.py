@@ -64,12 +64,29 @@ def test_the_constructor_has_no_side_effects(
         {"round_robin": "batch", "sharing": "union", "relaxed": True, "schedule": "cosine"},
         {"train_backbone": True, "ste_every": 3, "accumulate": 2, "settle": 0.75, "backend": None},
         {"sharing": "jaccard", "sharing_learnable": True, "amp": "bf16", "source_mode": "dense"},
+        {
+            "anneal": "cubic",
+            "anneal_until": 1.0,
+            "round_robin": "joint",
+            "sharing": "union",
+            "sharing_schedule": "rise",
+        },
+        {
+            "anneal": "linear",
+            "teacher": "FINISHED",
+            "distill_weight": 0.5,
+            "settle": 0.8,
+            "norm": "sgd",
+            "lr_norm": 1e-3,
+        },
     ],
-    ids=["plain", "batch-union", "backbone", "jaccard-bf16"],
+    ids=["plain", "batch-union", "backbone", "jaccard-bf16", "annealed-joint", "annealed-distilled"],
 )
 def test_resumed_run_equals_an_uninterrupted_one(
-    tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict
+    tiny: Config, suite: dict[str, Domain], finished: Path, tmp_path: Path, changes: dict
 ) -> None:
+    if "teacher" in changes:
+        changes = {**changes, "teacher": str(finished / "checkpoint")}
     config = tiny.replace(**changes)
     whole = Trainer(config, suite, tmp_path / "whole").open()
     start = _state(whole)
@@ -107,6 +124,76 @@ def test_budgets_hold_exactly(suite: dict[str, Domain], tiny: Config, beta: floa
     assert record["intersection"] <= beta <= 1
     assert record["union"] >= max(one["kept"] for one in record["domains"].values()) - 1e-9
     assert record["projected_off"] == sum(trainer.projected_off.values())
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_an_annealed_budget_holds_exactly_after_every_epoch(suite: dict[str, Domain], tiny: Config, kind: str) -> None:
+    config = tiny.replace(epochs=4, anneal=kind, anneal_start=0.9, anneal_until=0.75, beta=0.3, give_back=True)
+    trainer = Trainer(config, suite).open()
+    power = 1 if kind == "linear" else 3
+    expected = [0.3 + 0.6 * (1 - done / 3) ** power for done in (1, 2)] + [0.3, 0.3]
+    exact = []
+    trainer.fit(after_epoch=lambda record: exact.append({name: trainer.used(name) for name in suite}))
+    assert [record["beta"] for record in trainer.log.records] == pytest.approx(expected)
+    for used, record in zip(exact, trainer.log.records, strict=True):
+        for name in suite:
+            assert 0.9 * record["beta"] < used[name] <= record["beta"]
+            assert record["domains"][name]["kept"] == used[name]
+    assert not any(layer.domains[name].score.requires_grad for _, layer in trainer.bank.layers)
+    with pytest.raises(ValueError, match=r"`budget.anneal_until` to be at most `switches.freeze_at`, .* 0.75 > 0.5"):
+        config.replace(settle=0.5)
+    with pytest.raises(ValueError, match=r"`budget.anneal_start` to be at least `budget.beta`, got 0.9 < 0.95"):
+        config.replace(beta=0.95)
+
+
+def test_the_weight_of_the_sharing_loss_follows_its_schedule(suite: dict[str, Domain], tiny: Config) -> None:
+    config = tiny.replace(sharing="union", relaxed=True, sharing_weight=2.0, sharing_schedule="fall")
+    trainer = Trainer(config.replace(sharing_schedule_until=1.0), suite).open()
+    trainer.fit()
+    assert [record["sharing_weight"] for record in trainer.log.records] == [2.0, 1.5, 1.0, 0.5]
+    trainer.objective.begin(0.5, 0.25)
+    quarter = trainer.objective.penalty("digits").detach()
+    trainer.multipliers["digits"].value = 0.0
+    trainer.objective.begin(0.5, 0.25)
+    quarter = trainer.objective.penalty("digits").detach()
+    trainer.objective.begin(0.5, 1.0)
+    torch.testing.assert_close(trainer.objective.penalty("digits").detach(), 4 * quarter)
+    with pytest.raises(ValueError, match=r"`sharing.schedule` to be 'constant' for a learnable weight, got 'fall'"):
+        config.replace(sharing_learnable=True)
+
+
+def test_a_joint_step_has_the_gradients_of_its_domains(suite: dict[str, Domain], tiny: Config) -> None:
+    from bap.train.evaluate import Accuracy
+
+    config = tiny.replace(sharing="int", relaxed=True, train_backbone=True, round_robin="joint")
+    batches = [(name, *next(domain.batches("train", 32, (0,)))) for name, domain in suite.items()]
+    total: dict[str, torch.Tensor] = {}
+    with bk.use_backend("aten"):
+        for turn in batches:
+            trainer = Trainer(config, suite).open()
+            trainer.ddp_model.train()
+            trainer._step(*turn, Accuracy())
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.grad is not None:
+                    total[name] = total.get(name, 0) + parameter.grad
+        trainer = Trainer(config, suite).open()
+        trainer.ddp_model.train()
+        trainer._joint_step(batches, {name: Accuracy() for name in suite})
+    found = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert set(found) == set(total)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, total[name], rtol=1e-4, atol=1e-6, msg=name)
+    with pytest.raises(ValueError, match=r"`schedule.round_robin` to be 'joint' for `schedule.steps`, got 'epoch'"):
+        tiny.replace(steps=3)
+    for wrong in ([], [0.5, 0.5], [0.75, 0.5]):
+        with pytest.raises(ValueError, match=r"`schedule.milestones` to be ascending parts of the run, got \["):
+            tiny.replace(milestones=wrong)
+
+
+def test_batch_norm_can_go_with_sgd(suite: dict[str, Domain], tiny: Config) -> None:
+    for norm, sizes in (("adam", (2, 1)), ("sgd", (1, 2))):
+        trainer = Trainer(tiny.replace(norm=norm), suite).open()
+        assert tuple(len(trainer.optimizers[name].param_groups) for name in ("adam", "sgd")) == sizes
 
 
 def test_a_domain_below_its_budget_gets_room_back(suite: dict[str, Domain], tiny: Config) -> None:
@@ -253,12 +340,12 @@ def test_killed_in_mid_epoch_only_the_epoch_is_lost(tiny: Config, suite: dict[st
     process = _start(
         folder,
         tiny,
-        "steps = 0\nstep = trainer._step\n"
+        "steps = 0\nstep = trainer._joint_step\n"
         "def counted(*args):\n"
         "    global steps\n    steps += 1\n"
         "    if trainer.epoch == 2 and steps > 29:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    step(*args)\n"
-        "trainer._step = counted\ntrainer.fit()\n",
+        "trainer._joint_step = counted\ntrainer.fit()\n",
     )
     _, errors = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, errors
