@@ -75,23 +75,6 @@ def explain(
     groups: int,
     cache_packed: bool = True,
 ) -> dict[str, Any]: ...
-def choose_as_on_gpu(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    name: str,
-    seconds: Callable[[str], float],
-    capturing: bool = False,
-    verified: Sequence[str] = (),
-    now: Callable[[], float] | None = None,
-    first_run_tells: bool = False,
-) -> tuple[str, Tensor]: ...
 def set_verdicts(device: int, verdicts: dict[str, tuple[str, str]]) -> None: ...
 def verdicts(device: int) -> dict[str, tuple[str, str]]: ...
 def set_verify_hook(hook: Callable[[int], None] | None) -> None: ...
@@ -103,6 +86,8 @@ def simulate_gpu(
     capturing: Callable[[], bool] | None = None,
     now: Callable[[], float] | None = None,
     first_run_tells: bool = False,
+    ran: Callable[[str], None] | None = None,
+    families: dict[str, list[str]] | None = None,
 ) -> None: ...
 def call_families(op: str, args: tuple[Any, ...]) -> list[str]: ...
 def set_gpu_hooks(name: Callable[[int], str], capturing: Callable[[], bool]) -> None: ...

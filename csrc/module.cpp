@@ -11,6 +11,7 @@
 #include "backends/aten/convolution.h"
 #include "backends/cpu/isa.h"
 #include "backends/cuda/bindings.h"
+#include "dispatch/automatic.h"
 #include "dispatch/backend.h"
 #include "dispatch/choice.h"
 #include "dispatch/fingerprint.h"
@@ -94,7 +95,8 @@ void def_conv_function(py::module_& m, const char* name, const Rest&... rest) {
 py::dict explain(const ConvArgs<int64_t>& args, bool cache_packed) {
   const ConvCall call{{args, {}, cache_packed}, check_conv<int64_t>("explain", args)};
   py::dict result;
-  const std::string key = case_key(call, measured_device(args.input));
+  const MeasuredDevice& device = measured_device(args.input);
+  const std::string key = automatic_case_text(call, device);
   Choice known{};
   if (ChoiceTable::instance().find(key, known)) {
     result = choice_dict(known);
@@ -108,34 +110,11 @@ py::dict explain(const ConvArgs<int64_t>& args, bool cache_packed) {
   if (!native.empty()) reasons["native"] = native;
   for (const BackendId id : {BackendId::kTriton, BackendId::kCuda}) {
     const Backend& gpu = backend(id);
-    reasons[gpu.name] = args.input.is_cuda() ? auto_excluded_reason(gpu, kVerifiedBackends) : gpu.unavailable_reason();
+    reasons[gpu.name] = device.is_gpu() ? auto_excluded_reason(id, call, device) : gpu.unavailable_reason();
   }
   result["unsupported"] = reasons;
   result["packed"] = PackedCache::note(call);
   return result;
-}
-
-// What `auto` would do on a GPU of a given name, for tensors anywhere: its candidates are run, and `seconds` says what
-// each of them took, so that the choice can be followed without that GPU. Returns the candidate's name and the result.
-std::pair<std::string, at::Tensor> choose_as_on_gpu(const ConvArgs<int64_t>& args, const std::string& name,
-                                                    const std::function<double(std::string)>& seconds, bool capturing,
-                                                    const std::vector<std::string>& verified,
-                                                    const std::function<double()>& now, bool first_run_tells) {
-  const char* op = "choose_as_on_gpu";
-  const ConvCall call{{args}, check_conv<int64_t>(op, args)};
-  const MeasuredDevice gpu{name,
-                           device_id(name),
-                           [&] { return !capturing; },
-                           [&](Candidate candidate, c10::function_ref<void()> run) {
-                             run();
-                             return seconds(candidate_name(candidate));
-                           },
-                           now ? now : seconds_since_1970,
-                           first_run_tells};
-  const Candidate chosen = ChoiceTable::instance().choose(
-      call, gpu, [&] { return candidates_of(call, c10::kCUDA, verified); },
-      [&](const ConvCall& c, Candidate candidate) { run_candidate(c, candidate, op); });
-  return {candidate_name(chosen), run_candidate(call, chosen, op)};
 }
 
 // Whether two tensors of one shape and dtype on the CPU hold the same bits.
@@ -250,9 +229,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);
   m.def("build_info", &build_info);
   def_conv_function<explain>(m, "explain", py::arg("cache_packed") = true);
-  def_conv_function<choose_as_on_gpu>(m, "choose_as_on_gpu", py::arg("name"), py::arg("seconds"),
-                                      py::arg("capturing") = false, py::arg("verified") = std::vector<std::string>(),
-                                      py::arg("now") = std::function<double()>(), py::arg("first_run_tells") = false);
   m.def("set_gpu_hooks", &set_gpu_hooks, py::arg("name"), py::arg("capturing"));
   m.def("choices", &choices);
   m.def("clear_choices", [] { ChoiceTable::instance().clear(); });

@@ -3,7 +3,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <array>
 #include <functional>
 #include <utility>
@@ -68,28 +67,10 @@ const Backend& backend(BackendId id) { return *backends()[static_cast<int>(id)];
 
 const char* candidate_name(Candidate candidate) { return kCandidates[static_cast<int>(candidate)].name; }
 
-std::string auto_excluded_reason(const Backend& backend, const std::vector<std::string>& verified) {
-  const std::string reason = backend.unavailable_reason();
-  const bool known = std::find(verified.begin(), verified.end(), backend.name) != verified.end();
-  if (!reason.empty() || known || !backend.opt_in) return reason;
-  return std::string(
-             "no committed result from a GPU verifies it yet; opt in "
-             "with use_backend(\"") +
-         backend.name + "\")";
-}
-
-std::vector<Candidate> candidates_of(const ConvCall& call, c10::DeviceType device,
-                                     const std::vector<std::string>& verified) {
-  std::vector<Candidate> candidates;
-  for (const Backend* backend : backends()) {
-    if (backend->opt_in && (device == c10::kCPU || !auto_excluded_reason(*backend, verified).empty())) continue;
-    backend->add_candidates(call, device, candidates);
-  }
-  return candidates;
-}
+BackendId backend_of(Candidate candidate) { return kCandidates[static_cast<int>(candidate)].backend; }
 
 at::Tensor run_candidate(const ConvCall& call, Candidate candidate, const char* op) {
-  return backend(kCandidates[static_cast<int>(candidate)].backend).run(call, candidate, op);
+  return backend(backend_of(candidate)).run(call, candidate, op);
 }
 
 void set_backend(const std::string& name) {

@@ -13,16 +13,12 @@
 
 namespace bap_kernels {
 
-// In the order in which `auto` prefers them.
-enum class BackendId : int { kNative, kAten, kCuda, kTriton };
-constexpr int kBackendCount = 4;
-
 // Calls are checked, and not trivial unless a function says so. Those that are named raise NotImplementedError with the
 // reason where no kernel covers a call.
 struct Backend {
   const char* name;  // as use_backend() takes it
-  // Whether it runs where it is named, and under `auto` only where it was verified. It keeps what it derives from lists
-  // by their identity.
+  // Whether it runs where it is named, and under `auto` only where its kernels were verified. It keeps what it derives
+  // from lists by their identity.
   bool opt_in;
   // Why it cannot run in this process; empty if it can.
   std::string (*unavailable_reason)();
@@ -31,7 +27,8 @@ struct Backend {
   // Likewise for the backward of either convolution.
   std::string (*backward_unsupported_reason)(const at::Tensor& input, const ConvShape<int64_t>& shape);
 
-  // Adds its candidates for a call on a device of some type, preferred first, where it covers the call.
+  // Adds its candidates for a call on a device of some type, preferred first, where it covers the call. Opt-in backends
+  // have one for calls of every op, and add none here.
   void (*add_candidates)(const ConvCall& call, c10::DeviceType device, std::vector<Candidate>& candidates);
   at::Tensor (*run)(const ConvCall& call, Candidate candidate, const char* op);
 
@@ -45,8 +42,8 @@ struct Backend {
   // `forward`.
   void (*mixed)(const MixedCall& call, const char* op);
 
-  // The kernel families that a call would run, which must be known before it does; see verdicts.h. Null for backends
-  // that need no verdict.
+  // The kernel families that a call would run, known before it does; see verdicts.h. kUnknownFamily where no kernel
+  // covers it. Null for backends that need no verdict.
   FamilySet (*forward_families)(const ConvCall& call) = nullptr;
   FamilySet (*backward_families)(const ConvBackwardCall& call) = nullptr;
   FamilySet (*switched_families)(const SwitchedCall& call) = nullptr;
@@ -59,16 +56,8 @@ struct RegisterBackend {
 };
 const Backend& backend(BackendId id);
 
-// The opt-in backends that `auto` weighs on a GPU: those that a result of tools/gpu_report.py, committed under
-// benches/results/, verifies there. So far there is none.
-inline const std::vector<std::string> kVerifiedBackends = {};
-
-// Why `auto` leaves an opt-in backend out; empty if it does not. `verified`: see kVerifiedBackends.
-std::string auto_excluded_reason(const Backend& backend, const std::vector<std::string>& verified);
-
-// All candidates for a call on a device of some type, preferred first; never empty.
-std::vector<Candidate> candidates_of(const ConvCall& call, c10::DeviceType device,
-                                     const std::vector<std::string>& verified);
+// The backend that a candidate belongs to.
+BackendId backend_of(Candidate candidate);
 at::Tensor run_candidate(const ConvCall& call, Candidate candidate, const char* op);
 
 // The setting of the calling thread: "auto", or the name of a backend. A thread begins with the default,

@@ -3,6 +3,10 @@
 
 namespace bap_kernels {
 
+// In the order in which `auto` prefers them.
+enum class BackendId : int { kNative, kAten, kCuda, kTriton };
+constexpr int kBackendCount = 4;
+
 // In the order in which backends have them: the first is the CPU kernels', the last two are those of backends for GPUs,
 // and the others are ATen's.
 enum class Candidate : int {

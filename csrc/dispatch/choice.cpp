@@ -1,16 +1,14 @@
 // Measured choice of a backend: which cases are known, and when one is measured again. See choice.h.
 #include "dispatch/choice.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <sstream>
 #include <unordered_set>
 #include <utility>
 
@@ -42,12 +40,6 @@ constexpr double kSecondsValid = 30 * 86400.;
 constexpr size_t kMostCases = 1 << 14;
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
-// Whether memory order is the format's own, or strided in some other way.
-const char* layout_name(const ConvCall& c) {
-  if (c.format() == at::MemoryFormat::ChannelsLast) return c.input.is_contiguous(c.format()) ? "nhwc" : "nhwc-strided";
-  return c.input.is_contiguous() ? "nchw" : "nchw-strided";
-}
-
 }  // namespace
 
 double Choice::confidence() const {
@@ -68,75 +60,7 @@ bool Choice::settled(double now) const {
   return (agreeing >= kAgreeing && confidence() > kSure) || agreeing >= kEnough || measurements >= kMost;
 }
 
-std::string case_key(const ConvCall& c, const MeasuredDevice& device) {
-  const auto& s = c.shape;
-  std::ostringstream key;
-  key << c10::toString(c.input.scalar_type()) << ' ' << layout_name(c) << " n" << s.batch << " c" << s.channels_in
-      << ':' << (has_value(c.in_index) ? std::to_string(s.kept_in) : "all") << " k" << s.channels_out << ':'
-      << (has_value(c.out_index) ? std::to_string(s.kept_out) : "all") << ' ' << s.height << 'x' << s.width << " f"
-      << s.kernel_h << 'x' << s.kernel_w << " s" << c.stride[0] << 'x' << c.stride[1] << " p" << c.padding[0] << ','
-      << c.padding[1] << ',' << c.padding[2] << ',' << c.padding[3] << " d" << c.dilation[0] << 'x' << c.dilation[1]
-      << " g" << c.groups << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
-      << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
-      << (onednn_enabled() ? "" : " no-onednn");
-  if (device.name.empty()) {
-    key << " t" << at::get_num_threads();
-  } else {
-    key << " on " << device.name;
-  }
-  return key.str();
-}
-
 namespace {
-
-// The same as case_key in a form that costs no allocation to build.
-struct FastKey {
-  std::array<int32_t, 28> v{};
-  bool operator==(const FastKey& o) const { return v == o.v; }
-};
-
-struct FastHash {
-  size_t operator()(const FastKey& k) const {
-    uint64_t h = 0x9e3779b97f4a7c15ull;
-    for (const int32_t x : k.v) h = (h ^ static_cast<uint32_t>(x)) * 0xff51afd7ed558ccdull, h ^= h >> 32;
-    return h;
-  }
-};
-
-FastKey fast_key(const ConvCall& c, const MeasuredDevice& device) {
-  const auto& s = c.shape;
-  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
-  const int32_t flags = (last ? 1 : 0) | (c.input.is_contiguous(c.format()) ? 2 : 0) | (has_value(c.in_index) ? 4 : 0) |
-                        (has_value(c.out_index) ? 8 : 0) | (has_value(c.bias) ? 16 : 0) |
-                        (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
-                        (PackedCache::keeps(c) ? 128 : 0) | (onednn_enabled() ? 256 : 0);
-  const int64_t values[] = {s.batch,
-                            s.channels_in,
-                            s.height,
-                            s.width,
-                            s.channels_out,
-                            s.kernel_h,
-                            s.kernel_w,
-                            s.kept_in,
-                            s.kept_out,
-                            c.stride[0],
-                            c.stride[1],
-                            c.padding[0],
-                            c.padding[1],
-                            c.padding[2],
-                            c.padding[3],
-                            c.dilation[0],
-                            c.dilation[1],
-                            c.groups,
-                            flags,
-                            static_cast<int64_t>(c.input.scalar_type()),
-                            device.name.empty() ? at::get_num_threads() : 0,
-                            device.id};
-  FastKey key;
-  size_t i = 0;
-  for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
-  return key;
-}
 
 // What a call finds in the table. Candidates that were not measured in this process are due at once where they are not
 // settled.
@@ -145,7 +69,26 @@ struct Known {
   uint32_t calls = 0;
   uint32_t due = kNever;  // the call that asks whether to measure again
   double spent = 0;       // seconds of this process in measuring again
+  uint64_t verdicts = 0;  // the generation of the device's verdicts that the choice holds for
 };
+
+uint64_t generation_of(const MeasuredDevice& device) {
+  return device.is_gpu() ? Verdicts::instance().generation(device.number) : 0;
+}
+
+CandidateSet set_of_all(const std::vector<Candidate>& candidates) {
+  CandidateSet all = 0;
+  for (const Candidate r : candidates) all |= set_of(r);
+  return all;
+}
+
+// Without those that have failed; all of them where none would be left.
+std::vector<Candidate> without(const std::vector<Candidate>& candidates, CandidateSet failed) {
+  std::vector<Candidate> rest;
+  std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(rest),
+               [&](Candidate r) { return (failed & set_of(r)) == 0; });
+  return rest.empty() ? candidates : rest;
+}
 
 // Seconds of a second measurement, as far as the first one tells: every candidate runs, those that are hopeless drop
 // out after two rounds, and the first run of each may find the cache of packed weights cleared.
@@ -181,6 +124,7 @@ Choice combined(const Choice& known, const Measurement& measured, const std::vec
   }
   result.candidate = fastest(candidates, result.seconds);
   result.measurements = known.measurements + 1;
+  result.weighed = known.weighed | set_of_all(candidates);
   result.measured_at = now;
   // Rounds that another one won were lost by this one.
   result.rounds = known.rounds + measured.rounds;
@@ -195,7 +139,7 @@ Choice combined(const Choice& known, const Measurement& measured, const std::vec
 
 struct ChoiceTable::State {
   std::mutex mutex;
-  BoundedMap<FastKey, Known, FastHash> known{kMostCases};
+  BoundedMap<CaseKey, Known, CaseKeyHash> known{kMostCases};
   BoundedMap<std::string, std::shared_ptr<const Choice>> choices{kMostCases};
   std::unordered_set<std::string> measuring;  // cases that some thread measures now
   ChoiceFile file{"", ""};
@@ -208,10 +152,10 @@ struct ChoiceTable::State {
     for (const Choice& choice : file.read()) choices.put(choice.key, std::make_shared<const Choice>(choice));
   }
 
-  void keep(const FastKey& fast, const Choice& choice, Known known) {
+  void keep(const CaseKey& key, const Choice& choice, Known known) {
     known.choice = std::make_shared<const Choice>(choice);
     choices.put(choice.key, known.choice);
-    this->known.put(fast, std::move(known));
+    this->known.put(key, std::move(known));
     if (choice.measurements > 0) file.append(choice);
   }
 };
@@ -250,15 +194,14 @@ ChoiceTable& ChoiceTable::instance() {
   return *table;
 }
 
-Candidate ChoiceTable::choose(const ConvCall& call, const MeasuredDevice& device,
-                              c10::function_ref<std::vector<Candidate>()> list,
-                              c10::function_ref<void(const ConvCall&, Candidate)> run) {
-  const FastKey fast = fast_key(call, device);
+Candidate ChoiceTable::choose(const MeasuredCase& c, const MeasuredDevice& device) {
+  // Before the candidates are listed: verdicts that change afterwards are looked at by the next call.
+  const uint64_t verdicts = generation_of(device);
   std::shared_ptr<const Choice> choice;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    Known* known = state_->known.get(fast);
-    if (known != nullptr) {
+    Known* known = state_->known.get(c.key);
+    if (known != nullptr && known->verdicts == verdicts) {
       if (++known->calls != known->due) return known->choice->candidate;
       known->due = kNever;  // one thread measures; the others go on with what is known
       choice = known->choice;
@@ -266,80 +209,87 @@ Candidate ChoiceTable::choose(const ConvCall& call, const MeasuredDevice& device
   }
   const bool due = choice != nullptr;
   // Outside the lock: both may ask Python, whose lock another thread may hold while it waits for this one.
-  const std::vector<Candidate> candidates = list();
+  const std::vector<Candidate> listed = c.candidates();
   const double now = device.now();
-  const auto covers = [&](const Choice& c) {
-    const bool weighed = c.measurements > 0 || candidates.size() == 1;
-    return weighed && std::find(candidates.begin(), candidates.end(), c.candidate) != candidates.end();
-  };
+  const std::string text = due ? choice->key : c.text();
+  std::string warning;
   if (!due) {
-    const std::string key = case_key(call, device);
-    std::string warning;
-    {
-      std::lock_guard<std::mutex> lock(state_->mutex);
-      state_->load();
-      warning = state_->file.take_warning();
-      const std::shared_ptr<const Choice>* found = state_->choices.get(key);
-      if (found != nullptr && covers(**found)) {
-        choice = *found;
-        Known known{choice, 1};
-        known.due = due_call(*choice, known, now);
-        state_->known.put(fast, std::move(known));
-      }
-    }
-    if (!warning.empty()) warn(warning);
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->load();
+    warning = state_->file.take_warning();
+    const std::shared_ptr<const Choice>* found = state_->choices.get(text);
+    if (found != nullptr) choice = *found;
   }
-  if (choice == nullptr || !covers(*choice)) return measure_first(call, device, candidates, run);
-  return due ? measure_again(call, device, *choice, candidates, run) : choice->candidate;
+  if (!warning.empty()) warn(warning);
+  Choice fresh{text, listed.front()};
+  std::vector<Candidate> candidates = listed;
+  Candidate unmeasured = listed.front();
+  if (choice != nullptr) {
+    fresh.declined = choice->declined;
+    candidates = without(listed, choice->declined);
+    const CandidateSet all = set_of_all(candidates);
+    const bool covered = (choice->measurements > 0 || candidates.size() == 1) && (all & set_of(choice->candidate)) != 0;
+    if (covered && (all & ~choice->weighed) == 0) {
+      if (due) return measure_again(c, device, *choice, candidates);
+      std::lock_guard<std::mutex> lock(state_->mutex);
+      Known known{choice, 1};
+      known.due = due_call(*choice, known, now);
+      known.verdicts = verdicts;
+      state_->known.put(c.key, std::move(known));
+      return choice->candidate;
+    }
+    unmeasured = covered ? choice->candidate : fastest(candidates, choice->seconds);
+  }
+  return measure_first(c, device, std::move(fresh), candidates, unmeasured, verdicts);
 }
 
-Candidate ChoiceTable::measure_first(const ConvCall& call, const MeasuredDevice& device,
-                                     const std::vector<Candidate>& candidates,
-                                     c10::function_ref<void(const ConvCall&, Candidate)> run) {
-  const FastKey fast = fast_key(call, device);
-  Choice choice{case_key(call, device), candidates.front()};
+Candidate ChoiceTable::measure_first(const MeasuredCase& c, const MeasuredDevice& device, Choice choice,
+                                     const std::vector<Candidate>& candidates, Candidate unmeasured,
+                                     uint64_t verdicts) {
+  Known known{nullptr, 1};
+  known.verdicts = verdicts;
+  choice.candidate = candidates.front();
+  choice.weighed = set_of_all(candidates);
   if (candidates.size() == 1) {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->keep(fast, choice, {});
+    known.calls = 0;
+    state_->keep(c.key, choice, known);
     return choice.candidate;
   }
-  if (!device.may_measure()) return choice.candidate;
+  if (!device.may_measure()) return unmeasured;
   const Measuring measuring(state_->mutex, state_->measuring, choice.key);
   // Two threads that measure at once would disturb each other.
-  if (!measuring.mine) return choice.candidate;
+  if (!measuring.mine) return unmeasured;
   double effort = kSecondsPerCase;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     effort *= static_cast<double>(kFullCases) / static_cast<double>(std::max(kFullCases, ++state_->measured));
   }
   const PackedCache::Trial trial;  // those that lose need no packed weights
-  const Measurement measured = measure(call, device, candidates, {effort, kMinRounds, kMaxRounds}, run);
+  const Measurement measured = measure(c, device, candidates, {effort, kMinRounds, kMaxRounds});
   choice.candidate = measured.winner;
   choice.seconds = measured.seconds;
   choice.measurements = choice.agreeing = 1;
   choice.rounds = measured.rounds;
   choice.wins = measured.wins;
   choice.measured_at = device.now();
-  Known known{nullptr, 1};
   known.due = due_call(choice, known, choice.measured_at);
   std::string warning;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->keep(fast, choice, known);
+    state_->keep(c.key, choice, known);
     warning = state_->file.take_warning();
   }
   if (!warning.empty()) warn(warning);
   return choice.candidate;
 }
 
-Candidate ChoiceTable::measure_again(const ConvCall& call, const MeasuredDevice& device, Choice choice,
-                                     const std::vector<Candidate>& candidates,
-                                     c10::function_ref<void(const ConvCall&, Candidate)> run) {
-  const FastKey fast = fast_key(call, device);
+Candidate ChoiceTable::measure_again(const MeasuredCase& c, const MeasuredDevice& device, Choice choice,
+                                     const std::vector<Candidate>& candidates) {
   const double start = device.now();
   const auto postpone = [&](double spent) {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    if (Known* known = state_->known.get(fast)) {
+    if (Known* known = state_->known.get(c.key)) {
       known->spent += spent;
       const uint32_t later = known->calls < kNever / 2 ? std::max<uint32_t>(2 * known->calls, 16) : kNever;
       known->due = choice.settled(start) ? kNever : later;
@@ -352,7 +302,7 @@ Candidate ChoiceTable::measure_again(const ConvCall& call, const MeasuredDevice&
   const PackedCache::Trial trial;
   Measurement measured{};
   try {
-    measured = measure(call, device, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain}, run);
+    measured = measure(c, device, candidates, {cost_again(choice), kRoundsAgain, kRoundsAgain});
   } catch (...) {
     postpone(device.now() - start);  // Ctrl-C, or nothing can run: the call itself says so
     throw;
@@ -362,15 +312,35 @@ Candidate ChoiceTable::measure_again(const ConvCall& call, const MeasuredDevice&
   std::string warning;
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
-    const Known* before = state_->known.get(fast);
+    const Known* before = state_->known.get(c.key);
     Known known = before != nullptr ? *before : Known{nullptr, 1};
     known.spent += end - start;
     known.due = due_call(choice, known, choice.measured_at);
-    state_->keep(fast, choice, known);
+    state_->keep(c.key, choice, known);
     warning = state_->file.take_warning();
   }
   if (!warning.empty()) warn(warning);
   return choice.candidate;
+}
+
+Candidate ChoiceTable::next_best(const MeasuredCase& c, CandidateSet failed) {
+  const std::vector<Candidate> candidates = without(c.candidates(), failed);
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const Known* known = state_->known.get(c.key);
+  return known == nullptr ? candidates.front() : fastest(candidates, known->choice->seconds);
+}
+
+void ChoiceTable::decline(const MeasuredCase& c, CandidateSet failed) {
+  const std::vector<Candidate> candidates = without(c.candidates(), failed);
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  Known* known = state_->known.get(c.key);
+  if (known == nullptr) return;
+  auto choice = std::make_shared<Choice>(*known->choice);
+  choice->declined |= failed;
+  choice->candidate = fastest(candidates, choice->seconds);
+  choice->agreeing = 1;
+  known->choice = std::move(choice);
+  state_->choices.put(known->choice->key, known->choice);
 }
 
 bool ChoiceTable::find(const std::string& key, Choice& choice) {

@@ -1,18 +1,17 @@
 // Choice of the backend by measurement: each case is measured at its first call, and again until the choice is sure.
 #pragma once
 
-#include <ATen/Context.h>
-#include <c10/util/FunctionRef.h>
-
 #include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "dispatch/measured_device.h"
-#include "ops/conv_call.h"
+#include "dispatch/measured_case.h"
 
 namespace bap_kernels {
+
+using CandidateSet = uint32_t;  // a bit each
+constexpr CandidateSet set_of(Candidate candidate) { return CandidateSet{1} << static_cast<int>(candidate); }
 
 using CandidateSeconds = std::array<double, kCandidateCount>;
 
@@ -25,6 +24,8 @@ struct Choice {
   int64_t rounds = 0;          // rounds of all measurements in which the chosen one and its closest rival both ran
   int64_t wins = 0;            // those in which the chosen one was no slower
   double measured_at = 0;      // the last time, in seconds since 1970
+  CandidateSet weighed = 0;    // those among which it was chosen, also where they raised an error
+  CandidateSet declined = 0;   // those that have raised an error after they were chosen, in this process
 
   // How far the chosen one can be trusted, from 0 to 1: the share of the rounds that it won, with one round more that
   // it won and one that it lost, so that few rounds prove little.
@@ -36,24 +37,22 @@ struct Choice {
   bool settled(double now) const;
 };
 
-// Whether PyTorch was built with oneDNN and the user has not switched it off.
-inline bool onednn_enabled() { return at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
-
-// Everything of a call that its speed depends on: shapes, lists' lengths, layout, dtype, fusion, caching, and threads
-// or the GPU.
-std::string case_key(const ConvCall& call, const MeasuredDevice& device);
-
 class ChoiceTable {
  public:
   static ChoiceTable& instance();
 
-  // The candidate for `call`, measured with `run` on its first occurrence among the candidates, of which the first is
-  // preferred between equals. Candidates that raise an error while they are measured are not taken; where all do, the
-  // first one's error is raised. A choice that is not settled is measured again in later calls, a minute later at the
-  // earliest and within a fiftieth of the time that the case takes.
-  Candidate choose(const ConvCall& call, const MeasuredDevice& device,
-                   c10::function_ref<std::vector<Candidate>()> candidates,
-                   c10::function_ref<void(const ConvCall&, Candidate)> run);
+  // The candidate for a case, measured on its first occurrence. Candidates that raise an error while they are measured
+  // are not taken; where all do, the first one's error is raised. A choice that is not settled is measured again in
+  // later calls, a minute later at the earliest and within a fiftieth of the time that the case takes. Where there is a
+  // candidate that it was not weighed against, it is measured anew, settled or not; on GPUs new verdicts are the time
+  // to look.
+  Candidate choose(const MeasuredCase& c, const MeasuredDevice& device);
+
+  // The next best of the candidates for a case, where those in `failed` cannot run this call.
+  Candidate next_best(const MeasuredCase& c, CandidateSet failed);
+  // The choice of a case without candidates that have raised an error, in this process: a later one, with more memory
+  // or another driver, tries them again.
+  void decline(const MeasuredCase& c, CandidateSet failed);
 
   // Copies the measured choice of a case; false where there is none.
   bool find(const std::string& key, Choice& choice);
@@ -72,11 +71,10 @@ class ChoiceTable {
  private:
   struct State;
   ChoiceTable();
-  Candidate measure_first(const ConvCall& call, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
-                          c10::function_ref<void(const ConvCall&, Candidate)> run);
-  Candidate measure_again(const ConvCall& call, const MeasuredDevice& device, Choice known,
-                          const std::vector<Candidate>& candidates,
-                          c10::function_ref<void(const ConvCall&, Candidate)> run);
+  Candidate measure_first(const MeasuredCase& c, const MeasuredDevice& device, Choice fresh,
+                          const std::vector<Candidate>& candidates, Candidate unmeasured, uint64_t verdicts);
+  Candidate measure_again(const MeasuredCase& c, const MeasuredDevice& device, Choice known,
+                          const std::vector<Candidate>& candidates);
   State* state_;
 };
 

@@ -161,6 +161,7 @@ bool parse_early(const std::string& line, std::string& machine, Choice& choice) 
   for (size_t r = 0; numbers >> text; ++r) {
     if (r >= choice.seconds.size() || !read_number(text, microseconds)) return false;
     choice.seconds[r] = microseconds * 1e-6;
+    if (microseconds > 0) choice.weighed |= set_of(static_cast<Candidate>(r));
   }
   const int number = candidate_of(chosen);
   if (number < 0 || choice.key.empty() || !(choice.seconds[number] > 0)) return false;
@@ -182,7 +183,8 @@ void ChoiceFile::give_up(const std::string& problem) {
 
 std::string ChoiceFile::take_warning() { return std::exchange(warning_, ""); }
 
-// machine, case, chosen one, microseconds of the candidates, counts, time: separated by tabs. More fields are ignored.
+// machine, case, chosen one, microseconds of the candidates, counts, time, and where there are any the candidates that
+// failed: separated by tabs. More fields are ignored.
 std::string ChoiceFile::line_of(const Choice& choice) const {
   std::ostringstream line;
   line << machine_ << '\t' << choice.key << '\t' << candidate_name(choice.candidate) << '\t';
@@ -191,7 +193,15 @@ std::string ChoiceFile::line_of(const Choice& choice) const {
       line << candidate_name(static_cast<Candidate>(r)) << '=' << choice.seconds[r] * 1e6 << ' ';
   }
   line << '\t' << choice.measurements << ' ' << choice.agreeing << ' ' << choice.wins << ' ' << choice.rounds << '\t'
-       << static_cast<int64_t>(choice.measured_at) << '\n';
+       << static_cast<int64_t>(choice.measured_at);
+  const char* before = "\t";
+  for (const auto r : c10::irange(kCandidateCount)) {
+    const auto candidate = static_cast<Candidate>(r);
+    if ((choice.weighed & set_of(candidate)) == 0 || choice.seconds[r] > 0) continue;
+    line << before << candidate_name(candidate);
+    before = " ";
+  }
+  line << '\n';
   return line.str();
 }
 
@@ -211,7 +221,17 @@ bool ChoiceFile::parse(const std::string& line, std::string& machine, Choice& ch
     if (sign == std::string::npos || !read_number(pair.substr(sign + 1), microseconds)) return false;
     // Candidates of a later version are left out.
     const int candidate = candidate_of(pair.substr(0, sign));
-    if (candidate >= 0) choice.seconds[candidate] = microseconds * 1e-6;
+    if (candidate < 0) continue;
+    choice.seconds[candidate] = microseconds * 1e-6;
+    choice.weighed |= set_of(static_cast<Candidate>(candidate));
+  }
+  // Absent in lines of 0.1.0, whose candidates that failed are measured once more.
+  std::string failed;
+  std::getline(fields, failed, '\t');
+  std::istringstream names(failed);
+  for (std::string name; names >> name;) {
+    const int candidate = candidate_of(name);
+    if (candidate >= 0) choice.weighed |= set_of(static_cast<Candidate>(candidate));
   }
   std::istringstream numbers(counts);
   std::string rest;

@@ -4,20 +4,59 @@
 
 #include <ATen/ops/index_select.h>
 
-#include "dispatch/choice.h"
+#include "dispatch/automatic.h"
 #include "dispatch/list_copy.h"
 #include "ops/fusion.h"
 
 namespace bap_kernels {
 
+namespace {
+
+struct AutomaticForward {
+  using Call = ConvCall;
+  using Result = at::Tensor;
+  static constexpr auto kFamilies = &Backend::forward_families;
+  static std::vector<Candidate> aten(const ConvCall& c) {
+    std::vector<Candidate> candidates;
+    backend(BackendId::kAten).add_candidates(c, c10::kCUDA, candidates);
+    return candidates;
+  }
+  static at::Tensor run(const ConvCall& c, Candidate candidate, const char* op) {
+    return run_candidate(c, candidate, op);
+  }
+  static void reset(const ConvCall& c) {
+    if (c.dual_store != nullptr) c.dual_store->reset();
+  }
+};
+
+struct AutomaticBackward {
+  using Call = ConvBackwardCall;
+  using Result = GradientTriple;
+  static constexpr auto kFamilies = &Backend::backward_families;
+  static std::vector<Candidate> aten(const ConvBackwardCall&) { return {Candidate::kGather}; }
+  static GradientTriple run(const ConvBackwardCall& c, Candidate candidate, const char*) {
+    return backend(backend_of(candidate)).backward(c);
+  }
+  static void reset(const ConvBackwardCall&) {}
+};
+
+}  // namespace
+
 at::Tensor run_gathered_conv2d(const ConvCall& c, const char* op) {
   if (c.trivial()) return trivial_result(c);
   if (const Backend* named = named_backend(c.input)) return named->forward(c, op);
-  const MeasuredDevice& device = measured_device(c.input);
-  if (device.is_gpu()) Verdicts::instance().ask(device.number, device.may_measure);
-  const auto candidates = [&] { return candidates_of(c, device.is_gpu() ? c10::kCUDA : c10::kCPU, kVerifiedBackends); };
-  const auto run = [&](const ConvCall& call, Candidate candidate) { run_candidate(call, candidate, op); };
-  return run_candidate(c, ChoiceTable::instance().choose(c, device, candidates, run), op);
+  if (on_gpu(c.input)) return run_automatically<AutomaticForward>(c, op);
+  const MeasuredDevice& cpu = measured_device(c.input);
+  const auto text = [&] { return case_text(c, cpu); };
+  const auto candidates = [&] {
+    std::vector<Candidate> list;
+    for (const BackendId id : {BackendId::kNative, BackendId::kAten}) backend(id).add_candidates(c, c10::kCPU, list);
+    return list;
+  };
+  const auto run = [&](const at::Tensor& input, Candidate candidate) {
+    run_candidate(c.with_input(input), candidate, op);
+  };
+  return run_candidate(c, ChoiceTable::instance().choose({case_key(c, cpu), text, c.input, candidates, run}, cpu), op);
 }
 
 const Backend& backward_backend(const at::Tensor& input, const ConvShape<int64_t>& shape) {
@@ -70,8 +109,9 @@ GradientTriple backward(const GatheredConv2dBackwardArgs<int64_t>& a) {
   const auto& s = call.shape;
   check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
   if (s.trivial()) return backend(BackendId::kAten).backward(call);
-  const Backend* named = named_backend(call.input);
-  return (named != nullptr ? *named : backward_backend(call.input, s)).backward(call);
+  if (const Backend* named = named_backend(call.input)) return named->backward(call);
+  if (on_gpu(call.input)) return run_automatically<AutomaticBackward>(call, op);
+  return backward_backend(call.input, s).backward(call);
 }
 
 void implement_ops(torch::Library& m) {

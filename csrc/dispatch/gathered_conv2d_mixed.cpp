@@ -4,8 +4,10 @@
 
 #include <deque>
 
+#include "dispatch/automatic.h"
 #include "dispatch/gathered_conv2d.h"
 #include "dispatch/list_copy.h"
+#include "ops/fusion.h"
 
 namespace bap_kernels {
 namespace {
@@ -18,6 +20,28 @@ bool native_covers(const MixedCall& c, const MixedRun& run) {
   return !part.trivial() && backend(BackendId::kNative).unsupported_reason(part).empty() && part.format() == format &&
          run.output.is_contiguous(format);
 }
+
+// The runs one after the other.
+void mixed_by_aten(const MixedCall& c, const char* op) {
+  for (const MixedRun& run : c.runs) {
+    const ConvCall part = c.call(run);
+    run.output.copy_(part.trivial() ? trivial_result(part) : backend(BackendId::kAten).forward(part, op));
+  }
+}
+
+struct AutomaticMixed {
+  using Call = MixedCall;
+  using Result = at::Tensor;
+  static constexpr auto kFamilies = &Backend::mixed_families;
+  static std::vector<Candidate> aten(const MixedCall&) { return {Candidate::kGather}; }
+  // The output is ours until the call returns: the next candidate overwrites all of it.
+  static at::Tensor run(const MixedCall& c, Candidate candidate, const char* op) {
+    const BackendId id = backend_of(candidate);
+    id == BackendId::kAten ? mixed_by_aten(c, op) : backend(id).mixed(c, op);
+    return c.output;
+  }
+  static void reset(const MixedCall&) {}
+};
 
 at::Tensor mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
   const char* op = GatheredConv2dMixed::kName;
@@ -45,17 +69,21 @@ at::Tensor mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
     named->mixed(call, op);
     return call.output;
   }
-  const bool together = a.input.is_cpu() && (named == nullptr || named == &native);
+  if (on_gpu(a.input)) {
+    if (named == nullptr && !call.runs.empty() && call.output.numel() > 0) {
+      return run_automatically<AutomaticMixed>(call, op);
+    }
+    mixed_by_aten(call, op);
+    return call.output;
+  }
+  const bool together = (named == nullptr || named == &native);
   MixedCall covered{args, s, call.output};
   for (const MixedRun& run : call.runs) {
     if (together && native_covers(call, run)) {
       covered.runs.push_back(run);
       continue;
     }
-    const ConvCall part = call.call(run);
-    // On a GPU nothing is measured: each number of samples would be a case of its own.
-    const bool measured = a.input.is_cpu() || part.trivial();
-    run.output.copy_(measured ? run_gathered_conv2d(part, op) : backend(BackendId::kAten).forward(part, op));
+    run.output.copy_(run_gathered_conv2d(call.call(run), op));
   }
   if (!covered.runs.empty()) native.mixed(covered, op);
   return call.output;

@@ -28,14 +28,19 @@ constexpr double kSecondsDeaf = 0.05;
 constexpr int64_t kPoolBytes = int64_t{32} << 20, kMostInputs = 64;
 
 // The input and copies of it, to be used in turn: within a network a layer finds its input in an outer cache at best,
-// but the second candidate to read one tensor would find it in the inner ones.
+// but the second candidate to read one tensor would find it in the inner ones. Fewer where memory is short.
 std::vector<at::Tensor> input_pool(const at::Tensor& input, int64_t runs) {
   std::vector<at::Tensor> pool = {input};
   const int64_t bytes = std::max<int64_t>(1, static_cast<int64_t>(input.nbytes()));
   // A copy of a tensor with gaps would lie otherwise in memory.
   if (!input.is_non_overlapping_and_dense()) return pool;
   const int64_t count = std::min({kMostInputs, runs, (kPoolBytes + bytes - 1) / bytes});
-  while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
+  try {
+    while (static_cast<int64_t>(pool.size()) < count) pool.push_back(input.clone());
+  } catch (const std::exception&) {
+    // Half of them go, so that the candidates have room.
+    pool.resize((pool.size() + 1) / 2);
+  }
   return pool;
 }
 
@@ -77,18 +82,18 @@ Candidate fastest(const std::vector<Candidate>& candidates, const CandidateSecon
   return best;
 }
 
-Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
-                    const Effort& effort, c10::function_ref<void(const ConvCall&, Candidate)> run) {
+Measurement measure(const MeasuredCase& c, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
+                    const Effort& effort) {
   std::array<std::vector<double>, kCandidateCount> samples;  // of round 0, 1, ...: who is dropped stays out
   Measurement measured{candidates.front()};
   Interrupts interrupts;
   std::vector<Candidate> running = candidates;
   std::exception_ptr first_error;
   double spent = 0;
-  const auto fails = [&](const ConvCall& call, Candidate r, double& seconds) {
+  const auto fails = [&](const at::Tensor& input, Candidate r, double& seconds) {
     interrupts.check();
     try {
-      seconds = device.seconds(r, [&] { run(call, r); });
+      seconds = device.seconds(r, [&] { c.run(input, r); });
       spent += seconds;
       return false;
     } catch (...) {
@@ -99,12 +104,9 @@ Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::
     }
   };
 
-  // A first run packs weights and warms caches and thread pools. A second store that a candidate leaves is not that of
-  // the chosen one.
-  ConvCall plain = c;
-  plain.dual_store = nullptr;
+  // A first run packs weights and warms caches and thread pools.
   CandidateSeconds cold{};
-  const auto declines = [&](Candidate r) { return fails(plain, r, cold[static_cast<int>(r)]); };
+  const auto declines = [&](Candidate r) { return fails(c.input, r, cold[static_cast<int>(r)]); };
   running.erase(std::remove_if(running.begin(), running.end(), declines), running.end());
   if (running.empty()) std::rethrow_exception(first_error);
   if (device.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessCold);
@@ -113,10 +115,8 @@ Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::
       running.size() == 1 ? std::vector<at::Tensor>{} : input_pool(c.input, effort.max_rounds * running.size());
   size_t turn = 0;
   const auto timed = [&](Candidate r) {
-    const at::Tensor& input = inputs[turn++ % inputs.size()];
-    const ConvCall call = c.with_input(input);
     double seconds = 0;
-    if (fails(call, r, seconds)) return false;
+    if (fails(inputs[turn++ % inputs.size()], r, seconds)) return false;
     samples[static_cast<int>(r)].push_back(seconds);
     return true;
   };
@@ -127,6 +127,8 @@ Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::
     if (running.size() < 2 || round >= effort.max_rounds) return false;
     return round == 0 || spent < effort.seconds * (round < effort.min_rounds ? kPatience : 1);
   };
+  const Candidate able = running.front();
+  const double able_seconds = cold[static_cast<int>(able)];
   for (int round = 0; may_go_on(round); ++round) {
     std::shuffle(running.begin(), running.end(), random);
     std::vector<Candidate> alive;
@@ -139,7 +141,12 @@ Measurement measure(const ConvCall& c, const MeasuredDevice& device, const std::
       }
     }
     running = std::move(alive);
-    if (running.empty()) std::rethrow_exception(first_error);
+    if (running.empty()) {
+      // Such as for lack of memory beside the copies: the call itself may have enough.
+      Measurement none{able};
+      none.seconds[static_cast<int>(able)] = able_seconds;
+      return none;
+    }
     for (const Candidate r : running) {
       measured.seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
     }

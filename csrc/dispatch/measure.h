@@ -26,8 +26,8 @@ struct Measurement {
 Candidate fastest(const std::vector<Candidate>& candidates, const CandidateSeconds& seconds);
 
 // Runs the candidates, the first of which is preferred. Any error of a candidate leaves it out; the first one's is
-// raised where all fail. Ctrl-C is heard between runs and raises.
-Measurement measure(const ConvCall& call, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
-                    const Effort& effort, c10::function_ref<void(const ConvCall&, Candidate)> run);
+// raised where none can run at all. Ctrl-C is heard between runs and raises.
+Measurement measure(const MeasuredCase& c, const MeasuredDevice& device, const std::vector<Candidate>& candidates,
+                    const Effort& effort);
 
 }  // namespace bap_kernels

@@ -86,6 +86,8 @@ void set_gpu_hooks(std::function<std::string(int64_t)> name, std::function<bool(
   hooks() = new GpuHooks{std::move(name), std::move(capturing)};
 }
 
+bool on_gpu(const at::Tensor& input) { return simulated_gpu != nullptr || input.is_cuda(); }
+
 const MeasuredDevice& measured_device(const at::Tensor& input) {
   if (simulated_gpu != nullptr) return *simulated_gpu;
   if (!input.is_cuda()) return this_cpu();

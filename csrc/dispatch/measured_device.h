@@ -5,11 +5,14 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
+#include <array>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "dispatch/candidate.h"
+#include "dispatch/verdicts.h"
 
 namespace bap_kernels {
 
@@ -22,11 +25,18 @@ struct MeasuredDevice {
   bool first_run_tells = false;  // whether a first run is about as long as others: nothing is compiled for it
   int64_t number = -1;           // a GPU's, as in torch.device
 
+  // Of a simulated GPU alone, and empty otherwise: called with each candidate that is run because it was chosen; and
+  // the families of every call of the opt-in backends, in whose place ATen computes.
+  std::function<void(Candidate candidate)> ran;
+  std::optional<std::array<FamilySet, kBackendCount>> stand_ins;
+
   bool is_gpu() const { return !name.empty(); }
 };
 
 // The one that a tensor is on: a GPU, or this machine's CPU. Where the calling thread simulates a GPU, that one.
 const MeasuredDevice& measured_device(const at::Tensor& input);
+// Whether that is a GPU.
+bool on_gpu(const at::Tensor& input);
 // A GPU that stands for the device of all tensors in the calling thread, so that `auto` can be followed without one;
 // nullptr: none.
 void set_simulated_gpu(std::unique_ptr<const MeasuredDevice> gpu);

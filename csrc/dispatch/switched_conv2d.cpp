@@ -3,6 +3,7 @@
 // on CPUs too, so that machines without one can test it.
 #include <ATen/ops/index_copy.h>
 
+#include "dispatch/automatic.h"
 #include "dispatch/gathered_conv2d.h"
 
 namespace bap_kernels {
@@ -21,17 +22,42 @@ at::Tensor widened_result(const SwitchedCall& c, const at::Tensor& compact) {
   return y.index_copy_(1, c.lists->on->to(at::kLong), compact);
 }
 
+struct AutomaticSwitched {
+  using Call = SwitchedCall;
+  using Result = at::Tensor;
+  static constexpr auto kFamilies = &Backend::switched_families;
+  static std::vector<Candidate> aten(const SwitchedCall&) { return {Candidate::kMasked}; }
+  static at::Tensor run(const SwitchedCall& c, Candidate candidate, const char*) {
+    return backend(backend_of(candidate)).switched(c);
+  }
+  static void reset(const SwitchedCall&) {}
+};
+
+struct AutomaticSwitchedBackward {
+  using Call = SwitchedBackwardCall;
+  using Result = SwitchedGradients;
+  static constexpr auto kFamilies = &Backend::switched_backward_families;
+  static std::vector<Candidate> aten(const SwitchedBackwardCall&) { return {Candidate::kMasked}; }
+  static SwitchedGradients run(const SwitchedBackwardCall& c, Candidate candidate, const char*) {
+    return backend(backend_of(candidate)).switched_backward(c);
+  }
+  static void reset(const SwitchedBackwardCall&) {}
+};
+
 at::Tensor forward(const SwitchedConv2dArgs<int64_t>& a) {
   const char* op = SwitchedConv2d::kName;
   SwitchedCall call{a, check_switched_conv2d<int64_t>(op, a)};
   SwitchLists lists;
-  if (a.input.is_cpu()) {
+  if (!on_gpu(a.input)) {
     lists = read_switch(op, a.switches);
     call.lists = &lists;
   }
   const Backend* named = call.trivial() ? nullptr : named_opt_in_backend();
   if (named != nullptr) return named->switched(call);
-  if (call.lists == nullptr) return backend(BackendId::kAten).switched(call);
+  if (call.lists == nullptr) {
+    const bool measured = named_backend(a.input) == nullptr && !call.trivial();
+    return measured ? run_automatically<AutomaticSwitched>(call, op) : backend(BackendId::kAten).switched(call);
+  }
   const ConvCall on = call.on(lists.on);
   // Switches move from step to step, and each count of channels is a case of its own: `auto` would never stop
   // measuring.
@@ -45,12 +71,15 @@ SwitchedGradients backward(const SwitchedConv2dBackwardArgs<int64_t>& a) {
   SwitchedBackwardCall call{a, check_switched_conv2d_backward<int64_t>(op, a)};
   const bool trivial = call.shape.trivial();
   SwitchLists lists;
-  if (a.input.is_cpu()) {
+  if (!on_gpu(a.input)) {
     lists = read_switch(op, a.switches);
     call.lists = &lists;
   }
   const Backend* named = named_backend(a.input);
   if (named != nullptr && named->opt_in && trivial) named = nullptr;
+  if (named == nullptr && !trivial && call.lists == nullptr) {
+    return run_automatically<AutomaticSwitchedBackward>(call, op);
+  }
   // As in the forward, a call that is answered without a convolution is no backend's.
   const bool answered = trivial || (call.lists != nullptr && lists.off.size(0) == call.shape.channels_in);
   const bool fallback = named == nullptr || (named == &backend(BackendId::kNative) && answered);

@@ -115,17 +115,35 @@ Names call_families(const std::string& op, const py::tuple& args) {
 using Seconds = std::function<double(const std::string&)>;
 
 // Makes `auto` in the calling thread choose as on a GPU of a name and number, whatever device the tensors are on: its
-// candidates are run, and `seconds` says what each of them took. Without a name that ends.
+// candidates are run, and `seconds` says what each of them took. `ran` is called with each candidate that is run
+// because it was chosen. With `families`, by the name of a backend, ATen computes in place of the opt-in backends, and
+// those are the families of all of their calls. Without a name that ends.
 void simulate_gpu(const std::optional<std::string>& name, const Seconds& seconds, int64_t number,
-                  const std::function<bool()>& capturing, const std::function<double()>& now, bool first_run_tells) {
+                  const std::function<bool()>& capturing, const std::function<double()>& now, bool first_run_tells,
+                  const std::function<void(const std::string&)>& ran,
+                  const std::optional<std::map<std::string, Names>>& families) {
   if (!name) return set_simulated_gpu(nullptr);
-  const auto timed = [seconds](Candidate candidate, c10::function_ref<void()> run) {
+  MeasuredDevice gpu;
+  gpu.name = *name;
+  gpu.id = device_id(*name);
+  gpu.number = number;
+  gpu.may_measure = [capturing] { return !capturing || !capturing(); };
+  gpu.seconds = [seconds](Candidate candidate, c10::function_ref<void()> run) {
     run();
     return seconds ? seconds(candidate_name(candidate)) : 1e-3;
   };
-  set_simulated_gpu(std::make_unique<MeasuredDevice>(
-      MeasuredDevice{*name, device_id(*name), [capturing] { return !capturing || !capturing(); }, timed,
-                     now ? now : seconds_since_1970, first_run_tells, number}));
+  gpu.now = now ? now : seconds_since_1970;
+  gpu.first_run_tells = first_run_tells;
+  if (ran) gpu.ran = [ran](Candidate candidate) { ran(candidate_name(candidate)); };
+  if (families) {
+    gpu.stand_ins.emplace();
+    gpu.stand_ins->fill(kUnknownFamily);
+    for (const BackendId id : {BackendId::kCuda, BackendId::kTriton}) {
+      const auto own = families->find(backend(id).name);
+      if (own != families->end()) (*gpu.stand_ins)[static_cast<int>(id)] = families_of(own->second);
+    }
+  }
+  set_simulated_gpu(std::make_unique<MeasuredDevice>(std::move(gpu)));
 }
 
 }  // namespace
@@ -141,7 +159,8 @@ void bind_verdicts(py::module_& m) {
       py::arg("hook"));
   m.def("simulate_gpu", &simulate_gpu, py::arg("name"), py::arg("seconds") = Seconds(), py::arg("number") = 0,
         py::arg("capturing") = std::function<bool()>(), py::arg("now") = std::function<double()>(),
-        py::arg("first_run_tells") = false);
+        py::arg("first_run_tells") = false, py::arg("ran") = std::function<void(const std::string&)>(),
+        py::arg("families") = std::optional<std::map<std::string, Names>>());
   m.def("call_families", &call_families, py::arg("op"), py::arg("args"));
 }
 

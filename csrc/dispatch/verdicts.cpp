@@ -62,6 +62,19 @@ FamilySet family(TritonKernel kernel, FamilyMath math) {
   return FamilySet{1} << (kCudaBits + static_cast<int>(kernel) * kMathCount + static_cast<int>(math));
 }
 
+FamilySet cuda_families_of(FamilyMath math) {
+  FamilySet all = 0;
+  if (math == FamilyMath::kFloat32) return all;
+  for (int k = 0; k < kCudaKernelCount; ++k) all |= family(static_cast<CudaKernel>(k), math);
+  return all;
+}
+
+FamilySet triton_families_of(FamilyMath math) {
+  FamilySet all = 0;
+  for (int k = 0; k < kTritonKernelCount; ++k) all |= family(static_cast<TritonKernel>(k), math);
+  return all;
+}
+
 FamilySet family_of(const std::string& name) {
   const auto place = std::find(names().begin(), names().end(), name);
   return place == names().end() ? kUnknownFamily : FamilySet{1} << (place - names().begin());
@@ -148,6 +161,7 @@ void Verdicts::set_hook(std::function<void(int64_t)> hook) {
     std::lock_guard<std::mutex> lock(mutex_);
     hook_.swap(given);
     has_hook_ = hook_ != nullptr;
+    for (Device& device : devices_) device.asked = false;
   }
 }
 

@@ -50,6 +50,9 @@ FamilyMath math_of(const at::Tensor& t);
 
 FamilySet family(CudaKernel kernel, FamilyMath math);
 FamilySet family(TritonKernel kernel, FamilyMath math);
+// All families of a backend in a math mode.
+FamilySet cuda_families_of(FamilyMath math);
+FamilySet triton_families_of(FamilyMath math);
 // kUnknownFamily for a name that is none.
 FamilySet family_of(const std::string& name);
 FamilySet families_of(const std::vector<std::string>& names);
@@ -77,7 +80,7 @@ class Verdicts {
   std::string problem(int64_t device, FamilySet families);
 
   // The verifier: called once for each device of a process, by the first call of `auto` there that may be measured. It
-  // returns at once, or when the verdicts are there. Of an exception remains one warning.
+  // returns at once, or when the verdicts are there. Of an exception remains one warning. A new hook is called anew.
   void set_hook(std::function<void(int64_t)> hook);
   // Precondition: the caller holds no lock of ours.
   void ask(int64_t device, const std::function<bool()>& may_measure);

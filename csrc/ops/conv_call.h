@@ -34,6 +34,10 @@ struct ConvCall : GatheredConv2dFusedArgs<int64_t> {
 // One checked call of its backward.
 struct ConvBackwardCall : GatheredConv2dBackwardArgs<int64_t> {
   ConvShape<int64_t> shape;
+
+  ConvBackwardCall with_input(const at::Tensor& x) const {
+    return {{grad_output, x, weight, in_index, out_index, stride, padding, dilation, groups, mask}, shape};
+  }
 };
 
 }  // namespace bap_kernels

@@ -22,6 +22,7 @@ struct SwitchedCall : SwitchedConv2dArgs<int64_t> {
     if (shape.depthwise) call.shape.kept_out = call.shape.kept_in;
     return call;
   }
+  SwitchedCall with_input(const at::Tensor& x) const { return {with_tensors(x, weight, bias), shape, lists}; }
 };
 
 // One checked call of its backward.
@@ -29,6 +30,11 @@ struct SwitchedBackwardCall : SwitchedConv2dBackwardArgs<int64_t> {
   ConvShape<int64_t> shape;
   const SwitchLists* lists = nullptr;
 
+  SwitchedBackwardCall with_input(const at::Tensor& x) const {
+    return {{grad_output, x, weight, switches, stride, padding, dilation, groups, off_gradient, mask, read, reader},
+            shape,
+            lists};
+  }
   SwitchedCall forward() const { return {SwitchedConv2dBackwardArgs<int64_t>::forward(), shape, lists}; }
 };
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bap_kernels import _C, dispatch, reference
+from bap_kernels import _C, reference
 from bap_kernels.settings import settings
 from bap_kernels.testing import Case, Sample, assert_close, make_tensors, poison, run
+from tests.simulated_gpu import choose_as_on_gpu
 
 CASE = Case(2, 20, 18, (6, 7), seed=1)
 TIMES = {"gather": 3e-4, "gather_flat": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
@@ -35,7 +36,7 @@ def clock(**times: float) -> Callable[[str], float]:
 
 
 def chosen(sample: Sample, seconds: Callable[[str], float], name: str = "H200", **options) -> str:
-    route, y = _C.choose_as_on_gpu(*sample.args, name=name, seconds=seconds, **options)
+    route, y = choose_as_on_gpu(*sample.args, name=name, seconds=seconds, **options)
     assert_close(y, reference.gathered_conv2d(*sample.args), sample.input.dtype, sample.depth)
     return route
 
@@ -104,27 +105,6 @@ def test_capture_does_not_measure() -> None:
     assert chosen(sample, refusing, capturing=True) == "masked"
 
 
-def test_only_verified_backends_are_candidates() -> None:
-    sample = make_tensors(CASE)
-    chosen(sample, clock())
-    assert not {"cuda", "triton"} & candidates()
-    # Verified, but unable to run here: no candidate.
-    verified = [name for name in ("cuda", "triton") if _C.unsupported_reason(name) is not None]
-    chosen(sample, clock(), "H200, verified", verified=verified)
-    assert all(not {*verified} & set(choice["candidates"]) for choice in _C.choices())
-
-
-def test_candidate_that_declines_is_skipped() -> None:
-    # Backends that report that they can run, and then raise: one as the set backend, the other as a candidate.
-    sample = make_tensors(CASE.but(dtype=torch.float64))
-    _C.set_unsupported_reason(lambda name: "")
-    try:
-        assert chosen(sample, clock(triton=1e-5, cuda=1e-5), verified=["triton", "cuda"]) == "gather"
-    finally:
-        _C.set_unsupported_reason(dispatch._gpu_backend_unsupported_reason)
-    assert candidates() == {"gather", "masked"}
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -133,7 +113,7 @@ def test_masked_candidate_ignores_unlisted_channels(layout: str, dtype: torch.dt
         case = CASE.but(layout=layout, dtype=dtype, out_list="odd", **change)
         expected = reference.gathered_conv2d(*make_tensors(case).args)
         sample = poison(make_tensors(case), value)
-        route, y = _C.choose_as_on_gpu(*sample.args, name="H200", seconds=clock(masked=1e-4))
+        route, y = choose_as_on_gpu(*sample.args, name="H200", seconds=clock(masked=1e-4))
         assert route == "masked"
         assert_close(y, expected, dtype, sample.depth)
 
@@ -157,7 +137,7 @@ class Machine:
     def call(self, count: int = 1, **options) -> str:
         route = ""
         for _ in range(count):
-            route, _ = _C.choose_as_on_gpu(
+            route, _ = choose_as_on_gpu(
                 *self.sample.args, name=self.name, seconds=self.seconds, now=lambda: self.now, **options
             )
             self.now += self.times[route]
@@ -334,7 +314,7 @@ def test_first_error_is_raised_if_all_candidates_fail() -> None:
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gather fails"):
-            _C.choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
+            choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
     assert _C.choices() == []
     assert chosen(make_tensors(CASE), clock(masked=1e-4)) == "masked"
 
@@ -351,7 +331,7 @@ def test_exit_exceptions_propagate_and_leave_no_choice(stop: type[BaseException]
         return 1e-3
 
     with pytest.raises(stop):
-        _C.choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
+        choose_as_on_gpu(*make_tensors(CASE).args, name="H200", seconds=seconds)
     assert _C.choices() == []
     assert chosen(make_tensors(CASE), clock(masked=1e-4)) == "masked"
 
@@ -360,12 +340,13 @@ CTRL_C = """
 import ctypes, functools, signal, torch
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
+from tests.simulated_gpu import choose_as_on_gpu
 torch.set_num_threads(1)
 # From C, so that Python does not see it before the next run.
 press = ctypes.PyDLL(None)["raise"]
 sample = make_tensors(Case(8, 128, 64, (112, 112), dtype=torch.float64))
 try:
-    _C.choose_as_on_gpu(*sample.args, name="H200", seconds=functools.partial(press, signal.SIGINT))
+    choose_as_on_gpu(*sample.args, name="H200", seconds=functools.partial(press, signal.SIGINT))
 except KeyboardInterrupt:
     print("heard", _C.choices())
 """

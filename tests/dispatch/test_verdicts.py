@@ -12,10 +12,9 @@ import torch
 from bap_kernels import _C
 from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
+from tests.simulated_gpu import devices
 
 SAMPLE = make_tensors(Case(2, 20, 18, (6, 7), seed=1))
-# The hook is called once for each device and process, so each test has a device of its own.
-DEVICES = iter(range(20, 120))
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +37,8 @@ def call_on(device: int, **options) -> None:
 
 
 def test_tables_are_replaced_whole_and_per_device() -> None:
-    first, second = next(DEVICES), next(DEVICES)
-    assert _C.verdicts(first) == {}
+    first, second = next(devices), next(devices)
+    _C.set_verdicts(second, {})
     _C.set_verdicts(first, {"cuda/nhwc/float16": ("ok", ""), "triton/pack/tf32": ("wrong", "off by one")})
     _C.set_verdicts(first, {"cuda/halo/float16": ("hang", "60 s")})
     assert _C.verdicts(first) == {"cuda/halo/float16": ("hang", "60 s")}
@@ -66,7 +65,7 @@ def test_families_are_of_known_ops() -> None:
 def test_hook_is_called_once_per_device() -> None:
     asked: list[int] = []
     _C.set_verify_hook(asked.append)
-    first, second = next(DEVICES), next(DEVICES)
+    first, second = next(devices), next(devices)
     for device in (first, second, first, second):
         call_on(device)
     assert asked == [first, second]
@@ -76,7 +75,7 @@ def test_hook_is_not_called_by_other_calls() -> None:
     asked: list[int] = []
     _C.set_verify_hook(asked.append)
     run(SAMPLE)
-    device = next(DEVICES)
+    device = next(devices)
     call_on(device, capturing=lambda: True)
     assert asked == []
     call_on(device)
@@ -86,7 +85,7 @@ def test_hook_is_not_called_by_other_calls() -> None:
 def test_hook_is_called_once_by_eight_threads() -> None:
     asked: list[int] = []
     start = threading.Barrier(8)
-    device = next(DEVICES)
+    device = next(devices)
 
     def work() -> None:
         start.wait()
@@ -106,7 +105,7 @@ def test_error_of_hook_becomes_one_warning() -> None:
         raise RuntimeError(f"no room on {device}")
 
     _C.set_verify_hook(fail)
-    device = next(DEVICES)
+    device = next(devices)
     with pytest.warns(UserWarning, match=rf"GPU {device} could not be verified.*no room on {device}"):
         call_on(device)
     with warnings.catch_warnings():
@@ -119,7 +118,7 @@ def test_interrupt_of_hook_propagates_and_asks_again() -> None:
         raise KeyboardInterrupt
 
     _C.set_verify_hook(stop)
-    device = next(DEVICES)
+    device = next(devices)
     with pytest.raises(KeyboardInterrupt):
         call_on(device)
     asked: list[int] = []
@@ -149,6 +148,6 @@ def test_simulated_gpu_is_of_one_thread() -> None:
     thread.join()
     _C.simulate_gpu(None)
     assert all(" on H200" not in choice["case"] for choice in _C.choices())
-    call_on(next(DEVICES))
+    call_on(next(devices))
     assert any(choice["case"].endswith(" on H200") for choice in _C.choices())
     assert torch.equal(run(SAMPLE), run(SAMPLE))

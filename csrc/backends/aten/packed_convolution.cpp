@@ -7,7 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/hash.h>
 
-#include "dispatch/choice.h"
+#include "dispatch/measured_case.h"
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {

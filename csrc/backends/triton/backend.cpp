@@ -67,10 +67,6 @@ std::string unsupported_reason(const ConvCall& c) {
                                                                  c10::IntArrayRef(out_size));
 }
 
-void add_candidates(const ConvCall& c, c10::DeviceType, std::vector<Candidate>& candidates) {
-  if (unsupported_reason(c).empty()) candidates.push_back(Candidate::kTriton);
-}
-
 // From Python, which knows the launches. `mask` is that of a backward; empty for a forward.
 FamilySet families(std::string_view op, const OptionalTensor& grad_output, const ConvArgs<int64_t>& args,
                    const OptionalTensorList& in_indices, const ConvShape<int64_t>& shape, bool prologue,
@@ -118,7 +114,7 @@ const Backend kTriton{
     .unavailable_reason = [] { return python_unavailable_reason("triton"); },
     .unsupported_reason = unsupported_reason,
     .backward_unsupported_reason = [](const at::Tensor&, const ConvShape<int64_t>&) { return std::string(); },
-    .add_candidates = add_candidates,
+    .add_candidates = [](const ConvCall&, c10::DeviceType, std::vector<Candidate>&) {},
     .run = [](const ConvCall& call, Candidate, const char* op) { return forward(call, op); },
     .forward = forward,
     .backward = backward,

@@ -1,0 +1,45 @@
+// See automatic.h.
+#include "dispatch/automatic.h"
+
+namespace bap_kernels {
+namespace {
+
+FamilySet families_of_math(BackendId id, const at::Tensor& input) {
+  return id == BackendId::kCuda ? cuda_families_of(math_of(input)) : triton_families_of(math_of(input));
+}
+
+}  // namespace
+
+bool has_verified_kernels(BackendId id, const at::Tensor& input, const MeasuredDevice& device) {
+  return (families_of_math(id, input) & Verdicts::instance().ok(device.number)) != 0;
+}
+
+bool is_fully_verified(BackendId id, const at::Tensor& input, const MeasuredDevice& device) {
+  return !device.stand_ins && (families_of_math(id, input) & ~Verdicts::instance().ok(device.number)) == 0;
+}
+
+FamilySet families_or_unknown(c10::function_ref<FamilySet()> ask) {
+  try {
+    return ask();
+  } catch (...) {
+    if (is_interrupt(std::current_exception())) throw;
+    return kUnknownFamily;
+  }
+}
+
+std::string automatic_case_text(const ConvCall& call, const MeasuredDevice& device) {
+  if (!device.is_gpu()) return case_text(call, device);
+  return case_text(call, device, automatic_families(BackendId::kCuda, &Backend::forward_families, call, device));
+}
+
+std::string auto_excluded_reason(BackendId id, const ConvCall& call, const MeasuredDevice& device) {
+  const Backend& own = backend(id);
+  std::string reason = device.stand_ins ? "" : own.unavailable_reason();
+  if (reason.empty() && !device.stand_ins) reason = own.unsupported_reason(call);
+  if (!reason.empty()) return reason;
+  const FamilySet families =
+      device.stand_ins ? stand_in(id, device) : families_or_unknown([&] { return own.forward_families(call); });
+  return Verdicts::instance().problem(device.number, families);
+}
+
+}  // namespace bap_kernels
