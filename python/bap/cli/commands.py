@@ -347,6 +347,16 @@ def study(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, 1 and 2 if none is given.")] = None,
     baseline: Annotated[bool, typer.Option(help="Also train a whole network for each domain, which S needs.")] = True,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A baseline beside the cells of the first sharing loss: dense, narrow, shared-mask, domain-masks, "
+            "magnitude or alone; may be given several times."
+        ),
+    ] = None,
+    match: Annotated[
+        list[str] | None, typer.Option(help="What baselines are matched on: flop, exact_flop; both if none is given.")
+    ] = None,
     progress: Progress = True,
 ) -> None:
     """Train over budgets, sharing losses and seeds, and tabulate; resumes where it was stopped."""
@@ -363,6 +373,8 @@ def study(
         baseline,
         lambda line: typer.echo(line, err=True),
         progress=progress,
+        compare=compare or (),
+        match=match or ("flop", "exact_flop"),
     )
     typer.echo(path.read_text())
 

@@ -137,6 +137,8 @@ class Switches(_Group):
         keep_at_least: channels of every layer that the projection leaves on.
         freeze_at: part of the run after which switches are projected and fixed; 1 projects at the end, as in the
             papers.
+        fixed: file with the channels that are on from the start and for good, see :mod:`bap.prune.masks`; None: they
+            are trained.
     """
 
     stem: bool = False
@@ -146,6 +148,7 @@ class Switches(_Group):
     ste_every: _Count = 1
     keep_at_least: _Whole = 1
     freeze_at: _Share = 1.0
+    fixed: _Text | None = None
 
 
 class Budget(_Group):
@@ -425,7 +428,7 @@ SHORT_NAMES = {
     "model": "model.name", "model_options": "model.options", "weights": "model.weights",
     "switch_stem": "switches.stem", "switch_shortcuts": "switches.shortcuts", "threshold": "switches.threshold",
     "initial": "switches.initial", "ste_every": "switches.ste_every", "keep_at_least": "switches.keep_at_least",
-    "settle": "switches.freeze_at",
+    "settle": "switches.freeze_at", "fixed": "switches.fixed",
     "beta": "budget.beta", "measure": "budget.measure", "budget_ms": "budget.milliseconds",
     "multiplier_rate": "budget.multiplier_rate", "give_back": "budget.give_back",
     "anneal": "budget.anneal", "anneal_start": "budget.anneal_start", "anneal_until": "budget.anneal_until",

@@ -217,6 +217,8 @@ def train_run(
         trainer.fit()
         results = results_of(trainer, baseline if baseline is not None else baseline_of(config))
         results["seconds"] = time.perf_counter() - started
+        # Of all epochs, also those before a resumption; without evaluation.
+        results["training_seconds"] = sum(record["seconds"] for record in trainer.log.records)
         if path is not None and first:
             specs = {
                 name: domain_spec(domain, results["kept"][name], results["accuracy"][name], results["split"])

@@ -12,6 +12,7 @@ import torch
 from bap.config import Config, load_config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
+from bap.results.compare import BASELINES, MATCHES, Comparison, comparison_table
 from bap.results.report import markdown_table
 from bap.results.run import scored, train_run
 from bap.results.scores import shown_score
@@ -24,6 +25,8 @@ from bap.train.run_log import read_results
 
 __all__ = ["pretrained", "study", "study_table"]
 
+# Files of the study itself; what is in them follows from other settings.
+_FILES = ("model.weights", "switches.fixed", "distill.teacher")
 # Settings that the backbone's weights depend on.
 _PRETRAINING = (
     "data.suite",
@@ -39,14 +42,16 @@ _PRETRAINING = (
 )
 
 
-def pretrained(config: Config, domains: dict[str, Domain], folder: Path, progress: bool = False) -> Path:
+def pretrained(
+    config: Config, domains: dict[str, Domain], folder: Path, progress: bool = False, name: str = "backbone"
+) -> Path:
     """File with the backbone of a seed, trained on the source if it is missing.
 
     Raises:
         ValueError: if the file there was trained with other settings or on another source.
         FileError: if it is damaged.
     """
-    path = folder / f"backbone_seed{config.run.seed}.safetensors"
+    path = folder / f"{name}_seed{config.run.seed}.safetensors"
     source = source_of(config, domains)
     if not path.exists():
         if source not in domains:
@@ -72,7 +77,7 @@ def _finished(path: Path, config: Config) -> bool:
     if not (path / "results.json").exists():
         return False
     # The weights are compared by their own settings.
-    compared = [name for name in config.by_name() if name != "model.weights"]
+    compared = [name for name in config.by_name() if name not in _FILES]
     check_same_settings(load_config(path / "config.yaml").as_dict(), config, str(path), only=compared)
     return True
 
@@ -100,6 +105,8 @@ def study(
     baseline: bool = True,
     say: Callable[[str], None] = print,
     progress: bool = False,
+    compare: Sequence[str] = (),
+    match: Sequence[str] = MATCHES,
 ) -> Path:
     """Runs the cells that are missing, and writes study.json and study.md.
 
@@ -110,6 +117,8 @@ def study(
         baseline: also trains a whole network for each domain and seed, which S needs.
         say: told of every finished run.
         progress: whether the runs print their own lines, to the error stream.
+        compare: baselines to run beside the cells of the first sharing loss, see :mod:`bap.results.compare`.
+        match: what they are matched on, of :data:`bap.results.compare.MATCHES`.
 
     Returns:
         The path of study.md.
@@ -120,6 +129,10 @@ def study(
         FileError: if files cannot be written, or are damaged, or another study writes into the folder.
     """
     folder = Path(folder)
+    for name, allowed in ((compare, BASELINES), (match, MATCHES)):
+        unknown = [value for value in name if value not in allowed]
+        if unknown:
+            raise ValueError(f"study(): expected baselines and matches to be among {list(allowed)}, got {unknown}.")
     for seed in seeds:
         for beta in betas:
             for sharing in sharings:
@@ -131,6 +144,7 @@ def study(
         check_splits(domains, config.data.evaluate_on)
         final_split(domains, config.data.evaluate_on)
         rows: list[dict[str, Any]] = []
+        compared: list[dict[str, Any]] = []
         for seed in seeds:
             base = config.replace(seed=seed)
             weights = str(pretrained(base, domains, folder, progress))
@@ -148,11 +162,103 @@ def study(
                     # A cell may have been run before its baseline was.
                     results = read_results(path)
                     rows.append({"seed": seed, **results, **scored(results, reference)})
-                    write_json(
-                        folder / "study.json", {"config": config.as_dict(), "torch": torch.__version__, "rows": rows}
-                    )
-                    write_bytes(folder / "study.md", (study_table(rows) + "\n").encode())
+                    _write(folder, config, rows, compared)
+            if compare:
+                own = [row for row in rows if row["seed"] == seed]
+                compared += _compared(base, domains, folder, own, compare, match, reference, say, progress)
+                _write(folder, config, rows, compared)
         return folder / "study.md"
+
+
+def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
+    content = {"config": config.as_dict(), "torch": torch.__version__, "rows": rows, "compared": compared}
+    write_json(folder / "study.json", content)
+    text = study_table(rows)
+    if compared:
+        text += (
+            f"\n\n{comparison_table(compared)}\n\nDifference: of the mean accuracy to the row marked reference, paired "
+            "by seed, with half of Student's 95 % interval. Training: seconds of all epochs, without pre-training; for "
+            "masks by saliency with those of the dense network that they are chosen on."
+        )
+    write_bytes(folder / "study.md", (text + "\n").encode())
+
+
+def _compared(
+    base: Config,
+    domains: dict[str, Domain],
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    compare: Sequence[str],
+    match: Sequence[str],
+    reference: dict[str, float],
+    say: Callable[[str], None],
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Rows of the baselines of one seed, beside the cells of the first sharing loss."""
+    seed = base.run.seed
+
+    def run(config: Config, name: str) -> dict[str, Any]:
+        path = folder / name
+        if not _finished(path, config):
+            done = train_run(config, path, resume=True, baseline=reference, domains=domains, progress=progress)
+            say(f"{name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
+        return read_results(path)
+
+    def narrow_backbone(config: Config, name: str) -> Path:
+        return pretrained(config, domains, folder, progress, name)
+
+    def row(beta: float, method: str, matched: str, results: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
+        cost = results["cost"]
+        return {
+            "seed": seed,
+            "beta": beta,
+            "method": method,
+            "match": matched,
+            "accuracy": results["mean_accuracy"],
+            **{key: cost[key] for key in ("flop", "exact_flop", "params")},
+            "seconds": more + results.get("training_seconds", results.get("seconds", 0.0)),
+        }
+
+    runs = Comparison(base, domains, folder, run, narrow_backbone)
+    found = []
+    sharing = next((entry["sharing"] for entry in rows if entry["sharing"] is not None), None)
+    for results in [entry for entry in rows if entry["sharing"] == sharing]:
+        beta = results["beta"]
+        found.append(row(beta, sharing or "no sharing loss", "reference", results))
+        name = f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+        if "dense" in compare:
+            found.append(row(beta, "dense", "", runs.dense()))
+        if "alone" in compare:
+            found.append(row(beta, "alone", "", _alone(base, domains, folder, progress)))
+        for baseline in compare:
+            if baseline in ("dense", "alone"):
+                continue
+            for matched in match:
+                target = results["cost"][matched]
+                if baseline == "narrow":
+                    narrow = runs.narrow(target)
+                    if narrow is None:
+                        say(f"narrow: {base.model.name} has no network of at most {target:.3f} of its multiply-adds")
+                    else:
+                        found.append(row(beta, baseline, matched, narrow))
+                    continue
+                chosen = runs.masked(baseline, name, matched, target)
+                first = 0.0 if baseline == "magnitude" else runs.dense().get("training_seconds", 0.0)
+                found.append(row(beta, baseline, matched, chosen, first))
+    return found
+
+
+def _alone(config: Config, domains: dict[str, Domain], folder: Path, progress: bool) -> dict[str, Any]:
+    """A whole network for each domain, as one row."""
+    accuracy = _baseline(config, domains, folder, progress)
+    seconds = [
+        read_results(folder / f"finetune_{name}_seed{config.run.seed}").get("training_seconds", 0.0) for name in domains
+    ]
+    return {
+        "mean_accuracy": statistics.fmean(accuracy.values()),
+        "cost": {"flop": 1.0, "exact_flop": 1.0, "params": float(len(domains))},
+        "training_seconds": sum(seconds),
+    }
 
 
 def _shown(values: Sequence[float], digits: int) -> str:

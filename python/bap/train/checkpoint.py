@@ -298,7 +298,9 @@ def _load(path: Path, requested: list[str] | None) -> tuple[nn.Module, Config, d
         )
     # Its weights are in the checkpoint, not in the file that training started from; its teacher is not needed.
     try:
-        config = config_of(head["config"], str(binding)).replace(weights=None, teacher=None, distill_weight=0.0)
+        config = config_of(head["config"], str(binding)).replace(
+            weights=None, teacher=None, distill_weight=0.0, fixed=None
+        )
     except ValueError as error:
         raise FileError(f"load_checkpoint(): expected {binding} to hold settings: {error}") from None
     present = domains_of(path)

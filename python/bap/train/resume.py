@@ -12,7 +12,7 @@ from bap.files import FileError, digest_of, read_bytes
 from bap.train.distill import teacher_digest
 from bap.train.schedule import annealed_budget, learning_rate, sharing_factor
 
-__all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "weights_digest"]
+__all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "fixed_digest", "weights_digest"]
 
 # Settings that change where, how fast and how verbosely a run computes, not its results beyond rounding.
 MAY_CHANGE = (
@@ -32,7 +32,16 @@ def weights_digest(config: Config) -> str | None:
     return None if config.model.weights is None else digest_of(read_bytes(config.model.weights))
 
 
-_DIGESTS = {"model.weights": weights_digest, "distill.teacher": lambda config: teacher_digest(config.distill.teacher)}
+def fixed_digest(config: Config) -> str | None:
+    """SHA-256 of the file of fixed channels."""
+    return None if config.switches.fixed is None else digest_of(read_bytes(config.switches.fixed))
+
+
+_DIGESTS = {
+    "model.weights": weights_digest,
+    "distill.teacher": lambda config: teacher_digest(config.distill.teacher),
+    "switches.fixed": fixed_digest,
+}
 
 
 def data_fingerprint(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -89,7 +98,8 @@ def check_same_settings(
         asked: the settings now.
         where: the file or folder, for messages.
         done: epochs that are done: with it, ``schedule.epochs`` may change if these would have been the same.
-        digests: of what ``model.weights`` and ``distill.teacher`` named then; the same may lie elsewhere now.
+        digests: of what ``model.weights``, ``distill.teacher`` and ``switches.fixed`` named then; the same may lie
+            elsewhere now.
         only: names of the settings to compare; None compares all but :data:`MAY_CHANGE`.
 
     Raises:
@@ -103,12 +113,20 @@ def check_same_settings(
     before, after = old.by_name(), asked.by_name()
     different = []
     for name in before if only is None else only:
-        if before[name] == after[name] or name in MAY_CHANGE:
-            continue
-        if name == "schedule.epochs" and _epochs_fit(old, asked, done):
+        if name in MAY_CHANGE:
             continue
         known = (digests or {}).get(name)
-        if known is not None and known == _DIGESTS[name](asked):
+        if known is not None:
+            # The content counts: it may lie elsewhere now, and there may be another one in its place.
+            if after[name] is None or known != _DIGESTS[name](asked):
+                same = before[name] == after[name]
+                different.append(
+                    f"{name}: stored {before[name]!r}, asked {after[name]!r}" + (", whose content has changed" * same)
+                )
+            continue
+        if before[name] == after[name]:
+            continue
+        if name == "schedule.epochs" and _epochs_fit(old, asked, done):
             continue
         different.append(f"{name}: stored {before[name]!r}, asked {after[name]!r}")
     if different:

@@ -25,6 +25,7 @@ from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, remove_leftovers
 from bap.prune.layers import SwitchBank, conv_specs
+from bap.prune.masks import read_masks
 from bap.train.budget import Multiplier, project, share, switch_costs
 from bap.train.distill import Teacher, distillation_loss, guarded, teacher_digest
 from bap.train.domains import source_of
@@ -33,7 +34,7 @@ from bap.train.layer_times import LayerTimes
 from bap.train.network import switched_network
 from bap.train.objective import Objective
 from bap.train.processes import Processes
-from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, weights_digest
+from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, fixed_digest, weights_digest
 from bap.train.run_log import RunLog
 from bap.train.schedule import annealed_budget, batches_of, learning_rate, sharing_factor, steps_of_epoch
 from bap.train.sharing import SharingWeight, intersection, union
@@ -133,6 +134,8 @@ class Trainer:
         self.epoch = 0
         self.projected_off: dict[str, int] = {}
         self.given_back: dict[str, int] = {}
+        if config.switches.fixed is not None:
+            self._fix_switches(config.switches.fixed)
         self._set_trainable()
         self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.run.amp == "fp16")
@@ -213,6 +216,13 @@ class Trainer:
         for name in self.dense_domains | (set(self.bank.domains) - set(self.domains)):
             self._freeze(name)
 
+    def _fix_switches(self, path: str) -> None:
+        initial = self.config.switches.initial
+        for name, mask in read_masks(path, self.bank, list(self.multipliers)).items():
+            limits = self.bank.thresholds(name)
+            below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
+            self.bank.write(name, torch.where(mask.to(limits.device), torch.full_like(limits, initial), below))
+
     def _freeze(self, domain: str) -> None:
         for switch in self.bank.of(domain):
             switch.score.requires_grad_(False)
@@ -245,6 +255,8 @@ class Trainer:
     @property
     def frozen(self) -> bool:
         """Whether the switches are projected and fixed."""
+        if self.config.switches.fixed is not None:
+            return True
         return self.epoch >= self.config.switches.freeze_at * self.config.schedule.epochs
 
     def fit(self, until: int | None = None, after_epoch: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -454,6 +466,7 @@ class Trainer:
             "data": data_fingerprint(self.domains),
             "weights": self._weights_digest,
             "teacher": self._teacher_digest,
+            "fixed": fixed_digest(self.config),
         }
         save_state(path, self.model, self.optimizers, progress)
 
@@ -472,6 +485,10 @@ class Trainer:
             raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None
 
     def _check_same(self, progress: Mapping[str, Any], path: Path) -> None:
-        digests = {"model.weights": progress.get("weights"), "distill.teacher": progress.get("teacher")}
+        digests = {
+            "model.weights": progress.get("weights"),
+            "distill.teacher": progress.get("teacher"),
+            "switches.fixed": progress.get("fixed"),
+        }
         check_same_settings(progress["config"], self.config, str(path), progress["epoch"], digests)
         check_same_data(progress.get("data"), self.domains, path)

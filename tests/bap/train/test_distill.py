@@ -12,7 +12,7 @@ import torch
 from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError
-from bap.train.checkpoint import load_checkpoint
+from bap.train.checkpoint import load_checkpoint, save_checkpoint
 from bap.train.distill import Teacher, distillation_loss, guarded
 from bap.train.evaluate import Accuracy
 from bap.train.trainer import STATE, Trainer
@@ -100,6 +100,18 @@ def test_teachers_that_do_not_fit(finished: Path, suite: dict[str, Domain], tiny
     assert again.epoch == 1
     assert again.teacher is not None
     assert (tmp_path / "run" / STATE).exists()
+    # Nor is another one in its place.
+    head = Path(path, "domains", "digits", "domain_config.json")
+    before = head.read_bytes()
+    copied = config.replace(teacher=str(tmp_path / "moved"))
+    Trainer(copied, suite, tmp_path / "again").fit(until=1)
+    model, settings, specs = load_checkpoint(tmp_path / "moved")
+    save_checkpoint(tmp_path / "moved", model, settings, {n: {**spec, "accuracy": 1.0} for n, spec in specs.items()})
+    with pytest.raises(
+        ValueError, match=r"distill.teacher: stored .*moved', asked .*moved', whose content has changed"
+    ):
+        Trainer(copied, suite, tmp_path / "again", resume=True).open()
+    assert head.read_bytes() == before
     changed = tmp_path / "moved" / "domains" / "glyphs" / "domain_config.json"
     changed.write_bytes((tmp_path / "moved" / "domains" / "digits" / "domain_config.json").read_bytes())
     with pytest.raises((ValueError, FileError), match=r"distill.teacher|to be of 'glyphs'"):
