@@ -109,14 +109,20 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
     baseline: Annotated[Path | None, typer.Option(help="JSON, {domain: accuracy in per cent}, for the scores.")] = None,
+    callback: Annotated[
+        list[str] | None,
+        typer.Option(help="package.module:Class, a bap.results.callbacks.Callback that is told of every epoch."),
+    ] = None,
     progress: Progress = True,
 ) -> None:
     """Train all domains jointly under a budget; under torchrun on several processes."""
     from bap.config import load_config
+    from bap.results.callbacks import load_callback
     from bap.results.run import baseline_of, train_run
 
     settings = load_config(config, set_ or [])
-    results = train_run(settings, out, resume, baseline_of(settings, baseline), progress=progress)
+    callbacks = [load_callback(name) for name in callback or ()]
+    results = train_run(settings, out, resume, baseline_of(settings, baseline), progress=progress, callbacks=callbacks)
     rows = [
         {
             "domain": name,

@@ -1,124 +1,31 @@
-"""Plots and a Markdown report of finished runs."""
+"""A report of finished runs: Markdown with pictures, and the table as CSV and LaTeX."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from bap.files import FileError, write_bytes
-from bap.prune.layers import SwitchBank
+from bap.files import write_bytes
+from bap.results.pictures import plot_accuracy, plot_budgets, plot_curves, plot_kept, plot_layers, plot_overlap
 from bap.results.published import DECATHLON_ROWS, SKETCH_ROWS
-from bap.results.scores import shown_score
+from bap.results.scores import DECATHLON_BASELINE, shown_score
 from bap.train.checkpoint import load_checkpoint
-from bap.train.run_log import read_metrics, read_results
+from bap.train.run_log import read_results
 
-__all__ = ["make_report", "markdown_table", "plot_accuracy", "plot_curves", "plot_kept", "results_table", "speed_table"]
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    _pyplot().close(figure)
-    write_bytes(path, buffer.getvalue())
-    return path
-
-
-def plot_kept(checkpoint: str | Path, path: str | Path) -> Path:
-    """Plots the channels that each domain keeps: a row for every domain, a block for every layer.
-
-    Args:
-        checkpoint: folder of a trained network.
-        path: the PNG file.
-    """
-    model, _, _ = load_checkpoint(checkpoint)
-    bank = SwitchBank(model)
-    masks = bank.masks()
-    pyplot = _pyplot()
-    order = torch.cat([masks, masks.any(0, keepdim=True), masks.all(0, keepdim=True)]).float().numpy()
-    labels = [*bank.domains, "union", "intersection"]
-    figure, axes = pyplot.subplots(figsize=(14, 0.45 * len(labels) + 1.2))
-    axes.imshow(order, aspect="auto", cmap="Greens", interpolation="nearest", vmin=0, vmax=1.3)
-    axes.set_yticks(range(len(labels)), labels)
-    edges = np.cumsum([0, *bank.sizes])
-    axes.vlines(edges[1:-1] - 0.5, -0.5, len(labels) - 0.5, colors="black", linewidth=0.8)
-    axes.hlines(len(bank.domains) - 0.5, -0.5, edges[-1] - 0.5, colors="black", linewidth=1.5)
-    axes.set_xticks((edges[:-1] + edges[1:]) / 2 - 0.5, bank.names, rotation=60, ha="right", fontsize=7)
-    axes.set_title("Channels that are on (green), layer by layer")
-    return _saved(figure, Path(path))
-
-
-def plot_accuracy(results: Sequence[tuple[str, dict[str, Any]]], path: str | Path) -> Path:
-    """Accuracy of every domain, and their mean, against the budget, for runs given as (name, results).
-
-    Runs of one budget are averaged; their spread is drawn.
-    """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
-    budgets = sorted({run["beta"] for _, run in results})
-    names = _domains_of(results)
-    # A mean over other domains is another quantity.
-    shown = [*names, "mean"] if all(len(run["accuracy"]) == len(names) for _, run in results) else names
-    for name in shown:
-        values = {
-            beta: [
-                run["mean_accuracy"] if name == "mean" else run["accuracy"][name]
-                for _, run in results
-                if run["beta"] == beta and (name == "mean" or name in run["accuracy"])
-            ]
-            for beta in budgets
-        }
-        points = {beta: accuracies for beta, accuracies in values.items() if accuracies}
-        means = [float(np.mean(accuracies)) for accuracies in points.values()]
-        spread = [float(np.std(accuracies)) for accuracies in points.values()]
-        axes.errorbar(
-            list(points), means, spread, marker="o", label=name, linewidth=3 if name == "mean" else 1.2, capsize=2
-        )
-    axes.set_xlabel("budget β")
-    splits = sorted({run.get("split", "unrecorded split") for _, run in results})
-    axes.set_ylabel(f"accuracy, % ({', '.join(splits)})")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    return _saved(figure, Path(path))
-
-
-def plot_curves(folder: str | Path, path: str | Path) -> Path:
-    """Accuracy, kept share and multiplier of every domain, and union and intersection, over the epochs of a run."""
-    records = read_metrics(folder)
-    if not records:
-        raise FileError(f"plot_curves(): expected {Path(folder, 'metrics.jsonl')} to have records, got none.")
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4))
-    epochs = [record["epoch"] for record in records]
-    for axis, key, title in zip(
-        axes, ("evaluated", "kept", "multiplier"), ("accuracy, %", "kept share", "multiplier λ"), strict=False
-    ):
-        for name in records[0]["domains"]:
-            axis.plot(epochs, [record["domains"].get(name, {}).get(key) for record in records], label=name)
-        axis.set_title(title)
-    for key in ("union", "intersection"):
-        axes[3].plot(epochs, [record[key] for record in records], label=key)
-    axes[3].set_title("sharing")
-    for axis in axes:
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    axes[3].legend(fontsize=7)
-    return _saved(figure, Path(path))
+__all__ = [
+    "csv_table",
+    "latex_table",
+    "make_report",
+    "markdown_table",
+    "plot_accuracy",
+    "plot_curves",
+    "plot_kept",
+    "results_table",
+    "speed_table",
+]
 
 
 def _domains_of(results: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -131,11 +38,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
 
 
-def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A Markdown table, a row for every run; a domain that a run does not have is a dash.
-
-    S of a part of the domains, or of validation images, says so in its cell.
-    """
+def _cells(results: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     names = _domains_of(results)
     head = ["run", "β", "sharing", "split", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×", "union", "∩"]
     rows = []
@@ -150,7 +53,65 @@ def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
         cells += [f"{cost[key]:.3f}" for key in ("flop", "exact_flop", "params")]
         cells += [f"{run['union']:.3f}", f"{run['intersection']:.3f}"]
         rows.append(cells)
-    return markdown_table(head, rows)
+    return head, rows
+
+
+def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A Markdown table, a row for every run; a domain that a run does not have is a dash.
+
+    S of a part of the domains, or of validation images, says so in its cell.
+    """
+    return markdown_table(*_cells(results))
+
+
+def csv_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The runs as CSV, a row for each run and domain, at full precision, for other programs.
+
+    Examples:
+        >>> from bap.results.report import csv_table
+        >>> cost = {"flop": 0.5, "exact_flop": 0.4, "params": 0.9}
+        >>> run = {"beta": 0.5, "sharing": None, "split": "test", "accuracy": {"a": 61.25}, "kept": {"a": 0.5}}
+        >>> run["cost"] = cost
+        >>> print(csv_table([("half", run)]).replace(chr(13), ""), end="")
+        run,beta,sharing,split,domain,accuracy,kept,flop,exact_flop,params
+        half,0.5,none,test,a,61.25,0.5,0.5,0.4,0.9
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["run", "beta", "sharing", "split", "domain", "accuracy", "kept", "flop", "exact_flop", "params"])
+    for title, run in results:
+        own = [title, run["beta"], run["sharing"] or "none", run.get("split", "not recorded")]
+        costs = [run["cost"][key] for key in ("flop", "exact_flop", "params")]
+        for name, accuracy in run["accuracy"].items():
+            writer.writerow([*own, name, accuracy, run["kept"].get(name), *costs])
+    return text.getvalue()
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "β": r"$\beta$", "×": r"$\times$", "∩": r"$\cap$", "–": "--",
+}  # fmt: skip
+
+
+def latex_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """:func:`results_table` as a LaTeX tabular with booktabs' rules."""
+    head, rows = _cells(results)
+    lines = [
+        " & ".join("".join(_LATEX.get(letter, letter) for letter in cell) for cell in row) for row in (head, *rows)
+    ]
+    columns = "ll" + "l" * 2 + "r" * (len(head) - 4)
+    body = [rf"{line} \\" for line in lines]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            body[0],
+            r"\midrule",
+            *body[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
 def speed_table(report: Mapping[str, Any]) -> str:
@@ -183,20 +144,34 @@ def _published(data: str, results: Sequence[tuple[str, dict[str, Any]]]) -> list
     lines += [
         "[P]: stated in a published table or public code; [Q]: quoted from memory. Recomputed: S of the row's "
         "published accuracies by our formula, without a mark; they are printed with two digits, which moves S by "
-        "up to 0.6 %.",
+        'up to 0.6 %. Rows without S publish accuracies only. "This" is the run of this report.',
         "",
-        "| Method | S | Mark | S recomputed | FLOP × | Params × |",
-        "|---|---|---|---|---|---|",
     ]
+    names = list(DECATHLON_BASELINE) if data == "decathlon" else []
+    table = []
     for row in rows:
-        known = ["–" if value is None else f"{value:g}" for value in (row.flop, row.params)]
-        again = "–" if row.recomputed is None else f"{row.recomputed:.0f}"
-        lines.append(f"| {row.method} | {row.s:.0f} | [{row.mark}] | {again} | {known[0]} | {known[1]} |")
-    return lines
+        cells = [row.method, "–" if row.s is None else f"{row.s:.0f}", f"[{row.mark}]"]
+        cells.append("–" if row.recomputed is None else f"{row.recomputed:.0f}")
+        cells += ["–" if value is None else f"{value:g}" for value in (row.flop, row.params)]
+        table.append([*cells, *(f"{row.accuracy[name]:.2f}" if name in row.accuracy else "–" for name in names)])
+    for title, run in results:
+        score = shown_score(run["scores"])
+        assert score is not None
+        cells = [
+            f"This: {title}",
+            f"{score[0]:.0f}",
+            "",
+            "–",
+            f"{run['cost']['flop']:.3f}",
+            f"{run['cost']['params']:.3f}",
+        ]
+        table.append([*cells, *(f"{run['accuracy'][name]:.2f}" for name in names)])
+    head = ["Method", "S", "Mark", "S recomputed", "FLOP ×", "Params ×", *names]
+    return [*lines, markdown_table(head, table)]
 
 
 def make_report(folders: Sequence[str | Path], out: str | Path, served: str | None = None) -> Path:
-    """Writes report.md and its pictures for one or several finished runs.
+    """Writes report.md with its pictures, results.csv and results.tex for one or several finished runs.
 
     Args:
         folders: of the runs; pictures of channels and curves are those of the first.
@@ -217,7 +192,10 @@ def make_report(folders: Sequence[str | Path], out: str | Path, served: str | No
     first = Path(folders[0])
     _, config, _ = load_checkpoint(first / "checkpoint")
     plot_kept(first / "checkpoint", out / "kept.png")
+    plot_layers(first / "checkpoint", out / "layers.png")
+    plot_overlap(first / "checkpoint", out / "overlap.png")
     plot_curves(first, out / "curves.png")
+    plot_budgets(first, out / "budgets.png")
     plot_accuracy(results, out / "accuracy_budget.png")
     lines = ["# Budget-aware pruning", "", results_table(results), ""]
     lines += [
@@ -230,6 +208,10 @@ def make_report(folders: Sequence[str | Path], out: str | Path, served: str | No
         "",
         "![channels](kept.png)",
         "",
+        "![layers](layers.png)",
+        "",
+        "![overlap](overlap.png)",
+        "",
         "## Accuracy against budget",
         "",
         "![accuracy](accuracy_budget.png)",
@@ -237,7 +219,13 @@ def make_report(folders: Sequence[str | Path], out: str | Path, served: str | No
         f"## Training of {first.name}",
         "",
         "![curves](curves.png)",
+        "",
+        "![budgets](budgets.png)",
+        "",
+        "The table is also in results.csv, at full precision, and results.tex.",
     ]
     lines += _published(config.data.suite, results)
+    write_bytes(out / "results.csv", csv_table(results).encode())
+    write_bytes(out / "results.tex", (latex_table(results) + "\n").encode())
     write_bytes(out / "report.md", ("\n".join(lines) + "\n").encode())
     return out / "report.md"

@@ -17,6 +17,7 @@ from bap.config import Config, load_config
 from bap.data import Domain
 from bap.files import FileError, read_json, write_bytes, write_json
 from bap.prune.counting import count
+from bap.results.callbacks import Callback
 from bap.results.scores import PUBLISHED_BASELINES, named_scores
 from bap.train.budget import share
 from bap.train.checkpoint import domain_spec, save_checkpoint
@@ -171,6 +172,7 @@ def train_run(
     baseline: Mapping[str, float] | None = None,
     domains: Mapping[str, Domain] | None = None,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains a network and writes config.yaml, metrics.jsonl, curves, results.json and the checkpoint into a folder.
 
@@ -186,6 +188,7 @@ def train_run(
         baseline: for the scores, see :func:`results_of`.
         domains: the data; None loads what the settings name.
         progress: prints a line per epoch; None: on a terminal.
+        callbacks: told of the start, of every epoch and of the end.
 
     Returns:
         The results, as in results.json.
@@ -214,7 +217,15 @@ def train_run(
         if path is not None and first:
             write_bytes(path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
         started = time.perf_counter()
-        trainer.fit()
+        told = callbacks if first else ()
+        for callback in told:
+            callback.started(config, path)
+
+        def tell(record: dict[str, Any]) -> None:
+            for callback in told:
+                callback.epoch_ended(record)
+
+        trainer.fit(after_epoch=tell)
         results = results_of(trainer, baseline if baseline is not None else baseline_of(config))
         results["seconds"] = time.perf_counter() - started
         # Of all epochs, also those before a resumption; without evaluation.
@@ -226,5 +237,7 @@ def train_run(
             }
             save_checkpoint(path / "checkpoint", trainer.model, config, specs)
             write_json(path / "results.json", results)
+        for callback in told:
+            callback.ended(results)
         trainer.processes.wait()
         return results
