@@ -88,6 +88,8 @@ class Data(_Group):
         images: training images of a built-in domain.
         size: height and width of the input, from 8 to 4096; None is the data's.
         workers: processes that load images from files.
+        cache: folder in which decoded images are kept, as 8-bit pixels; None decodes them in every epoch.
+        cache_gib: the most that these may take, in GiB of 2^30 bytes, all splits of all domains together.
         full: whether data on disk must have all splits and all domains of the suite, the source among them, with the
             published numbers of images and classes; False accepts an extract.
         decode_all: whether every image file is decoded before training; False decodes a sample, and every JPEG and PNG
@@ -106,6 +108,8 @@ class Data(_Group):
     images: _Count = 1200
     size: Annotated[int, Field(ge=8, le=4096)] | None = None
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    cache: _Text | None = None
+    cache_gib: _Positive = 16.0
     full: bool = True
     decode_all: bool = False
     train_on: Annotated[str, _one_of("train", "train+val")] = "train"
@@ -423,6 +427,7 @@ class Config(_Group):
 SHORT_NAMES = {
     "data": "data.suite", "root": "data.root", "domains": "data.domains", "source": "data.source",
     "source_mode": "data.source_mode", "images": "data.images", "size": "data.size", "workers": "data.workers",
+    "cache": "data.cache", "cache_gib": "data.cache_gib",
     "full": "data.full", "decode_all": "data.decode_all", "train_on": "data.train_on",
     "evaluate_on": "data.evaluate_on",
     "model": "model.name", "model_options": "model.options", "weights": "model.weights",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bap.data.cache import PixelCache, resized
 from bap.data.domain import Domain, Split, order_of, random_of
 from bap.data.images import DataError, open_image, seems_cut
 
@@ -62,18 +65,22 @@ def check_images(paths: Sequence[Path], decode: int = DECODED, most: int = 10) -
     return problems
 
 
+# Images of a batch, and the key of its augmentation.
+_Item = tuple[np.ndarray, tuple[int | str, ...] | None]
+# Processes that wait for the next epoch; those of splits beyond it end with their epoch.
+_MOST_WAITING = 32
+_waiting: list[weakref.ref[ImageFiles]] = []
+
+
 class _Batches(Dataset):
     """One item is one batch, so that augmentation does not depend on which worker makes it."""
 
-    def __init__(self, split: ImageFiles, domain: Domain, order: list[np.ndarray], key: tuple[int | str, ...] | None):
-        self.split, self.domain, self.order, self.key = split, domain, order, key
+    def __init__(self, split: ImageFiles, domain: Domain) -> None:
+        self.split, self.domain = split, domain
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | DataError:
-        chosen = self.order[number]
-        random = None if self.key is None else random_of(*self.key, number)
+    def __getitem__(self, item: _Item) -> tuple[Tensor, Tensor] | DataError:
+        chosen, key = item
+        random = None if key is None else random_of(*key)
         try:
             x = torch.stack([self.split.image(int(image), self.domain, random) for image in chosen])
         except DataError as error:
@@ -84,8 +91,21 @@ class _Batches(Dataset):
         return x, y
 
 
+class _Order(Sampler[_Item]):
+    """The batches of an epoch; another epoch puts others here, for the same workers."""
+
+    def __init__(self) -> None:
+        self.items: list[_Item] = []
+
+    def __iter__(self) -> Iterator[_Item]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
 class ImageFiles(Split):
-    """Images in files.
+    """Images in files. Workers that decode training images stay from epoch to epoch.
 
     Args:
         paths: the files.
@@ -110,6 +130,28 @@ class ImageFiles(Split):
         self.workers = workers
         self.image_ids = None if image_ids is None else list(image_ids)
         self.category_ids = None if category_ids is None else list(category_ids)
+        self.cache: PixelCache | None = None
+        self._loader: tuple[Domain, _Order, DataLoader] | None = None
+        self._busy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loader": None, "_busy": False}
+
+    def keep_decoded(self, folder: str | Path, most: int) -> int:
+        """Keeps decoded images on the disk, see :class:`bap.data.cache.PixelCache`.
+
+        Args:
+            folder: for the files.
+            most: bytes.
+
+        Returns:
+            The bytes that are reserved.
+
+        Raises:
+            FileError: if they cannot be.
+        """
+        self.cache = PixelCache(folder, self.paths, self.resize, most)
+        return self.cache.bytes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -132,20 +174,8 @@ class ImageFiles(Split):
         Raises:
             DataError: if the file cannot be decoded; it is named.
         """
-        from PIL import Image
-
-        try:
-            image = open_image(self.paths[number])
-        except DataError as error:
-            raise DataError(f"ImageFiles: expected {self.paths[number]} to be an image, got {error}.") from None
-        width, height = image.size
-        if isinstance(self.resize, int):
-            factor = self.resize / min(width, height)
-            width, height = max(self.resize, round(width * factor)), max(self.resize, round(height * factor))
-        else:
-            height, width = self.resize
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = self._pixels(number)
+        height, width = image.shape[:2]
         size = domain.size
         if min(width, height) < size:
             raise DataError(
@@ -158,19 +188,83 @@ class ImageFiles(Split):
             if domain.crop:
                 left, top = int(random.integers(0, width - size + 1)), int(random.integers(0, height - size + 1))
             flip = domain.flip and bool(random.random() < 0.5)
-        pixels = np.asarray(image, dtype=np.float32)[top : top + size, left : left + size] / 255
+        pixels = image[top : top + size, left : left + size].astype(np.float32) / 255
         if flip:
             pixels = pixels[:, ::-1]
         pixels = (pixels - np.array(domain.mean, np.float32)) / np.array(domain.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def _pixels(self, number: int) -> np.ndarray:
+        """One decoded, resized image, (height, width, 3), uint8."""
+        from PIL import Image
+
+        kept = None if self.cache is None else self.cache.get(number)
+        if kept is not None:
+            return kept
+        try:
+            image = open_image(self.paths[number])
+        except DataError as error:
+            raise DataError(f"ImageFiles: expected {self.paths[number]} to be an image, got {error}.") from None
+        width, height = image.size
+        size = resized(width, height, self.resize)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+        if self.cache is not None:
+            self.cache.put(number, pixels)
+        return pixels
 
     def batches(
         self, domain: Domain, batch: int, key: tuple[int | str, ...] | None, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As in :meth:`Split.batches`."""
         order = order_of(len(self), batch, None if key is None else random_of(*key), rank, world)
-        dataset = _Batches(self, domain, order, None if key is None else (*key, rank))
-        for item in DataLoader(dataset, batch_size=None, num_workers=self.workers):
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        items = [(chosen, None if key is None else (*key, rank, number)) for number, chosen in enumerate(order)]
+        stays = key is not None and self.workers > 0 and not self._busy and self._may_wait()
+        if stays:
+            self._busy = True
+        try:
+            for batch_or_error in self._load(domain, items, stays):
+                if isinstance(batch_or_error, DataError):
+                    raise batch_or_error
+                yield batch_or_error
+        finally:
+            if stays:
+                self._busy = False
+
+    def _load(self, domain: Domain, items: list[_Item], stays: bool) -> DataLoader:
+        """What gives the batches: the workers of the last epoch, new ones that stay, or some for once."""
+        if stays and self._loader is not None and self._loader[0] is domain:
+            _, order, loader = self._loader
+            order.items = items
+            return loader
+        order = _Order()
+        order.items = items
+        loader = DataLoader(
+            _Batches(self, domain),
+            batch_size=None,
+            sampler=order,
+            num_workers=self.workers,
+            persistent_workers=stays,
+        )
+        if stays:
+            self._loader = domain, order, loader
+        return loader
+
+    def _may_wait(self) -> bool:
+        """Whether this split's workers may stay; those that have waited longest make room."""
+        others = [split for split in (entry() for entry in _waiting) if split is not None and split is not self]
+        for split in [split for split in others if split._loader is None]:
+            others.remove(split)
+        while sum(split.workers for split in others) + self.workers > _MOST_WAITING:
+            idle = next((split for split in others if not split._busy), None)
+            if idle is None:
+                break
+            # Workers end when the loader does.
+            idle._loader = None
+            others.remove(idle)
+        room = sum(split.workers for split in others) + self.workers <= _MOST_WAITING
+        _waiting[:] = [weakref.ref(split) for split in (*others, *([self] if room else []))]
+        if not room:
+            self._loader = None
+        return room

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FORMATS", "MAX_PIXELS", "MAX_RATIO", "DataError", "open_image", "seems_cut"]
+__all__ = ["FORMATS", "MAX_PIXELS", "MAX_RATIO", "DataError", "image_size", "open_image", "seems_cut"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF")
 MAX_PIXELS = 2**26
@@ -95,6 +95,26 @@ def open_image(path: Path) -> Any:
             raise
         except Exception as error:
             # Decoders raise anything when bytes are damaged: struct.error, EOFError, IndexError, zlib.error ...
+            raise DataError(f"{error}" or type(error).__name__) from None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the head of the file.
+
+    Raises:
+        DataError: if it is no image that can be used.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _opened(path) as image:
+                _checked_size(image)
+                width, height = image.size
+                return width, height
+        except DataError:
+            raise
+        except Exception as error:
+            # As in open_image.
             raise DataError(f"{error}" or type(error).__name__) from None
 
 

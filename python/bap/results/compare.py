@@ -209,6 +209,9 @@ class Comparison:
             distill_weight=0.0,
             fixed=None,
         )
+        self.original = config
+        # Whether the runs of the method learn from the dense network, whose training they then need.
+        self.taught = config.distill.teacher is not None and config.distill.weight > 0
         self.domains, self.folder, self.run, self.pretrain = domains, folder, run, pretrain
         self.size = next(iter(domains.values())).size
         self._scores: dict[str, Tensor] | None = None

@@ -25,6 +25,8 @@ from bap.train.run_log import read_results
 
 __all__ = ["pretrained", "study", "study_table"]
 
+# Name of the teacher that is the dense network of the study's own, of the same seed.
+_DENSE = "dense"
 # Files of the study itself; what is in them follows from other settings.
 _FILES = ("model.weights", "switches.fixed", "distill.teacher")
 # Settings that the backbone's weights depend on.
@@ -88,7 +90,14 @@ def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress
     for name, domain in domains.items():
         path = folder / f"finetune_{name}_seed{config.run.seed}"
         alone = config.replace(
-            beta=1.0, sharing=None, train_backbone=True, lr_backbone=config.optimiser.lr_head / 2, source=name
+            teacher=None,
+            distill_weight=0.0,
+            anneal=None,
+            beta=1.0,
+            sharing=None,
+            train_backbone=True,
+            lr_backbone=config.optimiser.lr_head / 2,
+            source=name,
         )
         if not _finished(path, alone):
             train_run(alone, path, resume=True, baseline={}, domains={name: domain}, progress=progress)
@@ -111,7 +120,8 @@ def study(
     """Runs the cells that are missing, and writes study.json and study.md.
 
     Args:
-        config: settings that all runs share; seed, budget and sharing loss are set here.
+        config: settings that all runs share; seed, budget and sharing loss are set here. The teacher ``dense`` is the
+            dense network that the study trains for each seed.
         folder: for the runs; finished ones are kept, an unfinished one goes on from its last epoch.
         betas, sharings, seeds: the cells.
         baseline: also trains a whole network for each domain and seed, which S needs.
@@ -152,6 +162,10 @@ def study(
             reference = _baseline(base, domains, folder, progress) if baseline else {}
             if reference:
                 write_json(folder / f"baseline_seed{seed}.json", reference)
+            runs = _comparison(base, domains, folder, reference, say, progress)
+            if config.distill.teacher == _DENSE:
+                runs.dense()
+                base = base.replace(teacher=str(folder / f"dense_seed{seed}" / "checkpoint"))
             for beta in betas:
                 for sharing in sharings:
                     path = folder / f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
@@ -165,7 +179,7 @@ def study(
                     _write(folder, config, rows, compared)
             if compare:
                 own = [row for row in rows if row["seed"] == seed]
-                compared += _compared(base, domains, folder, own, compare, match, reference, say, progress)
+                compared += _compared(runs, own, compare, match, say, progress)
                 _write(folder, config, rows, compared)
         return folder / "study.md"
 
@@ -183,19 +197,15 @@ def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: l
     write_bytes(folder / "study.md", (text + "\n").encode())
 
 
-def _compared(
+def _comparison(
     base: Config,
     domains: dict[str, Domain],
     folder: Path,
-    rows: Sequence[dict[str, Any]],
-    compare: Sequence[str],
-    match: Sequence[str],
     reference: dict[str, float],
     say: Callable[[str], None],
     progress: bool,
-) -> list[dict[str, Any]]:
-    """Rows of the baselines of one seed, beside the cells of the first sharing loss."""
-    seed = base.run.seed
+) -> Comparison:
+    """The baselines of one seed; nothing is run yet."""
 
     def run(config: Config, name: str) -> dict[str, Any]:
         path = folder / name
@@ -206,6 +216,20 @@ def _compared(
 
     def narrow_backbone(config: Config, name: str) -> Path:
         return pretrained(config, domains, folder, progress, name)
+
+    return Comparison(base, domains, folder, run, narrow_backbone)
+
+
+def _compared(
+    runs: Comparison,
+    rows: Sequence[dict[str, Any]],
+    compare: Sequence[str],
+    match: Sequence[str],
+    say: Callable[[str], None],
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Rows of the baselines of one seed, beside the cells of the first sharing loss."""
+    base, seed = runs.original, runs.config.run.seed
 
     def row(beta: float, method: str, matched: str, results: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
         cost = results["cost"]
@@ -219,17 +243,17 @@ def _compared(
             "seconds": more + results.get("training_seconds", results.get("seconds", 0.0)),
         }
 
-    runs = Comparison(base, domains, folder, run, narrow_backbone)
     found = []
     sharing = next((entry["sharing"] for entry in rows if entry["sharing"] is not None), None)
     for results in [entry for entry in rows if entry["sharing"] == sharing]:
         beta = results["beta"]
-        found.append(row(beta, sharing or "no sharing loss", "reference", results))
+        taught = runs.dense().get("training_seconds", 0.0) if runs.taught else 0.0
+        found.append(row(beta, sharing or "no sharing loss", "reference", results, taught))
         name = f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
         if "dense" in compare:
             found.append(row(beta, "dense", "", runs.dense()))
         if "alone" in compare:
-            found.append(row(beta, "alone", "", _alone(base, domains, folder, progress)))
+            found.append(row(beta, "alone", "", _alone(base, dict(runs.domains), runs.folder, progress)))
         for baseline in compare:
             if baseline in ("dense", "alone"):
                 continue

@@ -13,6 +13,7 @@ from bap.data import (
     SKETCH,
     SPLITS,
     Domain,
+    ImageFiles,
     builtin_suite,
     load_decathlon,
     load_sketch,
@@ -64,7 +65,18 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
                     f"load_domains(): expected {name!r} to have 'val' for `data.train_on`, got no such split."
                 )
             domain.splits["train"] = domain.splits["train"].joined(domain.splits.pop("val"))
+    if data.cache is not None:
+        _keep_decoded(suite, data.cache, int(data.cache_gib * 2**30))
     return suite
+
+
+def _keep_decoded(suite: dict[str, Domain], folder: str, room: int) -> None:
+    """Keeps decoded images of all splits, training images first, as far as there is room."""
+    splits = [domain.splits[split] for split in SPLITS for domain in suite.values() if split in domain.splits]
+    # A benchmark without a third split has one twice.
+    for split in dict.fromkeys(splits):
+        if isinstance(split, ImageFiles):
+            room -= split.keep_decoded(folder, room)
 
 
 def source_of(config: Config, names: Iterable[str]) -> str:

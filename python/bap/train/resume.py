@@ -19,6 +19,8 @@ MAY_CHANGE = (
     "data.root",
     "data.decode_all",
     "data.workers",
+    "data.cache",
+    "data.cache_gib",
     "run.device",
     "run.threads",
     "run.backend",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bap.config import Config
+from bap.config import Config, load_config
 from bap.data import Domain
 from bap.prune.counting import count
 from bap.prune.layers import SwitchBank
@@ -113,5 +113,13 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     run()
     assert len(said) == count_of_runs
     assert json.loads((tmp_path / "study.json").read_text())["compared"] == rows
+    # The dense network is the teacher of its own seed, and is trained once.
+    taught = config.replace(teacher="dense", distill_weight=0.5)
+    study(taught, tmp_path / "taught", (0.5,), ("union",), (0,), False, said.append, False, ("dense",), ("flop",))
+    first, second = json.loads((tmp_path / "taught" / "study.json").read_text())["compared"]
+    assert first["seconds"] > second["seconds"] > 0
+    settings = load_config(tmp_path / "taught" / "beta0.5_union_seed0" / "config.yaml")
+    assert settings.distill.teacher == str(tmp_path / "taught" / "dense_seed0" / "checkpoint")
+    assert load_config(tmp_path / "taught" / "dense_seed0" / "config.yaml").distill.weight == 0
     with pytest.raises(ValueError, match=r"to be among \['dense', .* got \['dens'\]"):
         study(config, tmp_path, (0.5,), ("union",), (0,), False, said.append, False, ("dens",))

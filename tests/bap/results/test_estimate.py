@@ -13,5 +13,9 @@ def test_estimate_multiplies_what_it_measured(tiny: Config) -> None:
     assert made["steps"] == 3 * (12 + 6)
     assert made["hours"] == pytest.approx(made["steps"] * made["seconds_per_step"] / 3600)
     assert made["peak_bytes"] > 10**7
+    joint = estimate(config.replace(round_robin="joint"), steps=1, images={"dtd": (47, 100), "svhn": (10, 50)})
+    assert joint["steps"] == 3 * 12 * 2
+    short = config.replace(round_robin="joint", steps=4)
+    assert estimate(short, steps=1, images={"dtd": (47, 100), "svhn": (10, 50)})["steps"] == 3 * 4 * 2
     with pytest.raises(ValueError, match="expected `images` for 'builtin', got None"):
         estimate(tiny)

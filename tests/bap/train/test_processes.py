@@ -52,8 +52,11 @@ half.processes.leave()
 
 
 @pytest.mark.slow
-def test_two_processes(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
-    config = tiny.replace(epochs=2, domains=["digits", "glyphs"], accumulate=2, sharing="union")
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 2}, {"round_robin": "joint", "train_backbone": True}], ids=["turns", "joint"]
+)
+def test_two_processes(tiny: Config, suite: dict[str, Domain], tmp_path: Path, changes: dict) -> None:
+    config = tiny.replace(epochs=2, domains=["digits", "glyphs"], sharing="union", **changes)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     (tmp_path / "script.py").write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
