@@ -34,6 +34,7 @@ from bap.prune.masks import magnitude_scores, saliency_scores, write_masks
 from bap.train.budget import project, switch_costs
 from bap.train.checkpoint import load_checkpoint
 from bap.train.network import switched_network
+from bap.train.processes import device_of
 from bap.train.trainer import backend_of
 
 __all__ = [
@@ -224,6 +225,7 @@ class Comparison:
         if self._scores is None:
             self.dense()
             model, _, _ = load_checkpoint(self.folder / f"dense_seed{self.config.run.seed}" / "checkpoint")
+            model.to(device_of(self.config.run.device))
             with bk.use_backend(backend_of(self.config)):
                 self._scores = {
                     name: saliency_scores(copy.deepcopy(model), name, self._some_batches(domain))

@@ -35,6 +35,7 @@ _PRETRAINING = (
     "data.images",
     "data.size",
     "data.full",
+    "data.train_on",
     "model.name",
     "model.options",
     "schedule.batch",

@@ -33,6 +33,7 @@ from bap.train.evaluate import Accuracy, check_splits, evaluate
 from bap.train.layer_times import LayerTimes
 from bap.train.network import switched_network
 from bap.train.objective import Objective
+from bap.train.optimizers import optimizers_of
 from bap.train.processes import Processes
 from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, fixed_digest, weights_digest
 from bap.train.run_log import RunLog
@@ -137,7 +138,7 @@ class Trainer:
         if config.switches.fixed is not None:
             self._fix_switches(config.switches.fixed)
         self._set_trainable()
-        self.optimizers = self._optimizers()
+        self.optimizers = optimizers_of(self.model, config)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.run.amp == "fp16")
         first = self.processes.first
         if self.folder is not None:
@@ -226,31 +227,6 @@ class Trainer:
     def _freeze(self, domain: str) -> None:
         for switch in self.bank.of(domain):
             switch.score.requires_grad_(False)
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        rates = self.config.optimiser
-        kinds: dict[str, list[nn.Parameter]] = {"switch": [], "norm": [], "head": [], "backbone": []}
-        heads = {p for m in self.model.modules() if isinstance(m, bk.nn.DomainLinear) for p in m.parameters()}
-        own = {parameter for _, parameter in bk.nn.domain_parameters(self.model)}
-        for name, parameter in self.model.named_parameters():
-            if name.endswith(".score"):
-                kinds["switch"].append(parameter)
-            elif parameter in heads:
-                kinds["head"].append(parameter)
-            else:
-                kinds["norm" if parameter in own else "backbone"].append(parameter)
-
-        def group(kind: str, rate: float) -> dict[str, Any]:
-            return {"params": kinds[kind], "lr": rate, "base": rate}
-
-        adam, sgd = [group("switch", rates.lr_switch)], [group("head", rates.lr_head)]
-        (sgd if rates.norm == "sgd" else adam).append(group("norm", rates.lr_norm))
-        if rates.train_backbone:
-            sgd.append(group("backbone", rates.lr_backbone))
-        return {
-            "adam": torch.optim.Adam(adam, fused=True),
-            "sgd": torch.optim.SGD(sgd, momentum=rates.momentum, weight_decay=rates.weight_decay, fused=True),
-        }
 
     @property
     def frozen(self) -> bool:
