@@ -62,7 +62,7 @@ test-torch: ## Run all tests with TORCH=2.11.0 or another version, in a separate
 	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C $(TORCH_COPY)
 	$(MAKE) -C $(TORCH_COPY) test VENV=$(abspath .venv-torch$(TORCH)) TORCH_SPEC="$(if $(filter newest,$(TORCH)),torch>=2.11,torch==$(TORCH))"
 
-test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated or none
+test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulated, neon_emulated or none
 	BAP_KERNELS_ISA=$(ISA) $(PYTEST) -q $(OP_TESTS) $(ARGS)
 
 test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors

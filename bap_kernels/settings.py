@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["BACKENDS", "ENVIRONMENT", "ISAS", "MAX_BYTES", "Settings", "Variable", "read_environment", "settings"]
 
 BACKENDS = ("auto", "native", "aten", "triton", "cuda")
-ISAS = ("avx512", "avx2", "none", "avx512_emulated")
+ISAS = ("avx512", "avx2", "neon", "none", "avx512_emulated", "neon_emulated")
 MAX_BYTES = 2**63 - 1
 _CACHE_DIR = "~/.cache/bap_kernels"
 

@@ -26,6 +26,13 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 ISA_FLAGS["avx512bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
 # The AVX-512 tiles in AVX2 code, for tests: speed does not matter, compile time does.
 ISA_FLAGS["emulated"] = (*ISA_FLAGS["avx2"], "-O1", "-Wno-psabi")
+ISA_FLAGS["neon"] = ()
+# What each architecture can have, by the names of Python's platform.machine().
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "x86_64": ("avx2", "avx512", "avx512bf16", "emulated"),
+    "aarch64": ("neon",),
+}
+_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 # Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, which
 # have no instruction that the kernels would use besides; each more would cost a third of the build. The products of
@@ -231,8 +238,9 @@ def _includes(torch: TorchFacts, platform: PlatformFacts) -> tuple[str, ...]:
 
 
 def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts, sanitize: Sequence[str]) -> Part:
-    is_x86 = platform.machine.lower() in ("x86_64", "amd64")
-    isas = tuple(isa for isa in ISA_FLAGS if is_x86 and isa in platform.compiled_isas)
+    machine = platform.machine.lower()
+    possible = ARCHITECTURES.get(_ALIASES.get(machine, machine), ())
+    isas = tuple(isa for isa in possible if isa in platform.compiled_isas)
     flags = ["-O1", "-g1", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-g0"]
     flags += ["-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-DTORCH_EXTENSION_NAME=_C"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
@@ -245,11 +253,12 @@ def _cpu_part(sources: Sequence[str], torch: TorchFacts, platform: PlatformFacts
         f'-DBAP_KERNELS_BUILD_COMPILER="{platform.cxx_version}"',
         f'-DBAP_KERNELS_BUILD_TORCH="{torch.version}"',
     )
-    missing = [isa for isa in ISA_FLAGS if isa not in isas]
+    missing = [isa for isa in possible if isa not in isas]
     reason = "always built"
     if missing:
-        cause = "the compiler lacks" if is_x86 else f"{platform.machine} has no"
-        reason += f"; {cause} {', '.join(missing)}, ATen stands in"
+        reason += f"; the compiler lacks {', '.join(missing)}, ATen stands in"
+    elif not possible:
+        reason += f"; no kernels for {platform.machine}, ATen stands in"
     libraries = ("c10", "torch", "torch_cpu", "torch_python")
     link = [*checks, f"-L{torch.lib_dir}", *(f"-l{library}" for library in libraries)]
     # The runtime that torch has loaded, by its own file: a second OpenMP in one process would have its own threads.

@@ -1,6 +1,7 @@
-"""Builds ``tests/microkernels/tile_test.cpp`` with the microkernels, with the flags of the package.
+"""Builds the test programs under ``tests/microkernels`` with the microkernels, with the flags of the package.
 
-``python -m tools.tile_test [--all] [--static] TARGET`` compiles for the instruction sets of this machine, or for all.
+``python -m tools.tile_test [--all] [--static] TARGET`` builds ``tile_test.cpp`` for the instruction sets of this
+machine, or for all of its architecture.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ _NEEDS = {
 _NEEDS["avx512bf16"] = _NEEDS["avx512"] | {"avx512_bf16"}
 
 
+# Programs beside tile_test.cpp: each tests one microkernel, which has a source file per architecture.
+PROGRAMS = ("pack_row", "gradient_rows")
+
+
 def isas_here(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """Return the suffixes of the microkernels that this machine can execute."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -45,6 +50,21 @@ def build(
     for isa in isas:
         tiles = sorted((sources / "backends/cpu/microkernels").glob(f"tile_*{isa}.cpp"))
         jobs += [(path, ISA_FLAGS[isa]) for path in tiles if path.stem.endswith(f"_{isa}")]
+    _link(target, jobs, sources, static, cxx)
+
+
+def build_program(
+    name: str, target: Path, isa: str, static: bool = False, sources: Path = ROOT / "csrc", cxx: str = "g++"
+) -> None:
+    """Compile one of ``PROGRAMS`` with its microkernel of an instruction set, the smallest of an architecture."""
+    jobs: list[tuple[Path, tuple[str, ...]]] = [
+        (ROOT / f"tests/microkernels/{name}_test.cpp", ()),
+        (sources / f"backends/cpu/microkernels/{name}_{isa}.cpp", ISA_FLAGS[isa]),
+    ]
+    _link(target, jobs, sources, static, cxx)
+
+
+def _link(target: Path, jobs: Sequence[tuple[Path, tuple[str, ...]]], sources: Path, static: bool, cxx: str) -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{path.stem}.o") for path, _ in jobs]
         commands = [

@@ -8,16 +8,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 from tools import tile_test
-from tools.build_plan import ISA_FLAGS
 
 # Tables of the program, with the CPU flags that each needs.
 TABLES = {
     "avx2": "avx2",
+    "neon_emulated": "emulated",
     "avx512_emulated": "emulated",
     "avx512_emulated_pairs": "emulated",
     "avx512": "avx512",
@@ -101,19 +103,85 @@ def test_mutated_tile_fails(right: str, wrong: str, status: int, compiler: str, 
 def test_row_packing_equals_loops_and_mutations_fail(
     right: str, wrong: str, status: int, compiler: str, tmp_path: Path
 ) -> None:
-    source = tile_test.ROOT / "csrc/backends/cpu/microkernels/pack_row_avx2.cpp"
-    text = source.read_text()
-    assert not right or text.count(right) == 1
-    changed = tmp_path / source.name
-    changed.write_text(text.replace(right, wrong) if right else text)
-    flags = ["-O2", "-std=c++20", "-Wall", f"-I{tile_test.ROOT / 'csrc'}"]
-    test = tile_test.ROOT / "tests/microkernels/pack_row_test.cpp"
-    packing = [compiler, *flags, *ISA_FLAGS["avx2"], "-c", changed, "-o", tmp_path / "pack_row.o"]
-    subprocess.run(packing, check=True)
-    subprocess.run([compiler, *flags, test, tmp_path / "pack_row.o", "-o", tmp_path / "pack_row_test"], check=True)
-    process = run(tmp_path / "pack_row_test")
+    process = run(mutated("pack_row", "pack_row_avx2.cpp", right, wrong, compiler, tmp_path))
     assert process.returncode == status, process.stdout
     assert status or re.fullmatch(r"[1-9]\d* calls: ok\n", process.stdout)
+
+
+def mutated(program: str, source: str, right: str, wrong: str, compiler: str, folder: Path) -> Path:
+    """Build a program with a change in the source of its microkernel."""
+    sources = folder / "csrc"
+    shutil.copytree(tile_test.ROOT / "csrc/backends/cpu/microkernels", sources / "backends/cpu/microkernels")
+    changed = sources / "backends/cpu/microkernels" / source
+    text = changed.read_text()
+    assert not right or text.count(right) == 1
+    changed.write_text(text.replace(right, wrong) if right else text)
+    tile_test.build_program(program, folder / program, "avx2", sources=sources, cxx=compiler)
+    return folder / program
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("", ""),
+        ("bits_of(part[c]) & keep[c]", "bits_of(part[c])"),
+        ("+ 0x7fff + ((bits >> 16) & 1)", "+ 0x8000"),
+        ("0x31", "0x20"),
+        ("if (i < odd_count) row", "row"),
+    ],
+    ids=["as_it_is", "keeps_all", "rounds_up", "swaps_halves", "writes_past_the_end"],
+)
+def test_gradient_rows_equal_loops_and_mutations_fail(right: str, wrong: str, compiler: str, tmp_path: Path) -> None:
+    process = run(mutated("gradient_rows", "gradient_rows_kernel.h", right, wrong, compiler, tmp_path))
+    assert (process.returncode != 0) == bool(right), process.stdout
+    assert right or re.fullmatch(r"[1-9]\d* calls: ok\n", process.stdout)
+
+
+# ---- aarch64, in QEMU's emulator of a process
+
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.fixture(scope="module")
+def aarch64() -> None:
+    missing = [tool for tool in (CROSS_COMPILER, EMULATOR) if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+
+
+def test_neon_tiles_equal_loops(aarch64: None, tmp_path: Path) -> None:
+    tile_test.build(tmp_path / "tile_test", ["neon"], static=True, cxx=CROSS_COMPILER)
+    process = subprocess.run([EMULATOR, tmp_path / "tile_test", "neon"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert re.search(r"^neon: [1-9]\d* calls: ok$", process.stdout, re.M), process.stdout
+
+
+@pytest.mark.parametrize("program", tile_test.PROGRAMS)
+def test_neon_packing_and_gradients_equal_loops(program: str, aarch64: None, tmp_path: Path) -> None:
+    tile_test.build_program(program, tmp_path / program, "neon", static=True, cxx=CROSS_COMPILER)
+    process = subprocess.run([EMULATOR, tmp_path / program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert re.fullmatch(r"[1-9]\d* calls: ok\n", process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(path.name for path in (tile_test.ROOT / "csrc/backends/cpu").glob("*.cpp")))
+def test_drivers_compile_for_aarch64(source: str, aarch64: None) -> None:
+    """Their logic runs in the tests of the ops with ``BAP_KERNELS_ISA=neon_emulated``; PyTorch's headers serve both."""
+    includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    command = [
+        CROSS_COMPILER,
+        "-std=c++20",
+        "-fopenmp",
+        "-fsyntax-only",
+        "-Wall",
+        "-Werror",
+        "-DBAP_KERNELS_HAVE_NEON=1",
+    ]
+    command += [f"-I{tile_test.ROOT / 'csrc'}", *(flag for folder in includes for flag in ("-isystem", folder))]
+    path = tile_test.ROOT / "csrc/backends/cpu" / source
+    process = subprocess.run([*command, path], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_isas_here_parses_cpuinfo(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.build_plan import (
+    ARCHITECTURES,
     ISA_FLAGS,
     BuildError,
     BuildPlan,
@@ -64,8 +65,8 @@ def test_old_torch_raises() -> None:
 
 def test_microkernels_have_flags_of_their_isa() -> None:
     flags = unit_flags(plan())
-    for isa, expected in ISA_FLAGS.items():
-        assert flags[f"csrc/backends/cpu/microkernels/tile_{isa}.cpp"] == expected
+    for isa in ARCHITECTURES["x86_64"]:
+        assert flags[f"csrc/backends/cpu/microkernels/tile_{isa}.cpp"] == ISA_FLAGS[isa]
     assert flags["csrc/backends/cpu/conv_kernel.cpp"] == ()
     assert not any("-mavx" in flag for flag in plan().cpu.flags)
 
@@ -76,12 +77,21 @@ def test_cuda_sources_are_compiled_by_nvcc_alone() -> None:
     assert all(unit.compiler == "nvcc" for unit in plan().cuda.units)
 
 
-def test_aarch64_has_no_microkernels() -> None:
-    result = plan(platform=dataclasses.replace(PLATFORM, machine="aarch64"))
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_aarch64_has_neon_alone(machine: str) -> None:
+    result = plan(platform=dataclasses.replace(PLATFORM, machine=machine))
+    neon = "csrc/backends/cpu/microkernels/tile_neon.cpp"
+    assert list(unit_flags(result)) == ["csrc/backends/cpu/conv_kernel.cpp", neon, "csrc/module.cpp"]
+    assert result.cpu.targets == ("neon",)
+    assert [flag for flag in result.cpu.flags if "BAP_KERNELS_HAVE" in flag] == ["-DBAP_KERNELS_HAVE_NEON=1"]
+    assert "ATen stands in" not in banner(result)
+
+
+def test_other_machines_have_no_microkernels() -> None:
+    result = plan(platform=dataclasses.replace(PLATFORM, machine="riscv64"))
     assert list(unit_flags(result)) == ["csrc/backends/cpu/conv_kernel.cpp", "csrc/module.cpp"]
     assert result.cpu.targets == ("none",)
-    assert not any("BAP_KERNELS_HAVE" in flag for flag in result.cpu.flags)
-    assert "aarch64 has no avx2, avx512, avx512bf16" in banner(result)
+    assert "no kernels for riscv64, ATen stands in" in banner(result)
 
 
 def test_isa_without_compiler_support_is_left_out() -> None:

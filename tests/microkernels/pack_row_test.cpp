@@ -110,11 +110,11 @@ bool run(Random& random, Kind kind) {
   const auto* first = reinterpret_cast<const uint16_t*>(plane[0]);
   const auto* other = second ? reinterpret_cast<const uint16_t*>(plane[1]) : nullptr;
   if (kind == Kind::kFloat) {
-    pack_row_avx2(parts.data(), count, reinterpret_cast<const float*>(plane[0]), step, given, lanes);
+    pack_row(parts.data(), count, reinterpret_cast<const float*>(plane[0]), step, given, lanes);
   } else if (kind == Kind::kHalf) {
-    pack_row_avx2(parts.data(), count, first, step, given, lanes);
+    pack_row(parts.data(), count, first, step, given, lanes);
   } else {
-    pack_pairs_avx2(parts.data(), count, first, other, step, given, lanes);
+    pack_pairs(parts.data(), count, first, other, step, given, lanes);
   }
 
   const auto element = [&](int i, int64_t e) {

@@ -350,10 +350,14 @@ int64_t run_table(const Named& named, int rounds) {
 
 std::vector<Named> tables() {
   std::vector<Named> found;
+#if defined(BAP_KERNELS_HAVE_NEON)
+  found.push_back({"neon", "neon", bap_kernels::micro::table_neon(), false});
+#endif
 #if defined(BAP_KERNELS_HAVE_AVX2)
   found.push_back({"avx2", "avx2", bap_kernels::micro::table_avx2(), false});
 #endif
 #if defined(BAP_KERNELS_HAVE_EMULATED)
+  found.push_back({"neon_emulated", "avx2", bap_kernels::micro::table_neon_emulated(), false});
   found.push_back({"avx512_emulated", "avx2", bap_kernels::micro::table_avx512_emulated(), false});
   found.push_back({"avx512_emulated_pairs", "avx2", bap_kernels::micro::table_avx512_emulated_pairs(), true});
 #endif
@@ -376,7 +380,8 @@ int main(int argc, char** argv) {
     wanted.erase(wanted.begin(), wanted.begin() + 2);
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  for (const char* isa : {"avx2", "avx512", "avx512bf16"}) std::printf("cpu %s: %d\n", isa, bap_kernels::cpu_has(isa));
+  for (const char* isa : {"neon", "avx2", "avx512", "avx512bf16"})
+    std::printf("cpu %s: %d\n", isa, bap_kernels::cpu_has(isa));
   const std::vector<Named> all = tables();
   for (const std::string& name : wanted) {
     const auto is_it = [&](const Named& named) { return name == named.name; };

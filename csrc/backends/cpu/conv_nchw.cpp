@@ -133,17 +133,17 @@ class PanelPacker {
       const uint16_t* second = both ? x + n_.channel(i + 1) * n_.x_stride_c : nullptr;
       RowPrologue prologues[2];
       if (n_.has_prologue) prologues[0] = prologue(i), prologues[1] = both ? prologue(i + 1) : RowPrologue{};
-      micro::pack_pairs_avx2(parts, count, x + n_.channel(i) * n_.x_stride_c, second, step,
-                             n_.has_prologue ? prologues : nullptr, row);
+      micro::pack_pairs(parts, count, x + n_.channel(i) * n_.x_stride_c, second, step,
+                        n_.has_prologue ? prologues : nullptr, row);
       return;
     }
     const RowPrologue applied = n_.has_prologue ? prologue(unit) : RowPrologue{};
     const RowPrologue* given = n_.has_prologue ? &applied : nullptr;
     const int64_t plane = n_.channel(unit) * n_.x_stride_c;
     if (n_.bfloat16) {
-      micro::pack_row_avx2(parts, count, reinterpret_cast<const uint16_t*>(n_.x) + plane, step, given, row);
+      micro::pack_row(parts, count, reinterpret_cast<const uint16_t*>(n_.x) + plane, step, given, row);
     } else {
-      micro::pack_row_avx2(parts, count, reinterpret_cast<const float*>(n_.x) + plane, step, given, row);
+      micro::pack_row(parts, count, reinterpret_cast<const float*>(n_.x) + plane, step, given, row);
     }
   }
 
@@ -175,7 +175,8 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
               int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t area = n.out_h * n.out_w, size = n.out_size();
-  const int64_t padded = (end - begin + lanes - 1) / lanes * lanes;
+  // Whole vectors for the tiles, and whole groups for the packing.
+  const int64_t unit = std::max(lanes, kRowLanes), padded = (end - begin + unit - 1) / unit * unit;
   const int64_t tiles = (padded + width - 1) / width;
   // Odd multiples of a tile: a power of two between the panel's rows would leave them few sets of the L1 cache.
   const int64_t row = (tiles % 2 ? tiles : tiles + 1) * width;

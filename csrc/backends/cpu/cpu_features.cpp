@@ -14,6 +14,8 @@ bool cpu_has(const char* isa) {
   if (std::strcmp(isa, "avx2") == 0) return avx2;
   if (std::strcmp(isa, "avx512") == 0) return avx512;
   if (std::strcmp(isa, "avx512bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  return std::strcmp(isa, "neon") == 0;  // every such CPU has it
 #endif
   return false;
 }

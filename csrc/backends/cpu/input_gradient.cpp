@@ -152,7 +152,7 @@ class ChunkSink {
           if (gradient_.channels) {
             listed_pixel(part, x, dx, sum);
           } else {
-            micro::gradient_pixel_avx2(part, x, dx, gradient_.keep, sum, count);
+            micro::gradient_pixel(part, x, dx, gradient_.keep, sum, count);
           }
         }
       }
@@ -252,9 +252,8 @@ class ChunkSink {
     for (int64_t r = 0; r < rows; ++r) {
       const bits_t* x_row = x ? x + r * x_h : nullptr;
       bits_t* dx_row = dx ? dx + r * dx_h : nullptr;
-      sum += odd ? micro::gradient_pairs_avx2(part + r * columns, odd + r * odd_columns, x_row, dx_row, columns,
-                                              odd_columns)
-                 : micro::gradient_run_avx2(part + r * columns, x_row, x_w, dx_row, dx_w, columns);
+      sum += odd ? micro::gradient_pairs(part + r * columns, odd + r * odd_columns, x_row, dx_row, columns, odd_columns)
+                 : micro::gradient_run(part + r * columns, x_row, x_w, dx_row, dx_w, columns);
     }
     return sum;
   }

@@ -16,7 +16,10 @@ bool usable(const std::string& isa) {
   if (isa == "avx512") return cpu_has("avx512");
 #endif
 #if defined(BAP_KERNELS_HAVE_AVX2)
-  if (isa == "avx2" || isa == "avx512_emulated") return cpu_has("avx2");
+  if (isa == "avx2" || isa == "avx512_emulated" || isa == "neon_emulated") return cpu_has("avx2");
+#endif
+#if defined(BAP_KERNELS_HAVE_NEON)
+  if (isa == "neon") return cpu_has("neon");
 #endif
   return isa == "none";
 }
@@ -30,7 +33,7 @@ std::string& chosen() {
 
 std::vector<std::string> isa_available() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512", "avx2", "none"}) {
+  for (const char* name : {"avx512", "avx2", "neon", "none"}) {
     if (usable(name)) names.emplace_back(name);
   }
   return names;
@@ -61,7 +64,11 @@ const micro::KernelTable* isa_tiles(bool pairs) {
 #endif
 #if defined(BAP_KERNELS_HAVE_AVX2)
   if (isa() == "avx512_emulated") return pairs ? micro::table_avx512_emulated_pairs() : micro::table_avx512_emulated();
+  if (isa() == "neon_emulated") return pairs ? nullptr : micro::table_neon_emulated();
   if (isa() == "avx2") return pairs ? nullptr : micro::table_avx2();
+#endif
+#if defined(BAP_KERNELS_HAVE_NEON)
+  if (isa() == "neon") return pairs ? nullptr : micro::table_neon();
 #endif
   return nullptr;
 }

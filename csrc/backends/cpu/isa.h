@@ -8,16 +8,15 @@
 
 namespace bap_kernels {
 
-// "avx512", "avx2" or "none": the best one here unless another is set. "avx512_emulated" runs the AVX-512 tiles in AVX2
-// code: slow, for tests.
+// "avx512", "avx2", "neon" or "none": the best one here unless another is set. "avx512_emulated" and
+// "neon_emulated" run the tiles of these in AVX2 code: slow, for tests.
 const std::string& isa();
 // Before the first use of isa(); raises on what the CPU or the build lacks.
 void set_isa(const std::string& name);
 
 // Why there are no native kernels where isa() is "none".
 inline const char* const kNoInstructions =
-    "this CPU and this build share neither AVX2 nor AVX-512 (or "
-    "BAP_KERNELS_ISA=none is set)";
+    "this CPU and this build share none of AVX2, AVX-512 and NEON (or BAP_KERNELS_ISA=none is set)";
 
 // The instruction sets that this CPU has and this library was built for, best first; always ends with "none".
 std::vector<std::string> isa_available();

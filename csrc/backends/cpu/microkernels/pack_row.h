@@ -1,4 +1,5 @@
-// Fills one row of a panel of pixels from a plane; see conv_nchw.cpp. No torch header, as in tile.h.
+// Fills one row of a panel of pixels from a plane; see conv_nchw.cpp. One source file per architecture, whose smallest
+// instruction set serves every tile. No torch header, as in tile.h.
 #pragma once
 
 #include <cstdint>
@@ -25,16 +26,16 @@ struct RowPrologue {
 
 // Carries out `parts` from `plane`, whose neighbouring pixels are `step` elements apart. Elements outside the masks are
 // not read. `prologue` may be null.
-void pack_row_avx2(const RowPart* parts, int64_t count, const float* plane, int64_t step, const RowPrologue* prologue,
-                   float* row);
+void pack_row(const RowPart* parts, int64_t count, const float* plane, int64_t step, const RowPrologue* prologue,
+              float* row);
 
 // The same of bfloat16, given as its bits, widened to floats.
-void pack_row_avx2(const RowPart* parts, int64_t count, const uint16_t* plane, int64_t step,
-                   const RowPrologue* prologue, float* row);
+void pack_row(const RowPart* parts, int64_t count, const uint16_t* plane, int64_t step, const RowPrologue* prologue,
+              float* row);
 
 // Two channels of bfloat16 side by side in each lane of the row, the second in the upper half; zeros there where
 // `second` is null. With prologues, which come for both channels, values are rounded to nearest even.
-void pack_pairs_avx2(const RowPart* parts, int64_t count, const uint16_t* first, const uint16_t* second, int64_t step,
-                     const RowPrologue* prologues, float* row);
+void pack_pairs(const RowPart* parts, int64_t count, const uint16_t* first, const uint16_t* second, int64_t step,
+                const RowPrologue* prologues, float* row);
 
 }  // namespace bap_kernels::micro

@@ -94,8 +94,8 @@ inline void pack(const RowPart* parts, int64_t count, int64_t step, const RowPro
 
 }  // namespace
 
-void pack_row_avx2(const RowPart* parts, int64_t count, const float* plane, int64_t step, const RowPrologue* prologue,
-                   float* row) {
+void pack_row(const RowPart* parts, int64_t count, const float* plane, int64_t step, const RowPrologue* prologue,
+              float* row) {
   if (step == 1) {
     pack(parts, count, step, prologue, row, [=](int64_t source, int32_t mask) { return load(plane + source, mask); });
   } else if (step == 2) {
@@ -107,14 +107,14 @@ void pack_row_avx2(const RowPart* parts, int64_t count, const float* plane, int6
   }
 }
 
-void pack_row_avx2(const RowPart* parts, int64_t count, const uint16_t* plane, int64_t step,
-                   const RowPrologue* prologue, float* row) {
+void pack_row(const RowPart* parts, int64_t count, const uint16_t* plane, int64_t step, const RowPrologue* prologue,
+              float* row) {
   pack(parts, count, step, prologue, row,
        [=](int64_t source, int32_t mask) { return widened(load_bits(plane + source, mask, step)); });
 }
 
-void pack_pairs_avx2(const RowPart* parts, int64_t count, const uint16_t* first, const uint16_t* second, int64_t step,
-                     const RowPrologue* prologues, float* row) {
+void pack_pairs(const RowPart* parts, int64_t count, const uint16_t* first, const uint16_t* second, int64_t step,
+                const RowPrologue* prologues, float* row) {
   const auto half = [=](const uint16_t* plane, const RowPrologue* prologue, int64_t source, int32_t mask) {
     const __m256i bits = load_bits(plane + source, mask, step);
     return prologue ? rounded(applied(*prologue, widened(bits), mask)) : bits;

@@ -64,10 +64,13 @@ struct KernelTable {
 };
 
 // Null where the compiler could not build the instruction set. The *_pairs tables multiply pairs of bfloat16 held in
-// one 32-bit lane. The *_emulated tables hold the AVX-512 tiles in AVX2 code, so that every machine can test them.
+// one 32-bit lane. The *_emulated tables hold the tiles of AVX-512 and NEON in AVX2 code, so that every x86 machine can
+// test what surrounds them.
+const KernelTable* table_neon();
 const KernelTable* table_avx2();
 const KernelTable* table_avx512();
 const KernelTable* table_avx512_pairs();
+const KernelTable* table_neon_emulated();
 const KernelTable* table_avx512_emulated();
 const KernelTable* table_avx512_emulated_pairs();
 

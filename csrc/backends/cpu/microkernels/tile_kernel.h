@@ -10,6 +10,15 @@ template <int kLanes>
 struct Vectors;
 
 template <>
+struct Vectors<4> {
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef float LooseVec __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  typedef uint16_t LooseHalves __attribute__((vector_size(8), aligned(2), may_alias));
+};
+
+template <>
 struct Vectors<8> {
   typedef float Vec __attribute__((vector_size(32)));
   typedef float LooseVec __attribute__((vector_size(32), aligned(4), may_alias));
@@ -101,10 +110,12 @@ inline auto load_part(const element_t* p, int count) {
     }
   }
 #endif
+#if defined(__AVX2__)
   if constexpr (kLanes == 8 && sizeof(element_t) == 4) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return (typename S::Vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
   }
+#endif
   alignas(64) element_t part[kLanes] = {};
   for (int i = 0; i < count; ++i) part[i] = p[i];
   return S::load(part);

@@ -1,0 +1,6 @@
+// NEON: stores and sums of computed input gradients.
+#include "backends/cpu/microkernels/gradient_rows.h"
+
+namespace bap_kernels::micro {
+#include "backends/cpu/microkernels/gradient_rows_kernel.h"
+}  // namespace bap_kernels::micro
