@@ -211,10 +211,11 @@ def test_invalid_jobs_raise(text: str) -> None:
 def test_ninja_file_builds_every_object_once_and_links_it() -> None:
     result = plan()
     text = ninja_text(result, result.cpu)
-    for source in SOURCES:
+    compiled = [source for source in SOURCES if not source.endswith("_neon.cpp")]
+    for source in compiled:
         assert len(re.findall(rf"_C\.objects/{re.escape(source)}\.o: cxx {re.escape(source)}(?: \| .*)?\n", text)) == 1
     link = next(line for line in text.splitlines() if line.startswith(f"build {result.build_dir}/_C.so: link"))
-    assert all(f"{source}.o" in link for source in SOURCES)
+    assert all(f"{source}.o" in link for source in compiled)
 
 
 def test_header_is_precompiled_once_per_set_of_flags() -> None:
