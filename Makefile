@@ -34,7 +34,7 @@ OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate compile-triton compile-cuda setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate test-ptx compile-triton compile-cuda setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU 
 test-simulate: setup ## Run the sources of the CUDA kernels on the host, on CPU tensors; needs neither nvcc nor a GPU
 	library="$$($(BIN)/python -m tools.build_simulation)" && \
 	BAP_KERNELS_CUDA_LIBRARY="$$library" $(PYTEST) -q tests/simulate $(ARGS)
+
+test-ptx: setup ## Execute the compiled kernels, as PTX, on the CPU; what nvcc or Triton compiles, where they are there
+	BAP_KERNELS_TEST_PTX=1 $(PYTEST) -q tests/ptx $(ARGS)
 
 compile-triton: setup ## Compile every configuration of the Triton kernels for sm_80, sm_90 and sm_100; needs no GPU
 	$(BIN)/python -m tools.compile_triton $(ARGS)

@@ -258,7 +258,9 @@ def source_of(step: Launch) -> Any:
         if value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        # Tensors without memory stand for usual ones, whose memory is aligned.
+        start = 0 if isinstance(value, Tensor) and value.is_meta else value
+        if (start.data_ptr() if isinstance(start, Tensor) else start) % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return POINTERS[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
 
