@@ -28,6 +28,7 @@ from bap_kernels.plan import (
 )
 from bap_kernels.table import ChannelTable
 from bap_kernels.tune import tune
+from bap_kernels.verify import VerifyReport, verify
 
 __all__ = [
     "ChannelLists",
@@ -35,6 +36,7 @@ __all__ = [
     "OrderReport",
     "PlannedNetwork",
     "PruneReport",
+    "VerifyReport",
     "attach_",
     "choices",
     "clear_choices",
@@ -56,4 +58,5 @@ __all__ = [
     "switched_conv2d",
     "tune",
     "use_backend",
+    "verify",
 ]

@@ -28,8 +28,15 @@ class Variable:
 ENVIRONMENT = (
     Variable("BAP_KERNELS_ISA", "the best one here", "import", f"CPU kernels to use: {', '.join(ISAS)}"),
     Variable("BAP_KERNELS_BACKEND", "auto", "import", f"backend to start with: {', '.join(BACKENDS)}"),
-    Variable("BAP_KERNELS_CACHE_DIR", _CACHE_DIR, "import", "folder of the measured choices; empty: none"),
+    Variable("BAP_KERNELS_CACHE_DIR", _CACHE_DIR, "import", "folder of measured choices and verdicts; empty: none"),
     Variable("BAP_KERNELS_AUTOTUNE", "0", "import", "1: the Triton backend tunes each case at its first call"),
+    Variable(
+        "BAP_KERNELS_VERIFY",
+        "1",
+        "import",
+        "1: the first call of auto on a GPU has its kernels verified in the background; block: it waits for the "
+        "verdicts; 0: only verdicts that are there already count",
+    ),
     Variable("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**30), "import", "most bytes of packed weights kept; 0: keep none"),
     Variable(
         "BAP_KERNELS_LIBRARY", "", "import", "another build of bap_kernels._C to load, such as one with sanitizers"
@@ -56,6 +63,7 @@ class Settings:
     cache_problem: str = ""
     library: str = ""
     cuda_library: str = ""
+    verify: str = "1"
 
     @property
     def choice_file(self) -> Path | None:
@@ -108,6 +116,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         cache_problem=cache_problem,
         library=environment.get("BAP_KERNELS_LIBRARY", ""),
         cuda_library=environment.get("BAP_KERNELS_CUDA_LIBRARY", ""),
+        verify=_one_of(environment, "BAP_KERNELS_VERIFY", ("0", "1", "block")) or "1",
     )
 
 

@@ -41,6 +41,7 @@ class Setting:
     device: torch.device
     deadline: float
     quick: bool
+    without: tuple[str, ...] = ()
 
     @property
     def small(self) -> bool:
@@ -48,8 +49,9 @@ class Setting:
         return self.device.type == "cpu"
 
     def backends(self) -> list[str]:
-        """The backends that can run here, besides the CPU's."""
-        return [name for name in ("auto", "triton", "cuda") if bk.dispatch.unsupported_reason(name) is None]
+        """The backends that can run here, besides the CPU's and those that are left out."""
+        names = [name for name in ("auto", "triton", "cuda") if name not in self.without]
+        return [name for name in names if bk.dispatch.unsupported_reason(name) is None]
 
     def left(self) -> float:
         """Seconds that are left."""
@@ -178,8 +180,7 @@ def plans(setting: Setting, name: str, batch: int, density: float, dtype: str) -
         "dense": lambda: placed(model, setting, dtype),
         "masked": lambda: masked,
         "pruned": lambda: small(DOMAIN).to(memory_format=torch.channels_last),
-        # The CUDA C++ kernels take no inputs that hold only some of a weight's channels.
-        **{f"planned, {each}": partial(planned, each) for each in setting.backends() if each != "cuda"},
+        **{f"planned, {each}": partial(planned, each) for each in setting.backends()},
     }
     makers = dict(eager)
     if not setting.small:
@@ -310,11 +311,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--budget-seconds", type=float, default=90.0)
+    parser.add_argument("--without", default="", help="backends that are left out, separated by commas")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     budget = math.inf if options.device == "cpu" else options.budget_seconds
-    setting = Setting(torch.device(options.device), time.perf_counter() + budget, options.quick)
+    without = tuple(options.without.split(","))
+    setting = Setting(torch.device(options.device), time.perf_counter() + budget, options.quick, without)
     torch.backends.cudnn.benchmark = True
     rows: list[dict[str, Any]] = []
     left_out = []

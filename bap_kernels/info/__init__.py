@@ -14,6 +14,9 @@ from bap_kernels import settings
 from bap_kernels._load import _C, cuda_library_problem
 from bap_kernels._version import __version__
 from bap_kernels.dispatch import choices, packed_cache_info, unsupported_reason
+from bap_kernels.verify import VerifyReport, known_verdicts
+from bap_kernels.verify.show import summary
+from bap_kernels.verify.subject import cuda_problem, cuda_subject
 
 __all__ = ["Info", "info"]
 
@@ -33,6 +36,8 @@ class Info:
         backends: each backend's reason why it cannot run here; None if it can.
         cuda_library: why the CUDA library is not loaded; None if it is.
         gpus: names of the GPUs.
+        verdicts: for each GPU, by its number, which kernel families are verified there, with reasons; see
+            :func:`~bap_kernels.verify`.
         build: compiler, flags and ISAs of the build.
         choice_file: where ``auto`` keeps what it measured; None: in memory.
         choice_problem: why that file is not used, such as a folder that cannot be written; None if it is, or if it was
@@ -53,6 +58,7 @@ class Info:
     backends: dict[str, str | None]
     cuda_library: str | None
     gpus: list[str]
+    verdicts: dict[int, VerifyReport]
     build: dict[str, str]
     choice_file: Path | None
     choice_problem: str | None
@@ -70,6 +76,7 @@ class Info:
             ("avx512_bf16", "yes" if self.avx512_bf16 else "no"),
             ("threads", str(self.threads)),
             ("gpus", ", ".join(self.gpus) or "none"),
+            *self._verdict_rows(),
             ("backend", self.backend),
             *((f"  {name}", "can run" if reason is None else reason) for name, reason in self.backends.items()),
             ("cuda library", self.cuda_library or "loaded"),
@@ -86,10 +93,27 @@ class Info:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
+    def _verdict_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for number, found in self.verdicts.items():
+            rows.append((f"verdicts cuda:{number}", f"{summary(found)} in {found.file or 'memory'}"))
+            rows += [
+                (f"  {family}", f"{each.verdict}: {each.reason}")
+                for family, each in found.items()
+                if each.verdict != "ok"
+            ]
+        return rows
+
     def _choice_place(self) -> str:
         if self.choice_problem is not None:
             return f"memory: {self.choice_file or 'no file'} cannot be used, {self.choice_problem}"
         return f"{self.choice_file or 'memory'} ({self.choice_bytes} bytes)"
+
+
+def _verdicts() -> dict[int, VerifyReport]:
+    if cuda_problem() is not None:
+        return {}
+    return {number: known_verdicts(cuda_subject(number)) for number in range(torch.cuda.device_count())}
 
 
 def info() -> Info:
@@ -120,6 +144,7 @@ def info() -> Info:
         backends={name: unsupported_reason(name) for name in settings.BACKENDS if name != "auto"},
         cuda_library=cuda_library_problem,
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        verdicts=_verdicts(),
         build=dict(_C.build_info()),
         choice_file=file,
         choice_problem=_C.choice_file_problem() or None,

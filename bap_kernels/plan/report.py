@@ -72,10 +72,13 @@ class NetworkReport:
     Attributes:
         layers: what ran.
         not_served: {layer: reason}, as :func:`bap_kernels.nn.skipped` gives it.
+        verdicts: {kernel family: (verdict, reason)} on the GPU that it ran on; empty on CPUs. See
+            :func:`bap_kernels.verify`.
     """
 
     layers: tuple[LayerReport, ...]
     not_served: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("layer", "reads", "writes", "MMAC", "of all", "MB", "ms", "x dense", "of roofline", "backend", "why")]
@@ -104,6 +107,10 @@ class NetworkReport:
         lines.append(f"{len(self.layers)} layers, {kept:,} of {whole:,} MACs ({kept / max(whole, 1):.0%})")
         if self.not_served:
             lines.append(f"not served: {first_reasons(self.not_served, 10)}")
+        if self.verdicts:
+            left_out = {family: f"{name}, {why}" for family, (name, why) in self.verdicts.items() if name != "ok"}
+            lines.append(f"kernel families: {len(self.verdicts) - len(left_out)} of {len(self.verdicts)} verified")
+            lines += [f"  {family}: {why}" for family, why in left_out.items()]
         return "\n".join(lines)
 
 
@@ -119,10 +126,11 @@ def _medians(*runs: Callable[[], Any]) -> list[float]:
     return [statistics.median(its) for its in times]
 
 
-def _why(choice: dict[str, Any]) -> tuple[str, str]:
+def _why(choice: dict[str, Any], on_gpu: bool = False) -> tuple[str, str]:
     """(backend, how it was chosen) from the library's own account."""
     named = _C.get_backend()
-    reasons = [f"no {name}: {reason}" for name, reason in choice["unsupported"].items() if name == "native"]
+    own = ("cuda", "triton") if on_gpu else ("native",)
+    reasons = [f"no {name}: {reason}" for name, reason in choice["unsupported"].items() if name in own and reason]
     if named != "auto":
         return named, "; ".join(["named by use_backend", *reasons])
     times = {name: f"{name} {seconds:.0f}" for name, seconds in choice["candidates"].items()}
@@ -149,7 +157,7 @@ def _explained(name: str, layer: GatheredConv2d, x: Tensor, y: Tensor) -> LayerR
         padding = four_sided("report", layer.padding, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
     tensors = (x, layer.weight, layer.bias, lists.in_index, lists.out_index)
     choice = _C.explain(*tensors, layer.stride, padding, layer.dilation, layer.groups)
-    backend, why = _why(choice)
+    backend, why = _why(choice, x.is_cuda)
     why = "; ".join(part for part in (why, choice["packed"]) if part)
     seconds = dense = fraction = None
     limit = ""
@@ -212,5 +220,7 @@ def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Network
     finally:
         for handle in handles:
             handle.remove()
+    verdicts = next((_C.verdicts(x.get_device()) for _, x, _ in seen if x.is_cuda), {})
     with torch.no_grad():
-        return NetworkReport(tuple(_explained(layers[layer], layer, x, y) for layer, x, y in seen), skipped(model))
+        rows = tuple(_explained(layers[layer], layer, x, y) for layer, x, y in seen)
+    return NetworkReport(rows, skipped(model), verdicts)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from bap_kernels.dispatch import interpreting
 from bap_kernels.triton import mixed, ops, switched
+from bap_kernels.triton.families import families_of_call
 from bap_kernels.triton.launch import DualStore, Epilogue, Prologue
-from bap_kernels.triton.launch_spec import target_of
 from bap_kernels.triton.lists import inverse_list
 
 __all__ = [
@@ -43,19 +42,9 @@ def families(
     prologue: bool,
     output_mask: Sequence[bool],
 ) -> list[str]:
-    """Names of the kernel families that a call of ``op`` may run, as verdicts name them."""
-    mode = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(input.dtype)
-    math = mode or ("tf32" if target_of(input.device).tf32 else "float32")
-    kernels = {"forward", "planar", "pack"}
-    if grad_output is not None:
-        switch = op == "switched_conv2d_backward"
-        kernels = {"pack"}
-        if output_mask[0] or (switch and output_mask[3]):
-            kernels |= {"input_gradient", "planar"}
-        if output_mask[1]:
-            kernels.add("weight_gradient")
-    kernels |= {"switched"} if op.startswith("switched") else {"mixed"} if "mixed" in op else set()
-    return [f"triton/{kernel}/{math}" for kernel in sorted(kernels)]
+    """See :func:`bap_kernels.triton.families.families_of_call`."""
+    options = (stride, padding, dilation, out_size)
+    return families_of_call(op, grad_output, input, weight, in_indices, *options, output_mask)
 
 
 def _refuse(op: str, input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> None:

@@ -57,11 +57,9 @@ def test_the_reasons_of_those_that_are_left_out() -> None:
     sample = make_tensors(CASE).to("cuda")
     reasons = _C.explain(*sample.args)["unsupported"]
     for name in ("triton", "cuda"):
-        assert (
-            reasons[name] == ""
-            or "no committed result" in reasons[name]
-            or reasons[name] == _C.unsupported_reason(name)
-        )
+        reason = reasons[name]
+        # Verified, unable to run here, or without the verdict of a family, which is named.
+        assert reason == "" or reason == _C.unsupported_reason(name) or f"{name}/" in reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,45 @@
+"""The verifier's cases on the text of the CUDA kernels: each family has some, and the kernels pass them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bap_kernels import _C
+from bap_kernels.verify.cases import checks
+from tests.simulate import device
+from tests.verify.devices import Simulation
+
+
+@pytest.fixture(autouse=True)
+def _math() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("family", _C.cuda_families())
+def test_kernels_are_right(family: str) -> None:
+    there = Simulation()
+    there.open()
+    found = list(checks(family, there))
+    assert len(found) >= 3
+    # Each math mode another third of them, all of them in one.
+    for check in found if family.endswith("bfloat16") else found[::3]:
+        check.run(there, lambda what: None)
+
+
+def test_cases_reach_every_kernel_of_the_library() -> None:
+    there = Simulation()
+    there.open()
+    launched: set[str] = set()
+    for family in _C.cuda_families():
+        if family.endswith("/bfloat16"):
+            with device.kernels() as names:
+                for check in checks(family, there):
+                    check.run(there, lambda what: None)
+            launched |= set(names)
+    assert launched >= {"gathered_conv2d", "halo_conv2d", "warpgroup_conv2d", "channel_pack", "channel_unpack"}
+    assert launched >= {"weight_gradient", "sum_partials"}
