@@ -90,6 +90,27 @@ def simulate_gpu(
     families: dict[str, list[str]] | None = None,
 ) -> None: ...
 def call_families(op: str, args: tuple[Any, ...]) -> list[str]: ...
+def run_aten(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_relu: bool = False,
+    cache_packed: bool = True,
+    candidate: str = "gather",
+    on_gpu: bool = False,
+) -> Tensor: ...
 def set_gpu_hooks(name: Callable[[int], str], capturing: Callable[[], bool]) -> None: ...
 def choices() -> list[dict[str, Any]]: ...
 def clear_choices() -> None: ...

@@ -10,7 +10,8 @@ newly allocated memory is filled with NaN, so that reads of uninitialised memory
     python -m tools.search_convolution_faults --out faults.json                     # continues where that file ends
 
 The exit status is 1 if there are faults. ``--through``: ``torch`` (``F.conv2d`` and its backward), ``packed``
-(oneDNN with a reordered weight), and our backends ``aten``, ``auto`` and ``native``, whose cases also have lists.
+(oneDNN with a reordered weight), and our backends ``aten``, ``auto`` and ``native``, whose cases also have lists and,
+forward, scales, shifts, residuals and ReLUs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ DIRECTIONS = ("forward", "input", "weight", "both")
 HANG_SECONDS = 30.0
 BATCH = 400
 QUICK_CASES = 600
+
+# Scale, shift, residual and ReLU behind a convolution.
+Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None, bool]
 
 
 @dataclass(frozen=True)
@@ -264,12 +268,17 @@ def run_case(case: Case, implementation: str) -> str | None:
             x[:, off] = float("nan")
         dy = lay_out(dy[:, list(kept)], case.grad_layout, rng)
         expected = reference(case, exact_x, exact_w, exact_b, exact_dy)
+        after: Epilogue = (None, None, None, False)
         if case.direction == "forward":
-            expected["forward"] = expected["repeated forward"] = expected["forward"][:, list(kept)]
+            expected["forward"] = expected["forward"][:, list(kept)]
+            if rng.random() < 0.7:
+                after = draw_epilogue(expected["forward"].shape, case, rng, generator)
+                expected["forward"] = with_epilogue(expected["forward"], after)
+            expected["repeated forward"] = expected["forward"]
         else:
             expected["input"][:, off] = 0
         index = [None if i is None else torch.tensor(i, dtype=torch.int32) for i in (in_list, out_list)]
-        results = run_backend(case, implementation, x, w, b, dy, index, cache_packed=rng.random() < 0.5)
+        results = run_backend(case, implementation, x, w, b, dy, index, rng.random() < 0.5, after)
     for name, result in results.items():
         if error := difference(result, expected[name], TOLERANCE[case.dtype]):
             return f"{name}: {error}"
@@ -284,6 +293,31 @@ def draw_lists(case: Case, rng: random.Random) -> tuple[list[int] | None, list[i
 
     in_list = some(case.c_in)
     return in_list, in_list if case.groups > 1 else some(case.c_out)
+
+
+def draw_epilogue(shape: tuple[int, ...], case: Case, rng: random.Random, generator: torch.Generator) -> Epilogue:
+    """Draw scale, shift, residual (None: there is none) and whether there is a ReLU; all values are integers."""
+
+    def some(*size: int) -> Tensor | None:
+        return torch.randint(-3, 4, size, generator=generator) if rng.random() < 0.5 else None
+
+    scale, shift, residual = some(shape[1]), some(shape[1]), some(*shape)
+    if residual is not None:
+        residual = lay_out(residual.to(DTYPES[case.dtype]), rng.choice((case.layout, case.grad_layout)), rng)
+    vectors = (None if vector is None else vector.float() for vector in (scale, shift))
+    return *vectors, residual, rng.random() < 0.5
+
+
+def with_epilogue(y: Any, after: Epilogue) -> Any:
+    """The float64 array with scale, shift, residual and ReLU."""
+    scale, shift, residual, relu = after
+    if scale is not None:
+        y = y * scale.double().numpy()[:, None, None]
+    if shift is not None:
+        y = y + shift.double().numpy()[:, None, None]
+    if residual is not None:
+        y = y + residual.double().numpy()
+    return np.maximum(y, 0) if relu else y
 
 
 def run_pytorch(case: Case, x: Tensor, w: Tensor, b: Tensor | None, dy: Tensor, packed: bool) -> dict[str, Tensor]:
@@ -311,6 +345,7 @@ def run_backend(
     dy: Tensor,
     index: Sequence[Tensor | None],
     cache_packed: bool,
+    after: Epilogue,
 ) -> dict[str, Tensor]:
     """Results of our ops under one backend; empty where they do not support the case."""
     import bap_kernels as bk
@@ -321,7 +356,10 @@ def run_backend(
     try:
         if case.direction == "forward":
             names = ("forward", "repeated forward")
-            return {name: ops.gathered_conv2d(x, w, b, *index, *geometry, cache_packed) for name in names}
+            if not after[3] and all(part is None for part in after):
+                return {name: ops.gathered_conv2d(x, w, b, *index, *geometry, cache_packed) for name in names}
+            fusion = (None, None, False, *after, cache_packed)
+            return {name: ops._gathered_conv2d_fused(x, w, b, *index, *geometry, *fusion)[0] for name in names}
         mask = [name in case.gradients for name in ("input", "weight", "bias")]
         dx, dw, _ = ops.gathered_conv2d_backward(dy, x, w, *index, *geometry, mask)
         return {name: {"input": dx, "weight": dw}[name] for name in case.gradients}

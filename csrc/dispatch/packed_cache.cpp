@@ -50,6 +50,14 @@ PackedCache& PackedCache::instance() {
   return *cache;
 }
 
+bool PackedCache::keeps(const ConvCall& c, PackedKind kind) {
+  const auto vectors = vectors_of(c, kind);
+  const bool seen = std::all_of(vectors.begin(), vectors.end(), [](const OptionalTensor* vector) {
+    return !has_value(*vector) || (*vector)->is_cpu() || untraced(**vector) == nullptr;
+  });
+  return seen && keeps(c);
+}
+
 PackedTrust PackedCache::trust(const ConvCall& c) {
   if (!c.cache_packed || !c.weight.has_storage()) return PackedTrust::kNone;
   if (!tracked && untraced(c.weight) == nullptr) {
@@ -74,12 +82,12 @@ size_t PackedCache::KeyHash::operator()(const Key& k) const {
 }
 
 at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make) {
-  const PackedTrust trusted = trust(c);
+  const PackedTrust trusted = keeps(c, kind) ? trust(c) : PackedTrust::kNone;
   if (trusted == PackedTrust::kNone) {
     if (c.cache_packed) ++not_kept_;
     return make();
   }
-  const Key key{c.weight.unsafeGetTensorImpl(), hash_lists(c), static_cast<int>(kind), variant};
+  const Key key{c.weight.unsafeGetTensorImpl(), hash_lists(c, kind), static_cast<int>(kind), variant};
   uint64_t doubts = 0, number = 0;
   bool doubted = false;
   std::shared_ptr<const PackedValue> known;
@@ -102,7 +110,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   // Outside the lock: it may read the whole weight.
   const PackedTrust how = doubted ? PackedTrust::kWhole : trusted;
   if (how == PackedTrust::kWhole) ++compared_;
-  if (known != nullptr && known->holds(c, how)) {
+  if (known != nullptr && known->holds(c, kind, how)) {
     ++hits_;
     if (doubted) {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -113,7 +121,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   }
   ++misses_;
   // What it is made from is noted before packing: a change meanwhile makes the entry stale, not wrong.
-  const auto value = std::make_shared<PackedValue>(c, trusted);
+  const auto value = std::make_shared<PackedValue>(c, kind, trusted);
   {
     // Kept across inference and training alike, so it must be an ordinary tensor; and one without a graph, which would
     // keep the weight alive.
@@ -121,7 +129,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
     at::NoGradGuard no_grad;
     value->packed = make();
   }
-  value->count_bytes(!value->packed.has_storage());
+  value->count_bytes();
   std::lock_guard<std::mutex> lock(mutex_);
   const auto stale = index_.find(key);
   if (stale != index_.end()) erase(stale->second);
@@ -132,6 +140,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   Group& group = groups_[key.weight];
   entries_.push_front({key, next_number_++, &group, doubts, value});
   group.entries.insert(&entries_.front());
+  for (const void* vector : value->device_vectors()) vector_entries_[vector].insert(&entries_.front());
   index_[key] = entries_.begin();
   ++count_;
   if (trial != nullptr) trial->kept_.emplace_back(key, entries_.front().number);
@@ -143,6 +152,11 @@ void PackedCache::erase(Entries::iterator entry) {
   --count_;
   entry->group->entries.erase(&*entry);
   if (entry->group->entries.empty()) groups_.erase(entry->key.weight);
+  for (const void* vector : entry->value->device_vectors()) {
+    const auto found = vector_entries_.find(vector);
+    found->second.erase(&*entry);
+    if (found->second.empty()) vector_entries_.erase(found);
+  }
   index_.erase(entry->key);
   entries_.erase(entry);
 }
@@ -180,18 +194,24 @@ void PackedCache::clear() {
   std::lock_guard<std::mutex> lock(mutex_);
   index_.clear();
   groups_.clear();
+  vector_entries_.clear();
   entries_.clear();
   bytes_ = 0;
   count_ = 0;
 }
 
-void PackedCache::drop(const at::Tensor& weight) {
+void PackedCache::drop(const at::Tensor& tensor) {
   if (count_ == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto group = groups_.find(weight.unsafeGetTensorImpl());
-  if (group == groups_.end()) return;
   std::vector<Key> keys;
-  for (const Entry* entry : group->second.entries) keys.push_back(entry->key);
+  const auto group = groups_.find(tensor.unsafeGetTensorImpl());
+  if (group != groups_.end()) {
+    for (const Entry* entry : group->second.entries) keys.push_back(entry->key);
+  }
+  const auto of_vector = vector_entries_.find(tensor.unsafeGetTensorImpl());
+  if (of_vector != vector_entries_.end()) {
+    for (const Entry* entry : of_vector->second) keys.push_back(entry->key);
+  }
   for (const Key& key : keys) erase(index_.at(key));
 }
 

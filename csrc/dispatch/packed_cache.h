@@ -7,7 +7,8 @@
 // values are compared at every call:
 //   kSample  some of the listed values, spread over all of them, where torch alone owns the memory
 //   kWhole   all rows that are listed, by a fingerprint, where something else may write to it
-// Lists are compared by value. On GPUs values cannot be compared without a stall: what would need it is not kept there.
+// Lists are compared by value, and so are the per-channel vectors that some forms take in. On GPUs values cannot be
+// compared without a stall: what would need it is not kept there.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,7 +28,20 @@
 
 namespace bap_kernels {
 
-enum class PackedKind : int { kSliced, kZeroed, kReordered, kConvNhwc, kConvNchw, kByFilter, kMask };
+enum class PackedKind : int {
+  kSliced,
+  kZeroed,
+  kReordered,
+  kConvNhwc,
+  kConvNchw,
+  kByFilter,
+  kMask,
+  // With the call's scales in them, and its bias with scale and shift.
+  kSlicedFolded,
+  kZeroedFolded,
+  kReorderedFolded,
+  kBiasFolded,
+};
 
 // How packed weights of a call are kept.
 enum class PackedTrust : int { kNone, kWhole, kSample };
@@ -38,7 +52,7 @@ struct PackedValue;  // what is kept, and what it was made from
 class PackedCache {
   struct Key {
     const void* weight;
-    uint64_t lists;  // hash of the lists' values; those of GPUs count by identity
+    uint64_t lists;  // hash of the values of lists and vectors; those of GPUs count by identity
     int kind, variant;
     bool operator==(const Key& o) const = default;
   };
@@ -50,6 +64,9 @@ class PackedCache {
 
   // Whether the call asks for caching and changes of its weight and lists could be seen.
   static bool keeps(const ConvCall& call) { return trust(call) != PackedTrust::kNone; }
+
+  // Whether besides changes of the vectors that a form takes in could be seen.
+  static bool keeps(const ConvCall& call, PackedKind kind);
 
   // Why a call that asks for caching compares its weight whole, or packs it every time; empty where it does neither.
   static std::string note(const ConvCall& call);
@@ -64,8 +81,9 @@ class PackedCache {
   void set_limit(int64_t bytes);
   void clear();
 
-  // Drops all that is kept of a weight; next to nothing to do where nothing is kept at all.
-  void drop(const at::Tensor& weight);
+  // Drops all that is kept of a weight, and what took in this vector on a GPU; next to nothing to do where nothing is
+  // kept at all.
+  void drop(const at::Tensor& tensor);
 
   // While it lives, calls of its thread are tracked by autograd with respect to the weight: training may follow, and
   // write without a trace. So they compare the whole weight, as does the next use of each kept form of it.
@@ -122,6 +140,7 @@ class PackedCache {
   Entries entries_;
   std::unordered_map<Key, Entries::iterator, KeyHash> index_;
   std::unordered_map<const void*, Group> groups_;
+  std::unordered_map<const void*, std::unordered_set<const Entry*>> vector_entries_;  // by vectors on GPUs
   size_t made_since_sweep_ = 0;
   uint64_t next_number_ = 0;
   int64_t bytes_ = 0, limit_ = int64_t{1} << 30, evictions_ = 0;

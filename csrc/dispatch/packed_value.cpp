@@ -116,26 +116,58 @@ bool PackedValue::List::holds(const OptionalTensor& list) const {
   return true;
 }
 
-uint64_t hash_lists(const ConvCall& c) {
+PackedValue::Vector::Vector(const OptionalTensor& vector) {
+  if (!has_value(vector)) return;
+  state.emplace(*vector);
+  if (vector->is_cpu()) values = vector->detach().clone();
+}
+
+bool PackedValue::Vector::holds(const OptionalTensor& vector) const {
+  if (!state.has_value() || !has_value(vector)) return state.has_value() == has_value(vector);
+  if (!values.defined()) return state->holds(*vector);
+  if (!vector->is_cpu() || vector->scalar_type() != values.scalar_type() || vector->numel() != values.numel()) {
+    return false;
+  }
+  const at::Tensor dense = vector->contiguous();
+  return dense.numel() == 0 || std::memcmp(dense.const_data_ptr(), values.const_data_ptr(), values.nbytes()) == 0;
+}
+
+std::vector<const OptionalTensor*> vectors_of(const ConvCall& c, PackedKind kind) {
+  switch (kind) {
+    case PackedKind::kSlicedFolded:
+    case PackedKind::kZeroedFolded:
+    case PackedKind::kReorderedFolded:
+      return {c.fusion.only_scales_input() ? &c.fusion.in_scale : &kAbsent, &c.fusion.out_scale};
+    case PackedKind::kBiasFolded:
+      return {&c.bias, &c.fusion.out_scale, &c.fusion.out_shift};
+    default:
+      return {};
+  }
+}
+
+uint64_t hash_lists(const ConvCall& c, PackedKind kind) {
   uint64_t hash = 0;
-  for (const OptionalTensor* list : lists_of(c)) {
-    if (!has_value(*list)) {
+  const auto add = [&hash](const OptionalTensor& tensor) {
+    if (!has_value(tensor)) {
       hash = hash * 31 + 1;
-    } else if (!(*list)->is_cpu()) {
-      hash = hash * 31 + reinterpret_cast<uintptr_t>((*list)->unsafeGetTensorImpl());
+    } else if (!tensor->is_cpu()) {
+      hash = hash * 31 + reinterpret_cast<uintptr_t>(tensor->unsafeGetTensorImpl());
     } else {
-      const at::Tensor dense = (*list)->contiguous();
+      const at::Tensor dense = tensor->contiguous();
       const auto bytes = static_cast<int64_t>(dense.nbytes());
       for (const uint64_t lane : fingerprint_bytes(bytes ? dense.const_data_ptr() : nullptr, bytes)) {
         hash = hash * 31 + lane;
       }
     }
-  }
+  };
+  for (const OptionalTensor* list : lists_of(c)) add(*list);
+  for (const OptionalTensor* vector : vectors_of(c, kind)) add(*vector);
   return hash;
 }
 
-PackedValue::PackedValue(const ConvCall& c, PackedTrust trust)
+PackedValue::PackedValue(const ConvCall& c, PackedKind kind, PackedTrust trust)
     : weight(c.weight), lists{List(c.in_index), List(c.out_index), List(c.weight_index)} {
+  for (const OptionalTensor* vector : vectors_of(c, kind)) vectors.emplace_back(*vector);
   if (!c.weight.is_cpu()) return;
   sample = Sample(c);
   has_whole = trust == PackedTrust::kWhole;
@@ -143,13 +175,19 @@ PackedValue::PackedValue(const ConvCall& c, PackedTrust trust)
 }
 
 bool PackedValue::expired() const {
-  return weight.expired() || std::any_of(lists.begin(), lists.end(), [](const List& list) {
-           return list.on_device.has_value() && list.on_device->expired();
-         });
+  const auto list_gone = [](const List& list) { return list.on_device.has_value() && list.on_device->expired(); };
+  // Those on the CPU too, although equal values would do: whoever made them makes others the next time.
+  const auto vector_gone = [](const Vector& vector) { return vector.state.has_value() && vector.state->expired(); };
+  return weight.expired() || std::any_of(lists.begin(), lists.end(), list_gone) ||
+         std::any_of(vectors.begin(), vectors.end(), vector_gone);
 }
 
-bool PackedValue::holds(const ConvCall& c, PackedTrust trust) const {
+bool PackedValue::holds(const ConvCall& c, PackedKind kind, PackedTrust trust) const {
   if (!weight.holds(c.weight)) return false;
+  const auto given = vectors_of(c, kind);
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    if (!vectors[i].holds(*given[i])) return false;
+  }
   const auto listed = lists_of(c);
   for (size_t i = 0; i < lists.size(); ++i) {
     if (!lists[i].holds(*listed[i])) return false;
@@ -159,8 +197,24 @@ bool PackedValue::holds(const ConvCall& c, PackedTrust trust) const {
   return has_whole && whole == fingerprint_rows(c.weight, c.out_index);
 }
 
-void PackedValue::count_bytes(bool reordered) {
-  bytes = reordered ? reordered_bytes(packed) + kOfReordered : static_cast<int64_t>(packed.storage().nbytes());
+std::vector<const void*> PackedValue::device_vectors() const {
+  std::vector<const void*> addresses;
+  for (const Vector& vector : vectors) {
+    if (vector.on_device()) addresses.push_back(vector.state->impl._unsafe_get_target());
+  }
+  return addresses;
+}
+
+void PackedValue::count_bytes() {
+  if (!packed.defined()) {
+    bytes = 0;
+  } else if (packed.has_storage()) {
+    bytes = static_cast<int64_t>(packed.storage().nbytes());
+  } else {
+    bytes = reordered_bytes(packed) + kOfReordered;
+  }
+  for (const Vector& vector : vectors)
+    bytes += vector.values.defined() ? static_cast<int64_t>(vector.values.nbytes()) : 0;
   bytes += kBookkeeping + static_cast<int64_t>(sample.offsets.size() * 2 * sizeof(int64_t));
   for (const List& list : lists) bytes += static_cast<int64_t>(list.values.size() * sizeof(int32_t));
 }

@@ -41,8 +41,11 @@ inline std::array<const OptionalTensor*, 3> lists_of(const ConvCall& c) {
   return {&c.in_index, &c.out_index, &c.weight_index};
 }
 
-// Of the lists' values; those on GPUs count by identity.
-uint64_t hash_lists(const ConvCall& call);
+// The per-channel vectors that a packed form takes in; in this order also those of PackedValue.
+std::vector<const OptionalTensor*> vectors_of(const ConvCall& call, PackedKind kind);
+
+// Of the values of lists and vectors; those on GPUs count by identity.
+uint64_t hash_lists(const ConvCall& call, PackedKind kind);
 
 struct PackedValue {
   // A list: nothing, the values of one on the CPU, or one on a GPU by identity.
@@ -56,20 +59,33 @@ struct PackedValue {
     bool holds(const OptionalTensor& list) const;
   };
 
+  // A vector: nothing, one on the CPU with its values, or one on a GPU by identity.
+  struct Vector {
+    std::optional<TensorState> state;
+    at::Tensor values;  // those of one on the CPU
+
+    explicit Vector(const OptionalTensor& vector);
+    bool holds(const OptionalTensor& vector) const;
+    bool on_device() const { return state.has_value() && !values.defined(); }
+  };
+
   TensorState weight;
   std::array<List, 3> lists;
+  std::vector<Vector> vectors;
   Sample sample;
   bool has_whole = false;
   Fingerprint whole{};
   at::Tensor packed;
   int64_t bytes = 0;
 
-  PackedValue(const ConvCall& call, PackedTrust trust);
+  PackedValue(const ConvCall& call, PackedKind kind, PackedTrust trust);
   bool expired() const;
   // Whether the call would be packed into the same; `trust` says how its weight is compared.
-  bool holds(const ConvCall& call, PackedTrust trust) const;
+  bool holds(const ConvCall& call, PackedKind kind, PackedTrust trust) const;
+  // The tensors of vectors on GPUs, as addresses.
+  std::vector<const void*> device_vectors() const;
   // All bytes that the value takes once `packed` is set.
-  void count_bytes(bool reordered);
+  void count_bytes();
 };
 
 }  // namespace bap_kernels

@@ -3,32 +3,45 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/addcmul.h>
 
 namespace bap_kernels {
 namespace {
 
 at::Tensor per_channel(const at::Tensor& v, at::ScalarType dtype) { return v.to(dtype).view({1, -1, 1, 1}); }
 
+// In one pass: x, or a new tensor, becomes scale * x + shift.
+at::Tensor scale_and_shift(at::Tensor x, const OptionalTensor& scale, const OptionalTensor& shift, bool fresh) {
+  const auto dtype = x.scalar_type();
+  if (has_value(scale) && has_value(shift)) {
+    const at::Tensor factor = per_channel(*scale, dtype), term = per_channel(*shift, dtype);
+    return fresh ? at::addcmul_out(x, term, x, factor) : at::addcmul(term, x, factor);
+  }
+  if (has_value(scale)) return fresh ? x.mul_(per_channel(*scale, dtype)) : x * per_channel(*scale, dtype);
+  if (has_value(shift)) return fresh ? x.add_(per_channel(*shift, dtype)) : x + per_channel(*shift, dtype);
+  return x;
+}
+
 }  // namespace
 
-at::Tensor apply_prologue(at::Tensor x, const Fusion& f) {
-  const auto dtype = x.scalar_type();
-  x = x.to(at::toOpMathType(dtype));
-  if (has_value(f.in_scale)) x = x * per_channel(*f.in_scale, x.scalar_type());
-  if (has_value(f.in_shift)) x = x + per_channel(*f.in_shift, x.scalar_type());
-  if (f.in_relu) x = x.relu();
+at::Tensor apply_prologue(at::Tensor x, const Fusion& f, bool fresh) {
+  const auto dtype = x.scalar_type(), wide = at::toOpMathType(dtype);
+  const bool vectors = has_value(f.in_scale) || has_value(f.in_shift);
+  if (vectors) {
+    x = scale_and_shift(x.to(wide), f.in_scale, f.in_shift, fresh || wide != dtype);
+    fresh = true;
+  }
+  if (f.in_relu) x = fresh ? x.relu_() : x.relu();
   return x.to(dtype);
 }
 
-at::Tensor apply_epilogue(at::Tensor y, const Fusion& f) {
-  if (!f.has_epilogue()) return y;
+at::Tensor apply_epilogue(at::Tensor y, const Fusion& f, at::MemoryFormat format) {
+  if (!f.has_epilogue()) return y.contiguous(format);
   const auto dtype = y.scalar_type();
-  y = y.to(at::toOpMathType(dtype));
-  if (has_value(f.out_scale)) y = y * per_channel(*f.out_scale, y.scalar_type());
-  if (has_value(f.out_shift)) y = y + per_channel(*f.out_shift, y.scalar_type());
-  if (has_value(f.residual)) y = y + f.residual->to(y.scalar_type());
-  if (f.out_relu) y = y.relu();
-  return y.to(dtype);
+  y = scale_and_shift(y.to(at::toOpMathType(dtype)), f.out_scale, f.out_shift, /*fresh=*/true);
+  if (has_value(f.residual)) y.add_(*f.residual);
+  if (f.out_relu) y.relu_();
+  return y.to(dtype).contiguous(format);
 }
 
 at::Tensor listed_bias(const ConvCall& c) {
@@ -44,7 +57,7 @@ at::Tensor trivial_result(const ConvCall& c) {
   } else {
     y.zero_();
   }
-  return apply_epilogue(y, c.fusion);
+  return apply_epilogue(y, c.fusion, c.format());
 }
 
 }  // namespace bap_kernels

@@ -104,6 +104,8 @@ struct Fusion {
 
   auto tie() const { return std::tie(in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu); }
   bool has_prologue() const { return in_relu || has_value(in_scale) || has_value(in_shift); }
+  // Whether the prologue is a scale alone, which the weight can take in: the padding stays zero.
+  bool only_scales_input() const { return has_value(in_scale) && !has_value(in_shift) && !in_relu; }
   bool has_epilogue() const { return out_relu || has_value(out_scale) || has_value(out_shift) || has_value(residual); }
 };
 

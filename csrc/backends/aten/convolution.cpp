@@ -3,16 +3,21 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_add_relu.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/col2im.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/im2col.h>
 #include <ATen/ops/matmul.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
 #include <vector>
+
+#include "backends/aten/fused_convolution.h"
 
 namespace bap_kernels {
 namespace {
@@ -156,6 +161,30 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const OptionalT
   at::Tensor y = forward_by_columns(x, w, options);
   if (has_value(bias)) y = y + bias->to(y.scalar_type()).view({1, -1, 1, 1});
   return y.to(x.scalar_type());
+}
+
+at::Tensor add_relu(at::Tensor y, const at::Tensor& residual, bool relu, at::MemoryFormat format) {
+  if (!residual.defined()) return (relu ? y.relu_() : y).contiguous(format);
+  at::Tensor out = y.is_contiguous(format) ? y : at::empty(y.sizes(), y.options().memory_format(format));
+  // One pass for both, where PyTorch has it.
+  if (relu && y.is_cpu() && (y.scalar_type() == at::kFloat || y.scalar_type() == at::kDouble)) {
+    return at::_add_relu_out(out, y, residual);
+  }
+  at::add_out(out, y, residual);
+  return relu ? out.relu_() : out;
+}
+
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& e,
+                       const ConvolutionOptions& options, c10::DeviceType device) {
+  const auto format = x.suggest_memory_format();
+  if (!convolution_fails(x, w, options, /*weight_gradient=*/false)) {
+    const bool plain = !x.device().is_cpu();
+    const auto fused =
+        fused_convolution(plain ? x : with_plain_strides(x), plain ? w : with_plain_strides(w), e, options, device);
+    if (fused.has_value()) return *fused;
+  }
+  const auto bias = e.bias.defined() ? OptionalTensor(e.bias) : std::nullopt;
+  return add_relu(convolution(x, w, bias, options), e.residual, e.relu, format);
 }
 
 std::pair<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& x,

@@ -24,6 +24,12 @@ struct ConvolutionOptions {
   int64_t groups;
 };
 
+// What follows a convolution: y = relu?(conv(x, w) + bias + residual). Tensors of x's dtype, undefined where absent.
+struct ConvolutionEpilogue {
+  at::Tensor bias, residual;
+  bool relu = false;
+};
+
 // Whether PyTorch's CPU kernels may not have a convolution of `channels` input channels in each group, or one that they
 // may have but not its weight gradient.
 bool convolution_fails(at::ScalarType dtype, int64_t channels, c10::IntArrayRef size, c10::IntArrayRef kernel,
@@ -34,6 +40,14 @@ bool convolution_fails(const at::Tensor& x, const at::Tensor& w, const Convoluti
 
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const OptionalTensor& bias,
                        const ConvolutionOptions& options);
+
+// With what follows in the same call where a library has that, else in passes that write into the result. `device` is
+// that of the tensors, except in tests.
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& epilogue,
+                       const ConvolutionOptions& options, c10::DeviceType device);
+
+// y, which nothing else sees, with the sum and the ReLU of the epilogue, in the memory format: in place where y has it.
+at::Tensor add_relu(at::Tensor y, const at::Tensor& residual, bool relu, at::MemoryFormat format);
 
 // The gradients of x and w; undefined where they are not wanted.
 std::pair<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& x,

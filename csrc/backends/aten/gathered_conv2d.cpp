@@ -4,12 +4,14 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include "backends/aten/convolution.h"
+#include "backends/aten/folded_weight.h"
+#include "backends/aten/fused_convolution.h"
+#include "backends/aten/onednn.h"
 #include "backends/aten/packed_convolution.h"
 #include "backends/aten/pixel_gather.h"
 #include "dispatch/packed_cache.h"
@@ -29,31 +31,6 @@ at::Tensor select_channels(const at::Tensor& x, const at::Tensor& index, Candida
   return pixels.index_select(3, index).permute({0, 3, 1, 2});
 }
 
-// The listed slices of the weight, in the call's format.
-at::Tensor slice_weight(const ConvCall& c) {
-  at::Tensor w = c.weight;
-  if (has_value(c.out_index)) w = w.index_select(0, *c.out_index);
-  if (has_value(c.weight_list()) && !c.shape.depthwise) w = w.index_select(1, *c.weight_list());
-  return w.contiguous(c.format());
-}
-
-at::Tensor listed_weight(const ConvCall& c) {
-  if (!has_value(c.weight_list()) && !has_value(c.out_index)) return c.weight;
-  return PackedCache::instance().get(c, PackedKind::kSliced, static_cast<int>(c.format()),
-                                     [&] { return slice_weight(c); });
-}
-
-// The listed filters over all input channels, zeros where the input is not listed.
-at::Tensor zeroed_weight(const ConvCall& c) {
-  const auto make = [&] {
-    at::Tensor w = has_value(c.out_index) ? c.weight.index_select(0, *c.out_index) : c.weight;
-    at::Tensor zeroed = at::zeros({w.size(0), c.shape.channels_in, w.size(2), w.size(3)}, w.options());
-    zeroed.index_copy_(1, c.in_index->to(at::kLong), w.index_select(1, *c.weight_list()));
-    return zeroed.contiguous(c.format());
-  };
-  return PackedCache::instance().get(c, PackedKind::kZeroed, static_cast<int>(c.format()), make);
-}
-
 // Whether each of the input's channels is listed, (1, C_in, 1, 1).
 at::Tensor channel_mask(const ConvCall& c) {
   return PackedCache::instance().get(c, PackedKind::kMask, 0, [&] {
@@ -69,18 +46,92 @@ std::array<int64_t, 2> pad_unevenly(const ConvCall& c, at::Tensor& x) {
   return {0, 0};
 }
 
-// Whether oneDNN may not have the call, which kGatherPacked would hand to it.
-bool packed_fails(const ConvCall& c, const at::Tensor& x, c10::IntArrayRef padding) {
-  return convolution_fails(x.scalar_type(), c.shape.depthwise ? 1 : c.shape.kept_in, x.sizes().slice(2),
-                           c.weight.sizes().slice(2), {c.stride, padding, c.dilation, 1}, /*weight_gradient=*/false);
+// What the padding adds to the input, where the convolution cannot.
+std::array<int64_t, 4> padded_sizes(const ConvCall& c) {
+  const auto& s = c.shape;
+  if (c.symmetric_padding()) return {s.batch, s.kept_in, s.height, s.width};
+  return {s.batch, s.kept_in, s.height + c.padding[kTop] + c.padding[kBottom],
+          s.width + c.padding[kLeft] + c.padding[kRight]};
 }
 
-at::Tensor convolve(const ConvCall& c, at::Tensor x, const at::Tensor& w) {
-  const auto padding = pad_unevenly(c, x);
-  const at::Tensor bias = listed_bias(c);
-  return convolution(x, w, bias.defined() ? OptionalTensor(bias) : std::nullopt,
-                     {c.stride, padding, c.dilation, c.shape.depthwise ? c.shape.kept_in : 1});
-}
+int64_t groups_of(const ConvCall& c) { return c.shape.depthwise ? c.shape.kept_in : 1; }
+
+// One call for a device.
+struct Run {
+  const ConvCall& c;
+  c10::DeviceType device;
+
+  Operands operands(WeightForm form) const {
+    const bool zero_bias = c.fusion.out_relu && cudnn_fuses(c.input.scalar_type(), groups_of(c), device);
+    return operands_of(c, form, 0, zero_bias, device, [](const at::Tensor& w) { return w; });
+  }
+
+  at::Tensor convolve(at::Tensor x, const Operands& o, const at::Tensor& residual, bool relu) const {
+    const auto padding = pad_unevenly(c, x);
+    const ConvolutionOptions options{c.stride, padding, c.dilation, groups_of(c)};
+    return convolution(x, o.weight, {o.bias, residual, relu}, options, device);
+  }
+
+  // With the call's epilogue, as much of it as possible in the same call.
+  at::Tensor convolve(const at::Tensor& x, const Operands& o) const {
+    if (o.scale) return apply_epilogue(convolve(x, o, {}, false), c.fusion, c.format());
+    const at::Tensor residual = has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor();
+    return convolve(x, o, residual, c.fusion.out_relu).contiguous(c.format());
+  }
+
+  // With zeros in the weight of unlisted channels; undefined where they do not make up for what these hold.
+  at::Tensor dense() const {
+    const Operands o = operands(WeightForm::kZeroed);
+    at::Tensor y = convolve(c.input, o, {}, false);
+    // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
+    // A ReLU could hide it, so it comes after.
+    if (!at::isfinite(y.sum(at::toOpMathType(y.scalar_type()))).item<bool>()) return {};
+    if (o.scale) return apply_epilogue(y, c.fusion, c.format());
+    return add_relu(y, has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor(), c.fusion.out_relu, c.format());
+  }
+
+  at::Tensor masked() const {
+    // Zero times NaN is NaN, so zeros in the weight alone would not do; to look for NaN would stall the device.
+    const at::Tensor x = at::where(channel_mask(c), c.input, at::zeros({}, c.input.options()));
+    return convolve(x, operands(WeightForm::kZeroed));
+  }
+
+  at::Tensor prologue(const at::Tensor& x, const Operands& o) const {
+    return o.prologue ? apply_prologue(x, c.fusion, /*fresh=*/has_value(c.in_index)) : x;
+  }
+
+  // By oneDNN with a reordered weight; undefined where it may not have the call.
+  at::Tensor packed(const at::Tensor& selected) const {
+    const auto size = padded_sizes(c);
+    const std::array<int64_t, 2> even = {c.padding[kTop], c.padding[kLeft]}, none = {0, 0};
+    const ConvolutionOptions options{c.stride, c.symmetric_padding() ? even : none, c.dilation, groups_of(c)};
+    if (convolution_fails(c.input.scalar_type(), c.shape.depthwise ? 1 : c.shape.kept_in,
+                          c10::IntArrayRef(size).slice(2), c.weight.sizes().slice(2), options,
+                          /*weight_gradient=*/false)) {
+      return {};
+    }
+    const Operands o =
+        operands_of(c, WeightForm::kReordered, reordered_variant(c, size, options.padding), /*zero_bias=*/false, device,
+                    [&](const at::Tensor& w) { return onednn_reorder(w, options, size); });
+    at::Tensor x = prologue(selected, o);
+    pad_unevenly(c, x);
+    ConvolutionEpilogue epilogue{o.bias, {}, c.fusion.out_relu};
+    const at::Tensor residual = has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor();
+    // The result is channels_last: another format costs a pass, which can add as well.
+    const bool adds = residual.defined() && residual.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+                      onednn_convolves(x.scalar_type(), options.groups, {o.bias, residual, c.fusion.out_relu});
+    if (o.scale) {
+      epilogue.relu = false;
+    } else if (adds) {
+      epilogue.residual = residual;
+    } else if (residual.defined()) {
+      epilogue.relu = false;
+    }
+    const at::Tensor y = onednn_convolution(x, o.weight, epilogue, options);
+    if (o.scale) return apply_epilogue(y, c.fusion, c.format());
+    return add_relu(y, adds ? at::Tensor() : residual, c.fusion.out_relu && !epilogue.relu, c.format());
+  }
+};
 
 }  // namespace
 
@@ -88,32 +139,21 @@ bool dense_applies(const ConvCall& c) {
   return has_value(c.in_index) && !c.shape.depthwise && !c.fusion.has_prologue();
 }
 
-at::Tensor aten_gathered_conv2d(const ConvCall& c, Candidate candidate) {
+at::Tensor aten_gathered_conv2d(const ConvCall& c, Candidate candidate, c10::DeviceType device) {
+  const Run run{c, device};
   if (candidate == Candidate::kDense) {
-    const at::Tensor dense = convolve(c, c.input, zeroed_weight(c));
-    // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
-    if (at::isfinite(dense.sum(at::toOpMathType(dense.scalar_type()))).item<bool>()) {
-      return apply_epilogue(dense, c.fusion).contiguous(c.format());
-    }
+    const at::Tensor y = run.dense();
+    if (y.defined()) return y;
     candidate = Candidate::kGather;
   }
-  if (candidate == Candidate::kMasked) {
-    // Zero times NaN is NaN, so zeros in the weight alone would not do; to look for NaN would stall the device.
-    const at::Tensor x = at::where(channel_mask(c), c.input, at::zeros({}, c.input.options()));
-    return apply_epilogue(convolve(c, x, zeroed_weight(c)), c.fusion).contiguous(c.format());
-  }
-  at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, candidate) : c.input;
-  if (c.fusion.has_prologue()) x = apply_prologue(x, c.fusion);
-  at::Tensor y;
+  if (candidate == Candidate::kMasked) return run.masked();
+  const at::Tensor x = has_value(c.in_index) ? select_channels(c.input, *c.in_index, candidate) : c.input;
   if (candidate == Candidate::kGatherPacked) {
-    at::Tensor padded = x;
-    const auto padding = pad_unevenly(c, padded);
-    if (!packed_fails(c, padded, padding)) {
-      y = packed_convolution(c, padded, padding, listed_bias(c), [&] { return slice_weight(c); });
-    }
+    const at::Tensor y = run.packed(x);
+    if (y.defined()) return y;
   }
-  if (!y.defined()) y = convolve(c, x, listed_weight(c));
-  return apply_epilogue(y, c.fusion).contiguous(c.format());
+  const Operands o = run.operands(WeightForm::kSliced);
+  return run.convolve(run.prologue(x, o), o);
 }
 
 }  // namespace bap_kernels
