@@ -27,12 +27,17 @@ _KEYS = ("in_index", "out_index")
 _FEWEST_TO_PRUNE = 5
 
 
-def _draw(channels: int, density: float, *seed: object) -> list[int]:
-    """Draws ``density * channels`` channels, at least one; the same on every machine and with every library version."""
+def _draw(channels: int, density: float, exact: bool, *seed: object) -> list[int]:
+    """Draws channels, at least one; the same on every machine and with every library version.
+
+    Args:
+        exact: ``density * channels`` of them; else each by itself with that probability.
+    """
     digest = hashlib.shake_256(json.dumps(seed).encode()).digest(8 * channels)
-    order = np.argsort(np.frombuffer(digest, dtype="<u8"), kind="stable")
-    kept = max(1, int(density * channels + 0.5))
-    return sorted(order[:kept].tolist())
+    numbers = np.frombuffer(digest, dtype="<u8")
+    order = np.argsort(numbers, kind="stable")
+    kept = int(density * channels + 0.5) if exact else int((numbers / 2.0**64 < density).sum())
+    return sorted(order[: max(1, kept)].tolist())
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -197,6 +202,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         density: float = 0.5,
         seed: int = 0,
         both: bool = False,
+        exact: bool = True,
     ) -> ChannelTable:
         """Draws lists for the convolutions of a model; they depend on seed, domain, layer name and width alone.
 
@@ -209,6 +215,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             density: kept share of each layer's channels, in [0, 1], rounded; at least one channel is kept.
             seed: chooses the draw.
             both: draw out-lists too.
+            exact: keep just that share of each layer. False draws every channel by itself with that probability, so
+                that lists have the odd lengths of trained ones: 37 of 64, not 32.
 
         Raises:
             ValueError: if ``density`` is not in [0, 1].
@@ -218,6 +226,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             >>> from bap_kernels import ChannelTable
             >>> ChannelTable.random(nn.Sequential(nn.Conv2d(8, 8, 1)), ["birds"], density=0.5)["birds"]
             {'0': ChannelLists(in_index=[1, 3, 5, 6], out_index=None)}
+            >>> ChannelTable.random(nn.Sequential(nn.Conv2d(8, 8, 1)), ["birds"], density=0.5, exact=False)["birds"]
+            {'0': ChannelLists(in_index=[0, 1, 2, 3, 5, 6], out_index=None)}
         """
         if not 0 <= density <= 1:
             raise ValueError(f"ChannelTable.random(): expected `density` to be in [0, 1], got {density}.")
@@ -233,12 +243,12 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 read = write = None
                 if conv.groups != 1:
                     if both:
-                        read = write = _draw(conv.in_channels, density, seed, domain, name, "in")
+                        read = write = _draw(conv.in_channels, density, exact, seed, domain, name, "in")
                 else:
                     if conv.in_channels >= _FEWEST_TO_PRUNE:
-                        read = _draw(conv.in_channels, density, seed, domain, name, "in")
+                        read = _draw(conv.in_channels, density, exact, seed, domain, name, "in")
                     if both:
-                        write = _draw(conv.out_channels, density, seed, domain, name, "out")
+                        write = _draw(conv.out_channels, density, exact, seed, domain, name, "out")
                 layers[name] = ChannelLists(read, write)
         return cls(table)
 

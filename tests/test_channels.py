@@ -190,6 +190,31 @@ def test_random_keeps_one_to_all_channels() -> None:
         ChannelTable.random(_model(), "a", density=1.5)
 
 
+def test_random_lists_with_exact_off_are_ragged_and_reproducible() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 1))
+    domains = [f"d{number}" for number in range(200)]
+    table = ChannelTable.random(model, domains, density=0.5, both=True, exact=False)
+    assert table == ChannelTable.random(model, domains, density=0.5, both=True, exact=False)
+    lengths = torch.tensor([layers["0"].counts for layers in table.values()], dtype=torch.float64)
+    # Binomial: 32 expected, standard deviation 4, both of 400 draws known to about 1 and 4 %.
+    assert abs(lengths.mean() - 32) < 1
+    assert 3.4 < lengths.std() < 4.6
+    assert len(set(lengths[:, 0].tolist())) > 8
+    assert table["d0"]["0"].in_index.tolist() != table["d0"]["0"].out_index.tolist()
+    # Literal values: published measurements depend on these lists.
+    small = ChannelTable.random(nn.Sequential(nn.Conv2d(8, 8, 1)), ["birds"], 0.5, exact=False)
+    assert small["birds"]["0"].in_index.tolist() == [0, 1, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+def test_random_lists_with_exact_off_keep_one_to_all_channels(density: float) -> None:
+    for seed in range(30):
+        lists = ChannelTable.random(_model(), "a", density, seed, exact=False)["a"]["2"]
+        assert lists.counts[0] >= 1
+        if density != 0.01:
+            assert lists.counts == (16 if density else 1, None)
+
+
 def test_random_uses_all_channels_evenly() -> None:
     domains = [f"d{number}" for number in range(400)]
     table = ChannelTable.random(nn.Sequential(nn.Conv2d(16, 8, 1)), domains, density=0.5)
