@@ -304,8 +304,8 @@ def draw_epilogue(shape: tuple[int, ...], case: Case, rng: random.Random, genera
     scale, shift, residual = some(shape[1]), some(shape[1]), some(*shape)
     if residual is not None:
         residual = lay_out(residual.to(DTYPES[case.dtype]), rng.choice((case.layout, case.grad_layout)), rng)
-    vectors = (None if vector is None else vector.float() for vector in (scale, shift))
-    return *vectors, residual, rng.random() < 0.5
+    scale, shift = (None if vector is None else vector.float() for vector in (scale, shift))
+    return scale, shift, residual, rng.random() < 0.5
 
 
 def with_epilogue(y: Any, after: Epilogue) -> Any:
