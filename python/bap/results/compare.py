@@ -31,6 +31,7 @@ from bap.models import MODELS
 from bap.prune.counting import Cost, count
 from bap.prune.layers import SwitchBank, conv_specs
 from bap.prune.masks import magnitude_scores, saliency_scores, write_masks
+from bap.results.report import markdown_table
 from bap.train.budget import project, switch_costs
 from bap.train.checkpoint import load_checkpoint
 from bap.train.network import switched_network
@@ -41,6 +42,7 @@ __all__ = [
     "BASELINES",
     "MATCHES",
     "Comparison",
+    "comparison_cells",
     "comparison_table",
     "matched_masks",
     "narrow_options",
@@ -287,8 +289,11 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: with ``beta``, ``method``, ``match`` ("reference", what a baseline is matched on, or ""), ``seed``,
             ``accuracy`` (mean, per cent), ``flop``, ``exact_flop``, ``params`` and ``seconds``.
     """
-    from bap.results.report import markdown_table
+    return markdown_table(*comparison_cells(rows))
 
+
+def comparison_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of :func:`comparison_table`."""
     groups: dict[tuple[float, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["beta"], row["method"], row["match"]), []).append(row)
@@ -314,4 +319,4 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
         line.append(f"{statistics.fmean([row['seconds'] for row in group]):.0f}")
         lines.append(line)
     head = ["β", "method", "matched on", "seeds", "mean accuracy", "difference", "FLOP ×", "exact FLOP ×", "Params ×"]
-    return markdown_table([*head, "training, s"], lines)
+    return [*head, "training, s"], lines

@@ -23,6 +23,7 @@ __all__ = [
     "plot_accuracy",
     "plot_curves",
     "plot_kept",
+    "result_cells",
     "results_table",
     "speed_table",
 ]
@@ -38,7 +39,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
 
 
-def _cells(results: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+def result_cells(results: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of :func:`results_table`."""
     names = _domains_of(results)
     head = ["run", "β", "sharing", "split", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×", "union", "∩"]
     rows = []
@@ -61,7 +63,7 @@ def results_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
     S of a part of the domains, or of validation images, says so in its cell.
     """
-    return markdown_table(*_cells(results))
+    return markdown_table(*result_cells(results))
 
 
 def csv_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -90,28 +92,21 @@ def csv_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "β": r"$\beta$", "×": r"$\times$", "∩": r"$\cap$", "–": "--",
+    "±": r"$\pm$",
 }  # fmt: skip
 
 
-def latex_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """:func:`results_table` as a LaTeX tabular with booktabs' rules."""
-    head, rows = _cells(results)
-    lines = [
-        " & ".join("".join(_LATEX.get(letter, letter) for letter in cell) for cell in row) for row in (head, *rows)
-    ]
-    columns = "ll" + "l" * 2 + "r" * (len(head) - 4)
-    body = [rf"{line} \\" for line in lines]
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            body[0],
-            r"\midrule",
-            *body[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 4) -> str:
+    """A LaTeX tabular with booktabs' rules.
+
+    Args:
+        head, rows: cells, as for :func:`markdown_table`.
+        texts: columns that are aligned left, the first ones.
+    """
+    escaped = [["".join(_LATEX.get(letter, letter) for letter in cell) for cell in row] for row in (head, *rows)]
+    body = [" & ".join(row) + r" \\" for row in escaped]
+    begin = r"\begin{tabular}{" + "l" * texts + "r" * (len(head) - texts) + "}"
+    return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
 
 
 def speed_table(report: Mapping[str, Any]) -> str:
@@ -226,6 +221,6 @@ def make_report(folders: Sequence[str | Path], out: str | Path, served: str | No
     ]
     lines += _published(config.data.suite, results)
     write_bytes(out / "results.csv", csv_table(results).encode())
-    write_bytes(out / "results.tex", (latex_table(results) + "\n").encode())
+    write_bytes(out / "results.tex", (latex_table(*result_cells(results)) + "\n").encode())
     write_bytes(out / "report.md", ("\n".join(lines) + "\n").encode())
     return out / "report.md"

@@ -12,8 +12,8 @@ import torch
 from bap.config import Config, load_config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
-from bap.results.compare import BASELINES, MATCHES, Comparison, comparison_table
-from bap.results.report import markdown_table
+from bap.results.compare import BASELINES, MATCHES, Comparison, comparison_cells, comparison_table
+from bap.results.report import csv_table, latex_table, markdown_table
 from bap.results.run import scored, train_run
 from bap.results.scores import shown_score
 from bap.train.domains import check_source, load_domains, source_of, suite_of
@@ -23,7 +23,7 @@ from bap.train.pretrain import pretrain
 from bap.train.resume import check_same_settings
 from bap.train.run_log import read_results
 
-__all__ = ["pretrained", "study", "study_table"]
+__all__ = ["pretrained", "study", "study_cells", "study_table"]
 
 # Name of the teacher that is the dense network of the study's own, of the same seed.
 _DENSE = "dense"
@@ -118,7 +118,7 @@ def study(
     compare: Sequence[str] = (),
     match: Sequence[str] = MATCHES,
 ) -> Path:
-    """Runs the cells that are missing, and writes study.json and study.md.
+    """Runs the cells that are missing, and writes study.json, study.md, study.csv and study.tex.
 
     Args:
         config: settings that all runs share; seed, budget and sharing loss are set here. The teacher ``dense`` is the
@@ -196,6 +196,11 @@ def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: l
             "masks by saliency with those of the dense network that they are chosen on."
         )
     write_bytes(folder / "study.md", (text + "\n").encode())
+    titled = [(f"{row['sharing'] or 'none'} at {row['beta']:g}, seed {row['seed']}", row) for row in rows]
+    write_bytes(folder / "study.csv", csv_table(titled).encode())
+    write_bytes(folder / "study.tex", (latex_table(*study_cells(rows), 3) + "\n").encode())
+    if compared:
+        write_bytes(folder / "compared.tex", (latex_table(*comparison_cells(compared), 3) + "\n").encode())
 
 
 def _comparison(
@@ -295,6 +300,11 @@ def _shown(values: Sequence[float], digits: int) -> str:
 
 def study_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of means, and ± the standard deviation over the seeds where there are several."""
+    return markdown_table(*study_cells(rows))
+
+
+def study_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of :func:`study_table`."""
     cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["beta"], row["sharing"] or "none"), []).append(row)
@@ -313,4 +323,4 @@ def study_table(rows: Sequence[dict[str, Any]]) -> str:
         line += [_shown([row[key] for row in cell], 3) for key in ("union", "intersection")]
         line.append(_shown([sum(row["projected_off"].values()) for row in cell], 0))
         lines.append(line)
-    return markdown_table([*head, "union", "∩", "projected"], lines)
+    return [*head, "union", "∩", "projected"], lines

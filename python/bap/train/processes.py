@@ -81,7 +81,8 @@ class Processes:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, or :class:`bap_kernels.nn.DomainParallel` of it where there are several processes."""
-        return DomainParallel(model) if self.world > 1 else model
+        # All processes take the domains in one order, by the settings; comparing them would wait for the GPU.
+        return DomainParallel(model, check=False) if self.world > 1 else model
 
     def no_sync(self, run: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Keeps gradients apart in all but the last part of a batch."""

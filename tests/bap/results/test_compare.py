@@ -109,6 +109,7 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     assert shared["params"] < apart["params"]
     assert "| 0.5 | union | reference | 1 |" in text
     assert "(one seed)" in text
+    assert "0.5 & narrow & flop & 1 & " in (tmp_path / "compared.tex").read_text()
     count_of_runs = len(said)
     run()
     assert len(said) == count_of_runs

@@ -13,7 +13,7 @@ import torch
 from bap.config import Config
 from bap.data import Arrays, Domain
 from bap.results.pictures import overlap
-from bap.results.report import _published, latex_table, make_report, results_table
+from bap.results.report import _published, latex_table, make_report, result_cells, results_table
 from bap.results.run import scored, train_run
 from bap.results.scores import DECATHLON_BASELINE
 
@@ -44,7 +44,7 @@ def test_latex_escapes_what_it_must() -> None:
         "intersection": 0.25,
         "split": "test",
     }
-    lines = latex_table([("half_100%", run)]).splitlines()
+    lines = latex_table(*result_cells([("half_100%", run)])).splitlines()
     assert lines[0] == r"\begin{tabular}{llllrrrrrrrrr}"
     head, row = lines[2], lines[4]
     assert head.startswith(r"run & $\beta$ & sharing & split & a\_b & c\&d & mean & S & FLOP $\times$ &")

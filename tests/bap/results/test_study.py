@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -24,6 +26,13 @@ def test_study_resumes(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -
     assert lines[3].startswith("| 0.5 | int | test | 2 | ")
     rows = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert [(row["seed"], row["sharing"]) for row in rows] == [(0, None), (0, "int"), (1, None), (1, "int")]
+    table = list(csv.DictReader(io.StringIO((tmp_path / "study.csv").read_text())))
+    assert len(table) == 8
+    assert float(table[-1]["accuracy"]) == rows[-1]["accuracy"]["digits"]
+    assert table[-1]["run"] == "int at 0.5, seed 1"
+    tex = (tmp_path / "study.tex").read_text().splitlines()
+    assert tex[4].startswith("0.5 & none & test & 2 & ")
+    assert r" $\pm$ " in tex[4]
     mean = sum(row["mean_accuracy"] for row in rows if row["sharing"] == "int") / 2
     assert f"| {mean:.1f} ± " in lines[3]
 
