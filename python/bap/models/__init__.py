@@ -2,7 +2,7 @@
 
 from bap.models.backbones import MODELS, Backbone, build, load_weights, stem_and_shortcuts
 from bap.models.eval_mode import evaluating
-from bap.models.rebuffi import RebuffiResNet26, renamed_keys
+from bap.models.rebuffi import RebuffiResNet26, URLResNet26, renamed_keys
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
@@ -11,6 +11,7 @@ __all__ = [
     "Backbone",
     "RebuffiResNet26",
     "ResNet26",
+    "URLResNet26",
     "WideResNet",
     "build",
     "evaluating",

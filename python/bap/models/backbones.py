@@ -15,7 +15,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from bap.files import parse_tensors, read_bytes
-from bap.models.rebuffi import RebuffiResNet26, renamed_keys
+from bap.models.rebuffi import RebuffiResNet26, URLResNet26, renamed_keys
 from bap.models.resnet26 import ResNet26
 from bap.models.wide_resnet import WideResNet
 
@@ -65,6 +65,7 @@ def _options(kind: type[nn.Module]) -> tuple[str, ...]:
 MODELS: dict[str, Backbone] = {
     "resnet26": Backbone(ResNet26, 64, "fc", _options(ResNet26)),
     "resnet26_rebuffi": Backbone(RebuffiResNet26, 64, "fc", _options(RebuffiResNet26), renamed_keys),
+    "resnet26_url": Backbone(URLResNet26, 64, "fc", _options(URLResNet26), renamed_keys),
     "wrn28_4": Backbone(WideResNet, 64, "fc", _options(WideResNet)),
     "resnet50": Backbone(_torchvision("resnet50"), 224, "fc"),
     "densenet121": Backbone(_torchvision("densenet121"), 224, "classifier"),

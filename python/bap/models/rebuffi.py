@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bap.models.resnet26 import ResNet26
 
-__all__ = ["RebuffiResNet26", "renamed_keys"]
+__all__ = ["RebuffiResNet26", "URLResNet26", "renamed_keys"]
 
 
 class RebuffiResNet26(ResNet26):
@@ -51,6 +51,30 @@ class RebuffiResNet26(ResNet26):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class URLResNet26(RebuffiResNet26):
+    """The same without a ReLU after the last batch norm, as in URL's public code [P] (Li, Liu and Bilen, IJCV 2023).
+
+    Args:
+        num_classes, widths, blocks: as in :class:`RebuffiResNet26`.
+
+    Shape:
+        - Input: (N, 3, H, W), H and W multiples of 8; 64 or 72 for the decathlon
+        - Output: (N, num_classes)
+
+    Examples:
+        >>> import torch
+        >>> from bap.models import URLResNet26
+        >>> URLResNet26(10, widths=(8, 16, 32), blocks=(1, 1, 1))(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images to logits."""
+        x = self.bn1(self.conv1(x))
+        x = self.end_bn(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 # Names in the authors' files, each a pattern and ours. Their second convolution follows a ReLU in a Sequential, and
 # each batch norm and classifier is the first of a list, of which a file of one task has no more.
 _PATTERNS = (
@@ -72,8 +96,8 @@ def renamed_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Entries of released weights under the names of :class:`RebuffiResNet26`; other names stay.
 
     Understood are the names of ``srebuffi/residual_adapters`` without adapters, and of ``VICO-UoE/
-    UniversalRepresentations``, whose network has the same parameters but no ReLU after the last batch norm. Classifiers
-    of further tasks in a file of URL's are left out, as one network is loaded.
+    UniversalRepresentations``, whose network is :class:`URLResNet26`. Classifiers of further tasks in a file of URL's
+    are left out, as one network is loaded.
 
     Examples:
         >>> import torch

@@ -100,7 +100,7 @@ MISTAKES = [
     (["train", "-o", "{}/a", "--callback", "mine"], "`name` to be package.module:Class, got 'mine'"),
     (["study", "-o", "{}/a", "--compare", "dens"], "matches to be among ['dense', 'narrow',"),
     (["study", "-o", "{}/a", "--compare", "dense", "--match", "time"], "['flop', 'exact_flop'], got ['time']"),
-    (["train", "-o", "{}/a", "-s", "teacher={}/none", "-s", "distill_weight=1", "-s", "images=100"], "{}/none/config.json"),
+    (["train", "-o", "{}/a", "-s", "teacher={}/none", "-s", "distill_weight=1", "-s", "images=100"], "{}/none/config"),
     (["train", "-o", "{}/a", "-s", "fixed={}/none", "-s", "images=100"], "{}/none"),
     (["pretrain", "-o", "{}/a", "-s", "source=faces", "-s", "images=100"], "the source 'faces' to be among"),
     (["pretrain", "-o", "{}/a", "-s", "device=cuda:9"], "got 'cuda:9' where PyTorch finds"),

@@ -51,7 +51,7 @@ def _released(classes: int, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def _reference(state: dict[str, Tensor], x: Tensor) -> Tensor:
+def _reference(state: dict[str, Tensor], x: Tensor, last_relu: bool = True) -> Tensor:
     """The published network as plain arithmetic on the file's entries, in eval mode."""
 
     def norm(name: str, y: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ def _reference(state: dict[str, Tensor], x: Tensor) -> Tensor:
                 y = y.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
                 y = torch.cat([y, y.new_zeros(len(y), z.shape[1] - y.shape[1], *y.shape[2:])], 1)
             y = (y + z).clamp_min(0)
-    y = norm("end_bns.0.0", y).clamp_min(0).mean((2, 3))
+    y = norm("end_bns.0.0", y)
+    y = (y.clamp_min(0) if last_relu else y).mean((2, 3))
     return y @ state["linears.0.weight"].T + state["linears.0.bias"]
 
 
@@ -111,6 +112,15 @@ def test_url_names_and_what_is_refused(tmp_path: Path) -> None:
     url = {key.replace("fc.", "cls_fn.0."): value for key, value in model.state_dict().items()}
     url |= {"cls_fn.1.weight": torch.zeros(3, WIDTHS[2]), "cls_fn.1.bias": torch.zeros(3)}
     torch.save({"net": url}, tmp_path / "url.pth")
+    # URL's own network has no last ReLU.
+    state = _released(7)
+    torch.save(renamed_keys(state), tmp_path / "same.pth")
+    own = build("resnet26_url", 7, widths=list(WIDTHS), blocks=list(BLOCKS)).double().eval()
+    assert load_weights(own, tmp_path / "same.pth", "fc", MODELS["resnet26_url"].renamed) == []
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), _reference(state, x, last_relu=False), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(own(x), _reference(state, x))
     again = build("resnet26_rebuffi", 7, widths=list(WIDTHS), blocks=list(BLOCKS))
     assert load_weights(again, tmp_path / "url.pth", backbone.head, backbone.renamed) == []
     for name, value in model.state_dict().items():
@@ -126,16 +136,17 @@ def test_url_names_and_what_is_refused(tmp_path: Path) -> None:
         load_weights(build("resnet26", 7, widths=list(WIDTHS), blocks=list(BLOCKS)), tmp_path / "adapted.pth", "fc")
 
 
-def test_it_is_switched_pruned_and_narrowed() -> None:
-    model = build("resnet26_rebuffi", 7, widths=list(WIDTHS), blocks=list(BLOCKS))
+@pytest.mark.parametrize("name", ["resnet26_rebuffi", "resnet26_url"])
+def test_they_are_switched_pruned_and_narrowed(name: str) -> None:
+    model = build(name, 7, widths=list(WIDTHS), blocks=list(BLOCKS))
     heads = {"a": 7, "b": 3}
-    bk.nn.switch_(model, list(heads), lambda module, name: name != "conv1", heads=heads)
+    bk.nn.switch_(model, list(heads), lambda module, layer: layer != "conv1", heads=heads)
     bank = SwitchBank(model.eval())
     generator = torch.Generator().manual_seed(2)
-    for name in bank.domains:
+    for domain in bank.domains:
         scores = torch.full((sum(bank.sizes),), 1e-2)
         scores[torch.rand(sum(bank.sizes), generator=generator) < 0.5] = 0
-        bank.write(name, scores)
+        bank.write(domain, scores)
     example = torch.zeros(1, 3, 32, 32)
     assert deploy(model, example).largest_change < 1e-4
     pruned = prune_(model, example)
