@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import bap_kernels._warn  # noqa: F401  issues the warnings of the C++ part
+from bap_kernels._gpu import gpu_identity
 from bap_kernels._load import _C, cuda_library_is_simulated, cuda_library_problem
 from bap_kernels._packed import packed_weights
 from bap_kernels.settings import BACKENDS, MAX_BYTES, settings
@@ -219,7 +220,7 @@ def clear_choices() -> None:
 if settings.isa is not None:
     _C.set_isa(settings.isa)
 _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
-_C.set_gpu_hooks(torch.cuda.get_device_name, torch.cuda.is_current_stream_capturing)
+_C.set_gpu_hooks(gpu_identity, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
 packed_weights.set_limit(settings.packed_cache_bytes)
 if settings.backend != "auto":

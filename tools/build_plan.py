@@ -34,13 +34,15 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
-# Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, which
-# have no instruction that the kernels would use besides; each more would cost a third of the build. The products of
+# Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, that of
+# 10.0 on 10.3, that of 12.0 on 12.1; they have no instruction that the kernels would use besides, and each more would
+# cost a fifth of the build. The products of
 # warpgroups need 9.0a, whose code runs on 9.0 and nowhere else.
 DEFAULT_ARCHS: dict[str, tuple[int, int]] = {
     "8.0": (11, 0),
     "9.0a": (12, 0),
     "10.0": (12, 8),
+    "12.0": (12, 8),
 }
 MIN_TORCH = (2, 11)
 SANITIZERS = ("address", "undefined")
@@ -150,9 +152,9 @@ def cuda_archs(requested: str | None, nvcc_version: Sequence[int]) -> tuple[str,
                 )
         return archs
     known = [arch for arch, first in DEFAULT_ARCHS.items() if tuple(nvcc_version) >= first]
-    # Later devices can compile the code of the last capability that is not one device's alone.
-    last = max((arch for arch in known if not arch.endswith("a")), key=known.index, default=None)
-    return tuple(arch + "+PTX" if arch == last else arch for arch in known)
+    # Devices without code of their own compile the PTX of the oldest. That of the newest would ask for a driver as new
+    # as nvcc.
+    return tuple(arch + "+PTX" * (place == 0) for place, arch in enumerate(known))
 
 
 def gencode_flags(archs: Sequence[str]) -> tuple[str, ...]:

@@ -30,10 +30,9 @@ from tools import ninja_build
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "90a", "100")
-SOURCES = ("bfloat16", "half", "tf32", "float32")
-MATH_MODES = ("bfloat16", "half", "tf32", "float32")
+SOURCES = ("bfloat16", "half", "tf32")
+MATH_MODES = SOURCES
 HMMA = {"bfloat16": "HMMA.16816.F32.BF16", "half": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
-HMMA["float32"] = HMMA["tf32"]
 HGMMA = {"bfloat16": "x16.F32.BF16", "half": "x16.F32"}
 WARPGROUP_SOURCES = ("bfloat16", "half")
 # One SM: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
@@ -188,7 +187,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
         elif HMMA[instance.mode] not in sass:
             wrong.append(f"no {HMMA[instance.mode]}")
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
-        words = instance.kernel == "weight gradient" and instance.mode in ("tf32", "float32")
+        words = instance.kernel == "weight gradient" and instance.mode == "tf32"
         if not ldsm and not words and instance.kernel != "warpgroup":
             wrong.append("no LDSM")
         # Chunks of the halo, turned or gathered, are written whole.
@@ -265,7 +264,7 @@ def main() -> int:
     """Compiles all instances; returns 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS)
-    parser.add_argument("--quick", action="store_true", help="the kernels of bfloat16 and float32 for sm_80 alone")
+    parser.add_argument("--quick", action="store_true", help="the kernels of bfloat16 and TF32 for sm_80 alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers run at once")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
@@ -273,7 +272,7 @@ def main() -> int:
     if nvcc is None or cuobjdump is None:
         print(f"compile_cuda: expected nvcc and cuobjdump, got {nvcc} and {cuobjdump}. Hint: pip install triton")
         return 1
-    files = ["bfloat16", "float32"] if arguments.quick else list(SOURCES)
+    files = ["bfloat16", "tf32"] if arguments.quick else list(SOURCES)
     names = [f"gathered_conv2d_{name}" for name in files] + ["channel_pack"]
     archs = ["80"] if arguments.quick else arguments.arch
     start = time.perf_counter()

@@ -4,8 +4,13 @@
 namespace bap_kernels {
 namespace {
 
+// All families of a backend that calls on such a tensor may need; of float32 in Triton's interpreter those of IEEE,
+// too, whatever the setting for TF32 says.
 FamilySet families_of_math(BackendId id, const at::Tensor& input) {
-  return id == BackendId::kCuda ? cuda_families_of(math_of(input)) : triton_families_of(math_of(input));
+  const FamilyMath math = math_of(input);
+  if (id == BackendId::kCuda) return cuda_families_of(math);
+  const FamilySet own = triton_families_of(math);
+  return math == FamilyMath::kTf32 && input.is_cpu() ? own | triton_families_of(FamilyMath::kFloat32) : own;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch/backend.h"
+#include "dispatch/measured_device.h"
 
 namespace bap_kernels {
 namespace {
@@ -41,7 +42,9 @@ at::Tensor take(int64_t length) {
 
 ListCopy::ListCopy(const OptionalTensor& list) {
   if (!has_value(list)) return;
-  if (!list->is_cpu() || list->scalar_type() != at::kInt || list->dim() != 1 || named_opt_in_backend() != nullptr) {
+  // On a GPU, a simulated one too, `auto` may run an opt-in backend.
+  const bool kept = on_gpu(*list) || named_opt_in_backend() != nullptr;
+  if (!list->is_cpu() || list->scalar_type() != at::kInt || list->dim() != 1 || kept) {
     list_ = list;
     return;
   }

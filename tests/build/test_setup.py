@@ -153,7 +153,7 @@ def test_invalid_with_cuda_setting_raises() -> None:
 @pytest.mark.parametrize(
     ("requested", "nvcc", "expected"),
     [
-        (None, (13, 0), ("8.0", "9.0a", "10.0+PTX")),
+        (None, (13, 0), ("8.0+PTX", "9.0a", "10.0", "12.0")),
         (" ", (12, 6), ("8.0+PTX", "9.0a")),
         ("", (11, 8), ("8.0+PTX",)),
         ("8.0;9.0a 12.0+PTX", (13, 0), ("8.0", "9.0a", "12.0+PTX")),

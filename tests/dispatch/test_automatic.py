@@ -20,6 +20,7 @@ import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
+from bap_kernels.verify.trigger import first_use
 from tests.simulated_gpu import devices, simulated_gpu
 
 ops = torch.ops.bap_kernels
@@ -67,15 +68,16 @@ SLOW = {"gather": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
+    _C.set_verify_hook(None)
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     _C.set_choice_file("")
     _C.clear_choices()
     yield
     torch.backends.cudnn.allow_tf32 = tf32
-    _C.set_verify_hook(None)
     _C.clear_choices()
     _C.set_choice_file(str(settings.choice_file or ""))
+    _C.set_verify_hook(first_use)
 
 
 @pytest.fixture(params=list(OPS))

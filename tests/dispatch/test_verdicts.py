@@ -12,6 +12,7 @@ import torch
 from bap_kernels import _C
 from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
+from bap_kernels.verify.trigger import first_use
 from tests.simulated_gpu import devices
 
 SAMPLE = make_tensors(Case(2, 20, 18, (6, 7), seed=1))
@@ -19,13 +20,14 @@ SAMPLE = make_tensors(Case(2, 20, 18, (6, 7), seed=1))
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
+    _C.set_verify_hook(None)
     _C.set_choice_file("")
     _C.clear_choices()
     yield
     _C.simulate_gpu(None)
-    _C.set_verify_hook(None)
     _C.clear_choices()
     _C.set_choice_file(str(settings.choice_file or ""))
+    _C.set_verify_hook(first_use)
 
 
 def call_on(device: int, **options) -> None:

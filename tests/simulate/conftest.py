@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from bap_kernels._load import cuda_library_is_simulated
+from bap_kernels.testing import TOLERANCES
+from tests.kernel_contract import TF32
 from tests.simulate.device import set_device
 
 
@@ -24,10 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _full_float32() -> Iterator[None]:
-    # The table of tolerances is that of float32 products, not of TF32.
+def _tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels have no other float32."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setitem(TOLERANCES, torch.float32, TF32)
     yield
     torch.backends.cudnn.allow_tf32 = before
 

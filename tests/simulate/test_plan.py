@@ -73,5 +73,5 @@ def test_networks(layout: str) -> None:
             planned = bk.plan(model, x, domain)
             with bk.use_backend("cuda"), launches() as names:
                 y = planned(x)
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
             assert names.count(CONV) == 4

@@ -44,8 +44,8 @@ def test_examine_reports_spills_and_missing_instructions() -> None:
 
 def test_instance_of_parses_mangled_names() -> None:
     tile = "".join(f"Li{size}E" for size in LARGE)
-    name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8MathModeE3ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
-    assert instance_of(name) == Instance("conv", "float32", LARGE, True)
+    name = f"_ZN12block_kernelINS_14GatheredConv2dILNS_8MathModeE2ENS_4TileI{tile}EELb1EEENS_10ConvParamsELi1EEEvT0_"
+    assert instance_of(name) == Instance("conv", "tf32", LARGE, True)
     assert instance_of("_ZN12block_kernelINS_11ChannelPackINS_8HalfWordEEEEEvv") == Instance("pack", "half", (), False)
     halo = "".join(f"Li{size}E" for size in HALO.tile)
     name = f"_ZN12block_kernelINS_10HaloConv2dILNS_8MathModeE0ENS_4TileI{halo}EEEENS_10HaloParamsELi1EEEvT0_"

@@ -11,7 +11,8 @@ const Backend kCuda{
     .name = "cuda",
     .opt_in = true,
     .unavailable_reason = [] { return python_unavailable_reason("cuda"); },
-    .unsupported_reason = [](const ConvCall&) { return std::string(); },
+    .unsupported_reason =
+        [](const ConvCall& c) { return uncovered_reason(c.input, c.weight, c.groups, c.shape.out_h, c.shape.out_w); },
     .backward_unsupported_reason = [](const at::Tensor&, const ConvShape<int64_t>&) { return std::string(); },
     .add_candidates = [](const ConvCall&, c10::DeviceType, std::vector<Candidate>&) {},
     .run = [](const ConvCall& call, Candidate, const char* op) { return cuda_gathered_conv2d(call, op); },

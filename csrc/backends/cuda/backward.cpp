@@ -7,30 +7,24 @@
 #include "ops/listed_channels.h"
 
 namespace bap_kernels {
-namespace {
 
-at::Tensor gradient_of_input(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
-                             const OptionalTensor& in_index, const OptionalTensor& out_index,
-                             const std::array<ConvAxis, 2>& axes) {
-  const at::Tensor dx = at::empty_like(input);
+PlannedConv plan_input_gradient(const ConvBackwardCall& c, const ResultLayout& result) {
+  const auto& s = c.shape;
   ConvLaunch launch;
-  launch.result = dx;
-  launch.runs = {{packed_weight(weight, out_index, in_index, /*by_input=*/true),
-                  {std::nullopt, 0, grad.size(1)},
-                  0,
-                  grad.size(0)}};
-  launch.result_list = list_form(in_index, input.size(1));
-  launch.full_width = has_value(in_index);
+  launch.source = c.grad_output;
+  launch.runs = {{at::Tensor(), {std::nullopt, 0, c.grad_output.size(1)}, 0, s.batch}};
+  launch.result_list = list_form(c.in_index, s.channels_in);
+  launch.full_width = has_value(c.in_index);
   launch.columns = launch.result_list.length;
+  const auto axes = axes_of(c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation);
   launch.h = axes[0];
   launch.w = axes[1];
   // A pointwise convolution's gradient is a pointwise convolution with the lists changed over.
   launch.gradient = !pointwise(axes);
-  run_conv_route(launch, grad);
-  return dx;
+  ConvPlan plan = plan_conv(launch, result, /*prologue=*/false);
+  plan.families |= family(CudaKernel::kInputGradient, math_of(c.input));
+  return {std::move(launch), plan};
 }
-
-}  // namespace
 
 at::Tensor with_aligned_chunks(const at::Tensor& t) {
   return aligned_chunks(t, false) ? t : packed_channels(t, {std::nullopt, 0, t.size(1)});
@@ -39,10 +33,9 @@ at::Tensor with_aligned_chunks(const at::Tensor& t) {
 void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& input,
                          const ListForm& rows, const ListForm& columns, const OptionalTensor& used,
                          const std::array<ConvAxis, 2>& axes) {
-  const int64_t vector = 16 / static_cast<int64_t>(input.element_size());
-  const bool direct = columns.block % vector == 0 && aligned_chunks(input, false);
-  const at::Tensor source = direct ? input : packed_channels(input, columns, used);
-  const ListForm read = direct ? columns : ListForm{std::nullopt, 0, columns.length};
+  const WeightGradientPlan plan = plan_weight_gradient(grad, input, columns);
+  const at::Tensor source = plan.packs_input ? packed_channels(input, columns, used) : input;
+  const ListForm read = plan.packs_input ? ListForm{std::nullopt, 0, columns.length} : columns;
   launch_weight_gradient(result, with_aligned_chunks(grad), source, read, rows, columns, used, axes[0], axes[1]);
 }
 
@@ -54,7 +47,14 @@ GradientTriple cuda_gathered_conv2d_backward(const ConvBackwardCall& c) {
   const auto none = [&input] { return at::empty({0}, input.options()); };
   GradientTriple grads{none(), none(), none()};
   const auto axes = axes_of(input, weight, out_h, out_w, stride, padding, dilation);
-  if (mask[0]) std::get<0>(grads) = gradient_of_input(grad_output, input, weight, in_index, out_index, axes);
+  if (mask[0]) {
+    const at::Tensor dx = at::empty_like(input);
+    auto [launch, plan] = plan_input_gradient(c, layout_of(dx));
+    launch.result = dx;
+    launch.runs[0].weight = packed_weight(weight, out_index, in_index, /*by_input=*/true);
+    launch_planned(launch, plan);
+    std::get<0>(grads) = dx;
+  }
   if (mask[1]) {
     const bool all = !has_value(in_index) && !has_value(out_index);
     const at::Tensor dw = all ? at::empty_like(weight) : at::zeros_like(weight);

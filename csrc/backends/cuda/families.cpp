@@ -1,7 +1,7 @@
-// See families.h. So far every kernel that a call might run.
+// See families.h.
 #include "backends/cuda/families.h"
 
-#include "backends/cuda/launches.h"
+#include "backends/cuda/routes.h"
 
 namespace bap_kernels {
 namespace {
@@ -15,18 +15,13 @@ FamilySet of(std::initializer_list<CudaKernel> kernels, FamilyMath math) {
   return all;
 }
 
-FamilySet convolutions(const at::Tensor& t) {
-  using enum CudaKernel;
-  return of({kNhwc, kWgmma, kPlanar, kHalo, kPack}, math_of(t));
+template <class Call>
+bool covered(const Call& c, int64_t groups) {
+  return uncovered_reason(c.input, c.weight, groups, c.shape.out_h, c.shape.out_w).empty();
 }
 
-FamilySet gradients(const at::Tensor& t, bool input, bool weight) {
-  using enum CudaKernel;
-  FamilySet all = 0;
-  if (input) all |= of({kInputGradient, kNhwc, kWgmma, kPlanar, kPack}, math_of(t));
-  if (weight) all |= of({kWeightGradient, kPack}, math_of(t));
-  return all;
-}
+// The list of a switch: all channels, one by one. Its entries are not read here.
+ListForm switch_order(const SwitchedCall& c) { return {std::nullopt, 1, c.shape.channels_in}; }
 
 }  // namespace
 
@@ -40,21 +35,40 @@ FamilySet cuda_families() {
   return all;
 }
 
-FamilySet cuda_forward_families(const ConvCall& c) { return convolutions(c.input); }
+FamilySet cuda_forward_families(const ConvCall& c) {
+  return covered(c, c.groups) ? plan_forward(c).plan.families : kUnknownFamily;
+}
 
-FamilySet cuda_backward_families(const ConvBackwardCall& c) { return gradients(c.input, c.mask[0], c.mask[1]); }
+FamilySet cuda_backward_families(const ConvBackwardCall& c) {
+  if (!covered(c, c.groups)) return kUnknownFamily;
+  FamilySet all = 0;
+  if (c.mask[0]) all |= plan_input_gradient(c, layout_of_like(c.input)).plan.families;
+  if (c.mask[1]) {
+    all |= plan_weight_gradient(c.grad_output, c.input, list_form(c.in_index, c.shape.channels_in)).families;
+  }
+  return all;
+}
 
 FamilySet cuda_switched_families(const SwitchedCall& c) {
-  return convolutions(c.input) | family(CudaKernel::kSwitched, math_of(c.input));
+  if (!covered(c, c.groups)) return kUnknownFamily;
+  return plan_switched(c, switch_order(c)).plan.families | family(CudaKernel::kSwitched, math_of(c.input));
 }
 
 FamilySet cuda_switched_backward_families(const SwitchedBackwardCall& c) {
+  if (!covered(c, c.groups)) return kUnknownFamily;
+  const FamilyMath math = math_of(c.input);
+  const ListForm order = switch_order(c.forward());
+  FamilySet all = family(CudaKernel::kSwitched, math);
   const bool input = c.mask[kGradInput] || c.mask[kGradSwitch];
-  return gradients(c.input, input, c.mask[kGradWeight]) | family(CudaKernel::kSwitched, math_of(c.input));
+  if (input) all |= plan_switched_gradient(c, order).plan.families;
+  if (c.mask[kGradWeight]) all |= plan_weight_gradient(c.grad_output, c.input, order).families;
+  if ((input || c.mask[kGradWeight]) && !aligned_chunks(c.grad_output, false)) all |= family(CudaKernel::kPack, math);
+  return all;
 }
 
 FamilySet cuda_mixed_families(const MixedCall& c) {
-  return convolutions(c.input) | family(CudaKernel::kMixed, math_of(c.input));
+  if (!covered(c, /*groups=*/1)) return kUnknownFamily;
+  return plan_mixed(c).plan.families | family(CudaKernel::kMixed, math_of(c.input));
 }
 
 }  // namespace bap_kernels

@@ -1,7 +1,6 @@
 // From tensors to the parameters of the kernels, and the launches.
 #include "backends/cuda/launches.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -9,6 +8,8 @@
 
 #include <algorithm>
 #include <string>
+
+#include "dispatch/verdicts.h"
 
 namespace bap_kernels {
 namespace {
@@ -47,7 +48,6 @@ void check_launch(Status status, const char* kernel, const at::Tensor& source, c
               shape_text(other), ": ", launcher().status_text(status), ".");
 }
 
-// By the user's wish for float32 convolutions, under its older or its newer name.
 MathMode products_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kBFloat16:
@@ -55,7 +55,7 @@ MathMode products_of(const at::Tensor& t) {
     case at::kHalf:
       return MathMode::kHalf;
     default:
-      return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) ? MathMode::kTf32 : MathMode::kFloat32;
+      return MathMode::kTf32;
   }
 }
 
@@ -81,13 +81,12 @@ at::Tensor new_floats(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::empty(sizes, like.options().dtype(at::kFloat));
 }
 
-// Calls `body` with the runs of each launch, kMaxRuns at a time, and their number of images.
+// Calls `body` with the runs of each launch and their number of images.
 template <class Body>
 void for_launches(const std::vector<LaunchRun>& runs, Body body) {
-  for (size_t first = 0; first < runs.size(); first += kMaxRuns) {
+  for_chunks(runs, [&](size_t first, size_t last, int images) {
     Runs part{};
-    int images = 0;
-    for (size_t i = first; i < std::min(runs.size(), first + kMaxRuns); ++i) {
+    for (size_t i = first; i < last; ++i) {
       const LaunchRun& run = runs[i];
       BatchRun& to = part.of[part.count++];
       if (run.weight.defined()) {
@@ -99,10 +98,9 @@ void for_launches(const std::vector<LaunchRun>& runs, Body body) {
       to.depth = static_cast<int>(run.list.length);
       to.first = static_cast<int>(run.first);
       to.images = static_cast<int>(run.images);
-      images += to.images;
     }
     body(part, images);
-  }
+  });
 }
 
 int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment; }
@@ -159,21 +157,12 @@ void launch_halo(const ConvParams& conv, const ConvLaunch& l, MathMode mode, con
 
 // One launch, of parameters that lack what depends on the tile.
 void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
-  const bool planes = l.route == ConvRoute::kPlanes;
-  const auto along = [&](const ConvAxis& axis) {
-    return static_cast<int64_t>(p.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
-  };
-  const int64_t pixels = along(p.axis_h) * along(p.axis_w);
-  const int64_t grids = planes ? p.batch : p.gradient ? p.axis_h.stride * p.axis_w.stride : 1;
-  const int64_t rows = planes ? pixels : pixels * p.batch;
-  const int sm_count = launcher().sm_count(on.index);
-  const TileShape tile = choose_tile(rows, p.columns, grids, planes, sm_count);
-  const bool reduced = has_value(l.grad_switch);
+  const bool planes = l.route == ConvRoute::kPlanes, reduced = has_value(l.grad_switch);
+  const auto [tile, warpgroups, warpgroup_tile, rows, grids] = choose_gemm(l, p.batch);
   const at::Tensor& weight = l.runs[0].weight;
-  const bool words = mode == MathMode::kBFloat16 || mode == MathMode::kHalf;
-  if (words && !planes && !reduced && tile == TileShape::kLarge && launcher().has_warpgroups(on.index)) {
-    const auto wide = choose_warpgroup_tile(rows, p.columns, grids, sm_count);
-    return check_launch(launcher().warpgroup_conv2d(p, mode, wide, on.stream), "warpgroup_conv2d", l.source, weight);
+  if (warpgroups) {
+    return check_launch(launcher().warpgroup_conv2d(p, mode, warpgroup_tile, on.stream), "warpgroup_conv2d", l.source,
+                        weight);
   }
   at::Tensor partial;
   if (reduced) {
@@ -195,6 +184,33 @@ const CudaLauncher* cuda_launcher() { return known_launcher; }
 void set_cuda_launcher(const CudaLauncher* given) {
   TORCH_CHECK(given->layout == kLauncherLayout, "bap_kernels._C_cuda was built from other sources than bap_kernels._C");
   known_launcher = given;
+}
+
+void for_chunks(const std::vector<LaunchRun>& runs, c10::function_ref<void(size_t, size_t, int)> body) {
+  for (size_t first = 0; first < runs.size(); first += kMaxRuns) {
+    const size_t last = std::min(runs.size(), first + kMaxRuns);
+    int64_t images = 0;
+    for (size_t i = first; i < last; ++i) images += runs[i].images;
+    body(first, last, static_cast<int>(images));
+  }
+}
+
+GemmChoice choose_gemm(const ConvLaunch& l, int64_t images) {
+  const bool planes = l.route == ConvRoute::kPlanes;
+  const auto along = [&](const ConvAxis& axis) {
+    return static_cast<int64_t>(l.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
+  };
+  const int64_t pixels = along(l.h) * along(l.w);
+  GemmChoice choice{};
+  choice.grids = planes ? images : l.gradient ? l.h.stride * l.w.stride : 1;
+  choice.rows = planes ? pixels : pixels * images;
+  const OnDevice on(l.source);
+  const int sm_count = launcher().sm_count(on.index);
+  choice.tile = choose_tile(choice.rows, l.columns, choice.grids, planes, sm_count);
+  choice.warpgroups = products_of(l.source) != MathMode::kTf32 && !planes && !has_value(l.grad_switch) &&
+                      choice.tile == TileShape::kLarge && launcher().has_warpgroups(on.index);
+  choice.warpgroup_tile = choose_warpgroup_tile(choice.rows, l.columns, choice.grids, sm_count);
+  return choice;
 }
 
 void launch_conv(const ConvLaunch& l) {
@@ -356,11 +372,10 @@ void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const Lis
   check_launch(launcher().channel_unpack(p, products_of(copy), on.stream), "channel_unpack", copy, result);
 }
 
-void launch_conv_into_result(ConvLaunch l) {
+void launch_conv_into_result(ConvLaunch l, bool spread) {
   if (!has_value(l.result)) return launch_conv(l);
   const at::Tensor result = *l.result;
-  const bool planes = result.stride(3) == 1 && result.stride(1) != 1;
-  if (l.route != ConvRoute::kRows || !planes) {
+  if (!spread) {
     if (l.full_width) result.zero_();
     if (l.copy != nullptr) {
       *l.copy = at::empty({result.size(0), l.copy_list->size(0), result.size(2), result.size(3)},
@@ -407,26 +422,32 @@ bool aligned_chunks(const at::Tensor& t, bool planes) {
   return t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3));
 }
 
-void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
-                      int64_t out_w) {
-  std::string reason;
+std::string uncovered_reason(const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
+                             int64_t out_w) {
   const auto dtype = input.scalar_type();
   const int64_t pixels = input.size(0) * std::max(input.size(2) * input.size(3), out_h * out_w);
   if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) {
-    reason = std::string("no CUDA kernel for ") + c10::toString(dtype) + " (float32, float16 and bfloat16 only)";
-  } else if (groups != 1) {
-    reason = "no CUDA kernel for depthwise convolutions";
-  } else if (input.size(0) >= 65536) {
-    reason = "a batch of more than 65535 images";
-  } else if (pixels >= int64_t{1} << 30 || weight.numel() >= int64_t{1} << 30) {
-    reason = "the shape is beyond 32-bit tile arithmetic";
-  } else {
-    if (known_launcher == nullptr) {
-      reason = "bap_kernels._C_cuda is not loaded";
-    } else if (!(known_launcher->simulated ? input.is_cpu() : input.is_cuda())) {
-      reason = "it does not compute on the tensors' device, " + input.device().str();
-    }
+    return std::string("no CUDA kernel for ") + c10::toString(dtype) + " (float16, bfloat16, and float32 as TF32 only)";
   }
+  // By the user's wish for float32 convolutions, under its older or its newer name.
+  if (math_of(input) == FamilyMath::kFloat32) {
+    return "no CUDA kernel for float32 unless torch.backends.cudnn.allow_tf32 lets convolutions round it to TF32";
+  }
+  if (groups != 1) return "no CUDA kernel for depthwise convolutions";
+  if (input.size(0) >= 65536) return "a batch of more than 65535 images";
+  if (pixels >= int64_t{1} << 30 || weight.numel() >= int64_t{1} << 30) {
+    return "the shape is beyond 32-bit tile arithmetic";
+  }
+  if (known_launcher == nullptr) return "bap_kernels._C_cuda is not loaded";
+  if (!(known_launcher->simulated ? input.is_cpu() : input.is_cuda())) {
+    return "it does not compute on the tensors' device, " + input.device().str();
+  }
+  return "";
+}
+
+void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
+                      int64_t out_w) {
+  const std::string reason = uncovered_reason(input, weight, groups, out_h, out_w);
   TORCH_CHECK_NOT_IMPLEMENTED(reason.empty(), op,
                               "(): expected a call that backend `cuda` can run, got one that it cannot: ", reason,
                               ". Hint: use_backend(\"auto\") takes the ATen path where CUDA cannot run.");

@@ -5,6 +5,8 @@
 #include "backends/cuda/lists.h"
 #include "ops/conv_call.h"
 
+#include <c10/util/FunctionRef.h>
+
 namespace bap_kernels {
 
 // The launches, once the loader has handed them over; null before.
@@ -47,10 +49,22 @@ struct ConvLaunch {
 };
 void launch_conv(const ConvLaunch& launch);
 
-// The same into a result of any layout. One of planes is computed in a compact NHWC tensor and spread from there, where
-// the kernel has NHWC at hand: its own stores would be single elements, a plane apart. Unlisted channels of a result of
-// full width become zeros.
-void launch_conv_into_result(ConvLaunch launch);
+// The same into a result of any layout. With `spread` it is computed in a compact NHWC tensor and spread from there.
+// Unlisted channels of a result of full width become zeros.
+void launch_conv_into_result(ConvLaunch launch, bool spread);
+
+// The kernel of one launch of the implicit GEMM by rows or planes, and its tile.
+struct GemmChoice {
+  TileShape tile;
+  bool warpgroups;
+  WarpgroupTileShape warpgroup_tile;
+  int64_t rows, grids;
+};
+GemmChoice choose_gemm(const ConvLaunch& launch, int64_t images);
+
+// Calls `body` with the number of the first run of each launch and that behind its last, kMaxRuns at a time, and their
+// images.
+void for_chunks(const std::vector<LaunchRun>& runs, c10::function_ref<void(size_t, size_t, int)> body);
 
 // The gradient (C_out, C_in, kH, kW) at the listed places; `source` holds the channels that `source_list` reads.
 void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& source,
@@ -78,6 +92,9 @@ bool capturing_cuda(const at::Tensor& t);
 // Whether the kernels can copy runs of 16 bytes from the tensor: of channels, or with `planes` of pixels.
 bool aligned_chunks(const at::Tensor& t, bool planes);
 
+// Why no kernel covers a call; empty if one does.
+std::string uncovered_reason(const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
+                             int64_t out_w);
 // Raises NotImplementedError where no kernel covers a call.
 void refuse_uncovered(const char* op, const at::Tensor& input, const at::Tensor& weight, int64_t groups, int64_t out_h,
                       int64_t out_w);

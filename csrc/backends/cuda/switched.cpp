@@ -23,18 +23,48 @@ OrderedSwitch ordered(const at::Tensor& switches) {
 
 }  // namespace
 
+PlannedConv plan_switched(const SwitchedCall& c, const ListForm& order) {
+  const auto& s = c.shape;
+  ConvLaunch launch;
+  launch.runs = {{at::Tensor(), order, 0, s.batch}};
+  launch.columns = s.channels_out;
+  place_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation);
+  const ConvPlan plan =
+      plan_conv(launch, layout_of_new(c.format(), s.channels_out, s.out_h * s.out_w), /*prologue=*/false);
+  return {std::move(launch), plan};
+}
+
+PlannedConv plan_switched_gradient(const SwitchedBackwardCall& c, const ListForm& order) {
+  const auto& s = c.shape;
+  ConvLaunch launch;
+  launch.source = c.grad_output;
+  launch.runs = {{at::Tensor(), {std::nullopt, 0, s.channels_out}, 0, s.batch}};
+  launch.result_list = order;
+  launch.full_width = true;
+  launch.columns = s.channels_in;
+  launch.gradient = true;
+  const auto axes = axes_of(c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation);
+  launch.h = axes[0];
+  launch.w = axes[1];
+  if (c.mask[kGradSwitch]) launch.grad_switch = c.switches;  // its place is known when it is made
+  std::optional<ResultLayout> result;
+  if (c.mask[kGradInput]) result = layout_of_like(c.input);
+  const ConvPlan plan = plan_conv(launch, result, /*prologue=*/false, /*aligned=*/true);
+  return {std::move(launch), plan};
+}
+
 at::Tensor cuda_switched_conv2d(const SwitchedCall& c) {
   const auto& s = c.shape;
   refuse_uncovered("switched_conv2d", c.input, c.weight, c.groups, s.out_h, s.out_w);
   const at::Tensor y =
       at::empty({s.batch, s.channels_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
   const OrderedSwitch on = ordered(c.switches);
-  ConvLaunch launch;
+  auto [launch, plan] = plan_switched(c, on.order);
   launch.result = y;
-  launch.runs = {{packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false), on.order, 0, s.batch}};
+  launch.runs[0].weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false);
   launch.bias = c.bias;
-  launch.columns = s.channels_out;
-  run_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation, on.count, {});
+  launch.depth = on.count;
+  launch_planned(launch, plan, on.count);
   return y;
 }
 
@@ -50,19 +80,10 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& c) {
   const bool any = mask[kGradInput] || mask[kGradWeight] || mask[kGradSwitch];
   const at::Tensor grad = any ? with_aligned_chunks(grad_output) : grad_output;
   if (mask[kGradInput] || mask[kGradSwitch]) {
-    ConvLaunch launch;
-    launch.runs = {{packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true),
-                    {std::nullopt, 0, s.channels_out},
-                    0,
-                    s.batch}};
+    auto [launch, plan] = plan_switched_gradient(c, on.order);
+    launch.runs[0].weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true);
     launch.source = grad;
-    launch.result_list = on.order;
-    launch.full_width = true;
     launch.stored = on.count;
-    launch.columns = s.channels_in;
-    launch.gradient = true;
-    launch.h = axes[0];
-    launch.w = axes[1];
     if (mask[kGradInput]) {
       std::get<kGradInput>(grads) = at::empty_like(c.input);
       launch.result = std::get<kGradInput>(grads);
@@ -73,7 +94,7 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& c) {
       launch.grad_switch = std::get<kGradSwitch>(grads);
       launch.reduce_off = c.off_gradient;
     }
-    launch_conv_into_result(launch);
+    launch_planned(launch, plan);
   }
   if (mask[kGradWeight]) {
     std::get<kGradWeight>(grads) = at::zeros_like(c.weight);

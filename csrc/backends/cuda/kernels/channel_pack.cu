@@ -43,12 +43,13 @@ const char* status_text(Status status) { return cudaGetErrorString(static_cast<c
 
 int sm_count(int device) {
   int count = 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
+  const Status status = cleared(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return status == cudaSuccess && count > 0 ? count : 1;
 }
 
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  const Status error = cleared(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
   return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
 

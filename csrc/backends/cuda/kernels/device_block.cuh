@@ -84,35 +84,22 @@ class DeviceBlock {
         for (int j = 0; j < Tile::kMmasN; ++j) mma<kMode>(state_.sums[i][j], state_.a[i], state_.b[j]);
       }
     } else {
-      constexpr bool kSplit = kMode == MathMode::kFloat32;
-      uint32_t b_low[kSplit ? Tile::kMmasN : 1][2];
       BAP_UNROLL
-      for (int j = 0; j < Tile::kMmasN; ++j) round<kSplit, 2>(state_.b[j], b_low[kSplit ? j : 0]);
+      for (int j = 0; j < Tile::kMmasN; ++j) round(state_.b[j]);
       BAP_UNROLL
       for (int i = 0; i < Tile::kMmasM; ++i) {
-        uint32_t a_low[4];
-        round<kSplit, 4>(state_.a[i], a_low);
+        round(state_.a[i]);
         BAP_UNROLL
-        for (int j = 0; j < Tile::kMmasN; ++j) {
-          if constexpr (kSplit) {
-            mma<MathMode::kTf32>(state_.sums[i][j], a_low, state_.b[j]);
-            mma<MathMode::kTf32>(state_.sums[i][j], state_.a[i], b_low[j]);
-          }
-          mma<MathMode::kTf32>(state_.sums[i][j], state_.a[i], state_.b[j]);
-        }
+        for (int j = 0; j < Tile::kMmasN; ++j) mma<kMode>(state_.sums[i][j], state_.a[i], state_.b[j]);
       }
     }
   }
 
  private:
-  template <bool kSplit, int kCount>
-  __device__ __forceinline__ static void round(uint32_t (&high)[kCount], uint32_t (&low)[kCount]) {
+  template <int kCount>
+  __device__ __forceinline__ static void round(uint32_t (&words)[kCount]) {
     BAP_UNROLL
-    for (int r = 0; r < kCount; ++r) {
-      const uint32_t bits = high[r];
-      high[r] = to_tf32(bits);
-      if constexpr (kSplit) low[r] = tf32_rest(bits, high[r]);
-    }
+    for (int r = 0; r < kCount; ++r) words[r] = to_tf32(words[r]);
   }
 
   template <MathMode kMode>

@@ -11,9 +11,9 @@
 
 namespace bap_kernels {
 
-// The math mode of a kernel: the type that the tensor cores multiply. kFloat32 splits each operand into two TF32 parts
-// and adds three products, which leaves an error near that of float32.
-enum class MathMode : int { kBFloat16, kHalf, kTf32, kFloat32 };
+// The math mode of a kernel: the type that the tensor cores multiply. There is none for IEEE float32: sums of products
+// of TF32 parts would miss it, since tensor cores truncate what they add.
+enum class MathMode : int { kBFloat16, kHalf, kTf32 };
 
 struct BFloat16Word {
   uint16_t bits;
@@ -102,12 +102,6 @@ BAP_HOST_DEVICE uint32_t to_tf32(uint32_t bits) {
 #endif
 }
 
-// What rounding to TF32 left of a number, itself rounded; zero where the number is not finite.
-BAP_HOST_DEVICE uint32_t tf32_rest(uint32_t bits, uint32_t rounded) {
-  if ((rounded & 0x7f800000u) == 0x7f800000u) return 0;
-  return to_tf32(bits_of(float_of(bits) - float_of(rounded)));
-}
-
 template <MathMode kMode>
 struct MathTraits;
 template <>
@@ -120,10 +114,6 @@ struct MathTraits<MathMode::kHalf> {
 };
 template <>
 struct MathTraits<MathMode::kTf32> {
-  using scalar_t = float;
-};
-template <>
-struct MathTraits<MathMode::kFloat32> {
   using scalar_t = float;
 };
 

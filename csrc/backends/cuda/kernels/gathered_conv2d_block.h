@@ -34,8 +34,6 @@ struct GatheredConv2d {
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
-  // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kRowStep = kThreads / kDepthChunks;
   static constexpr int kCopiesA = Tile::kRows / kRowStep, kCopiesB = Tile::kColumns / kRowStep;
   static constexpr int kGroup = 8;

@@ -34,8 +34,6 @@ struct HaloConv2d {
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Memory::kStageBytes;
-  // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kCopies = Tile::kColumns / (kThreads / kDepthChunks);
   static constexpr int kChannelThreads = depth_threads<kThreads, kBytes>();
   static constexpr int kGroup = 8;

@@ -8,13 +8,10 @@
 // Code of a block: the device's alone under nvcc, since its Block is then the device.
 #define BAP_DEVICE __device__ __forceinline__
 #define BAP_UNROLL _Pragma("unroll")
-// By kSliceUnroll, a constant where it is used.
-#define BAP_UNROLL_SLICES _Pragma("unroll kSliceUnroll")
 #else
 #define BAP_HOST_DEVICE inline
 #define BAP_DEVICE inline
 #define BAP_UNROLL
-#define BAP_UNROLL_SLICES
 #endif
 
 namespace bap_kernels {

@@ -30,7 +30,7 @@ namespace bap_kernels {
   X(Wide, 128, 256, 8, 1, 4, 1)        \
   X(Square, 128, 128, 8, 1, 6, 1)
 // Each has a file gathered_conv2d_<name>.cu, so that they compile side by side.
-#define BAP_KERNELS_MATH_MODES(X) X(BFloat16) X(Half) X(Tf32) X(Float32)
+#define BAP_KERNELS_MATH_MODES(X) X(BFloat16) X(Half) X(Tf32)
 
 #define BAP_KERNELS_ENUM(name, ...) k##name,
 enum class TileShape : int { BAP_KERNELS_TILES(BAP_KERNELS_ENUM) };

@@ -11,10 +11,8 @@ Status launch_gathered_conv2d(const ConvParams& p, MathMode mode, TileShape tile
       return launch_conv_of<MathMode::kBFloat16>(p, tile, planes, stream);
     case MathMode::kHalf:
       return launch_conv_of<MathMode::kHalf>(p, tile, planes, stream);
-    case MathMode::kTf32:
-      return launch_conv_of<MathMode::kTf32>(p, tile, planes, stream);
     default:
-      return launch_conv_of<MathMode::kFloat32>(p, tile, planes, stream);
+      return launch_conv_of<MathMode::kTf32>(p, tile, planes, stream);
   }
 }
 
@@ -29,10 +27,8 @@ Status launch_halo_conv2d(const HaloParams& p, MathMode mode, HaloTileShape tile
       return launch_halo_of<MathMode::kBFloat16>(p, tile, shared_bytes, stream);
     case MathMode::kHalf:
       return launch_halo_of<MathMode::kHalf>(p, tile, shared_bytes, stream);
-    case MathMode::kTf32:
-      return launch_halo_of<MathMode::kTf32>(p, tile, shared_bytes, stream);
     default:
-      return launch_halo_of<MathMode::kFloat32>(p, tile, shared_bytes, stream);
+      return launch_halo_of<MathMode::kTf32>(p, tile, shared_bytes, stream);
   }
 }
 
@@ -42,10 +38,8 @@ Status launch_weight_gradient(const WeightGradientParams& p, MathMode mode, Tile
       return launch_weight_gradient_of<MathMode::kBFloat16>(p, tile, stream);
     case MathMode::kHalf:
       return launch_weight_gradient_of<MathMode::kHalf>(p, tile, stream);
-    case MathMode::kTf32:
-      return launch_weight_gradient_of<MathMode::kTf32>(p, tile, stream);
     default:
-      return launch_weight_gradient_of<MathMode::kFloat32>(p, tile, stream);
+      return launch_weight_gradient_of<MathMode::kTf32>(p, tile, stream);
   }
 }
 

@@ -5,6 +5,7 @@
 #include "backends/cuda/kernels/gathered_conv2d_block.h"
 #include "backends/cuda/kernels/halo_conv2d_block.h"
 #include "backends/cuda/kernels/launch.h"
+#include "backends/cuda/kernels/status.cuh"
 #include "backends/cuda/kernels/weight_gradient_block.h"
 
 namespace bap_kernels {
@@ -20,7 +21,8 @@ Status launch_blocks(const Params& p, int shared_bytes, void* stream) {
   const auto kernel = block_kernel<Kernel, Params, kBlocks>;
   // The attribute belongs to the current device; setting it again costs less than keeping count of devices.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const Status status =
+        cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     if (status != cudaSuccess) return status;
   }
   const dim3 grid(static_cast<unsigned>(Kernel::grid_x(p)), static_cast<unsigned>(Kernel::grid_y(p)));

@@ -5,6 +5,7 @@
 
 #include "backends/cuda/kernels/device_warpgroups.cuh"
 #include "backends/cuda/kernels/launch.h"
+#include "backends/cuda/kernels/status.cuh"
 #include "backends/cuda/kernels/warpgroup_conv2d_block.h"
 
 namespace bap_kernels {
@@ -28,8 +29,8 @@ __global__ void __launch_bounds__(BAP_KERNELS_WARPGROUP_BOUND(Kernel::kThreads),
 template <class Kernel>
 Status launch_warpgroups(const ConvParams& p, void* stream) {
   const auto kernel = warpgroup_kernel<Kernel>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
+  const Status status =
+      cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes));
   if (status != cudaSuccess) return status;
   const dim3 grid(static_cast<unsigned>(Kernel::grid_x(p)), static_cast<unsigned>(Kernel::grid_y(p)));
   kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(p);

@@ -1,7 +1,7 @@
 // The sum of every kernel that multiplies: stages of shared memory are filled by asynchronous copies that run ahead of
 // the products made from them.
 //
-// A kernel gives: Tile, kMode, kStages, kStageBytes, kSliceUnroll, a State with `sums`, and
+// A kernel gives: Tile, kMode, kStages, kStageBytes, a State with `sums`, and
 //   begin(b, p, plan, thread, state)                 before its first copy; copies that it starts arrive with the first
 //                                                    step's
 //   copy(b, p, plan, thread, state, stage)           starts the copies of the next step into the stage at byte `stage`
@@ -32,7 +32,6 @@ template <class Kernel, class Block, class Params, class Plan>
 BAP_DEVICE void sum_products(Block& b, const Params& p, const Plan& plan) {
   using State = typename Kernel::State;
   constexpr int kStages = Kernel::kStages, kStageBytes = Kernel::kStageBytes;
-  [[maybe_unused]] constexpr int kSliceUnroll = Kernel::kSliceUnroll;
   b.each([&](int thread, State& s) {
     Kernel::begin(b, p, plan, thread, s);
     clear_sums<typename Kernel::Tile>(s);
@@ -51,7 +50,7 @@ BAP_DEVICE void sum_products(Block& b, const Params& p, const Plan& plan) {
       if (step + kStages - 1 < plan.steps) Kernel::copy(b, p, plan, thread, s, written * kStageBytes);
       b.commit(thread);
     });
-    BAP_UNROLL_SLICES
+    BAP_UNROLL
     for (int slice = 0; slice < kSlices; ++slice) {
       b.each([&](int thread, State& s) { Kernel::load(b, plan, thread, s, step, read * kStageBytes, slice); });
       b.template multiply<Kernel::kMode, typename Kernel::Tile>();

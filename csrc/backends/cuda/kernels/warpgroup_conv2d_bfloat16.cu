@@ -14,11 +14,10 @@ bool has_warpgroups(int device) {
     using Kernel = WarpgroupConv2d<MathMode::kBFloat16, SquareWarpgroupTile>;
     int major = 0;
     cudaFuncAttributes attributes{};
-    const bool runs = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                      major == 9 && cudaFuncGetAttributes(&attributes, warpgroup_kernel<Kernel>) == cudaSuccess &&
-                      attributes.maxThreadsPerBlock >= Kernel::kThreads;
-    // A device without code for it is no error of a later call.
-    if (!runs) cudaGetLastError();
+    const bool runs =
+        cleared(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess &&
+        major == 9 && cleared(cudaFuncGetAttributes(&attributes, warpgroup_kernel<Kernel>)) == cudaSuccess &&
+        attributes.maxThreadsPerBlock >= Kernel::kThreads;
     known[device] = runs ? 1 : -1;
   }
   return known[device] > 0;

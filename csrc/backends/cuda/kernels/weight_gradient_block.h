@@ -23,8 +23,6 @@ struct WeightGradient {
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
   static constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kStageBytes = Tile::kStageBytes;
-  // Three products of two parts each leave no registers for the fragments of several slices.
-  static constexpr int kSliceUnroll = kMode == MathMode::kFloat32 ? 1 : kSlices;
   static constexpr int kCopiesA = Tile::kRows * kDepth / kVector / kThreads;
   static constexpr int kCopiesB = Tile::kColumns * kDepth / kVector / kThreads;
 

@@ -37,7 +37,7 @@ void unpack(uintptr_t result, std::array<int64_t, 4> sizes, std::array<int64_t, 
   const int64_t vector = kChunkBytes / element_bytes;
   p.result_vector = dense && result % kChunkBytes == 0 && strides[0] % vector == 0 && strides[1] % vector == 0 &&
                     sizes[2] * sizes[3] % vector == 0;
-  launch_channel_unpack(p, element_bytes == 2 ? MathMode::kBFloat16 : MathMode::kFloat32, nullptr);
+  launch_channel_unpack(p, element_bytes == 2 ? MathMode::kBFloat16 : MathMode::kTf32, nullptr);
 }
 
 py::capsule launcher_of_other_sources() {

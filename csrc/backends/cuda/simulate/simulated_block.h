@@ -206,17 +206,16 @@ class SimulatedBlock {
 
   template <MathMode kMode>
   void mma(int first, int i, int j) {
-    constexpr bool kWords = kMode == MathMode::kTf32 || kMode == MathMode::kFloat32;
+    constexpr bool kWords = kMode == MathMode::kTf32;
     constexpr int kDepth = kWords ? 8 : 16;
-    // Of each operand what is multiplied, and for kFloat32 what rounding it to TF32 left.
-    float a[16][kDepth], b[kDepth][8], a_low[16][kDepth], b_low[kDepth][8];
+    float a[16][kDepth], b[kDepth][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const State& s = states_[first + lane];
       const int group = lane / 4, place = lane % 4;
       for (int e = 0; e < (kWords ? 4 : 8); ++e) {
         if constexpr (kWords) {
           const int row = e % 2 == 0 ? group : group + 8, column = e < 2 ? place : place + 4;
-          split<kMode>(s.a[i][e], a[row][column], a_low[row][column]);
+          a[row][column] = float_of(to_tf32(s.a[i][e]));
         } else {
           const int row = e < 2 || (e >= 4 && e < 6) ? group : group + 8;
           const int column = place * 2 + e % 2 + (e < 4 ? 0 : 8);
@@ -226,7 +225,7 @@ class SimulatedBlock {
       for (int e = 0; e < (kWords ? 2 : 4); ++e) {
         if constexpr (kWords) {
           const int row = e == 0 ? place : place + 4;
-          split<kMode>(s.b[j][e], b[row][group], b_low[row][group]);
+          b[row][group] = float_of(to_tf32(s.b[j][e]));
         } else {
           const int row = place * 2 + e % 2 + (e < 2 ? 0 : 8);
           b[row][group] = element<kMode>(s.b[j][e / 2], e % 2);
@@ -237,22 +236,10 @@ class SimulatedBlock {
       for (int e = 0; e < 4; ++e) {
         const int row = e < 2 ? lane / 4 : lane / 4 + 8, column = lane % 4 * 2 + e % 2;
         float sum = 0.0f;
-        for (int k = 0; k < kDepth; ++k) {
-          if constexpr (kMode == MathMode::kFloat32) {
-            sum += a_low[row][k] * b[k][column] + a[row][k] * b_low[k][column];
-          }
-          sum += a[row][k] * b[k][column];
-        }
+        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
         states_[first + lane].sums[i][j][e] += sum;
       }
     }
-  }
-
-  template <MathMode kMode>
-  static void split(uint32_t bits, float& high, float& low) {
-    const uint32_t rounded = to_tf32(bits);
-    high = float_of(rounded);
-    low = kMode == MathMode::kFloat32 ? float_of(tf32_rest(bits, rounded)) : 0.0f;
   }
 
   SimulatedMemory memory_;
