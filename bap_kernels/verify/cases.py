@@ -94,10 +94,10 @@ def problems(math: str, sm_count: int) -> list[Problem]:
     odd = small.but(in_list="odd", out_list="odd")
     bent = {"stride": (2, 1), "padding": (2, 0, 1, 3), "dilation": (2, 1)}
     many = -(-rows // side**2)
-    large = Case(many, 40, 200, (side, side), dtype=DTYPES[math], layout="channels_last", in_list="null")
+    large = last.but(batch=many, out_channels=200, size=(side, side), out_list="null")
     # Planes are a grid each: of one tile of pixels and two of filters.
     planes = point.but(batch=-(-rows // 64), in_list="odd", size=(16, 8), out_channels=200, out_list="null")
-    wide = large.but(kernel=(1, 1), padding=(0, 0, 0, 0), batch=2 * many, out_channels=256, out_list="null")
+    wide = large.but(kernel=(1, 1), padding=(0, 0, 0, 0), batch=2 * many, out_channels=256)
     found = [
         Problem(plain, last, tiles=True),
         Problem(plain, last.but(**bent), block=8),
@@ -110,12 +110,14 @@ def problems(math: str, sm_count: int) -> list[Problem]:
         Problem(plain, odd.but(kernel=(5, 5), padding=(2, 2, 2, 2), stride=(2, 2), layout="sliced")),
         Problem(fused, last.but(in_channels=24, out_channels=35), flags=_EPILOGUE, dual_store="odd"),
         Problem(fused, point.but(in_channels=24, in_list="odd"), flags=_FLAGS),
+        Problem(fused, point.but(in_list="shuffled", out_list="null"), flags=_EPILOGUE, dual_store="odd"),
+        Problem(plain, point.but(batch=5, in_channels=130), block=16),
         Problem(fused, odd.but(in_channels=24), flags=_FLAGS, dual_store="shuffled"),
         Problem(plain, large),
         Problem(plain, large.but(out_channels=256, in_channels=64, kernel=(3, 2)), block=8),
         Problem(fused, large.but(in_channels=24), flags=_EPILOGUE, dual_store="odd"),
         Problem(plain, planes),
-        Problem(plain, large.but(layout="contiguous", in_list="odd", out_list="null", out_channels=150)),
+        Problem(plain, large.but(layout="contiguous", in_list="odd", out_channels=150)),
         Problem(plain, wide),
         Problem(backward, last, mask=(True, False, False), tiles=True),
         Problem(backward, last.but(stride=(2, 2)), block=8, mask=(True, True, False)),
