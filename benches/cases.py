@@ -14,7 +14,8 @@ from torch import Tensor
 
 BATCHES = (1, 8)
 DENSITIES = (0.75, 0.5, 0.25)
-LISTS = ("in", "both")
+# In-lists only or both lists; of round counts, or ragged as training leaves them: every channel drawn by itself.
+LISTS = ("in", "both", "in_ragged", "both_ragged")
 LAYOUTS = ("channels_last", "nchw")
 
 # Layers with fewer input channels (stems and their successors) are timed but not part of the means.
@@ -141,19 +142,45 @@ class Cell:
     @property
     def K_in(self) -> int:  # noqa: N802
         """Input channels kept."""
-        return kept(self.case.C_in, self.density)
+        return len(self.channel_lists()[0]) if self.ragged else kept(self.case.C_in, self.density)
 
     @property
     def K_out(self) -> int:  # noqa: N802
         """Output channels computed."""
-        return kept(self.case.C_out, self.density) if self.lists == "both" else self.case.C_out
+        if not has_out_lists(self.lists):
+            return self.case.C_out
+        out_index = self.channel_lists()[1] if self.ragged else None
+        return kept(self.case.C_out, self.density) if out_index is None else len(out_index)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether every channel is drawn by itself."""
+        return is_ragged(self.lists)
 
     def channel_lists(self) -> tuple[Tensor, Tensor | None]:
         """Draw (in_index, out_index): sorted, unique int32; out_index is None for in-lists only."""
         generator = torch.Generator().manual_seed(self.seed)
-        in_index = draw(self.case.C_in, self.K_in, generator)
-        out_index = draw(self.case.C_out, self.K_out, generator) if self.lists == "both" else None
-        return in_index, out_index
+        in_index = draw_list(self.case.C_in, self.density, self.ragged, generator)
+        both = has_out_lists(self.lists)
+        return in_index, draw_list(self.case.C_out, self.density, self.ragged, generator) if both else None
+
+
+def is_ragged(lists: str) -> bool:
+    """Whether a kind of lists draws every channel by itself."""
+    return lists.endswith("_ragged")
+
+
+def has_out_lists(lists: str) -> bool:
+    """Whether a kind of lists has out-lists, too."""
+    return lists.startswith("both")
+
+
+def draw_list(channels: int, density: float, ragged: bool, generator: torch.Generator) -> Tensor:
+    """Draw a list, sorted, int32: of just the density's count, or of every channel by itself, at least one."""
+    if not ragged:
+        return draw(channels, kept(channels, density), generator)
+    numbers = torch.rand(channels, generator=generator)
+    return torch.nonzero((numbers < density) | (numbers == numbers.min())).flatten().int()
 
 
 def kept(channels: int, density: float) -> int:
@@ -182,14 +209,16 @@ def full_cells(
 def default_cells() -> list[Cell]:
     """Return the cells of the default study: batch 1 and the cases that count in the means.
 
-    channels_last with both kinds of lists, NCHW with in-lists. The most informative settings come first, so that a
-    study whose time runs out has complete passes over the cases.
+    channels_last with all kinds of lists, the ragged ones at half of the channels, and NCHW with in-lists. The most
+    informative settings come first, so that a study whose time runs out has complete passes over the cases.
     """
     cases = [case for case in CASES if case.C_in >= MIN_MEAN_CHANNELS]
     passes = (
         ("channels_last", "in", 0.5),
         ("channels_last", "both", 0.5),
         ("nchw", "in", 0.5),
+        ("channels_last", "in_ragged", 0.5),
+        ("channels_last", "both_ragged", 0.5),
         ("channels_last", "in", 0.25),
         ("channels_last", "in", 0.75),
         ("channels_last", "both", 0.25),

@@ -9,13 +9,13 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benches import compiled, engines, gate, ours
-from benches.cases import draw, kept
+from benches.cases import draw_list, is_ragged
 from benches.measure import DTYPES
 from benches.memory import can_measure_peak, in_fresh_process, peak_bytes
 from benches.photographs import CROPS, batches
@@ -87,12 +87,12 @@ class NetworkCell:
     batch: int
     density: float
     layout: str
-    lists: ClassVar[str] = "in"
+    lists: str = "in"
 
     @property
     def id(self) -> str:
         """Name in ids and tables, such as ``resnet50-b1-network-d50-in-channels_last``."""
-        return f"{self.network}-b{self.batch}-{WHOLE_NETWORK}-d{self.density * 100:.0f}-in-{self.layout}"
+        return f"{self.network}-b{self.batch}-{WHOLE_NETWORK}-d{self.density * 100:.0f}-{self.lists}-{self.layout}"
 
     @property
     def seed(self) -> int:
@@ -105,12 +105,14 @@ def network_cells(
     densities: Sequence[float],
     layouts: Sequence[str],
     networks: Sequence[str] = DEFAULT_NETWORKS,
+    lists: Sequence[str] = ("in",),
 ) -> list[NetworkCell]:
     """Return the networks in every setting, in complete passes over the networks, density 0.5 first."""
     order = sorted(densities, key=lambda density: (abs(density - 0.5), density))
     return [
-        NetworkCell(network, batch, density, layout)
+        NetworkCell(network, batch, density, layout, kind)
         for layout in layouts
+        for kind in lists
         for density in order
         for batch in batches
         for network in networks
@@ -132,11 +134,11 @@ class MaskedInputConv2d(nn.Module):
         return self.conv(x * self.get_buffer("mask"))
 
 
-def in_lists(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
+def in_lists(model: nn.Module, density: float, seed: int, ragged: bool = False) -> dict[str, Tensor]:
     """Draw an in-list for every convolution with more than `FEW_CHANNELS` input channels."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: draw(module.in_channels, kept(module.in_channels, density), generator)
+        name: draw_list(module.in_channels, density, ragged, generator)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and module.in_channels > FEW_CHANNELS
     }
@@ -241,7 +243,7 @@ class NetworkBench:
     def prepare(self, cell: NetworkCell, names: Sequence[str]) -> dict[str, Timed]:
         """Return the networks of the named variants, with a pool of inputs."""
         model = self.model(cell.network)
-        lists = in_lists(model, cell.density, cell.seed)
+        lists = in_lists(model, cell.density, cell.seed, is_ragged(cell.lists))
         inputs = self.inputs(cell)
         prepared = {}
         for name in names:
@@ -288,7 +290,7 @@ class NetworkBench:
         """Return float64 logits of the masked network for the first image of a batch."""
         model = mask_(
             copy.deepcopy(self.model(cell.network)).double(),
-            in_lists(self.model(cell.network), cell.density, cell.seed),
+            in_lists(self.model(cell.network), cell.density, cell.seed, is_ragged(cell.lists)),
         )
         return model(x[:1].cpu().double())
 
@@ -342,7 +344,7 @@ class NetworkBench:
             flop = conv_flop(
                 self.model(cell.network),
                 inputs[0][:1].cpu().float(),
-                in_lists(self.model(cell.network), cell.density, cell.seed),
+                in_lists(self.model(cell.network), cell.density, cell.seed, is_ragged(cell.lists)),
             )
         if any(name in PACKING for name in names):
             ours.clear_packed()

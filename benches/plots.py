@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from benches.cases import CASES
+from benches.cases import CASES, LISTS, has_out_lists, is_ragged
 from benches.rows import Row
 from benches.summary import Setting, geomean, layer_rows, network_rows, setting_of
 
@@ -67,7 +67,8 @@ def label(variant: str) -> str:
 
 def setting_title(setting: Setting, density: bool = False) -> str:
     """Return the title of a panel."""
-    kind = "in-list" if setting.lists == "in" else "both lists"
+    kind = "both lists" if has_out_lists(setting.lists) else "in-list"
+    kind = f"ragged {kind}" if is_ragged(setting.lists) else kind
     suffix = f", density {setting.density:g}" if density else ""
     return f"{setting.layout}, {kind}, batch {setting.batch}{suffix}"
 
@@ -123,7 +124,7 @@ def group(rows: Iterable[Row], key: Callable[[Row], _Key]) -> dict[_Key, list[Ro
 
 def _by_panel(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """Rows by setting without its density."""
-    ordered = sorted(rows, key=lambda row: (row.layout, row.batch, row.lists != "in"))
+    ordered = sorted(rows, key=lambda row: (row.layout, row.batch, LISTS.index(row.lists)))
     return group(ordered, lambda row: replace(setting_of(row), density=0.0))
 
 
@@ -159,7 +160,7 @@ def mean_times(rows: Sequence[Row]) -> list[Figure]:
             by_density = group((row for row in rows if row.variant == variant), lambda row: row.density)
             points = sorted((d, geomean(1 / (row.vs_dense or 1.0) for row in of_d)) for d, of_d in by_density.items())
             axis.plot(*zip(*points, strict=True), label=label(variant), markersize=6, linewidth=1.6, **STYLES[variant])
-        work = [density ** (1 if panel.lists == "in" else 2) for density in densities]
+        work = [density ** (2 if has_out_lists(panel.lists) else 1) for density in densities]
         axis.plot(densities, work, color="#999999", linewidth=5, alpha=0.35, label="share of the work")
         axis.set_title(setting_title(panel), fontsize=10)
         density_axis(axis, densities)
@@ -237,7 +238,7 @@ def roofline_shares(rows: Sequence[Row]) -> list[Figure]:
 def network_speedups(rows: Sequence[Row]) -> list[Figure]:
     """Speed-up of whole networks over dense against density."""
 
-    def draw(axis: Any, key: tuple[str, str, int], rows: list[Row]) -> None:
+    def draw(axis: Any, key: tuple[str, str, int, str], rows: list[Row]) -> None:
         densities = sorted({row.density for row in rows})
         variants = variants_of(rows)
         width = 0.8 / len(variants)
@@ -252,10 +253,10 @@ def network_speedups(rows: Sequence[Row]) -> list[Figure]:
         axis.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
         axis.set_xlabel("density (kept / all channels)")
         axis.set_ylabel("speed-up over dense")
-        axis.set_title("{}, {}, batch {}".format(*key), fontsize=10)
+        axis.set_title("{}, {}, batch {}{}".format(*key), fontsize=10)
 
     rows = [row for row in network_rows(rows) if row.vs_dense]
-    groups = group(rows, lambda row: (row.network, row.layout, row.batch))
+    groups = group(rows, lambda row: (row.network, row.layout, row.batch, ", ragged" * is_ragged(row.lists)))
     caption = "Whole networks on photographs, in-lists only: speed-up over dense (higher is faster)."
     return [Figure("networks", caption, draw_panels(groups, draw, 3.6, 3.4, columns=4))] if groups else []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benches import summary
+from benches.cases import is_ragged
 from benches.plots import Figure, draw_figures, group, label
 from benches.roofline import prediction_table
 from benches.rows import Row, write_csv, write_json
@@ -31,7 +32,8 @@ METHOD = (
     "Inputs are random (never zeros) and rotate through a pool larger than the last-level cache, unless a row says "
     "warm.",
     "Freed memory stays with the process (glibc's malloc), so that no page faults of results are timed.",
-    "Lists are random with a fixed seed per case and keep exactly density x channels.",
+    "Lists are random with a fixed seed per case: `in` (in-lists only) and `both` keep exactly density x channels; "
+    "`in_ragged` and `both_ragged` draw every channel by itself, and have odd lengths as those of trained networks.",
     "dense: F.conv2d on all channels. masked: dense convolution of the input times the mask (with an out-list the "
     "result is masked too). naive: index_select, then F.conv2d with the sliced weight; loses channels_last on a CPU.",
     "gather + conv: the fastest, per case, of several gathers that keep the memory format, followed by the fastest of "
@@ -175,7 +177,7 @@ def networks_table(rows: Sequence[Row]) -> Table:
         [
             f"{row.network} b{row.batch}",
             SHORT_LAYOUTS.get(row.layout, row.layout),
-            f"{row.density:g}",
+            f"{row.density:g} ragged" if is_ragged(row.lists) else f"{row.density:g}",
             label(row.variant),
             time_text(row.p50_s),
             number(row.vs_dense),
@@ -188,7 +190,8 @@ def networks_table(rows: Sequence[Row]) -> Table:
         for row in rows
     ]
     note = (
-        "Photographs, in-lists only; planned: the whole network (ordered: with reordered channels), native and auto: "
+        "Photographs, in-lists only, of round counts unless the density says ragged; planned: the whole network "
+        "(ordered: with reordered channels), native and auto: "
         "layer by layer. /: speed-up over that variant; compiled is the pruned network, compiled; ONNX Runtime and "
         "OpenVINO run its export. MiB: parameters and packed weights, without copies that compilers and engines make. "
         "Peak: peak MiB of a forward beyond them. Error: of logits, against the masked network in float64."

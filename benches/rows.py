@@ -38,7 +38,7 @@ class Row:
         layout: ``channels_last`` or ``nchw``, of input and result.
         batch: N.
         density: Share of the channels kept.
-        lists: ``in`` or ``both``.
+        lists: of `benches.cases.LISTS`.
         seed: Seed of the lists.
         threads: Threads that PyTorch and the kernels may use.
         inputs: ``rotated`` (a pool larger than the last-level cache) or ``warm``.

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benches import engines, ours, report
 from benches.baselines import BASELINES
-from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells
+from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells, has_out_lists
 from benches.measure import DTYPES, Bench
 from benches.networks import DEFAULT_NETWORKS, MIN_ROUNDS, NETWORKS, OPT_IN, WHOLE, NetworkBench, network_cells
 from benches.overhead import VARIANTS as OVERHEAD_VARIANTS
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--layout", choices=("nchw", "channels_last", "both"), help="memory format")
     command.add_argument("--batch", type=numbers(int, BATCHES), help="batch sizes, such as 1,8")
     command.add_argument("--density", type=numbers(float, DENSITIES), help="densities, such as 0.5,0.25")
-    command.add_argument("--lists", choices=("in", "both", "all"), help="in-lists only, both lists, or all")
+    command.add_argument("--lists", choices=(*LISTS, "all"), help="in-lists only or both, round or ragged")
     command.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     command.add_argument(
         "--networks",
@@ -141,7 +141,8 @@ def layer_tasks(options: argparse.Namespace, bench: Bench, names: Sequence[str])
 
 def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Task]:
     """Return the whole networks that the options select."""
-    if options.lists == "both":
+    kinds = [kind for kind in LISTS if not has_out_lists(kind) and options.lists in (None, "all", kind)]
+    if not kinds:
         return []
     networks = options.networks or (NETWORKS if options.full else DEFAULT_NETWORKS)
     if unknown := [name for name in networks if name not in NETWORKS]:
@@ -157,7 +158,7 @@ def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Tas
     rounds = options.rounds or (FULL_ROUNDS if options.full else MIN_ROUNDS)
     peaks = options.peaks and options.device == "cpu"
     bench = NetworkBench(torch.device(options.device), options.dtype, rounds, peaks)
-    cells = network_cells(options.batch or BATCHES, options.density or DENSITIES, layouts, list(networks))
+    cells = network_cells(options.batch or BATCHES, options.density or DENSITIES, layouts, list(networks), kinds)
     if options.full:
         # One compiled dense network serves all densities.
         cells.sort(key=lambda cell: (cell.layout, cell.batch, cell.network))

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benches.cases import MIN_MEAN_CHANNELS
+from benches.cases import LISTS, MIN_MEAN_CHANNELS
 from benches.rows import Row
 
 BASES = ("dense", "masked", "naive", "gather_conv", "oracle")
@@ -70,7 +70,7 @@ class Target:
 
     Args:
         title: Heading.
-        lists: ``in`` or ``both``.
+        lists: of `benches.cases.LISTS`.
         base: The variant that the speed-up is taken over.
         values: Speed-up by density.
         each: Whether every case must reach it, not only the mean.
@@ -156,7 +156,7 @@ def setting_of(row: Row) -> Setting:
 
 def settings(rows: Iterable[Row]) -> list[Setting]:
     """All settings, in order of layout, batch, lists and falling density."""
-    return sorted(set(map(setting_of, rows)), key=lambda s: (s.layout, s.batch, s.lists != "in", -s.density))
+    return sorted(set(map(setting_of, rows)), key=lambda s: (s.layout, s.batch, LISTS.index(s.lists), -s.density))
 
 
 def reported_variants(rows: Iterable[Row]) -> list[str]:

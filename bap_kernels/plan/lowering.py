@@ -4,6 +4,10 @@ Every fused convolution becomes one step, in the order of its last operation. A 
 through a list of positions, with a second list for the weight's channels; where the input is stored as exactly its
 list, no list is needed. All other steps get the channels that they read by a view where these are the first ones that
 are stored, else by a gather.
+
+On a GPU compact tensors are wider than their lists are long, in whole vectors of 16 bytes, which cuDNN and the kernels
+need to be fast: channels behind the stored ones hold any finite numbers, and whoever reads them has zeros for them in
+its weight. Convolutions with such tensors get compact copies of their filters.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import cast as typed
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels.flow.arguments import map_leaves
@@ -23,11 +28,22 @@ from bap_kernels.functional import four_sided
 from bap_kernels.plan import steps
 from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
 from bap_kernels.plan.fuse import FusedConv, fuse
-from bap_kernels.plan.layout import Chain, Layout
+from bap_kernels.plan.layout import Chain, Fetch, Layout
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.steps import Slot, Step, slots_in
 
-__all__ = ["lower"]
+__all__ = ["lower", "vector_bytes"]
+
+# Bytes of a vector that GPUs move at once.
+_VECTOR = 16
+
+
+def vector_bytes(device: torch.device) -> int:
+    """Bytes to whose multiples a pixel of a compact tensor is rounded up on a device; 0: it is not.
+
+    CPU kernels take any width at the same speed, and would compute more.
+    """
+    return _VECTOR if device.type == "cuda" else 0
 
 
 class _Lowering:
@@ -37,8 +53,11 @@ class _Lowering:
         dual_stores: dict[Value, DualStore],
         memory_format: torch.memory_format,
         device: torch.device,
+        multiple: int,
     ) -> None:
         self.layout, self.dual_stores = layout, dual_stores
+        self.multiple = multiple
+        self.widths: dict[int, int] = {}  # of slots whose tensor has channels behind the stored ones: all of them
         self.dual_slots: dict[FusedConv, int] = {}  # of convolutions that read a dual store
         self.memory_format, self.device = memory_format, device
         self.steps: list[Step] = []
@@ -48,7 +67,7 @@ class _Lowering:
         self.slot: dict[Value, int] = {}
         self.buffers: dict[Chain, int] = {}
         self.written: dict[Chain, int] = {}  # parts in the buffer
-        self.fetched: dict[tuple[Value, bytes], int] = {}
+        self.fetched: dict[tuple[Value, bytes, bool], int] = {}
 
     def new_slot(self) -> int:
         self.slots += 1
@@ -67,29 +86,54 @@ class _Lowering:
             return None
         return torch.from_numpy(channels.astype(np.int32)).to(self.device)
 
-    def fetch(self, value: Value, channels: Channels, op: Op) -> int:
-        """The slot of a tensor with these channels."""
+    def width(self, count: int, value: Value) -> int:
+        """Channels that a tensor with so many channels of a value is stored with."""
+        return count if count == value.channels else -(-count // self.multiple) * self.multiple
+
+    def set_width(self, slot: int, width: int) -> None:
+        self.widths[slot] = width
+        self.steps[-1].note = ", ".join(part for part in (self.steps[-1].note, f"width {width}") if part)
+
+    def fetch(self, value: Value, channels: Channels, op: Op, wide: bool = False) -> int:
+        """The slot of a tensor with these channels; with ``wide`` there may be others behind them."""
         fetch = self.layout.fetch(value, channels)
-        if fetch is None:
-            return self.slot[value]
-        key = (value, channels.tobytes())
+        slot, stored = self.slot[value], len(self.layout.stored[value])
+        present = self.widths.get(slot, stored)
+        if fetch is None and (wide or present == stored):
+            return slot
+        key = (value, channels.tobytes(), wide)
         if key not in self.fetched:
-            slot, out = self.slot[value], self.new_slot()
-            stored = len(self.layout.stored[value])
-            begin = fetch.begin
-            if begin is not None and len(fetch.positions) < stored and fetch.order is None:
-                step: Step = steps.ViewStep(slot, len(fetch.positions), out, begin)
-                self.emit(step, op, len(fetch.positions))
-                slot, out, index = out, (self.new_slot() if len(fetch.fill) else out), None
-            else:
-                index = self.index_of(fetch.positions, stored)
-            if index is not None or len(fetch.fill) or fetch.order is not None:
-                zeros = len(fetch.fill) if not fetch.fill.any() else None
-                fill = zeros if zeros else (torch.from_numpy(fetch.fill).to(self.device) if len(fetch.fill) else None)
-                order = None if fetch.order is None else self.index_of(fetch.order, len(fetch.order))
-                self.emit(steps.FetchStep(index, fill, order, slot, out), op, len(channels))
-            self.fetched[key] = out
+            self.fetched[key] = self._fetched(fetch or Fetch(np.arange(stored), np.zeros(0), None), value, op, wide)
         return self.fetched[key]
+
+    def _fetched(self, fetch: Fetch, value: Value, op: Op, wide: bool) -> int:
+        slot, out = self.slot[value], self.new_slot()
+        present = self.widths.get(slot, len(self.layout.stored[value]))
+        positions, fill, order = fetch.positions, fetch.fill, fetch.order
+        count = len(positions) + len(fill)
+        width = self.width(count, value) if wide else count
+        begin, more = fetch.begin, width - count
+        whole_view = begin is not None and order is None and len(positions) < present
+        if whole_view and not (more and len(fill)) and begin + len(positions) + more <= present:  # type: ignore[operator]
+            self.emit(steps.ViewStep(slot, len(positions) + more, out, begin or 0), op, len(positions))
+            slot, out, index = out, (self.new_slot() if len(fill) else out), None
+        else:
+            # Whatever is behind: a channel once more, or zeros.
+            if order is not None:
+                order = np.append(order, np.repeat(order[:1], more))
+            elif len(fill):
+                fill = np.append(fill, np.zeros(more))
+            else:
+                positions = np.append(positions, np.repeat(positions[:1], more))
+            index = self.index_of(positions, present)
+        if index is not None or len(fill) or order is not None:
+            zeros = len(fill) if not fill.any() else None
+            constants = zeros if zeros else (torch.from_numpy(fill).to(self.device) if len(fill) else None)
+            places = None if order is None else self.index_of(order, len(positions) + len(fill))
+            self.emit(steps.FetchStep(index, constants, places, slot, out), op, count)
+        if more:
+            self.set_width(out, width)
+        return out
 
     def whole(self, value: Value, op: Op) -> int:
         channels = value.channels
@@ -114,15 +158,20 @@ class _Lowering:
         elif op.kind == "cat":
             self.cat(op)
         elif op.kind == "take":
-            self.slot[out] = self.fetch(op.inputs[0], op.reads[self.layout.stored[out]], op)
+            self.slot[out] = self.fetch(op.inputs[0], op.reads[self.layout.stored[out]], op, wide=True)
         elif op.kind == "size":
             self.size(op)
         elif op.kind == "pad":
             # The constants are not stored, so the input already is the result.
             x, stored = op.inputs[0], self.layout.stored[out]
-            self.slot[out] = self.fetch(x, stored - op.before, op)
+            self.slot[out] = self.fetch(x, stored - op.before, op, wide=True)
         else:
-            reads = tuple(self.fetch(x, self.layout.stored[out], op) for x in op.aligned)
+            stored = self.layout.stored[out]
+            wide = not (op.fixed or op.args or op.kwargs)
+            reads = tuple(self.fetch(x, stored, op, wide) for x in op.aligned)
+            width = self.widths.get(reads[0], len(stored))
+            if any(self.widths.get(slot, len(stored)) != width for slot in reads):
+                reads, width = tuple(self.fetch(x, stored, op) for x in op.aligned), len(stored)
             assert op.call is not None
             if op.args or op.kwargs:
                 args = (Slot(reads[0]), *self.with_slots(op, op.args))
@@ -131,42 +180,72 @@ class _Lowering:
                 self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
             else:
                 self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_call_name(op.call))
+            if width != len(stored):
+                self.set_width(self.slot[out], width)
 
     def conv(self, fused: FusedConv) -> None:
         conv, op, source = fused.conv.conv, fused.last, fused.source
         stored = self.layout.stored[op.output]
         read, stored_positions = stored_reads(fused, self.layout)
         if fused not in self.dual_slots and stored_positions is not None:
-            x, positions, width = self.slot[source], stored_positions, len(self.layout.stored[source])
+            x, positions = self.slot[source], stored_positions
+            present = self.widths.get(x, len(self.layout.stored[source]))
+            positions = self.more_positions(positions, len(self.layout.stored[source]), present, source)
         else:
-            x = self.dual_slots[fused] if fused in self.dual_slots else self.fetch(source, read, op)
-            positions, width = np.arange(len(read)), len(read)
+            x = self.dual_slots[fused] if fused in self.dual_slots else self.fetch(source, read, op, wide=True)
+            present = self.widths.get(x, len(read))
+            positions = np.arange(present)
+        residual = None if fused.residual is None else self.fetch(fused.residual, stored, op, wide=True)
+        width = self.width(len(stored), op.output)
+        if residual is not None:
+            width = self.widths.get(residual, len(stored))
+        compact = len(positions) > len(read) or width > len(stored)
+        in_index = self.index_of(positions, present)
         weight_index = self.index_of(read, conv.in_channels)
-        in_index = self.index_of(positions, width)
+        out_index = self.index_of(fused.conv.writes[stored], conv.out_channels)
         if weight_index is None and in_index is not None:
             weight_index = torch.from_numpy(read.astype(np.int32)).to(self.device)
+        if compact:
+            every = torch.arange(len(positions), dtype=torch.int32, device=self.device)
+            weight_index, out_index = (None if in_index is None else every), None
         before: tuple[Tensor | None, Tensor | None, bool] = (None, None, fused.in_relu)
         if fused.in_norm is not None:
-            before = (*_vectors(fused.in_norm, read, conv.weight.dtype), fused.in_relu)
+            scale, shift = _vectors(fused.in_norm, read, conv.weight.dtype, len(positions))
+            before = (scale, shift, fused.in_relu)
         after: tuple[Tensor | None, Tensor | None] = (None, None)
         if fused.norm is not None:
-            after = _vectors(fused.norm, stored, conv.weight.dtype)
-        reads: tuple[int, ...] = (x,)
-        if fused.residual is not None:
-            reads = (x, self.fetch(fused.residual, stored, op))
+            after = _vectors(fused.norm, stored, conv.weight.dtype, width)
+        reads: tuple[int, ...] = (x,) if residual is None else (x, residual)
         sides = typed("str | tuple[int, int]", conv.padding if fused.conv.padding is None else fused.conv.padding)
         padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
-        lists = (in_index, self.index_of(fused.conv.writes[stored], conv.out_channels), weight_index)
+        lists = (in_index, out_index, weight_index)
         cast = None if fused.conv.output.dtype is conv.weight.dtype else fused.conv.output.dtype
         step = steps.ConvStep(conv, padding, lists, before, after, fused.relu, reads, self.slot[op.output], cast)
-        text = f"reads {len(read)}/{conv.in_channels}" + (f" of {width} stored" if in_index is not None else "")
+        if compact:
+            step.parameters = _widened(conv, fused.conv.writes[stored], read, (width, len(positions)))
+        text = f"reads {len(read)}/{conv.in_channels}"
+        text += f" of {len(self.layout.stored[source])} stored" if in_index is not None else ""
         dual = self.dual_stores.get(op.output)
         if dual is not None:
             self.dual_slots[dual.consumer] = step.dual_store = self.new_slot()
-            step.dual_index = torch.from_numpy(dual.positions.astype(np.int32)).to(self.device)
+            again = self.more_positions(dual.positions, len(stored), width, op.output)
+            step.dual_index = torch.from_numpy(again.astype(np.int32)).to(self.device)
+            if len(again) > len(dual.positions):
+                self.widths[step.dual_store] = len(again)
             text += f", stores {len(dual.positions)} again for {dual.consumer.conv.name}"
         self.emit(step, op, note=text)
         step.name = fused.conv.name
+        if width > len(stored):
+            self.set_width(self.slot[op.output], width)
+
+    def more_positions(self, positions: Channels, stored: int, present: int, value: Value) -> Channels:
+        """Positions in a tensor, followed by others of it up to a whole number of vectors, if there are as many."""
+        if len(positions) == stored:
+            return np.arange(present)
+        unread = np.setdiff1d(np.arange(stored), positions)
+        # Those behind the stored ones first: nobody's numbers can be infinite there.
+        others = np.concatenate([np.arange(stored, present), unread])
+        return np.concatenate([positions, others[: self.width(len(positions), value) - len(positions)]])
 
     def grouped(self, fused: FusedConv) -> None:
         conv, op = fused.conv.conv, fused.last
@@ -181,7 +260,13 @@ class _Lowering:
             scale, shift = scale[index], shift[index]
             shift = shift if bias is None else shift + scale * bias.double()
             weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-        x = self.fetch(fused.source, reads, op)
+        depthwise = fused.conv.kind == "depthwise" and groups == len(written) == len(reads)
+        x = self.fetch(fused.source, reads, op, wide=depthwise)
+        width = self.widths.get(x, len(reads)) if depthwise else len(stored)
+        if width > len(stored):
+            more = width - len(stored)
+            groups, weight = groups + more, F.pad(weight, (0, 0, 0, 0, 0, 0, 0, more))
+            bias = None if bias is None else F.pad(bias, (0, more))
         padding = conv.padding if fused.conv.padding is None else fused.conv.padding
         options = (conv.stride, padding, conv.dilation, groups)
         note = "+norm" if fused.norm is not None else ""
@@ -189,10 +274,18 @@ class _Lowering:
             self.emit(steps.DepthwiseStep(options, weight, bias, x, self.slot[op.output]), op, note=note)
         else:
             step = steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
-            step.index = self.index_of(np.searchsorted(written, stored), len(written))
+            kept = np.searchsorted(written, stored)
+            width = self.width(len(stored), op.output)
+            if width > len(stored) and len(kept) < len(written):
+                kept = np.append(kept, np.repeat(kept[:1], width - len(stored)))
+            else:
+                width = len(stored)
+            step.index = self.index_of(kept, len(written))
             note = f"{groups}/{conv.groups} groups{', ' + note if note else ''}"
             self.emit(step, op, note=note)
         self.steps[-1].name = fused.conv.name
+        if width > len(stored):
+            self.set_width(self.slot[op.output], width)
 
     def norm(self, op: Op) -> None:
         assert op.module is not None
@@ -200,8 +293,16 @@ class _Lowering:
         assert parts is not None
         index = torch.from_numpy(stored).to(self.device)
         vectors = (parts.weight, parts.bias, parts.running_mean, parts.running_var)
-        kept = tuple(None if vector is None else vector.detach()[index] for vector in vectors)
-        self.emit(steps.NormStep(kept, parts.eps, self.fetch(op.inputs[0], stored, op), self.slot[op.output]), op)
+        x = self.fetch(op.inputs[0], stored, op, wide=True)
+        more = self.widths.get(x, len(stored)) - len(stored)
+        # A variance of 1 is no trouble to divide by.
+        kept = tuple(
+            None if vector is None else F.pad(vector.detach()[index], (0, more), value=value)
+            for vector, value in zip(vectors, (0.0, 0.0, 0.0, 1.0), strict=True)
+        )
+        self.emit(steps.NormStep(kept, parts.eps, x, self.slot[op.output]), op)
+        if more:
+            self.set_width(self.slot[op.output], len(stored) + more)
 
     def cat(self, op: Op) -> None:
         chain, out = self.layout.chains[op], self.slot[op.output]
@@ -212,24 +313,37 @@ class _Lowering:
             for number, (part, stored) in enumerate(zip(op.inputs, chain.stored, strict=False))
             if number >= begin and len(stored)
         ]
-        if len(chain.members) == 1:
-            self.emit(steps.CatStep(tuple(slot for slot, _, _ in parts), out), op)
-            return
-        width = chain.width(len(chain.parts))
-        first = chain not in self.buffers
-        if first:
-            self.buffers[chain] = self.new_slot()
+        total = chain.width(len(chain.parts))
+        width = self.width(total, chain.members[-1].output)
         # Under autocast parts may have several dtypes, and a shorter concatenation another one than a longer.
         dtypes = {value.dtype for value in (*chain.parts, *(member.output for member in chain.members))}
         mixed = len(dtypes) > 1
+        known = [dtype for dtype in dtypes if dtype is not None]
+        dtype = functools.reduce(torch.promote_types, known) if mixed else None
+        if len(chain.members) == 1:
+            if width == total:
+                self.emit(steps.CatStep(tuple(slot for slot, _, _ in parts), out), op)
+                return
+            step = steps.BufferStep(parts, width, True, self.memory_format, out, dtype)
+            step.zeros_from, step.fresh = total, True
+            self.emit(step, op)
+            self.set_width(out, width)
+            return
+        first = chain not in self.buffers
+        if first:
+            self.buffers[chain] = self.new_slot()
         if parts:
-            known = [dtype for dtype in dtypes if dtype is not None]
-            dtype = functools.reduce(torch.promote_types, known) if mixed else None
             step = steps.BufferStep(parts, width, first, self.memory_format, self.buffers[chain], dtype)
-            self.emit(step, op, width)
+            # Shorter concatenations are read with what is behind them.
+            step.zeros_from = 0 if self.multiple > 1 else None
+            self.emit(step, op, total)
         self.written[chain] = len(op.inputs)
         own = op.output.dtype if mixed else None
-        self.emit(steps.ViewStep(self.buffers[chain], chain.width(len(op.inputs)), out, dtype=own), op)
+        stored = chain.width(len(op.inputs))
+        present = min(self.width(stored, op.output), width)
+        self.emit(steps.ViewStep(self.buffers[chain], present, out, dtype=own), op, stored)
+        if present > stored:
+            self.set_width(out, present)
 
     def with_slots(self, op: Op, part: Any) -> Any:
         """Arguments in which values are replaced by slots of all their channels, in the dense network's order."""
@@ -255,19 +369,33 @@ class _Lowering:
         self.call(op, call, (Slot(self.slot[op.inputs[0]]), *args), {})
 
 
-def _vectors(norm: Op, channels: Channels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and shift of the listed channels; float32, as the op adds in it, except for float64."""
+def _vectors(norm: Op, channels: Channels, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the listed channels, with zeros up to a width; float32, as the op adds, except for float64."""
     scale, shift = folded_norm(norm.module)  # type: ignore[arg-type]
     index = torch.from_numpy(channels).to(scale.device)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    return scale[index].to(accumulation), shift[index].to(accumulation)
+    more = (0, width - len(channels))
+    return F.pad(scale[index].to(accumulation), more), F.pad(shift[index].to(accumulation), more)
+
+
+def _widened(
+    conv: nn.Conv2d, filters: Channels, channels: Channels, shape: tuple[int, int]
+) -> dict[str, Tensor | None]:
+    """Weight and bias of the listed filters over the listed channels, in that order, with zeros up to a shape."""
+    rows, columns = (torch.from_numpy(listed).to(conv.weight.device) for listed in (filters, channels))
+    more = shape[0] - len(filters), shape[1] - len(channels)
+    weight = F.pad(conv.weight.detach()[rows][:, columns], (0, 0, 0, 0, 0, more[1], 0, more[0]))
+    bias = None if conv.bias is None else F.pad(conv.bias.detach()[rows], (0, more[0]))
+    return {"weight": weight, "bias": bias}
 
 
 def _call_name(call: Any) -> str:
     return type(call).__name__ if isinstance(call, nn.Module) else repr(call)
 
 
-def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device) -> Program:
+def lower(
+    graph: Graph, layout: Layout, memory_format: torch.memory_format, device: torch.device, vector: int = 0
+) -> Program:
     """The steps that compute a graph's result.
 
     Args:
@@ -275,9 +403,12 @@ def lower(graph: Graph, layout: Layout, memory_format: torch.memory_format, devi
         layout: what each value stores.
         memory_format: of the inputs, which all results follow.
         device: of lists and vectors.
+        vector: bytes to whose multiples a pixel of a compact tensor is rounded up; 0: it is not.
     """
     fused = fuse(graph, layout)
-    lowering = _Lowering(layout, dual_stores(fused, layout, memory_format), memory_format, device)
+    sizes = [value.dtype.itemsize for value in graph.values if value.dtype is not None and value.channels is not None]
+    multiple = max(1, vector // min(sizes, default=1))
+    lowering = _Lowering(layout, dual_stores(fused, layout, memory_format), memory_format, device, multiple)
     # Tensors made in inference mode have no version, without which packed weights are not kept for them.
     with torch.inference_mode(False), torch.no_grad():
         for op in graph.ops:

@@ -15,9 +15,10 @@ from bap_kernels.flow.liveness import Liveness
 from bap_kernels.layer_kinds import PlannedModel
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
+from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.layout import Layout
-from bap_kernels.plan.lowering import lower
+from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.recording import Recording
@@ -75,23 +76,41 @@ class PlannedNetwork(PlannedModel):
         check: bool,
         tolerance: float | None,
         memory_format: torch.memory_format | None,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.domain = domain
         self._example = example
-        self._options = (check, tolerance, memory_format)
+        self._options = (check, tolerance, memory_format, cuda_graph)
         self._programs: dict[tuple[str | None, _Cast], tuple[Program, float | None]] = {}
         self._recordings: dict[_Cast, Recording] = {}
         # While a mixed batch is set.
         self._mixed: dict[_Cast, MixedPlans] | None = None
         self.training = False
         self._device = next((x.device for x in example if isinstance(x, Tensor)), torch.device("cpu"))
+        self._graphs = self._new_graphs()
         self._cast = self._cast_now()
         self._remaking = threading.Lock()
         # Before planning: a change meanwhile is then noticed at the first call.
-        self._watch = Watch(model)
+        self._watch = self._new_watch()
         self._program, self.max_error = self._program_of(domain)
+
+    def _new_watch(self) -> Watch:
+        # A graph reads packed weights, and wide tensors have weights of their own.
+        return Watch(self.model, self._graphs is not None or vector_bytes(self._device) > 0)
+
+    def _new_graphs(self) -> graphs.PlanGraphs | None:
+        if not self._options[3]:
+            return None
+        return graphs.PlanGraphs(graphs.capture_for("plan", self._device), self._format())
+
+    def _format(self) -> torch.memory_format:
+        if self._options[2] is not None:
+            return self._options[2]
+        first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
+        nhwc = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if nhwc and not first.is_contiguous() else torch.contiguous_format
 
     def _cast_now(self) -> _Cast:
         kind = self._device.type
@@ -104,7 +123,7 @@ class PlannedNetwork(PlannedModel):
         return self._programs[key]
 
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
-        check, tolerance, memory_format = self._options
+        check, tolerance, memory_format = *self._options[:2], self._format()
         cast = self._cast_now()
         # Without a check, one recording serves all domains.
         recording = None if check or not same_widths(self.model) else self._recordings.get(cast)
@@ -114,10 +133,8 @@ class PlannedNetwork(PlannedModel):
         if not self._programs:
             graph.warn_if_nothing("plan")
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
-        if memory_format is None:
-            nhwc = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-            memory_format = torch.channels_last if nhwc and not first.is_contiguous() else torch.contiguous_format
-        program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device)
+        vector = vector_bytes(first.device)
+        program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device, vector)
         if not check:
             return program, None
         result = call_copied(lambda *inputs: program.run(inputs), self._example, graph.draws)
@@ -153,7 +170,8 @@ class PlannedNetwork(PlannedModel):
 
     def remake(self) -> PlannedNetwork:
         """Plans again from the model as it is now, and drops the plans of other domains and batches."""
-        watch = Watch(self.model)
+        self._graphs = self._new_graphs()
+        watch = self._new_watch()
         self._programs.clear()
         self._recordings.clear()
         self._mixed = None
@@ -220,6 +238,8 @@ class PlannedNetwork(PlannedModel):
         cast, mixed = self._cast_now(), self._mixed
         if mixed is None:
             program = self._program if cast is self._cast else self._program_of(self.domain)[0]
+            if self._graphs is not None and not torch.compiler.is_compiling():
+                return self._graphs.run(program, inputs)
             return program.run(inputs)
         if cast not in mixed:
             plans = next(iter(mixed.values()))
@@ -288,6 +308,7 @@ def plan(
     check: bool = True,
     tolerance: float | None = None,
     memory_format: torch.memory_format | None = None,
+    cuda_graph: bool = False,
 ) -> PlannedNetwork:
     """Lowers a whole network for one domain.
 
@@ -296,9 +317,10 @@ def plan(
     ReLUs and sums are fused into the convolution before them, or into the one after them in networks that normalise
     first. Operations without a rule are run as they are, on all channels; printing the plan names the convolutions
     among them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions, and weights
-    that a layer computes (standardised, parametrized), are copied when the plan is made. The result equals the masked
-    dense network, in which each layer convolves x times the mask of its in-list, up to rounding; this is checked on the
-    example.
+    that a layer computes (standardised, parametrized), are copied when the plan is made. On a GPU compact tensors are
+    rounded up to whole vectors of 16 bytes, with zeros in the weights that write and read the channels added; these
+    weights are then copied, too. The result equals the masked dense network, in which each layer convolves x times the
+    mask of its in-list, up to rounding; this is checked on the example.
 
     Args:
         model: a network in eval mode, swapped and with lists, or any other.
@@ -310,6 +332,11 @@ def plan(
         tolerance: the largest difference that passes, as a share of the largest number in the result; None: 1e-8, 1e-3,
             0.1, 0.02 for float64, float32, bfloat16, float16.
         memory_format: of all activations, ``torch.channels_last`` or ``torch.contiguous_format``; None: the example's.
+        cuda_graph: record the plan's launches in a CUDA graph, one for each domain, autocast dtype and shape of inputs,
+            at the first call with it, and replay it afterwards. Inputs are copied into the graph's own, and results
+            out of it, so that they stay as they are. All graphs of a planned network share their memory, and run one
+            after the other; the 32 last used are kept. After a change of weights or lists, which is noticed as without
+            graphs, they are recorded again. Mixed batches, and calls while the caller records a graph, run without.
 
     Returns:
         A :class:`PlannedNetwork`. It shares the model's parameters, and follows changes of its batch norms. A warning
@@ -317,8 +344,9 @@ def plan(
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
-            example.
-        RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``.
+            example; for ``cuda_graph=True`` on another device than a CUDA GPU.
+        RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``; at a call,
+            if the network does what a CUDA graph can't record.
 
     Examples:
         >>> import torch, bap_kernels as bk
@@ -335,4 +363,4 @@ def plan(
         2     conv            3        8/8   reads 3/8
     """
     example = example_input if isinstance(example_input, tuple) else (example_input,)
-    return PlannedNetwork(model, example, domain, check, tolerance, memory_format)
+    return PlannedNetwork(model, example, domain, check, tolerance, memory_format, cuda_graph)

@@ -25,7 +25,7 @@ from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain
 from bap_kernels.plan.effective_conv import conv_of
 from bap_kernels.plan.example import trace_shapes
-from bap_kernels.plan.layout import Layout
+from bap_kernels.plan.layout import Fetch, Layout
 from bap_kernels.plan.recording import WriteCall
 from bap_kernels.plan.trace import call_copied, check_reach, run_masked
 
@@ -82,13 +82,15 @@ def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int
 
 
 class _SmallNetwork:
-    def __init__(self, graph: Graph, layout: Layout, device: torch.device | None) -> None:
+    def __init__(self, graph: Graph, layout: Layout, device: torch.device | None, round_to: int) -> None:
         self.layout, self.device = layout, device
+        self.round_to = round_to
+        self.widths: dict[Any, int] = {}  # of nodes whose tensor has channels behind the stored ones: all of them
         self.producer = graph.producer()
         self.module = fx.GraphModule(nn.Module(), fx.Graph(), "Specialized")
         self.graph = self.module.graph
         self.node: dict[Value, Any] = {}
-        self.fetched: dict[tuple[Value, bytes], Any] = {}
+        self.fetched: dict[tuple[Value, bytes, bool], Any] = {}
         self.writing: set[fx.Node] = set()  # nodes that write, though nothing reads what they return
 
     def call_layer(self, name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
@@ -129,29 +131,50 @@ class _SmallNetwork:
     def select(self, x: Any, channels: Channels) -> fx.Node:
         return self.graph.call_function(torch.index_select, (x, 1, self.constant(torch.from_numpy(channels))))
 
-    def fetch(self, value: Value, channels: Channels) -> Any:
+    def width(self, count: int, value: Value) -> int:
+        """Channels that a tensor with so many channels of a value has."""
+        return count if count == value.channels else -(-count // self.round_to) * self.round_to
+
+    def with_width(self, x: Any, count: int, width: int) -> Any:
+        if width != count:
+            self.widths[x] = width
+        return x
+
+    def fetch(self, value: Value, channels: Channels, wide: bool = False) -> Any:
+        """A node with these channels; with ``wide`` there may be others behind them, up to a rounded number."""
         fetch = self.layout.fetch(value, channels)
-        x = self.node[value]
-        if fetch is None:
+        x, stored = self.node[value], len(self.layout.stored[value])
+        present, count = self.widths.get(x, stored), len(channels)
+        width = self.width(count, value) if wide else count
+        if fetch is None and present == width:
             return x
-        key = (value, channels.tobytes())
+        key = (value, channels.tobytes(), wide)
         if key not in self.fetched:
-            count, fill = len(fetch.positions), len(fetch.fill)
-            begin = fetch.begin
-            if begin is None:
-                x = self.select(x, fetch.positions)
-            elif count < len(self.layout.stored[value]):
-                x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(begin, begin + count))))
-            if fill:
-                x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, fill)))
-            if fetch.fill.any():
-                added = torch.zeros(1, count + fill, 1, 1, dtype=value.dtype)
-                added[0, count:, 0, 0] = torch.from_numpy(fetch.fill).to(added.dtype)
-                x = self.graph.call_function(operator.add, (x, self.constant(added)))
-            if fetch.order is not None:
-                x = self.select(x, fetch.order)
-            self.fetched[key] = x
+            fetch = fetch or Fetch(np.arange(stored), np.zeros(0), None)
+            self.fetched[key] = self.with_width(self._fetched(x, fetch, present, width, value), count, width)
         return self.fetched[key]
+
+    def _fetched(self, x: Any, fetch: Fetch, present: int, width: int, value: Value) -> Any:
+        positions, fill, order, begin = fetch.positions, fetch.fill, fetch.order, fetch.begin
+        more = width - len(positions) - len(fill)
+        view = more if order is None and not len(fill) and begin is not None else 0
+        if view and begin + len(positions) + view > present:  # type: ignore[operator]
+            view = 0
+        count = len(positions) + view
+        if begin is None:
+            x = self.select(x, positions)
+        elif count < present:
+            x = self.graph.call_function(operator.getitem, (x, (slice(None), slice(begin, begin + count))))
+        more -= view
+        if order is not None:
+            order, more = np.append(order, np.repeat(order[:1], more)), 0
+        if len(fill) + more:
+            x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, len(fill) + more)))
+        if fill.any():
+            added = torch.zeros(1, count + len(fill) + more, 1, 1, dtype=value.dtype)
+            added[0, count : count + len(fill), 0, 0] = torch.from_numpy(fill).to(added.dtype)
+            x = self.graph.call_function(operator.add, (x, self.constant(added)))
+        return x if order is None else self.select(x, order)
 
     def whole(self, value: Value) -> Any:
         return self.node[value] if value.channels is None else self.fetch(value, np.arange(value.channels))
@@ -182,16 +205,28 @@ class _SmallNetwork:
         if op.kind in ("depthwise", "grouped"):
             return self.grouped(op, stored)
         if op.kind == "take":
-            return self.fetch(op.inputs[0], op.reads[stored])
+            return self.fetch(op.inputs[0], op.reads[stored], wide=True)
         if op.kind == "cat":
             chain = self.layout.chains[op]
             pairs = zip(op.inputs, chain.stored, strict=False)
-            return self.graph.call_function(torch.cat, ([self.fetch(*pair) for pair in pairs if len(pair[1])], 1))
+            x = self.graph.call_function(torch.cat, ([self.fetch(*pair) for pair in pairs if len(pair[1])], 1))
+            width = self.width(len(stored), op.output)
+            if width > len(stored):
+                x = self.graph.call_function(F.pad, (x, (0, 0, 0, 0, 0, width - len(stored))))
+            return self.with_width(x, len(stored), width)
         if op.kind == "pad":
-            return self.fetch(op.inputs[0], stored - op.before)
-        reads = tuple(self.fetch(value, stored) for value in op.aligned)
+            return self.fetch(op.inputs[0], stored - op.before, wide=True)
+        wide = not (op.fixed or op.args or op.kwargs)
+        reads = tuple(self.fetch(value, stored, wide) for value in op.aligned)
+        width = self.widths.get(reads[0], len(stored))
+        if any(self.widths.get(x, len(stored)) != width for x in reads):
+            reads, width = tuple(self.fetch(value, stored) for value in op.aligned), len(stored)
+        return self.with_width(self.aligned(op, reads, stored, width), len(stored), width)
+
+    def aligned(self, op: Op, reads: tuple[Any, ...], stored: Channels, width: int) -> Any:
+        """A node of norm, map or binary."""
         if op.kind == "norm":
-            return self.call_layer(op.name, _norm_like(op.module, stored), reads[0])
+            return self.call_layer(op.name, _norm_like(op.module, stored, width), reads[0])
         if op.act in _IN_PLACE and op.kind == "map":
             alone = len(op.inputs[0].consumers) == 1 and reads[0] is self.node[op.inputs[0]]
             if alone and self.producer[op.inputs[0]].kind in ("conv", "depthwise", "norm", "binary"):
@@ -204,11 +239,20 @@ class _SmallNetwork:
         conv = op.conv
         written, reads, groups = computed_groups(op, stored)
         filters = torch.from_numpy(written)
+        weight = conv.weight.detach()[filters]
         bias = None if conv.bias is None else conv.bias.detach()[filters]
-        layer = _conv_like(conv, conv.weight.detach()[filters], bias, groups, op.padding)
-        y = self.call_layer(op.name, layer, self.fetch(op.inputs[0], reads))
+        depthwise = op.kind == "depthwise" and groups == len(written) == len(reads)
+        x = self.fetch(op.inputs[0], reads, wide=depthwise)
+        width = self.widths.get(x, len(reads)) if depthwise else len(stored)
+        if depthwise:
+            weight, bias = _padded(weight, width), None if bias is None else _padded(bias, width)
+            groups = width
+        y = self.call_layer(op.name, _conv_like(conv, weight, bias, groups, op.padding), x)
         kept = np.searchsorted(written, stored)
-        return y if op.kind == "depthwise" or np.array_equal(kept, np.arange(len(written))) else self.select(y, kept)
+        if op.kind != "depthwise" and not np.array_equal(kept, np.arange(len(written))):
+            width = self.width(len(stored), op.output)
+            y = self.select(y, np.append(kept, np.repeat(kept[:1], width - len(stored))))
+        return self.with_width(y, len(stored), width)
 
     def conv(self, op: Op, stored: Channels) -> fx.Node:
         conv, source = op.conv, op.inputs[0]
@@ -221,24 +265,35 @@ class _SmallNetwork:
         read = available[:1] if empty else read
         weight = conv.weight.detach()[torch.from_numpy(op.writes[stored])][:, torch.from_numpy(read)]
         bias = None if conv.bias is None else conv.bias.detach()[torch.from_numpy(op.writes[stored])]
-        layer = _conv_like(conv, weight * 0 if empty else weight, bias, 1, op.padding)
-        return self.call_layer(op.name, layer, self.fetch(source, read))
+        x, width = self.fetch(source, read, wide=True), self.width(len(stored), op.output)
+        present = self.widths.get(x, len(read))
+        # Zeros for what is behind the listed channels, and zeros there in the result.
+        weight = F.pad(weight * 0 if empty else weight, (0, 0, 0, 0, 0, present - len(read)))
+        bias = None if bias is None else _padded(bias, width)
+        y = self.call_layer(op.name, _conv_like(conv, _padded(weight, width), bias, 1, op.padding), x)
+        return self.with_width(y, len(stored), width)
 
 
-def _norm_like(norm: nn.Module | None, channels: Channels) -> nn.BatchNorm2d:
+def _padded(tensor: Tensor, length: int, value: float = 0.0) -> Tensor:
+    """The tensor with constants behind it along its first axis."""
+    more = length - len(tensor)
+    return torch.cat([tensor, tensor.new_full((more, *tensor.shape[1:]), value)]) if more else tensor
+
+
+def _norm_like(norm: nn.Module | None, channels: Channels, width: int) -> nn.BatchNorm2d:
     parts = None if norm is None else norm_parts(norm)
     assert parts is not None
     small = parts.plain()
     if isinstance(norm, nn.BatchNorm2d):
         small.momentum = norm.momentum
     index = torch.from_numpy(channels)
-    small.num_features = len(channels)
+    small.num_features = width
     for name, parameter in list(small._parameters.items()):
         if parameter is not None:
-            small._parameters[name] = nn.Parameter(parameter.detach()[index])
+            small._parameters[name] = nn.Parameter(_padded(parameter.detach()[index], width, float(name == "weight")))
     for name, buffer in list(small._buffers.items()):
         if buffer is not None and buffer.dim():
-            small._buffers[name] = buffer[index].clone()
+            small._buffers[name] = _padded(buffer[index].clone(), width, float(name == "running_var"))
     return small
 
 
@@ -281,6 +336,7 @@ def specialize(
     example_input: Tensor | tuple[Any, ...] | None = None,
     *,
     check: bool = True,
+    round_to: int = 1,
 ) -> fx.GraphModule:
     """Makes a small network of PyTorch's own layers that computes what one domain computes.
 
@@ -297,12 +353,15 @@ def specialize(
         domain: whose lists; None keeps all channels.
         example_input: what the model is called with: a tensor, or a tuple of all arguments. None tries square images.
         check: compare with the masked dense network on the example, or on random numbers where none was given.
+        round_to: round the channels of compact tensors up to multiples of this, with zeros in the weights that write
+            and read the ones added. Fast kernels of GPUs want 8 for 16-bit dtypes and 4 for float32; lists of trained
+            networks have odd lengths.
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode.
 
     Raises:
-        ValueError: as :func:`bap_kernels.plan`.
+        ValueError: as :func:`bap_kernels.plan`, and if ``round_to`` is less than 1.
         RuntimeError: if the result differs from the masked dense network.
         NotImplementedError: for layers with lists that are called through a function set on the instance, and for
             weights that a hook computes, as those of :mod:`torch.nn.utils.prune`.
@@ -315,12 +374,17 @@ def specialize(
         >>> small = bk.specialize(model, "birds")
         >>> [tuple(p.shape) for p in small.parameters() if p.dim() == 4]
         [(3, 3, 3, 3), (4, 3, 1, 1)]
+        >>> [tuple(p.shape) for p in bk.specialize(model, "birds", round_to=4).parameters() if p.dim() == 4]
+        [(4, 3, 3, 3), (4, 4, 1, 1)]
     """
+    if round_to < 1:
+        raise ValueError(f"specialize(): expected `round_to` to be at least 1, got {round_to}.")
     _refuse_hooked(model)
     graph = trace_shapes("specialize", model, example_input, domain)
     graph.warn_if_nothing("specialize")
     layout = Layout(graph, Liveness(graph))
-    builder = _SmallNetwork(graph, layout, next((p.device for p in model.parameters()), None))
+    device = next((p.device for p in model.parameters()), None)
+    builder = _SmallNetwork(graph, layout, device, round_to)
     with torch.no_grad():
         for op in graph.ops:
             live = layout.live.get(op.output)

@@ -239,9 +239,14 @@ class CatStep(Step):
 
 
 class BufferStep(Step):
-    """Writes parts of a chain of concatenations into its buffer; the first such step makes the buffer."""
+    """Writes parts of a chain of concatenations into its buffer; the first such step makes the buffer.
+
+    Attributes:
+        zeros_from: the first channel that is zero until it is written to; None: there is none.
+    """
 
     fresh = False
+    zeros_from: int | None = None
 
     def __init__(
         self,
@@ -267,6 +272,8 @@ class BufferStep(Step):
                 device=part.device,
                 memory_format=self.memory_format,
             )
+            if self.zeros_from is not None:
+                env[self.out][:, self.zeros_from :] = 0
         buffer = env[self.out]
         for slot, begin, count in self.parts:
             buffer.narrow(1, begin, count).copy_(env[slot])

@@ -28,17 +28,18 @@ class Watch:
     A plan folds batch norms into convolutions, leaves out what they make constant, and copies the filters of grouped
     convolutions and those that a layer computes. All tensors that it may have copied are compared by value, whatever
     wrote to them; on a GPU, whose values cannot be read without a stall, by identity, version and steps of optimisers.
-    The weights of plain convolutions are read at every call, and need no comparison.
+    The weights of plain convolutions are read at every call, and need no comparison, unless they are copied, too.
 
     Args:
         model: the planned network.
+        every: compare all tensors, for plans that copied weights of plain convolutions or recorded addresses.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, every: bool = False) -> None:
         self.values: list[_Place] = []
         self.objects: list[_Place] = []
         for module in model.modules():
-            live = isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
+            live = not every and isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
             copies = isinstance(module, (nn.Conv2d, ParametrizationList))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
@@ -46,7 +47,7 @@ class Watch:
                         continue
                     copied = False
                     if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
-                        copied = copies or tensor.numel() <= _MOST_COPIED
+                        copied = copies or every or tensor.numel() <= _MOST_COPIED
                     (self.values if copied else self.objects).append((table, name))
             self.objects += [(module.__dict__, name) for name in _ATTRIBUTES if name in module.__dict__]
         self.seen = self._objects()

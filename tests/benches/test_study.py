@@ -58,6 +58,25 @@ def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
     assert dict(counts) == table
 
 
+def test_ragged_lists_are_drawn_channel_by_channel() -> None:
+    cells = [cell for cell in full_cells(lists=("both_ragged",), batches=(1,)) if cell.case.C_in >= 64]
+    shares = []
+    for cell in cells:
+        read, written = cell.channel_lists()
+        assert (cell.K_in, cell.K_out) == (len(read), len(written))
+        assert read.dtype == torch.int32
+        assert torch.equal(read, read.unique())
+        assert torch.equal(read, cell.channel_lists()[0])
+        shares.append(len(read) / cell.case.C_in - cell.density)
+    # Several hundred channels in each of a hundred draws.
+    assert abs(sum(shares) / len(shares)) < 0.03
+    assert len({round(share, 4) for share in shares}) > len(shares) // 4
+    in_only = next(iter(full_cells(lists=("in_ragged",))))
+    assert in_only.channel_lists()[1] is None
+    assert in_only.K_out == in_only.case.C_out
+    assert "in_ragged" in in_only.id
+
+
 def test_full_cells_cover_every_setting_once() -> None:
     cells = full_cells()
     assert len(cells) == len(CASES) * len(BATCHES) * len(DENSITIES) * len(LISTS) * len(LAYOUTS)

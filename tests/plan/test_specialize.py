@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import bap_kernels as bk
-from tests.networks import LARGE, SMALL, Residual, random_network, randomise
+from tests.networks import LARGE, SMALL, Residual, masked_dense, random_network, randomise
 from tests.plan.test_planned import assert_equal, swapped
 
 
@@ -128,3 +128,40 @@ def test_switched_models_need_no_example() -> None:
     bk.set_domain(model, "b")
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(bk.specialize(model, "b")(x), model(x))
+
+
+ROUNDED = [(network, both) for network in sorted(SMALL) for both in (False, True)]
+ROUNDED += [(network, True) for network in ("resnet50", "densenet121", "mobilenet_v2")]
+
+
+@pytest.mark.parametrize(("network", "both"), ROUNDED)
+@torch.no_grad()
+def test_rounded_channels(network: str, both: bool) -> None:
+    make = {**SMALL, **LARGE}[network]
+    size = 64 if network in LARGE else 16
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    dense = randomise(make())
+    model = bk.swap_(copy.deepcopy(dense), layer_type=bk.nn.MaskedConv2d if both else bk.nn.GatheredConv2d)
+    table = bk.ChannelTable.random(model, ["a"], 0.5, 1, both, exact=False)
+    masked = masked_dense(dense, table, "a")
+    bk.attach_(model, table)
+    small, exact = (bk.specialize(model, "a", x, round_to=round_to) for round_to in (8, 1))
+    assert_equal(small(x), masked(x), 1e-4)
+    assert_equal(small(x[:1]), masked(x[:1]), 1e-4)
+    whole = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    rounded = 0
+    for name, conv in small.named_modules():
+        full = whole.get(name)
+        if not isinstance(conv, nn.Conv2d) or full is None or 1 < full.groups < full.in_channels:
+            continue
+        assert conv.out_channels % 8 == 0 or conv.out_channels == full.out_channels, name
+        assert conv.in_channels % 8 == 0 or conv.in_channels == full.in_channels, name
+        known = exact.get_submodule(name)
+        rounded += (conv.in_channels, conv.out_channels) != (known.in_channels, known.out_channels)
+    assert rounded > 0
+
+
+def test_rounding_to_less_than_one_raises() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 1)).eval())
+    with pytest.raises(ValueError, match=r"specialize\(\): expected `round_to` to be at least 1, got 0"):
+        bk.specialize(model, round_to=0)
