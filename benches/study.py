@@ -141,7 +141,8 @@ def layer_tasks(options: argparse.Namespace, bench: Bench, names: Sequence[str])
 
 def network_tasks(options: argparse.Namespace, names: Sequence[str]) -> list[Task]:
     """Return the whole networks that the options select."""
-    kinds = [kind for kind in LISTS if not has_out_lists(kind) and options.lists in (None, "all", kind)]
+    lists = options.lists or ("all" if options.full else "in")
+    kinds = [kind for kind in LISTS if not has_out_lists(kind) and lists in ("all", kind)]
     if not kinds:
         return []
     networks = options.networks or (NETWORKS if options.full else DEFAULT_NETWORKS)

@@ -43,6 +43,26 @@ def test_plans(layout: torch.memory_format, make: Callable[[], nn.Module], gpu_b
             torch.testing.assert_close(planned(x.cuda()).cpu(), expected[domain], rtol=1e-3, atol=1e-3)
 
 
+@PLANNING
+@pytest.mark.parametrize("make", [Residual, PreActivation, Dense])
+@torch.no_grad()
+def test_plans_as_graphs_follow_domains_shapes_and_weights(make: Callable[[], nn.Module], gpu_backend: str) -> None:
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last).cuda()
+    model = bk.swap_(randomise(make())).cuda()
+    bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5, seed=1, exact=False))
+    with bk.use_backend(gpu_backend):
+        graphed, plain = (bk.plan(model, x, DOMAINS[0], cuda_graph=graph) for graph in (True, False))
+        for turn in range(3):
+            for domain in DOMAINS:
+                for planned in (graphed, plain):
+                    bk.set_domain(planned, domain)
+                for part in (x, x[:1], x + turn):
+                    first = graphed(part)
+                    torch.testing.assert_close(first, plain(part), rtol=1e-3, atol=1e-3)
+            for parameter in model.parameters():
+                parameter.mul_(1.05)
+
+
 @pytest.mark.parametrize("make", [Residual, PreActivation, Dense])
 @torch.no_grad()
 def test_small_copies(make: Callable[[], nn.Module]) -> None:
