@@ -11,6 +11,7 @@ from bap_kernels.dispatch import (
     packed_cache_info,
     set_packed_cache_limit,
     use_backend,
+    use_winograd,
 )
 from bap_kernels.functional import gathered_conv2d, switched_conv2d
 from bap_kernels.info import info
@@ -58,5 +59,6 @@ __all__ = [
     "switched_conv2d",
     "tune",
     "use_backend",
+    "use_winograd",
     "verify",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "set_packed_cache_limit",
     "unsupported_reason",
     "use_backend",
+    "use_winograd",
 ]
 
 OLDEST_TRITON = (3, 6)
@@ -142,6 +143,52 @@ class use_backend:  # noqa: N801
         return f"use_backend({self.name!r})"
 
 
+class use_winograd:  # noqa: N801
+    """Sets whether ``auto`` may take Winograd convolutions in the calling thread.
+
+    It holds from now on; as a context manager, until the block ends. They compute 3x3 convolutions of stride 1 on CPUs
+    in float32 with 2.25 or 4 times fewer multiplications (Lavin and Gray, arXiv 1509.09308), and round otherwise: the
+    page on CPU kernels states a bound. In inference ``auto`` takes them where they were measured to be faster, in
+    training by a rule. A backend that is named takes none of them.
+
+    The setting belongs to one thread, as that of :class:`use_backend` does. A new thread begins with
+    ``BAP_KERNELS_WINOGRAD`` (allowed if it is not set). A backward pass uses the setting of its forward.
+
+    Args:
+        allowed: whether they may be taken.
+
+    Raises:
+        TypeError: if ``allowed`` is not a bool.
+
+    Examples:
+        >>> import bap_kernels as bk
+        >>> import torch
+        >>> x, weight = torch.randn(1, 64, 28, 28), torch.randn(64, 64, 3, 3)
+        >>> with bk.use_winograd(False):
+        ...     exact = bk.gathered_conv2d(x, weight, padding=1)
+        >>> bool(((bk.gathered_conv2d(x, weight, padding=1) - exact).abs() < 1e-4 * exact.abs().max()).all())
+        True
+    """
+
+    def __init__(self, allowed: bool = True) -> None:
+        if not isinstance(allowed, bool):
+            raise TypeError(f"use_winograd(): expected `allowed` to be a bool, got {allowed!r}.")
+        self.allowed = allowed
+        self._previous = _C.get_winograd()
+        _C.set_winograd(allowed)
+
+    def __enter__(self) -> use_winograd:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _C.set_winograd(self._previous)
+
+    def __repr__(self) -> str:
+        return f"use_winograd({self.allowed})"
+
+
 def packed_cache_info() -> dict[str, int]:
     """Counts of the packed weights that layers in eval mode keep.
 
@@ -223,6 +270,9 @@ _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
 _C.set_gpu_hooks(gpu_identity, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
 packed_weights.set_limit(settings.packed_cache_bytes)
+if not settings.winograd:
+    _C.set_default_winograd(False)
+    use_winograd(False)
 if settings.backend != "auto":
     _C.set_default_backend(settings.backend)
     use_backend(settings.backend)

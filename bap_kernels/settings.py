@@ -29,6 +29,9 @@ ENVIRONMENT = (
     Variable("BAP_KERNELS_ISA", "the best one here", "import", f"CPU kernels to use: {', '.join(ISAS)}"),
     Variable("BAP_KERNELS_BACKEND", "auto", "import", f"backend to start with: {', '.join(BACKENDS)}"),
     Variable("BAP_KERNELS_CACHE_DIR", _CACHE_DIR, "import", "folder of measured choices and verdicts; empty: none"),
+    Variable(
+        "BAP_KERNELS_WINOGRAD", "1", "import", "0: auto takes no Winograd convolution, as after use_winograd(False)"
+    ),
     Variable("BAP_KERNELS_AUTOTUNE", "0", "import", "1: the Triton backend tunes each case at its first call"),
     Variable(
         "BAP_KERNELS_VERIFY",
@@ -59,6 +62,7 @@ class Settings:
     cache_dir: Path | None
     packed_cache_bytes: int
     autotune: bool = False
+    winograd: bool = True
     unusable_cache_dir: str = ""  # the text of a name that is no folder, and why it is none
     cache_problem: str = ""
     library: str = ""
@@ -112,6 +116,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         cache_dir=cache_dir,
         packed_cache_bytes=int(text),
         autotune=_one_of(environment, "BAP_KERNELS_AUTOTUNE", ("0", "1")) == "1",
+        winograd=_one_of(environment, "BAP_KERNELS_WINOGRAD", ("0", "1")) != "0",
         unusable_cache_dir=folder if cache_problem else "",
         cache_problem=cache_problem,
         library=environment.get("BAP_KERNELS_LIBRARY", ""),

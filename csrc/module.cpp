@@ -19,6 +19,7 @@
 #include "dispatch/packed_cache.h"
 #include "dispatch/python_hooks.h"
 #include "dispatch/verdict_bindings.h"
+#include "dispatch/winograd.h"
 
 namespace py = pybind11;
 
@@ -232,6 +233,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def("set_default_backend", &set_default_backend, py::arg("name"));
+  m.def("set_winograd", &set_winograd, py::arg("allowed"));
+  m.def("get_winograd", &get_winograd);
+  m.def("set_default_winograd", &set_default_winograd, py::arg("allowed"));
+  m.def("force_winograd", &force_winograd, py::arg("size"));
+  m.def("forced_winograd", &forced_winograd);
   m.def(
       "set_warn", [](std::function<void(const std::string&)> issue) { set_hooks(std::move(issue)); }, py::arg("issue"));
   m.def(

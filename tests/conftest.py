@@ -11,6 +11,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="bap_kernels_test_")
 os.environ["BAP_KERNELS_CACHE_DIR"] = _CACHE.name
 # Nothing is verified beside the tests of a machine that has a GPU.
 os.environ["BAP_KERNELS_VERIFY"] = "0"
+# Nor the machine's mood: tolerances are those of direct convolutions, and tests of Winograd convolutions ask for them.
+os.environ.setdefault("BAP_KERNELS_WINOGRAD", "0")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -41,7 +41,7 @@ class LayerReport:
             it is.
         limit: why it gains less over the dense convolution than its work lets it; empty where it does not.
         roofline_fraction: time that the machine's peaks allow for the kept work, over ``seconds``; above 1 where data
-            stays in a cache.
+            stays in a cache, or where Winograd multiplies less often than ``macs`` says.
     """
 
     name: str
@@ -138,6 +138,8 @@ def _why(choice: dict[str, Any], on_gpu: bool = False) -> tuple[str, str]:
         return "auto", "; ".join(["nothing to choose for an empty call", *reasons])
     if len(times) < 2:
         return choice["backend"], "; ".join(["the only candidate", *reasons])
+    if choice["backend"].startswith("winograd"):
+        reasons.append("the roofline counts the multiplications of a direct convolution, so more than 100% is possible")
     return choice["backend"], "; ".join([f"measured in us: {', '.join(times.values())}", *reasons])
 
 

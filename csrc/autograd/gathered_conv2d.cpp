@@ -7,6 +7,7 @@
 #include "autograd/decomposed.h"
 #include "dispatch/backend.h"
 #include "dispatch/packed_cache.h"
+#include "dispatch/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -33,6 +34,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     ctx->save_for_backward({a.input, a.weight, a.in_index.value_or(at::Tensor()), a.out_index.value_or(at::Tensor())});
     // The backward may run in another block, or in a thread of the engine that does not know the caller's backend.
     ctx->saved_data["backend"] = get_backend();
+    ctx->saved_data["winograd"] = get_winograd();
     ctx->saved_data["stride"] = a.stride;
     ctx->saved_data["padding"] = a.padding;
     ctx->saved_data["dilation"] = a.dilation;
@@ -44,6 +46,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
     const BackendScope scope(ctx->saved_data["backend"].toStringRef());
+    const WinogradScope winograd(ctx->saved_data["winograd"].toBool());
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor in_index = if_defined(saved[2]), out_index = if_defined(saved[3]);
     const auto stride = ctx->saved_data["stride"].toSymIntVector();

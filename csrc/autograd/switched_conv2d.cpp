@@ -4,6 +4,7 @@
 
 #include "autograd/decomposed.h"
 #include "dispatch/backend.h"
+#include "dispatch/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -26,6 +27,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     ctx->save_for_backward(saved);
     // The backward may run in another block, or in a thread of the engine that does not know the caller's backend.
     ctx->saved_data["backend"] = get_backend();
+    ctx->saved_data["winograd"] = get_winograd();
     ctx->saved_data["stride"] = a.stride;
     ctx->saved_data["padding"] = a.padding;
     ctx->saved_data["dilation"] = a.dilation;
@@ -38,6 +40,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_output) {
     const BackendScope scope(ctx->saved_data["backend"].toStringRef());
+    const WinogradScope winograd(ctx->saved_data["winograd"].toBool());
     const auto saved = ctx->get_saved_variables();
     // needs_input_grad counts tensors that are there: an absent bias shifts the place of the switch.
     const bool bias = ctx->saved_data["bias"].toBool();

@@ -20,9 +20,10 @@ struct CandidateRow {
   BackendId backend;
 };
 constexpr CandidateRow kCandidates[kCandidateCount] = {
-    {"native", BackendId::kNative},      {"gather", BackendId::kAten},   {"gather_flat", BackendId::kAten},
-    {"gather_packed", BackendId::kAten}, {"dense", BackendId::kAten},    {"masked", BackendId::kAten},
-    {"cuda", BackendId::kCuda},          {"triton", BackendId::kTriton},
+    {"native", BackendId::kNative}, {"winograd4", BackendId::kNative}, {"winograd2", BackendId::kNative},
+    {"gather", BackendId::kAten},   {"gather_flat", BackendId::kAten}, {"gather_packed", BackendId::kAten},
+    {"dense", BackendId::kAten},    {"masked", BackendId::kAten},      {"cuda", BackendId::kCuda},
+    {"triton", BackendId::kTriton},
 };
 
 // Null for `auto` and for unknown names.

@@ -7,10 +7,12 @@ namespace bap_kernels {
 enum class BackendId : int { kNative, kAten, kCuda, kTriton };
 constexpr int kBackendCount = 4;
 
-// In the order in which backends have them: the first is the CPU kernels', the last two are those of backends for GPUs,
-// and the others are ATen's.
+// In the order in which backends have them: the first three are the CPU kernels', the last two are those of backends
+// for GPUs, and the others are ATen's.
 enum class Candidate : int {
   kNative,
+  kWinograd4,     // F(4 x 4, 3 x 3) on the CPU
+  kWinograd2,     // F(2 x 2, 3 x 3) on the CPU
   kGather,        // select the listed channels, then a convolution with the listed weight slices
   kGatherFlat,    // the same, selecting from a channels_last input as a matrix of pixels x channels
   kGatherPacked,  // the same on a CPU, with oneDNN's own order of the weight slices, made beforehand
@@ -19,7 +21,7 @@ enum class Candidate : int {
   kCuda,
   kTriton,
 };
-constexpr int kCandidateCount = 8;
+constexpr int kCandidateCount = 10;
 
 // As in bap_kernels.choices() and in the file of choices.
 const char* candidate_name(Candidate candidate);

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "dispatch/packed_cache.h"
+#include "dispatch/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -158,7 +159,8 @@ CaseKey case_key(const ConvCall& c, const MeasuredDevice& device, FamilySet rout
   const int32_t flags = layout_flags(c.input) | (has_value(c.in_index) ? 4 : 0) | (has_value(c.out_index) ? 8 : 0) |
                         (has_value(c.bias) ? 16 : 0) | (c.fusion.has_prologue() ? 32 : 0) |
                         (c.fusion.has_epilogue() ? 64 : 0) | (PackedCache::keeps(c) ? 128 : 0) |
-                        (onednn_enabled() ? 256 : 0);
+                        (onednn_enabled() ? 256 : 0) |
+                        (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0);
   return key_of(conv_of(c), flags, device, routes);
 }
 
@@ -166,7 +168,8 @@ std::string case_text(const ConvCall& c, const MeasuredDevice& device, FamilySet
   std::ostringstream key;
   put_numbers(key, conv_of(c), count_text(c.in_index, c.shape.kept_in), count_text(c.out_index, c.shape.kept_out));
   key << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
-      << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "");
+      << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
+      << (weighs_winograd(c) && !get_winograd() ? " no-winograd" : "");
   return with_device(key, conv_of(c), device, routes);
 }
 

@@ -41,6 +41,8 @@ enum class PackedKind : int {
   kZeroedFolded,
   kReorderedFolded,
   kBiasFolded,
+  kWinograd4,
+  kWinograd2,
 };
 
 // How packed weights of a call are kept.

@@ -5,6 +5,7 @@
 
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native.h"
+#include "backends/cpu/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -19,12 +20,21 @@ void check_supported(const std::string& reason, const char* op) {
 }
 
 void add_candidates(const ConvCall& call, c10::DeviceType device, std::vector<Candidate>& candidates) {
-  if (device == c10::kCPU && native_unsupported_reason(call).empty()) candidates.push_back(Candidate::kNative);
+  if (device != c10::kCPU || !native_unsupported_reason(call).empty()) return;
+  candidates.push_back(Candidate::kNative);
+  for (const int64_t size : winograd_promises(call)) {
+    candidates.push_back(size == kWinogradLarge ? Candidate::kWinograd4 : Candidate::kWinograd2);
+  }
+}
+
+at::Tensor run(const ConvCall& call, Candidate candidate, const char*) {
+  if (candidate == Candidate::kNative) return native_gathered_conv2d(call);
+  return winograd_gathered_conv2d(call, candidate == Candidate::kWinograd4 ? kWinogradLarge : kWinogradSmall);
 }
 
 at::Tensor forward(const ConvCall& call, const char* op) {
   check_supported(native_unsupported_reason(call), op);
-  return native_gathered_conv2d(call);
+  return native_unmeasured_gathered_conv2d(call);
 }
 
 GradientTriple backward(const ConvBackwardCall& call) {
@@ -44,7 +54,7 @@ const Backend kNative{
     .unsupported_reason = native_unsupported_reason,
     .backward_unsupported_reason = native_backward_unsupported_reason,
     .add_candidates = add_candidates,
-    .run = [](const ConvCall& call, Candidate, const char*) { return native_gathered_conv2d(call); },
+    .run = run,
     .forward = forward,
     .backward = backward,
     .switched = nullptr,

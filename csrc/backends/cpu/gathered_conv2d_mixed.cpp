@@ -10,6 +10,7 @@
 
 #include "backends/cpu/native.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -40,10 +41,13 @@ void native_gathered_conv2d_mixed(const MixedCall& c, const char*) {
     NativeRun& p = runs.back();
     // With runs enough for all threads a weight is read once for each run.
     if (static_cast<int>(c.runs.size()) >= 2 * threads) p.native.threads = 1;
-    p.weight = packed_weight(call, p.native);
+    const int64_t size = unmeasured_winograd(p.native, /*weight_is_kept=*/true);
+    p.weight = size ? packed_winograd_weight(call, p.native, size) : packed_weight(call, p.native);
     const auto* w = p.weight.const_data_ptr<float>();
     const bool last = call.format() == at::MemoryFormat::ChannelsLast;
-    p.tasks = last ? conv_nhwc_tasks(p.native, w) : conv_nchw_tasks(p.native, w);
+    p.tasks = size   ? conv_winograd_tasks(p.native, w, size, last)
+              : last ? conv_nhwc_tasks(p.native, w)
+                     : conv_nchw_tasks(p.native, w);
     p.work = static_cast<double>(p.native.pixels()) * p.native.depth / static_cast<double>(p.tasks.count);
     for (const auto number : c10::irange(p.tasks.count)) tasks.push_back({p.work, &p, number});
   }

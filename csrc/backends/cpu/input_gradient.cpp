@@ -17,6 +17,7 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/gradient_rows.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -25,6 +26,7 @@ constexpr int kChunkSlot = 3;
 constexpr int64_t kChunkFloats = 96 * 1024;
 // Fewer pixels would read the weights too often, more would leave the cache.
 constexpr int64_t kFewestPixels = 192, kMostPixels = 1536;
+constexpr int64_t kFewestWinogradPixels = 512;  // four times the weights
 constexpr int64_t kEnoughChunks = 16, kSmallChunk = 96;
 
 // The rows (or columns) `phase`, `phase` + stride, ... of the input, and the taps that meet them, first to last:
@@ -55,7 +57,12 @@ struct Class {
   Phase rows, columns;
   NativeCall call;
   at::Tensor weight;
+  int64_t winograd;  // edge of its tiles; 0: a direct convolution
 };
+
+void run_class(const Class& k, const NativeCall& call, bool last) {
+  k.winograd ? run_winograd(call, k.weight, k.winograd, last) : run_driver(call, k.weight, last);
+}
 
 struct Chunk {
   int64_t first_image, last_image, first_row, last_row;  // rows of the input
@@ -96,8 +103,8 @@ NativeCall chunk_call(const Class& k, const Chunk& chunk, int64_t first, int64_t
 }
 
 // Chunks of about equal size: enough of them to share out, none so small that the weights dominate.
-std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t stride_h, int64_t channels) {
-  const int64_t most = std::clamp(kChunkFloats / channels, kFewestPixels, kMostPixels), area = s.height * s.width;
+std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t grain, int64_t channels, int64_t fewest) {
+  const int64_t most = std::clamp(kChunkFloats / channels, fewest, kMostPixels), area = s.height * s.width;
   const int64_t total = s.batch * area;
   const int64_t wanted = std::max((total + most - 1) / most, std::min(kEnoughChunks, total / kSmallChunk));
   std::vector<Chunk> chunks;
@@ -106,12 +113,11 @@ std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t stride_h, in
     for (int64_t i = 0; i < count; ++i) chunks.push_back({i * s.batch / count, (i + 1) * s.batch / count, 0, s.height});
     return chunks;
   }
-  const int64_t steps = (s.height + stride_h - 1) / stride_h;
+  const int64_t steps = (s.height + grain - 1) / grain;
   const int64_t parts = std::min(steps, (wanted + s.batch - 1) / s.batch);
   for (int64_t n = 0; n < s.batch; ++n) {
     for (int64_t i = 0; i < parts; ++i) {
-      chunks.push_back(
-          {n, n + 1, i * steps / parts * stride_h, std::min(s.height, (i + 1) * steps / parts * stride_h)});
+      chunks.push_back({n, n + 1, i * steps / parts * grain, std::min(s.height, (i + 1) * steps / parts * grain)});
     }
   }
   return chunks;
@@ -279,7 +285,9 @@ std::vector<int32_t> channels_not_in(const int32_t* list, int64_t count, int64_t
 
 template <class scalar_t, class bits_t>
 void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vector<Class>& classes, bool last) {
-  const auto chunks = make_chunks(c.shape, c.stride[0], gradient.count);
+  const int64_t size = classes.size() == 1 ? classes[0].winograd : 0;
+  const auto chunks =
+      make_chunks(c.shape, size ? size : c.stride[0], gradient.count, size ? kFewestWinogradPixels : kFewestPixels);
   const auto others = channels_not_in(gradient.channels, gradient.count, c.shape.channels_in);
   const bool in_place = !gradient.dots || !last || c.input.stride(1) == 1;
   const ChunkSink<scalar_t, bits_t> sink(c, gradient, classes, others,
@@ -300,7 +308,7 @@ void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vecto
       if (place[k + 1] == place[k]) continue;
       const int64_t rows = (place[k + 1] - place[k]) / (chunk.last_image - chunk.first_image) /
                            (classes[k].columns.count * gradient.count);
-      run_driver(chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), classes[k].weight, last);
+      run_class(classes[k], chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), last);
     }
     double* sums = gradient.dots ? dots.data() + number * gradient.count : nullptr;
     last ? sink.pixels(chunk, parts, sums) : sink.planes(chunk, parts, sums);
@@ -338,9 +346,18 @@ void run_input_gradient(const GradientCall& c, InputGradient& gradient) {
     for (size_t w = 0; w < column_phases.size(); ++w) {
       const Phase &rows = row_phases[r], &columns = column_phases[w];
       if (rows.taps == 0 || columns.taps == 0 || rows.count == 0 || columns.count == 0) continue;
-      Class k{
-          static_cast<int64_t>(r), static_cast<int64_t>(w), rows, columns, class_call(c, gradient, rows, columns), {}};
-      k.weight = last ? pack_weight_nhwc(k.call) : pack_weight_nchw(k.call);
+      Class k{static_cast<int64_t>(r),
+              static_cast<int64_t>(w),
+              rows,
+              columns,
+              class_call(c, gradient, rows, columns),
+              {},
+              0};
+      // A stride's phases have fewer taps.
+      k.winograd = unmeasured_winograd(k.call, /*weight_is_kept=*/false);
+      k.weight = k.winograd ? pack_weight_winograd(k.call, k.winograd)
+                 : last     ? pack_weight_nhwc(k.call)
+                            : pack_weight_nchw(k.call);
       classes.push_back(std::move(k));
     }
   }
@@ -351,7 +368,7 @@ void run_input_gradient(const GradientCall& c, InputGradient& gradient) {
     NativeCall n = chunk_call(classes[0], {0, s.batch, 0, s.height}, 0, s.height,
                               static_cast<float*>(gradient.grad_input.mutable_data_ptr()), threads);
     n.out_bfloat16 = c.bfloat16();
-    run_driver(n, classes[0].weight, last);
+    run_class(classes[0], n, last);
   } else if (c.bfloat16()) {
     run_chunks<c10::BFloat16, uint16_t>(c, gradient, classes, last);
   } else {

@@ -73,6 +73,17 @@ const micro::KernelTable* isa_tiles(bool pairs) {
   return nullptr;
 }
 
+const micro::WinogradTable* isa_winograd() {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa() == "avx512") return micro::winograd_avx512();
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa() == "avx512_emulated") return micro::winograd_emulated();
+  if (isa() == "avx2") return micro::winograd_avx2();
+#endif
+  return nullptr;
+}
+
 std::string cpu_model() {
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backends/cpu/microkernels/tile.h"
+#include "backends/cpu/microkernels/winograd.h"
 
 namespace bap_kernels {
 
@@ -26,6 +27,9 @@ bool isa_has_bfloat16_pairs();
 
 // The tiles for plain fp32 lanes, or for pairs of bfloat16; null where there are none.
 const micro::KernelTable* isa_tiles(bool pairs);
+
+// The microkernels of Winograd convolutions; null where there are none.
+const micro::WinogradTable* isa_winograd();
 
 // Text that names the CPU model; part of the key under which measurements are kept.
 std::string cpu_model();

@@ -10,6 +10,7 @@
 
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/winograd.h"
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
@@ -179,7 +180,7 @@ float* thread_scratch(int slot, int64_t floats) {
     c10::DataPtr data;
     int64_t floats = 0;
   };
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[8];
   Buffer& b = buffers[slot];
   if (b.floats < floats) {
     b.data = c10::GetCPUAllocator()->allocate(floats * sizeof(float));  // 64-byte aligned
@@ -196,19 +197,35 @@ at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
                                      [&] { return last ? pack_weight_nhwc(n) : pack_weight_nchw(n); });
 }
 
-void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_last) {
-  const auto* w = weight.const_data_ptr<float>();
-  const NativeTasks tasks = channels_last ? conv_nhwc_tasks(n, w) : conv_nchw_tasks(n, w);
+void run_tasks(const NativeTasks& tasks) {
   at::parallel_for(0, tasks.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) tasks.run(task);
   });
 }
 
-at::Tensor native_gathered_conv2d(const ConvCall& c) {
+void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_last) {
+  const auto* w = weight.const_data_ptr<float>();
+  run_tasks(channels_last ? conv_nhwc_tasks(n, w) : conv_nchw_tasks(n, w));
+}
+
+namespace {
+
+at::Tensor run_native(const ConvCall& c, bool unmeasured) {
   at::Tensor result;
   const NativeCall n = prepare_native(c, result);
-  run_driver(n, packed_weight(c, n), c.format() == at::MemoryFormat::ChannelsLast);
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  const int64_t size = unmeasured ? unmeasured_winograd(n, c.cache_packed) : 0;
+  if (size == 0) {
+    run_driver(n, packed_weight(c, n), last);
+  } else {
+    run_winograd(n, packed_winograd_weight(c, n, size), size, last);
+  }
   return result;
 }
+
+}  // namespace
+
+at::Tensor native_gathered_conv2d(const ConvCall& c) { return run_native(c, /*unmeasured=*/false); }
+at::Tensor native_unmeasured_gathered_conv2d(const ConvCall& c) { return run_native(c, /*unmeasured=*/true); }
 
 }  // namespace bap_kernels

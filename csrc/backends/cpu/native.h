@@ -11,8 +11,11 @@ namespace bap_kernels {
 // Why the native kernels cannot run the call; empty if they can.
 std::string native_unsupported_reason(const ConvCall& call);
 
-// Runs the call, which must be supported and not trivial.
+// Runs the call, which must be supported and not trivial, as a direct convolution.
 at::Tensor native_gathered_conv2d(const ConvCall& call);
+
+// Likewise; under `auto`, which measures other calls, maybe by Winograd.
+at::Tensor native_unmeasured_gathered_conv2d(const ConvCall& call);
 
 // The runs of a mixed batch as one pool of tasks; each must be supported as a
 // call of its own, and not trivial.

@@ -99,6 +99,9 @@ NativeTasks conv_nchw_tasks(const NativeCall& native, const float* weight);
 // The call's weight as its driver wants it, from the cache where the call asks for that.
 at::Tensor packed_weight(const ConvCall& call, const NativeCall& native);
 
+// Runs tasks on all threads.
+void run_tasks(const NativeTasks& tasks);
+
 // Runs the driver of channels_last results, or that of contiguous ones, on all threads.
 void run_driver(const NativeCall& native, const at::Tensor& weight, bool channels_last);
 

@@ -1,0 +1,247 @@
+// Winograd's minimal filtering for 3 x 3 convolutions (Lavin and Gray, arXiv 1509.09308), written once for every
+// vector width; lanes are channels throughout.
+//   Y = A^T [ sum over channels of (G w G^T) * (B^T x B) ] A      with * element by element
+// Points 0, 1, -1 and infinity for F(2 x 2); 0, 3/4, -3/4, 3/2, -3/2 and infinity for F(4 x 4): with the usual 1 and 2
+// the errors are four times as large. All constants of B and A are exact in float32.
+// Included by one source file per instruction set behind tile_kernel.h, inside that file's own anonymous namespace.
+// Accumulates in fp32, channels in order: a result depends on the call alone, never on its tile's place in a block.
+
+constexpr float kNear = .75f, kFar = 1.5f;
+constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar, kNear3 = kNear2 * kNear, kFar3 = kFar2 * kFar;
+
+// One vector of pixels to their transform, by B^T; in place.
+template <int kPoints, class Vec>
+inline __attribute__((always_inline)) void transform_pixels(Vec* d) {
+  if constexpr (kPoints == 6) {
+    constexpr float kProduct = kNear2 * kFar2, kSum = kNear2 + kFar2;
+    const Vec near_even = d[4] - kFar2 * d[2], near_odd = d[3] - kFar2 * d[1];
+    const Vec far_even = d[4] - kNear2 * d[2], far_odd = d[3] - kNear2 * d[1];
+    const Vec first = kProduct * d[0] + (d[4] - kSum * d[2]), last = kProduct * d[1] + (d[5] - kSum * d[3]);
+    d[0] = first;
+    d[1] = near_even + kNear * near_odd;
+    d[2] = near_even - kNear * near_odd;
+    d[3] = far_even + kFar * far_odd;
+    d[4] = far_even - kFar * far_odd;
+    d[5] = last;
+  } else {
+    const Vec first = d[0] - d[2], sum = d[1] + d[2], difference = d[2] - d[1], last = d[1] - d[3];
+    d[0] = first;
+    d[1] = sum;
+    d[2] = difference;
+    d[3] = last;
+  }
+}
+
+// Sums at the points to results, by A^T.
+template <int kPoints, class Vec>
+inline __attribute__((always_inline)) void transform_sums(const Vec* m, Vec* y) {
+  if constexpr (kPoints == 6) {
+    const Vec near_sum = m[1] + m[2], near_difference = m[1] - m[2];
+    const Vec far_sum = m[3] + m[4], far_difference = m[3] - m[4];
+    y[0] = m[0] + (near_sum + far_sum);
+    y[1] = kNear * near_difference + kFar * far_difference;
+    y[2] = kNear2 * near_sum + kFar2 * far_sum;
+    y[3] = kNear3 * near_difference + (kFar3 * far_difference + m[5]);
+  } else {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) - m[3];
+  }
+}
+
+template <int kLanes, int kPoints>
+void winograd_input(const WinogradInput& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  float* block = t.values;
+  for (int64_t channel = 0; channel < t.channels; channel += kLanes, block += t.channel_step) {
+    const float* const* pixel = t.pixels;
+    float* values = block;
+    for (int64_t tile = 0; tile < t.tiles; ++tile, pixel += kPoints * kPoints, values += kLanes) {
+      Vec columns[kPoints][kPoints];  // [column][row]
+#pragma GCC unroll 6
+      for (int j = 0; j < kPoints; ++j) {
+        Vec d[kPoints];
+#pragma GCC unroll 6
+        for (int i = 0; i < kPoints; ++i) d[i] = S::load(pixel[i * kPoints + j] + channel);
+        transform_pixels<kPoints>(d);
+#pragma GCC unroll 6
+        for (int i = 0; i < kPoints; ++i) columns[j][i] = d[i];
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kPoints; ++i) {
+        Vec d[kPoints];
+#pragma GCC unroll 6
+        for (int j = 0; j < kPoints; ++j) d[j] = columns[j][i];
+        transform_pixels<kPoints>(d);
+#pragma GCC unroll 6
+        for (int j = 0; j < kPoints; ++j) S::store(values + (i * kPoints + j) * t.point_step, d[j]);
+      }
+    }
+  }
+}
+
+template <int kLanes, int kRows, int kVectors>
+void winograd_product(const WinogradProduct& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
+  }
+  const float* weight = t.weight;
+  const float* values = t.values;
+  for (int64_t left = t.channels; left > 0; left -= kLanes, values += t.channel_step) {
+    const float* x = values;
+    const float* const end = x + (left < kLanes ? left : kLanes);
+    for (; x != end; ++x, weight += kVectors * kLanes) {
+      Vec b[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) b[v] = S::load(weight + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec a = S::broadcast(x[r * kLanes]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) S::store(t.sums + r * t.sum_step + v * kLanes, acc[r][v]);
+  }
+}
+
+template <int kLanes, int kPoints, int kVectors>
+void winograd_output(const WinogradOutput& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  constexpr int kSize = kPoints - 2, kStep = 2 * kLanes;
+  const float* sums = t.sums;
+  const int64_t* place = t.places;
+  for (int64_t tile = 0; tile < t.tiles; ++tile, sums += kPoints * kPoints * kStep, place += kSize * kSize) {
+    for (int lane = 0; lane < kVectors * kLanes; lane += kLanes) {
+      const int count = static_cast<int>(t.valid) - lane;
+      if (count <= 0) break;
+      Vec columns[kPoints][kSize];  // [column][row]
+#pragma GCC unroll 6
+      for (int j = 0; j < kPoints; ++j) {
+        Vec m[kPoints];
+#pragma GCC unroll 6
+        for (int i = 0; i < kPoints; ++i) m[i] = S::load(sums + (i * kPoints + j) * kStep + lane);
+        transform_sums<kPoints>(m, columns[j]);
+      }
+      const Vec scale = t.scale ? S::load(t.scale + lane) : Vec{};
+      const Vec shift = t.shift ? S::load(t.shift + lane) : Vec{};
+#pragma GCC unroll 4
+      for (int i = 0; i < kSize; ++i) {
+        Vec m[kPoints], y[kSize];
+#pragma GCC unroll 6
+        for (int j = 0; j < kPoints; ++j) m[j] = columns[j][i];
+        transform_sums<kPoints>(m, y);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSize; ++j) {
+          const int64_t pixel = place[i * kSize + j];
+          if (pixel < 0) continue;
+          if (t.scale) y[j] *= scale;
+          if (t.shift) y[j] += shift;
+          float* out = t.out + pixel * t.out_step + lane;
+          if (t.residual) {
+            const float* residual = t.residual + pixel * t.residual_step + lane;
+            y[j] += count < kLanes ? load_part<kLanes>(residual, count) : S::load(residual);
+          }
+          if (t.relu) y[j] = y[j] < Vec{} ? Vec{} : y[j];
+          count < kLanes ? store_part<kLanes>(out, y[j], count) : S::store(out, y[j]);
+        }
+      }
+    }
+  }
+}
+
+// In double, so that a transformed weight is rounded once.
+template <int kLanes, int kPoints>
+void winograd_weight(const WinogradWeight& t) {
+  // Rows of G are (1, p, p^2) over the product of p's distances from the other points.
+  constexpr double kNearScale = 1 / (2. * kNear2 * (kNear2 - kFar2)), kFarScale = 1 / (2. * kFar2 * (kFar2 - kNear2));
+  constexpr double kFour[6][3] = {{1. / (kNear2 * kFar2), 0, 0},
+                                  {kNearScale, kNearScale * kNear, kNearScale * kNear2},
+                                  {kNearScale, -kNearScale * kNear, kNearScale * kNear2},
+                                  {kFarScale, kFarScale * kFar, kFarScale * kFar2},
+                                  {kFarScale, -kFarScale * kFar, kFarScale * kFar2},
+                                  {0, 0, 1}};
+  constexpr double kTwo[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+  const auto g = [&](int i, int j) { return kPoints == 6 ? kFour[i][j] : kTwo[i % 4][j]; };
+  double rows[kPoints][3][kLanes];
+  for (int i = 0; i < kPoints; ++i) {
+    for (int j = 0; j < 3; ++j) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float* taps = t.taps + j * kLanes + lane;
+        rows[i][j][lane] = g(i, 0) * taps[0] + g(i, 1) * taps[3 * kLanes] + g(i, 2) * taps[6 * kLanes];
+      }
+    }
+  }
+  for (int i = 0; i < kPoints; ++i) {
+    for (int j = 0; j < kPoints; ++j) {
+      float* weight = t.weight + (i * kPoints + j) * t.point_step;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        weight[lane] =
+            static_cast<float>(g(j, 0) * rows[i][0][lane] + g(j, 1) * rows[i][1][lane] + g(j, 2) * rows[i][2][lane]);
+      }
+    }
+  }
+}
+
+template <int kLanes>
+void winograd_prologue(const WinogradPrologue& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  float* x = t.values;
+  for (int64_t p = 0; p < t.pixels; ++p) {
+    for (int64_t c = 0; c < t.channels; c += kLanes, x += kLanes) {
+      Vec v = S::load(x);
+      if (t.scale) v *= S::load(t.scale + c);
+      if (t.shift) v += S::load(t.shift + c);
+      if (t.relu) v = v < Vec{} ? Vec{} : v;
+      S::store(x, v);
+    }
+  }
+}
+
+template <int kLanes>
+void gather_pixels(const PixelGather& t) {
+  for (int64_t p = 0; p < t.pixels; ++p) {
+    const float* in = t.in + p * t.in_step;
+    float* out = t.out + p * t.out_step;
+    for (int64_t i = 0; i < t.channels; ++i) out[i] = in[t.list[i]];
+  }
+}
+
+template <int kLanes, int kPoints>
+constexpr WinogradTransforms make_transforms() {
+  return {kPoints - 2,
+          winograd_input<kLanes, kPoints>,
+          {winograd_output<kLanes, kPoints, 1>, winograd_output<kLanes, kPoints, 2>},
+          winograd_weight<kLanes, kPoints>};
+}
+
+template <int kLanes, int kRows>
+constexpr void fill_products(WinogradTable& table) {
+  table.product[kRows - 1][0] = winograd_product<kLanes, kRows, 1>;
+  table.product[kRows - 1][1] = winograd_product<kLanes, kRows, 2>;
+  if constexpr (kRows > 1) fill_products<kLanes, kRows - 1>(table);
+}
+
+template <int kLanes, int kRows>
+constexpr WinogradTable make_winograd_table() {
+  WinogradTable table{};
+  table.rows = kRows;
+  table.lanes = kLanes;
+  fill_products<kLanes, kRows>(table);
+  table.prologue = winograd_prologue<kLanes>;
+  table.gather = gather_pixels<kLanes>;
+  table.transforms[0] = make_transforms<kLanes, 6>();
+  table.transforms[1] = make_transforms<kLanes, 4>();
+  return table;
+}

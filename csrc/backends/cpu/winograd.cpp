@@ -1,0 +1,111 @@
+// Where Winograd applies, and its transformed weights.
+#include "backends/cpu/winograd.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "backends/cpu/isa.h"
+#include "backends/cpu/microkernels/winograd.h"
+#include "backends/cpu/native.h"
+#include "dispatch/backend.h"
+#include "dispatch/packed_cache.h"
+#include "dispatch/winograd.h"
+
+namespace bap_kernels {
+namespace {
+
+constexpr int64_t kFloatsPerThread = 32 * 1024;
+// With fewer channels the transforms take longer than what they save.
+constexpr int64_t kFewestChannels = 16;
+// Results for which a weight's transform pays.
+constexpr int64_t kPixelsForTransform = 512;
+// Results computed for each one that there is: twice as many still leave half of the multiplications.
+constexpr int64_t kMostWaste = 2;
+constexpr int64_t kMostLanes = 16, kTaps = 9;
+
+}  // namespace
+
+std::string winograd_unsupported_reason(const ConvCall& c) {
+  std::string reason = native_unsupported_reason(c);
+  if (!reason.empty()) return reason;
+  if (c.input.scalar_type() != at::kFloat) return "Winograd kernels compute in float32 only";
+  if (winograd_shape(c.shape, c.stride, c.dilation)) return "";
+  return "Winograd kernels are for 3 x 3 taps, stride 1 and dilation 1";
+}
+
+std::vector<int64_t> winograd_promises(const ConvCall& c) {
+  if (!get_winograd() || !winograd_unsupported_reason(c).empty()) return {};
+  if (c.shape.kept_in < kFewestChannels || c.shape.kept_out < kFewestChannels) return {};
+  return {kWinogradLarge, kWinogradSmall};
+}
+
+int64_t unmeasured_winograd(const NativeCall& n, bool weight_is_kept) {
+  if (!winograd_applies(n)) return 0;
+  if (forced_winograd() != 0) return forced_winograd();
+  if (!get_winograd() || get_backend() != "auto") return 0;
+  if (n.kept_in < kFewestChannels || n.kept_out < kFewestChannels) return 0;
+  if (!weight_is_kept && n.pixels() < kPixelsForTransform) return 0;
+  const auto padded = [](int64_t results) { return (results + kWinogradLarge - 1) / kWinogradLarge * kWinogradLarge; };
+  const int64_t computed = padded(n.out_h) * padded(n.out_w);
+  return kMostWaste * n.out_h * n.out_w >= computed ? kWinogradLarge : 0;
+}
+
+bool winograd_applies(const NativeCall& n) {
+  return !n.bfloat16 && !n.out_bfloat16 && n.taps == kTaps && n.kernel_w == 3 && n.stride_h == 1 && n.stride_w == 1 &&
+         n.dilation_h == 1 && n.dilation_w == 1;
+}
+
+at::Tensor pack_weight_winograd(const NativeCall& n, int64_t size) {
+  const micro::WinogradTable& table = *isa_winograd();
+  const auto transform = table.transforms[size == kWinogradLarge ? 0 : 1].weight;
+  const int64_t points = (size + 2) * (size + 2), lanes = table.lanes, full = 2 * lanes;
+  const int64_t panels = (n.kept_out + full - 1) / full, last = n.kept_out - (panels - 1) * full;
+  const auto width_of = [&](int64_t panel) { return panel + 1 == panels && last <= lanes ? lanes : full; };
+  const int64_t floats = ((panels - 1) * full + width_of(panels - 1)) * points * n.kept_in;
+  at::Tensor packed = at::empty({floats}, at::TensorOptions().dtype(at::kFloat));
+  float* dst = packed.mutable_data_ptr<float>();
+  const auto* w = reinterpret_cast<const float*>(n.w);
+  int64_t taps[kTaps];
+  for (int64_t t = 0; t < kTaps; ++t) taps[t] = t / 3 * n.w_stride_h + t % 3 * n.w_stride_w;
+  const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * points * n.kept_in));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float filters[kTaps * kMostLanes] = {};
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t width = width_of(panel);
+      float* of_panel = dst + panel * full * points * n.kept_in;
+      for (int64_t i = 0; i < n.kept_in; ++i) {
+        const float* channel = w + n.weight_channel(i) * n.w_stride_in;
+        for (int64_t lane = 0; lane < width; lane += lanes) {
+          const int64_t first = panel * full + lane, count = std::min(lanes, n.kept_out - first);
+          for (int64_t j = 0; j < count; ++j) {
+            const float* filter = channel + (n.out_index ? n.out_index[first + j] : first + j) * n.w_stride_out;
+            for (int64_t t = 0; t < kTaps; ++t) filters[t * lanes + j] = filter[taps[t]];
+          }
+          for (int64_t t = 0; count < lanes && t < kTaps; ++t)
+            std::fill_n(filters + t * lanes + count, lanes - count, 0.f);
+          transform({filters, of_panel + i * width + lane, n.kept_in * width});
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+at::Tensor packed_winograd_weight(const ConvCall& c, const NativeCall& n, int64_t size) {
+  return PackedCache::instance().get(c, size == kWinogradLarge ? PackedKind::kWinograd4 : PackedKind::kWinograd2,
+                                     isa_winograd()->lanes, [&] { return pack_weight_winograd(n, size); });
+}
+
+void run_winograd(const NativeCall& n, const at::Tensor& weight, int64_t size, bool channels_last) {
+  run_tasks(conv_winograd_tasks(n, weight.const_data_ptr<float>(), size, channels_last));
+}
+
+at::Tensor winograd_gathered_conv2d(const ConvCall& c, int64_t size) {
+  at::Tensor result;
+  const NativeCall n = prepare_native(c, result);
+  const at::Tensor weight = packed_winograd_weight(c, n, size);
+  run_winograd(n, weight, size, c.format() == at::MemoryFormat::ChannelsLast);
+  return result;
+}
+
+}  // namespace bap_kernels
