@@ -23,6 +23,7 @@ pytestmark = [
 
 BASE = Case(batch=2, in_channels=37, out_channels=41, size=(9, 11))
 LAYOUTS = ("contiguous", "channels_last")
+EMULATED = ("avx512_emulated", "neon_emulated") if "avx2" in _C.isa_available() else ()
 
 
 def bound(size: int, kept: int) -> float:
@@ -30,7 +31,7 @@ def bound(size: int, kept: int) -> float:
     return (2 + 0.5 * kept**0.5) * 1e-6 if size == 4 else (1 + 0.1 * kept**0.5) * 1e-6
 
 
-@pytest.fixture(params=[name for name in (*_C.isa_available(), "avx512_emulated") if name != "none"])
+@pytest.fixture(params=[name for name in (*_C.isa_available(), *EMULATED) if name != "none"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _C.isa()
     _C.set_isa(request.param)
@@ -219,8 +220,8 @@ def test_listed_nan_spreads_over_its_tile_alone(size: int) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("kept", [64, 256, 512])
 def test_error_bound(kept: int, relu: bool, size: int, isa: str) -> None:
-    if isa == "avx512_emulated" and kept > 64:
-        pytest.skip("slow; its arithmetic is that of avx512")
+    if isa in EMULATED and kept > 64:
+        pytest.skip("slow; its arithmetic is that of the others")
     x, weight = torch.randn(2, kept, 14, 14), torch.randn(40, kept, 3, 3)
     x = x.relu() if relu else x
     with bk.use_backend("native"):

@@ -209,8 +209,34 @@ void winograd_prologue(const WinogradPrologue& t) {
   }
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t kMostListed = 4096;
+
+// Ascending lists: of each 16 channels of a pixel, those that are listed move together in a register.
+inline void gather_ascending(const PixelGather& t) {
+  uint16_t listed[kMostListed / 16] = {};
+  for (int64_t i = 0; i < t.channels; ++i) listed[t.list[i] / 16] |= static_cast<uint16_t>(1u << t.list[i] % 16);
+  const int64_t vectors = t.list[t.channels - 1] / 16 + 1;
+  for (int64_t p = 0; p < t.pixels; ++p) {
+    const float* in = t.in + p * t.in_step;
+    float* out = t.out + p * t.out_step;
+    for (int64_t v = 0; v < vectors; ++v, in += 16) {
+      // Masked: channels behind the last one of a tensor may not be there.
+      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(listed[v], _mm512_maskz_loadu_ps(listed[v], in)));
+      out += __builtin_popcount(listed[v]);
+    }
+  }
+}
+#endif
+
 template <int kLanes>
 void gather_pixels(const PixelGather& t) {
+#if defined(__AVX512F__)
+  if (t.ascending && t.list[t.channels - 1] < kMostListed) {
+    gather_ascending(t);
+    return;
+  }
+#endif
   for (int64_t p = 0; p < t.pixels; ++p) {
     const float* in = t.in + p * t.in_step;
     float* out = t.out + p * t.out_step;
