@@ -159,8 +159,7 @@ CaseKey case_key(const ConvCall& c, const MeasuredDevice& device, FamilySet rout
   const int32_t flags = layout_flags(c.input) | (has_value(c.in_index) ? 4 : 0) | (has_value(c.out_index) ? 8 : 0) |
                         (has_value(c.bias) ? 16 : 0) | (c.fusion.has_prologue() ? 32 : 0) |
                         (c.fusion.has_epilogue() ? 64 : 0) | (PackedCache::keeps(c) ? 128 : 0) |
-                        (onednn_enabled() ? 256 : 0) |
-                        (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0);
+                        (onednn_enabled() ? 256 : 0) | (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0);
   return key_of(conv_of(c), flags, device, routes);
 }
 

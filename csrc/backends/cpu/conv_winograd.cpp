@@ -25,6 +25,9 @@ constexpr int kValueSlot = 4, kSumSlot = 5, kPixelSlot = 6, kResultSlot = 7;
 // Bytes of a block's transforms, values and sums.
 constexpr int64_t kBlockBytes = 640 * 1024;
 constexpr int64_t kMostTiles = 128;
+// Weights that come from an outer cache for every block are to serve so many tiles each time, even if the transforms
+// then leave the L2 cache.
+constexpr int64_t kFarWeightBytes = 8 * 1024 * 1024, kFewestTilesOfFar = 42;
 // A block may exceed the limit by a quarter rather than be cut.
 constexpr double kOvershoot = 1.25;
 
@@ -42,9 +45,10 @@ struct Geometry {
   const WinogradTable* table;
   const micro::WinogradTransforms* transforms;
   int64_t size, edge, points;      // of results, of pixels, of pixels squared
-  int64_t lanes, width, channels;  // width of a panel; kept_in as whole vectors
+  int64_t lanes, width, channels;  // width of a panel; kept_in as whole vectors, and whole groups of planes
   int64_t panels, tile_rows, tile_columns;
-  bool channels_last, in_place, ascending;
+  bool channels_last, in_place;
+  std::vector<micro::GatherMove> moves;
   std::vector<Block> blocks;
   int64_t channel_groups;
 
@@ -59,6 +63,7 @@ struct Geometry {
 
  private:
   void cut(const NativeCall& n);
+  void find_moves(const NativeCall& n);
 };
 
 Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
@@ -69,19 +74,36 @@ Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
   points = edge * edge;
   lanes = table->lanes;
   width = 2 * lanes;
-  channels = round_up(n.kept_in, lanes);
+  channels = round_up(n.kept_in, std::max(lanes, micro::kPlaneChannels));
   panels = ceil_div(n.kept_out, width);
   tile_rows = ceil_div(n.out_h, size);
   tile_columns = ceil_div(n.out_w, size);
   channels_last = last;
   in_place = !n.in_index && !n.has_prologue && n.x_stride_c == 1 && channels == n.kept_in;
-  ascending = n.in_index && std::is_sorted(n.in_index, n.in_index + n.kept_in);
+  if (table->gather_moves && n.in_index && n.x_stride_c == 1) find_moves(n);
   cut(n);
+}
+
+// A list in order has at most as many moves as it and the channels have vectors.
+void Geometry::find_moves(const NativeCall& n) {
+  for (int64_t first = 0; first < n.kept_in; first += lanes) {
+    const size_t own = moves.size();
+    for (int64_t lane = 0; lane < std::min(lanes, n.kept_in - first); ++lane) {
+      const auto chunk = static_cast<int32_t>(n.in_index[first + lane] / lanes);
+      auto move = std::find_if(moves.begin() + own, moves.end(), [&](const auto& m) { return m.chunk == chunk; });
+      if (move == moves.end()) move = moves.insert(move, {chunk, 0, 0, false});
+      move->from |= static_cast<uint16_t>(1u << n.in_index[first + lane] % lanes);
+      move->to |= static_cast<uint16_t>(1u << lane);
+    }
+    moves.back().last = true;
+  }
 }
 
 void Geometry::cut(const NativeCall& n) {
   const int64_t per_image = tile_rows * tile_columns, total = n.batch * per_image;
-  const int64_t most = std::clamp(kBlockBytes / (4 * points * (channels + width)), int64_t{table->rows}, kMostTiles);
+  const bool far = 4 * points * n.kept_in * n.kept_out > kFarWeightBytes;
+  const int64_t fewest = far ? kFewestTilesOfFar : table->rows;
+  const int64_t most = std::clamp(kBlockBytes / (4 * points * (channels + width)), fewest, kMostTiles);
   const int64_t threads = n.threads;
   channel_groups = 1;
   if (threads > 1 && panels >= threads && total < 2 * table->rows * threads) channel_groups = threads;
@@ -173,10 +195,10 @@ class Task {
         const float* in = x(image, in_row_ + run, in_column_);
         if (planes) {
           for (int64_t i = 0; i < n_.kept_in; ++i) channels[i] = in + n_.channel(i) * n_.x_stride_c;
-          micro::planes_to_pixels_avx2(channels.data(), n_.kept_in, length, out, g_.channels);
+          micro::planes_to_pixels(channels.data(), n_.kept_in, length, out, g_.channels);
         } else if (n_.x_stride_c == 1 && n_.in_index) {
-          g_.table->gather(
-              {length, n_.kept_in, in, n_.x_stride_w, n_.channels_in, n_.in_index, g_.ascending, out, g_.channels});
+          g_.table->gather({length, n_.kept_in, in, n_.x_stride_w, n_.in_index, g_.moves.data(),
+                            static_cast<int64_t>(g_.moves.size()), out, g_.channels});
         } else {
           for (int64_t p = 0; p < length; ++p) {
             const float* pixel = in + p * n_.x_stride_w;
@@ -287,8 +309,8 @@ class Task {
     for (int64_t image = b_.first_image; image < b_.first_image + b_.images; ++image) {
       for (int64_t run = 0; run < runs; ++run, in += length * g_.width) {
         const int64_t place = (image * n_.kept_out + channel) * image_area + (out_row_ + run) * n_.out_w + out_column_;
-        micro::pixels_to_planes_avx2(in, g_.width, valid, length, y + place, image_area,
-                                     residual ? residual + place : nullptr, n_.out_relu);
+        micro::pixels_to_planes(in, g_.width, valid, length, y + place, image_area,
+                                residual ? residual + place : nullptr, n_.out_relu);
       }
     }
   }

@@ -79,7 +79,11 @@ const micro::WinogradTable* isa_winograd() {
 #endif
 #if defined(BAP_KERNELS_HAVE_AVX2)
   if (isa() == "avx512_emulated") return micro::winograd_emulated();
+  if (isa() == "neon_emulated") return micro::winograd_neon_emulated();
   if (isa() == "avx2") return micro::winograd_avx2();
+#endif
+#if defined(BAP_KERNELS_HAVE_NEON)
+  if (isa() == "neon") return micro::winograd_neon();
 #endif
   return nullptr;
 }

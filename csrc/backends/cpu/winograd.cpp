@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kFloatsPerThread = 32 * 1024;
 // With fewer channels the transforms take longer than what they save.
-constexpr int64_t kFewestChannels = 16;
+constexpr int64_t kFewestChannels = 16, kFewestPairs = 32 * 32;
 // Results for which a weight's transform pays.
 constexpr int64_t kPixelsForTransform = 512;
 // Results computed for each one that there is: twice as many still leave half of the multiplications.
@@ -43,7 +43,7 @@ int64_t unmeasured_winograd(const NativeCall& n, bool weight_is_kept) {
   if (!winograd_applies(n)) return 0;
   if (forced_winograd() != 0) return forced_winograd();
   if (!get_winograd() || get_backend() != "auto") return 0;
-  if (n.kept_in < kFewestChannels || n.kept_out < kFewestChannels) return 0;
+  if (n.kept_in < kFewestChannels || n.kept_out < kFewestChannels || n.kept_in * n.kept_out < kFewestPairs) return 0;
   if (!weight_is_kept && n.pixels() < kPixelsForTransform) return 0;
   const auto padded = [](int64_t results) { return (results + kWinogradLarge - 1) / kWinogradLarge * kWinogradLarge; };
   const int64_t computed = padded(n.out_h) * padded(n.out_w);

@@ -42,7 +42,7 @@ inline void store(float* p, __m256 v, int64_t count) {
 
 }  // namespace
 
-void planes_to_pixels_avx2(const float* const* planes, int64_t channels, int64_t count, float* pixels, int64_t step) {
+void planes_to_pixels(const float* const* planes, int64_t channels, int64_t count, float* pixels, int64_t step) {
   for (int64_t c = 0; c < channels; c += 8) {
     for (int64_t p = 0; p < count; p += 8) {
       __m256 v[8];
@@ -62,8 +62,8 @@ void planes_to_pixels_avx2(const float* const* planes, int64_t channels, int64_t
   }
 }
 
-void pixels_to_planes_avx2(const float* pixels, int64_t step, int64_t channels, int64_t count, float* planes,
-                           int64_t plane_step, const float* residual, bool relu) {
+void pixels_to_planes(const float* pixels, int64_t step, int64_t channels, int64_t count, float* planes,
+                      int64_t plane_step, const float* residual, bool relu) {
   const __m256 zero = _mm256_setzero_ps();
   for (int64_t c = 0; c < channels; c += 8) {
     const int64_t rows = channels - c < 8 ? channels - c : 8;

@@ -54,14 +54,23 @@ struct WinogradPrologue {
   bool relu;
 };
 
+// One of the moves that gather a pixel's listed channels, `lanes` of them into each vector: of the input's channels
+// `from`, counted from chunk * lanes on, to the lanes `to`.
+struct GatherMove {
+  int32_t chunk;
+  uint16_t from, to;
+  bool last;  // of its vector
+};
+
 // Listed channels of `pixels` pixels side by side: out[p * out_step + i] = in[p * in_step + list[i]].
 struct PixelGather {
   int64_t pixels, channels;
   const float* in;
-  int64_t in_step, in_channels;
+  int64_t in_step;
   const int32_t* list;
-  bool ascending;  // whether the list's numbers grow
-  float* out;      // up to a whole vector behind each pixel's last channel is overwritten, with anything
+  const GatherMove* moves;  // in the order of vectors; used where the table says so
+  int64_t move_count;
+  float* out;  // up to a whole vector behind each pixel's last channel is overwritten, with anything
   int64_t out_step;
 };
 
@@ -87,11 +96,14 @@ struct WinogradTable {
   void (*product[kMostProductRows][2])(const WinogradProduct&);  // [rows - 1][vectors - 1]
   void (*prologue)(const WinogradPrologue&);
   void (*gather)(const PixelGather&);
+  bool gather_moves;                 // whether it reads `moves`
   WinogradTransforms transforms[2];  // m = 4, m = 2
 };
 
 const WinogradTable* winograd_avx2();
 const WinogradTable* winograd_avx512();
 const WinogradTable* winograd_emulated();
+const WinogradTable* winograd_neon();
+const WinogradTable* winograd_neon_emulated();
 
 }  // namespace bap_kernels::micro

@@ -210,37 +210,34 @@ void winograd_prologue(const WinogradPrologue& t) {
 }
 
 #if defined(__AVX512F__)
-constexpr int64_t kMostListed = 4096;
-
-// Ascending lists: of each 16 channels of a pixel, those that are listed move together in a register.
-inline void gather_ascending(const PixelGather& t) {
-  uint16_t listed[kMostListed / 16] = {};
-  for (int64_t i = 0; i < t.channels; ++i) listed[t.list[i] / 16] |= static_cast<uint16_t>(1u << t.list[i] % 16);
-  const int64_t vectors = t.list[t.channels - 1] / 16 + 1;
-  for (int64_t p = 0; p < t.pixels; ++p) {
-    const float* in = t.in + p * t.in_step;
-    float* out = t.out + p * t.out_step;
-    for (int64_t v = 0; v < vectors; ++v, in += 16) {
-      // Masked: channels behind the last one of a tensor may not be there.
-      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(listed[v], _mm512_maskz_loadu_ps(listed[v], in)));
-      out += __builtin_popcount(listed[v]);
-    }
-  }
-}
+constexpr bool kGatherMoves = true;
+#else
+constexpr bool kGatherMoves = false;
 #endif
 
 template <int kLanes>
 void gather_pixels(const PixelGather& t) {
-#if defined(__AVX512F__)
-  if (t.ascending && t.list[t.channels - 1] < kMostListed) {
-    gather_ascending(t);
-    return;
-  }
-#endif
   for (int64_t p = 0; p < t.pixels; ++p) {
     const float* in = t.in + p * t.in_step;
     float* out = t.out + p * t.out_step;
+#if defined(__AVX512F__)
+    // A permutation takes the lowest four bits of each index: the places in a chunk.
+    __m512 moved = _mm512_setzero_ps();
+    int64_t left = t.channels;
+    const int32_t* list = t.list;
+    for (const GatherMove *move = t.moves, *end = move + t.move_count; move != end; ++move) {
+      const auto lanes = static_cast<uint16_t>(left >= 16 ? 0xffff : (1 << left) - 1);
+      const __m512i index = _mm512_maskz_loadu_epi32(lanes, list);
+      const __m512 chunk = _mm512_maskz_loadu_ps(move->from, in + move->chunk * int64_t{16});
+      moved = _mm512_mask_permutexvar_ps(moved, move->to, index, chunk);
+      if (!move->last) continue;
+      _mm512_storeu_ps(out, moved);
+      moved = _mm512_setzero_ps();
+      out += 16, list += 16, left -= 16;
+    }
+#else
     for (int64_t i = 0; i < t.channels; ++i) out[i] = in[t.list[i]];
+#endif
   }
 }
 
@@ -267,6 +264,7 @@ constexpr WinogradTable make_winograd_table() {
   fill_products<kLanes, kRows>(table);
   table.prologue = winograd_prologue<kLanes>;
   table.gather = gather_pixels<kLanes>;
+  table.gather_moves = kGatherMoves;
   table.transforms[0] = make_transforms<kLanes, 6>();
   table.transforms[1] = make_transforms<kLanes, 4>();
   return table;
