@@ -12,8 +12,15 @@ from torch import Tensor
 
 from bap_kernels import _C
 
-# Verdicts outlive a test, so each has a device of its own.
-devices = itertools.cycle(range(20, 128))
+
+def _numbers() -> Iterator[int]:
+    for number in itertools.cycle(range(20, 128)):
+        _C.set_verdicts(number, {})
+        yield number
+
+
+# Verdicts outlive a test, so each has a device of its own, without any.
+devices = _numbers()
 
 
 @contextlib.contextmanager
