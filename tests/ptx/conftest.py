@@ -13,6 +13,7 @@ EVERYTHING = os.environ.get("BAP_KERNELS_TEST_PTX") == "1"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "beyond_the_sample: runs with make test-ptx only")
+    config.addinivalue_line("markers", "sample: of tests in a process of their own, those of the normal run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

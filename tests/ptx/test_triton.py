@@ -6,6 +6,8 @@ The normal run takes a sample of each kernel; `make test-ptx` every configuratio
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from bap_kernels.testing import Case, check_backward, check_forward, check_fused
 from bap_kernels.testing import assert_close as assert_close_to
 from bap_kernels.testing import run as run_op
 from bap_kernels.testing_switched import check_switched, check_switched_backward
-from tests.ptx.executor import Options
+from tests.ptx.executor import Options, PtxError
+from tests.ptx.faults import TRITON_ROWS, TRITON_WARPGROUPS, Edit
 from tests.ptx.triton_door import executing
 
 pytest.importorskip("triton")
@@ -112,7 +115,15 @@ def table(archs: tuple[int, ...] = ARCHS) -> list[tuple[int, str, str]]:
     ]
 
 
-def run_configuration(arch: int, products: str, shape: str, kind: int, options: Options, **changes) -> list[str]:
+def run_configuration(
+    arch: int,
+    products: str,
+    shape: str,
+    kind: int,
+    options: Options,
+    edit: Callable[[str, str], str] | None = None,
+    **changes,
+) -> list[str]:
     """One forward with a configuration of the table, larger than its tile, ragged on every side."""
     config = configs.TABLE[configs.architecture(arch).table, products][shape]
     dtype = torch.bfloat16 if products == "16" else torch.float32
@@ -126,7 +137,7 @@ def run_configuration(arch: int, products: str, shape: str, kind: int, options: 
         sample.in_index = blocks_of(kind, channels) if kind > 1 else torch.arange(1, channels, 2, dtype=torch.int32)
         poison(sample)
     torch.backends.cudnn.allow_tf32 = products == "tf32"
-    with configs.overriding(config), executing(arch, products == "tf32", options) as run:
+    with configs.overriding(config), executing(arch, products == "tf32", options, edit) as run:
         y = run_op(sample, "triton")
     assert_near(y, reference.gathered_conv2d(*sample.args), products, sample.depth)
     return run.modules
@@ -138,6 +149,20 @@ def run_configuration(arch: int, products: str, shape: str, kind: int, options: 
 def test_large_tiles(arch: int, shape: str, instruction: str) -> None:
     modules = run_configuration(arch, "16", shape, 16, Options(seed=5), size=(9, 8), batch=1, out_channels=70)
     assert instruction in modules[-1]
+
+
+SIZES = {"size": (9, 8), "batch": 1, "out_channels": 70}
+FAULTS = [*((80, "small", edit) for edit in TRITON_ROWS), *((90, "large", edit) for edit in TRITON_WARPGROUPS)]
+
+
+@pytest.mark.parametrize(("arch", "shape", "edit"), FAULTS, ids=lambda value: getattr(value, "name", str(value)))
+def test_faults_put_in_by_hand_are_found(arch: int, shape: str, edit: Edit) -> None:
+    def applied(kernel: str, text: str) -> str:
+        return edit(text)
+
+    with pytest.raises((PtxError, AssertionError)) as caught:
+        run_configuration(arch, "16", shape, 16, Options(), applied, **SIZES)
+    assert re.search(r"line \d+|no thread can go on|not close", str(caught.value))
 
 
 @beyond

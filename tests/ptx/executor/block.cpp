@@ -118,7 +118,9 @@ void Warp::land(int lane, uint64_t before_group, uint64_t before_number) {
 }
 
 void Warp::finish_products(size_t left) {
-  while (product_groups.size() > left) {
+  // A group that was not committed is not waited for.
+  const size_t open = !product_groups.empty() && product_groups.back().number == open_products;
+  while (product_groups.size() > left + open) {
     const ProductGroup& group = product_groups.front();
     for (const auto& [address, bytes] : group.reads) block_.shared.end_async_read(address, bytes, thread(0));
     for (size_t r = 0; r < pending.size(); ++r) {

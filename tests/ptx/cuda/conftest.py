@@ -1,0 +1,55 @@
+"""Runs the CUDA backend as nvcc compiled it: its launchers on a stand-in runtime, its PTX in the executor.
+
+These tests have a process of their own, which tests/ptx/test_cuda.py starts: the library is loaded when the package is
+imported, and a process executes for one architecture, BAP_KERNELS_PTX_ARCH=80 or 90.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bap_kernels import _load
+from bap_kernels.testing import TOLERANCES
+from tests.kernel_contract import TF32
+
+EXECUTED = hasattr(_load.cuda_library, "kernel_text")
+ARCH = getattr(_load.cuda_library, "arch", 0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cuda" not in item.path.parts[-2:-1] or "ptx" not in item.path.parts:
+            continue
+        if not EXECUTED:
+            item.add_marker(pytest.mark.skip(reason="runs in a process of its own: tests/ptx/test_cuda.py"))
+        elif (only := item.get_closest_marker("arch")) and only.args[0] != ARCH:
+            item.add_marker(pytest.mark.skip(reason=f"for sm_{only.args[0]}, and this process executes sm_{ARCH}"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "arch(number): runs where that architecture is executed")
+
+
+@pytest.fixture(autouse=True)
+def _tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels have no other float32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setitem(TOLERANCES, torch.float32, TF32)
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def device() -> Iterator[Any]:
+    """The library, with its settings put back."""
+    library = _load.cuda_library
+    yield library
+    library.set_device(1)
+    library.set_options()
+    library.restore_kernels()
+    library.take_mangled()

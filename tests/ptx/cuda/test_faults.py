@@ -1,0 +1,69 @@
+"""Faults put into the CUDA kernels' PTX by hand: each has to be found, by the executor or by a wrong result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bap_kernels.testing import Case, check_forward
+from tests.ptx.faults import PACK, ROWS, WARPGROUPS, Edit
+
+NHWC = Case(in_list="null", out_list="null", layout="channels_last", dtype=torch.float16)
+# More steps than stages, and ragged on every side.
+TILES_OF_WARPGROUPS = NHWC.but(in_channels=136, out_channels=120, size=(9, 12), batch=1)
+SMALL_TILES = NHWC.but(in_channels=72, out_channels=72, size=(5, 7))
+PLANES = Case(in_channels=40, out_channels=36, size=(5, 8), dtype=torch.float16, kernel=(1, 1), padding=(1, 0, 0, 0))
+
+
+def sampled(edits: list[Edit]) -> list[Any]:
+    """Every third one for the normal run."""
+    return [pytest.param(edit, marks=pytest.mark.sample if k % 3 == 0 else ()) for k, edit in enumerate(edits)]
+
+
+def check_found(edit: Edit, parts: list[str], case: Case, device: Any) -> None:
+    text = edit(device.kernel_text(parts))
+    device.replace_kernel(parts, text)
+    with pytest.raises((RuntimeError, AssertionError)) as caught:
+        check_forward(case, "cuda")
+    if isinstance(caught.value, RuntimeError):
+        # From the executor, not from a launch that never began.
+        assert "line " in str(caught.value) or "no thread can go on" in str(caught.value)
+    else:
+        assert "not close" in str(caught.value)
+
+
+@pytest.mark.arch(90)
+@pytest.mark.parametrize("edit", sampled(WARPGROUPS), ids=lambda edit: edit.name)
+def test_warpgroups(edit: Edit, device: Any) -> None:
+    check_found(edit, ["WarpgroupConv2d", "MathModeE1", "Li128ELi128E"], TILES_OF_WARPGROUPS, device)
+
+
+@pytest.mark.arch(80)
+@pytest.mark.parametrize("edit", sampled(ROWS), ids=lambda edit: edit.name)
+def test_rows(edit: Edit, device: Any) -> None:
+    device.set_device(1_000_000)
+    check_found(edit, ["GatheredConv2d", "MathModeE1", "Li64ELi64E", "Lb0E"], SMALL_TILES, device)
+
+
+@pytest.mark.sample
+@pytest.mark.arch(80)
+@pytest.mark.parametrize("edit", PACK, ids=lambda edit: edit.name)
+def test_pack(edit: Edit, device: Any) -> None:
+    check_found(edit, ["ChannelPack", "HalfWord"], PLANES, device)
+
+
+@pytest.mark.sample
+def test_without_a_fault_all_is_well(device: Any) -> None:
+    for case, sm_count in ((TILES_OF_WARPGROUPS, 1), (SMALL_TILES, 1_000_000), (PLANES, 1)):
+        device.set_device(sm_count)
+        assert check_forward(case, "cuda")
+    names = " ".join(device.take_mangled())
+    assert "ChannelPackINS_8HalfWord" in names
+    assert ("WarpgroupConv2d" in names) == (device.arch == 90)
+
+
+def test_edits_that_match_nothing_are_errors() -> None:
+    with pytest.raises(ValueError, match="nothing of the kind: 0 matches of frobnicate"):
+        Edit("nothing of the kind", "frobnicate")("add.s32 a, b, c;")
