@@ -14,6 +14,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
+from bap.export import formats
+
 from benches import compiled, engines, gate, memory_of_domains, networks, ours, report, rows, study
 from benches.memory_of_domains import Served, Serving, timed_row
 from benches.networks import NetworkBench, NetworkCell, network_cells
@@ -130,7 +132,7 @@ def test_engine_results_do_not_overwrite_each_other(engine: str) -> None:
 
 def test_engines_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32 only, not on cpu in bfloat16" in engines.missing_reason("openvino", dtype="bfloat16")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     x = torch.randn(1, 3, 16, 16)
     with pytest.raises(ImportError, match="expected openvino to be installed, got: openvino, onnx, onnxscript not"):
         engines.deployed("openvino", _tiny(), x, 1)
