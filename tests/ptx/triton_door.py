@@ -9,7 +9,6 @@ the choice of the target, which asks a device, and the refusal of CPU tensors.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +89,7 @@ def executing(
         edit: from a kernel's name and PTX to the PTX that is executed, for faults that are put in by hand.
     """
     from bap_kernels import dispatch
-    from bap_kernels.triton import launch_spec, mixed, private_ops
+    from bap_kernels.triton import families, launch_spec, mixed, ops, private_ops, switched
     from bap_kernels.triton.launch_spec import Launch, Target
 
     run, apart = Run(), []
@@ -111,10 +110,8 @@ def executing(
         return real_offset(tensor, first)
 
     with contextlib.ExitStack() as stack:
-        # Wherever it was imported to.
-        for name, module in list(sys.modules.items()):
-            if name.startswith("bap_kernels.triton.") and hasattr(module, "target_of"):
-                stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
+        for module in (families, launch_spec, mixed, ops, switched):
+            stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
         for module in (dispatch, private_ops):
             stack.enter_context(mock.patch.object(module, "interpreting", return_value=True))
         stack.enter_context(mock.patch.object(launch_spec, "_INTERPRETED", False))
