@@ -12,7 +12,6 @@ import torch
 import bap_kernels._warn  # noqa: F401  issues the warnings of the C++ part
 from bap_kernels._gpu import gpu_identity
 from bap_kernels._load import _C, cuda_library_is_simulated, cuda_library_problem
-from bap_kernels._packed import packed_weights
 from bap_kernels.settings import BACKENDS, MAX_BYTES, settings
 
 __all__ = [
@@ -195,9 +194,10 @@ def packed_cache_info() -> dict[str, int]:
     Returns:
         ``bytes`` and ``entries`` now held, with all that belongs to them; ``limit_bytes``; and so far: ``hits``,
         ``misses``, ``evictions``, calls that ``compared`` a whole weight, and calls whose packed weights were
-        ``not_kept``. The last two grow where :func:`bap_kernels.report` says so of a layer.
+        ``not_kept``. The last two grow where :func:`bap_kernels.report` says so of a layer. ``pinned`` is the number of
+        tensors, outside of the limit, that captured CUDA graphs read; they live as long as their weights.
     """
-    return packed_weights.info()
+    return dict(_C.packed_cache_info())
 
 
 def set_packed_cache_limit(limit_bytes: int) -> None:
@@ -213,7 +213,7 @@ def set_packed_cache_limit(limit_bytes: int) -> None:
         raise ValueError(
             f"set_packed_cache_limit(): expected `limit_bytes` to be 0 or more and less than 2**63, got {limit_bytes}."
         )
-    packed_weights.set_limit(limit_bytes)
+    _C.set_packed_cache_limit(limit_bytes)
 
 
 def clear_packed_cache() -> None:
@@ -233,7 +233,7 @@ def clear_packed_cache() -> None:
     on parameters, a pointer, a NumPy view that is gone), in eval mode and without gradients since the last forward,
     and then only if it changed a small part of a weight on a CPU, or a weight on a GPU.
     """
-    packed_weights.clear()
+    _C.clear_packed_cache()
 
 
 def choices() -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ if settings.isa is not None:
 _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
 _C.set_gpu_hooks(gpu_identity, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
-packed_weights.set_limit(settings.packed_cache_bytes)
+_C.set_packed_cache_limit(settings.packed_cache_bytes)
 if not settings.winograd:
     _C.set_default_winograd(False)
     use_winograd(False)

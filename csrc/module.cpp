@@ -14,6 +14,7 @@
 #include "backends/cuda/bindings.h"
 #include "dispatch/automatic.h"
 #include "dispatch/backend.h"
+#include "dispatch/cache_bindings.h"
 #include "dispatch/choice.h"
 #include "dispatch/fingerprint.h"
 #include "dispatch/packed_cache.h"
@@ -202,6 +203,7 @@ py::dict packed_cache_info() {
   d["evictions"] = info.evictions;
   d["compared"] = info.compared;
   d["not_kept"] = info.not_kept;
+  d["pinned"] = info.pinned;
   return d;
 }
 
@@ -225,6 +227,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   bind_cuda(m);
   bind_verdicts(m);
+  bind_device_caches(m);
   m.doc() =
       "Native part of bap_kernels: registers the ops; settings, tables "
       "and how it was built.";

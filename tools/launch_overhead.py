@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bap_kernels._load import _C
 from bap_kernels.triton import ops
 from bap_kernels.triton.launch_spec import Launch
 
@@ -91,7 +92,8 @@ def calls(device: str = "cpu") -> dict[str, Callable[[], None]]:
         x, w, index = (tensor.to(device) for tensor in (x, weight[kernel], index))
         out, padding = torch.empty_like(x), (kernel // 2,) * 4
         arguments = (out, x, w, index, None, (1, 1), padding, (1, 1))
-        return lambda: ops.gathered_conv2d(*arguments, cache_packed=True)
+        packed = _C.pack_weight(w, None, index, by_input=False)
+        return lambda: ops.gathered_conv2d(*arguments, packed=packed)
 
     return {
         "NCHW 1x1": call(nchw, 1, scattered),

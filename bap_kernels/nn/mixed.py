@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._load import _C
+
 __all__ = ["MixedBatch", "MixedStates", "mixed_numbers", "selected_samples"]
 
 # An element that is copied is read, written, and soon read again; one of a weight is only read.
@@ -83,18 +85,33 @@ class MixedBatch:
             self.order = torch.tensor(sorted(range(self.size), key=indices.__getitem__))
             self.inverse = torch.empty_like(self.order)
             self.inverse[self.order] = torch.arange(self.size)
-        # On other devices; a CUDA graph cannot capture such a copy.
+        # On other devices.
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
 
     def on(self, name: str, device: torch.device) -> Tensor:
-        """``domain_index``, ``order`` or ``inverse`` on a device, copied once."""
+        """``domain_index``, ``order`` or ``inverse`` on a device, copied once.
+
+        Raises:
+            RuntimeError: where a CUDA graph is captured that the copy would have to be part of.
+        """
         index: Tensor = getattr(self, name)
         if index.device == device:
             return index
         key = (name, device)
+        eager = not torch.compiler.is_compiling()
         if key not in self._copies:
+            if eager and _C.capturing(device):
+                raise RuntimeError(
+                    "set_domain(): expected `name` to be a mixed batch that was computed before the capture of a CUDA "
+                    f"graph, since its order is copied to {device}, got a new one of {self.size} samples. "
+                    "Hint: call the model on the batch once before the capture."
+                )
             self._copies[key] = index.to(device)
-        return self._copies[key]
+        copy = self._copies[key]
+        if eager and device.type == "cuda":
+            # The batch may be replaced while another stream than that of the copy reads it.
+            copy.record_stream(torch.cuda.current_stream(device))
+        return copy
 
     def check(self, layer: nn.Module, input: Tensor, dim: int | None = None) -> None:
         """Raises unless a layer's input is this batch."""

@@ -26,11 +26,19 @@ from bap_kernels.triton.arguments import (
 )
 from bap_kernels.triton.configs import PACK, Config, Problem, behind_a_list, choose, within_registers
 from bap_kernels.triton.forward import gathered_conv2d_fwd_kernel
-from bap_kernels.triton.launch_spec import Geometry, Ints, Launch, LaunchSpec, Target, constants_of, tile_of
+from bap_kernels.triton.launch_spec import (
+    Geometry,
+    Ints,
+    Launch,
+    LaunchSpec,
+    Target,
+    alignment,
+    constants_of,
+    tile_of,
+)
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.pack import PackOptions, PackSizes, channel_pack_kernel
 from bap_kernels.triton.planar import gathered_conv2d_planar_fwd_kernel
-from bap_kernels.triton.weights import alignment
 
 __all__ = [
     "DualStore",
@@ -71,7 +79,7 @@ class DualStore:
     Args:
         tensor: (N, K, oH, oW), in the result's memory format.
         channels: int32, (K_out,): each filter's channel of ``tensor``, or -1; see
-            :func:`bap_kernels.triton.lists.inverse_list`.
+            ``inverse_list`` in csrc/dispatch/list_form.h.
     """
 
     tensor: Tensor
@@ -184,8 +192,8 @@ def forward(
     Args:
         y: result, (N, K_out, oH, oW), or with ``full_width`` (N, C_out, oH, oW).
         x: (N, C_in, H, W), any strides.
-        packed: (K_out, taps, K_in rounded up), see :func:`bap_kernels.triton.weights.pack_weight`; of a mixed batch
-            that of the first run.
+        packed: (K_out, taps, K_in rounded up), see csrc/dispatch/pack_weight.h; of a mixed batch that of the
+            first run.
         in_list: of a mixed batch that of the first run, with the kind of all and the greatest length.
         count: int32, (1,), on the device: how many channels of ``in_list`` are used; None: all.
         mixed: the runs of a mixed batch, whose tiles begin at pixels.

@@ -16,7 +16,16 @@ from bap_kernels.triton.input_gradient import (
     gathered_conv2d_dgrad_kernel,
 )
 from bap_kernels.triton.launch import pixel_alignment, stride_or_zeros
-from bap_kernels.triton.launch_spec import Geometry, Ints, Launch, LaunchSpec, Target, constants_of, tile_of
+from bap_kernels.triton.launch_spec import (
+    Geometry,
+    Ints,
+    Launch,
+    LaunchSpec,
+    Target,
+    alignment,
+    constants_of,
+    tile_of,
+)
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.weight_gradient import (
     SumOptions,
@@ -27,7 +36,6 @@ from bap_kernels.triton.weight_gradient import (
     gathered_conv2d_wgrad_kernel,
     sum_partials_kernel,
 )
-from bap_kernels.triton.weights import alignment
 
 __all__ = [
     "input_gradient",

@@ -6,6 +6,7 @@ Running a launch and compiling it for another machine start from the same descri
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,15 +14,41 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from bap_kernels._load import _C
 from bap_kernels.dispatch import interpreting
 from bap_kernels.triton.arguments import Conv, Tile
 from bap_kernels.triton.configs import PACK, Config
 
-__all__ = ["Geometry", "Ints", "Launch", "LaunchSpec", "Target", "constants_of", "target_of", "tile_of"]
+__all__ = [
+    "ALIGNMENT",
+    "Geometry",
+    "Ints",
+    "Launch",
+    "LaunchSpec",
+    "Target",
+    "alignment",
+    "constants_of",
+    "target_of",
+    "tile_of",
+]
+
+# Elements that the last axis of packed weights and compact copies is rounded up to: whole 128-bit vectors.
+ALIGNMENT: int = _C.PACKED_ALIGNMENT
 
 Ints = tuple[int, ...]
 # As Triton decided when the kernels were defined.
 _INTERPRETED = interpreting()
+
+
+def alignment(*lengths: int) -> int:
+    """The largest power of two up to ``ALIGNMENT`` that divides every length; of none, ``ALIGNMENT``.
+
+    Examples:
+        >>> from bap_kernels.triton.launch_spec import alignment
+        >>> alignment(24, 64)
+        8
+    """
+    return math.gcd(ALIGNMENT, *lengths)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The gathered convolution of a mixed batch: one launch for the runs of all domains, the heaviest tiles first.
 
 Each run keeps its list and its packed weight in memory of its own; a table on the device says where they lie, as
-offsets from those of one run, and which run each tile belongs to. The table is made on the host from lengths alone and
-kept, so that a batch of the same make-up copies nothing.
+offsets from those of one run, and which run each tile belongs to. The table comes from the host and is kept, so that a
+batch of the same make-up copies nothing, and a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bap_kernels._load import _C
 from bap_kernels.triton import launch, ops
 from bap_kernels.triton.arguments import Mixed
 from bap_kernels.triton.launch import Epilogue
-from bap_kernels.triton.launch_spec import target_of
-from bap_kernels.triton.lists import ChannelList, all_channels, channel_list
+from bap_kernels.triton.launch_spec import ALIGNMENT, target_of
+from bap_kernels.triton.lists import ChannelList, channel_list
 from bap_kernels.triton.ops import Pair
-from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs
 
 __all__ = ["gathered_conv2d_mixed"]
 
@@ -53,10 +53,22 @@ def _tiles(runs: Sequence[_Run], pixels: int, step: int) -> Iterator[tuple[int, 
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(runs: tuple[_Run, ...], pixels: int, step: int, device: torch.device) -> Mixed:
-    facts = [((r.first + r.images) * pixels, r.kept, r.list_offset, r.weight_offset, r.row) for r in runs]
+def _kept_table(runs: tuple[_Run, ...], pixels: int, step: int, device: torch.device) -> _C.SharedTensor:
+    if _C.capturing(device):
+        images = [run.images for run in runs]
+        raise RuntimeError(
+            "gathered_conv2d_mixed(): expected a mixed batch of a make-up that was computed before the capture of a "
+            f"CUDA graph, since its table comes from the host, got runs of {images} images for the first time. "
+            "Hint: call the model once on such a batch before the capture, in eval mode, which keeps packed weights."
+        )
+    specs = [((r.first + r.images) * pixels, r.kept, r.list_offset, r.weight_offset, r.row) for r in runs]
     tiles = list(_tiles(runs, pixels, step))
-    numbers = torch.tensor([n for row in (*facts, *tiles) for n in row]).to(device, non_blocking=True)
+    return _C.SharedTensor(torch.tensor([n for row in (*specs, *tiles) for n in row]).to(device))
+
+
+def _table(runs: tuple[_Run, ...], weight: Tensor, pixels: int, step: int) -> Mixed:
+    numbers = _kept_table(runs, pixels, step, weight.device).use()
+    _C.pin_for_graph(weight, numbers)
     return Mixed(numbers[: 5 * len(runs)].view(-1, 5), numbers[5 * len(runs) :].view(-1, 2))
 
 
@@ -90,7 +102,7 @@ def gathered_conv2d_mixed(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    cache_packed: bool = False,
+    packed: Sequence[Tensor] | None = None,
     route: str | None = None,
 ) -> None:
     """Computes the gathered convolution of every run into ``out``.
@@ -99,14 +111,17 @@ def gathered_conv2d_mixed(
         out: (N, C_out, oH, oW).
         in_indices: int32, (K_in,), one for each run, or None for all channels.
         counts: images of each run.
+        packed: the packed weight of each run; None: they are packed for this call.
         route: as for :func:`bap_kernels.triton.ops.gathered_conv2d`.
     """
-    kept = [(index, count) for index, count in zip(in_indices, counts, strict=True) if count > 0]
-    if all(index is None for index, _ in kept):
+    if packed is None:
+        packed = [_C.pack_weight(weight, None, index, by_input=False) for index in in_indices]
+    kept = [run for run in zip(in_indices, counts, packed, strict=True) if run[1] > 0]
+    if all(index is None for index, _, _ in kept):
         ops.gathered_conv2d(
             *(out, input, weight, None, None, stride, padding, dilation),
             epilogue=Epilogue(bias),
-            cache_packed=cache_packed,
+            packed=kept[0][2] if kept else None,
             route=route,
         )
         return
@@ -114,49 +129,41 @@ def gathered_conv2d_mixed(
     x, geometry = ops.geometry_of(input, weight, out.shape[2:], stride, padding, dilation)
     with ops.on_device(input):
         channels = input.shape[1]
-        indices = [all_channels(channels, input.device) if index is None else index for index, _ in kept]
-        make = cached_weight if cache_packed else fresh_weight
-        weights = [
-            make(weight, None, None if given is None else index)
-            for index, (given, _) in zip(indices, kept, strict=True)
-        ]
+        indices = [_C.all_channels(channels, input.device) if index is None else index for index, _, _ in kept]
+        weights = [weight_of_run for _, _, weight_of_run in kept]
         lists = _common_lists(indices, channels)
         if not any(each.length for each in lists):
             out.copy_(out.new_zeros(()) if bias is None else bias[:, None, None])
             return
         # Offsets count from tensors that have memory.
         lead = max(range(len(kept)), key=lambda r: lists[r].length)
-        entries, packed = lists[lead].entries, weights[lead]
+        entries, lead_weight = lists[lead].entries, weights[lead]
         assert entries is not None
         runs, first = [], 0
-        for (_, number), each, w in zip(kept, lists, weights, strict=True):
+        for (_, number, w), each in zip(kept, lists, strict=True):
             assert each.entries is not None
-            runs.append(_Run(first, number, each.length, _offset(each.entries, entries), _offset(w, packed)))
+            runs.append(_Run(first, number, each.length, _offset(each.entries, entries), _offset(w, lead_weight)))
             first += number
         longest = ChannelList(entries, lists[lead].kind, lists[lead].length)
         route = route or ops.route_of(x, out, geometry, longest)
         every_filter = ChannelList(None, 0, weight.shape[0])
-        table = functools.partial(_table, tuple(runs), device=input.device)
-        used = [packed, entries, *weights, *(each.entries for each in lists)]
+        table = functools.partial(_table, tuple(runs), weight)
         if route == "planar":
-            images = table(math.prod(geometry.size), 0)
             step = launch.planar(
-                *(out, x, packed, longest, every_filter, target), epilogue=Epilogue(bias), mixed=images
+                *(out, x, lead_weight, longest, every_filter, target),
+                epilogue=Epilogue(bias),
+                mixed=table(math.prod(geometry.size), 0),
             )
-            used += [images.runs, images.tiles]
         else:
             if route == "packed":
-                images = table(math.prod(geometry.size), 0)
-                x, longest = _compact(x, longest, images)
-                used += [images.runs, images.tiles]
+                x, longest = _compact(x, longest, table(math.prod(geometry.size), 0))
             config = launch.config_of(launch.forward_problem(geometry, longest, weight.shape[0]), x.dtype, target)
-            tiles = table(math.prod(geometry.out_size), config.BM)
             step = launch.forward(
-                *(out, x, packed, geometry, longest, every_filter, target), epilogue=Epilogue(bias), mixed=tiles
+                *(out, x, lead_weight, geometry, longest, every_filter, target),
+                epilogue=Epilogue(bias),
+                mixed=table(math.prod(geometry.out_size), config.BM),
             )
-            used += [tiles.runs, tiles.tiles]
         step.run()
-        keep_for_graphs(weight, *used)
 
 
 def _compact(input: Tensor, longest: ChannelList, images: Mixed) -> tuple[Tensor, ChannelList]:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bap_kernels._load import _C
 from bap_kernels.triton import launch, launch_backward
 from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import NO_EPILOGUE, NO_PROLOGUE, Epilogue, Prologue
-from bap_kernels.triton.launch_spec import Geometry, Launch, target_of
+from bap_kernels.triton.launch_spec import ALIGNMENT, Geometry, Launch, target_of
 from bap_kernels.triton.lists import ChannelList, channel_list
 from bap_kernels.triton.tuning import tune_case
-from bap_kernels.triton.weights import ALIGNMENT, cached_weight, fresh_weight, keep_for_graphs, pack_weight
 
 __all__ = ["ROUTES", "compact", "gathered_conv2d", "gathered_conv2d_backward", "refuse"]
 
@@ -131,19 +131,17 @@ def gathered_conv2d(
     prologue: Prologue = NO_PROLOGUE,
     epilogue: Epilogue = NO_EPILOGUE,
     count: Tensor | None = None,
-    cache_packed: bool = False,
+    packed: Tensor | None = None,
     full_width: bool = False,
     route: str | None = None,
-    weight_index: Tensor | None = None,
 ) -> None:
     """Computes the gathered convolution into ``out``.
 
     Args:
         out: (N, K_out, oH, oW), or with ``full_width`` (N, C_out, oH, oW), whose unlisted channels are left alone.
         count: int32, (1,): how many channels of ``in_index`` are used; None: all.
-        cache_packed: whether the packed weight is kept for other calls.
+        packed: the weight by filters, see csrc/dispatch/pack_weight.h; None: it is packed for this call.
         route: one of ``ROUTES``; None takes the one that suits.
-        weight_index: the weight's channel for each one that is read, where the input holds only some of them.
     """
     target = target_of(input.device)
     x, geometry = geometry_of(input, weight, out.shape[2:], stride, padding, dilation)
@@ -151,10 +149,9 @@ def gathered_conv2d(
     in_list = channel_list(in_index, input.shape[1], blocks=count is None)
     out_list = channel_list(out_index, weight.shape[0])
     route = route or route_of(x, out, geometry, in_list)
-    listed = in_list.entries
     with on_device(input):
-        make = cached_weight if cache_packed else fresh_weight
-        packed = make(weight, out_index, in_index if weight_index is None else weight_index)
+        if packed is None:
+            packed = _C.pack_weight(weight, out_index, in_index, by_input=False)
         if route == "packed":
             x, in_list = compact(x, in_list, prologue, count)
             prologue = NO_PROLOGUE
@@ -167,8 +164,6 @@ def gathered_conv2d(
             step = functools.partial(launch.forward, out, x, packed, geometry, in_list, out_list, target, *fused)
         tune_case(problem, x.dtype, target, x.device, step)
         step().run()
-        places = None if epilogue.dual is None else epilogue.dual.channels
-        keep_for_graphs(weight, packed, listed, out_list.entries, places)
 
 
 def _gradient_of_input(
@@ -176,7 +171,7 @@ def _gradient_of_input(
 ) -> Tensor:
     target = target_of(input.device)
     in_list = channel_list(in_index, input.shape[1])
-    packed = pack_weight(weight, out_index, in_index, by_input=True)
+    packed = _C.pack_weight(weight, out_index, in_index, by_input=True)
     dx = torch.empty_like(input) if in_index is None else torch.zeros_like(input)
     if pointwise(geometry) and is_planar(g) and is_planar(dx) and geometry.batch < 2**16:
         every = ChannelList(None, 0, g.shape[1])

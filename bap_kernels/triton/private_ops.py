@@ -1,16 +1,17 @@
-"""The private ops ``bap_kernels::_*_triton``, with their arguments as the dispatcher passes them."""
+"""The private ops ``bap_kernels::_*_triton``. Each takes a call: the op's arguments by the names in its schema."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from bap_kernels._load import _C
 from bap_kernels.dispatch import interpreting
 from bap_kernels.triton import mixed, ops, switched
 from bap_kernels.triton.families import families_of_call
 from bap_kernels.triton.launch import DualStore, Epilogue, Prologue
-from bap_kernels.triton.lists import inverse_list
 
 __all__ = [
     "families",
@@ -22,142 +23,71 @@ __all__ = [
     "unsupported_reason",
 ]
 
+Call = Any
 
-def unsupported_reason(input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> str:
+
+def unsupported_reason(call: Call) -> str:
     """Why the kernels cannot run a call; empty if they can."""
-    return ops.unsupported_reason(input, weight, groups, out_size, interpreting()) or ""
+    return ops.unsupported_reason(call.input, call.weight, call.groups, call.out_size, interpreting()) or ""
 
 
-def families(
-    op: str,
-    grad_output: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    in_indices: Sequence[Tensor | None],
-    out_index: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_size: Sequence[int],
-    prologue: bool,
-    output_mask: Sequence[bool],
-) -> list[str]:
+def families(call: Call) -> list[str]:
     """See :func:`bap_kernels.triton.families.families_of_call`."""
-    options = (stride, padding, dilation, out_size)
-    return families_of_call(op, grad_output, input, weight, in_indices, *options, output_mask)
+    options = (*_geometry(call), call.out_size)
+    return families_of_call(
+        call.op, call.grad_output, call.input, call.weight, call.in_indices, *options, call.output_mask
+    )
 
 
-def _refuse(op: str, input: Tensor, weight: Tensor, groups: int, out_size: Sequence[int]) -> None:
-    ops.refuse(op, ops.unsupported_reason(input, weight, groups, out_size, interpreting()))
+def _refuse(op: str, call: Call, result: Tensor, groups: int) -> None:
+    ops.refuse(op, ops.unsupported_reason(call.input, call.weight, groups, result.shape[2:], interpreting()))
 
 
-def gathered_conv2d(
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    in_relu: bool,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
-    residual: Tensor | None,
-    out_relu: bool,
-    cache_packed: bool,
-    weight_index: Tensor | None,
-    dual_store_index: Tensor | None,
-    dual_store: Tensor | None,
-    op: str,
-) -> None:
+def _geometry(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    return call.stride, call.padding, call.dilation
+
+
+def gathered_conv2d(call: Call) -> None:
     """See :func:`bap_kernels.triton.ops.gathered_conv2d`."""
-    _refuse(op, input, weight, groups, out.shape[2:])
-    second = None
-    if dual_store is not None and dual_store_index is not None:
-        with ops.on_device(input):
-            second = DualStore(dual_store, inverse_list(dual_store_index, out.shape[1]))
+    _refuse(call.op, call, call.out, call.groups)
+    dual = None
+    if call.dual_store is not None:
+        with ops.on_device(call.input):
+            dual = DualStore(call.dual_store, _C.inverse_list(call.dual_store_index, call.out.shape[1]))
     ops.gathered_conv2d(
-        *(out, input, weight, in_index, out_index, stride, padding, dilation),
-        prologue=Prologue(in_scale, in_shift, in_relu),
-        epilogue=Epilogue(bias, out_scale, out_shift, residual, out_relu, second),
-        cache_packed=cache_packed,
-        weight_index=weight_index,
+        *(call.out, call.input, call.weight, call.in_index, call.out_index, *_geometry(call)),
+        prologue=Prologue(call.in_scale, call.in_shift, call.in_relu),
+        epilogue=Epilogue(call.bias, call.out_scale, call.out_shift, call.residual, call.out_relu, dual),
+        packed=call.packed,
     )
 
 
-def gathered_conv2d_mixed(
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_indices: Sequence[Tensor | None],
-    counts: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    cache_packed: bool,
-) -> None:
+def gathered_conv2d_mixed(call: Call) -> None:
     """See :func:`bap_kernels.triton.mixed.gathered_conv2d_mixed`."""
-    _refuse("_gathered_conv2d_mixed", input, weight, 1, out.shape[2:])
+    _refuse("_gathered_conv2d_mixed", call, call.out, 1)
     mixed.gathered_conv2d_mixed(
-        out, input, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed=cache_packed
+        *(call.out, call.input, call.weight, call.bias, call.in_indices, call.counts, *_geometry(call)),
+        packed=call.packed,
     )
 
 
-def gathered_conv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    in_index: Tensor | None,
-    out_index: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def gathered_conv2d_backward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`bap_kernels.triton.ops.gathered_conv2d_backward`."""
-    _refuse("gathered_conv2d_backward", input, weight, groups, grad_output.shape[2:])
+    _refuse("gathered_conv2d_backward", call, call.grad_output, call.groups)
     return ops.gathered_conv2d_backward(
-        grad_output, input, weight, in_index, out_index, stride, padding, dilation, output_mask
+        *(call.grad_output, call.input, call.weight, call.in_index, call.out_index, *_geometry(call)), call.output_mask
     )
 
 
-def switched_conv2d(
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    switch: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
+def switched_conv2d(call: Call) -> None:
     """See :func:`bap_kernels.triton.switched.switched_conv2d`."""
-    _refuse("switched_conv2d", input, weight, groups, out.shape[2:])
-    switched.switched_conv2d(out, input, weight, bias, switch, stride, padding, dilation)
+    _refuse("switched_conv2d", call, call.out, call.groups)
+    switched.switched_conv2d(call.out, call.input, call.weight, call.bias, call.switch, *_geometry(call))
 
 
-def switched_conv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    switch: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    off_gradient: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def switched_conv2d_backward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`bap_kernels.triton.switched.switched_conv2d_backward`."""
-    _refuse("switched_conv2d_backward", input, weight, groups, grad_output.shape[2:])
+    _refuse("switched_conv2d_backward", call, call.grad_output, call.groups)
     return switched.switched_conv2d_backward(
-        grad_output, input, weight, switch, stride, padding, dilation, off_gradient, output_mask
+        *(call.grad_output, call.input, call.weight, call.switch, *_geometry(call)), call.off_gradient, call.output_mask
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bap_kernels._load import _C
 from bap_kernels.triton import launch_backward, ops
 from bap_kernels.triton.configs import choose
 from bap_kernels.triton.launch import Epilogue
@@ -17,7 +18,6 @@ from bap_kernels.triton.launch_spec import Geometry, Launch, target_of
 from bap_kernels.triton.lists import ChannelList
 from bap_kernels.triton.ops import Pair
 from bap_kernels.triton.tuning import tune_case
-from bap_kernels.triton.weights import pack_weight
 
 __all__ = ["switched_conv2d", "switched_conv2d_backward"]
 
@@ -78,7 +78,7 @@ def switched_conv2d_backward(
         if g.stride(1) != 1 and (mask[0] or mask[1] or mask[3]):
             g, _ = ops.compact(g, ChannelList(None, 0, g.shape[1]))
         if mask[0] or mask[3]:
-            packed = pack_weight(weight, None, order, by_input=True)
+            packed = _C.pack_weight(weight, None, order, by_input=True)
             problem = launch_backward.input_gradient_problem(g, geometry, ordered, reduced=mask[3])
             dx = torch.zeros_like(input) if mask[0] else none
 

@@ -6,6 +6,7 @@
 
 #include "dispatch/automatic.h"
 #include "dispatch/list_copy.h"
+#include "dispatch/stream.h"
 #include "ops/fusion.h"
 
 namespace bap_kernels {
@@ -74,6 +75,7 @@ at::Tensor forward(const GatheredConv2dArgs<int64_t>& a) {
   const ConvCall call{{args, {}, a.cache_packed}, check_conv<int64_t>(op, args)};
   const auto& s = call.shape;
   check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  pin_for_graph(call.weight, {&call.in_index, &call.out_index});
   return run_gathered_conv2d(call, op);
 }
 
@@ -93,6 +95,7 @@ DualResult fused(const GatheredConv2dFusedArgs<int64_t>& a) {
   const auto& s = call.shape;
   check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
   check_list_values(op, "weight_index", call.weight_index, call.weight.size(1));
+  pin_for_graph(call.weight, {&call.in_index, &call.out_index, &call.weight_index, &call.dual_store_index});
   if (!has_value(call.dual_store_index)) return {run_gathered_conv2d(call, op), second};
   check_list_values(op, "dual_store_index", call.dual_store_index, s.kept_out);
   call.dual_store = &second;
@@ -108,6 +111,7 @@ GradientTriple backward(const GatheredConv2dBackwardArgs<int64_t>& a) {
   const ConvBackwardCall call{args, check_gathered_conv2d_backward<int64_t>(op, args)};
   const auto& s = call.shape;
   check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  pin_for_graph(call.weight, {&call.in_index, &call.out_index});
   if (s.trivial()) return backend(BackendId::kAten).backward(call);
   if (const Backend* named = named_backend(call.input)) return named->backward(call);
   if (on_gpu(call.input)) return run_automatically<AutomaticBackward>(call, op);

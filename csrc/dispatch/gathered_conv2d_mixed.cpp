@@ -7,6 +7,7 @@
 #include "dispatch/automatic.h"
 #include "dispatch/gathered_conv2d.h"
 #include "dispatch/list_copy.h"
+#include "dispatch/stream.h"
 #include "ops/fusion.h"
 
 namespace bap_kernels {
@@ -60,6 +61,7 @@ at::Tensor mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
   for (const auto i : c10::irange(a.counts.size())) {
     const OptionalTensor list = lists.get(i);
     check_list_values(op, "in_index", list, s.channels_in);
+    pin_for_graph(a.weight, {&list});
     const int64_t count = a.counts[i];
     if (count > 0) call.runs.push_back({a.input.narrow(0, first, count), call.output.narrow(0, first, count), list});
     first += count;

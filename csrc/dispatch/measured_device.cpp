@@ -9,18 +9,17 @@
 #include <unordered_map>
 #include <utility>
 
+#include "dispatch/stream.h"
+
 namespace bap_kernels {
 namespace {
 
-struct GpuHooks {
-  std::function<std::string(int64_t)> name;
-  std::function<bool()> capturing;
-};
+using DeviceName = std::function<std::string(int64_t)>;
 
-// Never destroyed: it holds Python functions, and Python is gone before statics are.
-GpuHooks*& hooks() {
-  static GpuHooks* known = nullptr;
-  return known;
+// Never destroyed: it holds a Python function, and Python is gone before statics are.
+DeviceName*& device_name() {
+  static DeviceName* hook = nullptr;
+  return hook;
 }
 
 double wall_seconds(c10::function_ref<void()> run) {
@@ -44,9 +43,9 @@ double gpu_seconds(c10::Device device, c10::function_ref<void()> run) {
 
 MeasuredDevice make_gpu(c10::Device device) {
   MeasuredDevice gpu;
-  gpu.name = hooks() != nullptr ? hooks()->name(device.index()) : "GPU";
+  gpu.name = device_name() != nullptr ? (*device_name())(device.index()) : "GPU";
   gpu.id = device_id(gpu.name);
-  gpu.may_measure = [] { return hooks() != nullptr && !hooks()->capturing(); };
+  gpu.may_measure = [device] { return device_name() != nullptr && !capturing(device); };
   gpu.seconds = [device](Candidate, c10::function_ref<void()> run) { return gpu_seconds(device, run); };
   gpu.now = seconds_since_1970;
   gpu.number = device.index();
@@ -83,7 +82,8 @@ int32_t device_id(const std::string& name) {
 }
 
 void set_gpu_hooks(std::function<std::string(int64_t)> name, std::function<bool()> capturing) {
-  hooks() = new GpuHooks{std::move(name), std::move(capturing)};
+  device_name() = new DeviceName(std::move(name));
+  set_capturing_hook(std::move(capturing));
 }
 
 bool on_gpu(const at::Tensor& input) { return simulated_gpu != nullptr || input.is_cuda(); }

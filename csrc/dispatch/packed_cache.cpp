@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "dispatch/packed_value.h"
+#include "dispatch/stream.h"
 
 namespace bap_kernels {
 namespace {
@@ -91,22 +92,24 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   uint64_t doubts = 0, number = 0;
   bool doubted = false;
   std::shared_ptr<const PackedValue> known;
+  bool off = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = index_.find(key);
-    if (found != index_.end()) {
-      const Entry& entry = *found->second;
+    const auto hit = index_.find(key);
+    if (hit != index_.end()) {
+      const Entry& entry = *hit->second;
       known = entry.value;
       number = entry.number;
       doubts = entry.group->doubts;
       doubted = entry.doubts != doubts;
-      entries_.splice(entries_.begin(), entries_, found->second);
+      entries_.splice(entries_.begin(), entries_, hit->second);
     } else {
       const auto group = groups_.find(key.weight);
       if (group != groups_.end()) doubts = group->second.doubts;
     }
-    if (limit_ == 0) return make();
+    off = limit_ == 0;
   }
+  if (off) return make();
   // Outside the lock: it may read the whole weight.
   const PackedTrust how = doubted ? PackedTrust::kWhole : trusted;
   if (how == PackedTrust::kWhole) ++compared_;
@@ -114,11 +117,14 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
     ++hits_;
     if (doubted) {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = index_.find(key);
-      if (found != index_.end() && found->second->number == number) found->second->doubts = doubts;
+      const auto hit = index_.find(key);
+      if (hit != index_.end() && hit->second->number == number) hit->second->doubts = doubts;
     }
-    return known->packed;
+    pin_for_graph(c.weight, known->packed.get());
+    return known->packed.use();
   }
+  // What a capture has recorded holds nothing before the graph is replayed.
+  if (capturing(c.weight.device())) return make();
   ++misses_;
   // What it is made from is noted before packing: a change meanwhile makes the entry stale, not wrong.
   const auto value = std::make_shared<PackedValue>(c, kind, trusted);
@@ -127,13 +133,13 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
     // keep the weight alive.
     c10::InferenceMode ordinary(false);
     at::NoGradGuard no_grad;
-    value->packed = make();
+    value->packed = SharedTensor(make());
   }
   value->count_bytes();
   std::lock_guard<std::mutex> lock(mutex_);
   const auto stale = index_.find(key);
   if (stale != index_.end()) erase(stale->second);
-  if (value->bytes > limit_) return value->packed;
+  if (value->bytes > limit_) return value->packed.get();
   if (++made_since_sweep_ > kFewestToSweep + entries_.size() / 2) sweep();
   evict(limit_ - value->bytes);
   bytes_ += value->bytes;
@@ -144,7 +150,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
   index_[key] = entries_.begin();
   ++count_;
   if (trial != nullptr) trial->kept_.emplace_back(key, entries_.front().number);
-  return value->packed;
+  return value->packed.get();
 }
 
 void PackedCache::erase(Entries::iterator entry) {
@@ -177,9 +183,11 @@ void PackedCache::evict(int64_t limit) {
 }
 
 PackedCache::Info PackedCache::info() {
+  const int64_t pinned = pinned_for_graphs();
   std::lock_guard<std::mutex> lock(mutex_);
   sweep();
-  return {bytes_, static_cast<int64_t>(entries_.size()), limit_, hits_, misses_, evictions_, compared_, not_kept_};
+  return {bytes_, static_cast<int64_t>(entries_.size()), limit_, hits_, misses_, evictions_, compared_, not_kept_,
+          pinned};
 }
 
 void PackedCache::set_limit(int64_t bytes) {
@@ -237,8 +245,8 @@ PackedCache::Trial::~Trial() {
   PackedCache& cache = instance();
   std::lock_guard<std::mutex> lock(cache.mutex_);
   for (const auto& [key, number] : kept_) {
-    const auto found = cache.index_.find(key);
-    if (found != cache.index_.end() && found->second->number == number) cache.erase(found->second);
+    const auto kept = cache.index_.find(key);
+    if (kept != cache.index_.end() && kept->second->number == number) cache.erase(kept->second);
   }
 }
 

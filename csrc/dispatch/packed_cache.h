@@ -9,6 +9,8 @@
 //   kWhole   all rows that are listed, by a fingerprint, where something else may write to it
 // Lists are compared by value, and so are the per-channel vectors that some forms take in. On GPUs values cannot be
 // compared without a stall: what would need it is not kept there.
+//
+// While a graph is captured nothing is kept, and what is found is pinned to the weight; see stream.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -77,7 +79,7 @@ class PackedCache {
   at::Tensor get(const ConvCall& call, PackedKind kind, int variant, c10::function_ref<at::Tensor()> make);
 
   struct Info {
-    int64_t bytes, entries, limit_bytes, hits, misses, evictions, compared, not_kept;
+    int64_t bytes, entries, limit_bytes, hits, misses, evictions, compared, not_kept, pinned;
   };
   Info info();
   void set_limit(int64_t bytes);

@@ -25,8 +25,6 @@ int64_t reordered_bytes(const at::Tensor& packed) {
          static_cast<int64_t>(packed.element_size());
 }
 
-uint32_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<uint32_t>(t._version()); }
-
 uint64_t read_value(const char* p, int64_t element) {
   uint64_t value = 0;
   std::memcpy(&value, p, element);
@@ -34,20 +32,6 @@ uint64_t read_value(const char* p, int64_t element) {
 }
 
 }  // namespace
-
-TensorState::TensorState(const at::Tensor& t)
-    : impl(t.getIntrusivePtr()),
-      // Without a strong reference on the way, which another thread could take for a second owner.
-      storage(c10::weak_intrusive_ptr<c10::StorageImpl>::reclaim(
-          static_cast<c10::StorageImpl*>(c10::raw::intrusive_ptr::make_weak(t.storage().unsafeGetStorageImpl())))),
-      data(t.const_data_ptr()),
-      version(version_of(t)) {}
-
-bool TensorState::holds(const at::Tensor& t) const {
-  return impl._unsafe_get_target() == t.unsafeGetTensorImpl() &&
-         storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && data == t.const_data_ptr() &&
-         version == version_of(t);
-}
 
 Sample::Sample(const ConvCall& c) : element(static_cast<int64_t>(c.weight.element_size())) {
   const at::Tensor& w = c.weight;
@@ -206,12 +190,13 @@ std::vector<const void*> PackedValue::device_vectors() const {
 }
 
 void PackedValue::count_bytes() {
-  if (!packed.defined()) {
+  const at::Tensor t = packed.defined() ? packed.get() : at::Tensor();
+  if (!t.defined()) {
     bytes = 0;
-  } else if (packed.has_storage()) {
-    bytes = static_cast<int64_t>(packed.storage().nbytes());
+  } else if (t.has_storage()) {
+    bytes = static_cast<int64_t>(t.storage().nbytes());
   } else {
-    bytes = reordered_bytes(packed) + kOfReordered;
+    bytes = reordered_bytes(t) + kOfReordered;
   }
   for (const Vector& vector : vectors)
     bytes += vector.values.defined() ? static_cast<int64_t>(vector.values.nbytes()) : 0;

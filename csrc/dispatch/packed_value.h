@@ -1,28 +1,15 @@
 // One packed weight with what it was made from, so that each use can see whether that still is what the weight holds.
 #pragma once
 
-#include <c10/core/StorageImpl.h>
-#include <c10/util/intrusive_ptr.h>
-
 #include <array>
 #include <vector>
 
 #include "dispatch/fingerprint.h"
 #include "dispatch/packed_cache.h"
+#include "dispatch/stream.h"
+#include "dispatch/tensor_state.h"
 
 namespace bap_kernels {
-
-// A tensor by identity. The weak references keep the addresses from being reused.
-struct TensorState {
-  c10::weak_intrusive_ptr<c10::TensorImpl> impl;
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void* data;
-  uint32_t version;
-
-  explicit TensorState(const at::Tensor& t);
-  bool holds(const at::Tensor& t) const;
-  bool expired() const { return impl.expired(); }
-};
 
 // Some values of a weight's listed slices, by their places in memory: the rows at even distances, the places in them
 // spread. A write of the whole weight meets them for certain, a write of a part as likely as it is large.
@@ -75,7 +62,7 @@ struct PackedValue {
   Sample sample;
   bool has_whole = false;
   Fingerprint whole{};
-  at::Tensor packed;
+  SharedTensor packed;
   int64_t bytes = 0;
 
   PackedValue(const ConvCall& call, PackedKind kind, PackedTrust trust);

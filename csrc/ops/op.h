@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <regex>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -102,7 +103,19 @@ struct OpName {
   consteval OpName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }  // NOLINT: implicit
 };
 
-// Calls a private op of a backend, whose arguments are given here alone.
+// Declares the private op by which a backend in Python computes `Op`: `first` are arguments of its own; those of `Op`
+// follow, with plain integers and without defaults, which PyTorch would not pass on.
+template <class Op>
+void define_private(torch::Library& library, const std::string& name, const std::string& first,
+                    const std::string& result) {
+  const std::string schema = Op::kSchema;
+  std::string members = schema.substr(1, schema.rfind(") ->") - 1);
+  members = std::regex_replace(members, std::regex("SymInt"), "int");
+  members = std::regex_replace(members, std::regex("=[^,]*"), "");
+  library.def((name + "(" + first + members + ") -> " + result).c_str());
+}
+
+// Calls such an op; the arguments are its own, then `Op`'s members.
 template <OpName kName, class Result, class... T>
 Result call_private(const T&... arguments) {
   static const auto op = c10::Dispatcher::singleton()

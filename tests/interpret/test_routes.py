@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bap_kernels
-from bap_kernels import reference
+from bap_kernels import _C, reference
 from bap_kernels.testing import LAYOUTS, Case, Sample, assert_close, make_fused, make_tensors, poison, run, unlisted
 
 FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
@@ -143,7 +143,6 @@ def test_full_width_leaves_other_channels_alone(layout: str, b: int) -> None:
 )
 def test_compact_copies_are_stored_by_the_kernels(route: str, layout: str, dtype: torch.dtype) -> None:
     from bap_kernels.triton.launch import DualStore
-    from bap_kernels.triton.lists import inverse_list
 
     for kernel in ((1, 1),) if route == "planar" else ((1, 1), (3, 2)):
         padding = (0,) * 4 if kernel == (1, 1) else (1, 1, 1, 0)
@@ -157,7 +156,7 @@ def test_compact_copies_are_stored_by_the_kernels(route: str, layout: str, dtype
         if layout == "channels_last":
             wide = wide.contiguous(memory_format=torch.channels_last)
         copy = wide[:, : len(copied)]
-        fused["dual"] = DualStore(copy, inverse_list(copied, 35))
+        fused["dual"] = DualStore(copy, _C.inverse_list(copied, 35))
         out = computed(sample, route, fused)
         del fused["dual"]
         assert_close(out, reference.gathered_conv2d_fused(*sample.args, **fused), dtype, 4 * sample.depth + 4)
@@ -179,24 +178,6 @@ def test_the_op_leaves_no_copy_to_be_selected(monkeypatch: pytest.MonkeyPatch) -
     assert [one.tensor.data_ptr() for one in seen] == [copy.data_ptr()]
     assert torch.equal(copy, y[:, [2, 0]])
     assert copy.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_places_follow_their_list() -> None:
-    from bap_kernels.triton.lists import inverse_list
-
-    index = torch.tensor([4, 0], dtype=torch.int32)
-    first = inverse_list(index, 6)
-    assert first.tolist() == [1, -1, -1, -1, 0, -1]
-    assert inverse_list(index, 6) is first
-    assert inverse_list(index, 5).tolist() == [1, -1, -1, -1, 0]
-    index[0] = 5
-    assert inverse_list(index, 6).tolist() == [1, -1, -1, -1, -1, 0]
-    with torch.inference_mode():
-        unseen = torch.tensor([1], dtype=torch.int32)
-        assert inverse_list(unseen, 2).tolist() == [-1, 0]
-        unseen[0] = 0
-        assert inverse_list(unseen, 2).tolist() == [0, -1]
-        assert not inverse_list(index.clone(), 6).is_inference()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -278,26 +259,26 @@ def test_refusals(case: Case, reason: str) -> None:
 
 
 def test_packed_weights_are_kept_and_seen_to_change() -> None:
-    from bap_kernels._packed import packed_weights
+    def kept() -> tuple[int, int]:
+        info = bap_kernels.packed_cache_info()
+        return info["entries"], info["bytes"]
 
-    def held() -> tuple[int, int]:
-        return packed_weights.held_bytes, len(packed_weights.entries)
-
-    packed_weights.clear()
+    bap_kernels.clear_packed_cache()
     sample = make_tensors(BASE)
     first = run(sample, "triton", cache_packed=True)
-    kept, count = held()
-    assert count == 1
-    assert kept > 0
+    before = kept()
+    assert before[0] == 1
+    hits = bap_kernels.packed_cache_info()["hits"]
     assert torch.equal(run(sample, "triton", cache_packed=True), first)
-    assert held() == (kept, 1)
+    assert bap_kernels.packed_cache_info()["hits"] == hits + 1
     sample.weight.mul_(2)
     assert_close(
         run(sample, "triton", cache_packed=True), reference.gathered_conv2d(*sample.args), torch.float32, sample.depth
     )
-    assert held() == (kept, 1)
+    assert kept() == before
+    run(sample, "triton", cache_packed=False)
+    assert kept() == before
     bap_kernels.clear_packed_cache()
-    assert held() == (0, 0)
 
 
 def test_autograd_names_the_backend_in_the_backward_too() -> None:

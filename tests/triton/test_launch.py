@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bap_kernels import _C
 from bap_kernels.triton import launch, ops
 from bap_kernels.triton.launch_spec import Launch
 from tools.launch_overhead import StandIn, calls, stand_in
@@ -64,7 +65,7 @@ def test_a_prepared_launch_is_what_triton_launches(
 def test_pointers_and_types_are_told_apart(driver: StandIn) -> None:
     x = torch.randn(1, 16, 4, 4).half()
     weight, everything = torch.randn(16, 16, 1, 1).half(), launch.ChannelList(None, 0, 16)
-    packed = ops.pack_weight(weight, None, None)
+    packed = _C.pack_weight(weight, None, None, by_input=False)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
 
     def made(y: torch.Tensor, bias: torch.Tensor) -> Launch:

@@ -1,8 +1,7 @@
-"""What the Triton backend decides on the host: lists, packed weights, configurations, and when it can run."""
+"""What the Triton backend decides on the host: configurations, and when it can run."""
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -12,138 +11,12 @@ import pytest
 import torch
 
 import bap_kernels as bk
-from bap_kernels import _C, dispatch
+from bap_kernels import dispatch
 
 pytest.importorskip("triton")
 
-from bap_kernels._packed import packed_weights
-from bap_kernels.triton import configs, lists, weights
+from bap_kernels.triton import configs
 from bap_kernels.triton.configs import ARCHITECTURES, TABLE, Config, Problem
-
-
-def held() -> tuple[int, int]:
-    return packed_weights.held_bytes, len(packed_weights.entries)
-
-
-def ints(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.mark.parametrize("b", lists.BLOCKS)
-def test_blocks_are_found(b: int) -> None:
-    channels = [b * c + d for c in (5, 0, 3) for d in range(b)]
-    assert lists.block_length(channels) == b
-    found = lists.channel_list(ints(channels), 8 * b)
-    assert (found.kind, found.length) == (b, 3 * b)
-    assert found.entries is not None
-    assert found.entries.tolist() == [5, 0, 3]
-    assert found.entries.dtype == torch.int32
-
-
-@pytest.mark.parametrize(
-    "channels",
-    [[], [0], list(range(1, 9)), list(range(7)), [*range(7), 8], [7, 6, 5, 4, 3, 2, 1, 0], [*range(8), *range(9, 17)]],
-)
-def test_what_is_no_block(channels: list[int]) -> None:
-    assert lists.block_length(channels) == 1
-    found = lists.channel_list(ints(channels), 32)
-    assert (found.kind, found.length) == (1, len(channels))
-    assert found.entries is not None
-    assert found.entries.tolist() == channels
-
-
-def test_no_list_and_strided_lists() -> None:
-    assert lists.channel_list(None, 12) == lists.ChannelList(None, 0, 12)
-    stepped = torch.arange(32, dtype=torch.int32)[::3]
-    entries = lists.channel_list(stepped, 32).entries
-    assert entries is not None
-    assert entries.is_contiguous()
-    assert entries.tolist() == stepped.tolist()
-
-
-def test_a_changed_list_is_read_again_and_a_dropped_one_forgotten() -> None:
-    index = torch.arange(16, dtype=torch.int32)
-    assert lists.channel_list(index, 32).kind == 16
-    assert lists.channel_list(index, 32) is lists.channel_list(index, 32)
-    index[0] = 20
-    assert lists.channel_list(index, 32).kind == 1
-    with torch.inference_mode():
-        assert lists.channel_list(torch.arange(16, dtype=torch.int32), 32).kind == 1
-    gc.collect()
-    before = len(lists._found)
-    del index
-    gc.collect()
-    assert len(lists._found) == before - 1
-
-
-@pytest.mark.parametrize("by_input", [False, True])
-def test_packed_weight(by_input: bool) -> None:
-    weight, rows, columns = torch.randn(7, 9, 3, 2), ints([6, 1, 2]), ints([8, 0])
-    packed = weights.pack_weight(weight, rows, columns, by_input)
-    slices = weight[rows.long()][:, columns.long()]
-    slices = slices.transpose(0, 1) if by_input else slices
-    first, last = slices.shape[:2]
-    assert packed.shape == (first, 6, 16)
-    assert torch.equal(packed[:, :, :last], slices.permute(0, 2, 3, 1).reshape(first, 6, last))
-    assert not packed[:, :, last:].any()
-
-
-def test_kept_weights_go_with_their_parameters_and_keep_to_the_limit() -> None:
-    packed_weights.clear()
-    one, two = torch.randn(16, 16, 1, 1), torch.randn(16, 16, 1, 1)
-    first = weights.cached_weight(one, None, None)
-    assert weights.cached_weight(one, None, None) is first
-    one.add_(1)
-    second = weights.cached_weight(one, None, None)
-    assert torch.equal(second[:, 0], one[:, :, 0, 0])
-    assert held() == (1024, 1)
-    weights.cached_weight(two, None, ints([3]))
-    # The list is gone already, and the entry with it.
-    assert held() == (1024, 1)
-    index = ints([3])
-    weights.cached_weight(two, None, index)
-    assert held() == (2048, 2)
-    assert bk.packed_cache_info()["entries"] >= 2
-    limit = bk.packed_cache_info()["limit_bytes"]
-    try:
-        bk.set_packed_cache_limit(1500)
-        assert held() == (1024, 1)
-        bk.set_packed_cache_limit(100)
-        assert held() == (0, 0)
-        assert torch.equal(weights.cached_weight(one, None, None), second)
-        assert held() == (0, 0)
-    finally:
-        bk.set_packed_cache_limit(limit)
-    weights.cached_weight(one, None, None)
-    del one
-    gc.collect()
-    assert held() == (0, 0)
-    with torch.inference_mode():
-        weights.cached_weight(torch.randn(16, 16, 1, 1), None, None)
-    assert held() == (0, 0)
-
-
-def test_one_limit_bounds_all_packed_weights() -> None:
-    bk.clear_packed_cache()
-    limit = bk.packed_cache_info()["limit_bytes"]
-    native, other = bk.nn.GatheredConv2d(64, 64, 3).eval(), torch.randn(64, 64, 3, 3)
-    try:
-        with torch.no_grad():
-            native(torch.randn(1, 64, 9, 9))
-        before = bk.packed_cache_info()
-        packed = weights.pack_weight(other, None, None).nbytes
-        assert packed <= before["bytes"] < 2 * packed
-        bk.set_packed_cache_limit(2 * packed - 1)
-        assert bk.packed_cache_info()["bytes"] == before["bytes"]
-        weights.cached_weight(other, None, None)
-        # Those of the C++ part have made room.
-        after = bk.packed_cache_info()
-        assert (after["bytes"], after["entries"], after["limit_bytes"]) == (packed, 1, 2 * packed - 1)
-        bk.clear_packed_cache()
-        assert bk.packed_cache_info()["entries"] == 0
-        assert _C.packed_cache_info()["limit_bytes"] == 2 * packed - 1
-    finally:
-        bk.set_packed_cache_limit(limit)
 
 
 def test_every_shape_has_a_configuration_on_every_architecture() -> None:
@@ -237,29 +110,6 @@ def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ops.unsupported_reason(big, w, 1, (256, 256), True) == "the shape is beyond 32-bit tile arithmetic"
 
 
-def test_what_a_capture_records_is_not_kept_for_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed_weights.clear()
-    weight, index = torch.randn(16, 16, 1, 1), ints([1, 5])
-    monkeypatch.setattr(weights, "capturing", lambda tensor: True)
-    recorded = weights.cached_weight(weight, None, index)
-    weights.keep_for_graphs(weight, recorded)
-    assert held() == (0, 0)
-    monkeypatch.undo()
-    kept = weights.cached_weight(weight, None, index)
-    assert kept is not recorded
-    assert weights.cached_weight(weight, None, index) is kept
-    # What a graph reads lives as long as the weight, whatever the cache drops.
-    monkeypatch.setattr(weights, "capturing", lambda tensor: True)
-    weights.keep_for_graphs(weight, kept)
-    monkeypatch.undo()
-    packed_weights.clear()
-    assert {id(part) for part in weights._of_graphs[weight].values()} == {id(recorded), id(kept)}
-    before = len(weights._of_graphs)
-    del weight
-    gc.collect()
-    assert len(weights._of_graphs) == before - 1
-
-
 def test_tiles_leave_room_for_what_the_end_of_a_kernel_holds() -> None:
     from bap_kernels.triton import launch
     from bap_kernels.triton.launch import DualStore, Epilogue
@@ -273,7 +123,7 @@ def test_tiles_leave_room_for_what_the_end_of_a_kernel_holds() -> None:
         ("fwd", Epilogue(residual=x, dual=dual), 32),
         ("planar", Epilogue(residual=x, dual=dual), 64),
     ):
-        found = launch.config_of(Problem(kernel, 200_000, 512, 64, 1, 0), torch.float16, Target(90), epilogue)
-        assert found.BM * found.BN / (32 * found.warps) == sums
+        config = launch.config_of(Problem(kernel, 200_000, 512, 64, 1, 0), torch.float16, Target(90), epilogue)
+        assert config.BM * config.BN / (32 * config.warps) == sums
     small = Config(64, 32, 16, 4, 3)
     assert configs.within_registers(small, 32) == small

@@ -51,7 +51,7 @@ GradientTriple cuda_gathered_conv2d_backward(const ConvBackwardCall& c) {
     const at::Tensor dx = at::empty_like(input);
     auto [launch, plan] = plan_input_gradient(c, layout_of(dx));
     launch.result = dx;
-    launch.runs[0].weight = packed_weight(weight, out_index, in_index, /*by_input=*/true);
+    launch.runs[0].weight = pack_weight(weight, out_index, in_index, /*by_input=*/true);
     launch_planned(launch, plan);
     std::get<0>(grads) = dx;
   }

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "backends/cuda/routes.h"
-#include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
 namespace {
@@ -10,12 +9,6 @@ namespace {
 // The run of a call's images, of which the first has number `first` in the batch.
 LaunchRun forward_run(const ConvCall& c, int64_t first) {
   return {at::Tensor(), list_form(c.in_index, c.shape.channels_in), first, c.shape.batch};
-}
-
-at::Tensor forward_weight(const ConvCall& c) {
-  return PackedCache::instance().get(c, PackedKind::kByFilter, 0, [&] {
-    return packed_weight(c.weight, c.out_index, c.weight_list(), /*by_input=*/false);
-  });
 }
 
 struct PlacedRun {
@@ -80,7 +73,7 @@ at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   const at::Tensor y = c.empty_result();
   const Fusion& f = c.fusion;
   launch.result = y;
-  launch.runs[0].weight = forward_weight(c);
+  launch.runs[0].weight = packed_by_filter(c);
   // The bias is full-size; nothing else asks for the channels' numbers.
   launch.result_list = has_value(c.bias) ? list_form(c.out_index, s.channels_out) : ListForm{};
   launch.bias = c.bias;
@@ -105,7 +98,7 @@ void cuda_gathered_conv2d_mixed(const MixedCall& c, const char* op) {
   launch.result = c.output;
   launch.bias = c.bias;
   size_t i = 0;
-  for (const PlacedRun& run : longest_first(c)) launch.runs[i++].weight = forward_weight(c.call(*run.run));
+  for (const PlacedRun& run : longest_first(c)) launch.runs[i++].weight = packed_by_filter(c.call(*run.run));
   launch_planned(launch, plan);
 }
 

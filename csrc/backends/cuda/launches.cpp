@@ -2,7 +2,6 @@
 #include "backends/cuda/launches.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -103,11 +102,9 @@ void for_launches(const std::vector<LaunchRun>& runs, Body body) {
   });
 }
 
-int64_t rounded_up(int64_t length) { return (length + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment; }
-
 // A compact NHWC tensor (N, channels rounded up, H, W) for a tensor (N, C, H, W).
 at::Tensor new_copy(const at::Tensor& t, int64_t channels) {
-  return at::empty({t.size(0), t.size(2), t.size(3), rounded_up(channels)}, t.options().memory_format(std::nullopt))
+  return at::empty({t.size(0), t.size(2), t.size(3), packed_length(channels)}, t.options().memory_format(std::nullopt))
       .permute({0, 3, 1, 2});
 }
 
@@ -392,23 +389,6 @@ void launch_conv_into_result(ConvLaunch l, bool spread) {
   l.full_width = false;
   launch_conv(l);
   unpack_channels(result, copy, list, l.stored);
-}
-
-at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,
-                         bool by_input) {
-  at::Tensor w = has_value(rows) ? weight.index_select(0, *rows) : weight;
-  if (has_value(columns)) w = w.index_select(1, *columns);
-  w = by_input ? w.permute({1, 2, 3, 0}) : w.permute({0, 2, 3, 1});
-  const int64_t length = w.size(3), taps = w.size(1) * w.size(2);
-  const at::Tensor packed =
-      at::zeros({w.size(0), w.size(1), w.size(2), rounded_up(length)}, w.options().memory_format(std::nullopt));
-  packed.narrow(3, 0, length).copy_(w);
-  return packed.view({w.size(0), taps, packed.size(3)});
-}
-
-bool capturing_cuda(const at::Tensor& t) {
-  const OnDevice on(t);
-  return launcher().is_capturing(on.stream);
 }
 
 bool aligned_chunks(const at::Tensor& t, bool planes) {

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "backends/cuda/kernels/launcher.h"
-#include "backends/cuda/lists.h"
+#include "dispatch/list_form.h"
+#include "dispatch/pack_weight.h"
 #include "ops/conv_call.h"
 
 #include <c10/util/FunctionRef.h>
@@ -17,9 +18,6 @@ void set_cuda_launcher(const CudaLauncher* launcher);
 // Where the source of a convolution lies: channels side by side, pixels side by side (1x1 kernels), or either with a
 // halo.
 enum class ConvRoute { kRows, kPlanes, kHalo };
-
-// Elements that a packed or compact axis is rounded up to, so that each line has whole runs of 16 bytes.
-constexpr int64_t kPackedAlignment = 16;
 
 // Images that share a list of the source's channels, and the weight that was packed for it.
 struct LaunchRun {
@@ -82,12 +80,6 @@ at::Tensor packed_channels(const at::Tensor& source, const ListForm& list, const
 // beyond it are taken for zeros and not read.
 void unpack_channels(const at::Tensor& result, const at::Tensor& copy, const ListForm& list,
                      const OptionalTensor& used = {});
-
-// Packed weights: (K_out, taps, K_in rounded up) by filters, (K_in, taps, K_out rounded up) by input channels.
-at::Tensor packed_weight(const at::Tensor& weight, const OptionalTensor& rows, const OptionalTensor& columns,
-                         bool by_input);
-
-bool capturing_cuda(const at::Tensor& t);
 
 // Whether the kernels can copy runs of 16 bytes from the tensor: of channels, or with `planes` of pixels.
 bool aligned_chunks(const at::Tensor& t, bool planes);

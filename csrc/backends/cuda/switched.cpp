@@ -61,7 +61,7 @@ at::Tensor cuda_switched_conv2d(const SwitchedCall& c) {
   const OrderedSwitch on = ordered(c.switches);
   auto [launch, plan] = plan_switched(c, on.order);
   launch.result = y;
-  launch.runs[0].weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false);
+  launch.runs[0].weight = pack_weight(c.weight, {}, on.order.entries, /*by_input=*/false);
   launch.bias = c.bias;
   launch.depth = on.count;
   launch_planned(launch, plan, on.count);
@@ -81,7 +81,7 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& c) {
   const at::Tensor grad = any ? with_aligned_chunks(grad_output) : grad_output;
   if (mask[kGradInput] || mask[kGradSwitch]) {
     auto [launch, plan] = plan_switched_gradient(c, on.order);
-    launch.runs[0].weight = packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true);
+    launch.runs[0].weight = pack_weight(c.weight, {}, on.order.entries, /*by_input=*/true);
     launch.source = grad;
     launch.stored = on.count;
     if (mask[kGradInput]) {

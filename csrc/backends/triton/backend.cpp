@@ -1,64 +1,61 @@
 // The Triton kernels as a backend: private ops that bap_kernels/triton/private_ops.py implements. Results are allocated
-// here, so that their memory formats are those of every other backend.
+// here, so that their memory formats are those of every other backend, and weights are packed here.
 #include "dispatch/backend.h"
 
 #include <ATen/ops/empty.h>
 
-#include "dispatch/packed_cache.h"
+#include "dispatch/pack_weight.h"
 
 namespace bap_kernels {
 namespace {
 
-// Values are not compared there.
-bool keeps(const ConvCall& c) { return PackedCache::trust(c) == PackedTrust::kSample; }
+// Calls a private op with `own` arguments and then those of the op that it computes.
+template <OpName kName, class Result, class Args, class... Own>
+Result call_with(const Args& args, const Own&... own) {
+  return std::apply([&](const auto&... members) { return call_private<kName, Result>(own..., members...); },
+                    args.tie());
+}
 
 at::Tensor forward(const ConvCall& c, const char* op) {
   const at::Tensor y = c.empty_result();
   OptionalTensor second;
   if (c.dual_store != nullptr && c.dual_store_index->size(0) > 0) second = c.empty_result(c.dual_store_index->size(0));
-  const GatheredConv2dFusedArgs<int64_t> args{c, c.fusion, keeps(c), c.weight_index, c.dual_store_index};
-  std::apply(
-      [&](const auto&... members) {
-        call_private<"_gathered_conv2d_triton", void>(y, members..., second, std::string_view(op));
-      },
-      args.tie());
+  // Depthwise calls are refused there.
+  const at::Tensor packed = c.groups == 1 ? packed_by_filter(c) : at::Tensor();
+  call_with<"_gathered_conv2d_triton", void>(c, y, packed, second, std::string_view(op));
   if (second) *c.dual_store = *std::move(second);
   return y;
 }
 
 GradientTriple backward(const ConvBackwardCall& c) {
-  return std::apply(
-      [](const auto&... members) {
-        return call_private<"_gathered_conv2d_backward_triton", GradientTriple>(members...);
-      },
-      c.tie());
+  return call_with<"_gathered_conv2d_backward_triton", GradientTriple>(c);
 }
 
 void mixed(const MixedCall& c, const char*) {
   if (c.output.numel() == 0) return;
   OptionalTensorList in_indices;
   std::vector<int64_t> counts;
+  std::vector<at::Tensor> packed;
   for (const MixedRun& run : c.runs) {
     in_indices.push_back(run.in_index);
     counts.push_back(run.input.size(0));
+    packed.push_back(packed_by_filter(c.call(run)));
   }
-  call_private<"_gathered_conv2d_mixed_triton", void>(c.output, c.input, c.weight, c.bias, in_indices,
-                                                      c10::IntArrayRef(counts), c.stride, c.padding, c.dilation,
-                                                      keeps(c.call(c.runs.front())));
+  const GatheredConv2dMixedArgs<int64_t> args{c.input,  c.weight,  c.bias,     in_indices,    counts,
+                                              c.stride, c.padding, c.dilation, c.cache_packed};
+  call_with<"_gathered_conv2d_mixed_triton", void>(args, c.output, at::TensorList(packed));
 }
 
 at::Tensor switched(const SwitchedCall& c) {
   const auto& s = c.shape;
   const at::Tensor y =
       at::empty({s.batch, s.channels_out, s.out_h, s.out_w}, c.input.options().memory_format(c.format()));
-  call_private<"_switched_conv2d_triton", void>(y, c.input, c.weight, c.bias, c.switches, c.stride, c.padding,
-                                                c.dilation, c.groups);
+  call_with<"_switched_conv2d_triton", void>(c, y);
   return y;
 }
 
 SwitchedGradients switched_backward(const SwitchedBackwardCall& c) {
-  return call_private<"_switched_conv2d_backward_triton", SwitchedGradients>(
-      c.grad_output, c.input, c.weight, c.switches, c.stride, c.padding, c.dilation, c.groups, c.off_gradient, c.mask);
+  return call_with<"_switched_conv2d_backward_triton", SwitchedGradients>(c);
 }
 
 std::string unsupported_reason(const ConvCall& c) {
@@ -138,25 +135,12 @@ TORCH_LIBRARY_FRAGMENT(bap_kernels, m) {
       "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int[2] out_size, bool prologue, "
       "bool[] output_mask) -> str[]");
   m.def("_triton_unsupported_reason(Tensor input, Tensor weight, int groups, int[2] out_size) -> str");
-  m.def(
-      "_gathered_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, "
-      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, Tensor? in_scale, "
-      "Tensor? in_shift, bool in_relu, Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, "
-      "bool cache_packed, Tensor? weight_index, Tensor? dual_store_index, Tensor(b!)? dual_store, str op) -> ()");
-  m.def(
-      "_gathered_conv2d_mixed_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor?[] in_indices, "
-      "int[] counts, int[2] stride, int[4] padding, int[2] dilation, bool cache_packed) -> ()");
-  m.def(
-      "_gathered_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor? in_index, "
-      "Tensor? out_index, int[2] stride, int[4] padding, int[2] dilation, int groups, bool[3] output_mask) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "_switched_conv2d_triton(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, Tensor switch, "
-      "int[2] stride, int[4] padding, int[2] dilation, int groups) -> ()");
-  m.def(
-      "_switched_conv2d_backward_triton(Tensor grad_output, Tensor input, Tensor weight, Tensor switch, "
-      "int[2] stride, int[4] padding, int[2] dilation, int groups, bool off_gradient, bool[4] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+  define_private<GatheredConv2dFused>(m, "_gathered_conv2d_triton",
+                                      "Tensor(a!) out, Tensor packed, Tensor(b!)? dual_store, str op, ", "()");
+  define_private<GatheredConv2dMixed>(m, "_gathered_conv2d_mixed_triton", "Tensor(a!) out, Tensor[] packed, ", "()");
+  define_private<GatheredConv2dBackward>(m, "_gathered_conv2d_backward_triton", "", "(Tensor, Tensor, Tensor)");
+  define_private<SwitchedConv2d>(m, "_switched_conv2d_triton", "Tensor(a!) out, ", "()");
+  define_private<SwitchedConv2dBackward>(m, "_switched_conv2d_backward_triton", "", "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace bap_kernels

@@ -47,10 +47,4 @@ int sm_count(int device) {
   return status == cudaSuccess && count > 0 ? count : 1;
 }
 
-bool is_capturing(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const Status error = cleared(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-  return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
-}
-
 }  // namespace bap_kernels

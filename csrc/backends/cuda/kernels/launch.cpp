@@ -60,8 +60,7 @@ const CudaLauncher& linked_launcher() {
                                   launch_channel_unpack,
                                   status_text,
                                   sm_count,
-                                  has_warpgroups,
-                                  is_capturing};
+                                  has_warpgroups};
   return table;
 }
 

@@ -26,8 +26,6 @@ const char* status_text(Status status);
 int sm_count(int device);
 // Whether a device, the current one, runs WGMMA, and code for it was compiled.
 bool has_warpgroups(int device);
-// Whether work on the stream is being captured into a graph, when nothing may be read back.
-bool is_capturing(void* stream);
 
 // One math mode's part of the first four: what the file of each compiles.
 template <MathMode kMode>

@@ -22,7 +22,6 @@ struct CudaLauncher {
   decltype(&bap_kernels::status_text) status_text;
   decltype(&bap_kernels::sm_count) sm_count;
   decltype(&bap_kernels::has_warpgroups) has_warpgroups;
-  decltype(&bap_kernels::is_capturing) is_capturing;
 };
 
 // Libraries that were built from other sources pass structs of other sizes, with few exceptions.

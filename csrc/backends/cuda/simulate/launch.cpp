@@ -113,6 +113,4 @@ const char* status_text(Status status) { return status == 0 ? "success" : "no su
 
 int sm_count(int) { return simulated_device().sm_count; }
 
-bool is_capturing(void*) { return false; }
-
 }  // namespace bap_kernels
