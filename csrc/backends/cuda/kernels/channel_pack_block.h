@@ -4,7 +4,7 @@
 //   result[n, p, i] = relu?(scale[i] * source[n, c, p] + shift[i])   with c = list[i], the list of the image's run,
 //   zero for i from its length to `padded` Block: kPixels pixels x kChannels channels of one image, read along the axis
 //   on which the source is contiguous,
-//     written along channels in words of 16 bytes. Grid: (pixel tiles * channel tiles, images).
+//     written along channels in 128-bit vectors. Grid: (pixel tiles * channel tiles, images).
 //   Needs: `padded` a multiple of 16 elements; lists within range. With a count on the device, channels beyond it are
 //     written as zeros up to the end of its tile, and left alone in later tiles.
 //   Shared memory: the tile, for sources whose pixels are contiguous.

@@ -4,7 +4,7 @@
 //
 // Block: kPixels pixels x kChannels channels of the result in one image. Grid: (pixel tiles * channel tiles, images).
 //   The block goes through the list once to see which of its channels are listed; any order of the list will do. It
-//   reads along the channels of the source and writes along pixels, in words of 16 bytes where the result allows it.
+//   reads along the channels of the source and writes along pixels, in 128-bit vectors where the result allows it.
 // Shared memory: the places of the block's channels in the source, and the tile.
 // Needs:  a list within range, of different channels.
 // Allows: any strides of the result, with int64 offsets; a count on the device.
