@@ -116,7 +116,8 @@ def _choices(cache: Path) -> list[list[dict[str, Any]]]:
     """Return the measured choices at the start and the end of a new process, in which warnings are errors."""
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"BAP_KERNELS_CACHE_DIR": str(cache), "BAP_KERNELS_BACKEND": "auto"},
+        env=os.environ
+        | {"BAP_KERNELS_CACHE_DIR": str(cache), "BAP_KERNELS_BACKEND": "auto", "BAP_KERNELS_WINOGRAD": "1"},
         capture_output=True,
         text=True,
         timeout=300,

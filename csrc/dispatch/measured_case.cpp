@@ -168,7 +168,7 @@ std::string case_text(const ConvCall& c, const MeasuredDevice& device, FamilySet
   put_numbers(key, conv_of(c), count_text(c.in_index, c.shape.kept_in), count_text(c.out_index, c.shape.kept_out));
   key << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
       << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
-      << (weighs_winograd(c) && !get_winograd() ? " no-winograd" : "");
+      << (device.name.empty() && weighs_winograd(c) && !get_winograd() ? " no-winograd" : "");
   return with_device(key, conv_of(c), device, routes);
 }
 

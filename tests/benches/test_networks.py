@@ -134,12 +134,12 @@ def test_engines_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert "float32 only, not on cpu in bfloat16" in engines.missing_reason("openvino", dtype="bfloat16")
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     x = torch.randn(1, 3, 16, 16)
-    with pytest.raises(ImportError, match="expected openvino to be installed, got: openvino, onnx, onnxscript not"):
+    with pytest.raises(ImportError, match="expected openvino to be installed, got: onnx, onnxscript, openvino not"):
         engines.deployed("openvino", _tiny(), x, 1)
     with pytest.raises(ValueError, match="expected `name` to be of onnxruntime, openvino, got 'tvm'"):
         engines.deployed("tvm", _tiny(), x, 1)
     console = Console(file=io.StringIO())
-    with pytest.raises(NotImplementedError, match=r"got openvino: openvino, onnx, onnxscript not installed"):
+    with pytest.raises(NotImplementedError, match=r"got openvino: onnx, onnxscript, openvino not installed"):
         study.variant_names(["planned", "openvino"], CPU, torch.float32, console)
     assert "openvino" not in study.variant_names(None, CPU, torch.float32, console, engines_too=True)
 

@@ -168,7 +168,7 @@ def test_from_conv2d_of_a_gathered_layer_takes_its_lists() -> None:
         (lambda: nn.Conv2d(12, 12, 3, groups=3), "groups=3"),
         (lambda: nn.LazyConv2d(12, 3), "LazyConv2d is a subclass"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3)), "parametrized"),
-        (lambda: nn.utils.spectral_norm(nn.Conv2d(12, 12, 3)), "its weight is no parameter"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(12, 12, 3)), "its weight is computed by a hook"),
         (lambda: nn.Linear(12, 12), r"Linear is no torch.nn.Conv2d"),
     ],
     ids=["groups", "lazy", "weight_norm", "spectral_norm", "linear"],

@@ -48,6 +48,9 @@ def force(path: Path, route: str = ROUTE) -> None:
     head, line = path.read_text().splitlines()
     machine, _, _, times, counts, when = line.split("\t")
     times += f"{route}=1 " if f"{route}=" not in times else ""
+    # A case with a candidate that the file knows no time of would be measured anew.
+    others = ("native", "gather", "gather_flat", ROUTE, "dense")
+    times += "".join(f"{name}=1000000 " for name in others if f" {name}=" not in f" {times}")
     path.write_text(head + "\n" + "".join("\t".join([machine, key, route, times, counts, when]) + "\n" for key in keys))
     _C.set_choice_file("")
     _C.clear_choices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_fixed_channels_stay_and_nothing_else_is_accepted(
     assert all(torch.equal(trainer.bank.mask(name), masks[name]) for name in suite)
     assert not any(trainer.projected_off.values())
     # The same file elsewhere goes on, another one does not.
-    write_masks(tmp_path / "moved.safetensors", bank, masks)
+    shutil.copy(path, tmp_path / "moved.safetensors")
     again = Trainer(
         config.replace(fixed=str(tmp_path / "moved.safetensors")), suite, tmp_path / "run", resume=True
     ).open()
