@@ -135,12 +135,12 @@ class MaskedInputConv2d(nn.Module):
 
 
 def in_lists(model: nn.Module, density: float, seed: int, ragged: bool = False) -> dict[str, Tensor]:
-    """Draw an in-list for every convolution with more than `FEW_CHANNELS` input channels."""
+    """Draw an in-list for every convolution with more than `FEW_CHANNELS` input channels; grouped ones read all."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: draw_list(module.in_channels, density, ragged, generator)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels > FEW_CHANNELS
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > FEW_CHANNELS
     }
 
 

@@ -56,6 +56,11 @@ def test_networks_accept_their_image_size(network: str) -> None:
     assert y.dim() == 2
 
 
+def test_grouped_convolutions_have_no_lists() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
+    assert list(networks.in_lists(model, 0.5, 0)) == ["2"]
+
+
 def test_network_rows_have_errors_and_peaks(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The small network does not exist in a new process.
     monkeypatch.setattr(networks, "can_measure_peak", lambda: True)
