@@ -19,6 +19,7 @@ from bap_kernels.channels import ChannelLists
 from bap_kernels.flow.graph import Op
 from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import folded_norm
+from bap_kernels.flow.ops import Call
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.table import Zeros, set_zeros_finder
@@ -135,7 +136,7 @@ def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | No
     if any(layer.conv.weight.is_meta for layer in layers.values()):
         raise ValueError(f"{op}(): expected `model` to hold weights, got tensors on the meta device.")
     by_module = {layer.conv: layer for layer in layers.values()}
-    names = dict(copied.named_modules())
+    names = dict(copied.named_modules(remove_duplicate=False))
     with torch.no_grad():
         try:
             graph = trace_shapes(op, copied, example, None, unread=True)
@@ -148,6 +149,14 @@ def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | No
                 for name, layer in layers.items()
             }
         known = _Zeros(graph, extents=False).constant
+        # What is run as it is may call a layer that is followed elsewhere, on anything.
+        unfollowed = set(graph.not_lowered)
+        for operation in graph.ops:
+            if isinstance(operation.call, Call) and isinstance(operation.call.target, nn.Module):
+                unfollowed.update(
+                    name
+                    for name, _ in operation.call.target.named_modules(prefix=operation.name, remove_duplicate=False)
+                )
         for operation in graph.ops:
             layer = by_module.get(names.get(operation.name))  # type: ignore[arg-type]
             if operation.kind != "conv" or layer is None:
@@ -157,6 +166,10 @@ def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | No
             layer.alive = alive if layer.alive is None else layer.alive | alive
             if arriving is not None:
                 layer.constant = int(np.count_nonzero(~np.isnan(arriving) & (arriving != 0)))
+        for name in unfollowed:
+            layer = by_module.get(names.get(name))  # type: ignore[arg-type]
+            if layer is not None:
+                layer.alive = None
         return {name: _zeros(layer) for name, layer in layers.items()}
 
 

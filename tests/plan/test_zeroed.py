@@ -159,6 +159,37 @@ def test_a_layer_that_is_used_twice_reads_what_either_use_needs() -> None:
     assert_unchanged(model, table, X)
 
 
+@torch.no_grad()
+def test_a_layer_that_is_also_called_where_nothing_is_followed_keeps_its_inputs() -> None:
+    class Inner(nn.Module):
+        def __init__(self, shared: nn.Conv2d) -> None:
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(x) if float(x.sum()) > -1e9 else x  # a value decides: run as it is
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(3, 6, 1, bias=False)
+            self.shared = nn.Conv2d(6, 4, 1)
+            self.inner = Inner(self.shared)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.a(x)) + self.inner(self.b(x))
+
+    model = randomise(Outer())
+    model.a.weight[[0, 1]] = 0.0
+    model.shared.weight[:, 5] = 0.0
+    table = bk.ChannelTable.from_weights(model, example_input=X)
+    assert listed(table, "shared") == [0, 1, 2, 3, 4]
+    expected = model(X)
+    swapped = bk.attach_(bk.swap_(model), table)
+    bk.set_domain(swapped, "default")
+    torch.testing.assert_close(swapped(X), expected)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @torch.no_grad()
 def test_random_zeros_change_no_result(seed: int) -> None:
