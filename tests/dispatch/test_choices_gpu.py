@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from bap_kernels import _C, reference
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, Sample, assert_close, make_tensors, poison, run
-from bap_kernels.verify.trigger import first_use
-from tests.simulated_gpu import choose_as_on_gpu
+from tests.simulated_gpu import choose_as_on_gpu, own_table
 
 CASE = Case(2, 20, 18, (6, 7), seed=1)
 TIMES = {"gather": 3e-4, "gather_flat": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
@@ -25,13 +23,8 @@ TIMES = {"gather": 3e-4, "gather_flat": 3e-4, "masked": 3e-4, "cuda": 3e-4, "tri
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
-    _C.set_verify_hook(None)
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
-    _C.set_verify_hook(first_use)
+    with own_table():
+        yield
 
 
 def clock(**times: float) -> Callable[[str], float]:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 import bap_kernels as bk
 from bap_kernels import _C
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors
-from bap_kernels.verify.trigger import first_use
-from tests.simulated_gpu import devices, simulated_gpu
+from tests.simulated_gpu import devices, own_table, simulated_gpu
 
 ops = torch.ops.bap_kernels
 SAMPLE = make_tensors(Case(in_channels=20, out_channels=18, size=(4, 5), batch=3))
@@ -35,13 +33,8 @@ CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
-    _C.set_verify_hook(None)
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
-    _C.set_verify_hook(first_use)
+    with own_table():
+        yield
 
 
 def seconds(name: str) -> float:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 import bap_kernels as bk
 from bap_kernels import _C
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors
-from bap_kernels.verify.trigger import first_use
 from tests.simulate.device import kernels, set_device
-from tests.simulated_gpu import devices, simulated_gpu
+from tests.simulated_gpu import devices, own_table, simulated_gpu
 
 ops = torch.ops.bap_kernels
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
@@ -110,13 +108,8 @@ LAUNCHED = {
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
-    _C.set_verify_hook(None)
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
-    _C.set_verify_hook(first_use)
+    with own_table():
+        yield
 
 
 def families(call: Call) -> set[str]:
