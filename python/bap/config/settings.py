@@ -78,11 +78,12 @@ class Data(_Group):
     """The images.
 
     Attributes:
-        suite: ``builtin``, ``decathlon`` or ``sketch`` (ImageNet-to-Sketch); ``embedded`` is ``builtin``'s old name.
-        root: folder of the data; None for the built-in suite.
+        suite: ``builtin`` or ``varied``, made in memory; ``decathlon`` or ``sketch`` (ImageNet-to-Sketch), in files;
+            ``embedded`` is ``builtin``'s old name.
+        root: folder of the data; None for the built-in suites.
         domains: names; empty means all of the suite.
         source: the domain that the backbone was trained on; None is the suite's usual one, which a benchmark must have
-            then; a part of the built-in suite takes its first.
+            then; a part of a built-in suite takes its first.
         source_mode: ``switched`` treats it as the others, ``dense`` keeps all its channels, so that nothing can be
             pruned, ``excluded`` leaves it out of the joint training [R].
         images: training images of a built-in domain.
@@ -100,7 +101,7 @@ class Data(_Group):
             images, and results then say so.
     """
 
-    suite: Annotated[str, _one_of("builtin", "decathlon", "sketch"), BeforeValidator(_suite)] = "builtin"
+    suite: Annotated[str, _one_of("builtin", "varied", "decathlon", "sketch"), BeforeValidator(_suite)] = "builtin"
     root: _Text | None = None
     domains: list[_Text] = []
     source: _Text | None = None
@@ -114,6 +115,11 @@ class Data(_Group):
     decode_all: bool = False
     train_on: Annotated[str, _one_of("train", "train+val")] = "train"
     evaluate_on: Annotated[str, _one_of("val", "test", "train")] = "val"
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the images are made in memory, not read from files."""
+        return self.suite in ("builtin", "varied")
 
 
 class Model(_Group):
@@ -351,7 +357,7 @@ class Config(_Group):
                 "Config(): expected `switches.initial` to be above `switches.threshold`, so that training starts with "
                 f"all channels on, got {switches.initial} <= {switches.threshold}."
             )
-        if data.suite != "builtin" and data.root is None:
+        if not data.built_in and data.root is None:
             raise ValueError(
                 f"Config(): expected `data.root`, the folder of {data.suite!r}, got None. Hint: --set root=FOLDER"
             )

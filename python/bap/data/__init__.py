@@ -1,9 +1,9 @@
-"""Domains: the built-in suite, and the loaders of the Visual Decathlon and of ImageNet-to-Sketch."""
+"""Domains: the built-in suites, and the loaders of the Visual Decathlon and of ImageNet-to-Sketch."""
 
 import warnings
 from typing import Any
 
-from bap.data.builtin import BUILTIN_DOMAINS, builtin_suite
+from bap.data.builtin import BUILTIN_DOMAINS, BUILTIN_SUITES, VARIED_DOMAINS, builtin_suite
 from bap.data.decathlon import DECATHLON, load_decathlon
 from bap.data.domain import SPLITS, Arrays, Domain, Split, order_of, random_of
 from bap.data.files import DECODED, DataError, ImageFiles
@@ -11,10 +11,12 @@ from bap.data.sketch import SKETCH, load_sketch
 
 __all__ = [
     "BUILTIN_DOMAINS",
+    "BUILTIN_SUITES",
     "DECATHLON",
     "DECODED",
     "SKETCH",
     "SPLITS",
+    "VARIED_DOMAINS",
     "Arrays",
     "DataError",
     "Domain",

@@ -99,7 +99,7 @@ def results_of(trainer: Trainer, baseline: Mapping[str, float], split: str | Non
             "domains": len(accuracy),
             "of": len(suite),
             "missing": [name for name in suite if name not in accuracy],
-            "whole": config.data.suite == "builtin" or config.data.full,
+            "whole": config.data.built_in or config.data.full,
             "source": source_of(config, accuracy),
             "source_mode": config.data.source_mode,
             "trained_on": config.data.train_on,

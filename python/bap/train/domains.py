@@ -12,6 +12,7 @@ from bap.data import (
     DECODED,
     SKETCH,
     SPLITS,
+    VARIED_DOMAINS,
     Domain,
     ImageFiles,
     builtin_suite,
@@ -21,8 +22,13 @@ from bap.data import (
 
 __all__ = ["check_source", "load_domains", "source_of", "suite_of"]
 
-_SUITES = {"builtin": BUILTIN_DOMAINS, "decathlon": tuple(DECATHLON), "sketch": tuple(SKETCH)}
-_SOURCES = {"builtin": "shapes", "decathlon": "imagenet12", "sketch": "imagenet"}
+_SUITES = {
+    "builtin": BUILTIN_DOMAINS,
+    "varied": VARIED_DOMAINS,
+    "decathlon": tuple(DECATHLON),
+    "sketch": tuple(SKETCH),
+}
+_SOURCES = {"builtin": "shapes", "varied": "things", "decathlon": "imagenet12", "sketch": "imagenet"}
 
 
 def suite_of(config: Config) -> tuple[str, ...]:
@@ -48,8 +54,8 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
     if data.train_on == "train+val":
         splits = (*splits, "val")
     root, decode = Path(str(data.root)), -1 if data.decode_all else DECODED
-    if data.suite == "builtin":
-        suite = builtin_suite(names or BUILTIN_DOMAINS, data.images)
+    if data.built_in:
+        suite = builtin_suite(names or None, data.images, data.suite)
     elif data.suite == "decathlon":
         suite = load_decathlon(root, names or None, data.size, data.workers, data.full, decode, splits)
     else:
@@ -94,7 +100,7 @@ def check_source(config: Config, names: Iterable[str]) -> None:
         ValueError: if the source that is set, or that of a benchmark, is missing.
     """
     names = list(names)
-    benchmark = config.data.suite != "builtin"
+    benchmark = not config.data.built_in
     source = config.data.source or (_SOURCES[config.data.suite] if benchmark else None)
     if config.data.source_mode != "excluded" and source is not None and source not in names:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""The built-in suite: five visual domains of 32×32 colour images, made in memory, the same in every run."""
+"""The built-in suites: visual domains of 32×32 colour images, made in memory, the same in every run."""
 
-from bap.data.builtin.suite import BUILTIN_DOMAINS, builtin_suite
+from bap.data.builtin.suite import BUILTIN_DOMAINS, BUILTIN_SUITES, VARIED_DOMAINS, builtin_suite
 
-__all__ = ["BUILTIN_DOMAINS", "builtin_suite"]
+__all__ = ["BUILTIN_DOMAINS", "BUILTIN_SUITES", "VARIED_DOMAINS", "builtin_suite"]

@@ -18,7 +18,7 @@ from bap.data.builtin.canvas import (
 )
 from bap.data.domain import random_of
 
-__all__ = ["GLYPHS", "SHAPES", "draw_glyph", "draw_shape", "regular", "star"]
+__all__ = ["GLYPHS", "SHAPES", "draw_glyph", "draw_shape", "regular", "star", "strokes_of"]
 
 _OUTLINES = ("disc", "square", "triangle", "pentagon", "star", "cross", "ring", "crescent")
 _FILLINGS = ("plain", "stripes", "checks")
@@ -79,9 +79,8 @@ def draw_shape(random: np.random.Generator, label: int) -> np.ndarray:
     return disturbed(random, painted(image, fill, cover(_outline(outline, x, y))), 0.12)
 
 
-def _strokes(label: int) -> list[np.ndarray]:
-    """The strokes of a glyph, each (4, 2) corners; the same in every run."""
-    random = random_of(7, "glyph", label)
+def strokes_of(random: np.random.Generator) -> list[np.ndarray]:
+    """Two or three strokes of a sign, each (4, 2) corners."""
     strokes = []
     for _ in range(int(random.integers(2, 4))):
         start = random.uniform(-0.9, 0.9, 2)
@@ -90,7 +89,7 @@ def _strokes(label: int) -> list[np.ndarray]:
     return strokes
 
 
-_STROKES = [_strokes(label) for label in range(len(GLYPHS))]
+_STROKES = [strokes_of(random_of(7, "glyph", label)) for label in range(len(GLYPHS))]
 
 
 def draw_glyph(random: np.random.Generator, label: int) -> np.ndarray:

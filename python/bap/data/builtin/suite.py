@@ -4,33 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from bap.data.builtin.digits import DIGITS, draw_digit, scans
 from bap.data.builtin.drawn import GLYPHS, SHAPES, draw_glyph, draw_shape
+from bap.data.builtin.letters import LETTERS, draw_letter
+from bap.data.builtin.scenes import CLOCKS, COUNTS, FACES, draw_clock, draw_count, draw_face
 from bap.data.builtin.signs import SIGNS, draw_sign
 from bap.data.builtin.textures import TEXTURES, draw_texture
+from bap.data.builtin.things import THINGS, draw_thing
 from bap.data.domain import SPLITS, Arrays, Domain, random_of
 
-__all__ = ["BUILTIN_DOMAINS", "builtin_suite"]
+__all__ = ["BUILTIN_DOMAINS", "BUILTIN_SUITES", "VARIED_DOMAINS", "builtin_suite"]
 
-# The first is the source, and has twice the images.
+# The first of each is its source.
 BUILTIN_DOMAINS = ("shapes", "digits", "glyphs", "textures", "signs")
-_DRAWN: dict[str, tuple[tuple[str, ...], Callable[[np.random.Generator, int], np.ndarray], bool]] = {
-    "shapes": (SHAPES, draw_shape, True),
-    "glyphs": (GLYPHS, draw_glyph, False),
-    "textures": (TEXTURES, draw_texture, True),
-    "signs": (SIGNS, draw_sign, False),
+VARIED_DOMAINS = (
+    "things",
+    "shapes",
+    "digits",
+    "glyphs",
+    "textures",
+    "signs",
+    "letters",
+    "clocks",
+    "counts",
+    "faces",
+)
+
+
+class _Suite(NamedTuple):
+    """Its domains, the source first, and how many times as many images the source has."""
+
+    domains: tuple[str, ...]
+    source_images: int
+
+
+_SUITES = {"builtin": _Suite(BUILTIN_DOMAINS, 2), "varied": _Suite(VARIED_DOMAINS, 4)}
+BUILTIN_SUITES = tuple(_SUITES)
+
+
+class _Kind(NamedTuple):
+    """The classes of a drawn domain, what draws an image, and whether a mirrored image is of the same class."""
+
+    classes: tuple[str, ...]
+    draw: Callable[[np.random.Generator, int], np.ndarray]
+    flip: bool
+
+
+_DRAWN = {
+    "things": _Kind(THINGS, draw_thing, False),
+    "shapes": _Kind(SHAPES, draw_shape, True),
+    "glyphs": _Kind(GLYPHS, draw_glyph, False),
+    "textures": _Kind(TEXTURES, draw_texture, True),
+    "signs": _Kind(SIGNS, draw_sign, False),
+    "letters": _Kind(LETTERS, draw_letter, False),
+    "clocks": _Kind(CLOCKS, draw_clock, False),
+    "counts": _Kind(COUNTS, draw_count, True),
+    "faces": _Kind(FACES, draw_face, True),
 }
 _SHARES = {"train": 1.0, "val": 0.25, "test": 0.5}
 
 
 def _drawn(name: str, split: str, count: int) -> Arrays:
-    classes, draw, _ = _DRAWN[name]
-    labels = np.arange(count) % len(classes)
-    images = [draw(random_of(1, name, split, number), int(label)) for number, label in enumerate(labels)]
+    kind = _DRAWN[name]
+    labels = np.arange(count) % len(kind.classes)
+    images = [kind.draw(random_of(1, name, split, number), int(label)) for number, label in enumerate(labels)]
     return Arrays(torch.from_numpy(np.stack(images)), torch.from_numpy(labels))
 
 
@@ -46,26 +88,35 @@ def _digits(split: str, count: int) -> Arrays:
 
 @lru_cache(maxsize=32)
 def _domain(name: str, images: int) -> Domain:
+    counts = {split: int(images * _SHARES[split]) for split in SPLITS}
     if name == "digits":
-        splits = {split: _digits(split, int(images * _SHARES[split])) for split in SPLITS}
-        return Domain(name, DIGITS, dict(splits), 32)
-    classes, _, flip = _DRAWN[name]
-    splits = {split: _drawn(name, split, int(images * _SHARES[split])) for split in SPLITS}
-    return Domain(name, classes, dict(splits), 32, flip=flip)
+        return Domain(name, DIGITS, {split: _digits(split, count) for split, count in counts.items()}, 32)
+    kind = _DRAWN[name]
+    splits = {split: _drawn(name, split, count) for split, count in counts.items()}
+    return Domain(name, kind.classes, dict(splits), 32, flip=kind.flip)
 
 
-def builtin_suite(domains: Iterable[str] = BUILTIN_DOMAINS, images: int = 1200) -> dict[str, Domain]:
-    """The built-in domains, kept in memory once they are drawn.
+def builtin_suite(
+    domains: Iterable[str] | None = None, images: int = 1200, suite: str = "builtin"
+) -> dict[str, Domain]:
+    """The domains of a built-in suite, kept in memory once they are drawn.
 
-    ``shapes`` (the source): 8 outlines × 3 fillings; ``digits``: scikit-learn's scans in colours; ``glyphs``: 20 signs
-    of strokes; ``textures``: 12 kinds; ``signs``: 16 kinds of traffic signs.
+    ``builtin`` has five: ``shapes`` (the source): 8 outlines × 3 fillings; ``digits``: scikit-learn's scans in colours;
+    ``glyphs``: 20 signs of strokes; ``textures``: 12 kinds; ``signs``: 16 kinds of traffic signs.
+
+    ``varied`` has these and five more: ``things`` (the source): 44 outlines, 28 textures and 24 signs of strokes;
+    ``letters``: 26, printed in 14 fonts; ``clocks``: the hour; ``counts``: one to eight things; ``faces``: 12
+    expressions.
 
     Args:
-        domains: names, of :data:`BUILTIN_DOMAINS`.
-        images: training images of a domain; ``val`` has a quarter and ``test`` half as many, and ``shapes`` twice.
+        domains: names, of the suite; None is all.
+        images: training images of a domain; ``val`` has a quarter and ``test`` half as many. The source has twice
+            (``builtin``) or four times (``varied``) the images.
+        suite: one of :data:`BUILTIN_SUITES`.
 
     Raises:
         ValueError: for other names, or too few images for every class to occur.
+        ImportError: if scikit-learn, which has the digits, or Matplotlib, which has the fonts, is needed and missing.
 
     Examples:
         >>> from bap.data import builtin_suite
@@ -73,11 +124,13 @@ def builtin_suite(domains: Iterable[str] = BUILTIN_DOMAINS, images: int = 1200) 
         >>> {name: (len(domain.classes), len(domain.splits["test"])) for name, domain in suite.items()}
         {'digits': (10, 50), 'signs': (16, 50)}
     """
+    if suite not in _SUITES:
+        raise ValueError(f"builtin_suite(): expected `suite` to be one of {list(_SUITES)}, got {suite!r}.")
     if images < 100:
         raise ValueError(f"builtin_suite(): expected `images` to be at least 100, got {images}.")
-    suite = {}
-    for name in domains:
-        if name not in BUILTIN_DOMAINS:
-            raise ValueError(f"builtin_suite(): expected `domains` to be among {list(BUILTIN_DOMAINS)}, got {name!r}.")
-        suite[name] = _domain(name, images * (2 if name == BUILTIN_DOMAINS[0] else 1))
-    return suite
+    known, more = _SUITES[suite]
+    names = list(known if domains is None else domains)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"builtin_suite(): expected `domains` to be among {list(known)}, got {name!r}.")
+    return {name: _domain(name, images * (more if name == known[0] else 1)) for name in names}

@@ -6,7 +6,7 @@ import numpy as np
 
 from bap.data.builtin.canvas import SIZE, coordinates, cover, disturbed, painted, two_colours
 
-__all__ = ["TEXTURES", "draw_texture"]
+__all__ = ["TEXTURES", "draw_texture", "noise", "pattern"]
 
 TEXTURES = (
     "stripes",
@@ -24,7 +24,7 @@ TEXTURES = (
 )
 
 
-def _noise(random: np.random.Generator, slope: float) -> np.ndarray:
+def noise(random: np.random.Generator, slope: float) -> np.ndarray:
     """Noise whose amplitude falls with the frequency f as f to the power -slope, (SIZE, SIZE), unit variance."""
     frequency = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None])
     frequency[0, 0] = 1
@@ -32,7 +32,7 @@ def _noise(random: np.random.Generator, slope: float) -> np.ndarray:
     return (values - values.mean()) / values.std()
 
 
-def _pattern(random: np.random.Generator, kind: str) -> np.ndarray:
+def pattern(random: np.random.Generator, kind: str) -> np.ndarray:
     """A pattern, positive where the second colour is, (SIZE, SIZE)."""
     x, y = coordinates(random, np.pi, (0.11, 0.2), 1.0)
     if kind == "stripes":
@@ -54,18 +54,18 @@ def _pattern(random: np.random.Generator, kind: str) -> np.ndarray:
         over = (np.floor(x / 2) + np.floor(y / 2)) % 2
         return np.where(over == 0, np.sin(np.pi * 1.5 * x), np.sin(np.pi * 1.5 * y))
     if kind == "clouds":
-        return _noise(random, 1.6)
+        return noise(random, 1.6)
     if kind == "grain":
-        return _noise(random, 0.4)
+        return noise(random, 0.4)
     if kind == "rings":
         return np.sin(np.hypot(x + random.uniform(-4, 4), y + random.uniform(-4, 4)))
-    ridge = abs(_noise(random, 1.3))
+    ridge = abs(noise(random, 1.3))
     return 0.25 - ridge
 
 
 def draw_texture(random: np.random.Generator, label: int) -> np.ndarray:
     """One image of class ``TEXTURES[label]``, (3, SIZE, SIZE), uint8."""
-    pattern = _pattern(random, TEXTURES[label]) + 0.25 * _noise(random, random.uniform(0.5, 1.5))
+    value = pattern(random, TEXTURES[label]) + 0.25 * noise(random, random.uniform(0.5, 1.5))
     first, second = two_colours(random, 0.1)
     image = np.broadcast_to(first.reshape(3, 1, 1), (3, SIZE, SIZE))
-    return disturbed(random, painted(image, second, cover(-pattern, random.uniform(0.1, 0.6))), 0.15)
+    return disturbed(random, painted(image, second, cover(-value, random.uniform(0.1, 0.6))), 0.15)
