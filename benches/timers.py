@@ -111,6 +111,8 @@ def interleave(
     seconds: float,
     min_rounds: int = 5,
     max_rounds: int = 50,
+    warm: int = 0,
+    calls: int = 1,
 ) -> dict[str, list[float]]:
     """Time the functions in rounds, each in another order, so that disturbances affect all alike.
 
@@ -124,9 +126,12 @@ def interleave(
         seconds: Time to spend, from which the number of rounds follows.
         min_rounds: Least number of rounds.
         max_rounds: Largest number of rounds.
+        warm: Untimed calls of a function in each round, before the timed ones: with more than none, functions are timed
+            as they run in a loop of their own, their threads awake.
+        calls: Timed calls of a function in each round.
 
     Returns:
-        Seconds of every call, by name.
+        Seconds of every timed call, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
@@ -136,10 +141,13 @@ def interleave(
     for done in range(1, max_rounds + 1):
         for name in order.sample(names, len(names)):
             entry = timed[name]
-            position = positions.get(id(entry.inputs), 0)
-            positions[id(entry.inputs)] = position + 1
             entry.enter()
-            samples[name].append(measure(entry.run, entry.inputs[position % len(entry.inputs)]))
+            for call in range(warm + calls):
+                position = positions.get(id(entry.inputs), 0)
+                positions[id(entry.inputs)] = position + 1
+                spent_here = measure(entry.run, entry.inputs[position % len(entry.inputs)])
+                if call >= warm:
+                    samples[name].append(spent_here)
         spent = time.perf_counter() - start
         if done >= min_rounds and spent * (done + 1) / done > seconds:
             break

@@ -264,6 +264,23 @@ def test_interleave_shuffles_rounds_and_rotates_inputs() -> None:
     assert {pair for pair in pairwise(names) if pair[0] != pair[1]} == set(permutations("abc", 2))
 
 
+def test_interleave_times_calls_after_untimed_ones() -> None:
+    order: list[str] = []
+    times = iter(range(100))
+    timed = {name: timers.Timed(lambda x, name=name: order.append(name), [torch.tensor(0)]) for name in "ab"}
+
+    def measure(run, x):
+        run(x)
+        return float(next(times))
+
+    samples = timers.interleave(timed, measure, 0.0, min_rounds=2, max_rounds=2, warm=2, calls=3)
+    assert [len(seconds) for seconds in samples.values()] == [6, 6]
+    visits = [order[start : start + 5] for start in range(0, 20, 5)]
+    assert all(len(set(visit)) == 1 for visit in visits)
+    # The first two calls of a visit are not among the samples.
+    assert sorted([*samples["a"], *samples["b"]]) == [5.0 * visit + call for visit in range(4) for call in (2, 3, 4)]
+
+
 def test_spread_interpolates_percentiles() -> None:
     spread = timers.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (spread.p20, spread.p50, spread.p80) == pytest.approx((2.0, 3.5, 5.0))
