@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap.config",),
     ("bap.train",),
     ("bap.results",),
+    ("bap.serve",),
     ("bap.cli",),
     ("bap",),
     ("benches",),

@@ -1,6 +1,6 @@
 """The command ``bap``: runs a command of :mod:`bap.cli.commands`, and reports a user's mistake in one line.
 
-It imports nothing that the extra ``method`` brings, so that a missing package is named, too.
+It imports nothing that the extras bring, so that a missing package is named, too.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from typing import Any
 
 __all__ = ["main"]
 
-# Import names of the packages of `pip install bap_kernels[method]`.
-_EXTRA = (
-    "matplotlib",
-    "PIL",
-    "pydantic",
-    "pydantic_core",
-    "rich",
-    "sklearn",
-    "tensorboard",
-    "torchvision",
-    "typer",
-    "yaml",
-)
+# Import names of the packages of `pip install bap_kernels[method]`, and of the other extras.
+_EXTRAS = {
+    "method": (
+        "matplotlib",
+        "PIL",
+        "pydantic",
+        "pydantic_core",
+        "rich",
+        "sklearn",
+        "tensorboard",
+        "torchvision",
+        "typer",
+        "yaml",
+    ),
+    "serve": ("fastapi", "ray", "starlette", "uvicorn"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,8 +41,9 @@ def _message(error: BaseException) -> str | None:
     """The message of a user's mistake; None for a defect, which shows its traceback."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").split(".")[0]
-        if package in _EXTRA:
-            return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[method]'"
+        for extra, packages in _EXTRAS.items():
+            if package in packages:
+                return f"expected the package {package!r}, got none. Hint: pip install 'bap_kernels[{extra}]'"
         return None
     # Importing torch takes seconds; an error of torch's implies that it is imported.
     torch = sys.modules.get("torch")
@@ -50,10 +54,11 @@ def _message(error: BaseException) -> str | None:
     try:
         from bap.files import FileError
         from bap.prune import PruneError
+        from bap.serve.settings import ServeError
         from bap.train import TrainError
     except ImportError:
         return None
-    return f"{error}" if isinstance(error, (FileError, PruneError, TrainError)) else None
+    return f"{error}" if isinstance(error, (FileError, PruneError, ServeError, TrainError)) else None
 
 
 def main() -> None:

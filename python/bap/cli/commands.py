@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bap.cli.serving import serve
+
 app = typer.Typer(
     name="bap",
     help="Budget-aware pruning of multi-domain networks: train, prune, evaluate, report.",
@@ -383,6 +385,9 @@ def study(
         match=match or ("flop", "exact_flop"),
     )
     typer.echo(path.read_text())
+
+
+app.command()(serve)
 
 
 @app.command("estimate")

@@ -4,15 +4,16 @@ import warnings
 from typing import Any
 
 from bap.data.builtin import BUILTIN_DOMAINS, BUILTIN_SUITES, VARIED_DOMAINS, builtin_suite
-from bap.data.decathlon import DECATHLON, load_decathlon
+from bap.data.decathlon import DECATHLON, DECATHLON_RESIZE, load_decathlon
 from bap.data.domain import SPLITS, Arrays, Domain, Split, order_of, random_of
 from bap.data.files import DECODED, DataError, ImageFiles
-from bap.data.sketch import SKETCH, load_sketch
+from bap.data.sketch import SKETCH, load_sketch, sketch_resize
 
 __all__ = [
     "BUILTIN_DOMAINS",
     "BUILTIN_SUITES",
     "DECATHLON",
+    "DECATHLON_RESIZE",
     "DECODED",
     "SKETCH",
     "SPLITS",
@@ -27,6 +28,7 @@ __all__ = [
     "load_sketch",
     "order_of",
     "random_of",
+    "sketch_resize",
 ]
 
 

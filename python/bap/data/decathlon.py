@@ -21,7 +21,7 @@ from bap.data.domain import SPLITS, Domain, Split
 from bap.data.files import DECODED, DataError, ImageFiles, check_images
 from bap.files import FileError, read_json
 
-__all__ = ["DECATHLON", "load_decathlon"]
+__all__ = ["DECATHLON", "DECATHLON_RESIZE", "load_decathlon"]
 
 # (classes, train, val, test), mean, std, whether training crops at random and flips; means and deviations are published
 # [P], and so are the domains without augmentation but for DTD [Q].
@@ -38,7 +38,8 @@ DECATHLON: dict[str, _Spec] = {
     "ucf101": ((101, 7585, 1952, 3783), (0.4995,) * 3, (0.109,) * 3, True),
     "vgg-flowers": ((102, 1020, 1020, 6149), (0.4341, 0.3831, 0.2971), (0.2851, 0.2384, 0.264), True),
 }
-_RESIZE, _CROP = 72, 64
+# The shorter side, and the crop.
+DECATHLON_RESIZE, _CROP = 72, 64
 # Ids of a domain's categories follow a multiple of this [P].
 _BLOCK = 10**7
 
@@ -151,7 +152,7 @@ def _split(
     files = [root / entry.file_name for entry in read.images]
     _fail(f"{domain} ({split})", check_images(files, decode))
     known = None if stripped else torch.tensor([labels[image] for image in ids])
-    return ImageFiles(files, known, _RESIZE, workers, ids, list(classes)), classes
+    return ImageFiles(files, known, DECATHLON_RESIZE, workers, ids, list(classes)), classes
 
 
 def _names(root: Path, domains: Iterable[str] | None, size: int | None, splits: Sequence[str], full: bool) -> list[str]:
@@ -160,9 +161,10 @@ def _names(root: Path, domains: Iterable[str] | None, size: int | None, splits: 
     names = list(domains) if domains is not None else list(DECATHLON) if full and present else present
     if not names:
         raise DataError(f"load_decathlon(): expected annotations of the decathlon in {root / 'annotations'}, got none.")
-    if size is not None and size > _RESIZE:
+    if size is not None and size > DECATHLON_RESIZE:
         raise DataError(
-            f"load_decathlon(): expected `size` to be at most {_RESIZE}, the shorter side of the images, got {size}."
+            f"load_decathlon(): expected `size` to be at most {DECATHLON_RESIZE}, the shorter side of the images, got "
+            f"{size}."
         )
     problems = []
     for name in names:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bap.data.cache import PixelCache, resized
+from bap.data.cache import PixelCache
 from bap.data.domain import Domain, Split, order_of, random_of
 from bap.data.images import DataError, open_image, seems_cut
+from bap.data.transform import middle_of, normalised, resized_pixels
 
 __all__ = ["DECODED", "DataError", "ImageFiles", "check_images"]
 
@@ -182,22 +183,17 @@ class ImageFiles(Split):
                 f"ImageFiles: expected {domain.name!r} to be resized to at least its crop, {size}, "
                 f"got {height} x {width}."
             )
-        left, top = (width - size) // 2, (height - size) // 2
-        flip = False
+        pixels = middle_of(image, size)
         if random is not None:
             if domain.crop:
                 left, top = int(random.integers(0, width - size + 1)), int(random.integers(0, height - size + 1))
-            flip = domain.flip and bool(random.random() < 0.5)
-        pixels = image[top : top + size, left : left + size].astype(np.float32) / 255
-        if flip:
-            pixels = pixels[:, ::-1]
-        pixels = (pixels - np.array(domain.mean, np.float32)) / np.array(domain.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+                pixels = image[top : top + size, left : left + size]
+            if domain.flip and bool(random.random() < 0.5):
+                pixels = pixels[:, ::-1]
+        return normalised(pixels, domain.mean, domain.std)
 
     def _pixels(self, number: int) -> np.ndarray:
         """One decoded, resized image, (height, width, 3), uint8."""
-        from PIL import Image
-
         kept = None if self.cache is None else self.cache.get(number)
         if kept is not None:
             return kept
@@ -205,11 +201,7 @@ class ImageFiles(Split):
             image = open_image(self.paths[number])
         except DataError as error:
             raise DataError(f"ImageFiles: expected {self.paths[number]} to be an image, got {error}.") from None
-        width, height = image.size
-        size = resized(width, height, self.resize)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        pixels = np.asarray(image)
+        pixels = resized_pixels(image, self.resize)
         if self.cache is not None:
             self.cache.put(number, pixels)
         return pixels

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["FORMATS", "MAX_PIXELS", "MAX_RATIO", "DataError", "image_size", "open_image", "seems_cut"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "MAX_RATIO",
+    "DataError",
+    "TooManyPixelsError",
+    "UnknownFormatError",
+    "image_size",
+    "open_image",
+    "seems_cut",
+]
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF")
 MAX_PIXELS = 2**26
@@ -26,23 +36,31 @@ class DataError(ValueError):
     """The data on disk do not follow their format."""
 
 
-def _opened(path: Path) -> Any:
+class UnknownFormatError(DataError):
+    """No image of a format that is read."""
+
+
+class TooManyPixelsError(DataError):
+    """An image that is too large to decode."""
+
+
+def _opened(source: Path | BinaryIO) -> Any:
     from PIL import Image
 
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(source, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise DataError(f"no image of the formats {', '.join(FORMATS)}") from None
+        raise UnknownFormatError(f"no image of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
-        raise DataError(f"more than {MAX_PIXELS:,} pixels") from None
+        raise TooManyPixelsError(f"more than {MAX_PIXELS:,} pixels") from None
 
 
-def _checked_size(image: Any) -> None:
+def _checked_size(image: Any, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise DataError(f"no pixels: {width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if width * height > max_pixels:
+        raise TooManyPixelsError(f"{width} x {height} pixels, more than {max_pixels:,}")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise DataError(f"{width} x {height} pixels, longer than {MAX_RATIO} : 1")
     # MPO is what some cameras write as JPEG: the picture, then previews.
@@ -77,8 +95,12 @@ def _as_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def open_image(path: Path) -> Any:
+def open_image(source: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Any:
     """The whole image, decoded, as PIL's RGB.
+
+    Args:
+        source: a file's path, or its content.
+        max_pixels: an image of more is not decoded.
 
     Raises:
         DataError: if it cannot be used; the message says why and leaves the naming of the file to the caller.
@@ -87,8 +109,8 @@ def open_image(path: Path) -> Any:
         # Odd EXIF data are no reason to warn in every epoch; sizes are checked here.
         warnings.simplefilter("ignore")
         try:
-            with _opened(path) as image:
-                _checked_size(image)
+            with _opened(source) as image:
+                _checked_size(image, max_pixels)
                 image.load()
                 return _as_rgb(image)
         except DataError:
@@ -108,7 +130,7 @@ def image_size(path: Path) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         try:
             with _opened(path) as image:
-                _checked_size(image)
+                _checked_size(image, MAX_PIXELS)
                 width, height = image.size
                 return width, height
         except DataError:

@@ -13,7 +13,7 @@ import torch
 from bap.data.domain import Domain, Split
 from bap.data.files import DECODED, DataError, ImageFiles, check_images
 
-__all__ = ["SKETCH", "load_sketch"]
+__all__ = ["SKETCH", "load_sketch", "sketch_resize"]
 
 # Classes [P]; ImageNet, the source, is not one of the folders that are usually distributed.
 SKETCH = {
@@ -27,6 +27,11 @@ SKETCH = {
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif")
 # Image formats that are refused, not skipped silently.
 _REFUSED = (".tif", ".tiff", ".jp2", ".avif", ".heic", ".heif")
+
+
+def sketch_resize(name: str, size: int) -> int | tuple[int, int]:
+    """How images of a domain are resized for an input of ``size``, as in :class:`bap.data.ImageFiles`."""
+    return (size, size) if "cropped" in name else round(size * 256 / 224)
 
 
 def _folder(path: Path, classes: list[str], resize: int | tuple[int, int], workers: int, decode: int) -> ImageFiles:
@@ -101,7 +106,7 @@ def load_sketch(
                 f"load_sketch(): expected {SKETCH[name]} classes in {train}, got {len(classes)}. "
                 "Hint: full=False, or --set full=false, accepts an extract."
             )
-        resize: int | tuple[int, int] = (size, size) if "cropped" in name else round(size * 256 / 224)
+        resize = sketch_resize(name, size)
         tested = _folder(test, classes, resize, workers, decode)
         splits: dict[str, Split] = {
             "train": _folder(train, classes, resize, workers, decode),

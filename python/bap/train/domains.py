@@ -9,6 +9,7 @@ from bap.config import Config
 from bap.data import (
     BUILTIN_DOMAINS,
     DECATHLON,
+    DECATHLON_RESIZE,
     DECODED,
     SKETCH,
     SPLITS,
@@ -18,9 +19,10 @@ from bap.data import (
     builtin_suite,
     load_decathlon,
     load_sketch,
+    sketch_resize,
 )
 
-__all__ = ["check_source", "load_domains", "source_of", "suite_of"]
+__all__ = ["check_source", "load_domains", "resize_of", "source_of", "suite_of"]
 
 _SUITES = {
     "builtin": BUILTIN_DOMAINS,
@@ -34,6 +36,20 @@ _SOURCES = {"builtin": "shapes", "varied": "things", "decathlon": "imagenet12", 
 def suite_of(config: Config) -> tuple[str, ...]:
     """All domains of the suite that the settings name."""
     return _SUITES[config.data.suite]
+
+
+def resize_of(config: Config, name: str, size: int) -> int | tuple[int, int]:
+    """How evaluation resizes an image file of a domain before it takes the middle, as in :class:`bap.data.ImageFiles`.
+
+    Args:
+        config: the settings.
+        name: of the domain.
+        size: height and width of the network's input.
+    """
+    if config.data.suite == "decathlon":
+        return DECATHLON_RESIZE
+    # The built-in images have the input's size.
+    return sketch_resize(name, size) if config.data.suite == "sketch" else size
 
 
 def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Domain]:
