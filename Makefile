@@ -34,7 +34,7 @@ OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate test-ptx compile-triton compile-cuda setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate test-ptx compile-triton compile-cuda package setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ compile-triton: setup ## Compile every configuration of the Triton kernels for s
 
 compile-cuda: setup ## Compile every instance of the CUDA kernels for sm_80, sm_90a and sm_100; needs nvcc, no GPU
 	$(BIN)/python -m tools.compile_cuda $(ARGS)
+
+package: setup ## Build sdist and wheel in dist/, and try them in a clean environment without compilers; needs a network
+	$(BIN)/python -m tools.check_packages --out dist $(ARGS)
 
 setup: $(STAMPS)/dev $(STAMPS)/built ## Only set up, for development
 

@@ -6,14 +6,38 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tools import ninja_build
-from tools.build_plan import BuildError, banner, decide
+from tools.build_plan import BuildError, BuildPlan, TorchFacts, banner, decide, wheel_requirements, wheel_version
+
+# Commands whose result holds the libraries, or describes what does.
+_OF_WHEELS = {"bdist_wheel", "dist_info", "editable_wheel"}
+
+
+def make_plan(torch: TorchFacts, **environment: str) -> BuildPlan:
+    try:
+        facts = ninja_build.find_sources(), torch, ninja_build.platform_facts(os.environ)
+        return decide({**os.environ, **environment}, *facts)
+    except BuildError as error:
+        raise SystemExit(str(error)) from None
+
+
+class BoundToTorch(Distribution):
+    """A wheel names the torch that it was built with and requires it; the sources do not."""
+
+    def parse_command_line(self) -> bool:
+        parsed = super().parse_command_line()
+        if _OF_WHEELS & set(self.commands):
+            torch = ninja_build.torch_facts()
+            self.metadata.version = wheel_version(self.metadata.version, torch, make_plan(torch))
+            requirements = wheel_requirements(self.metadata.install_requires, torch)
+            self.install_requires = self.metadata.install_requires = requirements
+        return parsed
 
 
 class NinjaBuild(build_ext):
@@ -21,12 +45,9 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        facts = ninja_build.find_sources(), ninja_build.torch_facts(), ninja_build.platform_facts(os.environ)
-        try:
-            self.plan = decide(os.environ, *facts)
-            self.normal_plan = decide({**os.environ, "BAP_KERNELS_SANITIZE": ""}, *facts)
-        except BuildError as error:
-            raise SystemExit(str(error)) from None
+        torch = ninja_build.torch_facts()
+        self.plan = make_plan(torch)
+        self.normal_plan = make_plan(torch, BAP_KERNELS_SANITIZE="")
         self.planned = {f"bap_kernels.{part.name}": part for part in self.plan.parts if part.built}
         extensions = self.distribution.ext_modules or []
         self.extensions = [extension for extension in extensions if extension.name in self.planned]
@@ -62,4 +83,5 @@ if __name__ == "__main__":
             Extension("bap_kernels._C_cuda", sources=[]),
         ],
         cmdclass={"build_ext": NinjaBuild},
+        distclass=BoundToTorch,
     )

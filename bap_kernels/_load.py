@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before the extension, which finds torch's libraries already loaded.
@@ -41,22 +43,67 @@ def _load_file(path: str, name: str, variable: str) -> ModuleType:
     return module
 
 
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
+
+
+def _built_with(file: Path) -> str | None:
+    """The torch that a library names in its file, for libraries that do not load."""
+    try:
+        found = re.search(rb"bap_kernels was built with torch ([\w.+]+)", file.read_bytes())
+    except OSError:
+        return None
+    return found.group(1).decode() if found else None
+
+
+def _other_torch(built: str) -> ImportError:
+    minor = ".".join(_minor(built))
+    return ImportError(
+        f"bap_kernels: expected torch {minor}, which the compiled library was built with ({built}), got torch "
+        f"{torch.__version__}. Hint: install a wheel of bap_kernels for this torch, torch=={minor}.*, or build "
+        "again with `pip install . --no-build-isolation` or `python setup.py build_ext --inplace`."
+    )
+
+
+def _not_built() -> ImportError:
+    python = sys.implementation.cache_tag
+    files = sorted(file.name for file in Path(__file__).parent.glob("_C.*.so"))
+    if files and not any(python in name for name in files):
+        return ImportError(
+            f"bap_kernels: expected the compiled library for {python}, got {', '.join(files)} alone. {_BUILD}"
+        )
+    return ImportError(f"bap_kernels: the compiled library bap_kernels._C is not built. {_BUILD}")
+
+
+def _import_library(path: str) -> ModuleType:
+    if path:
+        return _load_file(path, "bap_kernels._C", "BAP_KERNELS_LIBRARY")
+    return importlib.import_module("bap_kernels._C")
+
+
 def _load_library(path: str) -> ModuleType:
     try:
-        if path:
-            return _load_file(path, "bap_kernels._C", "BAP_KERNELS_LIBRARY")
-        return importlib.import_module("bap_kernels._C")
+        library = _import_library(path)
     except ModuleNotFoundError as error:
         if error.name != "bap_kernels._C":
             raise
-        raise ImportError(f"bap_kernels: the compiled library bap_kernels._C is not built. {_BUILD}") from error
+        raise _not_built() from error
     except ImportError as error:
         if path and "BAP_KERNELS_LIBRARY" in str(error):
             raise
+        spec = None if path else importlib.util.find_spec("bap_kernels._C")
+        built = _built_with(Path(path or (spec and spec.origin) or ""))
+        if built is not None and _minor(built) != _minor(torch.__version__):
+            raise _other_torch(built) from error
         raise ImportError(
             f"bap_kernels: the compiled library does not load with torch {torch.__version__}: {error}. "
             f"It was probably built against another torch. {_BUILD}"
         ) from error
+    built = library.build_info()["torch"]
+    # Some libraries load with another torch, whose classes may be laid out otherwise.
+    if _minor(built) != _minor(torch.__version__):
+        raise _other_torch(built)
+    return library
 
 
 def _load_cuda_library(path: str) -> tuple[ModuleType | None, str | None]:

@@ -7,6 +7,7 @@
 #include <torch/version.h>
 
 #include <cstring>
+#include <string_view>
 
 #include "backends/aten/convolution.h"
 #include "backends/aten/gathered_conv2d.h"
@@ -207,13 +208,16 @@ py::dict packed_cache_info() {
   return d;
 }
 
+// bap_kernels/_load.py looks for it in the file where the library does not load.
+constexpr std::string_view kBuiltWith = "bap_kernels was built with torch " BAP_KERNELS_BUILD_TORCH;
+
 // How the library was built.
 py::dict build_info() {
   py::dict d;
   d["compiler"] = BAP_KERNELS_BUILD_COMPILER;
   d["flags"] = BAP_KERNELS_BUILD_FLAGS;
   d["isas"] = BAP_KERNELS_BUILD_ISAS;
-  d["torch"] = BAP_KERNELS_BUILD_TORCH;
+  d["torch"] = kBuiltWith.substr(kBuiltWith.rfind(' ') + 1);
 #if defined(_OPENMP)
   d["openmp"] = std::to_string(_OPENMP);
 #else

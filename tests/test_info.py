@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import re
 import runpy
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -174,12 +176,53 @@ def test_missing_library_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         _load._load_library("")
 
 
-def test_library_of_another_torch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    other = "_C.cpython-399-x86_64-linux-gnu.so"
+    (tmp_path / other).touch()
+    monkeypatch.setattr(_load.importlib, "import_module", missing)
+    monkeypatch.setattr(_load, "__file__", str(tmp_path / "_load.py"))
+    here = sys.implementation.cache_tag
+    with pytest.raises(ImportError, match=rf"expected the compiled library for {here}, got {other} alone\. Hint"):
+        _load._load_library("")
+
+
+def test_library_that_does_not_load_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def unresolved(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 
     monkeypatch.setattr(_load.importlib, "import_module", unresolved)
     with pytest.raises(ImportError, match=r"does not load with torch .*undefined symbol.* built against another torch"):
+        _load._load_library("")
+
+
+def test_library_of_another_torch_that_does_not_load_names_its_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unresolved(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    built = _load._C.build_info()["torch"]
+    monkeypatch.setattr(_load.importlib, "import_module", unresolved)
+    monkeypatch.setattr(_load.torch, "__version__", "2.99.0+cpu")
+    message = rf"which the compiled library was built with \({re.escape(built)}\), got torch 2\.99\.0\+cpu\. Hint"
+    with pytest.raises(ImportError, match=message):
+        _load._load_library("")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.14.0", True), ("2.14.9+cu130", True), ("2.1.4", False), ("3.14.0", False)]
+)
+def test_library_that_loads_with_another_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, fits: bool
+) -> None:
+    library = types.SimpleNamespace(build_info=lambda: {"torch": "2.14.1+cpu"})
+    monkeypatch.setattr(_load.importlib, "import_module", lambda name: library)
+    monkeypatch.setattr(_load.torch, "__version__", version)
+    if fits:
+        assert _load._load_library("") is library
+        return
+    with pytest.raises(ImportError, match=rf"expected torch 2\.14, .*got torch {version}\. Hint: install a wheel"):
         _load._load_library("")
 
 

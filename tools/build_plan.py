@@ -198,6 +198,27 @@ def decide(env: Mapping[str, str], sources: Sequence[str], torch: TorchFacts, pl
     )
 
 
+def wheel_version(version: str, torch: TorchFacts, plan: BuildPlan) -> str:
+    """The version of a wheel: its local part names what the libraries were built for.
+
+    The CUDA library is named only where it must be there: one that is optional may fail to compile.
+    """
+    label = f"torch{_minor(torch)}"
+    if plan.cuda.built and not plan.cuda.optional:
+        label += f".cu{version_tuple(torch.cuda or '')[0]}"
+    return f"{version}+{label}"
+
+
+def wheel_requirements(requirements: Sequence[str], torch: TorchFacts) -> list[str]:
+    """A wheel's requirements: the minor version of torch that it was built with; others as they are."""
+    pinned = f"torch=={_minor(torch)}.*"
+    return [pinned if re.fullmatch(r"torch\b(?!-).*", each) else each for each in requirements]
+
+
+def _minor(torch: TorchFacts) -> str:
+    return ".".join(map(str, version_tuple(torch.version)[:2]))
+
+
 def banner(plan: BuildPlan) -> str:
     """Text for the screen: what is built, for which instruction sets and devices, and what is not and why."""
     lines = ["bap_kernels build", *(f"  {note}" for note in plan.notes)]

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from tools.build_plan import (
     decide,
     gencode_flags,
     version_tuple,
+    wheel_requirements,
+    wheel_version,
 )
 from tools.ninja_build import ninja_text
 
@@ -236,3 +239,32 @@ def test_importing_setup_builds_nothing() -> None:
     command = [sys.executable, "-c", "import setup; print('imported')"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "imported\n"
+
+
+@pytest.mark.parametrize(("setting", "label"), [("0", "torch2.15"), ("auto", "torch2.15"), ("1", "torch2.15.cu13")])
+def test_wheel_names_its_torch_and_the_cuda_that_it_must_have(setting: str, label: str) -> None:
+    assert wheel_version("0.2.0", TORCH, plan({"BAP_KERNELS_WITH_CUDA": setting})) == f"0.2.0+{label}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("torch>=2.11", "torch==2.15.*"), ("torch", "torch==2.15.*"), ("torch-pruning", "torch-pruning"), ("torchvision", "torchvision")],
+)
+def test_wheel_requires_the_torch_that_it_was_built_with(given: str, expected: str) -> None:
+    assert wheel_requirements(["numpy>=1.26", given], TORCH) == ["numpy>=1.26", expected]
+
+
+@pytest.mark.slow
+def test_only_wheels_are_bound_to_a_torch(tmp_path: Path) -> None:
+    # From the sources alone, as pip reads them before it builds.
+    command = [sys.executable, "setup.py", "-q"]
+    for name, words in (("egg", ("egg_info", "--egg-base")), ("wheel", ("dist_info", "--output-dir"))):
+        (tmp_path / name).mkdir()
+        subprocess.run([*command, *words, tmp_path / name], cwd=ROOT, check=True)
+    (source,) = tmp_path.glob("egg/*.egg-info/PKG-INFO")
+    (wheel,) = tmp_path.glob("wheel/*.dist-info/METADATA")
+    torch = metadata.version("torch").split("+")[0].rpartition(".")[0]
+    assert "\nRequires-Dist: torch>=2.11\n" in source.read_text()
+    assert f"\nRequires-Dist: torch=={torch}.*\n" in wheel.read_text()
+    assert f"+torch{torch}" in wheel.parent.name
+    assert "+" not in re.search(r"^Version: (.*)$", source.read_text(), flags=re.MULTILINE).group(1)
