@@ -365,13 +365,28 @@ def study(
     match: Annotated[
         list[str] | None, typer.Option(help="What baselines are matched on: flop, exact_flop; both if none is given.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run backbones, baselines and cells as tasks of Ray.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Cluster, such as auto or 10.0.0.1:6379; none: this machine alone.")
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(help="CPUs of each task.")] = 1.0,
+    ray_gpus: Annotated[float, typer.Option(help="GPUs of each task; parts of one are allowed.")] = 0.0,
+    ray_retries: Annotated[int, typer.Option(help="Restarts of a task whose machine or process ended.")] = 3,
     progress: Progress = True,
 ) -> None:
     """Train over budgets, sharing losses and seeds, and tabulate; resumes where it was stopped."""
+    from functools import partial
+
     from bap.config import load_config
     from bap.results.study import study as run
 
     settings = load_config(config, set_ or [])
+    if ray:
+        from bap.results.study_on_ray import RayOptions, study_on_ray
+
+        run = partial(study_on_ray, options=RayOptions(ray_address, ray_cpus, ray_gpus, ray_retries))
+    elif (ray_address, ray_cpus, ray_gpus, ray_retries) != (None, 1.0, 0.0, 3):
+        raise ValueError("study(): expected --ray beside --ray-address, --ray-cpus, --ray-gpus and --ray-retries.")
     path = run(
         settings,
         out,

@@ -26,7 +26,7 @@ from bap.train.run_log import read_results
 __all__ = ["pretrained", "study", "study_cells", "study_table"]
 
 # Name of the teacher that is the dense network of the study's own, of the same seed.
-_DENSE = "dense"
+DENSE = "dense"
 # Files of the study itself; what is in them follows from other settings.
 _FILES = ("model.weights", "switches.fixed", "distill.teacher")
 # Settings that the backbone's weights depend on.
@@ -75,7 +75,7 @@ def pretrained(
     return path
 
 
-def _finished(path: Path, config: Config) -> bool:
+def is_finished(path: Path, config: Config) -> bool:
     """Whether a run is finished; one with other settings is refused."""
     if not (path / "results.json").exists():
         return False
@@ -85,25 +85,79 @@ def _finished(path: Path, config: Config) -> bool:
     return True
 
 
+def alone_on(config: Config, name: str) -> Config:
+    """Settings of a whole network for one domain, all of it trained from the source's."""
+    return config.replace(
+        teacher=None,
+        distill_weight=0.0,
+        anneal=None,
+        beta=1.0,
+        sharing=None,
+        train_backbone=True,
+        lr_backbone=config.optimiser.lr_head / 2,
+        source=name,
+    )
+
+
+def finetuned(config: Config, name: str, domain: Domain, folder: Path, progress: bool) -> float:
+    """Accuracy of the whole network for one domain, which is trained if it is missing."""
+    path = folder / f"finetune_{name}_seed{config.run.seed}"
+    alone = alone_on(config, name)
+    if not is_finished(path, alone):
+        train_run(alone, path, resume=True, baseline={}, domains={name: domain}, progress=progress)
+    return float(read_results(path)["accuracy"][name])
+
+
 def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress: bool) -> dict[str, float]:
-    """Accuracy of a whole network for each domain, all of it trained from the source's: what S is relative to."""
-    accuracy = {}
-    for name, domain in domains.items():
-        path = folder / f"finetune_{name}_seed{config.run.seed}"
-        alone = config.replace(
-            teacher=None,
-            distill_weight=0.0,
-            anneal=None,
-            beta=1.0,
-            sharing=None,
-            train_backbone=True,
-            lr_backbone=config.optimiser.lr_head / 2,
-            source=name,
-        )
-        if not _finished(path, alone):
-            train_run(alone, path, resume=True, baseline={}, domains={name: domain}, progress=progress)
-        accuracy[name] = read_results(path)["accuracy"][name]
-    return accuracy
+    """Accuracy of a whole network for each domain: what S is relative to."""
+    return {name: finetuned(config, name, domain, folder, progress) for name, domain in domains.items()}
+
+
+def cell_name(beta: float, sharing: str | None, seed: int) -> str:
+    """Name of a cell's folder."""
+    return f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+
+
+def said_of(name: str, results: dict[str, Any]) -> str:
+    """The line about a finished run."""
+    return f"{name}: accuracy {results['mean_accuracy']:.2f} %, Params {results['cost']['params']:.3f}"
+
+
+def check_study(
+    config: Config,
+    betas: Sequence[float],
+    sharings: Sequence[str | None],
+    seeds: Sequence[int],
+    compare: Sequence[str],
+    match: Sequence[str],
+) -> None:
+    """Refuses settings that no cell could use, before anything is trained.
+
+    Raises:
+        ValueError: for them.
+    """
+    for name, allowed in ((compare, BASELINES), (match, MATCHES)):
+        unknown = [value for value in name if value not in allowed]
+        if unknown:
+            raise ValueError(f"study(): expected baselines and matches to be among {list(allowed)}, got {unknown}.")
+    for seed in seeds:
+        for beta in betas:
+            for sharing in sharings:
+                config.replace(seed=seed, beta=beta, sharing=sharing)
+    check_source(config, config.data.domains or suite_of(config))
+
+
+def checked_domains(config: Config) -> dict[str, Domain]:
+    """The data of a study.
+
+    Raises:
+        ValueError: if they are not what the settings need.
+    """
+    domains = load_domains(config)
+    check_source(config, domains)
+    check_splits(domains, config.data.evaluate_on)
+    final_split(domains, config.data.evaluate_on)
+    return domains
 
 
 def study(
@@ -140,20 +194,9 @@ def study(
         FileError: if files cannot be written, or are damaged, or another study writes into the folder.
     """
     folder = Path(folder)
-    for name, allowed in ((compare, BASELINES), (match, MATCHES)):
-        unknown = [value for value in name if value not in allowed]
-        if unknown:
-            raise ValueError(f"study(): expected baselines and matches to be among {list(allowed)}, got {unknown}.")
-    for seed in seeds:
-        for beta in betas:
-            for sharing in sharings:
-                config.replace(seed=seed, beta=beta, sharing=sharing)
-    check_source(config, config.data.domains or suite_of(config))
+    check_study(config, betas, sharings, seeds, compare, match)
     with folder_lock(folder):
-        domains = load_domains(config)
-        check_source(config, domains)
-        check_splits(domains, config.data.evaluate_on)
-        final_split(domains, config.data.evaluate_on)
+        domains = checked_domains(config)
         rows: list[dict[str, Any]] = []
         compared: list[dict[str, Any]] = []
         for seed in seeds:
@@ -163,24 +206,24 @@ def study(
             reference = _baseline(base, domains, folder, progress) if baseline else {}
             if reference:
                 write_json(folder / f"baseline_seed{seed}.json", reference)
-            runs = _comparison(base, domains, folder, reference, say, progress)
-            if config.distill.teacher == _DENSE:
+            runs = comparison(base, domains, folder, reference, say, progress)
+            if config.distill.teacher == DENSE:
                 runs.dense()
                 base = base.replace(teacher=str(folder / f"dense_seed{seed}" / "checkpoint"))
             for beta in betas:
                 for sharing in sharings:
-                    path = folder / f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+                    path = folder / cell_name(beta, sharing, seed)
                     one = base.replace(beta=beta, sharing=sharing)
-                    if not _finished(path, one):
+                    if not is_finished(path, one):
                         done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=progress)
-                        say(f"{path.name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
+                        say(said_of(path.name, done))
                     # A cell may have been run before its baseline was.
                     results = read_results(path)
                     rows.append({"seed": seed, **results, **scored(results, reference)})
                     _write(folder, config, rows, compared)
             if compare:
                 own = [row for row in rows if row["seed"] == seed]
-                compared += _compared(runs, own, compare, match, say, progress)
+                compared += compared_rows(runs, own, compare, match, say, progress)
                 _write(folder, config, rows, compared)
         return folder / "study.md"
 
@@ -203,7 +246,7 @@ def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: l
         write_bytes(folder / "compared.tex", (latex_table(*comparison_cells(compared), 3) + "\n").encode())
 
 
-def _comparison(
+def comparison(
     base: Config,
     domains: dict[str, Domain],
     folder: Path,
@@ -215,9 +258,9 @@ def _comparison(
 
     def run(config: Config, name: str) -> dict[str, Any]:
         path = folder / name
-        if not _finished(path, config):
+        if not is_finished(path, config):
             done = train_run(config, path, resume=True, baseline=reference, domains=domains, progress=progress)
-            say(f"{name}: accuracy {done['mean_accuracy']:.2f} %, Params {done['cost']['params']:.3f}")
+            say(said_of(name, done))
         return read_results(path)
 
     def narrow_backbone(config: Config, name: str) -> Path:
@@ -226,7 +269,7 @@ def _comparison(
     return Comparison(base, domains, folder, run, narrow_backbone)
 
 
-def _compared(
+def compared_rows(
     runs: Comparison,
     rows: Sequence[dict[str, Any]],
     compare: Sequence[str],
@@ -255,7 +298,7 @@ def _compared(
         beta = results["beta"]
         taught = runs.dense().get("training_seconds", 0.0) if runs.taught else 0.0
         found.append(row(beta, sharing or "no sharing loss", "reference", results, taught))
-        name = f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
+        name = cell_name(beta, sharing, seed)
         if "dense" in compare:
             found.append(row(beta, "dense", "", runs.dense()))
         if "alone" in compare:

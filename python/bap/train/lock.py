@@ -16,10 +16,15 @@ from pathlib import Path
 
 from bap.files import FileError
 
-__all__ = ["LOCK", "folder_lock"]
+__all__ = ["LOCK", "LockedError", "folder_lock"]
 
 LOCK = ".lock"
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class LockedError(FileError):
+    """Another run writes into the folder."""
+
 
 # {folder: (file descriptor, thread, depth)}: a thread may lock a folder again that it holds.
 _held: dict[str, tuple[int, int, int]] = {}
@@ -54,7 +59,7 @@ def _take(path: Path) -> int:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FileError(
+                raise LockedError(
                     f"folder_lock(): expected no other run in {path.parent}, got {_holder(path)}. Hint: wait for it, "
                     "or choose another folder."
                 ) from None
@@ -93,7 +98,8 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         folder: of the run; None: nothing is locked.
 
     Raises:
-        FileError: if another process or thread holds it, or the folder cannot be written.
+        LockedError: if another process or thread holds it.
+        FileError: if the folder cannot be written.
 
     Examples:
         >>> import tempfile
@@ -114,7 +120,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
             if key in _held:
                 handle, owner, count = _held[key]
                 if owner != me:
-                    raise FileError(
+                    raise LockedError(
                         f"folder_lock(): expected no other run in {path}, got one in another thread of this process."
                     )
                 _held[key] = handle, owner, count + 1
