@@ -1,5 +1,6 @@
 """Convolutions that read and compute only the channels that a domain keeps, as drop-in ``torch.nn`` layers."""
 
+from bap_kernels import _refused as _refused  # registers what raises
 from bap_kernels import config, counters, nn, triton  # noqa: F401  config: deprecated; triton registers its ops
 from bap_kernels import flops as _flops  # noqa: F401  registers its formulas
 from bap_kernels._version import __version__ as __version__

@@ -49,6 +49,19 @@ def change_now() -> Change:
     return Change(torch._C._autograd._get_sequence_nr(), by, threading.get_ident())
 
 
+def _refuse_script(module: nn.Module) -> None:
+    """Called by torch.jit.script, for whatever it finds in a model.
+
+    Raises:
+        NotImplementedError: always; TorchScript knows no lists.
+    """
+    raise NotImplementedError(
+        "torch.jit.script(): expected a model without layers that depend on the domain, "
+        f"got a {type(module).__name__}. Hint: script bap_kernels.specialize(model, domain), a plain network; "
+        "torch.jit.trace takes the model itself."
+    )
+
+
 class DomainLayer(nn.Module):
     """A layer that computes something else in each domain.
 
@@ -99,6 +112,9 @@ class DomainLayer(nn.Module):
         else:
             raise ValueError(f"set_domain(): expected `name` to be one of {list(states)}, got {name!r}.")
 
+    def __prepare_scriptable__(self) -> None:
+        _refuse_script(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # It may come from another process, whose nodes have other numbers.
@@ -141,6 +157,9 @@ class PlannedModel(nn.Module):
     """
 
     model: nn.Module
+
+    def __prepare_scriptable__(self) -> None:
+        _refuse_script(self)
 
     def prepare_domain(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
         """Makes the plans of a domain or of a mixed batch, and returns what activates them.

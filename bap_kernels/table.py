@@ -60,12 +60,14 @@ class Zeros(NamedTuple):
         lists: the in-list; None where it reads everything.
         note: what was found, in words.
         zero_weights, weights: how many of its single weights are zero, and how many there are.
+        swappable: whether a table may name it.
     """
 
     lists: ChannelLists
     note: str
     zero_weights: int
     weights: int
+    swappable: bool = True
 
 
 _zeros_finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]] | None = None
@@ -309,7 +311,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         network in eval mode, as long as its values are finite.
 
         Masks of :mod:`torch.nn.utils.prune` count as multiplied in; call ``torch.nn.utils.prune.remove`` on a layer
-        before :func:`bap_kernels.swap_`, which leaves layers with hooks as they are. :attr:`notes` says what was found.
+        before :func:`bap_kernels.swap_`, which leaves layers with hooks as they are. :attr:`notes` says what was found,
+        also of subclasses of convolutions, which the table leaves out, since ``swap_`` does not replace them.
 
         Args:
             model: a network with pruned convolutions, swapped or not. It is not changed.
@@ -336,7 +339,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         """
         assert _zeros_finder is not None
         zeros = _zeros_finder("ChannelTable.from_weights", model, example_input)
-        table = cls({domain: {name: found.lists for name, found in zeros.items()}})
+        table = cls({domain: {name: found.lists for name, found in zeros.items() if found.swappable}})
         table._notes = {domain: {name: found.note for name, found in zeros.items()}}
         if all(found.lists.in_index is None for found in zeros.values()):
             single = sum(found.zero_weights for found in zeros.values()) / sum(

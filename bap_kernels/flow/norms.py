@@ -20,6 +20,8 @@ _TIMM = "timm.layers.norm_act"
 _KNOWN: dict[tuple[str, str], tuple[bool, tuple[str, ...]]] = {
     ("torch.nn.modules.batchnorm", "BatchNorm2d"): (False, ()),
     ("torch.nn.modules.batchnorm", "SyncBatchNorm"): (False, ()),
+    # Those that torch's own classes for images derive from: other libraries undo SyncBatchNorm to one of their own.
+    ("torch.nn.modules.batchnorm", "_BatchNorm"): (False, ()),
     ("torchvision.ops.misc", "FrozenBatchNorm2d"): (True, ()),
     (_TIMM, "BatchNormAct2d"): (False, ("drop", "act")),
     (_TIMM, "SyncBatchNormAct"): (False, ("drop", "act")),
@@ -112,6 +114,8 @@ def _known_class(module: nn.Module) -> tuple[type, bool, tuple[str, ...]] | None
         known = _KNOWN.get((cls.__module__, cls.__name__))
         if known is not None:
             return (cls, *known)
+        if cls.__module__ == _BatchNorm.__module__:
+            return None  # torch's own for other inputs than images
     return None
 
 
@@ -151,7 +155,9 @@ def unknown_norm_reason(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
     # Looked up on the classes: functions, and not methods bound to an object.
-    if any(getattr(type(module), attribute, None) is not getattr(known, attribute, None) for attribute in _DECIDING):
+    # The base class leaves the check of the input's axes to others.
+    deciding = _DECIDING[:-1] if known is _BatchNorm else _DECIDING
+    if any(getattr(type(module), attribute, None) is not getattr(known, attribute, None) for attribute in deciding):
         return f"{name} is a subclass of {known.__name__} and may compute something else"
     for attribute in _TENSORS:
         if attribute not in module._parameters and attribute not in module._buffers:
@@ -167,9 +173,10 @@ def unknown_norm_reason(module: nn.Module) -> str | None:
 def norm_parts(module: nn.Module) -> NormParts | None:
     """What a batch norm is made of; None for any module that is not known to be one.
 
-    Known are :class:`torch.nn.BatchNorm2d`, :class:`torch.nn.SyncBatchNorm`,
-    :class:`torchvision.ops.FrozenBatchNorm2d`, timm's ``BatchNormAct2d``, ``SyncBatchNormAct`` and
-    ``FrozenBatchNormAct2d``, and subclasses of them that leave the computation alone. Hooks are left to the caller.
+    Known are :class:`torch.nn.BatchNorm2d`, :class:`torch.nn.SyncBatchNorm`, what other libraries make of the latter by
+    deriving from torch's base class, :class:`torchvision.ops.FrozenBatchNorm2d`, timm's ``BatchNormAct2d``,
+    ``SyncBatchNormAct`` and ``FrozenBatchNormAct2d``, and subclasses of them that leave the computation alone. Hooks
+    are left to the caller.
 
     Examples:
         >>> import torch

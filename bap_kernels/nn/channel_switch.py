@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
+from bap_kernels._values import holds_values
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.in_backward import once_for_each_forward
 
@@ -42,6 +43,16 @@ def _is_state(score: Tensor, state: Any) -> bool:
         score._version,
         count_steps(score),
     ]
+
+
+def _without_values(score: Tensor) -> NotImplementedError:
+    """For scores that are elsewhere, in parts, or mapped over: lists cannot be read from them."""
+    kind = "one on the meta device" if score.is_meta else f"a {type(score).__name__} that stands for others"
+    return NotImplementedError(
+        f"ChannelSwitch.channels(): expected `score` to hold its values, got {kind}. Hint: offloading, sharding and "
+        "torch.func leave none where lists are read; deploy ChannelTable.from_switches of the whole model with swap_, "
+        "whose layers need no scores."
+    )
 
 
 class ChannelSwitch(nn.Module):
@@ -128,10 +139,13 @@ class ChannelSwitch(nn.Module):
         score = self._parameters["score"]
         assert score is not None
         listed = self._listed
-        if listed is not None and listed[0] == self.threshold and _is_state(score, listed[1]):
+        known = listed is not None and listed[0] == self.threshold and type(score) is nn.Parameter
+        if listed is not None and known and _is_state(score, listed[1]):
             return listed[2]
         # Tensors made in inference mode have no version, without which lists on a GPU are not kept.
         # Those of a fake mode, in which shapes are followed, have no values; scores do.
+        if not (isinstance(score, FakeTensor) or holds_values(score)):
+            raise _without_values(score)
         with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
             state = _state_of(score)
             values = state if score.is_cpu else score.detach()

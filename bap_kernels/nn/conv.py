@@ -123,7 +123,8 @@ class PackedConv2d(nn.Conv2d):
     """Base of the convolutions whose packed weight is kept; what may change the weight drops it.
 
     It is dropped before the change: parameters that are swapped, as
-    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must have no other references.
+    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must have no other references. The layers
+    name torch's class among their direct bases: tools that initialise layers by the name of a class look no further.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class PackedConv2d(nn.Conv2d):
         super()._load_from_state_dict(*args)
 
 
-class GatheredConv2d(GatheredLayer, PackedConv2d):
+class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
     """:class:`torch.nn.Conv2d` that reads and computes only listed channels; the result holds only those computed.
 
     Parameters are full size and are saved under the keys of a dense layer. The lists are no part of the state; they are
@@ -412,7 +413,7 @@ class GatheredConv2d(GatheredLayer, PackedConv2d):
         return text
 
 
-class MaskedConv2d(GatheredConv2d):
+class MaskedConv2d(GatheredConv2d, nn.Conv2d):
     """:class:`GatheredConv2d` whose result has the full width, with zeros in the channels that are not listed.
 
     It takes the place of a dense layer in any network: neither the bias nor anything else reaches the other channels.
@@ -436,7 +437,9 @@ class MaskedConv2d(GatheredConv2d):
         if listed is None:
             return compact
         N, _, H, W = compact.shape
-        if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+        # Under torch.func.vmap no other format can be asked for.
+        mapped = torch._C._functorch.is_batchedtensor(compact)
+        if mapped or input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
             full = compact.new_zeros((N, self.out_channels, H, W))
         else:
             full = compact.new_zeros((N, H, W, self.out_channels)).permute(0, 3, 1, 2)

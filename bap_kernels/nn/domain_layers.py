@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels._warn import warn
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.nn.conv import has_own_forward
 from bap_kernels.nn.mixed import MixedStates
@@ -58,6 +59,15 @@ def _reset(norm: nn.Module) -> None:
             nn.init.constant_(value, 1.0 if name in ("weight", "running_var") else 0.0)
 
 
+def _counts_alike(norm: nn.Module) -> bool:
+    return norm.__dict__.get("momentum", 0.0) is None
+
+
+def _is_new(norm: nn.Module) -> bool:
+    batches = norm._buffers.get("num_batches_tracked")
+    return _counts_alike(norm) and batches is not None and not batches.is_meta and int(batches) == 0
+
+
 class DomainNorm(PerDomain):
     """One normalisation layer of any class for every domain, such as :class:`torch.nn.BatchNorm1d` or a subclass.
 
@@ -98,8 +108,29 @@ class DomainNorm(PerDomain):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._hold(_copies(norm, names, memos))
-        layer.training = norm.training
+        layer.training = layer.domains.training = norm.training
         return layer
+
+    def _hold(self, modules: Mapping[str, nn.Module]) -> None:
+        super()._hold(modules)
+        # Whether every batch counts alike, as it does while a tool computes statistics anew.
+        self.__dict__["_counts_alike"] = any(_counts_alike(norm) for norm in modules.values())
+
+    def _forward_in(self, input: Tensor) -> Tensor:
+        norm = self._current()
+        if self.training and not torch.compiler.is_compiling() and _counts_alike(norm):
+            self._warn_if_reset(norm)
+        return norm(input)
+
+    def _warn_if_reset(self, active: nn.Module) -> None:
+        """Warns where the statistics of all domains were reset and those of one are being computed."""
+        others = [name for name, norm in self.domains.items() if norm is not active and _is_new(norm)]
+        if others and not self.__dict__.get("_counts_alike", True):
+            warn(
+                f"{type(self).__name__}(): the statistics of the domains {others} were reset, and those of "
+                f"{self.domain!r} alone are computed, as torch.optim.swa_utils.update_bn does. "
+                "Hint: load them again, and call bap_kernels.nn.recalibrate_bn(model, loader, domain) for every domain."
+            )
 
     def add_domain(self, name: str, like: str | None = None) -> None:
         """Adds a domain; the others stay as they are.
@@ -252,7 +283,7 @@ class DomainHead(PerDomain):
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head._hold({name: copies.get(name) or _resized(cls.__name__, layer, sizes[name]) for name in names})
-        head.training = layer.training
+        head.training = head.domains.training = layer.training
         return head
 
     def add_domain(self, name: str, size: int) -> None:

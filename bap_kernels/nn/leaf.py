@@ -14,7 +14,7 @@ from torch.fx import Proxy
 __all__ = ["Proxy", "as_one_step"]
 
 
-def as_one_step(layer: nn.Module, input: Proxy) -> Any:
+def as_one_step(layer: nn.Module, input: Proxy, *others: Any) -> Any:
     """Records a call of a layer, and gives the placeholder of its result.
 
     Raises:
@@ -27,4 +27,4 @@ def as_one_step(layer: nn.Module, input: Proxy) -> Any:
             f"{type(layer).__name__}(): expected torch.fx to record a model that holds this layer, got the layer "
             "itself. Hint: put it into torch.nn.Sequential."
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input, *others), {})

@@ -31,7 +31,7 @@ __all__ = ["SwitchedConv2d"]
 _Layer = TypeVar("_Layer", bound="SwitchedConv2d")
 
 
-class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
+class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d, nn.Conv2d):
     r""":class:`torch.nn.Conv2d` that trains, for every domain, one binary switch per input channel.
 
     .. math:: y_k = \sum_c s_c \, (W_{kc} \ast x_c) + b_k, \qquad s_c = 1[\tilde s_c > \tau]
@@ -114,6 +114,7 @@ class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
     def _start_with(self, names: list[str], threshold: float, initial: float, ste_every: int) -> None:
         device = self.weight.device
         self._hold({name: ChannelSwitch(self.in_channels, threshold, initial, ste_every, device) for name in names})
+        self.domains.train(self.training)
 
     @classmethod
     def from_conv2d(
@@ -274,6 +275,8 @@ class SwitchedConv2d(SwitchedLayer, PerDomain, PackedConv2d):
             if switch is None:
                 return None
             on = switch.score.detach() > switch.threshold
+            if type(on) is not Tensor:
+                return None  # sharded, while the consumer is not running
             read = on if read is None else read | on
         return read
 

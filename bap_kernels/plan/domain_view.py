@@ -118,6 +118,8 @@ def in_domain(module: nn.Module, domain: str | None) -> nn.Module:
         copied: PerDomain = copier.fresh(part)
         active = None if domain is None else copied.domains[domain]
         copied.__dict__.update({"_active": active, "_mixed": None})
+        # Of a depthwise layer, which stays one with switches: those that read its result are gathered ones here.
+        copied.__dict__.pop("consumers", None)
         return copied
 
     return copy_modules(module, kept, replaced)

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bap_kernels._values import holds_values
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.liveness import Liveness
+from bap_kernels.flow.norms import norm_parts
 from bap_kernels.layer_kinds import PlannedModel
+from bap_kernels.nn.conv import has_own_forward
 from bap_kernels.nn.domains import domain_names
+from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import largest_error, tolerance_of
@@ -43,6 +47,25 @@ def _same(given: Any, known: Any) -> bool:
             type(given) is type(known) and list(given) == list(known) and all(_same(given[k], known[k]) for k in known)
         )
     return given is known or (type(given) is type(known) and bool(given == known))
+
+
+def _refuse_without_values(model: nn.Module, example: tuple[Any, ...]) -> None:
+    """Refuses what a plan cannot read: tensors on meta, in parts (DTensor), quantised by a subclass, mapped over."""
+    named = {f"input {number}": value for number, value in enumerate(example) if isinstance(value, Tensor)}
+    for name, module in model.named_modules():
+        if has_own_forward(module):
+            continue  # called as it is
+        if isinstance(module, nn.Conv2d) or norm_parts(module) is not None:
+            tensors = {**module._parameters, **module._buffers}
+            named.update({f"{name}.{key}": value for key, value in tensors.items() if value is not None})
+    for name, tensor in named.items():
+        if holds_values(tensor) or tensor.layout != torch.strided:
+            continue
+        kind = "one on the meta device" if tensor.is_meta else f"a {type(tensor).__name__} that stands for others"
+        raise NotImplementedError(
+            f"plan(): expected tensors that hold their own values, got {kind}: {name}. Hint: plan the whole model, "
+            "before it is sharded, quantised or given to torch.func; specialize serves models on the meta device."
+        )
 
 
 class PlannedNetwork(PlannedModel):
@@ -114,6 +137,8 @@ class PlannedNetwork(PlannedModel):
 
     def _cast_now(self) -> _Cast:
         kind = self._device.type
+        if kind == "meta":
+            return None
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _program_of(self, domain: str | None) -> tuple[Program, float | None]:
@@ -123,6 +148,7 @@ class PlannedNetwork(PlannedModel):
         return self._programs[key]
 
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
+        _refuse_without_values(self.model, self._example)
         check, tolerance, memory_format = *self._options[:2], self._format()
         cast = self._cast_now()
         # Without a check, one recording serves all domains.
@@ -151,6 +177,9 @@ class PlannedNetwork(PlannedModel):
     def prepare_domain(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
         """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them."""
         cast = self._cast_now()
+        if isinstance(name, Tensor) or (name, cast) not in self._programs:
+            # All plans that are kept are of one state of the model.
+            self._renew()
         if isinstance(name, Tensor):
             known = list(domain_names(self.model) if domains is None else domains)
             batch = MixedBatch(mixed_numbers(name, known))
@@ -202,6 +231,11 @@ class PlannedNetwork(PlannedModel):
             ValueError: for another number of inputs, for inputs of another width, and for other flags.
             NotImplementedError: for an input that needs a gradient.
         """
+        # torch.fx hands over all arguments of a model that it records as one placeholder.
+        if isinstance(inputs, Proxy):
+            return as_one_step(self, inputs)
+        if inputs and isinstance(inputs[0], Proxy):
+            return as_one_step(self, *inputs)
         if not torch.is_grad_enabled():
             return self._run(inputs)
         if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
+from bap_kernels._values import holds_values
 from bap_kernels.plan.builder import is_plain
 
 __all__ = ["Watch"]
@@ -28,7 +29,8 @@ class Watch:
     A plan folds batch norms into convolutions, leaves out what they make constant, and copies the filters of grouped
     convolutions and those that a layer computes. All tensors that it may have copied are compared by value, whatever
     wrote to them; on a GPU, whose values cannot be read without a stall, by identity, version and steps of optimisers.
-    The weights of plain convolutions are read at every call, and need no comparison, unless they are copied, too.
+    The weights of plain convolutions are read at every call, and need no comparison, unless they are copied, too. A
+    convolution that has more or fewer parameters than before is a change: of parametrizations and the hooks of pruning.
 
     Args:
         model: the planned network.
@@ -38,15 +40,19 @@ class Watch:
     def __init__(self, model: nn.Module, every: bool = False) -> None:
         self.values: list[_Place] = []
         self.objects: list[_Place] = []
+        # Of convolutions: the parameters, how many they were, and whether the plan reads the weight at every call.
+        self.convs: list[tuple[dict[str, Any], int, bool]] = []
         for module in model.modules():
             live = not every and isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
+            if isinstance(module, nn.Conv2d):
+                self.convs.append((module._parameters, len(module._parameters), live))
             copies = isinstance(module, (nn.Conv2d, ParametrizationList))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if name == "num_batches_tracked" or (live and name == "weight"):
                         continue
                     copied = False
-                    if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
+                    if tensor is not None and holds_values(tensor):
                         copied = copies or every or tensor.numel() <= _MOST_COPIED
                     (self.values if copied else self.objects).append((table, name))
             self.objects += [(module.__dict__, name) for name in _ATTRIBUTES if name in module.__dict__]
@@ -71,8 +77,12 @@ class Watch:
         objects = self._objects()
         if any(now is not before for now, before in zip(objects, self.seen, strict=True)):
             return True
+        for table, count, live in self.convs:
+            if len(table) != count or (live and "weight" not in table):
+                return True
         tensors = self._tensors()
-        if any(tensor is None for tensor in tensors):
-            return True
+        for now, before in zip(tensors, self.held, strict=True):
+            if now is not before and (now is None or not holds_values(now)):
+                return True
         with torch.no_grad():
             return self._fingerprint(tensors) != self.fingerprint

@@ -21,6 +21,7 @@ from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import folded_norm
 from bap_kernels.flow.ops import Call
 from bap_kernels.nn.module_copy import copy_modules
+from bap_kernels.nn.swap import unswappable_reason
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.table import Zeros, set_zeros_finder
 
@@ -106,10 +107,14 @@ def _zeros(layer: _Layer) -> Zeros:
         parts.append(f"channels that are constant but not zero, and read: {layer.constant}")
     if layer.alive is None:
         parts.append("its input was not followed")
+    reason = None if nn.utils.parametrize.is_parametrized(layer.conv) else unswappable_reason(layer.conv)
+    if reason is not None and not reads.all():
+        parts.append(f"reads all, as it cannot be swapped: {reason}")
+        reads[:] = True
     note = f"reads {np.count_nonzero(reads)} of {len(reads)}" + (f"; {'; '.join(parts)}" if parts else "")
     lists = ChannelLists() if reads.all() else ChannelLists(np.flatnonzero(reads))
     weight = layer.conv.weight
-    return Zeros(lists, note, int((weight == 0).sum()), weight.numel())
+    return Zeros(lists, note, int((weight == 0).sum()), weight.numel(), reason is None)
 
 
 def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | None) -> dict[str, Zeros]:

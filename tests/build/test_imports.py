@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap_kernels._version", "bap_kernels.settings"),
     ("bap_kernels._C", "bap_kernels._load"),
-    ("bap_kernels._warn", "bap_kernels._files", "bap_kernels._packed", "bap_kernels._gpu"),
+    ("bap_kernels._warn", "bap_kernels._files", "bap_kernels._packed", "bap_kernels._gpu", "bap_kernels._values"),
     ("bap_kernels.channels", "bap_kernels.dispatch", "bap_kernels.functional"),
     ("bap_kernels.flow", "bap_kernels.layer_kinds"),
     ("bap_kernels.table",),
@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap_kernels.nn",),
     ("bap_kernels.plan",),
     ("bap_kernels.config", "bap_kernels.counters", "bap_kernels.flops", "bap_kernels.tune", "bap_kernels.verify"),
+    ("bap_kernels._refused",),
     ("bap_kernels.info",),
     ("bap_kernels",),
     ("bap_kernels.reference", "bap_kernels.testing", "bap_kernels.testing_switched"),

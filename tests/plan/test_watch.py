@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels import ChannelLists
+from tests.networks import randomise, unit
 
 X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -205,3 +206,21 @@ def test_scales_without_an_axis() -> None:
     planned = bk.plan(model, x)
     model.gain.mul_(3)
     torch.testing.assert_close(planned(x), model(x))
+
+
+def test_a_domain_that_is_set_while_the_model_differs_is_planned_again_afterwards() -> None:
+    """All plans that are kept are of one state of the model, whichever was current when a domain was first set."""
+    model = bk.swap_(randomise(nn.Sequential(unit(3, 8), nn.Conv2d(8, 4, 1))))
+    bk.attach_(model, bk.ChannelTable.random(model, ["a", "b"], 0.5))
+    x = torch.randn(2, 3, 8, 8)
+    planned = bk.plan(model, x, "a")
+    norm = model[0][1]
+    with torch.no_grad():
+        norm.bias += 1
+        bk.set_domain(planned, "b")  # planned for the first time, with other numbers
+        norm.bias -= 1
+        bk.set_domain(model, "b")
+        torch.testing.assert_close(planned(x), model(x))
+        bk.set_domain(planned, "a")
+        bk.set_domain(model, "a")
+        torch.testing.assert_close(planned(x), model(x))

@@ -273,3 +273,23 @@ def test_models_without_weights_are_refused() -> None:
         bk.ChannelTable.from_weights(nn.Linear(3, 3))
     with torch.device("meta"), pytest.raises(ValueError, match="got tensors on the meta device"):
         bk.ChannelTable.from_weights(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+@torch.no_grad()
+def test_a_subclass_that_cannot_be_swapped_reads_all_and_says_why(chain: Chain) -> None:
+    class Own(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    own = Own(12, 10, 3, padding=1, bias=False)
+    own.weight[:, 3] = 0
+    chain.second[0] = own.eval()  # type: ignore[index,operator]
+    chain.last.weight[:, 4] = 0
+    table = bk.ChannelTable.from_weights(chain, example_input=X)
+    assert "second.0" not in table["default"]
+    assert (
+        "zero slices of the weight: 1; reads all, as it cannot be swapped: Own is a sub"
+        in (table.notes["default"]["second.0"])
+    )
+    assert listed(table, "last") == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert_unchanged(chain, table, X)
