@@ -87,6 +87,7 @@ def gathered_conv2d_fused(
     out_shift: Tensor | None = None,
     residual: Tensor | None = None,
     out_relu: bool = False,
+    out_max: float | None = None,
 ) -> Tensor:
     """Gathered convolution between an input transform and an output transform, by loops.
 
@@ -101,6 +102,7 @@ def gathered_conv2d_fused(
         in_scale, in_shift: (K_in,), in the order of ``in_index``.
         out_scale, out_shift: (K_out,), in the order of ``out_index``.
         residual: (N, K_out, oH, oW).
+        out_max: the largest result of the ReLU, or None.
 
     Returns:
         (N, K_out, oH, oW), float64.
@@ -138,6 +140,8 @@ def gathered_conv2d_fused(
         y += _array(residual)
     if out_relu:
         y = np.maximum(y, 0)
+    if out_max is not None:
+        y = np.minimum(y, out_max)
     return torch.from_numpy(y)
 
 

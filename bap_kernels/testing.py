@@ -209,7 +209,7 @@ def make_fused(
     """Keyword arguments of ``_gathered_conv2d_fused`` for the named ``flags``; the others stay off.
 
     Args:
-        flags: any of in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu.
+        flags: any of in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu, out_max (with out_relu).
         dtype: of the scales and shifts; the residual has that of the input.
         layout: of the residual, one of ``LAYOUTS``.
     """
@@ -223,6 +223,8 @@ def make_fused(
         elif flag == "residual":
             values = torch.randn(sample.output_shape, generator=generator, dtype=torch.float64)
             made[flag] = lay_out(values.to(sample.input.dtype), layout)
+        elif flag == "out_max":
+            made |= {"out_relu": True, "out_max": 0.75}
         else:
             made[flag] = True
     return made

@@ -76,6 +76,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "wrn28_4": (_bap("WideResNet"), 64),
     "resnet18": (_torchvision("resnet18"), 224),
     "mobilenet_v2": (_torchvision("mobilenet_v2"), 224),
+    "mobilenet_v3_large": (_torchvision("mobilenet_v3_large"), 224),
+    "efficientnet_b0": (_torchvision("efficientnet_b0"), 224),
     "vgg11_bn": (_torchvision("vgg11_bn"), 224),
     "vgg16_bn": (_torchvision("vgg16_bn"), 224),
 }

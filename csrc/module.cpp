@@ -126,9 +126,9 @@ py::dict explain(const ConvArgs<int64_t>& args, bool cache_packed) {
 at::Tensor run_aten(const ConvArgs<int64_t>& args, const OptionalTensor& in_scale, const OptionalTensor& in_shift,
                     bool in_relu, const OptionalTensor& out_scale, const OptionalTensor& out_shift,
                     const OptionalTensor& residual, bool out_relu, bool cache_packed, const std::string& candidate,
-                    bool on_gpu) {
+                    bool on_gpu, std::optional<double> out_max) {
   const Fusion fusion{in_scale, in_shift, in_relu, out_scale, out_shift, residual, out_relu};
-  const GatheredConv2dFusedArgs<int64_t> all{args, fusion, cache_packed};
+  const GatheredConv2dFusedArgs<int64_t> all{args, fusion, cache_packed, kAbsent, kAbsent, out_max};
   const ConvCall call{all, check_gathered_conv2d_fused<int64_t>("run_aten", all)};
   const auto device = on_gpu ? c10::kCUDA : args.input.device().type();
   for (const Candidate known :
@@ -262,11 +262,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_avx512_bf16", &isa_has_bfloat16_pairs);
   m.def("build_info", &build_info);
   def_conv_function<explain>(m, "explain", py::arg("cache_packed") = true);
-  def_conv_function<run_aten>(m, "run_aten", py::arg("in_scale") = std::nullopt, py::arg("in_shift") = std::nullopt,
-                              py::arg("in_relu") = false, py::arg("out_scale") = std::nullopt,
-                              py::arg("out_shift") = std::nullopt, py::arg("residual") = std::nullopt,
-                              py::arg("out_relu") = false, py::arg("cache_packed") = true,
-                              py::arg("candidate") = "gather", py::arg("on_gpu") = false);
+  def_conv_function<run_aten>(
+      m, "run_aten", py::arg("in_scale") = std::nullopt, py::arg("in_shift") = std::nullopt, py::arg("in_relu") = false,
+      py::arg("out_scale") = std::nullopt, py::arg("out_shift") = std::nullopt, py::arg("residual") = std::nullopt,
+      py::arg("out_relu") = false, py::arg("cache_packed") = true, py::arg("candidate") = "gather",
+      py::arg("on_gpu") = false, py::arg("out_max") = std::nullopt);
   m.def("set_gpu_hooks", &set_gpu_hooks, py::arg("name"), py::arg("capturing"));
   m.def("choices", &choices);
   m.def("clear_choices", [] { ChoiceTable::instance().clear(); });

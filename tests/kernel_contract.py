@@ -15,7 +15,7 @@ from bap_kernels.testing import LAYOUTS, LISTS, Case, check_backward, check_forw
 # As `TOLERANCES`, of float32 where convolutions round their operands to the eleven bits of TF32.
 TF32 = (2e-3, 3e-3)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
+FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu", "out_max")
 GRAD_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 

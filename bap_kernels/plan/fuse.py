@@ -1,7 +1,7 @@
 """Which operations are fused into a convolution.
 
-After it: a batch norm, a sum with another value, a ReLU, each the only consumer of what comes before. Before it: a
-batch norm, or a batch norm and a ReLU, whose result only convolutions read (networks that normalise before they
+After it: a batch norm, a sum with another value, a ReLU or ReLU6, each the only consumer of what comes before. Before
+it: a batch norm, or a batch norm and a ReLU, whose result only convolutions read (networks that normalise before they
 convolve); each of these convolutions then does that work while it reads.
 """
 
@@ -18,6 +18,8 @@ __all__ = ["FusedConv", "fuse"]
 
 # Each convolution repeats the work before it.
 _MOST_CONSUMERS = 2
+# The largest result of each activation.
+_LARGEST: dict[str, float | None] = {"relu": None, "relu6": 6.0}
 
 
 @dataclass(eq=False)
@@ -32,6 +34,7 @@ class FusedConv:
     norm: Op | None = None
     residual: Value | None = None
     relu: bool = False
+    out_max: float | None = None  # the largest result of the ReLU
     absorbed: list[Op] = field(default_factory=list)
 
     def absorb(self, op: Op) -> None:
@@ -54,9 +57,10 @@ def _fuse_after(fused: FusedConv, layout: Layout, absorbed: set[Op]) -> None:
         fused.norm = following
         fused.absorb(following)
         following = _only_consumer(following.output)
-    if fused.conv.kind != "conv":
+    if fused.conv.kind == "grouped":
         return
-    if following is not None and following.kind == "binary" and following.act == "add" and following not in absorbed:
+    is_sum = following is not None and following.kind == "binary" and following.act == "add"
+    if following is not None and is_sum and fused.conv.kind == "conv" and following not in absorbed:
         first, second = following.inputs if len(following.inputs) == 2 else (following.inputs[0],) * 2
         stored = layout.stored[following.output]
         # Under autocast the terms may have several dtypes.
@@ -66,9 +70,8 @@ def _fuse_after(fused: FusedConv, layout: Layout, absorbed: set[Op]) -> None:
             fused.residual = second if first is fused.last.output else first
             fused.absorb(following)
             following = _only_consumer(following.output)
-    if _is_relu(following):
-        assert following is not None
-        fused.relu = True
+    if following is not None and following.kind == "map" and following.act in _LARGEST:
+        fused.relu, fused.out_max = True, _LARGEST[following.act]
         fused.absorb(following)
 
 

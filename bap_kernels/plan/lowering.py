@@ -221,6 +221,7 @@ class _Lowering:
         lists = (in_index, out_index, weight_index)
         cast = None if fused.conv.output.dtype is conv.weight.dtype else fused.conv.output.dtype
         step = steps.ConvStep(conv, padding, lists, before, after, fused.relu, reads, self.slot[op.output], cast)
+        step.out_max = fused.out_max
         if compact:
             step.parameters = _widened(conv, fused.conv.writes[stored], read, (width, len(positions)))
         text = f"reads {len(read)}/{conv.in_channels}"
@@ -267,11 +268,14 @@ class _Lowering:
             more = width - len(stored)
             groups, weight = groups + more, F.pad(weight, (0, 0, 0, 0, 0, 0, 0, more))
             bias = None if bias is None else F.pad(bias, (0, more))
-        padding = conv.padding if fused.conv.padding is None else fused.conv.padding
+        padding = typed("str | tuple[int, int]", conv.padding if fused.conv.padding is None else fused.conv.padding)
         options = (conv.stride, padding, conv.dilation, groups)
         note = "+norm" if fused.norm is not None else ""
         if fused.conv.kind == "depthwise":
-            self.emit(steps.DepthwiseStep(options, weight, bias, x, self.slot[op.output]), op, note=note)
+            sides = four_sided("plan", padding, conv.kernel_size, conv.stride, conv.dilation)
+            cast = None if fused.conv.output.dtype is weight.dtype else fused.conv.output.dtype
+            after = (fused.relu, fused.out_max, x, self.slot[op.output], cast)
+            self.emit(steps.DepthwiseStep(options, sides, weight, bias, *after), op, note=note)
         else:
             step = steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
             kept = np.searchsorted(written, stored)

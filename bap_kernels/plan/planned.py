@@ -348,13 +348,13 @@ def plan(
 
     The model is recorded while it runs on the example. Its layers' lists decide which channels of every tensor are
     read; the plan computes and stores only these, each tensor in the order in which its consumer reads it. Batch norms,
-    ReLUs and sums are fused into the convolution before them, or into the one after them in networks that normalise
-    first. Operations without a rule are run as they are, on all channels; printing the plan names the convolutions
-    among them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions, and weights
-    that a layer computes (standardised, parametrized), are copied when the plan is made. On a GPU compact tensors are
-    rounded up to whole vectors of 16 bytes, with zeros in the weights that write and read the channels added; these
-    weights are then copied, too. The result equals the masked dense network, in which each layer convolves x times the
-    mask of its in-list, up to rounding; this is checked on the example.
+    ReLUs, ReLU6 and sums are fused into the convolution before them, or into the one after them in networks that
+    normalise first. Operations without a rule are run as they are, on all channels; printing the plan names the
+    convolutions among them. Grouped convolutions compute whole groups. Filters of depthwise and grouped convolutions,
+    and weights that a layer computes (standardised, parametrized), are copied when the plan is made. On a GPU compact
+    tensors are rounded up to whole vectors of 16 bytes, with zeros in the weights that write and read the channels
+    added; these weights are then copied, too. The result equals the masked dense network, in which each layer convolves
+    x times the mask of its in-list, up to rounding; this is checked on the example.
 
     Args:
         model: a network in eval mode, swapped and with lists, or any other.

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
+_CPU_BACKENDS = ("auto", "native", "aten")
 Env = list[Any]
 
 
@@ -99,10 +100,12 @@ class ConvStep(Step):
     """A convolution with lists and all that was fused into it.
 
     Attributes:
+        out_max: the largest result that the ReLU leaves; None: there is none.
         cast: the dtype in which it computes under autocast; None: the weight's.
         dual_store: the slot of a second, compact store of the result's channels ``dual_index``; None: there is none.
     """
 
+    out_max: float | None = None
     dual_store: int | None = None
     dual_index: Tensor | None = None
 
@@ -137,6 +140,7 @@ class ConvStep(Step):
             x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
         lists = (self.in_index, self.out_index)
         fusion: Any = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
+        fusion += (self.out_max,)
         if torch.compiler.is_compiling():
             result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
         else:
@@ -154,17 +158,78 @@ class ConvStep(Step):
         """Its name in the table, with what it does."""
         parts = ["norm+" if self.before[0] is not None else "", "relu+" if self.before[2] else "", "conv"]
         parts += ["+norm" if self.after[1] is not None else "", "+add" if self.residual is not None else ""]
-        return "".join(parts) + ("+relu" if self.relu else "")
+        return "".join(parts) + _name_of_relu(self.relu, self.out_max)
 
 
 class DepthwiseStep(Step):
     """A depthwise convolution of compact tensors; its filters are copies with the batch norm folded in.
 
+    On a GPU, and where one of its backends is named, it is PyTorch's: these backends have no depthwise kernels.
+
     Args:
         options: stride, padding, dilation and groups.
+        sides: the padding of four sides.
         weight, bias: the filters.
+        relu, out_max: what follows, as in :class:`ConvStep`.
+        x, out: slots.
+        cast: as in :class:`ConvStep`.
+    """
+
+    def __init__(
+        self,
+        options: tuple[Any, ...],
+        sides: tuple[int, int, int, int],
+        weight: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+        out_max: float | None,
+        x: int,
+        out: int,
+        cast: torch.dtype | None = None,
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.options = options
+        self.relu, self.out_max = relu, out_max
+        self.reads, self.out = (x,), out
+        self.cast = cast
+        stride, _, dilation, groups = options
+        self._options: tuple[Any, ...] = (stride, sides, dilation, groups)
+        self._flat_options: tuple[Any, ...] = (*stride, *sides, *dilation, groups)
+
+    def __call__(self, env: Env) -> None:  # noqa: D102
+        x, weight, bias = env[self.reads[0]], self.weight, self.bias
+        compiling = torch.compiler.is_compiling()
+        if x.device.type != "cpu" or not (compiling or _C.get_backend() in _CPU_BACKENDS):
+            y = plain_conv2d(x, weight, bias, *self.options)
+            if self.relu:
+                y = torch.relu_(y) if self.out_max is None else F.hardtanh_(y, 0.0, self.out_max)
+            env[self.out] = y
+            return
+        if self.cast is not None:
+            x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
+        fusion: Any = (None, None, False, None, None, None, self.relu, True, None, None, self.out_max)
+        if compiling:
+            result = _fused(x, weight, bias, None, None, *self._options, *fusion)
+        else:
+            result = _C.gathered_conv2d_fused(x, weight, bias, None, None, *self._flat_options, *fusion)
+        env[self.out] = result[0]
+
+    @property
+    def kind(self) -> str:
+        """Its name in the table, with what it does."""
+        return "depthwise" + _name_of_relu(self.relu, self.out_max)
+
+
+class GroupedStep(Step):
+    """A grouped convolution of whole groups, of whose result ``index`` is kept; None keeps all.
+
+    Args:
+        options: stride, padding, dilation and groups.
+        weight, bias: the filters, copies with the batch norm folded in.
         x, out: slots.
     """
+
+    index: Tensor | None = None
 
     def __init__(self, options: tuple[Any, ...], weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
         self.weight, self.bias = weight, bias
@@ -172,18 +237,8 @@ class DepthwiseStep(Step):
         self.reads, self.out = (x,), out
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = plain_conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
-
-
-class GroupedStep(DepthwiseStep):
-    """A grouped convolution of whole groups, of whose result ``index`` is kept; None keeps all."""
-
-    index: Tensor | None = None
-
-    def __call__(self, env: Env) -> None:  # noqa: D102
-        super().__call__(env)
-        if self.index is not None:
-            env[self.out] = _selected(env[self.out], self.index)
+        y = plain_conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
+        env[self.out] = y if self.index is None else _selected(y, self.index)
 
 
 class NormStep(Step):
@@ -351,6 +406,10 @@ def fill_slots(part: Any, env: Env) -> Any:
 def slots_in(part: Any) -> list[int]:
     """The numbers of the slots in arguments."""
     return [leaf.number for leaf in leaves_of(part) if isinstance(leaf, Slot)]
+
+
+def _name_of_relu(relu: bool, out_max: float | None) -> str:
+    return ("+relu" if out_max is None else f"+relu{out_max:g}") if relu else ""
 
 
 def _relu6_(x: Tensor) -> Tensor:

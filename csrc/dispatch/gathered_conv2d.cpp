@@ -88,18 +88,30 @@ at::Tensor selected_store(const at::Tensor& result, const at::Tensor& index, at:
 DualResult fused(const GatheredConv2dFusedArgs<int64_t>& a) {
   const char* op = GatheredConv2dFused::kName;
   const ListCopy in_list(a.in_index), out_list(a.out_index), weight_list(a.weight_index), dual_list(a.dual_store_index);
-  const GatheredConv2dFusedArgs<int64_t> args{a.with_lists(in_list.get(), out_list.get()), a.fusion, a.cache_packed,
-                                              weight_list.get(), dual_list.get()};
+  const GatheredConv2dFusedArgs<int64_t> args{a.with_lists(in_list.get(), out_list.get()),
+                                              a.fusion,
+                                              a.cache_packed,
+                                              weight_list.get(),
+                                              dual_list.get(),
+                                              a.out_max};
   at::Tensor second;
   ConvCall call{args, check_gathered_conv2d_fused<int64_t>(op, args)};
   const auto& s = call.shape;
   check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
   check_list_values(op, "weight_index", call.weight_index, call.weight.size(1));
   pin_for_graph(call.weight, {&call.in_index, &call.out_index, &call.weight_index, &call.dual_store_index});
-  if (!has_value(call.dual_store_index)) return {run_gathered_conv2d(call, op), second};
-  check_list_values(op, "dual_store_index", call.dual_store_index, s.kept_out);
-  call.dual_store = &second;
+  // Kernels for GPUs end with the ReLU.
+  const bool limits_later = call.out_max.has_value() && (!call.input.is_cpu() || named_opt_in_backend() != nullptr);
+  if (limits_later) call.out_max.reset();
+  const bool dual = has_value(call.dual_store_index);
+  if (dual) {
+    check_list_values(op, "dual_store_index", call.dual_store_index, s.kept_out);
+    call.dual_store = &second;
+  }
   at::Tensor result = run_gathered_conv2d(call, op);
+  if (limits_later) result.clamp_max_(*a.out_max);
+  if (limits_later && second.defined()) second.clamp_max_(*a.out_max);
+  if (!dual) return {std::move(result), second};
   if (!second.defined()) second = selected_store(result, *call.dual_store_index, call.format());
   return {std::move(result), std::move(second)};
 }

@@ -45,6 +45,7 @@ enum class PackedKind : int {
   kBiasFolded,
   kWinograd4,
   kWinograd2,
+  kDepthwise,
 };
 
 // How packed weights of a call are kept.

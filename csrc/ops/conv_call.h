@@ -27,7 +27,8 @@ struct ConvCall : GatheredConv2dFusedArgs<int64_t> {
 
   // The same call for another input of its shape, without the second store.
   ConvCall with_input(const at::Tensor& x) const {
-    return {{ConvArgs<int64_t>::with_tensors(x, weight, bias), fusion, cache_packed, weight_index}, shape};
+    return {{ConvArgs<int64_t>::with_tensors(x, weight, bias), fusion, cache_packed, weight_index, kAbsent, out_max},
+            shape};
   }
 };
 

@@ -35,12 +35,18 @@ at::Tensor apply_prologue(at::Tensor x, const Fusion& f, bool fresh) {
   return x.to(dtype);
 }
 
-at::Tensor apply_epilogue(at::Tensor y, const Fusion& f, at::MemoryFormat format) {
+at::Tensor apply_epilogue(at::Tensor y, const ConvCall& c) {
+  const Fusion& f = c.fusion;
+  const auto format = c.format();
   if (!f.has_epilogue()) return y.contiguous(format);
   const auto dtype = y.scalar_type();
   y = scale_and_shift(y.to(at::toOpMathType(dtype)), f.out_scale, f.out_shift, /*fresh=*/true);
   if (has_value(f.residual)) y.add_(*f.residual);
-  if (f.out_relu) y.relu_();
+  if (c.out_max.has_value()) {
+    y.clamp_(0, *c.out_max);
+  } else if (f.out_relu) {
+    y.relu_();
+  }
   return y.to(dtype).contiguous(format);
 }
 
@@ -57,7 +63,7 @@ at::Tensor trivial_result(const ConvCall& c) {
   } else {
     y.zero_();
   }
-  return apply_epilogue(y, c.fusion, c.format());
+  return apply_epilogue(y, c);
 }
 
 }  // namespace bap_kernels

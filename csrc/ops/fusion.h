@@ -7,8 +7,8 @@ namespace bap_kernels {
 
 // `fresh`: nothing else sees x, which may be overwritten.
 at::Tensor apply_prologue(at::Tensor x, const Fusion& fusion, bool fresh);
-// Into y, which nothing else may see; in the memory format.
-at::Tensor apply_epilogue(at::Tensor y, const Fusion& fusion, at::MemoryFormat format);
+// Into y, which nothing else may see; in the call's memory format.
+at::Tensor apply_epilogue(at::Tensor y, const ConvCall& call);
 
 // The bias at the listed outputs, or an undefined tensor.
 at::Tensor listed_bias(const ConvCall& call);

@@ -93,6 +93,7 @@ struct GatheredConv2dBackward {
 // What is fused around the convolution; every member may be absent.
 //   x' = relu?(in_scale * x + in_shift) on the listed channels, zero padding after it
 //   y  = relu?(out_scale * (conv(x') + bias) + out_shift + residual)
+// and at most `out_max` of GatheredConv2dFusedArgs.
 struct Fusion {
   const OptionalTensor& in_scale = kAbsent;
   const OptionalTensor& in_shift = kAbsent;
@@ -120,9 +121,12 @@ struct GatheredConv2dFusedArgs : ConvArgs<Int> {
   // it.
   //   second = y.index_select(1, dual_store_index)     bit for bit, in the memory format of y
   const OptionalTensor& dual_store_index = kAbsent;
+  // The largest result, as 6 of ReLU6; only with `out_relu`.
+  std::optional<double> out_max = std::nullopt;
 
   auto tie() const {
-    return std::tuple_cat(ConvArgs<Int>::tie(), fusion.tie(), std::tie(cache_packed, weight_index, dual_store_index));
+    return std::tuple_cat(ConvArgs<Int>::tie(), fusion.tie(),
+                          std::tie(cache_packed, weight_index, dual_store_index, out_max));
   }
 };
 
@@ -133,7 +137,7 @@ struct GatheredConv2dFused {
       "(Tensor input, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, SymInt[2] stride, "
       "SymInt[4] padding, SymInt[2] dilation, SymInt groups, Tensor? in_scale, Tensor? in_shift, bool in_relu, "
       "Tensor? out_scale, Tensor? out_shift, Tensor? residual, bool out_relu, bool cache_packed=False, "
-      "Tensor? weight_index=None, Tensor? dual_store_index=None) -> (Tensor, Tensor)";
+      "Tensor? weight_index=None, Tensor? dual_store_index=None, float? out_max=None) -> (Tensor, Tensor)";
   using Result = DualResult;
   template <class Int>
   using Args = GatheredConv2dFusedArgs<Int>;

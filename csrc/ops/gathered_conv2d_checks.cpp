@@ -205,6 +205,12 @@ ConvShape<Int> check_gathered_conv2d_fused(const char* op, const GatheredConv2dF
   check_channel_vector(op, "out_shift", fusion.out_shift, s.kept_out, args.input);
   if (has_value(fusion.residual)) check_like_result(op, "residual", *fusion.residual, s, args.input);
   check_list(op, "dual_store_index", args.dual_store_index, args.input);
+  if (args.out_max.has_value()) {
+    TORCH_CHECK_VALUE(fusion.out_relu, op,
+                      "(): expected `out_max` only with out_relu=True, got out_max=", *args.out_max,
+                      " with out_relu=False.");
+    TORCH_CHECK_VALUE(*args.out_max > 0, op, "(): expected `out_max` to be above 0, got ", *args.out_max, ".");
+  }
   return s;
 }
 

@@ -171,6 +171,27 @@ def test_scale_of_the_input_is_folded_where_nothing_stands_between() -> None:
             assert_right(run(sample, fused), sample, fused)
 
 
+@needs_onednn
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu6_is_fused(layout: str, depthwise: bool) -> None:
+    sample = make_tensors(CASE.but(in_list="null", out_list="null", depthwise=depthwise, layout=layout))
+    fused = make_fused(sample, (*NORM, "out_max"), torch.float32)
+    assert passes(lambda: run(sample, fused)) == [ONEDNN]
+    assert_right(run(sample, fused), sample, fused)
+    packed = passes(lambda: run(sample, fused, "gather_packed"))
+    assert [name for name in packed if name != "aten::copy_"] == [ONEDNN]
+    assert_right(run(sample, fused, "gather_packed"), sample, fused)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu6_behind_a_residual_is_right(layout: str) -> None:
+    sample = make_tensors(CASE.but(layout=layout))
+    fused = make_fused(sample, (*NORM, "residual", "out_max"), torch.float32, layout)
+    for candidate in ("gather", "gather_packed", "dense"):
+        assert_right(run(sample, fused, candidate), sample, fused)
+
+
 def test_prologue_of_a_gathered_input_is_in_place() -> None:
     sample = make_tensors(CASE)
     fused = make_fused(sample, ("in_scale", "in_shift", "in_relu"), torch.float32)

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,7 @@ struct Case {
   int rows, width, valid, tiles, row_stride;
   Values values;
   bool along_lanes;  // tiles lie side by side in a row, not below each other
-  bool load, store, scale, shift, residual, relu, bfloat16, at_end;
+  bool load, store, scale, shift, residual, relu, limit, bfloat16, at_end;
   std::vector<Segment> segments;
   std::vector<int32_t> offsets;
   int depth, channels, taps;
@@ -150,6 +151,7 @@ class Operands {
       t.residual = residual;
     }
     t.relu = c_.relu;
+    t.out_max = c_.limit ? .5f : std::numeric_limits<float>::infinity();
     t.bfloat16 = c_.bfloat16;
     t.valid = c_.valid;
     args_ = t;
@@ -228,6 +230,7 @@ class Operands {
       sum.value += more, sum.size += std::fabs(more);
     }
     if (t.relu && sum.value < 0) sum.value = 0;
+    if (t.relu && sum.value > t.out_max) sum.value = t.out_max;
     return sum;
   }
 
@@ -296,7 +299,7 @@ Case random_case(Random& random, const KernelTable& table, bool pairs, bool conv
   c.store = random.below(5) == 0;
   c.scale = !special && random.below(2), c.shift = !special && random.below(2);
   c.residual = !special && random.below(2);
-  c.relu = random.below(2), c.bfloat16 = random.below(2), c.at_end = random.below(2);
+  c.relu = random.below(2), c.limit = random.below(2), c.bfloat16 = random.below(2), c.at_end = random.below(2);
   c.channels = 1 + random.below(24);
   c.taps = 1 + random.below(3);
   c.row_stride = rows + random.below(2);

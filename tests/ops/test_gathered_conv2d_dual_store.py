@@ -36,7 +36,7 @@ def dual(sample: Sample, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("layout", [*LAYOUTS, "sliced", "sliced_last", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dual_store_equals_index_select(dtype: torch.dtype, layout: str, backend: str) -> None:
-    for flags in ((), ("out_shift", "residual", "out_relu"), FLAGS):
+    for flags in ((), ("out_shift", "residual", "out_relu"), ("out_max",), FLAGS):
         ran = check_dual(BASE.but(dtype=dtype, layout=layout), flags, backend)
         assert ran or dtype in (torch.float16, torch.float64)
 
@@ -99,7 +99,7 @@ def test_direct_call_equals_op() -> None:
     ordered = [fused[name] for name in FLAGS]
     geometry = (*sample.stride, *sample.padding, *sample.dilation, 1)
     expected = ops._gathered_conv2d_fused(*sample.args, *ordered, False, None, ints(1, 5))
-    actual = _C.gathered_conv2d_fused(*sample.args[:5], *geometry, *ordered, False, None, ints(1, 5))
+    actual = _C.gathered_conv2d_fused(*sample.args[:5], *geometry, *ordered, False, None, ints(1, 5), None)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 

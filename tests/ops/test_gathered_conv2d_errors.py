@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -181,6 +182,17 @@ def test_invalid_vector_of_fused_op_raises(name: str, device: str) -> None:
         vector = vector if vector is vectors[-1][0] else vector.to(device)
         with pytest.raises(error, match=rf"_gathered_conv2d_fused\(\): expected `{name}` to .*, got "):
             ops._gathered_conv2d_fused(*sample.args, **(fused | {name: vector}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_invalid_largest_result_of_fused_op_raises(device: str) -> None:
+    sample = make_tensors(CASE).to(device)
+    relu = make_fused(sample, ("out_relu",), torch.float32)
+    for value in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=rf"expected `out_max` to be above 0, got {value:g}"):
+            ops._gathered_conv2d_fused(*sample.args, **relu, out_max=value)
+    with pytest.raises(ValueError, match="expected `out_max` only with out_relu=True, got out_max=6"):
+        ops._gathered_conv2d_fused(*sample.args, **make_fused(sample, (), torch.float32), out_max=6.0)
 
 
 INVALID_FOR_FUNCTION = {

@@ -14,7 +14,7 @@ from bap_kernels.testing import Case, assert_close, check_fused, make_fused, mak
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
-FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu")
+FLAGS = ("in_scale", "in_shift", "in_relu", "out_scale", "out_shift", "residual", "out_relu", "out_max")
 BASE = Case(in_channels=19, out_channels=13, size=(9, 14))
 LAYOUTS = ("contiguous", "channels_last")
 

@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-# The native kernels support neither depthwise convolutions nor float64.
+# The native kernels have no float64, and no lists of a depthwise convolution in channels_last.
 RUNS = [
     (backend, name)
     for backend in ("aten", "native", "auto")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels._load import _C
+from bap_kernels.plan.steps import MapStep
 from tests.networks import (
     LARGE,
     SMALL,
@@ -83,6 +84,44 @@ def test_known_networks(network: str) -> None:
         for memory_format in FORMATS.values():
             planned = bk.plan(model, x, "a", memory_format=memory_format)
             assert_equal(planned(x), masked(x))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("torchvision", "mobilenet_v2"),
+        ("torchvision", "mobilenet_v3_small"),
+        ("torchvision", "efficientnet_b0"),
+        ("timm", "mobilenetv2_100"),
+        ("timm", "mobilenetv3_small_100"),
+        ("timm", "efficientnet_b0"),
+    ],
+)
+@torch.no_grad()
+def test_depthwise_networks(package: str, name: str, layout: str) -> None:
+    # By the native kernels, as all calls here.
+    models = pytest.importorskip(package)
+    make = models.models.get_model if package == "torchvision" else models.create_model
+    model, masked = swapped(randomise(make(name), 1), 0.5, 1)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    planned = bk.plan(model, x, "a", memory_format=FORMATS[layout])
+    assert_equal(planned(x), masked(x))
+
+
+@torch.no_grad()
+def test_relu6_and_depthwise_convolutions_are_fused() -> None:
+    model, masked = swapped(randomise(Inverted()), 0.6, 3)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for memory_format in FORMATS.values():
+        planned = bk.plan(model, 4 * x, "a", memory_format=memory_format)
+        kinds = [step.kind for step in planned._program.steps]
+        assert kinds.count("conv+norm+relu6") == 2
+        assert kinds.count("depthwise+relu6") == 1
+        assert not any(isinstance(step, MapStep) and step.act for step in planned._program.steps)
+        for backend in ("aten", "auto"):
+            with bk.use_backend(backend):
+                assert_equal(planned(4 * x), masked(4 * x))
 
 
 @torch.no_grad()

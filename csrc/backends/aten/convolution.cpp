@@ -163,15 +163,19 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const OptionalT
   return y.to(x.scalar_type());
 }
 
-at::Tensor add_relu(at::Tensor y, const at::Tensor& residual, bool relu, at::MemoryFormat format) {
-  if (!residual.defined()) return (relu ? y.relu_() : y).contiguous(format);
+at::Tensor add_clamp(at::Tensor y, const at::Tensor& residual, Clamp clamp, at::MemoryFormat format) {
+  const auto clamped = [&clamp](at::Tensor& t) {
+    if (clamp.most.has_value()) return t.clamp_(0, *clamp.most);
+    return clamp.relu ? t.relu_() : t;
+  };
+  if (!residual.defined()) return clamped(y).contiguous(format);
   at::Tensor out = y.is_contiguous(format) ? y : at::empty(y.sizes(), y.options().memory_format(format));
   // One pass for both, where PyTorch has it.
-  if (relu && y.is_cpu() && (y.scalar_type() == at::kFloat || y.scalar_type() == at::kDouble)) {
+  if (clamp.relu && !clamp.most && y.is_cpu() && (y.scalar_type() == at::kFloat || y.scalar_type() == at::kDouble)) {
     return at::_add_relu_out(out, y, residual);
   }
   at::add_out(out, y, residual);
-  return relu ? out.relu_() : out;
+  return clamped(out);
 }
 
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& e,
@@ -184,7 +188,7 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const Convoluti
     if (fused.has_value()) return *fused;
   }
   const auto bias = e.bias.defined() ? OptionalTensor(e.bias) : std::nullopt;
-  return add_relu(convolution(x, w, bias, options), e.residual, e.relu, format);
+  return add_clamp(convolution(x, w, bias, options), e.residual, e.clamp, format);
 }
 
 std::pair<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& x,

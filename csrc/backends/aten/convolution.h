@@ -24,10 +24,16 @@ struct ConvolutionOptions {
   int64_t groups;
 };
 
-// What follows a convolution: y = relu?(conv(x, w) + bias + residual). Tensors of x's dtype, undefined where absent.
+// A ReLU, and the largest result that it leaves, as 6 of ReLU6.
+struct Clamp {
+  bool relu = false;
+  std::optional<double> most = std::nullopt;
+};
+
+// What follows a convolution: y = clamp(conv(x, w) + bias + residual). Tensors of x's dtype, undefined where absent.
 struct ConvolutionEpilogue {
   at::Tensor bias, residual;
-  bool relu = false;
+  Clamp clamp = {};
 };
 
 // Whether PyTorch's CPU kernels may not have a convolution of `channels` input channels in each group, or one that they
@@ -46,8 +52,9 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const OptionalT
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& epilogue,
                        const ConvolutionOptions& options, c10::DeviceType device);
 
-// y, which nothing else sees, with the sum and the ReLU of the epilogue, in the memory format: in place where y has it.
-at::Tensor add_relu(at::Tensor y, const at::Tensor& residual, bool relu, at::MemoryFormat format);
+// y, which nothing else sees, with the sum and the clamp of the epilogue, in the memory format: in place where y has
+// it.
+at::Tensor add_clamp(at::Tensor y, const at::Tensor& residual, Clamp clamp, at::MemoryFormat format);
 
 // The gradients of x and w; undefined where they are not wanted.
 std::pair<at::Tensor, at::Tensor> convolution_gradients(const at::Tensor& grad_output, const at::Tensor& x,

@@ -94,11 +94,12 @@ bool cudnn_fuses(at::ScalarType dtype, int64_t groups, c10::DeviceType device) {
 
 std::optional<at::Tensor> fused_convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& e,
                                             const ConvolutionOptions& o, c10::DeviceType device) {
-  if (!e.relu && !e.residual.defined()) return std::nullopt;
+  if (!e.clamp.relu && !e.residual.defined()) return std::nullopt;
   const auto dtype = x.scalar_type();
   const auto format = x.suggest_memory_format();
   if (device == c10::kCUDA) {
-    if (!e.relu || !cudnn_fuses(dtype, o.groups, device) || !lies_as(e.residual, format)) return std::nullopt;
+    if (!e.clamp.relu || e.clamp.most || !cudnn_fuses(dtype, o.groups, device) || !lies_as(e.residual, format))
+      return std::nullopt;
     if (x.is_cuda() && backend_of(x, w, e, o) != ConvBackend::Cudnn) return std::nullopt;
     return cudnn_convolution(x, w, e, o);
   }

@@ -66,28 +66,30 @@ struct Run {
     return operands_of(c, form, 0, zero_bias, device, [](const at::Tensor& w) { return w; });
   }
 
-  at::Tensor convolve(at::Tensor x, const Operands& o, const at::Tensor& residual, bool relu) const {
+  at::Tensor convolve(at::Tensor x, const Operands& o, const at::Tensor& residual, Clamp clamp) const {
     const auto padding = pad_unevenly(c, x);
     const ConvolutionOptions options{c.stride, padding, c.dilation, groups_of(c)};
-    return convolution(x, o.weight, {o.bias, residual, relu}, options, device);
+    return convolution(x, o.weight, {o.bias, residual, clamp}, options, device);
   }
+
+  Clamp clamp() const { return {c.fusion.out_relu, c.out_max}; }
 
   // With the call's epilogue, as much of it as possible in the same call.
   at::Tensor convolve(const at::Tensor& x, const Operands& o) const {
-    if (o.scale) return apply_epilogue(convolve(x, o, {}, false), c.fusion, c.format());
+    if (o.scale) return apply_epilogue(convolve(x, o, {}, {}), c);
     const at::Tensor residual = has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor();
-    return convolve(x, o, residual, c.fusion.out_relu).contiguous(c.format());
+    return convolve(x, o, residual, clamp()).contiguous(c.format());
   }
 
   // With zeros in the weight of unlisted channels; undefined where they do not make up for what these hold.
   at::Tensor dense() const {
     const Operands o = operands(WeightForm::kZeroed);
-    at::Tensor y = convolve(c.input, o, {}, false);
+    at::Tensor y = convolve(c.input, o, {}, {});
     // Zero times NaN or infinity is NaN: what unlisted channels hold would reach the result. The gather keeps it out.
     // A ReLU could hide it, so it comes after.
     if (!at::isfinite(y.sum(at::toOpMathType(y.scalar_type()))).item<bool>()) return {};
-    if (o.scale) return apply_epilogue(y, c.fusion, c.format());
-    return add_relu(y, has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor(), c.fusion.out_relu, c.format());
+    if (o.scale) return apply_epilogue(y, c);
+    return add_clamp(y, has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor(), clamp(), c.format());
   }
 
   at::Tensor masked() const {
@@ -115,21 +117,21 @@ struct Run {
                     [&](const at::Tensor& w) { return onednn_reorder(w, options, size); });
     at::Tensor x = prologue(selected, o);
     pad_unevenly(c, x);
-    ConvolutionEpilogue epilogue{o.bias, {}, c.fusion.out_relu};
+    ConvolutionEpilogue epilogue{o.bias, {}, clamp()};
     const at::Tensor residual = has_value(c.fusion.residual) ? *c.fusion.residual : at::Tensor();
     // The result is channels_last: another format costs a pass, which can add as well.
     const bool adds = residual.defined() && residual.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-                      onednn_convolves(x.scalar_type(), options.groups, {o.bias, residual, c.fusion.out_relu});
+                      onednn_convolves(x.scalar_type(), options.groups, {o.bias, residual, clamp()});
     if (o.scale) {
-      epilogue.relu = false;
+      epilogue.clamp = {};
     } else if (adds) {
       epilogue.residual = residual;
     } else if (residual.defined()) {
-      epilogue.relu = false;
+      epilogue.clamp = {};
     }
     const at::Tensor y = onednn_convolution(x, o.weight, epilogue, options);
-    if (o.scale) return apply_epilogue(y, c.fusion, c.format());
-    return add_relu(y, adds ? at::Tensor() : residual, c.fusion.out_relu && !epilogue.relu, c.format());
+    if (o.scale) return apply_epilogue(y, c);
+    return add_clamp(y, adds ? at::Tensor() : residual, epilogue.clamp.relu ? Clamp{} : clamp(), c.format());
   }
 };
 

@@ -71,7 +71,7 @@ at::Tensor onednn_reorder(const at::Tensor& w, const ConvolutionOptions& o, c10:
 
 bool onednn_convolves(at::ScalarType dtype, int64_t groups, const ConvolutionEpilogue& epilogue) {
   if (!epilogue.residual.defined()) return runs(dtype) && pointwise_op().has_value();
-  return runs(dtype) && groups == 1 && binary_op().has_value();
+  return runs(dtype) && groups == 1 && !epilogue.clamp.most && binary_op().has_value();
 }
 
 at::Tensor onednn_convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& e,
@@ -79,10 +79,15 @@ at::Tensor onednn_convolution(const at::Tensor& x, const at::Tensor& w, const Co
   // A bias with gaps would be read as if it had none.
   const auto bias = e.bias.defined() ? OptionalTensor(e.bias.contiguous()) : std::nullopt;
   if (!e.residual.defined()) {
-    return pointwise_op()->call(x, w, bias, o.padding, o.stride, o.dilation, o.groups, e.relu ? "relu" : "none",
-                                Scalars(), "");
+    const char* name = e.clamp.most ? "hardtanh" : e.clamp.relu ? "relu" : "none";
+    Scalars limits;
+    if (e.clamp.most) {
+      limits.push_back(at::Scalar(0));
+      limits.push_back(at::Scalar(*e.clamp.most));
+    }
+    return pointwise_op()->call(x, w, bias, o.padding, o.stride, o.dilation, o.groups, name, std::move(limits), "");
   }
-  const auto relu = e.relu ? std::optional<std::string_view>("relu") : std::nullopt;
+  const auto relu = e.clamp.relu ? std::optional<std::string_view>("relu") : std::nullopt;
   return binary_op()->call(x, e.residual, w, bias, o.padding, o.stride, o.dilation, o.groups, "add", at::Scalar(1),
                            relu, Scalars(), "");
 }

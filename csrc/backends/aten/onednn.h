@@ -13,11 +13,11 @@ bool onednn_reorders(at::ScalarType dtype);
 at::Tensor onednn_reorder(const at::Tensor& w, const ConvolutionOptions& options, c10::IntArrayRef size);
 
 // Whether onednn_convolution has the dtype and the epilogue. With groups PyTorch adds a residual in a pass of its own,
-// which it has for float32 alone.
+// which it has for float32 alone; of clamps behind a residual it has the ReLU alone.
 bool onednn_convolves(at::ScalarType dtype, int64_t groups, const ConvolutionEpilogue& epilogue);
 
 // The convolution in one call; a residual needs channels_last or a reordered weight. The result is channels_last where
-// the weight was reordered, else as PyTorch's convolution has it. Its ReLU makes zero of NaN.
+// the weight was reordered, else as PyTorch's convolution has it. Its ReLU and its clamp make numbers of NaN.
 at::Tensor onednn_convolution(const at::Tensor& x, const at::Tensor& w, const ConvolutionEpilogue& epilogue,
                               const ConvolutionOptions& options);
 

@@ -198,6 +198,7 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   t.channel_step = rows;
   t.out_step = t.residual_step = rows * area * size;
   t.relu = n.out_relu;
+  t.out_max = n.out_max;
   t.bfloat16 = n.out_bfloat16;
   for (int64_t unit = 0; unit < n.units; unit += units_per_block) {
     const int64_t last_unit = std::min(n.units, unit + units_per_block);

@@ -70,6 +70,7 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   t.residual_row_stride = n.residual_pixel;
   t.offsets = source.offsets();
   t.relu = n.out_relu;
+  t.out_max = n.out_max;
   t.bfloat16 = n.out_bfloat16;
   for (size_t b = 0; b < reduction.blocks.size(); ++b) {
     const auto& block = reduction.blocks[b];

@@ -295,6 +295,7 @@ class Task {
       t.residual_step = n_.residual_pixel / 4;
       t.valid = valid;
       t.relu = n_.out_relu;
+      t.out_max = n_.out_max;
       g_.transforms->output[vectors - 1](t);
       return;
     }
@@ -310,7 +311,7 @@ class Task {
       for (int64_t run = 0; run < runs; ++run, in += length * g_.width) {
         const int64_t place = (image * n_.kept_out + channel) * image_area + (out_row_ + run) * n_.out_w + out_column_;
         micro::pixels_to_planes(in, g_.width, valid, length, y + place, image_area,
-                                residual ? residual + place : nullptr, n_.out_relu);
+                                residual ? residual + place : nullptr, n_.out_relu, n_.out_max);
       }
     }
   }

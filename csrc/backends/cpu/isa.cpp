@@ -88,6 +88,21 @@ const micro::WinogradTable* isa_winograd() {
   return nullptr;
 }
 
+const micro::DepthwiseTable* isa_depthwise() {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa() == "avx512") return micro::depthwise_avx512();
+#endif
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa() == "avx512_emulated") return micro::depthwise_emulated();
+  if (isa() == "neon_emulated") return micro::depthwise_neon_emulated();
+  if (isa() == "avx2") return micro::depthwise_avx2();
+#endif
+#if defined(BAP_KERNELS_HAVE_NEON)
+  if (isa() == "neon") return micro::depthwise_neon();
+#endif
+  return nullptr;
+}
+
 std::string cpu_model() {
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);) {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/cpu/microkernels/depthwise.h"
 #include "backends/cpu/microkernels/tile.h"
 #include "backends/cpu/microkernels/winograd.h"
 
@@ -30,6 +31,9 @@ const micro::KernelTable* isa_tiles(bool pairs);
 
 // The microkernels of Winograd convolutions; null where there are none.
 const micro::WinogradTable* isa_winograd();
+
+// Likewise those of depthwise convolutions.
+const micro::DepthwiseTable* isa_depthwise();
 
 // Text that names the CPU model; part of the key under which measurements are kept.
 std::string cpu_model();

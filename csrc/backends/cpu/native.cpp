@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "backends/cpu/depthwise.h"
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
 #include "backends/cpu/winograd.h"
@@ -76,7 +77,7 @@ std::string native_unsupported_reason(const ConvCall& c) {
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
     return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
   }
-  if (c.groups != 1) return "no native kernel for depthwise convolutions";
+  if (c.shape.depthwise) return depthwise_unsupported_reason(c);
   const int64_t depth = c.shape.kept_in * c.taps();
   const int64_t largest = std::numeric_limits<int32_t>::max() / 4;
   if (depth > largest / 1024 || c.shape.channels_in > largest ||
@@ -146,6 +147,7 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   n.in_relu = c.fusion.in_relu;
   n.has_prologue = c.fusion.has_prologue();
   n.out_relu = c.fusion.out_relu;
+  n.out_max = c.out_max ? static_cast<float>(*c.out_max) : std::numeric_limits<float>::infinity();
   fold_epilogue(c, n);
   if (has_value(c.fusion.residual)) {
     int64_t step = pixel_step(*c.fusion.residual, c.format());
@@ -211,6 +213,7 @@ void run_driver(const NativeCall& n, const at::Tensor& weight, bool channels_las
 namespace {
 
 at::Tensor run_native(const ConvCall& c, bool unmeasured) {
+  if (c.shape.depthwise) return depthwise_gathered_conv2d(c);
   at::Tensor result;
   const NativeCall n = prepare_native(c, result);
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;

@@ -50,11 +50,13 @@ struct NativeCall {
   bool in_relu;
   bool has_prologue;
 
-  // Epilogue: y = relu?(scale * sum + shift + residual), the bias folded into shift. Padded to whole tiles.
+  // Epilogue: y = min(relu(scale * sum + shift + residual), out_max), the bias folded into shift; without the ReLU
+  // there is no largest result either. Padded to whole tiles.
   std::vector<float> scale, shift;
   const char* residual;  // same strides as y, but for the bytes from pixel to pixel of channels_last
   int64_t residual_pixel;
   bool out_relu;
+  float out_max;
 
   char* y;  // contiguous in the call's memory format
   int threads;

@@ -63,8 +63,8 @@ void planes_to_pixels(const float* const* planes, int64_t channels, int64_t coun
 }
 
 void pixels_to_planes(const float* pixels, int64_t step, int64_t channels, int64_t count, float* planes,
-                      int64_t plane_step, const float* residual, bool relu) {
-  const __m256 zero = _mm256_setzero_ps();
+                      int64_t plane_step, const float* residual, bool relu, float out_max) {
+  const __m256 zero = _mm256_setzero_ps(), most = _mm256_set1_ps(out_max);
   for (int64_t c = 0; c < channels; c += 8) {
     const int64_t rows = channels - c < 8 ? channels - c : 8;
     for (int64_t p = 0; p < count; p += 8) {
@@ -78,8 +78,11 @@ void pixels_to_planes(const float* pixels, int64_t step, int64_t channels, int64
       const float* other = residual != nullptr ? residual + c * plane_step + p : nullptr;
       const auto finish = [&](int i) __attribute__((always_inline)) {
         if (other != nullptr) v[i] = _mm256_add_ps(v[i], load(other + i * plane_step, left));
-        // Not max: NaN stays.
-        if (relu) v[i] = _mm256_blendv_ps(v[i], zero, _mm256_cmp_ps(v[i], zero, _CMP_LT_OQ));
+        // Not max and min: NaN stays.
+        if (relu) {
+          v[i] = _mm256_blendv_ps(v[i], zero, _mm256_cmp_ps(v[i], zero, _CMP_LT_OQ));
+          v[i] = _mm256_blendv_ps(v[i], most, _mm256_cmp_ps(v[i], most, _CMP_GT_OQ));
+        }
         store(out + i * plane_step, v[i], left);
       };
       if (rows == 8) {

@@ -13,14 +13,14 @@ void planes_to_pixels(const float* const* planes, int64_t channels, int64_t coun
 }
 
 void pixels_to_planes(const float* pixels, int64_t step, int64_t channels, int64_t count, float* planes,
-                      int64_t plane_step, const float* residual, bool relu) {
+                      int64_t plane_step, const float* residual, bool relu, float out_max) {
   for (int64_t c = 0; c < channels; ++c) {
     float* out = planes + c * plane_step;
     const float* other = residual != nullptr ? residual + c * plane_step : nullptr;
     for (int64_t p = 0; p < count; ++p) {
       float y = pixels[p * step + c];
       if (other != nullptr) y += other[p];
-      out[p] = relu && y < 0.f ? 0.f : y;  // NaN stays
+      out[p] = !relu ? y : y < 0.f ? 0.f : y > out_max ? out_max : y;  // NaN stays
     }
   }
 }

@@ -48,6 +48,7 @@ struct TileArgs {
   int64_t out_step, out_row_stride, residual_step, residual_row_stride;
   int32_t valid;  // lanes of a row that exist in the result, 1 .. vectors * lanes
   bool relu;
+  float out_max;  // the largest result of a ReLU
   bool bfloat16;  // element type of out and residual; else float
 };
 

@@ -1,5 +1,6 @@
 // The register tile of the gathered convolution, written once for every vector width.
-//   acc[r][lane] = sum over k of broadcast(r, k) * vector(k, lane);  y = relu(acc * scale + shift + residual)
+//   acc[r][lane] = sum over k of broadcast(r, k) * vector(k, lane);  y = min(relu(acc * scale + shift + residual),
+//   out_max)
 // conv_nhwc broadcasts activations, found through a pixel pointer plus a channel offset: the gather is one extra
 // load per step. conv_nchw broadcasts packed weights and reads activations as whole vectors.
 // Included by one source file per instruction set, inside that file's own anonymous namespace.
@@ -139,6 +140,13 @@ inline void store_part(element_t* p, vector_t v, int count) {
   for (int i = 0; i < count; ++i) p[i] = part[i];
 }
 
+// A ReLU with a largest result. NaN stays.
+template <int kLanes, class Vec>
+inline __attribute__((always_inline)) Vec clamped(Vec y, Vec most) {
+  y = y < Vec{} ? Vec{} : y;
+  return y > most ? most : y;
+}
+
 // The last step of a tile whose sums have left the registers: of rows that are cut short, of bfloat16 results, and of
 // the smaller tiles, where it is one function for all sizes.
 template <int kLanes, int kWidth>
@@ -146,6 +154,7 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
                                            bool conv_nchw) {
   using S = Simd<kLanes, false>;
   using Vec = typename S::Vec;
+  const Vec most = S::broadcast(t.out_max);
   for (int r = 0; r < rows; ++r, sums += kWidth) {
     for (int lane = 0; lane < t.valid; lane += kLanes) {
       const int count = t.valid - lane;
@@ -163,7 +172,7 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
           y += count < kLanes ? load_part<kLanes>(p, count) : S::load(p);
         }
       }
-      if (t.relu) y = y < Vec{} ? Vec{} : y;
+      if (t.relu) y = clamped<kLanes>(y, most);
       char* out = at.out + r * t.out_row_stride + place;
       if (t.bfloat16) {
         const auto halves = S::to_bfloat16(y);
@@ -268,6 +277,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
   // Only the largest tile finishes in registers: unrolled for every size this would be most of the code.
   if constexpr (kRows == kTileRows && kVectors == kMaxVectors) {
     if (whole) {
+      const Vec most = S::broadcast(t.out_max);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         float* out = reinterpret_cast<float*>(at.out + r * t.out_row_stride);
@@ -279,7 +289,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
           if (at.residual) {
             y += S::load(reinterpret_cast<const float*>(at.residual + r * t.residual_row_stride) + v * kLanes);
           }
-          if (t.relu) y = y < Vec{} ? Vec{} : y;
+          if (t.relu) y = clamped<kLanes>(y, most);
           S::store(out + v * kLanes, y);
         }
       }

@@ -31,7 +31,7 @@ struct WinogradProduct {
   int64_t sum_step;
 };
 
-// y = relu?(scale * result + shift + residual) at the tile's pixels inside the image.
+// y = relu?(scale * result + shift + residual), at most out_max behind a ReLU, at the tile's pixels inside the image.
 struct WinogradOutput {
   int64_t tiles;
   const float* sums;
@@ -43,6 +43,7 @@ struct WinogradOutput {
   const float* shift;               // null: 0
   int64_t valid;                    // channels of the panel
   bool relu;
+  float out_max;
 };
 
 // x = relu?(scale * x + shift) of `pixels` rows of `channels` values, a multiple of `lanes`; in place.

@@ -135,6 +135,7 @@ void winograd_output(const WinogradOutput& t) {
       }
       const Vec scale = t.scale ? S::load(t.scale + lane) : Vec{};
       const Vec shift = t.shift ? S::load(t.shift + lane) : Vec{};
+      const Vec most = S::broadcast(t.out_max);
 #pragma GCC unroll 4
       for (int i = 0; i < kSize; ++i) {
         Vec m[kPoints], y[kSize];
@@ -152,7 +153,7 @@ void winograd_output(const WinogradOutput& t) {
             const float* residual = t.residual + pixel * t.residual_step + lane;
             y[j] += count < kLanes ? load_part<kLanes>(residual, count) : S::load(residual);
           }
-          if (t.relu) y[j] = y[j] < Vec{} ? Vec{} : y[j];
+          if (t.relu) y[j] = clamped<kLanes>(y[j], most);
           count < kLanes ? store_part<kLanes>(out, y[j], count) : S::store(out, y[j]);
         }
       }

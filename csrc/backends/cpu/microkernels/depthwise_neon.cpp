@@ -1,0 +1,16 @@
+// NEON.
+#include "backends/cpu/microkernels/depthwise.h"
+
+#include "backends/cpu/microkernels/tile.h"
+
+namespace bap_kernels::micro {
+namespace {
+#include "backends/cpu/microkernels/tile_kernel.h"
+
+#include "backends/cpu/microkernels/depthwise_kernel.h"
+constexpr DepthwiseTable kTable = make_depthwise_table<4>();
+}  // namespace
+
+const DepthwiseTable* depthwise_neon() { return &kTable; }
+
+}  // namespace bap_kernels::micro
