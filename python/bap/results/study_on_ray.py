@@ -292,7 +292,8 @@ def study_on_ray(
         steps = dict(_steps(plan, seeds, domains))
         mine = not ray.is_initialized()
         if mine:
-            ray.init(address=options.address, include_dashboard=None if options.address else False)
+            # Without an address Ray would join a cluster that runs here.
+            ray.init(address=options.address or "local", include_dashboard=None if options.address else False)
         try:
             _check_machines(ray, options, say)
             failed = _collect(ray, _start(ray, plan, options, steps), steps, say)

@@ -202,3 +202,38 @@ def test_gpu_without_gpus_raises(tiny: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(ValueError, match=r"expected tasks with GPUs for `run.device` 'cuda:0', got gpus=0. Hint"):
         study_on_ray(tiny.replace(device="cuda:0"), tmp_path, options=RayOptions())
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, "local"), ("auto", "auto")])
+def test_other_clusters_are_joined_by_their_address_alone(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, expected: str
+) -> None:
+    ray = pytest.importorskip("ray")
+    asked: list[str] = []
+
+    def init(address: str, **options: Any) -> None:
+        asked.append(address)
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionError, match="no cluster"):
+        study_on_ray(tiny, tmp_path, options=RayOptions(address))
+    assert asked == [expected]
+
+
+def test_machine_that_is_not_there_is_an_error_here_and_a_line_on_a_cluster() -> None:
+    class Ray:
+        @staticmethod
+        def nodes() -> list[dict[str, Any]]:
+            return [
+                {"Alive": True, "Resources": {"CPU": 4.0}},
+                {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+            ]
+
+    said: list[str] = []
+    module._check_machines(Ray, RayOptions(cpus=4), said.append)
+    with pytest.raises(ValueError, match=r"expected a machine with 1 CPUs and 1 GPUs, got 4 CPUs and 0 GPUs\."):
+        module._check_machines(Ray, RayOptions(gpus=1), said.append)
+    assert said == []
+    module._check_machines(Ray, RayOptions("auto", cpus=8), said.append)
+    assert said == ["no machine has 8 CPUs and 0 GPUs now (4 CPUs and 0 GPUs): tasks wait for one"]
