@@ -203,7 +203,7 @@ def measure(
     bodies = images(16)
     cpus = len(domains) if form == "per domain" else None
     port = options.port
-    with running(settings, lambda: application_of(form, settings), port=port, cpus=cpus):
+    with running(settings, application_of(form, settings), port=port, cpus=cpus):
         report(f"{form}: started")
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             for name in domains:

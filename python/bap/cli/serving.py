@@ -29,7 +29,7 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to serve in, auto: the one that runs here; none starts one.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the application in the cluster.")] = "bap",
+    name: Annotated[str, typer.Option(help="Of the application in the cluster; replaces one that has it.")] = "bap",
     route: Annotated[str, typer.Option(help="Prefix of all paths.")] = "/",
     metrics_port: Annotated[int | None, typer.Option(help="Port of the metrics; a free one if none is given.")] = None,
 ) -> None:

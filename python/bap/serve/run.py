@@ -41,6 +41,20 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
+def _check_cluster(address: str) -> None:
+    """Refuses an address where nothing listens, which Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        # Names such as ``auto``, whose errors Ray reports at once.
+        return
+    try:
+        socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ServeError(
+            f"serve(): expected `address` to be a Ray cluster's, got {address!r}: {error.strerror or error}."
+        ) from None
+
+
 def _start_ray(settings: ServeSettings, address: str | None, metrics_port: int | None, cpus: int | None) -> None:
     # Before Ray is imported: nothing is sent to its authors unless the user wants it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -48,6 +62,7 @@ def _start_ray(settings: ServeSettings, address: str | None, metrics_port: int |
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "serve"}
     if address is not None:
+        _check_cluster(address)
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
@@ -76,7 +91,7 @@ def _start_ray(settings: ServeSettings, address: str | None, metrics_port: int |
 @contextlib.contextmanager
 def running(
     settings: ServeSettings,
-    application: Callable[[], Any],
+    application: Any,
     host: str = "127.0.0.1",
     port: int = 8000,
     address: str | None = None,
@@ -89,7 +104,7 @@ def running(
 
     Args:
         settings: of the service.
-        application: makes the application, once Ray runs.
+        application: from :func:`bap.serve.app`.
         host, port: where requests are taken; a cluster that serves already keeps its own.
         address: of a Ray cluster, ``auto`` for the one on this machine; None starts one that ends with the service.
         name: of the application in the cluster.
@@ -111,22 +126,25 @@ def running(
     _start_ray(settings, address, metrics_port, cpus)
     import ray
     from ray import serve
+    from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        built = application()
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         try:
-            serve.run(built, name=name, route_prefix=route, logging_config=quiet)
+            serve.run(application, name=name, route_prefix=route, logging_config=quiet)
         except RuntimeError as error:
             raise ServeError(f"serve(): expected the service to start, got: {error}") from None
         node = next(node for node in ray.nodes() if node["Alive"])
         metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        # A cluster that serves already keeps its own; there is no public way to ask.
+        client: Any = _get_global_client()
+        http = client.http_config
         prefix = route if route.endswith("/") else f"{route}/"
-        shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{port}{prefix} (metrics: {metrics})"
+        shown = f"[{http.host}]" if ":" in http.host else http.host
+        yield f"http://{shown}:{http.port}{prefix} (metrics: {metrics})"
     finally:
         # A second Ctrl-C does not stop the stopping half-way.
         with contextlib.suppress(Exception):
@@ -148,7 +166,7 @@ def run(settings: ServeSettings, report: Callable[[str], None], **options: Any) 
     from bap.serve import app
 
     stopped = threading.Event()
-    with running(settings, lambda: app(settings.model_dump()), **options) as line:
+    with running(settings, app(settings.model_dump()), **options) as line:
         # After the start: Ray has handlers of its own.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())
