@@ -66,7 +66,10 @@ def _start_ray(settings: ServeSettings, address: str | None, metrics_port: int |
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
-            raise ServeError(f"serve(): expected `address` to be a Ray cluster's, got {address!r}: {error}") from None
+            raise ServeError(
+                f"serve(): expected `address` to be a Ray cluster's, got {address!r}: {error}. "
+                "Hint: RAY_AUTH_MODE=token for a cluster that asks for a token."
+            ) from None
         available = ray.cluster_resources().get("CPU", 0)
     else:
         available = os.cpu_count() or 1
@@ -100,7 +103,7 @@ def running(
     metrics_port: int | None = None,
     cpus: int | None = None,
 ) -> Iterator[str]:
-    """The service while the context lasts; afterwards requests that are being answered have been.
+    """The service while the context lasts; at its end replicas finish what they compute.
 
     Args:
         settings: of the service.
@@ -146,12 +149,9 @@ def running(
         shown = f"[{http.host}]" if ":" in http.host else http.host
         yield f"http://{shown}:{http.port}{prefix} (metrics: {metrics})"
     finally:
-        # A second Ctrl-C does not stop the stopping half-way.
         with contextlib.suppress(Exception):
-            if address is None:
-                serve.shutdown()
-            else:
-                serve.delete(name)
+            # Replicas finish what they compute, which the end of Ray, or of Serve, would cut off.
+            serve.delete(name)
         ray.shutdown()
 
 
