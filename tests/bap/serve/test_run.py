@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bap.cli import main
-from bap.serve import ServeError, run
+from bap.serve import ServeError, app, run
 from bap.serve.run import check_port
 
 
@@ -111,3 +111,11 @@ def test_usage_statistics_are_off_unless_the_user_wants_them(monkeypatch: pytest
             monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", value)
         run._start_ray(settings, None, None, None)
     assert seen == ["0", "1"]
+
+
+def test_the_builder_takes_the_strings_of_rays_command_line(checkpoint: Path) -> None:
+    pytest.importorskip("ray.serve")
+    application = app({"checkpoint": str(checkpoint), "domains": "digits,glyphs", "replicas": "2"})
+    assert type(application).__name__ == "Application"
+    with pytest.raises(ValueError, match="expected `replica` to be one of checkpoint, "):
+        app({"checkpoint": str(checkpoint), "replica": "2"})
