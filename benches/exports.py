@@ -1,7 +1,8 @@
 """Files for other runtimes beside the plan: ``python -m benches.exports [--formats onnx,openvino,...]``.
 
 Two domains at half of the channels, lists of their own, for ResNet-26 at 64x64 and MobileNet-V2 at 224x224. Each file
-is run again and compared with the plan's output. Formats whose packages are not installed are left out, by name.
+is run again and compared with the plan's output. Formats whose packages are not installed are left out, by name. With
+ExecuTorch the size of one program with a method for each domain is printed beside those of the domains' own programs.
 """
 
 import argparse
@@ -9,11 +10,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from bap.export import FORMATS, export_domain, unavailable_reason
+from bap.export import FORMATS, executorch_program, export_domain, unavailable_reason
 from rich.console import Console
+from torch import nn
 
 import bap_kernels as bk
 from benches.networks import NETWORKS, NetworkBench
@@ -24,17 +27,33 @@ DOMAINS = ("birds", "cars")
 DEFAULT = ("resnet26", "mobilenet_v2")
 
 
+def _model(network: str) -> nn.Module:
+    model = bk.swap_(NetworkBench(torch.device("cpu"), "float32").model(network))
+    return bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5))
+
+
+def _example(network: str, batch: int) -> torch.Tensor:
+    size = NETWORKS[network][1]
+    return torch.zeros(batch, 3, size, size)
+
+
 def rows_of(network: str, formats: Sequence[str], batch: int, rounds: int, folder: Path) -> list[dict[str, object]]:
     """Write and measure the files of one network, those of all domains of a format one after the other."""
-    model = bk.swap_(NetworkBench(torch.device("cpu"), "float32").model(network))
-    bk.attach_(model, bk.ChannelTable.random(model, DOMAINS, 0.5))
-    size = NETWORKS[network][1]
-    example = torch.zeros(batch, 3, size, size)
+    model, example = _model(network), _example(network, batch)
     return [
         {"network": network, "batch": batch, **row.as_dict()}
         for domain in DOMAINS
         for row in export_domain(model, domain, example, folder / network, list(formats), rounds=rounds)
     ]
+
+
+def together_text(network: str, batch: int) -> str:
+    """The size of one ExecuTorch program with a method for each domain, and of the programs that it replaces."""
+    model, example = _model(network), _example(network, batch)
+    small = {domain: bk.specialize(model, domain, example) for domain in DOMAINS}
+    own = sum(len(executorch_program({"forward": part}, example)) for part in small.values())
+    together = len(executorch_program(small, example))
+    return f"{network}: programs of {len(small)} domains {own / 2**20:.2f} MiB, one program {together / 2**20:.2f} MiB."
 
 
 def table(rows: Sequence[dict[str, object]], threads: int) -> Table:
@@ -90,6 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             (options.out / "rows.json").write_text(json.dumps(rows, indent=1))
     console.print(table(rows, options.threads).rich())
+    if "executorch" in formats:
+        console.print(f"ExecuTorch {metadata.version('executorch')} with torch {torch.__version__}.", highlight=False)
+        for network in options.networks:
+            console.print(together_text(network, options.batch), highlight=False)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMATS", "Format", "Run", "onnx_bytes", "onnxruntime_run", "openvino_run", "unavailable_reason"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Run",
+    "executorch_program",
+    "onnx_bytes",
+    "onnxruntime_run",
+    "openvino_run",
+    "unavailable_reason",
+]
 
 Run = Callable[[Tensor], Tensor]
 
@@ -173,13 +182,27 @@ def _with_threads(run: Run, threads: int) -> Run:
     return call
 
 
-def _write_executorch(network: nn.Module, example: Tensor, path: Path) -> None:
+def executorch_program(networks: Mapping[str, nn.Module], example: Tensor) -> bytes:
+    """An ExecuTorch program, lowered to XNNPACK, with a method for each network; equal tensors are stored once.
+
+    Args:
+        networks: {method: network}, in eval mode, of PyTorch's own layers.
+        example: (N, C, H, W), float32.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     with _quietly():
-        program = to_edge_transform_and_lower(_exported(network, example), partitioner=[XnnpackPartitioner()])
-        path.write_bytes(program.to_executorch().buffer)
+        program = to_edge_transform_and_lower(
+            {method: _exported(network, example) for method, network in networks.items()},
+            partitioner={method: [XnnpackPartitioner()] for method in networks},
+        )
+        data: bytes = program.to_executorch().buffer
+    return data
+
+
+def _write_executorch(network: nn.Module, example: Tensor, path: Path) -> None:
+    path.write_bytes(executorch_program({"forward": network}, example))
 
 
 def _load_executorch(path: Path, threads: int) -> Run:

@@ -92,3 +92,13 @@ def test_command_writes_every_domain(tmp_path: Path) -> None:
     rows = json.loads(result.stdout)["files"]
     assert [row["domain"] for row in rows] == list(specs)
     assert all(Path(row["file"]).is_file() for row in rows)
+
+
+def test_one_program_stores_equal_tensors_once(narrow: nn.Module) -> None:
+    if reason := unavailable_reason(FORMATS["executorch"]):
+        pytest.skip(reason)
+    networks = {name: bk.specialize(narrow, name, X) for name in ("a", "b")}
+    own = {name: len(formats.executorch_program({"forward": network}, X)) for name, network in networks.items()}
+    twice = len(formats.executorch_program({"a": networks["a"], "b": networks["a"]}, X))
+    assert own["a"] < twice < 1.3 * own["a"]
+    assert len(formats.executorch_program(networks, X)) > 1.3 * max(own.values())
