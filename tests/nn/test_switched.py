@@ -56,7 +56,7 @@ def _close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_values_and_gradients(name: str, memory_format: torch.memory_format, backend: str) -> None:
     if (backend, name) == ("native", "depthwise"):
-        pytest.skip("no native kernel for depthwise convolutions with switches")
+        pytest.skip("no native kernel for gradients of depthwise convolutions")
     with bk.use_backend(backend):
         _check_values_and_gradients(name, memory_format)
 
@@ -85,7 +85,7 @@ def _check_values_and_gradients(name: str, memory_format: torch.memory_format) -
 @pytest.mark.parametrize("name", LAYERS)
 def test_eval_computes_the_same(name: str, backend: str) -> None:
     if (backend, name) == ("native", "depthwise"):
-        pytest.skip("no native kernel for depthwise convolutions with switches")
+        pytest.skip("no native kernel for switched depthwise convolutions in every layout")
     with bk.use_backend(backend):
         _check_eval(name)
 

@@ -86,7 +86,7 @@ std::string native_backward_unsupported_reason(const at::Tensor& input, const Co
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
     return std::string("no native kernel for ") + c10::toString(dtype) + " (float32 and bfloat16 only)";
   }
-  if (s.depthwise) return "no native kernel for depthwise convolutions";
+  if (s.depthwise) return "no native kernel for gradients of depthwise convolutions";
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() / 4;
   const int64_t taps = s.kernel_h * s.kernel_w;
   if (s.kept_in * taps > kLargest / 1024 || s.kept_out * taps > kLargest / 1024 || s.channels_in > kLargest ||
