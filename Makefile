@@ -34,7 +34,7 @@ OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-simulate test-ptx compile-triton compile-cuda package setup lint format build sanitize clean check
+.PHONY: help bench bench-training demo docs test test-torch test-isa test-interpret test-ptx compile-triton compile-cuda package setup lint format build sanitize clean check
 
 help: ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,10 +67,6 @@ test-isa: setup ## Run the tests of the ops with ISA=avx512, avx2, avx512_emulat
 
 test-interpret: setup ## Run the Triton kernels in Triton's interpreter, on CPU tensors
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/interpret $(ARGS)
-
-test-simulate: setup ## Run the sources of the CUDA kernels on the host, on CPU tensors; needs neither nvcc nor a GPU
-	library="$$($(BIN)/python -m tools.build_simulation)" && \
-	BAP_KERNELS_CUDA_LIBRARY="$$library" $(PYTEST) -q tests/simulate $(ARGS)
 
 test-ptx: setup ## Execute the compiled kernels, as PTX, on the CPU; what nvcc or Triton compiles, where they are there
 	BAP_KERNELS_TEST_PTX=1 $(PYTEST) -q tests/ptx $(ARGS)

@@ -1,7 +1,7 @@
 """Loads torch, then the compiled libraries; importing ``_C`` registers the operators.
 
 ``BAP_KERNELS_LIBRARY`` names another build of ``_C``, such as one with sanitizers; ``BAP_KERNELS_CUDA_LIBRARY`` one of
-``_C_cuda``, such as the simulation that tests run on CPU tensors.
+``_C_cuda``, such as the one that tests execute on CPU tensors.
 """
 
 from __future__ import annotations

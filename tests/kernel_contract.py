@@ -1,6 +1,6 @@
-"""Tests of a backend with its own kernels, inherited by the test classes of tests/interpret and tests/simulate.
+"""Tests of a backend with its own kernels, inherited by the test classes of tests/interpret and tests/ptx/cuda.
 
-Each of these folders runs in a separate process (make test-interpret, make test-simulate).
+Each of these folders runs in a separate process (make test-interpret, make test-ptx).
 """
 
 from __future__ import annotations

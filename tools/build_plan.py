@@ -81,9 +81,8 @@ class PlatformFacts:
     cores: int = 1
 
 
-# Sources of the library bap_kernels._C_cuda, and of its simulation; all others are those of bap_kernels._C.
+# Sources of the library bap_kernels._C_cuda; all others are those of bap_kernels._C.
 CUDA_FOLDER = "csrc/backends/cuda/kernels/"
-SIMULATION = "csrc/backends/cuda/simulate/"
 # What a build with sanitizers checks: code that reads and writes memory itself.
 CHECKED = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/", "csrc/backends/aten/pixel_gather.cpp")
 # Precompiled for the sources that include torch.
@@ -303,7 +302,7 @@ def _cpu_units(
     units = []
     for source in sources:
         path = PurePosixPath(source)
-        if path.suffix != ".cpp" or source.startswith((CUDA_FOLDER, SIMULATION)):
+        if path.suffix != ".cpp" or source.startswith(CUDA_FOLDER):
             continue
         flags = facts if source == "csrc/module.cpp" else ()
         if path.parent.name == "microkernels":

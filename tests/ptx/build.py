@@ -78,7 +78,7 @@ def cuda_library() -> Path:
     nvcc = ("-O3", "-std=c++20", "-Xcompiler=-fPIC,-Wall", "-Icsrc", "--no-compress", *device)
     host = (*FLAGS, "-Icsrc", abi, *includes, *_toolkit_includes(platform.nvcc))
     units = [Unit(source, "nvcc", nvcc) for source in _sources(KERNELS, ".cu")]
-    units += [Unit(f"{KERNELS}/launch.cpp", flags=(*host, "-DBAP_KERNELS_SIMULATED"))]
+    units += [Unit(f"{KERNELS}/launch.cpp", flags=host)]
     units += [Unit(source, flags=host) for source in _sources(RUNTIME, ".cpp")]
     units += [Unit(source, flags=FLAGS) for source in _sources(EXECUTOR, ".cpp") if not source.endswith("api.cpp")]
     part = Part("_C_cuda_ptx", True, "for tests", units=tuple(units), link_flags=(f"-L{torch.lib_dir}", "-lc10"))

@@ -71,13 +71,3 @@ class Interpreter(CpuDevice):
     def open(self) -> None:
         super().open()
         from tests.interpret.conftest import _hasten  # noqa: F401  done at its import
-
-
-class Simulation(CpuDevice):
-    """The CUDA kernels' text on the host, on a device of one SM with warpgroups."""
-
-    def open(self) -> None:
-        super().open()
-        from bap_kernels import _load
-
-        _load.cuda_library.set_device(1, True)

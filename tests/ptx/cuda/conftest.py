@@ -44,12 +44,28 @@ def _tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture
-def device() -> Iterator[Any]:
-    """The library, with its settings put back."""
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """Each test begins with one SM of the process's architecture, and leaves no kernel changed."""
+    if not EXECUTED:
+        yield
+        return
     library = _load.cuda_library
-    yield library
-    library.set_device(1)
+    library.set_device()
+    library.take_launches()
+    yield
+    library.set_device()
     library.set_options()
     library.restore_kernels()
-    library.take_mangled()
+
+
+@pytest.fixture
+def device() -> Any:
+    """The library."""
+    return _load.cuda_library
+
+
+@pytest.fixture(params=["large tiles", "small tiles"])
+def _tiles(request: pytest.FixtureRequest, _settings: None) -> None:
+    """Both choices of tiles: few SMs take large ones, many take small ones."""
+    _load.cuda_library.set_device(1 if request.param == "large tiles" else 1_000_000)

@@ -33,7 +33,61 @@ struct RecordingAllocator : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-void set_device(int sm_count, bool) { ptx::runtime().sm_count = sm_count; }
+int default_arch() {
+  const char* arch = std::getenv("BAP_KERNELS_PTX_ARCH");
+  return arch != nullptr && std::string(arch) == "90" ? 90 : 80;
+}
+
+// `arch`: 80 or 90; 0: that of the process.
+void set_device(int sm_count, int arch) {
+  ptx::runtime().sm_count = sm_count;
+  ptx::runtime().arch = arch != 0 ? arch : default_arch();
+}
+
+// What the launchers find out about a device they may keep, so each architecture is a device of its own.
+bool has_warpgroups(int) { return bap_kernels::has_warpgroups(ptx::runtime().arch == 80 ? 0 : 1); }
+
+bap_kernels::CudaLauncher launcher_on_cpu() {
+  bap_kernels::CudaLauncher table = bap_kernels::linked_launcher();
+  table.simulated = true;
+  table.has_warpgroups = has_warpgroups;
+  return table;
+}
+
+py::capsule launcher() {
+  static bap_kernels::CudaLauncher table = launcher_on_cpu();
+  return py::capsule(&table, bap_kernels::kLauncherCapsule);
+}
+
+py::capsule launcher_of_other_sources() {
+  static bap_kernels::CudaLauncher other = launcher_on_cpu();
+  ++other.layout;
+  return py::capsule(&other, bap_kernels::kLauncherCapsule);
+}
+
+// Spreads a dense (N, H, W, padded) tensor over the channels of (N, C, H, W); tensors by address, sizes and strides.
+void unpack(uintptr_t result, std::array<int64_t, 4> sizes, std::array<int64_t, 4> strides, uintptr_t source,
+            int padded, int mode, uintptr_t list, int block, int depth, uintptr_t used) {
+  bap_kernels::ChannelUnpackParams p{};
+  p.source = reinterpret_cast<const void*>(source);
+  p.result = reinterpret_cast<void*>(result);
+  p.result_stride = {strides[0], strides[1], strides[2], strides[3]};
+  p.list = {reinterpret_cast<const int32_t*>(list), block};
+  p.depth = depth;
+  p.used = reinterpret_cast<const int32_t*>(used);
+  p.batch = static_cast<int>(sizes[0]);
+  p.channels = static_cast<int>(sizes[1]);
+  p.height = static_cast<int>(sizes[2]);
+  p.width = static_cast<int>(sizes[3]);
+  p.padded = padded;
+  const auto math = static_cast<bap_kernels::MathMode>(mode);
+  const bool dense = strides[3] == 1 && strides[2] == sizes[3];
+  const int64_t vector = bap_kernels::kChunkBytes / (math == bap_kernels::MathMode::kTf32 ? 4 : 2);
+  p.result_vector = dense && result % bap_kernels::kChunkBytes == 0 && strides[0] % vector == 0 &&
+                    strides[1] % vector == 0 && sizes[2] * sizes[3] % vector == 0;
+  const bap_kernels::Status status = bap_kernels::launch_channel_unpack(p, math, nullptr);
+  if (status != 0) throw std::runtime_error(bap_kernels::status_text(status));
+}
 
 void set_options(uint64_t seed, bool truncate) {
   ptx::runtime().options.seed = seed;
@@ -42,7 +96,7 @@ void set_options(uint64_t seed, bool truncate) {
 
 std::vector<std::string> take_mangled() { return std::exchange(ptx::runtime().launches, {}); }
 
-// Names as the simulation gives them.
+// Names of the launchers.
 std::vector<std::string> take_launches() {
   const std::pair<const char*, const char*> names[] = {
       {"GatheredConv2d", "gathered_conv2d"}, {"HaloConv2d", "halo_conv2d"},   {"WarpgroupConv2d", "warpgroup_conv2d"},
@@ -66,11 +120,12 @@ std::vector<std::string> take_launches() {
 PYBIND11_MODULE(_C_cuda, m) {
   static RecordingAllocator allocator;
   c10::SetCPUAllocator(&allocator, 1);
-  const char* arch = std::getenv("BAP_KERNELS_PTX_ARCH");
-  ptx::runtime().arch = arch != nullptr && std::string(arch) == "90" ? 90 : 80;
-  m.attr("arch") = ptx::runtime().arch;
-  m.attr("launcher") = py::capsule(&bap_kernels::linked_launcher(), bap_kernels::kLauncherCapsule);
-  m.def("set_device", &set_device, py::arg("sm_count") = 1, py::arg("warpgroups") = false);
+  ptx::runtime().arch = default_arch();
+  m.attr("arch") = default_arch();
+  m.attr("launcher") = launcher();
+  m.def("set_device", &set_device, py::arg("sm_count") = 1, py::arg("arch") = 0);
+  m.def("unpack", &unpack);
+  m.def("launcher_of_other_sources", &launcher_of_other_sources);
   m.def("set_options", &set_options, py::arg("seed") = 0, py::arg("truncate") = false);
   m.def("take_launches", &take_launches);
   m.def("take_mangled", &take_mangled);

@@ -44,13 +44,8 @@ Status launch_weight_gradient(const WeightGradientParams& p, MathMode mode, Tile
 }
 
 const CudaLauncher& linked_launcher() {
-#if defined(BAP_KERNELS_SIMULATED)
-  constexpr bool kSimulated = true;
-#else
-  constexpr bool kSimulated = false;
-#endif
   static const CudaLauncher table{kLauncherLayout,
-                                  kSimulated,
+                                  /*simulated=*/false,
                                   launch_gathered_conv2d,
                                   launch_warpgroup_conv2d,
                                   launch_halo_conv2d,

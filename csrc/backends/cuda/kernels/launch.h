@@ -1,5 +1,5 @@
 // Launches of the kernels on a stream of the current device. No CUDA type appears here: the host's code is compiled
-// without CUDA, and against a simulation. A status is a cudaError_t, 0 for success.
+// without CUDA. A status is a cudaError_t, 0 for success.
 #pragma once
 
 #include "backends/cuda/kernels/conv_params.h"

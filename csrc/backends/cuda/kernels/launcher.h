@@ -1,4 +1,4 @@
-// The library bap_kernels._C_cuda, or its simulation, as a table of its launches. Python's loader hands it from one
+// The library bap_kernels._C_cuda as a table of its launches. Python's loader hands it from one
 // library to the other in a capsule, so that neither links with the other and no argument changes its form between.
 #pragma once
 
@@ -11,7 +11,7 @@ constexpr const char* kLauncherCapsule = "bap_kernels.CudaLauncher";
 
 struct CudaLauncher {
   uint64_t layout;  // kLauncherLayout of the side that made it
-  bool simulated;   // computes on CPU tensors
+  bool simulated;   // computes on CPU tensors, as tests let it
   decltype(&launch_gathered_conv2d) gathered_conv2d;
   decltype(&launch_warpgroup_conv2d) warpgroup_conv2d;
   decltype(&launch_halo_conv2d) halo_conv2d;
@@ -34,7 +34,7 @@ constexpr uint64_t kLauncherLayout = [] {
   return layout;
 }();
 
-// The table of the library in which it is linked: that of the CUDA kernels, or that of the simulation.
+// The table of the library in which it is linked.
 const CudaLauncher& linked_launcher();
 
 }  // namespace bap_kernels

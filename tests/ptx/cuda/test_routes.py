@@ -1,4 +1,4 @@
-"""Which route a call takes, what it refuses, and that the simulation itself can fail."""
+"""Which route a call takes, what it refuses, and which library it takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import bap_kernels
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors, run
-from tests.simulate.device import CONV, PACK, UNPACK, WEIGHT, kernels, launches, library
+from tests.ptx.cuda.device import CONV, PACK, UNPACK, WEIGHT, kernels, launches, library
 
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
 POINTWISE = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0))

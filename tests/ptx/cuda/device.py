@@ -1,4 +1,4 @@
-"""The simulated device: its set-up, and the kernels that were launched on it."""
+"""The device that the compiled kernels are executed for: its set-up, and what was launched on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CONVS = ("gathered_conv2d", "halo_conv2d", "warpgroup_conv2d")
 
 
 def library() -> Any:
-    """The simulation's Python module."""
+    """The Python module in place of ``bap_kernels._C_cuda``; see tests/ptx/runtime/module.cpp."""
     return _load.cuda_library
 
 
-def set_device(sm_count: int = 1, warpgroups: bool = False) -> None:
-    """Few SMs take large tiles, many take small ones."""
-    library().set_device(sm_count, warpgroups)
+def set_device(sm_count: int = 1, arch: int = 0) -> None:
+    """Few SMs take large tiles, many take small ones; ``arch`` is 80, 90, or 0 for that of the process."""
+    library().set_device(sm_count, arch)
 
 
 _log: list[str] = []

@@ -9,7 +9,7 @@ import bap_kernels
 from bap_kernels.testing import LISTS, Case, check_backward, make_tensors
 from bap_kernels.testing_switched import check_switched, check_switched_backward
 from tests.kernel_contract import DTYPES, BackwardContract
-from tests.simulate import device
+from tests.ptx.cuda import device
 
 BASE = Case(in_channels=18, out_channels=20, size=(5, 6))
 WIDE = Case(in_channels=136, out_channels=144, size=(9, 9), batch=1)

@@ -1,7 +1,7 @@
 // The halo of a tile: places, taps, staged planes, banks, and the host's choice, against plain loops.
 #include "backends/cuda/kernels/halo_shape.h"
 
-#include "backends/cuda/simulate/check.h"
+#include "check.h"
 
 namespace bap_kernels {
 namespace {

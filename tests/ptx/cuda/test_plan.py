@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels import reference
 from bap_kernels.testing import Case, assert_close, lay_out, make_tensors
-from tests.simulate.device import CONV, launches
+from tests.ptx.cuda.device import CONV, launches
 
 ops = torch.ops.bap_kernels
 STORED = torch.tensor([3, 17, 4, 0, 12, 9, 5], dtype=torch.int32)

@@ -1,5 +1,5 @@
 // Copies, swizzles, staged results and the choice of a tile.
-#include "backends/cuda/simulate/check.h"
+#include "check.h"
 
 #include <cstdio>
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import bap_kernels
 from bap_kernels.testing import assert_close, lay_out
-from tests.simulate import device
-from tests.simulate.device import CONV, PACK
+from tests.ptx.cuda import device
+from tests.ptx.cuda.device import CONV, PACK
 
 op = torch.ops.bap_kernels._gathered_conv2d_mixed
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,7 +1,6 @@
-"""The kernel of warpgroups (wgmma, compute capability 9.0a), on a simulated device that has them.
+"""The kernel of warpgroups (wgmma, compute capability 9.0a).
 
-Every case says that the kernel took it: the other kernel gives the same results. What the simulation withholds and
-checks is in csrc/backends/cuda/simulate/simulated_warpgroups.h.
+Every case says that the kernel took it: the other kernel gives the same results.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import bap_kernels
 from bap_kernels import reference
 from bap_kernels.testing import Case, Sample, assert_close, check_fused, make_tensors, poison, run
-from tests.simulate import device
+from tests.ptx.cuda import device
 
 # 99 pixels: less than a tile, and rows that no pixel has. Columns of one tile and a bit.
 BASE = Case(
@@ -23,9 +22,7 @@ BASE = Case(
 WORDS = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _device_with_warpgroups() -> None:
-    device.set_device(warpgroups=True)
+pytestmark = pytest.mark.arch(90)
 
 
 def launches() -> int:
@@ -151,8 +148,8 @@ def test_what_is_left_to_the_other_kernels() -> None:
         small.but(kernel=(1, 1), padding=(0,) * 4, layout="contiguous", size=(16, 16)),  # planes
     ):
         run(make_tensors(case), "cuda")
-    device.set_device(sm_count=132, warpgroups=True)
+    device.set_device(sm_count=132)
     run(make_tensors(small), "cuda")
-    device.set_device(warpgroups=False)
+    device.set_device(arch=80)
     run(make_tensors(small), "cuda")
     assert launches() == before

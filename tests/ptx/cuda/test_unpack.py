@@ -11,8 +11,8 @@ import bap_kernels
 from bap_kernels.testing import Case, lay_out, make_tensors
 from bap_kernels.testing_switched import check_switched_backward
 from tests.kernel_contract import DTYPES
-from tests.simulate.device import CONV, UNPACK, library
-from tests.simulate.test_routes import BASE, RANDOM, launched
+from tests.ptx.cuda.device import CONV, UNPACK, library
+from tests.ptx.cuda.test_routes import BASE, RANDOM, launched
 
 
 def compact(batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -30,10 +30,11 @@ def unpack(
     block: int,
     depth: int,
 ) -> None:
+    mode = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}[source.dtype]
     address = [0 if each is None else each.data_ptr() for each in (entries, used)]
     library().unpack(
         *(result.data_ptr(), result.shape, result.stride(), source.data_ptr(), source.shape[3]),
-        *(source.element_size(), address[0], block, depth, address[1]),
+        *(mode, address[0], block, depth, address[1]),
     )
 
 

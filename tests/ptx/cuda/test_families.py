@@ -12,8 +12,8 @@ from torch import Tensor
 import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
-from tests.simulate.device import kernels, set_device
-from tests.simulated_gpu import devices, own_table, simulated_gpu
+from tests.ptx.cuda.device import kernels, set_device
+from tests.ptx.cudad_gpu import devices, own_table, simulated_gpu
 
 ops = torch.ops.bap_kernels
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
@@ -122,6 +122,7 @@ def launches(call: Call) -> set[str]:
     return {name for name in names if name != "sum_partials"}
 
 
+@pytest.mark.arch(80)
 @pytest.mark.parametrize("name", CALLS)
 def test_families_are_those_of_the_launches(name: str) -> None:
     call, expected = CALLS[name]
@@ -134,6 +135,7 @@ def test_families_are_those_of_the_launches(name: str) -> None:
         assert any(family in LAUNCHED[kernel] for kernel in launched), f"{family} has no launch"
 
 
+@pytest.mark.arch(90)
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
@@ -147,13 +149,13 @@ def test_families_are_those_of_the_launches(name: str) -> None:
     ids=["forward", "mixed", "backward"],
 )
 def test_families_with_warpgroups(call: Call, expected: str) -> None:
-    set_device(sm_count=1, warpgroups=True)
     assert families(call) == set(expected.split())
     assert launches(call) == {"warpgroup_conv2d"}
-    set_device(sm_count=1, warpgroups=False)
+    set_device(arch=80)
     assert "wgmma" not in families(call)
 
 
+@pytest.mark.arch(80)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_families_are_of_the_dtype(dtype: torch.dtype) -> None:
     call = forward(BASE.but(dtype=dtype, **LAST))
@@ -161,6 +163,7 @@ def test_families_are_of_the_dtype(dtype: torch.dtype) -> None:
     assert [name for name in _C.call_families(*call) if name.startswith("cuda/")] == [f"cuda/nhwc/{math}"]
 
 
+@pytest.mark.arch(80)
 def test_calls_that_no_kernel_covers_have_no_family() -> None:
     torch.backends.cudnn.allow_tf32 = False
     assert families(forward(BASE.but(dtype=torch.float32))) == set()
@@ -172,6 +175,7 @@ def seconds(name: str) -> float:
     return 1e-4 if name == "cuda" else 3e-4
 
 
+@pytest.mark.arch(80)
 @pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name][1]])
 def test_auto_runs_verified_kernels(name: str) -> None:
     call, expected = CALLS[name]
@@ -196,6 +200,7 @@ def test_auto_runs_verified_kernels(name: str) -> None:
         torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.2)
 
 
+@pytest.mark.arch(80)
 def test_another_route_of_the_same_shapes_is_a_case_of_its_own() -> None:
     # Blocks are read where they lie; the other list of as many channels needs an unverified copy.
     device = next(devices)

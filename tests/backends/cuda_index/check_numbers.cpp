@@ -1,9 +1,9 @@
-// Conversions of elements, and the simulated memory's own rules.
-#include "backends/cuda/simulate/check.h"
+// Conversions of elements.
+#include "check.h"
 
 #include <cmath>
 
-#include "backends/cuda/simulate/simulated_block.h"
+#include "backends/cuda/kernels/elements.h"
 
 namespace bap_kernels {
 namespace {
@@ -42,64 +42,8 @@ void conversions() {
   require(to_tf32(bits_of(INFINITY)) == bits_of(INFINITY), "infinity is lost");
 }
 
-void memory_rules() {
-  const auto caught = [](const char* what, const std::function<void(SimulatedMemory&)>& misuse) {
-    SimulatedMemory memory(256);
-    const float value = 1;
-    for (int w = 0; w < 32; ++w) memory.write(0, 4 * w, &value, 4);
-    memory.barrier();
-    try {
-      misuse(memory);
-    } catch (const std::logic_error&) {
-      return;
-    }
-    throw std::logic_error(std::string("was not caught: ") + what);
-  };
-  float value = 2;
-  unsigned char chunk[kChunkBytes] = {};
-  caught("read of another thread's write without a barrier", [&](SimulatedMemory& m) {
-    m.write(1, 8, &value, 4);
-    m.read(2, 8, &value, 4);
-  });
-  caught("overwriting what another thread reads", [&](SimulatedMemory& m) {
-    m.read(1, 8, &value, 4);
-    m.write(2, 8, &value, 4);
-  });
-  caught("overwriting what several threads read", [&](SimulatedMemory& m) {
-    m.read(1, 8, &value, 4);
-    m.read(2, 8, &value, 4);
-    m.write(1, 8, &value, 4);
-  });
-  caught("a copy onto what is read", [&](SimulatedMemory& m) {
-    m.read(1, 20, &value, 4);
-    m.begin_copy(2, 16);
-  });
-  caught("read of a copy that is under way", [&](SimulatedMemory& m) {
-    m.begin_copy(2, 16);
-    m.barrier();
-    m.read(2, 16, &value, 4);
-  });
-  caught("read of another thread's copy without a barrier", [&](SimulatedMemory& m) {
-    m.begin_copy(2, 16);
-    m.barrier();
-    m.end_copy(2, 16, chunk);
-    m.read(3, 16, &value, 4);
-  });
-  caught("read of what was never written", [&](SimulatedMemory& m) { m.read(0, 252, &value, 4); });
-  caught("a place outside", [&](SimulatedMemory& m) { m.begin_copy(0, 256); });
-  caught("a place that is not aligned", [&](SimulatedMemory& m) { m.begin_copy(0, 8); });
-  SimulatedMemory memory(64);
-  memory.begin_copy(0, 16);
-  memory.end_copy(0, 16, chunk);
-  memory.read(0, 16, &value, 4);
-  memory.barrier();
-  memory.read(1, 16, &value, 4);
-  memory.barrier();
-  memory.begin_copy(1, 16);
-}
-
 }  // namespace
 
-Checks number_checks() { return {{"conversions", conversions}, {"memory_rules", memory_rules}}; }
+Checks number_checks() { return {{"conversions", conversions}}; }
 
 }  // namespace bap_kernels

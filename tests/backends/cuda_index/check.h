@@ -18,7 +18,7 @@ Checks geometry_checks();
 Checks tile_checks();
 Checks number_checks();
 Checks halo_checks();
-Checks warpgroup_checks();
+Checks descriptor_checks();
 
 inline void require(bool holds, const std::string& what) {
   if (!holds) throw std::logic_error(what);

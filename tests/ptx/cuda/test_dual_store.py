@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import bap_kernels
 from bap_kernels.testing import Case, check_fused, index_list, make_tensors, random_case
 from tests.kernel_contract import DTYPES, FLAGS, affordable
-from tests.simulate import device
+from tests.ptx.cuda import device
 
 op = torch.ops.bap_kernels._gathered_conv2d_fused
 # A halo (any strides), NHWC as it lies, and planes of whole chunks: columns of several tiles.
@@ -80,10 +80,10 @@ def test_results_of_planes_by_way_of_a_copy_are_selected_from_afterwards() -> No
     assert selections(case, torch.tensor([3, 1, 140], dtype=torch.int32)) == 1
 
 
+@pytest.mark.arch(90)
 @pytest.mark.parametrize("columns", [136, 256])
 @pytest.mark.parametrize("kind", ["odd", "shuffled"])
 def test_warpgroups(kind: str, columns: int) -> None:
-    device.set_device(warpgroups=True)
     case = DIRECT.but(dtype=torch.bfloat16, size=(9, 9), out_channels=columns)
     with device.kernels() as names:
         assert check_fused(case, ("out_scale", "residual", "out_relu"), "cuda", dual_store=kind)

@@ -23,8 +23,8 @@ from bap_kernels.testing import (
     run,
 )
 from bap_kernels.testing_switched import check_switched
-from tests.simulate import device
-from tests.simulate.device import CONV, PACK
+from tests.ptx.cuda import device
+from tests.ptx.cuda.device import CONV, PACK
 
 BASE = Case(in_channels=40, out_channels=36, size=(9, 16), in_list="shuffled")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

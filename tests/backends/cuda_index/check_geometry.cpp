@@ -1,5 +1,5 @@
 // Axis plans, rows, steps and lists against plain loops.
-#include "backends/cuda/simulate/check.h"
+#include "check.h"
 
 #include <tuple>
 
