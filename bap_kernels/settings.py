@@ -44,9 +44,7 @@ ENVIRONMENT = (
     Variable(
         "BAP_KERNELS_LIBRARY", "", "import", "another build of bap_kernels._C to load, such as one with sanitizers"
     ),
-    Variable(
-        "BAP_KERNELS_CUDA_LIBRARY", "", "import", "another build of bap_kernels._C_cuda, such as the one that tests execute"
-    ),
+    Variable("BAP_KERNELS_CUDA_LIBRARY", "", "import", "another build of bap_kernels._C_cuda, such as the tests' own"),
     Variable("BAP_KERNELS_WITH_CUDA", "auto", "build", "build the CUDA library: 0, 1, auto"),
     Variable("BAP_KERNELS_MAX_JOBS", "one for each core", "build", "compilers run at once"),
     Variable("BAP_KERNELS_SANITIZE", "", "build", "sanitizers to build a second library with"),

@@ -38,10 +38,18 @@ WARPGROUP_SOURCES = ("bfloat16", "half")
 # One SM: registers, warps, blocks; bytes of shared memory, of which each block reserves some.
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024}
-NAMES = {"GatheredConv2d": "conv", "WeightGradient": "weight gradient", "ChannelPack": "pack", "SumPartials": "sum"}
-NAMES["HaloConv2d"] = "halo"
-NAMES["WarpgroupConv2d"] = "warpgroup"
-NAMES["ChannelUnpack"] = "unpack"
+NAMES = {
+    "gathered_conv2d": "conv",
+    "planar_conv2d": "planar",
+    "halo_conv2d": "halo",
+    "warpgroup_conv2d": "warpgroup",
+    "weight_gradient": "weight gradient",
+    "channel_pack": "pack",
+    "channel_unpack": "unpack",
+    "sum_partials": "sum",
+}
+SMALL_SOURCES = ("channel_pack", "channel_unpack", "sum_partials")
+ELEMENTS = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,11 @@ class Instance:
         kernel: a value of ``NAMES``.
         mode: one of ``MATH_MODES``, or the element type of a kernel that multiplies nothing.
         tile: rows, columns, warps along rows and columns, stages, blocks; empty where there is none.
-        planes: whether the source is planar.
     """
 
     kernel: str
     mode: str
     tile: tuple[int, ...]
-    planes: bool
 
     @property
     def warps(self) -> int:
@@ -109,19 +115,19 @@ def instance_of(mangled: str) -> Instance | None:
     Examples:
         >>> from tools.compile_cuda import instance_of
         >>> tile = "TileILi64ELi64ELi2ELi2ELi4ELi2EE"
-        >>> instance_of(f"_Z12block_kernelINS_14WeightGradientILNS_8MathModeE2ENS_4{tile}EEvT0_")
-        Instance(kernel='weight gradient', mode='tf32', tile=(64, 64, 2, 2, 4, 2), planes=False)
+        >>> instance_of(f"_Z22weight_gradient_kernelILNS_8MathModeE2ENS_4{tile}EEvNS_20WeightGradientParamsE")
+        Instance(kernel='weight gradient', mode='tf32', tile=(64, 64, 2, 2, 4, 2))
     """
-    found = re.search("|".join(NAMES), mangled)
-    if found is None or not re.search("block_kernel|warpgroup_kernel", mangled):
+    found = re.search(f"({'|'.join(NAMES)})_kernel", mangled)
+    if found is None:
         return None
     mode = re.search(r"MathModeE(\d)", mangled)
     tile = re.search(r"TileI((?:Li\d+E)+)", mangled)
     if mode is None or tile is None:
-        element = "bfloat16" if "BFloat16Word" in mangled else "half" if "HalfWord" in mangled else "float32"
-        return Instance(NAMES[found.group()], element, (), False)
+        element = next((name for part, name in ELEMENTS.items() if part in mangled), "float32")
+        return Instance(NAMES[found.group(1)], element, ())
     sizes = tuple(int(size) for size in re.findall(r"Li(\d+)E", tile.group(1)))
-    return Instance(NAMES[found.group()], MATH_MODES[int(mode.group(1))], sizes, "Lb1E" in mangled)
+    return Instance(NAMES[found.group(1)], MATH_MODES[int(mode.group(1))], sizes)
 
 
 def usage_of(log: str) -> dict[str, tuple[int, int]]:
@@ -193,7 +199,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
         # Chunks of the halo, turned or gathered, are written whole.
         if instance.kernel == "halo" and "STS.128" not in sass:
             wrong.append("no STS.128")
-    layout = "any" if instance.kernel == "halo" else "planes" if instance.planes else "nhwc"
+    layout = "any" if instance.kernel == "halo" else "planes" if instance.kernel == "planar" else "nhwc"
     blocks = occupancy(arch, instance.warps, registers, instance.shared_bytes)
     if blocks < (instance.tile[5] if instance.tile else 1):
         wrong.append(f"a processor holds {blocks} blocks")
@@ -273,7 +279,7 @@ def main() -> int:
         print(f"compile_cuda: expected nvcc and cuobjdump, got {nvcc} and {cuobjdump}. Hint: pip install triton")
         return 1
     files = ["bfloat16", "tf32"] if arguments.quick else list(SOURCES)
-    names = [f"gathered_conv2d_{name}" for name in files] + ["channel_pack"]
+    names = [f"gathered_conv2d_{name}" for name in files] + list(SMALL_SOURCES)
     archs = ["80"] if arguments.quick else arguments.arch
     start = time.perf_counter()
     print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|")

@@ -29,22 +29,11 @@ def start(arch: int, *arguments: str) -> str:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_sample(arch: int) -> None:
     assert " passed" in start(arch, "tests/ptx/cuda", "-m", "sample")
+    assert " passed" in start(arch, "tests/ptx/cuda", "-m", "not sample", "--part=1/60")
 
 
 @pytest.mark.beyond_the_sample
+@pytest.mark.parametrize("part", range(1, 17))
 @pytest.mark.parametrize("arch", [80, 90])
-def test_everything(arch: int) -> None:
-    assert " passed" in start(arch, "tests/ptx/cuda", "-m", "not sample")
-
-
-# What the simulation alone has: launches by themselves, a library of other sources, warpgroups that tests switch on;
-# and what does not depend on how the kernels run.
-WITHOUT = " and ".join(f"not {part}" for part in ("unpack", "other_sources", "warpgroups", "families", "verify"))
-
-
-@pytest.mark.beyond_the_sample
-@pytest.mark.parametrize("part", range(1, 9))
-@pytest.mark.parametrize("arch", [80, 90])
-def test_the_contract_of_the_simulation(arch: int, part: int) -> None:
-    """The tests of the sources, on what was compiled from them."""
-    assert " passed" in start(arch, "tests/simulate", "-k", WITHOUT, f"--part={part}/8")
+def test_everything(arch: int, part: int) -> None:
+    assert " passed" in start(arch, "tests/ptx/cuda", "-m", "not sample", f"--part={part}/16")

@@ -1,4 +1,4 @@
-"""The cases themselves, and what families of devices there are; on true kernels in tests/interpret and tests/ptx/cuda."""
+"""The cases themselves, and what families devices have; on true kernels in tests/interpret and tests/ptx/cuda."""
 
 from __future__ import annotations
 

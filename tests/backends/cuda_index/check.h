@@ -16,7 +16,6 @@ namespace bap_kernels {
 using Checks = std::map<std::string, std::function<void()>>;
 Checks geometry_checks();
 Checks tile_checks();
-Checks number_checks();
 Checks halo_checks();
 Checks descriptor_checks();
 
@@ -44,9 +43,9 @@ void for_axes(Body body) {
 
 template <class Body>
 void for_tiles(Body body) {
-#define BAP_KERNELS_CALL(name, ...) body(#name, name##Tile{});
-  BAP_KERNELS_TILES(BAP_KERNELS_CALL)
-#undef BAP_KERNELS_CALL
+  body("large", LargeTile{});
+  body("small", SmallTile{});
+  body("thin", ThinTile{});
 }
 
 // How often the busiest of 32 banks of 4 bytes is hit by one group of accesses to different words.

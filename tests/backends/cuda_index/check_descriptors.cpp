@@ -1,5 +1,5 @@
 // Products of warpgroups: where their operands lie.
-#include "backends/cuda/kernels/warpgroup_conv2d_block.h"
+#include "backends/cuda/kernels/matrix_descriptor.h"
 #include "check.h"
 
 namespace bap_kernels {
@@ -20,13 +20,6 @@ void descriptors() {
       }
     }
   }
-#define BAP_KERNELS_CALL(name, ...)                                                                                  \
-  require(WarpgroupConv2d<MathMode::kHalf, name##WarpgroupTile>::kSharedBytes <= 227 * 1024,                         \
-          "more shared memory than a block of the device has");                                                      \
-  require(name##WarpgroupTile::kEpilogueBytes <= WarpgroupConv2d<MathMode::kHalf, name##WarpgroupTile>::kBarriersAt, \
-          "the table reaches into the barriers");
-  BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_CALL)
-#undef BAP_KERNELS_CALL
 }
 
 }  // namespace

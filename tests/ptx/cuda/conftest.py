@@ -19,6 +19,17 @@ from tests.kernel_contract import TF32
 EXECUTED = hasattr(_load.cuda_library, "kernel_text")
 ARCH = getattr(_load.cuda_library, "arch", 0)
 
+# Faults that were put into a kernel: the kernel, what was wrong, and by what it was found.
+FOUND: list[tuple[str, str, str]] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the faults."""
+    if FOUND:
+        terminalreporter.section("faults put into kernels")
+        for row in FOUND:
+            terminalreporter.write_line("| " + " | ".join(row) + " |")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -9,7 +9,7 @@ from typing import Any
 from bap_kernels import _load
 
 CONV, PACK, UNPACK, WEIGHT = "conv", "channel_pack", "channel_unpack", "weight_gradient"
-_CONVS = ("gathered_conv2d", "halo_conv2d", "warpgroup_conv2d")
+_CONVS = ("gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d")
 
 
 def library() -> Any:

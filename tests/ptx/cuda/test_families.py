@@ -13,7 +13,7 @@ import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
 from tests.ptx.cuda.device import kernels, set_device
-from tests.ptx.cudad_gpu import devices, own_table, simulated_gpu
+from tests.simulated_gpu import devices, own_table, simulated_gpu
 
 ops = torch.ops.bap_kernels
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
@@ -97,7 +97,8 @@ CALLS: dict[str, tuple[Call, str]] = {
 }
 # What stands behind the kernels that a launch names.
 LAUNCHED = {
-    "gathered_conv2d": {"nhwc", "planar", "input_gradient"},
+    "gathered_conv2d": {"nhwc", "input_gradient"},
+    "planar_conv2d": {"planar"},
     "warpgroup_conv2d": {"wgmma"},
     "halo_conv2d": {"halo"},
     "weight_gradient": {"weight_gradient"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bap_kernels.testing import Case, check_forward
+from tests.ptx.cuda.conftest import FOUND
 from tests.ptx.faults import PACK, ROWS, WARPGROUPS, Edit
 
 NHWC = Case(in_list="null", out_list="null", layout="channels_last", dtype=torch.float16)
@@ -27,7 +28,9 @@ def check_found(edit: Edit, parts: list[str], case: Case, device: Any) -> None:
     device.replace_kernel(parts, text)
     with pytest.raises((RuntimeError, AssertionError)) as caught:
         check_forward(case, "cuda")
-    if isinstance(caught.value, RuntimeError):
+    by_rule = isinstance(caught.value, RuntimeError)
+    FOUND.append((parts[0], edit.name, str(caught.value).strip().splitlines()[-1] if by_rule else "a wrong result"))
+    if by_rule:
         # From the executor, not from a launch that never began.
         assert "line " in str(caught.value) or "no thread can go on" in str(caught.value)
     else:
@@ -37,21 +40,21 @@ def check_found(edit: Edit, parts: list[str], case: Case, device: Any) -> None:
 @pytest.mark.arch(90)
 @pytest.mark.parametrize("edit", sampled(WARPGROUPS), ids=lambda edit: edit.name)
 def test_warpgroups(edit: Edit, device: Any) -> None:
-    check_found(edit, ["WarpgroupConv2d", "MathModeE1", "Li128ELi128E"], TILES_OF_WARPGROUPS, device)
+    check_found(edit, ["warpgroup_conv2d", "MathModeE1", "Li128ELi128E", "Lb0E"], TILES_OF_WARPGROUPS, device)
 
 
 @pytest.mark.arch(80)
 @pytest.mark.parametrize("edit", sampled(ROWS), ids=lambda edit: edit.name)
 def test_rows(edit: Edit, device: Any) -> None:
     device.set_device(1_000_000)
-    check_found(edit, ["GatheredConv2d", "MathModeE1", "Li64ELi64E", "Lb0E"], SMALL_TILES, device)
+    check_found(edit, ["gathered_conv2d", "MathModeE1", "Li64ELi64E", "Lb0E"], SMALL_TILES, device)
 
 
 @pytest.mark.sample
 @pytest.mark.arch(80)
 @pytest.mark.parametrize("edit", PACK, ids=lambda edit: edit.name)
 def test_pack(edit: Edit, device: Any) -> None:
-    check_found(edit, ["ChannelPack", "HalfWord"], PLANES, device)
+    check_found(edit, ["channel_pack", "6__half"], PLANES, device)
 
 
 @pytest.mark.sample
@@ -60,8 +63,8 @@ def test_without_a_fault_all_is_well(device: Any) -> None:
         device.set_device(sm_count)
         assert check_forward(case, "cuda")
     names = " ".join(device.take_mangled())
-    assert "ChannelPackINS_8HalfWord" in names
-    assert ("WarpgroupConv2d" in names) == (device.arch == 90)
+    assert "channel_pack_kernelI6__half" in names
+    assert ("warpgroup_conv2d" in names) == (device.arch == 90)
 
 
 def test_edits_that_match_nothing_are_errors() -> None:

@@ -44,7 +44,7 @@ def test_forward(dtype: torch.dtype, sm_count: int, device: Any) -> None:
         device.set_options(seed)
         for case in (BASE, POINTWISE):
             assert check_forward(case.but(layout=layout, dtype=dtype), "cuda")
-    assert {"halo_conv2d", "gathered_conv2d", "channel_pack"} <= set(device.take_launches())
+    assert {"halo_conv2d", "gathered_conv2d", "planar_conv2d", "channel_pack"} <= set(device.take_launches())
 
 
 @sample
@@ -193,5 +193,6 @@ def test_every_instance_is_launched(device: Any) -> None:
                 tensor.requires_grad_()
             run_switched(switched, "cuda").float().sum().backward()
             seen.update(device.take_mangled())
-    wanted = {name for name in device.kernel_names() if not (device.arch == 80 and "WarpgroupConv2d" in name)}
+    wanted = {name for name in device.kernel_names() if not (device.arch == 80 and "warpgroup_conv2d" in name)}
     assert [re.sub(r"NS_|11bap_kernels", "", name) for name in sorted(wanted - seen)] == []
+    assert len([name for name in device.kernel_names() if "MathMode" in name]) <= 48

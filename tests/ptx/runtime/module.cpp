@@ -96,20 +96,13 @@ void set_options(uint64_t seed, bool truncate) {
 
 std::vector<std::string> take_mangled() { return std::exchange(ptx::runtime().launches, {}); }
 
-// Names of the launchers.
+// Names of the kernels, without their template arguments.
 std::vector<std::string> take_launches() {
-  const std::pair<const char*, const char*> names[] = {
-      {"GatheredConv2d", "gathered_conv2d"}, {"HaloConv2d", "halo_conv2d"},   {"WarpgroupConv2d", "warpgroup_conv2d"},
-      {"WeightGradient", "weight_gradient"}, {"SumPartials", "sum_partials"}, {"ChannelPack", "channel_pack"},
-      {"ChannelUnpack", "channel_unpack"}};
   std::vector<std::string> found;
   for (const std::string& mangled : take_mangled()) {
-    for (const auto& [part, name] : names) {
-      // Of "GatheredConv2d" in the middle of another name there is none.
-      if (mangled.find(part) != std::string::npos) {
-        found.emplace_back(name);
-        break;
-      }
+    for (const char* name : {"gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d", "weight_gradient",
+                             "sum_partials", "channel_pack", "channel_unpack"}) {
+      if (mangled.find(name + std::string("_kernel")) != std::string::npos) found.emplace_back(name);
     }
   }
   return found;

@@ -85,6 +85,12 @@ struct ConvParams {
   bool reduce_off;  // whether columns that are not stored are reduced too
 };
 
+// Pixels of an image that a grid has tiles for: those of the result; of the gradient those of its largest phase.
+BAP_HOST_DEVICE int grid_pixels(const ConvParams& p, bool gradient) {
+  if (!gradient) return p.axis_h.output * p.axis_w.output;
+  return ceil_div(p.axis_h.input, p.axis_h.stride) * ceil_div(p.axis_w.input, p.axis_w.stride);
+}
+
 // The weight's gradient, split over chunks of the result's pixels.
 struct WeightGradientParams {
   const void* grad;    // (N, rows, oH, oW), channels contiguous

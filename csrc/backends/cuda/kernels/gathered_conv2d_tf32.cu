@@ -1,6 +1,5 @@
-// The convolution kernels of one math mode; see gathered_conv2d_block.h, halo_conv2d_block.h and
-// weight_gradient_block.h.
-#include "backends/cuda/kernels/launch.cuh"
+// The kernels of one math mode that multiply by mma.sync, so that the modes compile side by side.
+#include "backends/cuda/kernels/launch_conv2d.cuh"
 
 namespace bap_kernels {
 

@@ -98,7 +98,7 @@ inline int halo_copy_bytes(uint64_t address, const Strides& stride, int element_
   return 0;
 }
 
-// The forward by halo_conv2d_block.h.
+// The forward by halo_conv2d.cuh.
 struct HaloParams {
   ConvParams conv;
   HaloShape shape;

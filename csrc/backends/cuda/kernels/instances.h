@@ -1,66 +1,28 @@
-// The instances of the convolution kernels, as data: each math mode has these tiles; and what a launcher chooses
-// from them.
+// The instances of the convolution kernels: tiles, in each math mode; and what a launcher chooses from them.
 #pragma once
 
-#include "backends/cuda/kernels/elements.h"
 #include "backends/cuda/kernels/tile_layout.h"
 
 namespace bap_kernels {
 
-// name, rows, columns, warps along rows, along columns, stages, blocks that an SM should hold
-#define BAP_KERNELS_TILES(X)     \
-  X(Large, 128, 128, 2, 4, 3, 1) \
-  X(Small, 64, 64, 2, 2, 4, 2)   \
-  X(Thin, 128, 32, 4, 1, 4, 2)
-// Those of planar sources. Pointwise layers with few filters are rare, and a tile of their own is what the fewest
-// layers would miss.
-#define BAP_KERNELS_PLANES_TILES(X) \
-  X(Large, 128, 128, 2, 4, 3, 1)    \
-  X(Small, 64, 64, 2, 2, 4, 2)
-// Those of the weight's gradient, whose columns are input channels.
-#define BAP_KERNELS_WEIGHT_TILES(X) \
-  X(Large, 128, 128, 2, 4, 3, 1)    \
-  X(Small, 64, 64, 2, 2, 4, 2)
-// Those of the forward that loads a halo once for all taps.
-#define BAP_KERNELS_HALO_TILES(X) \
-  X(Large, 128, 128, 2, 4, 2, 1)  \
-  X(Small, 64, 64, 2, 2, 3, 1)
-// Those of WGMMA, for the 16-bit math modes: the warps are those that multiply.
-#define BAP_KERNELS_WARPGROUP_TILES(X) \
-  X(Wide, 128, 256, 8, 1, 4, 1)        \
-  X(Square, 128, 128, 8, 1, 6, 1)
-// Each has a file gathered_conv2d_<name>.cu, so that they compile side by side.
-#define BAP_KERNELS_MATH_MODES(X) X(BFloat16) X(Half) X(Tf32)
+// The math mode of a kernel: the type that the tensor cores multiply. There is none for IEEE float32: sums of products
+// of TF32 parts would miss it, since tensor cores truncate what they add. Each has a file gathered_conv2d_<name>.cu.
+enum class MathMode : int { kBFloat16, kHalf, kTf32 };
 
-#define BAP_KERNELS_ENUM(name, ...) k##name,
-enum class TileShape : int { BAP_KERNELS_TILES(BAP_KERNELS_ENUM) };
-enum class HaloTileShape : int { BAP_KERNELS_HALO_TILES(BAP_KERNELS_ENUM) };
-enum class WarpgroupTileShape : int { BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_ENUM) };
-#undef BAP_KERNELS_ENUM
-#define BAP_KERNELS_TYPE(name, rows, columns, warps_m, warps_n, stages, blocks) \
-  using name##Tile = Tile<rows, columns, warps_m, warps_n, stages, blocks>;
-BAP_KERNELS_TILES(BAP_KERNELS_TYPE)
-#undef BAP_KERNELS_TYPE
-#define BAP_KERNELS_TYPE(name, rows, columns, warps_m, warps_n, stages, blocks) \
-  using name##HaloTile = Tile<rows, columns, warps_m, warps_n, stages, blocks>;
-BAP_KERNELS_HALO_TILES(BAP_KERNELS_TYPE)
-#undef BAP_KERNELS_TYPE
-#define BAP_KERNELS_TYPE(name, rows, columns, warps_m, warps_n, stages, blocks) \
-  using name##WarpgroupTile = Tile<rows, columns, warps_m, warps_n, stages, blocks>;
-BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_TYPE)
-#undef BAP_KERNELS_TYPE
-
-#define BAP_KERNELS_COUNT(...) +1
-constexpr int kTileCount = 0 BAP_KERNELS_TILES(BAP_KERNELS_COUNT);
-constexpr int kPlanesTileCount = 0 BAP_KERNELS_PLANES_TILES(BAP_KERNELS_COUNT);
-constexpr int kWarpgroupTileCount = 0 BAP_KERNELS_WARPGROUP_TILES(BAP_KERNELS_COUNT);
-constexpr int kWeightTileCount = 0 BAP_KERNELS_WEIGHT_TILES(BAP_KERNELS_COUNT);
-constexpr int kHaloTileCount = 0 BAP_KERNELS_HALO_TILES(BAP_KERNELS_COUNT);
-constexpr int kModeCount = 0 BAP_KERNELS_MATH_MODES(BAP_KERNELS_COUNT);
-#undef BAP_KERNELS_COUNT
-// Two of the math modes are of 16 bits.
-constexpr int kInstanceCount =
-    kModeCount * (kTileCount + kPlanesTileCount + kWeightTileCount + kHaloTileCount) + 2 * kWarpgroupTileCount;
+// Rows, columns, warps along rows, along columns, stages, blocks that an SM should hold. Planar sources and the
+// weight's gradient have no thin tiles: pointwise layers with few filters are rare.
+using LargeTile = Tile<128, 128, 2, 4, 3, 1>;
+using SmallTile = Tile<64, 64, 2, 2, 4, 2>;
+using ThinTile = Tile<128, 32, 4, 1, 4, 2>;
+enum class TileShape : int { kLarge, kSmall, kThin };
+// Of the forward that loads a halo once for all taps.
+using LargeHaloTile = Tile<128, 128, 2, 4, 2, 1>;
+using SmallHaloTile = Tile<64, 64, 2, 2, 3, 1>;
+enum class HaloTileShape : int { kLarge, kSmall };
+// Of WGMMA, for the 16-bit math modes: the warps are those that multiply.
+using WideWarpgroupTile = Tile<128, 256, 8, 1, 4, 1>;
+using SquareWarpgroupTile = Tile<128, 128, 8, 1, 6, 1>;
+enum class WarpgroupTileShape : int { kWide, kSquare };
 
 inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 

@@ -1,6 +1,8 @@
 // From a math mode, known at run time, to the kernels that were compiled for it.
 #include "backends/cuda/kernels/launch.h"
 
+#include <cuda_runtime_api.h>
+
 #include "backends/cuda/kernels/launcher.h"
 
 namespace bap_kernels {
@@ -43,19 +45,20 @@ Status launch_weight_gradient(const WeightGradientParams& p, MathMode mode, Tile
   }
 }
 
+const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+int sm_count(int device) {
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) cudaGetLastError();
+  return count > 0 ? count : 1;
+}
+
 const CudaLauncher& linked_launcher() {
-  static const CudaLauncher table{kLauncherLayout,
-                                  /*simulated=*/false,
-                                  launch_gathered_conv2d,
-                                  launch_warpgroup_conv2d,
-                                  launch_halo_conv2d,
-                                  launch_weight_gradient,
-                                  launch_sum_partials,
-                                  launch_channel_pack,
-                                  launch_channel_unpack,
-                                  status_text,
-                                  sm_count,
-                                  has_warpgroups};
+  static const CudaLauncher table{
+      kLauncherLayout,
+      /*simulated=*/false, launch_gathered_conv2d, launch_warpgroup_conv2d, launch_halo_conv2d, launch_weight_gradient,
+      launch_sum_partials, launch_channel_pack,    launch_channel_unpack,   status_text,        sm_count,
+      has_warpgroups};
   return table;
 }
 

@@ -10,6 +10,7 @@ namespace bap_kernels {
 
 using Status = int;
 
+// `planes`: by the kernel of planar sources.
 Status launch_gathered_conv2d(const ConvParams& params, MathMode mode, TileShape tile, bool planes, void* stream);
 // Products of the 16-bit kinds, by sources that are not planar and without terms of a switch's gradient; on devices
 // that have warpgroups.
@@ -27,7 +28,7 @@ int sm_count(int device);
 // Whether a device, the current one, runs WGMMA, and code for it was compiled.
 bool has_warpgroups(int device);
 
-// One math mode's part of the first four: what the file of each compiles.
+// One math mode's part of the first four: what the files of each compile.
 template <MathMode kMode>
 Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
 template <MathMode kMode>

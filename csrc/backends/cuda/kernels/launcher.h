@@ -2,6 +2,8 @@
 // library to the other in a capsule, so that neither links with the other and no argument changes its form between.
 #pragma once
 
+#include <cstddef>
+
 #include "backends/cuda/kernels/launch.h"
 
 namespace bap_kernels {

@@ -36,6 +36,10 @@ struct Tile {
       (kRows * (kColumns + kRowGap) > kColumns * (kRows + kColumnGap) ? kRows * (kColumns + kRowGap)
                                                                       : kColumns * (kRows + kColumnGap)) *
       4;
+  // Float offset of an element of the staged result, by rows or with `by_columns`.
+  BAP_HOST_DEVICE static constexpr int staged(bool by_columns, int row, int column) {
+    return by_columns ? column * (kRows + kColumnGap) + row : row * (kColumns + kRowGap) + column;
+  }
   static constexpr int kRowOffsets = 4;
   static constexpr int kTableAt = kStagedBytes, kPlacesAt = kTableAt + kRows * kRowOffsets * 8;
   static constexpr int kEpilogueBytes = kPlacesAt + kColumns * 4;

@@ -1,6 +1,7 @@
-// The convolution by WGMMA in one math mode, and whether a device runs them; see
-// warpgroup_conv2d_block.h.
-#include "backends/cuda/kernels/launch_warpgroups.cuh"
+// The convolution by WGMMA in one math mode, and whether a device runs it; see warpgroup_conv2d.cuh.
+#include <atomic>
+
+#include "backends/cuda/kernels/launch_warpgroup_conv2d.cuh"
 
 namespace bap_kernels {
 
@@ -11,13 +12,13 @@ bool has_warpgroups(int device) {
   static std::atomic<signed char> known[kDevices];  // 0: not asked yet
   if (device < 0 || device >= kDevices) return false;
   if (known[device] == 0) {
-    using Kernel = WarpgroupConv2d<MathMode::kBFloat16, SquareWarpgroupTile>;
+    const auto kernel = warpgroup_conv2d_kernel<MathMode::kBFloat16, SquareWarpgroupTile, false>;
     int major = 0;
     cudaFuncAttributes attributes{};
     const bool runs =
         cleared(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess &&
-        major == 9 && cleared(cudaFuncGetAttributes(&attributes, warpgroup_kernel<Kernel>)) == cudaSuccess &&
-        attributes.maxThreadsPerBlock >= Kernel::kThreads;
+        major == 9 && cleared(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&
+        attributes.maxThreadsPerBlock >= WarpgroupLayout<SquareWarpgroupTile>::kThreads;
     known[device] = runs ? 1 : -1;
   }
   return known[device] > 0;

@@ -1,5 +1,5 @@
-// The convolution by WGMMA in one math mode; see warpgroup_conv2d_block.h.
-#include "backends/cuda/kernels/launch_warpgroups.cuh"
+// The convolution by WGMMA in one math mode; see warpgroup_conv2d.cuh.
+#include "backends/cuda/kernels/launch_warpgroup_conv2d.cuh"
 
 namespace bap_kernels {
 

@@ -1,0 +1,72 @@
+// The gathered convolution of NHWC sources: an implicit GEMM, for the forward and for the input's gradient.
+//   result[m, j] = relu?(scale[j] * (sum over k, t of source[pixel(m, t), channel(k)] * weight[j, t, k] + bias[o])
+//                        + shift[j] + residual[m, j])    with o = result_list[j]
+// A row m is a pixel of the result, a column j one of its channels; k runs over channels, t over taps
+// (conv_geometry.h).
+//
+// Block: Tile::kRows x Tile::kColumns of the result. Grid: (tiles of all runs, phases of the gradient).
+// Shared memory: kStages of both operands, filled kStages - 1 steps ahead; then the result in float32 and offsets.
+// Needs:  16-byte aligned chunks of source and weight; `block` of the source's list 0 or a multiple of a chunk; lists
+//   within range; batch * pixels below 2^31.
+// Allows: any strides of result, residual and input, with int64 offsets; counts on the device; mixed batches.
+// Accumulates in float32. No atomics: the result does not vary between runs.
+#pragma once
+
+#include "backends/cuda/kernels/nhwc_operands.cuh"
+
+namespace bap_kernels {
+
+template <MathMode kMode, class Tile, bool kGradient>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    gathered_conv2d_kernel(const __grid_constant__ ConvParams p) {
+  using scalar_t = typename MathTraits<kMode>::scalar_t;
+  using Epilogue = Epilogue<scalar_t, Tile, false>;
+  constexpr int kBytes = sizeof(scalar_t), kStages = Tile::kStages;
+  const int thread = threadIdx.x;
+  const NhwcPlan plan = nhwc_plan<Tile, kBytes, kGradient>(p);
+  if (plan.first_column >= stored_columns(p) && !p.reduce_off) return;
+
+  NhwcOperands<scalar_t, Tile, Tile::kThreads> operands;
+  operands.begin(p, plan, thread);
+  Sums<Tile> sums = {};
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < plan.steps) operands.copy(p, plan, stage * Tile::kStageBytes, thread);
+    commit_copies();
+  }
+  int read = 0, written = kStages - 1;
+  for (int step = 0; step < plan.steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    // The copies of all threads are there, and what was read in the step before may be overwritten.
+    __syncthreads();
+    if (step + kStages - 1 < plan.steps) operands.copy(p, plan, written * Tile::kStageBytes, thread);
+    commit_copies();
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      FragmentsA<Tile> a;
+      FragmentsB<Tile> b;
+      load_a<Tile, kBytes, false>(a, read * Tile::kStageBytes, slice);
+      load_b<Tile, kBytes, false>(b, read * Tile::kStageBytes + Tile::kColumnsAt, slice);
+      multiply<kMode, Tile>(sums, a, b);
+    }
+    read = read + 1 == kStages ? 0 : read + 1;
+    written = written + 1 == kStages ? 0 : written + 1;
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  Epilogue::stage_sums(sums);
+  write_rows<scalar_t, Tile>(p, plan);
+  if (p.copy != nullptr) Epilogue::clear_places();
+  __syncthreads();
+  if (p.copy != nullptr) {
+    Epilogue::find_places(p, plan.first_column);
+    __syncthreads();
+  }
+  if (p.partial != nullptr) {
+    const int64_t term = static_cast<int64_t>(blockIdx.y) * row_tiles<Tile>(p, p.batch, kGradient) + plan.tile.row;
+    Epilogue::reduce(p, plan.first_column, term);
+  }
+  if (p.result != nullptr) Epilogue::store(p, plan.first_column);
+}
+
+}  // namespace bap_kernels
