@@ -72,6 +72,8 @@ __device__ __forceinline__ void consume(const ConvParams& p, const NhwcPlan& pla
   using Epilogue = Epilogue<scalar_t, Tile, false>;
   take_registers<Layout::kConsumerRegisters>();
   Sums<Tile> sums = {};
+  // Opaque zeros: a path around the loop that defines the sums anew would make the assembler serialise its products.
+  hold_sums(sums[0]);
   RingPlace<Tile::kStages> at;
   int before = 0;
   for (int step = 0; step < plan.steps; ++step, at.advance()) {
