@@ -19,9 +19,11 @@ from bap_kernels.info import info
 from bap_kernels.nn.domains import attach_, domain_names, set_domain
 from bap_kernels.nn.swap import swap_
 from bap_kernels.plan import (
+    NetworkMemory,
     OrderReport,
     PlannedNetwork,
     PruneReport,
+    memory,
     order_channels_,
     plan,
     prune_unused_,
@@ -35,6 +37,7 @@ from bap_kernels.verify import VerifyReport, verify
 __all__ = [
     "ChannelLists",
     "ChannelTable",
+    "NetworkMemory",
     "OrderReport",
     "PlannedNetwork",
     "PruneReport",
@@ -47,6 +50,7 @@ __all__ = [
     "domain_names",
     "gathered_conv2d",
     "info",
+    "memory",
     "nn",
     "order_channels_",
     "packed_cache_info",

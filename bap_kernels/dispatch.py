@@ -270,6 +270,8 @@ _C.set_unsupported_reason(_gpu_backend_unsupported_reason)
 _C.set_gpu_hooks(gpu_identity, torch.cuda.is_current_stream_capturing)
 _C.set_choice_file(str(settings.choice_file or settings.unusable_cache_dir), settings.cache_problem)
 _C.set_packed_cache_limit(settings.packed_cache_bytes)
+_C.set_default_packed_memory(settings.packed_memory)
+_C.set_packed_memory(settings.packed_memory)
 if not settings.winograd:
     _C.set_default_winograd(False)
     use_winograd(False)

@@ -7,9 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BACKENDS", "ENVIRONMENT", "ISAS", "MAX_BYTES", "Settings", "Variable", "read_environment", "settings"]
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "ISAS",
+    "MAX_BYTES",
+    "PACKED_MEMORY",
+    "Settings",
+    "Variable",
+    "read_environment",
+    "settings",
+]
 
 BACKENDS = ("auto", "native", "aten", "triton", "cuda")
+PACKED_MEMORY = ("auto", "fast", "shared")
 ISAS = ("avx512", "avx2", "neon", "none", "avx512_emulated", "neon_emulated")
 MAX_BYTES = 2**63 - 1
 _CACHE_DIR = "~/.cache/bap_kernels"
@@ -42,6 +53,12 @@ ENVIRONMENT = (
     ),
     Variable("BAP_KERNELS_PACKED_CACHE_BYTES", str(2**30), "import", "most bytes of packed weights kept; 0: keep none"),
     Variable(
+        "BAP_KERNELS_PACKED_MEMORY",
+        "auto",
+        "import",
+        f"packed weights of layers with lists: {', '.join(PACKED_MEMORY)}; see the guide to whole networks",
+    ),
+    Variable(
         "BAP_KERNELS_LIBRARY", "", "import", "another build of bap_kernels._C to load, such as one with sanitizers"
     ),
     Variable("BAP_KERNELS_CUDA_LIBRARY", "", "import", "another build of bap_kernels._C_cuda, such as the tests' own"),
@@ -61,6 +78,7 @@ class Settings:
     packed_cache_bytes: int
     autotune: bool = False
     winograd: bool = True
+    packed_memory: str = "auto"
     unusable_cache_dir: str = ""  # the text of a name that is no folder, and why it is none
     cache_problem: str = ""
     library: str = ""
@@ -115,6 +133,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         packed_cache_bytes=int(text),
         autotune=_one_of(environment, "BAP_KERNELS_AUTOTUNE", ("0", "1")) == "1",
         winograd=_one_of(environment, "BAP_KERNELS_WINOGRAD", ("0", "1")) != "0",
+        packed_memory=_one_of(environment, "BAP_KERNELS_PACKED_MEMORY", PACKED_MEMORY) or "auto",
         unusable_cache_dir=folder if cache_problem else "",
         cache_problem=cache_problem,
         library=environment.get("BAP_KERNELS_LIBRARY", ""),

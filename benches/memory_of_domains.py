@@ -1,10 +1,14 @@
-"""Cost of serving several domains: ``python -m benches.memory_of_domains [--out DIR]``.
+"""Cost of serving several domains: ``python -m benches.memory_of_domains [--times] [--out DIR]``.
 
-Compares one network with the lists of all domains, planned or layer by layer, with one small network per domain
-(``bk.specialize``). Memory is the growth of the resident set of a separate process after every domain was used,
-including packed weights and what libraries cache per shape. Times are measured in this process: of a switch to a domain
-used before, and of the first use of a domain with its forward. The logits of every domain are checked. Rows are added
-to ``rows.jsonl`` and the report of the folder, next to those of a study of the same build.
+Prints the bytes that one network holds for 1, 3 and 10 domains, planned and layer by layer, for each way to keep packed
+weights; they are counted, and the same on a busy machine. ``auto`` may choose other kernels than the native ones, whose
+packed weights are counted here.
+
+``--times`` compares one network with the lists of all domains, planned or layer by layer, with one small network per
+domain (``bk.specialize``) instead. Memory is the growth of the resident set of a separate process after every domain
+was used, including packed weights and what libraries cache per shape. Times are measured in this process: of a switch
+to a domain used before, and of the first use of a domain with its forward. The logits of every domain are checked.
+Rows are added to ``rows.jsonl`` and the report of the folder, next to those of a study of the same build.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benches import gate, ours, report
+from benches import gate, held_memory, ours, report
 from benches.cases import LAYOUTS
 from benches.measure import DTYPES
 from benches.memory import can_measure_peak, in_fresh_process, resident_bytes
@@ -231,6 +235,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--out", type=Path, default=Path("benches/out/domains"), help="folder (default: %(default)s)")
+    command.add_argument("--times", action="store_true", help="resident memory, switches and first uses, timed")
+    command.add_argument(
+        "--winograd", type=int, choices=(0, 2, 4), default=0, help="of the table: tiles of 3 x 3 layers"
+    )
     command.add_argument("--network", choices=tuple(NETWORKS), default="resnet26")
     command.add_argument("--domains", type=int, default=10)
     command.add_argument("--density", type=float, default=0.5)
@@ -239,6 +247,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     command.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
     return command
+
+
+def held_table(options: argparse.Namespace) -> str:
+    """Return the table of bytes, for up to ``--domains`` domains."""
+    build, size = NETWORKS[options.network]
+    with normal_tensors():
+        model = build().eval().to(memory_format=MEMORY_FORMATS[options.layout])
+        x = torch.randn(options.batch, 3, size, size).contiguous(memory_format=MEMORY_FORMATS[options.layout])
+        counts = sorted({*(count for count in held_memory.COUNTS if count < options.domains), options.domains})
+        return held_memory.table(list(held_memory.held_memory(model, x, options.density, counts, options.winograd)))
 
 
 def study(options: argparse.Namespace, console: Console) -> None:
@@ -252,6 +270,9 @@ def study(options: argparse.Namespace, console: Console) -> None:
             "memory_of_domains: expected --domains and --batch from 1 and --density in (0, 1], "
             f"got {options.domains}, {options.batch} and {options.density}."
         )
+    if not options.times:
+        print(held_table(options))
+        return
     serving = Serving(options.network, options.domains, options.density, options.batch, options.layout, options.dtype)
     ours.reset_choices()
     header, _, journal = begin(options, console, torch.device("cpu"), options.dtype)

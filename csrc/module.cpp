@@ -12,6 +12,7 @@
 #include "backends/aten/convolution.h"
 #include "backends/aten/gathered_conv2d.h"
 #include "backends/cpu/isa.h"
+#include "backends/cpu/tasks.h"
 #include "backends/cuda/bindings.h"
 #include "dispatch/automatic.h"
 #include "dispatch/backend.h"
@@ -19,6 +20,7 @@
 #include "dispatch/choice.h"
 #include "dispatch/fingerprint.h"
 #include "dispatch/packed_cache.h"
+#include "dispatch/packed_memory.h"
 #include "dispatch/python_hooks.h"
 #include "dispatch/verdict_bindings.h"
 #include "dispatch/winograd.h"
@@ -211,6 +213,30 @@ py::dict packed_cache_info() {
 // bap_kernels/_load.py looks for it in the file where the library does not load.
 constexpr std::string_view kBuiltWith = "bap_kernels was built with torch " BAP_KERNELS_BUILD_TORCH;
 
+// What is kept of a weight: (number, bytes, whether for these lists).
+std::vector<std::tuple<uint64_t, int64_t, bool>> kept_packed(const at::Tensor& weight, const OptionalTensor& in_index,
+                                                             const OptionalTensor& out_index,
+                                                             const OptionalTensor& weight_index) {
+  std::vector<std::tuple<uint64_t, int64_t, bool>> all;
+  for (const auto& kept : PackedCache::instance().kept_of(weight, in_index, out_index, weight_index)) {
+    all.emplace_back(kept.number, kept.bytes, kept.of_lists);
+  }
+  return all;
+}
+
+// The parallel regions of the native kernels in what a function runs in this thread: (grain, cycles of each task). The
+// kernels compute nothing, so what was packed meanwhile is dropped.
+std::vector<std::pair<int64_t, std::vector<double>>> record_tasks(const std::function<void()>& run) {
+  std::vector<std::pair<int64_t, std::vector<double>>> regions;
+  {
+    TaskRecord record;
+    run();
+    for (TaskRegion& region : record.regions) regions.emplace_back(region.grain, std::move(region.cycles));
+  }
+  PackedCache::instance().clear();
+  return regions;
+}
+
 // How the library was built.
 py::dict build_info() {
   py::dict d;
@@ -280,6 +306,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_choice_limit", [](int64_t cases) { ChoiceTable::instance().set_limit(cases); }, py::arg("cases"));
   m.def("packed_cache_info", &packed_cache_info);
   m.def("set_packed_cache_limit", [](int64_t bytes) { PackedCache::instance().set_limit(bytes); }, py::arg("bytes"));
+  m.def("kept_packed", &kept_packed, py::arg("weight"), py::arg("in_index"), py::arg("out_index"),
+        py::arg("weight_index"));
+  m.def("record_tasks", &record_tasks, py::arg("run"));
+  m.def("set_packed_memory", &set_packed_memory, py::arg("name"));
+  m.def("get_packed_memory", &packed_memory_name);
+  m.def("set_default_packed_memory", &set_default_packed_memory, py::arg("name"));
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
   m.def("same_values", &same_values, py::arg("a"), py::arg("b"));
   m.def("fingerprint", &fingerprint, py::arg("tensors"));

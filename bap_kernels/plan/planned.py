@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bap_kernels._load import _C
 from bap_kernels._values import holds_values
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.liveness import Liveness
@@ -21,6 +23,7 @@ from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import largest_error, tolerance_of
+from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
@@ -28,6 +31,7 @@ from bap_kernels.plan.program import Program
 from bap_kernels.plan.recording import Recording
 from bap_kernels.plan.trace import call_copied, same_widths, trace
 from bap_kernels.plan.watch import Watch
+from bap_kernels.settings import PACKED_MEMORY
 
 __all__ = ["PlannedNetwork", "plan"]
 
@@ -100,12 +104,13 @@ class PlannedNetwork(PlannedModel):
         tolerance: float | None,
         memory_format: torch.memory_format | None,
         cuda_graph: bool = False,
+        memory: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.domain = domain
         self._example = example
-        self._options = (check, tolerance, memory_format, cuda_graph)
+        self._options = (check, tolerance, memory_format, cuda_graph, memory)
         self._programs: dict[tuple[str | None, _Cast], tuple[Program, float | None]] = {}
         self._recordings: dict[_Cast, Recording] = {}
         # While a mixed batch is set.
@@ -127,6 +132,17 @@ class PlannedNetwork(PlannedModel):
         if not self._options[3]:
             return None
         return graphs.PlanGraphs(graphs.capture_for("plan", self._device), self._format())
+
+    @contextlib.contextmanager
+    def _packed_memory(self) -> Iterator[None]:
+        """Sets the calling thread's for a run of the plan."""
+        before = _C.get_packed_memory()
+        if self._options[4] != "auto":
+            _C.set_packed_memory(self._options[4])
+        try:
+            yield
+        finally:
+            _C.set_packed_memory(before)
 
     def _format(self) -> torch.memory_format:
         if self._options[2] is not None:
@@ -163,7 +179,8 @@ class PlannedNetwork(PlannedModel):
         program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device, vector)
         if not check:
             return program, None
-        result = call_copied(lambda *inputs: program.run(inputs), self._example, graph.draws)
+        with self._packed_memory():
+            result = call_copied(lambda *inputs: program.run(inputs), self._example, graph.draws)
         share, error, dtype = largest_error(result, graph.expected)
         limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
         if not share <= limit:
@@ -237,13 +254,19 @@ class PlannedNetwork(PlannedModel):
         if inputs and isinstance(inputs[0], Proxy):
             return as_one_step(self, *inputs)
         if not torch.is_grad_enabled():
-            return self._run(inputs)
+            return self._run_kept(inputs)
         if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             raise NotImplementedError(
                 "PlannedNetwork(): expected inputs that need no gradient, got one with requires_grad=True. "
                 "Hint: a plan serves inference; train the model itself."
             )
         with torch.no_grad():
+            return self._run_kept(inputs)
+
+    def _run_kept(self, inputs: tuple[Any, ...]) -> Any:
+        if self._options[4] == "auto" or torch.compiler.is_compiling():
+            return self._run(inputs)
+        with self._packed_memory():
             return self._run(inputs)
 
     def _run(self, inputs: tuple[Any, ...]) -> Any:
@@ -301,6 +324,12 @@ class PlannedNetwork(PlannedModel):
         with torch.no_grad():
             return self._program.peak_bytes(example)
 
+    def memory(self) -> NetworkMemory:
+        """Counts the bytes that the model and its plans hold now, for every domain that was planned."""
+        plans = [(domain, program.steps) for (domain, _), (program, _) in self._programs.items()]
+        uses = [use for domain, steps in plans for use in step_uses(domain, steps)]
+        return network_memory(self.model, [*uses, *layer_uses(self.model)], plans, self.peak_bytes())
+
     def train(self, mode: bool = True) -> PlannedNetwork:
         """Refuses training mode.
 
@@ -343,6 +372,7 @@ def plan(
     tolerance: float | None = None,
     memory_format: torch.memory_format | None = None,
     cuda_graph: bool = False,
+    memory: str = "auto",
 ) -> PlannedNetwork:
     """Lowers a whole network for one domain.
 
@@ -371,6 +401,14 @@ def plan(
             out of it, so that they stay as they are. All graphs of a planned network share their memory, and run one
             after the other; the 32 last used are kept. After a change of weights or lists, which is noticed as without
             graphs, they are recorded again. Mixed batches, and calls while the caller records a graph, run without.
+        memory: how much memory packed weights of several domains may take. ``"fast"``: every domain has a packed copy
+            of the slices that it lists. ``"shared"``: on CPUs all domains share one packed copy of a float32 weight
+            whose list names input channels only, of which each call copies the listed part; of any other weight with
+            lists the copy of the domain that ran last is kept, so that the first call after a switch of domains packs
+            again. ``"auto"``: one copy for lists of input channels alone where a call computes so many pixels that
+            copying its part takes little of the time; other copies as with ``"fast"``. The environment variable
+            ``BAP_KERNELS_PACKED_MEMORY`` sets another meaning of ``"auto"``, also for layers outside of plans, and for
+            plans under ``torch.compile``.
 
     Returns:
         A :class:`PlannedNetwork`. It shares the model's parameters, and follows changes of its batch norms. A warning
@@ -378,7 +416,7 @@ def plan(
 
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
-            example; for ``cuda_graph=True`` on another device than a CUDA GPU.
+            example; for ``cuda_graph=True`` on another device than a CUDA GPU; for another ``memory``.
         RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``; at a call,
             if the network does what a CUDA graph can't record.
 
@@ -396,5 +434,7 @@ def plan(
         1     conv+norm+relu  0        3/8   reads 3/3
         2     conv            3        8/8   reads 3/8
     """
+    if memory not in PACKED_MEMORY:
+        raise ValueError(f"plan(): expected `memory` to be one of {', '.join(PACKED_MEMORY)}, got {memory!r}.")
     example = example_input if isinstance(example_input, tuple) else (example_input,)
-    return PlannedNetwork(model, example, domain, check, tolerance, memory_format, cuda_graph)
+    return PlannedNetwork(model, example, domain, check, tolerance, memory_format, cuda_graph, memory)

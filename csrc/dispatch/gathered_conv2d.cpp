@@ -6,6 +6,7 @@
 
 #include "dispatch/automatic.h"
 #include "dispatch/list_copy.h"
+#include "dispatch/packed_memory.h"
 #include "dispatch/stream.h"
 #include "ops/fusion.h"
 
@@ -51,7 +52,10 @@ at::Tensor run_gathered_conv2d(const ConvCall& c, const char* op) {
   const auto text = [&] { return case_text(c, cpu); };
   const auto candidates = [&] {
     std::vector<Candidate> list;
-    for (const BackendId id : {BackendId::kNative, BackendId::kAten}) backend(id).add_candidates(c, c10::kCPU, list);
+    backend(BackendId::kNative).add_candidates(c, c10::kCPU, list);
+    // ATen's packed weights are those of one list.
+    const bool one_weight = packed_memory() == PackedMemory::kShared && serves_all_lists(c, 0);
+    if (list.empty() || !one_weight) backend(BackendId::kAten).add_candidates(c, c10::kCPU, list);
     return list;
   };
   const auto run = [&](const at::Tensor& input, Candidate candidate) {

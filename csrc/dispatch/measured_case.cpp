@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "dispatch/packed_cache.h"
+#include "dispatch/packed_memory.h"
 #include "dispatch/winograd.h"
 
 namespace bap_kernels {
@@ -153,13 +154,20 @@ std::string mask_text(const std::array<bool, kCount>& mask) {
   return text;
 }
 
+// Where it matters: to the CPU's ways of a call that lists input channels only.
+PackedMemory memory_of(const ConvCall& c) {
+  const bool matters = c.input.is_cpu() && has_value(c.weight_list()) && !has_value(c.out_index);
+  return matters ? packed_memory() : PackedMemory::kAuto;
+}
+
 }  // namespace
 
 CaseKey case_key(const ConvCall& c, const MeasuredDevice& device, FamilySet routes) {
   const int32_t flags = layout_flags(c.input) | (has_value(c.in_index) ? 4 : 0) | (has_value(c.out_index) ? 8 : 0) |
                         (has_value(c.bias) ? 16 : 0) | (c.fusion.has_prologue() ? 32 : 0) |
                         (c.fusion.has_epilogue() ? 64 : 0) | (PackedCache::keeps(c) ? 128 : 0) |
-                        (onednn_enabled() ? 256 : 0) | (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0);
+                        (onednn_enabled() ? 256 : 0) | (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0) |
+                        static_cast<int>(memory_of(c)) << (kOwnFlags + 1);
   return key_of(conv_of(c), flags, device, routes);
 }
 
@@ -169,6 +177,8 @@ std::string case_text(const ConvCall& c, const MeasuredDevice& device, FamilySet
   key << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
       << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
       << (device.name.empty() && weighs_winograd(c) && !get_winograd() ? " no-winograd" : "");
+  const PackedMemory memory = memory_of(c);
+  if (memory != PackedMemory::kAuto) key << (memory == PackedMemory::kFast ? " own-weights" : " one-weight");
   return with_device(key, conv_of(c), device, routes);
 }
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "dispatch/packed_memory.h"
 #include "dispatch/packed_value.h"
 #include "dispatch/stream.h"
 
@@ -40,6 +41,13 @@ const char* untraced(const at::Tensor& w) {
     return "another tensor has the same memory: a state_dict or a view that is kept, `.data`, or a flat vector";
   }
   return nullptr;
+}
+
+// The same for all lists of a weight where only the last one's form is kept.
+uint64_t lists_key(const ConvCall& c, PackedKind kind) {
+  const auto lists = lists_of(c);
+  const bool any = std::any_of(lists.begin(), lists.end(), [](const auto* list) { return has_value(*list); });
+  return any && packed_memory() == PackedMemory::kShared ? 0 : hash_lists(c, kind);
 }
 
 bool has_version(const OptionalTensor& list) { return !has_value(list) || list->is_cpu() || !list->is_inference(); }
@@ -88,7 +96,7 @@ at::Tensor PackedCache::get(const ConvCall& c, PackedKind kind, int variant, c10
     if (c.cache_packed) ++not_kept_;
     return make();
   }
-  const Key key{c.weight.unsafeGetTensorImpl(), hash_lists(c, kind), static_cast<int>(kind), variant};
+  const Key key{c.weight.unsafeGetTensorImpl(), lists_key(c, kind), static_cast<int>(kind), variant};
   uint64_t doubts = 0, number = 0;
   bool doubted = false;
   std::shared_ptr<const PackedValue> known;
@@ -206,6 +214,23 @@ void PackedCache::clear() {
   entries_.clear();
   bytes_ = 0;
   count_ = 0;
+}
+
+std::vector<PackedCache::Kept> PackedCache::kept_of(const at::Tensor& weight, const OptionalTensor& in_index,
+                                                    const OptionalTensor& out_index,
+                                                    const OptionalTensor& weight_index) {
+  const std::array<const OptionalTensor*, 3> lists = {&in_index, &out_index, &weight_index};
+  std::vector<Kept> kept;
+  std::lock_guard<std::mutex> lock(mutex_);
+  sweep();
+  const auto group = groups_.find(weight.unsafeGetTensorImpl());
+  if (group == groups_.end()) return kept;
+  for (const Entry* entry : group->second.entries) {
+    bool same = true;
+    for (size_t i = 0; i < lists.size(); ++i) same = same && entry->value->lists[i].holds(*lists[i]);
+    kept.push_back({entry->number, entry->value->bytes, same});
+  }
+  return kept;
 }
 
 void PackedCache::drop(const at::Tensor& tensor) {

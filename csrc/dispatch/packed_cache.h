@@ -57,7 +57,7 @@ struct PackedValue;  // what is kept, and what it was made from
 class PackedCache {
   struct Key {
     const void* weight;
-    uint64_t lists;  // hash of the values of lists and vectors; those of GPUs count by identity
+    uint64_t lists;  // hash of the values of lists and vectors, those of GPUs by identity; 0: of the last ones
     int kind, variant;
     bool operator==(const Key& o) const = default;
   };
@@ -85,6 +85,16 @@ class PackedCache {
   Info info();
   void set_limit(int64_t bytes);
   void clear();
+
+  // What is kept of a weight: a number that nothing else ever has, its bytes with all that belongs to it, and whether
+  // it was packed for these lists.
+  struct Kept {
+    uint64_t number;
+    int64_t bytes;
+    bool of_lists;
+  };
+  std::vector<Kept> kept_of(const at::Tensor& weight, const OptionalTensor& in_index, const OptionalTensor& out_index,
+                            const OptionalTensor& weight_index);
 
   // Drops all that is kept of a weight, and what took in this vector on a GPU; next to nothing to do where nothing is
   // kept at all.

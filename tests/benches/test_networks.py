@@ -16,7 +16,7 @@ pytest.importorskip("torchvision")
 
 from bap.export import formats
 
-from benches import compiled, engines, gate, memory_of_domains, networks, ours, report, rows, study
+from benches import compiled, engines, gate, memory_of_domains, networks, ours, packed_memory, report, rows, study
 from benches.memory_of_domains import Served, Serving, timed_row
 from benches.networks import NetworkBench, NetworkCell, network_cells
 from tests.benches.test_study import HEADER
@@ -192,7 +192,7 @@ def test_memory_of_domains_command(
     # The small network does not exist in a new process.
     monkeypatch.setattr(memory_of_domains, "can_measure_peak", lambda: False)
     monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
-    arguments = ["--out", str(tmp_path), "--network", tiny, "--domains", "2", "--batch", "1"]
+    arguments = ["--times", "--out", str(tmp_path), "--network", tiny, "--domains", "2", "--batch", "1"]
     assert memory_of_domains.main(arguments) == 0
     assert "Several domains" in capsys.readouterr().out
     _, of_file = rows.read_json(tmp_path / "results.json")
@@ -200,6 +200,36 @@ def test_memory_of_domains_command(
     assert [(row.variant, row.case, row.domains) for row in of_file] == expected
     assert memory_of_domains.main([*arguments[:-1], "0"]) == 1
     assert "expected --domains and --batch from 1" in capsys.readouterr().out
+
+
+def test_table_of_held_memory(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
+    printed = []
+    for _ in range(2):
+        assert memory_of_domains.main(["--network", tiny, "--domains", "4", "--batch", "1"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    rows = [line.strip("| ").split(" | ") for line in printed[0].splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        [kind, memory, count]
+        for kind in ("planned", "swapped")
+        for memory in ("fast", "auto", "shared")
+        for count in ("1", "3", "4")
+    ]
+    ratios = {tuple(row[:3]): float(row[-1]) for row in rows}
+    assert ratios["swapped", "fast", "4"] > 1.5
+    assert ratios["swapped", "shared", "4"] <= 1.1
+    assert ratios["planned", "shared", "4"] <= 1.1
+
+
+def test_packed_memory_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [case for case in packed_memory.CASES if case.network == "resnet26" and case.H == 8]
+    monkeypatch.setattr(packed_memory, "CASES", cases)
+    arguments = ["--network", "resnet26", "--batch", "1", "--density", "0.5", "--seconds", "0", "--layout", "nchw"]
+    assert packed_memory.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("direct 8x8", "winograd 8x8")) for line in lines) == 2
+    assert lines[-1].startswith("| winograd, nchw, 3x3, batch 1 | 1 | ")
 
 
 def test_study_measures_requested_networks(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,25 +269,17 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
 // Blocks of pixels for all threads, or groups of panels: whichever leaves a thread less to do. Threads that share out
 // the panels all pack every pixel; those that share out the pixels all read every weight, and few tiles are seldom
 // even.
-TaskGrid task_grid(const NativeCall& n, int64_t tiles, int64_t panels, int64_t tiles_per_block) {
-  const int64_t width = micro::kMaxVectors * n.tiles->lanes, blocks = (tiles + tiles_per_block / 2) / tiles_per_block;
-  const int64_t threads = n.threads;
-  TaskGrid grid{std::max<int64_t>(1, blocks), 1};
-  if (threads == 1) return grid;
-  // Cycles of one step of the reduction: products, packed floats and weights; rough, from profiles with AVX2.
-  constexpr double kPerProduct = 1. / 16, kPerPixel = 0.6, kPerWeight = 0.25;
-  const auto cycles = [&](int64_t pixels, int64_t channels) {
-    return kPerProduct * pixels * channels + kPerPixel * pixels + kPerWeight * channels;
-  };
+TaskGrid task_grid(const GridShape& s) {
+  const int64_t blocks = (s.tiles + s.tiles_per_block / 2) / s.tiles_per_block, threads = s.threads;
+  const TaskGrid one{std::max<int64_t>(1, blocks), 1};
+  if (threads == 1) return one;
+  const TaskGrid by_channels{one.pixel_blocks, threads};
+  const TaskGrid by_pixels{std::min(s.tiles, (one.pixel_blocks + threads - 1) / threads * threads), 1};
   const auto share = [&](int64_t count) { return (count + threads - 1) / threads; };
-  const int64_t by_pixels = std::min(share(tiles) * width, n.pixels());
-  const int64_t by_channels = std::min(share(panels) * n.tiles->rows, n.kept_out);
-  if (blocks < threads && panels >= threads && cycles(n.pixels(), by_channels) < cycles(by_pixels, n.kept_out)) {
-    grid.channel_groups = threads;
-  } else {
-    grid.pixel_blocks = std::min(tiles, share(grid.pixel_blocks) * threads);
-  }
-  return grid;
+  const int64_t pixels = std::min(share(s.tiles) * s.tile_pixels, s.pixels);
+  const int64_t filters = std::min(share(s.panels) * s.panel_filters, s.filters);
+  const bool fewer = direct_cycles(s.pixels, filters, 1) < direct_cycles(pixels, s.filters, 1);
+  return spread_grid(s, blocks < threads && s.panels >= threads && fewer ? by_channels : by_pixels);
 }
 
 }  // namespace
@@ -297,13 +289,12 @@ NativeTasks conv_nchw_tasks(const NativeCall& n, const float* weight) {
   const int64_t tiles = (n.pixels() + width - 1) / width, panels = (n.kept_out + n.tiles->rows - 1) / n.tiles->rows;
   const int64_t tiles_per_block =
       std::clamp<int64_t>(kPanelBytes / (std::min(n.depth, kReductionBlock) * width * 4), 5, 31);
-  const TaskGrid grid = task_grid(n, tiles, panels, tiles_per_block);
-  return {grid.tasks(), [=, &n](int64_t task) {
-            const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
-            run_task(n, weight, block * tiles / grid.pixel_blocks * width,
-                     std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * width),
-                     group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
-          }};
+  const TaskGrid grid =
+      task_grid({tiles, panels, tiles_per_block, width, n.tiles->rows, n.pixels(), n.kept_out, n.depth, n.threads});
+  return grid_tasks(n, grid, tiles, panels, width, n.tiles->rows,
+                    [=, &n](int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+                      run_task(n, weight, begin, end, first_panel, last_panel);
+                    });
 }
 
 }  // namespace bap_kernels

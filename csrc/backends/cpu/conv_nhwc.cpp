@@ -126,20 +126,34 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   }
 }
 
+// Enough tasks for all threads, weights read as seldom as possible.
+TaskGrid task_grid(const GridShape& s) {
+  TaskGrid grid{std::max<int64_t>(1, (s.tiles + s.tiles_per_block / 2) / s.tiles_per_block), 1};
+  if (s.threads == 1) return grid;
+  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each
+  // thread.
+  if (s.tiles < s.tiles_per_block * s.threads / 2 && s.panels >= s.threads) {
+    grid.channel_groups = s.threads;
+  } else {
+    const int64_t rounds = (grid.pixel_blocks + s.threads - 1) / s.threads;
+    grid.pixel_blocks = std::min(s.tiles, rounds * s.threads);
+  }
+  return spread_grid(s, grid);
+}
+
 }  // namespace
 
 NativeTasks conv_nhwc_tasks(const NativeCall& n, const float* weight) {
   const PixelAccess access(n);
   const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
   const int64_t tiles = (n.pixels() + rows - 1) / rows, panels = (n.kept_out + width - 1) / width;
-  const TaskGrid grid =
-      make_task_grid(tiles, panels, (access.direct ? kPixelsPerBlock : kPixelsPerPackedBlock) / rows, n.threads);
-  return {grid.tasks(), [=, &n, reduction = Reduction(access)](int64_t task) {
-            const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
-            run_task(n, access, reduction, weight, block * tiles / grid.pixel_blocks * rows,
-                     std::min(n.pixels(), (block + 1) * tiles / grid.pixel_blocks * rows),
-                     group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
-          }};
+  const TaskGrid grid = task_grid({tiles, panels, (access.direct ? kPixelsPerBlock : kPixelsPerPackedBlock) / rows,
+                                   rows, width, n.pixels(), n.kept_out, n.depth, n.threads});
+  return grid_tasks(
+      n, grid, tiles, panels, rows, width,
+      [=, &n, reduction = Reduction(access)](int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+        run_task(n, access, reduction, weight, begin, end, first_panel, last_panel);
+      });
 }
 
 }  // namespace bap_kernels

@@ -30,6 +30,8 @@ constexpr int64_t kMostTiles = 128;
 constexpr int64_t kFarWeightBytes = 8 * 1024 * 1024, kFewestTilesOfFar = 42;
 // A block may exceed the limit by a quarter rather than be cut.
 constexpr double kOvershoot = 1.25;
+// Another cut is taken only where it ends so much sooner.
+constexpr double kWorthwhile = 0.95;
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
@@ -53,6 +55,7 @@ struct Geometry {
   int64_t channel_groups;
 
   Geometry(const NativeCall& n, int64_t size_, bool last);
+  double task_cycles(const NativeCall& n, int64_t task) const;
 
   int64_t panel_width(const NativeCall& n, int64_t panel) const {
     return n.kept_out - panel * width <= lanes ? lanes : width;
@@ -62,8 +65,10 @@ struct Geometry {
   }
 
  private:
-  void cut(const NativeCall& n);
+  void cut(const NativeCall& n, int64_t most, int64_t shared);
+  void share_out(const NativeCall& n);
   void find_moves(const NativeCall& n);
+  double cycles(const NativeCall& n, const Block& block, int64_t filters) const;
 };
 
 Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
@@ -81,7 +86,7 @@ Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
   channels_last = last;
   in_place = !n.in_index && !n.has_prologue && n.x_stride_c == 1 && channels == n.kept_in;
   if (table->gather_moves && n.in_index && n.x_stride_c == 1) find_moves(n);
-  cut(n);
+  share_out(n);
 }
 
 // A list in order has at most as many moves as it and the channels have vectors.
@@ -99,15 +104,55 @@ void Geometry::find_moves(const NativeCall& n) {
   }
 }
 
-void Geometry::cut(const NativeCall& n) {
-  const int64_t per_image = tile_rows * tile_columns, total = n.batch * per_image;
+// Cycles of a block with a group of panels.
+double Geometry::cycles(const NativeCall& n, const Block& block, int64_t filters) const {
+  const int64_t numbers = block.tiles() * points;
+  return pass_cycles(2 * numbers * channels) + direct_cycles(numbers, filters, n.kept_in) -
+         direct_cycles(numbers, 0, n.kept_in) + pass_cycles(numbers * filters);
+}
+
+double Geometry::task_cycles(const NativeCall& n, int64_t task) const {
+  const int64_t group = task % channel_groups;
+  const int64_t first = group * panels / channel_groups * width;
+  const int64_t last = std::min(n.kept_out, (group + 1) * panels / channel_groups * width);
+  return cycles(n, blocks[task / channel_groups], last - first);
+}
+
+// Blocks for all threads, or groups of panels that all transform the same pixels; for more threads than two both, where
+// that ends sooner.
+void Geometry::share_out(const NativeCall& n) {
   const bool far = 4 * points * n.kept_in * n.kept_out > kFarWeightBytes;
   const int64_t fewest = far ? kFewestTilesOfFar : table->rows;
   const int64_t most = std::clamp(kBlockBytes / (4 * points * (channels + width)), fewest, kMostTiles);
-  const int64_t threads = n.threads;
-  channel_groups = 1;
-  if (threads > 1 && panels >= threads && total < 2 * table->rows * threads) channel_groups = threads;
-  const int64_t shared = channel_groups > 1 ? 1 : threads;
+  const int64_t threads = n.threads, total = n.batch * tile_rows * tile_columns;
+  channel_groups = threads > 1 && panels >= threads && total < 2 * table->rows * threads ? threads : 1;
+  cut(n, most, channel_groups > 1 ? 1 : threads);
+  if (threads <= 2) return;
+  const auto last_done = [&] {
+    double longest = 0;
+    const int64_t count = static_cast<int64_t>(blocks.size()) * channel_groups, chunk = ceil_div(count, threads);
+    for (int64_t first = 0; first < count; first += chunk) {
+      double sum = 0;
+      for (int64_t task = first; task < std::min(count, first + chunk); ++task) sum += task_cycles(n, task);
+      longest = std::max(longest, sum);
+    }
+    return longest;
+  };
+  double least = kWorthwhile * last_done();
+  auto best = std::pair(channel_groups, blocks);
+  for (int64_t groups = 1; groups <= std::min(panels, threads); groups *= 2) {
+    channel_groups = groups;
+    cut(n, most, ceil_div(threads, groups));
+    const double longest = last_done();
+    if (longest < least) least = longest, best = {channel_groups, blocks};
+  }
+  std::tie(channel_groups, blocks) = std::move(best);
+}
+
+// Into blocks of at most so many tiles, their number a multiple of `shared` where that is possible.
+void Geometry::cut(const NativeCall& n, int64_t most, int64_t shared) {
+  const int64_t per_image = tile_rows * tile_columns;
+  blocks.clear();
   if (static_cast<double>(per_image) <= kOvershoot * static_cast<double>(most) && n.batch >= shared) {
     int64_t count = ceil_div(n.batch, std::max<int64_t>(1, most / per_image));
     count = std::min(n.batch, round_up(count, shared));
@@ -329,11 +374,14 @@ class Task {
 
 NativeTasks conv_winograd_tasks(const NativeCall& n, const float* weight, int64_t size, bool channels_last) {
   const auto g = std::make_shared<const Geometry>(n, size, channels_last);
-  return {static_cast<int64_t>(g->blocks.size()) * g->channel_groups, [=, &n](int64_t number) {
-            const int64_t group = number % g->channel_groups;
-            Task(n, *g, g->blocks[number / g->channel_groups])
-                .run(weight, group * g->panels / g->channel_groups, (group + 1) * g->panels / g->channel_groups);
-          }};
+  const auto run = [=, &n](int64_t number) {
+    const int64_t group = number % g->channel_groups;
+    Task(n, *g, g->blocks[number / g->channel_groups])
+        .run(weight, group * g->panels / g->channel_groups, (group + 1) * g->panels / g->channel_groups);
+  };
+  NativeTasks tasks{static_cast<int64_t>(g->blocks.size()) * g->channel_groups, run, {}};
+  if (TaskRecord::current() != nullptr) tasks.cycles = [=, &n](int64_t number) { return g->task_cycles(n, number); };
+  return tasks;
 }
 
 }  // namespace bap_kernels

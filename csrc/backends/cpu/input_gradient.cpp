@@ -6,7 +6,6 @@
 // The pixels are taken in chunks whose results stay in the cache. From there each chunk goes, in one pass, to its
 // place in dx, with zeros beside it, and into the sums of x * dx: a gradient of full width is never stored for these.
 // Chunks depend on the shape alone and their sums are added in order, so results do not vary with threads or runs.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -103,10 +102,11 @@ NativeCall chunk_call(const Class& k, const Chunk& chunk, int64_t first, int64_t
 }
 
 // Chunks of about equal size: enough of them to share out, none so small that the weights dominate.
-std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t grain, int64_t channels, int64_t fewest) {
+std::vector<Chunk> make_chunks(const ConvShape<int64_t>& s, int64_t grain, int64_t channels, int64_t fewest,
+                               int64_t enough) {
   const int64_t most = std::clamp(kChunkFloats / channels, fewest, kMostPixels), area = s.height * s.width;
   const int64_t total = s.batch * area;
-  const int64_t wanted = std::max((total + most - 1) / most, std::min(kEnoughChunks, total / kSmallChunk));
+  const int64_t wanted = std::max((total + most - 1) / most, std::min(enough, total / kSmallChunk));
   std::vector<Chunk> chunks;
   if (wanted <= s.batch) {
     const int64_t count = std::max<int64_t>(1, wanted);
@@ -283,11 +283,29 @@ std::vector<int32_t> channels_not_in(const int32_t* list, int64_t count, int64_t
   return others;
 }
 
+int64_t pixels_of(const GradientCall& c, const Chunk& chunk) {
+  return (chunk.last_image - chunk.first_image) * (chunk.last_row - chunk.first_row) * c.shape.width;
+}
+
+// Of the convolutions of a chunk: a stride's phases share out the taps.
+double class_cycles(const GradientCall& c, const InputGradient& gradient, const Chunk& chunk) {
+  return direct_cycles(pixels_of(c, chunk), gradient.count, c.live_count() * c.taps()) /
+         static_cast<double>(c.stride[0] * c.stride[1]);
+}
+
+double sink_cycles(const GradientCall& c, const InputGradient& gradient, const Chunk& chunk) {
+  const int64_t channels = (gradient.store ? c.shape.channels_in : 0) + (gradient.dots ? gradient.count : 0);
+  return pass_cycles(pixels_of(c, chunk) * (gradient.count + channels));
+}
+
 template <class scalar_t, class bits_t>
 void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vector<Class>& classes, bool last) {
   const int64_t size = classes.size() == 1 ? classes[0].winograd : 0;
-  const auto chunks =
-      make_chunks(c.shape, size ? size : c.stride[0], gradient.count, size ? kFewestWinogradPixels : kFewestPixels);
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  // Chunks order the sums of x * dx, so there they depend on the shape alone.
+  const int64_t enough = gradient.dots ? kEnoughChunks : std::max<int64_t>(kEnoughChunks, threads);
+  const auto chunks = make_chunks(c.shape, size ? size : c.stride[0], gradient.count,
+                                  size ? kFewestWinogradPixels : kFewestPixels, enough);
   const auto others = channels_not_in(gradient.channels, gradient.count, c.shape.channels_in);
   const bool in_place = !gradient.dots || !last || c.input.stride(1) == 1;
   const ChunkSink<scalar_t, bits_t> sink(c, gradient, classes, others,
@@ -311,14 +329,22 @@ void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vecto
       run_class(classes[k], chunk_call(classes[k], chunk, first, rows, scratch + place[k], threads), last);
     }
     double* sums = gradient.dots ? dots.data() + number * gradient.count : nullptr;
-    last ? sink.pixels(chunk, parts, sums) : sink.planes(chunk, parts, sums);
+    serial_task([&] { return sink_cycles(c, gradient, chunk); },
+                [&] { last ? sink.pixels(chunk, parts, sums) : sink.planes(chunk, parts, sums); });
   };
   const int64_t count = static_cast<int64_t>(chunks.size());
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (count < threads) {
+  // With fewer chunks than threads: all threads for one after the other, each taken to its place by one of them; or a
+  // thread for each. Of the chunks' convolutions and of what follows, by the first one.
+  const double products = class_cycles(c, gradient, chunks[0]), sink_of_one = sink_cycles(c, gradient, chunks[0]);
+  const bool together =
+      count < threads && static_cast<double>(count) * (products / threads + sink_of_one) < products + sink_of_one;
+  if (together) {
     for (int64_t i = 0; i < count; ++i) run(i, threads);
   } else {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const auto cycles = [&](int64_t i) {
+      return class_cycles(c, gradient, chunks[i]) + sink_cycles(c, gradient, chunks[i]);
+    };
+    parallel_tasks(count, 1, cycles, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run(i, 1);
     });
   }

@@ -13,12 +13,15 @@
 #include "backends/cpu/native_call.h"
 #include "backends/cpu/winograd.h"
 #include "dispatch/packed_cache.h"
+#include "dispatch/packed_memory.h"
 
 namespace bap_kernels {
 namespace {
 
 // Below this a second thread costs more to wake than it saves.
 constexpr int64_t kProductsPerThread = 200'000;
+// Copies of listed weights that serve fewer take more than 3 % of the time.
+constexpr int64_t kPixelsForCopy = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -164,19 +167,6 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   return n;
 }
 
-TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads) {
-  TaskGrid grid{std::max<int64_t>(1, (tiles + tiles_per_block / 2) / tiles_per_block), 1};
-  if (threads == 1) return grid;
-  // With few pixels, sharing out the channels reads each weight once; sharing out the pixels would read it by each
-  // thread.
-  if (tiles < tiles_per_block * threads / 2 && panels >= threads) {
-    grid.channel_groups = threads;
-  } else {
-    grid.pixel_blocks = std::min(tiles, round_up(grid.pixel_blocks, threads));
-  }
-  return grid;
-}
-
 float* thread_scratch(int slot, int64_t floats) {
   struct Buffer {
     c10::DataPtr data;
@@ -195,12 +185,20 @@ at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   // The packed form depends on the tiles, so on the lanes' meaning too.
   const int variant = n.tiles->lanes * 2 + (n.pairs ? 1 : 0);
-  return PackedCache::instance().get(c, last ? PackedKind::kConvNhwc : PackedKind::kConvNchw, variant,
-                                     [&] { return last ? pack_weight_nhwc(n) : pack_weight_nchw(n); });
+  const PackedKind kind = last ? PackedKind::kConvNhwc : PackedKind::kConvNchw;
+  const auto pack = [&](const NativeCall& source) {
+    return last ? pack_weight_nhwc(source) : pack_weight_nchw(source);
+  };
+  PackedCache& cache = PackedCache::instance();
+  if (!serves_all_lists(c, kPixelsForCopy)) return cache.get(c, kind, variant, [&] { return pack(n); });
+  const int64_t channels = c.weight.size(1);
+  const at::Tensor all =
+      cache.get(over_all_channels(c), kind, variant, [&] { return pack(n.over_all_channels(channels)); });
+  return listed_part(n, all, channels, packed_layout(n, last));
 }
 
 void run_tasks(const NativeTasks& tasks) {
-  at::parallel_for(0, tasks.count, 1, [&](int64_t first, int64_t last) {
+  parallel_tasks(tasks.count, 1, tasks.cycles, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) tasks.run(task);
   });
 }
@@ -219,9 +217,11 @@ at::Tensor run_native(const ConvCall& c, bool unmeasured) {
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   const int64_t size = unmeasured ? unmeasured_winograd(n, c.cache_packed) : 0;
   if (size == 0) {
-    run_driver(n, packed_weight(c, n), last);
+    const at::Tensor weight = packed_weight(c, n);
+    run_driver(n, weight, last);
   } else {
-    run_winograd(n, packed_winograd_weight(c, n, size), size, last);
+    const at::Tensor weight = packed_winograd_weight(c, n, size);
+    run_winograd(n, weight, size, last);
   }
   return result;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backends/cpu/microkernels/tile.h"
+#include "backends/cpu/tasks.h"
 #include "ops/conv_call.h"
 
 namespace bap_kernels {
@@ -68,6 +69,14 @@ struct NativeCall {
   int64_t pixels() const { return batch * out_h * out_w; }
   int64_t channel(int64_t i) const { return in_index ? in_index[i] : i; }
   int64_t weight_channel(int64_t i) const { return weight_index ? weight_index[i] : channel(i); }
+  // The same with all channels of a weight, for packing.
+  NativeCall over_all_channels(int64_t channels) const {
+    NativeCall all = *this;
+    all.in_index = all.weight_index = nullptr;
+    all.kept_in = all.units = channels;
+    all.depth = channels * taps;
+    return all;
+  }
   const char* pixel(int64_t n, int64_t ih, int64_t iw) const {
     return x + (n * x_stride_n + ih * x_stride_h + iw * x_stride_w) * element_size();
   }
@@ -92,7 +101,30 @@ at::Tensor pack_weight_nchw(const NativeCall& native);
 struct NativeTasks {
   int64_t count;
   std::function<void(int64_t)> run;
+  std::function<double(int64_t)> cycles;  // estimated; only while tasks are recorded
 };
+
+// Those of a grid over `tiles` of `tile_pixels` pixels and `panels` of `panel_filters` filters:
+// run(first pixel, last pixel, first panel, last panel).
+template <class Run>
+NativeTasks grid_tasks(const NativeCall& n, const TaskGrid& grid, int64_t tiles, int64_t panels, int64_t tile_pixels,
+                       int64_t panel_filters, Run run) {
+  const auto with_part = [=, pixels = n.pixels()](int64_t task, const auto& use) {
+    const int64_t block = task / grid.channel_groups, group = task % grid.channel_groups;
+    return use(block * tiles / grid.pixel_blocks * tile_pixels,
+               std::min(pixels, (block + 1) * tiles / grid.pixel_blocks * tile_pixels),
+               group * panels / grid.channel_groups, (group + 1) * panels / grid.channel_groups);
+  };
+  NativeTasks tasks{grid.tasks(), [=](int64_t task) { with_part(task, run); }, {}};
+  if (TaskRecord::current() == nullptr) return tasks;
+  tasks.cycles = [=, filters = n.kept_out, steps = n.depth](int64_t task) {
+    return with_part(task, [&](int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+      const int64_t last = std::min(filters, last_panel * panel_filters);
+      return direct_cycles(end - begin, last - first_panel * panel_filters, steps);
+    });
+  };
+  return tasks;
+}
 
 // The two drivers: channels_last results, and contiguous results. Tasks refer to the arguments.
 NativeTasks conv_nhwc_tasks(const NativeCall& native, const float* weight);
@@ -101,19 +133,21 @@ NativeTasks conv_nchw_tasks(const NativeCall& native, const float* weight);
 // The call's weight as its driver wants it, from the cache where the call asks for that.
 at::Tensor packed_weight(const ConvCall& call, const NativeCall& native);
 
+// How a packed weight is laid out: panels of `width` filters, the last one of `last_width`; in each of them
+// [run][channel][step][filter].
+struct PackedLayout {
+  int64_t panels, width, last_width, runs, steps;
+};
+PackedLayout packed_layout(const NativeCall& native, bool channels_last);
+
+// From a weight that was packed with all `channels`, what packing the listed ones would give.
+at::Tensor listed_part(const NativeCall& native, const at::Tensor& all, int64_t channels, const PackedLayout& layout);
+
 // Runs tasks on all threads.
 void run_tasks(const NativeTasks& tasks);
 
 // Runs the driver of channels_last results, or that of contiguous ones, on all threads.
 void run_driver(const NativeCall& native, const at::Tensor& weight, bool channels_last);
-
-// How a task grid covers tiles of pixels and panels of channels: enough tasks for all threads, weights read as seldom
-// as possible. The grid never changes the order of a sum.
-struct TaskGrid {
-  int64_t pixel_blocks, channel_groups;
-  int64_t tasks() const { return pixel_blocks * channel_groups; }
-};
-TaskGrid make_task_grid(int64_t tiles, int64_t panels, int64_t tiles_per_block, int threads);
 
 // Memory of one thread for packing, 64-byte aligned, kept between calls.
 float* thread_scratch(int slot, int64_t floats);

@@ -2,10 +2,10 @@
 //   conv_nhwc  panel of output channels: [tap][channel unit][lane], the last panel one or two vectors wide
 //   conv_nchw  panel of output channels: [channel unit][tap][row], the last panel as narrow as it needs to be
 // A unit is one channel, or two bfloat16 channels side by side; what is missing is zero.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "backends/cpu/native_call.h"
 
@@ -53,6 +53,26 @@ void pack_panel(const NativeCall& n, const std::vector<int64_t>& taps, bool nchw
   }
 }
 
+// Of each listed channel `count` floats, side by side.
+void copy_channels(const NativeCall& n, const float* from, int64_t count, float* to) {
+  const auto copy = [&](auto length) {
+    for (int64_t i = 0; i < n.kept_in; ++i, to += count) {
+      std::memcpy(to, from + n.weight_channel(i) * count, length() * sizeof(float));
+    }
+  };
+  // Whole vectors, whose length the compiler is to know.
+  switch (count) {
+    case 8:
+      return copy([] { return 8; });
+    case 16:
+      return copy([] { return 16; });
+    case 32:
+      return copy([] { return 32; });
+    default:
+      return copy([count] { return count; });
+  }
+}
+
 at::Tensor pack(const NativeCall& n, bool nchw) {
   const int64_t full = nchw ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
   const int64_t panels = (n.kept_out + full - 1) / full;
@@ -63,7 +83,8 @@ at::Tensor pack(const NativeCall& n, bool nchw) {
   for (int64_t t = 0; t < n.taps; ++t) taps[t] = t / n.kernel_w * n.w_stride_h + t % n.kernel_w * n.w_stride_w;
   // Small weights are packed sooner than a second thread wakes.
   const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * n.depth));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+  const auto cycles = [&](int64_t p) { return pass_cycles(4 * panel_width(n, nchw, p) * n.depth); };
+  parallel_tasks(panels, grain, cycles, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       if (n.bfloat16) {
         pack_panel<c10::BFloat16>(n, taps, nchw, p, dst + p * full * n.depth);
@@ -76,6 +97,33 @@ at::Tensor pack(const NativeCall& n, bool nchw) {
 }
 
 }  // namespace
+
+PackedLayout packed_layout(const NativeCall& n, bool channels_last) {
+  const bool nchw = !channels_last;
+  const int64_t full = nchw ? n.tiles->rows : micro::kMaxVectors * n.tiles->lanes;
+  const int64_t panels = (n.kept_out + full - 1) / full;
+  return {panels, full, panel_width(n, nchw, panels - 1), nchw ? 1 : n.taps, nchw ? n.taps : 1};
+}
+
+at::Tensor listed_part(const NativeCall& n, const at::Tensor& all, int64_t channels, const PackedLayout& l) {
+  const int64_t panel_steps = l.runs * n.kept_in * l.steps, filters = (l.panels - 1) * l.width + l.last_width;
+  at::Tensor part = at::empty({filters * panel_steps}, all.options());
+  const float* from = all.const_data_ptr<float>();
+  float* to = part.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (l.width * panel_steps));
+  const auto cycles = [&](int64_t) { return pass_cycles(l.width * panel_steps); };
+  parallel_tasks(l.panels, grain, cycles, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t count = (p + 1 < l.panels ? l.width : l.last_width) * l.steps;
+      const float* panel = from + p * l.width * l.runs * channels * l.steps;
+      float* copy = to + p * l.width * panel_steps;
+      for (int64_t run = 0; run < l.runs; ++run, panel += channels * count, copy += n.kept_in * count) {
+        copy_channels(n, panel, count, copy);
+      }
+    }
+  });
+  return part;
+}
 
 at::Tensor pack_weight_nhwc(const NativeCall& n) { return pack(n, false); }
 at::Tensor pack_weight_nchw(const NativeCall& n) { return pack(n, true); }

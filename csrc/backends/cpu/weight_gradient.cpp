@@ -4,9 +4,8 @@
 // into panels of lanes, x is found through a pointer for each row plus an offset for each pixel, so a tap is a shifted
 // pointer and a stride costs nothing. Where there is padding to skip, or bfloat16 to convert, the listed channels of a
 // block's image rows are first copied, channel by channel, with their padding; else x is read in place.
-// Tasks are slabs of pixels x groups of channels. Each slab has sums of its own, added in order at the end; slabs and
-// groups depend on the shape alone, so results do not vary with threads or runs. Sums are fp32.
-#include <ATen/Parallel.h>
+// Tasks are slabs of pixels x groups of channels. Each slab has sums of its own, added in order at the end; slabs
+// depend on the shape alone and groups change no sum, so results do not vary with threads or runs. Sums are fp32.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
@@ -27,7 +26,7 @@ using micro::TileArgs;
 constexpr int kFiltersSlot = 0, kChannelsSlot = 1, kPointersSlot = 2;
 constexpr int64_t kMostPixels = 256, kFewestPixels = 64, kFilterFloats = 48 * 1024;
 constexpr int64_t kMostTasks = 16;
-constexpr int64_t kPixelsPerSlab = 512, kRowsPerGroup = 288;
+constexpr int64_t kPixelsPerSlab = 512, kRowsPerGroup = 288, kFewestRows = 48;
 constexpr int64_t kSlabFloats = 4 * 1024 * 1024;
 
 struct Shape {
@@ -68,8 +67,11 @@ Shape make_shape(const GradientCall& c) {
   s.in_place = !padded && !c.bfloat16() && reach < std::numeric_limits<int32_t>::max();
   const int64_t floats = geometry.kept_in * s.taps * s.panels * s.width;
   s.slabs = power_of_two(std::min({s.pixels / kPixelsPerSlab, kSlabFloats / floats, kMostTasks}));
-  s.groups =
-      power_of_two(std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
+  // Groups, unlike slabs, change no sum: more threads have more of them, and smaller ones.
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(),
+                most = std::max(kMostTasks, 2 * threads);
+  const int64_t rows = most > kMostTasks ? kFewestRows : kRowsPerGroup;
+  s.groups = power_of_two(std::min({most / s.slabs, geometry.kept_in * s.taps / rows, geometry.kept_in}));
   s.panel_floats = s.panels * s.rows * s.width;
   s.first_row_tile.push_back(0);
   for (int64_t g = 0; g < s.groups; ++g) {
@@ -310,13 +312,20 @@ void run(const GradientCall& c, at::Tensor& dw) {
   const int64_t slab_floats = s.first_row_tile.back() * s.panel_floats;
   const at::Tensor sums = at::empty({s.slabs * slab_floats}, at::TensorOptions().dtype(at::kFloat));
   float* data = sums.mutable_data_ptr<float>();
-  at::parallel_for(0, s.slabs * s.groups, 1, [&](int64_t begin, int64_t end) {
+  const auto cycles = [&](int64_t task) {
+    const int64_t slab = task / s.groups, group = task % s.groups;
+    const int64_t channels = s.group_channel(group + 1, c.shape.kept_in) - s.group_channel(group, c.shape.kept_in);
+    const int64_t pixels = (slab + 1) * s.pixels / s.slabs - slab * s.pixels / s.slabs;
+    return direct_cycles(channels * s.taps, s.filters, pixels) + pass_cycles(pixels * (channels + s.filters));
+  };
+  parallel_tasks(s.slabs * s.groups, 1, cycles, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slab = task / s.groups, group = task % s.groups;
       run_task<scalar_t>(c, s, slab, group, data + slab * slab_floats + s.first_row_tile[group] * s.panel_floats);
     }
   });
-  at::parallel_for(0, s.first_row_tile.back(), 8, [&](int64_t begin, int64_t end) {
+  const auto add_cycles = [&](int64_t) { return pass_cycles((s.slabs + 2) * s.panel_floats); };
+  parallel_tasks(s.first_row_tile.back(), 8, add_cycles, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto after = std::upper_bound(s.first_row_tile.begin(), s.first_row_tile.end(), tile);
       finish_tile<scalar_t>(c, s, after - s.first_row_tile.begin() - 1, tile, data, slab_floats, dw);

@@ -1,7 +1,6 @@
 // Where Winograd applies, and its transformed weights.
 #include "backends/cpu/winograd.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "backends/cpu/isa.h"
@@ -9,6 +8,7 @@
 #include "backends/cpu/native.h"
 #include "dispatch/backend.h"
 #include "dispatch/packed_cache.h"
+#include "dispatch/packed_memory.h"
 #include "dispatch/winograd.h"
 
 namespace bap_kernels {
@@ -19,6 +19,8 @@ constexpr int64_t kFloatsPerThread = 32 * 1024;
 constexpr int64_t kFewestChannels = 16, kFewestPairs = 32 * 32;
 // Results for which a weight's transform pays.
 constexpr int64_t kPixelsForTransform = 512;
+// Results for which a copy of listed weights takes at most 3 % of the time.
+constexpr int64_t kPixelsForCopy = 4096;
 // Results computed for each one that there is: twice as many still leave half of the multiplications.
 constexpr int64_t kMostWaste = 2;
 constexpr int64_t kMostLanes = 16, kTaps = 9;
@@ -68,7 +70,8 @@ at::Tensor pack_weight_winograd(const NativeCall& n, int64_t size) {
   int64_t taps[kTaps];
   for (int64_t t = 0; t < kTaps; ++t) taps[t] = t / 3 * n.w_stride_h + t % 3 * n.w_stride_w;
   const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * points * n.kept_in));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+  const auto cycles = [&](int64_t panel) { return pass_cycles(4 * width_of(panel) * points * n.kept_in); };
+  parallel_tasks(panels, grain, cycles, [&](int64_t begin, int64_t end) {
     alignas(64) float filters[kTaps * kMostLanes] = {};
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t width = width_of(panel);
@@ -92,8 +95,17 @@ at::Tensor pack_weight_winograd(const NativeCall& n, int64_t size) {
 }
 
 at::Tensor packed_winograd_weight(const ConvCall& c, const NativeCall& n, int64_t size) {
-  return PackedCache::instance().get(c, size == kWinogradLarge ? PackedKind::kWinograd4 : PackedKind::kWinograd2,
-                                     isa_winograd()->lanes, [&] { return pack_weight_winograd(n, size); });
+  const PackedKind kind = size == kWinogradLarge ? PackedKind::kWinograd4 : PackedKind::kWinograd2;
+  const int64_t lanes = isa_winograd()->lanes, width = 2 * lanes, points = (size + 2) * (size + 2);
+  PackedCache& cache = PackedCache::instance();
+  const auto get = [&](const ConvCall& call, const NativeCall& source) {
+    return cache.get(call, kind, static_cast<int>(lanes), [&] { return pack_weight_winograd(source, size); });
+  };
+  if (!serves_all_lists(c, kPixelsForCopy)) return get(c, n);
+  const int64_t channels = c.weight.size(1), panels = (n.kept_out + width - 1) / width;
+  const int64_t last_width = n.kept_out - (panels - 1) * width <= lanes ? lanes : width;
+  const at::Tensor all = get(over_all_channels(c), n.over_all_channels(channels));
+  return listed_part(n, all, channels, {panels, width, last_width, points, 1});
 }
 
 void run_winograd(const NativeCall& n, const at::Tensor& weight, int64_t size, bool channels_last) {
