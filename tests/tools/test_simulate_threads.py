@@ -72,7 +72,7 @@ def test_tasks_do_the_same_work_for_any_number_of_threads(kind: str) -> None:
 @pytest.mark.parametrize("layout", simulate_threads.FORMATS)
 @pytest.mark.parametrize(
     ("kind", "threads", "most"),
-    [("direct", 8, 0.1), ("direct", 64, 0.3), ("winograd", 8, 0.1), ("winograd", 64, 0.1)],
+    [("direct", 8, 0.1), ("direct", 64, 0.3), ("winograd", 8, 0.1), ("winograd", 64, 0.1), ("gradients", 8, 0.25)],
 )
 def test_few_threads_are_idle(kind: str, threads: int, most: float, layout: str) -> None:
     idle, _ = network_idle(kind, 1, layout, threads)

@@ -26,7 +26,7 @@ using micro::TileArgs;
 constexpr int kFiltersSlot = 0, kChannelsSlot = 1, kPointersSlot = 2;
 constexpr int64_t kMostPixels = 256, kFewestPixels = 64, kFilterFloats = 48 * 1024;
 constexpr int64_t kMostTasks = 16;
-constexpr int64_t kPixelsPerSlab = 512, kRowsPerGroup = 288, kFewestRows = 48;
+constexpr int64_t kPixelsPerSlab = 512, kRowsPerGroup = 288, kFewestRows = 24;
 constexpr int64_t kSlabFloats = 4 * 1024 * 1024;
 
 struct Shape {
@@ -67,11 +67,16 @@ Shape make_shape(const GradientCall& c) {
   s.in_place = !padded && !c.bfloat16() && reach < std::numeric_limits<int32_t>::max();
   const int64_t floats = geometry.kept_in * s.taps * s.panels * s.width;
   s.slabs = power_of_two(std::min({s.pixels / kPixelsPerSlab, kSlabFloats / floats, kMostTasks}));
-  // Groups, unlike slabs, change no sum: more threads have more of them, and smaller ones.
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(),
-                most = std::max(kMostTasks, 2 * threads);
-  const int64_t rows = most > kMostTasks ? kFewestRows : kRowsPerGroup;
-  s.groups = power_of_two(std::min({most / s.slabs, geometry.kept_in * s.taps / rows, geometry.kept_in}));
+  s.groups =
+      power_of_two(std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
+  // Groups, unlike slabs, change no sum: for more threads than two there are as many as these need, if not too small.
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads > 2) {
+    const int64_t rounds = (s.slabs * s.groups + threads - 1) / threads;
+    const int64_t wanted = (rounds * threads + s.slabs - 1) / s.slabs;
+    const int64_t most = std::min(geometry.kept_in, geometry.kept_in * s.taps / kFewestRows);
+    s.groups = std::clamp(wanted, s.groups, std::max(most, s.groups));
+  }
   s.panel_floats = s.panels * s.rows * s.width;
   s.first_row_tile.push_back(0);
   for (int64_t g = 0; g < s.groups; ++g) {
