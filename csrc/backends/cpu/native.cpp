@@ -198,7 +198,8 @@ at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
 }
 
 void run_tasks(const NativeTasks& tasks) {
-  parallel_tasks(tasks.count, 1, tasks.cycles, [&](int64_t first, int64_t last) {
+  const auto cycles = [&](int64_t task) { return tasks.cycles ? tasks.cycles(task) : 1.; };
+  parallel_tasks(tasks.count, 1, cycles, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) tasks.run(task);
   });
 }
