@@ -183,7 +183,7 @@ def test_fused_operations() -> None:
     found = kinds(Dense())
     assert found.count("buffer") == 4
     assert not {"cat", "norm"} & set(found)
-    assert "depthwise" in kinds(Inverted())
+    assert "depthwise+relu6" in kinds(Inverted())
 
 
 @torch.no_grad()
