@@ -102,7 +102,7 @@ def layer_uses(model: nn.Module) -> list[PackedUse]:
     uses: list[PackedUse] = []
     for name, layer in model.named_modules():
         if isinstance(layer, GatheredConv2d):
-            states: dict[str | None, ChannelLists] = {**layer.lists}
+            states: dict[str | None, ChannelLists] = dict(layer.lists.items())
             if not any(lists is layer.channels for lists in states.values()):
                 states[None] = layer.channels
             for domain, lists in states.items():
