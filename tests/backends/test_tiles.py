@@ -64,14 +64,15 @@ def test_unknown_table_fails(program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "status"),
+    ("right", "wrong", "statuses"),
     [
-        ("rounded = bits + 0x7fff", "rounded = bits + 0x7ffe", 1),
-        ("i < count; ++i) p[i] = part[i]", "i <= count; ++i) p[i] = part[i]", -signal.SIGSEGV),
+        ("rounded = bits + 0x7fff", "rounded = bits + 0x7ffe", [1]),
+        # Seen beside the result, or by the page behind it.
+        ("i < count; ++i) p[i] = part[i]", "i <= count; ++i) p[i] = part[i]", [1, -signal.SIGSEGV]),
     ],
     ids=["rounds_down", "writes_past_the_end"],
 )
-def test_mutated_tile_fails(right: str, wrong: str, status: int, compiler: str, tmp_path: Path) -> None:
+def test_mutated_tile_fails(right: str, wrong: str, statuses: list[int], compiler: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     for part in ("backends/cpu/microkernels", "backends/cpu/cpu_features.h", "backends/cpu/cpu_features.cpp"):
         source = tile_test.ROOT / "csrc" / part
@@ -83,7 +84,7 @@ def test_mutated_tile_fails(right: str, wrong: str, status: int, compiler: str, 
     tile.write_text(text.replace(right, wrong))
     tile_test.build(tmp_path / "tile_test", ["avx2"], sources=sources, cxx=compiler)
     process = run(tmp_path / "tile_test", "--rounds", "1", "avx2")
-    assert process.returncode == status, process.stdout
+    assert process.returncode in statuses, process.stdout
 
 
 @pytest.mark.parametrize(
