@@ -19,7 +19,7 @@ from bap_kernels.plan.steps import ConvStep, Step
 from tests.networks import LARGE, SMALL, PreActivation, Residual, masked_dense, random_network, randomise
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
-STREAMS = ("residual", "preactivation", "option_a")
+STREAMS = ("residual", "preactivation", "option_a", "inverted")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def test_channels_work_and_bytes() -> None:
     assert second.macs == (2 * 80 * 6 * 9,) * 2
     assert first.backend == "aten"
     assert first.why.startswith("named by use_backend")
-    assert "depthwise" in second.why
+    assert second.why.startswith("named by use_backend")
     assert first.seconds > 0
     assert first.dense_seconds > 0
 

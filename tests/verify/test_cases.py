@@ -17,6 +17,8 @@ def test_aten_passes_every_case(math: str) -> None:
     """Expected values and tolerances are those of a right implementation."""
     from tests.verify.devices import CpuDevice
 
+    if math == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("PyTorch adds parts of bfloat16 gradients in bfloat16 on this CPU")
     # One SM: large tiles are reached with few pixels.
     for problem in problems(math, sm_count=1):
         check = cases.Check(str(problem), "aten", math, problem, call_of(problem))
