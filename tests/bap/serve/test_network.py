@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,15 @@ from bap.serve.requests import decode
 from bap.train.checkpoint import load_checkpoint
 
 import bap_kernels as bk
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings_of_the_thread() -> Iterator[None]:
+    # A served network sets both for the thread that calls it.
+    threads = torch.get_num_threads()
+    with bk.use_backend("auto"):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
