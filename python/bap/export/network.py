@@ -19,6 +19,8 @@ __all__ = ["ExportError", "Exported", "export_domain"]
 
 # Idle threads of one runtime spin for some milliseconds, on the cores that the next one needs.
 _SPIN_SECONDS = 0.02
+# Calls of a runtime in each of its turns. The first wake its own threads, and are not timed.
+_UNTIMED_CALLS, _CALLS = 3, 5
 
 
 class ExportError(PruneError):
@@ -70,7 +72,7 @@ def export_domain(
         folder: for ``<domain><suffix>`` of each format.
         formats: names of :data:`bap.export.FORMATS`.
         tolerance: largest change that rounding explains, relative to the largest output.
-        rounds: calls of which the medians are taken.
+        rounds: timed calls of which the medians are taken, rounded up to a multiple of 5.
 
     Raises:
         ValueError: for an unknown format.
@@ -105,13 +107,14 @@ def export_domain(
                     f"got a change of {change:.3g}."
                 )
             times: dict[str, list[float]] = {"plan": [], name: []}
-            for number in range(rounds + 2):
+            for _ in range(-(-rounds // _CALLS)):
                 for called, call in (("plan", planned), (name, run)):
                     time.sleep(_SPIN_SECONDS)
-                    started = time.perf_counter()
-                    call(x)
-                    if number >= 2:
-                        times[called].append(1e3 * (time.perf_counter() - started))
+                    for number in range(_UNTIMED_CALLS + _CALLS):
+                        started = time.perf_counter()
+                        call(x)
+                        if number >= _UNTIMED_CALLS:
+                            times[called].append(1e3 * (time.perf_counter() - started))
             size = sum(file.stat().st_size for file in written)
             medians = {called: statistics.median(values) for called, values in times.items()}
             results.append(Exported(domain, name, str(path), size, change, medians[name], medians["plan"]))

@@ -18,7 +18,7 @@ from bap.data.builtin.canvas import (
 )
 from bap.data.domain import random_of
 
-__all__ = ["GLYPHS", "SHAPES", "draw_glyph", "draw_shape", "regular", "star", "strokes_of"]
+__all__ = ["GLYPHS", "SHAPES", "draw_glyph", "draw_shape", "regular", "star", "strokes_distance", "strokes_of"]
 
 _OUTLINES = ("disc", "square", "triangle", "pentagon", "star", "cross", "ring", "crescent")
 _FILLINGS = ("plain", "stripes", "checks")
@@ -92,14 +92,29 @@ def strokes_of(random: np.random.Generator) -> list[np.ndarray]:
 _STROKES = [strokes_of(random_of(7, "glyph", label)) for label in range(len(GLYPHS))]
 
 
+def strokes_distance(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, strokes: list[np.ndarray], spread: float
+) -> np.ndarray:
+    """Distance of every pixel to the strokes, whose corners are moved at random, as by another hand.
+
+    Args:
+        random: moves the corners.
+        x, y: coordinates of the pixels, (SIZE, SIZE).
+        strokes: each (n, 2) corners.
+        spread: standard deviation of the corners.
+    """
+    distance = np.full(x.shape, np.inf)
+    for corners in strokes:
+        moved = corners + random.normal(0, spread, corners.shape)
+        for a, b in pairwise(moved):
+            distance = np.minimum(distance, segment_distance(x, y, a, b))
+    return distance
+
+
 def draw_glyph(random: np.random.Generator, label: int) -> np.ndarray:
     """One image of class ``GLYPHS[label]`` in another hand, (3, SIZE, SIZE), uint8."""
     x, y = coordinates(random, 0.35, (0.6, 0.9), 0.15, 0.3)
-    distance = np.full(x.shape, np.inf)
-    for corners in _STROKES[label]:
-        moved = corners + random.normal(0, 0.13, corners.shape)
-        for a, b in pairwise(moved):
-            distance = np.minimum(distance, segment_distance(x, y, a, b))
+    distance = strokes_distance(random, x, y, _STROKES[label], 0.13)
     ink = cover(distance - random.uniform(0.05, 0.12))
     paper = random.uniform(0.75, 1.0) * np.ones(3)
     image = np.broadcast_to(paper.reshape(3, 1, 1), (3, SIZE, SIZE))

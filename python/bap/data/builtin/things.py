@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from bap.data.builtin.canvas import (
@@ -12,10 +10,9 @@ from bap.data.builtin.canvas import (
     cover,
     disturbed,
     painted,
-    segment_distance,
     two_colours,
 )
-from bap.data.builtin.drawn import strokes_of
+from bap.data.builtin.drawn import strokes_distance, strokes_of
 from bap.data.builtin.textures import TEXTURES, noise, pattern
 from bap.data.domain import random_of
 
@@ -86,11 +83,7 @@ def _texture(random: np.random.Generator, number: int) -> np.ndarray:
 
 def _sign(random: np.random.Generator, number: int) -> np.ndarray:
     x, y = coordinates(random, 0.4, (0.5, 0.9), 0.2, 0.3)
-    distance = np.full(x.shape, np.inf)
-    for corners in _STROKES[number]:
-        moved = corners + random.normal(0, 0.1, corners.shape)
-        for a, b in pairwise(moved):
-            distance = np.minimum(distance, segment_distance(x, y, a, b))
+    distance = strokes_distance(random, x, y, _STROKES[number], 0.1)
     ground, colour = two_colours(random, 0.2)
     return painted(_ground(random, ground), colour, cover(distance - random.uniform(0.05, 0.14)))
 
