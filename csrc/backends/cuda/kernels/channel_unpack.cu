@@ -81,14 +81,9 @@ __global__ void __launch_bounds__(kThreads, 1) channel_unpack_kernel(const __gri
 
 Status launch_channel_unpack(const ChannelUnpackParams& p, MathMode mode, void* stream) {
   const dim3 grid(ceil_div(p.height * p.width, kPixels) * ceil_div(p.channels, kChannels), p.batch);
-  switch (mode) {
-    case MathMode::kBFloat16:
-      return launch(channel_unpack_kernel<__nv_bfloat16>, p, grid, kThreads, kSharedBytes, stream);
-    case MathMode::kHalf:
-      return launch(channel_unpack_kernel<__half>, p, grid, kThreads, kSharedBytes, stream);
-    default:
-      return launch(channel_unpack_kernel<float>, p, grid, kThreads, kSharedBytes, stream);
-  }
+  return with_element(mode, [&](auto element) {
+    return launch(channel_unpack_kernel<decltype(element)>, p, grid, kThreads, kSharedBytes, stream);
+  });
 }
 
 }  // namespace bap_kernels

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "backends/cuda/kernels/nhwc_operands.cuh"
+#include "backends/cuda/kernels/pipeline.cuh"
 
 namespace bap_kernels {
 
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     gathered_conv2d_kernel(const __grid_constant__ ConvParams p) {
   using scalar_t = typename MathTraits<kMode>::scalar_t;
   using Epilogue = Epilogue<scalar_t, Tile, false>;
-  constexpr int kBytes = sizeof(scalar_t), kStages = Tile::kStages;
+  constexpr int kBytes = sizeof(scalar_t);
   const int thread = threadIdx.x;
   const NhwcPlan plan = nhwc_plan<Tile, kBytes, kGradient>(p);
   if (plan.first_column >= stored_columns(p) && !p.reduce_off) return;
@@ -29,29 +30,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   NhwcOperands<scalar_t, Tile, Tile::kThreads> operands;
   operands.begin(p, plan, thread);
   Sums<Tile> sums = {};
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < plan.steps) operands.copy(p, plan, stage * Tile::kStageBytes, thread);
-    commit_copies();
-  }
-  int read = 0, written = kStages - 1;
-  for (int step = 0; step < plan.steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    // The copies of all threads are there, and what was read in the step before may be overwritten.
-    __syncthreads();
-    if (step + kStages - 1 < plan.steps) operands.copy(p, plan, written * Tile::kStageBytes, thread);
-    commit_copies();
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      FragmentsA<Tile> a;
-      FragmentsB<Tile> b;
-      load_a<Tile, kBytes, false>(a, read * Tile::kStageBytes, slice);
-      load_b<Tile, kBytes, false>(b, read * Tile::kStageBytes + Tile::kColumnsAt, slice);
-      multiply<kMode, Tile>(sums, a, b);
-    }
-    read = read + 1 == kStages ? 0 : read + 1;
-    written = written + 1 == kStages ? 0 : written + 1;
-  }
-  wait_for_copies<0>();
+  multiply_steps<kMode, Tile, false, false>(sums, plan.steps, [&](int to) { operands.copy(p, plan, to, thread); });
   __syncthreads();
 
   Epilogue::stage_sums(sums);

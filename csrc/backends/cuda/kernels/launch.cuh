@@ -1,6 +1,8 @@
 // A kernel's launch, with the status for our caller.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include "backends/cuda/kernels/launch.h"
@@ -24,6 +26,19 @@ Status launch(void (*kernel)(Params), const Params& p, dim3 grid, int threads, i
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
+}
+
+// What `run` returns for the element type of a math mode; it is called with a value of that type.
+template <class Run>
+Status with_element(MathMode mode, Run run) {
+  switch (mode) {
+    case MathMode::kBFloat16:
+      return run(__nv_bfloat16{});
+    case MathMode::kHalf:
+      return run(__half{});
+    default:
+      return run(float{});
+  }
 }
 
 }  // namespace bap_kernels

@@ -32,14 +32,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_partials_kernel(const __grid_
 
 Status launch_sum_partials(const SumPartialsParams& p, MathMode mode, void* stream) {
   const dim3 grid(ceil_div(p.rows * p.taps * p.columns, kThreads));
-  switch (mode) {
-    case MathMode::kBFloat16:
-      return launch(sum_partials_kernel<__nv_bfloat16>, p, grid, kThreads, 0, stream);
-    case MathMode::kHalf:
-      return launch(sum_partials_kernel<__half>, p, grid, kThreads, 0, stream);
-    default:
-      return launch(sum_partials_kernel<float>, p, grid, kThreads, 0, stream);
-  }
+  return with_element(
+      mode, [&](auto element) { return launch(sum_partials_kernel<decltype(element)>, p, grid, kThreads, 0, stream); });
 }
 
 }  // namespace bap_kernels

@@ -10,7 +10,7 @@
 // Accumulates in float32. No atomics: chunks are added in order by sum_partials.cu.
 #pragma once
 
-#include "backends/cuda/kernels/fragments.cuh"
+#include "backends/cuda/kernels/pipeline.cuh"
 
 namespace bap_kernels {
 
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weight_gradient_kernel(const __grid_constant__ WeightGradientParams p) {
   using scalar_t = typename MathTraits<kMode>::scalar_t;
   constexpr int kBytes = sizeof(scalar_t), kVector = kChunkBytes / kBytes, kDepth = kDepthBytes / kBytes;
-  constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
+  constexpr int kThreads = Tile::kThreads;
   constexpr int kCopiesA = Tile::kRows * kDepth / kVector / kThreads;
   constexpr int kCopiesB = Tile::kColumns * kDepth / kVector / kThreads;
   const int thread = threadIdx.x;
@@ -79,29 +79,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   };
 
   Sums<Tile> sums = {};
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < steps) copy(stage * Tile::kStageBytes);
-    commit_copies();
-  }
-  int read = 0, written = kStages - 1;
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    // The copies of all threads are there, and what was read in the step before may be overwritten.
-    __syncthreads();
-    if (step + kStages - 1 < steps) copy(written * Tile::kStageBytes);
-    commit_copies();
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      FragmentsA<Tile> a;
-      FragmentsB<Tile> b;
-      load_a<Tile, kBytes, true>(a, read * Tile::kStageBytes, slice);
-      load_b<Tile, kBytes, true>(b, read * Tile::kStageBytes + Tile::kColumnsAt, slice);
-      multiply<kMode, Tile>(sums, a, b);
-    }
-    read = read + 1 == kStages ? 0 : read + 1;
-    written = written + 1 == kStages ? 0 : written + 1;
-  }
-  wait_for_copies<0>();
+  multiply_steps<kMode, Tile, true, true>(sums, steps, copy);
 
   const int lane = thread % kWarp;
 #pragma unroll
