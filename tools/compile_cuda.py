@@ -225,31 +225,36 @@ def find_cuobjdump() -> str | None:
     return found
 
 
+def machine_code(name: str, arch: str, nvcc: str, cuobjdump: str, folder: Path) -> tuple[str, str]:
+    """Compiles one file for one architecture in a folder: the assembler's report, and cuobjdump's listing."""
+    cubin = folder / "kernels.cubin"
+    command = [nvcc, "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+    command += ["-Xptxas", "-v", f"csrc/backends/cuda/kernels/{name}.cu", "-o", str(cubin)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"compile_cuda: nvcc failed for {name} and sm_{arch}:\n{done.stderr}")
+    return done.stderr, disassembled(cubin, cuobjdump)
+
+
+def disassembled(cubin: Path, cuobjdump: str) -> str:
+    """What cuobjdump lists of a binary."""
+    # It looks for nvdisasm on the PATH.
+    paths = os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])
+    command, environment = [cuobjdump, "-sass", str(cubin)], {**os.environ, "PATH": paths}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code]:
     """Compiles one file for one architecture and examines its kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [nvcc, "-std=c++20", "-O3", "-Icsrc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
-        command += ["-Xptxas", "-v", f"csrc/backends/cuda/kernels/{name}.cu", "-o", str(cubin)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"compile_cuda: nvcc failed for {name} and sm_{arch}:\n{done.stderr}")
-        # cuobjdump looks for nvdisasm on the PATH.
-        paths = os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])
-        listing = subprocess.run(
-            [cuobjdump, "-sass", str(cubin)],
-            env={**os.environ, "PATH": paths},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        log, listing = machine_code(name, arch, nvcc, cuobjdump, Path(folder))
     sass, codes = functions_of(listing), []
-    for mangled, (registers, spills) in usage_of(done.stderr).items():
+    for mangled, (registers, spills) in usage_of(log).items():
         instance = instance_of(mangled)
         # Where there are no such products the function is there, and empty.
         if instance is not None and (instance.kernel != "warpgroup" or arch == "90a"):
             code = examine(instance, arch, registers, spills, sass[mangled])
-            if serialised(done.stderr, mangled):
+            if serialised(log, mangled):
                 code.wrong.append("products are serialised")
             codes.append(code)
     return codes

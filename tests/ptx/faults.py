@@ -133,7 +133,8 @@ TRITON_WARPGROUPS = [
     Edit("a product too many is left running", r"wgmma\.wait_group(\S*) 1;", r"wgmma.wait_group\1 3;", 0),
     Edit("the last product is not waited for", r"wgmma\.wait_group(\S*) 0;", r"wgmma.wait_group\1 1;", -1),
     Edit("a descriptor without its swizzle", r"4611686293305294848", str(4611686293305294848 - (1 << 62)), 0),
-    Edit("a slice too far along the depth", r"4611686293305294850", "4611686293305294852", 0),
+    # The first two are those of the first slice, whatever the compiler adds for the others.
+    Edit("a slice too far along the depth", r"4611686293305294848", "4611686293305294852", 1),
     Edit("a copy too many is left running", r"cp\.async\.wait_group\s+(\d+);", "cp.async.wait_group 9;", 0),
     without("no barrier between steps", r"bar\.sync\s+0;", 3),
     Edit("columns as if they lay turned", r"1, 1, 0, 1;|1, 1, 0, 0;", "1, 1, 1, 0;", 0),
