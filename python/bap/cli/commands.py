@@ -344,6 +344,16 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Folders of finished 
         _print({"report": str(make_report(runs, out))})
 
 
+def _variants(texts: list[str]) -> dict[str, list[str]]:
+    variants: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, override = text.partition(":")
+        if not colon:
+            raise ValueError(f"study(): expected --variant NAME:KEY=VALUE, got {text!r}.")
+        variants.setdefault(name, []).append(override)
+    return variants
+
+
 @app.command()
 def study(
     out: Out,
@@ -365,6 +375,12 @@ def study(
     match: Annotated[
         list[str] | None, typer.Option(help="What baselines are matched on: flop, exact_flop; both if none is given.")
     ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The method with another setting, NAME:KEY=VALUE, beside the same cells; several of one name add up."
+        ),
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Run backbones, baselines and cells as tasks of Ray.")] = False,
     ray_address: Annotated[
         str | None, typer.Option(help="Cluster, such as auto or 10.0.0.1:6379; none: this machine alone.")
@@ -378,6 +394,7 @@ def study(
     from functools import partial
 
     from bap.config import load_config
+    from bap.results.study import StudyGrid
     from bap.results.study import study as run
 
     settings = load_config(config, set_ or [])
@@ -387,18 +404,17 @@ def study(
         run = partial(study_on_ray, options=RayOptions(ray_address, ray_cpus, ray_gpus, ray_retries))
     elif (ray_address, ray_cpus, ray_gpus, ray_retries) != (None, 1.0, 0.0, 3):
         raise ValueError("study(): expected --ray beside --ray-address, --ray-cpus, --ray-gpus and --ray-retries.")
-    path = run(
-        settings,
-        out,
-        beta or (1.0, 0.75, 0.5, 0.25),
-        [None if loss == "none" else loss for loss in sharing] if sharing else (None, "int", "union", "jaccard"),
-        seed or (0, 1, 2),
+    losses = [None if loss == "none" else loss for loss in sharing] if sharing else StudyGrid.sharings
+    grid = StudyGrid(
+        beta or StudyGrid.betas,
+        losses,
+        seed or StudyGrid.seeds,
         baseline,
-        lambda line: typer.echo(line, err=True),
-        progress=progress,
-        compare=compare or (),
-        match=match or ("flop", "exact_flop"),
+        compare or (),
+        match or StudyGrid.match,
+        _variants(variant or []),
     )
+    path = run(settings, out, grid, lambda line: typer.echo(line, err=True), progress)
     typer.echo(path.read_text())
 
 

@@ -206,6 +206,7 @@ class Comparison:
             beta=1.0,
             sharing=None,
             anneal=None,
+            give_back=False,
             measure="mac",
             budget_ms=None,
             teacher=None,
@@ -213,8 +214,6 @@ class Comparison:
             fixed=None,
         )
         self.original = config
-        # Whether the runs of the method learn from the dense network, whose training they then need.
-        self.taught = config.distill.teacher is not None and config.distill.weight > 0
         self.domains, self.folder, self.run, self.pretrain = domains, folder, run, pretrain
         self.size = next(iter(domains.values())).size
         self._scores: dict[str, Tensor] | None = None

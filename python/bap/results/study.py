@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from bap.config import Config, load_config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
-from bap.results.compare import BASELINES, MATCHES, Comparison, comparison_cells, comparison_table
+from bap.results.compare import Comparison, comparison_cells, comparison_table
+from bap.results.grid import PRETRAINING, Cell, StudyGrid, learns_from_dense
 from bap.results.report import csv_table, latex_table, markdown_table
 from bap.results.run import scored, train_run
 from bap.results.scores import shown_score
@@ -23,26 +24,10 @@ from bap.train.pretrain import pretrain
 from bap.train.resume import check_same_settings
 from bap.train.run_log import read_results
 
-__all__ = ["pretrained", "study", "study_cells", "study_table"]
+__all__ = ["StudyGrid", "pretrained", "study", "study_cells", "study_table"]
 
-# Name of the teacher that is the dense network of the study's own, of the same seed.
-DENSE = "dense"
 # Files of the study itself; what is in them follows from other settings.
 _FILES = ("model.weights", "switches.fixed", "distill.teacher")
-# Settings that the backbone's weights depend on.
-_PRETRAINING = (
-    "data.suite",
-    "data.images",
-    "data.size",
-    "data.full",
-    "data.train_on",
-    "model.name",
-    "model.options",
-    "schedule.batch",
-    "run.seed",
-    "pretrain.epochs",
-    "pretrain.lr",
-)
 
 
 def pretrained(
@@ -71,7 +56,7 @@ def pretrained(
             f"pretrained(): expected {path} to be trained on {source!r}, got {info.get('source')!r}. "
             "Hint: use another folder."
         )
-    check_same_settings(info["config"], config, str(path), only=_PRETRAINING)
+    check_same_settings(info["config"], config, str(path), only=PRETRAINING)
     return path
 
 
@@ -113,37 +98,20 @@ def _baseline(config: Config, domains: dict[str, Domain], folder: Path, progress
     return {name: finetuned(config, name, domain, folder, progress) for name, domain in domains.items()}
 
 
-def cell_name(beta: float, sharing: str | None, seed: int) -> str:
-    """Name of a cell's folder."""
-    return f"beta{beta:g}_{sharing or 'none'}_seed{seed}"
-
-
 def said_of(name: str, results: dict[str, Any]) -> str:
     """The line about a finished run."""
     return f"{name}: accuracy {results['mean_accuracy']:.2f} %, Params {results['cost']['params']:.3f}"
 
 
-def check_study(
-    config: Config,
-    betas: Sequence[float],
-    sharings: Sequence[str | None],
-    seeds: Sequence[int],
-    compare: Sequence[str],
-    match: Sequence[str],
-) -> None:
+def check_study(config: Config, grid: StudyGrid) -> None:
     """Refuses settings that no cell could use, before anything is trained.
 
     Raises:
         ValueError: for them.
     """
-    for name, allowed in ((compare, BASELINES), (match, MATCHES)):
-        unknown = [value for value in name if value not in allowed]
-        if unknown:
-            raise ValueError(f"study(): expected baselines and matches to be among {list(allowed)}, got {unknown}.")
-    for seed in seeds:
-        for beta in betas:
-            for sharing in sharings:
-                config.replace(seed=seed, beta=beta, sharing=sharing)
+    for seed in grid.seeds:
+        for cell in grid.cells(seed):
+            grid.settings(config, cell)
     check_source(config, config.data.domains or suite_of(config))
 
 
@@ -163,14 +131,9 @@ def checked_domains(config: Config) -> dict[str, Domain]:
 def study(
     config: Config,
     folder: str | Path,
-    betas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-    sharings: Sequence[str | None] = (None, "int", "union", "jaccard"),
-    seeds: Sequence[int] = (0, 1, 2),
-    baseline: bool = True,
+    grid: StudyGrid | None = None,
     say: Callable[[str], None] = print,
     progress: bool = False,
-    compare: Sequence[str] = (),
-    match: Sequence[str] = MATCHES,
 ) -> Path:
     """Runs the cells that are missing, and writes study.json, study.md, study.csv and study.tex.
 
@@ -178,12 +141,9 @@ def study(
         config: settings that all runs share; seed, budget and sharing loss are set here. The teacher ``dense`` is the
             dense network that the study trains for each seed.
         folder: for the runs; finished ones are kept, an unfinished one goes on from its last epoch.
-        betas, sharings, seeds: the cells.
-        baseline: also trains a whole network for each domain and seed, which S needs.
+        grid: the runs; None: those of ``StudyGrid()``.
         say: told of every finished run.
         progress: whether the runs print their own lines, to the error stream.
-        compare: baselines to run beside the cells of the first sharing loss, see :mod:`bap.results.compare`.
-        match: what they are matched on, of :data:`bap.results.compare.MATCHES`.
 
     Returns:
         The path of study.md.
@@ -194,38 +154,56 @@ def study(
         FileError: if files cannot be written, or are damaged, or another study writes into the folder.
     """
     folder = Path(folder)
-    check_study(config, betas, sharings, seeds, compare, match)
+    grid = grid or StudyGrid()
+    check_study(config, grid)
     with folder_lock(folder):
         domains = checked_domains(config)
         rows: list[dict[str, Any]] = []
         compared: list[dict[str, Any]] = []
-        for seed in seeds:
-            base = config.replace(seed=seed)
-            weights = str(pretrained(base, domains, folder, progress))
-            base = base.replace(weights=weights)
-            reference = _baseline(base, domains, folder, progress) if baseline else {}
+        for seed in grid.seeds:
+            base, reference = prepared(config, grid, seed, domains, folder, progress)
             if reference:
                 write_json(folder / f"baseline_seed{seed}.json", reference)
             runs = comparison(base, domains, folder, reference, say, progress)
-            if config.distill.teacher == DENSE:
-                runs.dense()
-                base = base.replace(teacher=str(folder / f"dense_seed{seed}" / "checkpoint"))
-            for beta in betas:
-                for sharing in sharings:
-                    path = folder / cell_name(beta, sharing, seed)
-                    one = base.replace(beta=beta, sharing=sharing)
-                    if not is_finished(path, one):
-                        done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=progress)
-                        say(said_of(path.name, done))
-                    # A cell may have been run before its baseline was.
-                    results = read_results(path)
-                    rows.append({"seed": seed, **results, **scored(results, reference)})
-                    _write(folder, config, rows, compared)
-            if compare:
+            for cell in grid.cells(seed):
+                run_cell(runs, grid, cell, reference, say, progress)
+                # A cell may have been run before its baseline was.
+                results = read_results(folder / cell.name)
+                rows.append({"seed": seed, "variant": cell.variant, **results, **scored(results, reference)})
+                _write(folder, config, rows, compared)
+            if grid.compare or grid.variants:
                 own = [row for row in rows if row["seed"] == seed]
-                compared += compared_rows(runs, own, compare, match, say, progress)
+                compared += compared_rows(runs, own, grid, say, progress)
                 _write(folder, config, rows, compared)
         return folder / "study.md"
+
+
+def prepared(
+    config: Config, grid: StudyGrid, seed: int, domains: dict[str, Domain], folder: Path, progress: bool
+) -> tuple[Config, dict[str, float]]:
+    """Settings of a seed with its backbone, and its baseline; what is missing is trained."""
+    base = config.replace(seed=seed)
+    base = base.replace(weights=str(pretrained(base, domains, folder, progress)))
+    return base, _baseline(base, domains, folder, progress) if grid.baseline else {}
+
+
+def run_cell(
+    runs: Comparison,
+    grid: StudyGrid,
+    cell: Cell,
+    reference: dict[str, float],
+    say: Callable[[str], None],
+    progress: bool,
+) -> None:
+    """Runs a cell if it is not finished, and before it the dense network that it may learn from."""
+    settings, path = grid.settings(runs.original, cell), runs.folder / cell.name
+    if learns_from_dense(settings):
+        runs.dense()
+        settings = settings.replace(teacher=str(runs.folder / f"dense_seed{cell.seed}" / "checkpoint"))
+    if not is_finished(path, settings):
+        domains = dict(runs.domains)
+        done = train_run(settings, path, resume=True, baseline=reference, domains=domains, progress=progress)
+        say(said_of(path.name, done))
 
 
 def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
@@ -239,7 +217,7 @@ def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: l
             "masks by saliency with those of the dense network that they are chosen on."
         )
     write_bytes(folder / "study.md", (text + "\n").encode())
-    titled = [(f"{row['sharing'] or 'none'} at {row['beta']:g}, seed {row['seed']}", row) for row in rows]
+    titled = [(f"{_method(row)} at {row['beta']:g}, seed {row['seed']}", row) for row in rows]
     write_bytes(folder / "study.csv", csv_table(titled).encode())
     write_bytes(folder / "study.tex", (latex_table(*study_cells(rows), 3) + "\n").encode())
     if compared:
@@ -272,12 +250,11 @@ def comparison(
 def compared_rows(
     runs: Comparison,
     rows: Sequence[dict[str, Any]],
-    compare: Sequence[str],
-    match: Sequence[str],
+    grid: StudyGrid,
     say: Callable[[str], None],
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Rows of the baselines of one seed, beside the cells of the first sharing loss."""
+    """Rows of the variants and baselines of one seed, beside the cells of the reference's sharing loss."""
     base, seed = runs.original, runs.config.run.seed
 
     def row(beta: float, method: str, matched: str, results: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
@@ -292,33 +269,41 @@ def compared_rows(
             "seconds": more + results.get("training_seconds", results.get("seconds", 0.0)),
         }
 
-    found = []
-    sharing = next((entry["sharing"] for entry in rows if entry["sharing"] is not None), None)
-    for results in [entry for entry in rows if entry["sharing"] == sharing]:
+    def dense_seconds() -> float:
+        return float(runs.dense().get("training_seconds", 0.0))
+
+    def cell_row(results: dict[str, Any], matched: str) -> dict[str, Any]:
+        cell = Cell(results["beta"], grid.reference, seed, results["variant"])
+        taught = dense_seconds() if learns_from_dense(grid.settings(base, cell)) else 0.0
+        return row(cell.beta, cell.variant or cell.sharing or "no sharing loss", matched, results, taught)
+
+    selected = []
+    for results in [entry for entry in rows if not entry["variant"] and entry["sharing"] == grid.reference]:
         beta = results["beta"]
-        taught = runs.dense().get("training_seconds", 0.0) if runs.taught else 0.0
-        found.append(row(beta, sharing or "no sharing loss", "reference", results, taught))
-        name = cell_name(beta, sharing, seed)
-        if "dense" in compare:
-            found.append(row(beta, "dense", "", runs.dense()))
-        if "alone" in compare:
-            found.append(row(beta, "alone", "", _alone(base, dict(runs.domains), runs.folder, progress)))
-        for baseline in compare:
+        selected.append(cell_row(results, "reference"))
+        selected += [cell_row(entry, "budget") for entry in rows if entry["variant"] and entry["beta"] == beta]
+        name = Cell(beta, grid.reference, seed).name
+        if "dense" in grid.compare:
+            selected.append(row(beta, "dense", "", runs.dense()))
+        if "alone" in grid.compare:
+            selected.append(row(beta, "alone", "", _alone(base, dict(runs.domains), runs.folder, progress)))
+        for baseline in grid.compare:
             if baseline in ("dense", "alone"):
                 continue
-            for matched in match:
+            for matched in grid.match:
                 target = results["cost"][matched]
                 if baseline == "narrow":
                     narrow = runs.narrow(target)
                     if narrow is None:
                         say(f"narrow: {base.model.name} has no network of at most {target:.3f} of its multiply-adds")
                     else:
-                        found.append(row(beta, baseline, matched, narrow))
+                        selected.append(row(beta, baseline, matched, narrow))
                     continue
                 chosen = runs.masked(baseline, name, matched, target)
-                first = 0.0 if baseline == "magnitude" else runs.dense().get("training_seconds", 0.0)
-                found.append(row(beta, baseline, matched, chosen, first))
-    return found
+                selected.append(
+                    row(beta, baseline, matched, chosen, 0.0 if baseline == "magnitude" else dense_seconds())
+                )
+    return selected
 
 
 def _alone(config: Config, domains: dict[str, Domain], folder: Path, progress: bool) -> dict[str, Any]:
@@ -341,6 +326,10 @@ def _shown(values: Sequence[float], digits: int) -> str:
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _method(row: Mapping[str, Any]) -> str:
+    return str(row.get("variant") or row["sharing"] or "none")
+
+
 def study_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of means, and ± the standard deviation over the seeds where there are several."""
     return markdown_table(*study_cells(rows))
@@ -350,7 +339,7 @@ def study_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     """Head and rows of :func:`study_table`."""
     cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["beta"], row["sharing"] or "none"), []).append(row)
+        cells.setdefault((row["beta"], _method(row)), []).append(row)
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
     head = ["β", "sharing", "split", "seeds", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×"]
     lines = []

@@ -9,25 +9,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bap.config import Config
-from bap.data import Domain
-from bap.results.compare import MATCHES
-from bap.results.run import scored, train_run
+from bap.results.grid import Cell, StudyGrid
+from bap.results.run import scored
 from bap.results.study import (
-    DENSE,
-    cell_name,
     check_study,
     checked_domains,
     compared_rows,
     comparison,
     finetuned,
     is_finished,
-    pretrained,
-    said_of,
+    prepared,
+    run_cell,
     study,
 )
 from bap.train.lock import LockedError, folder_lock
@@ -77,17 +74,8 @@ class _Study:
     config: Config
     folder: Path
     directory: str
-    betas: tuple[float, ...]
-    sharings: tuple[str | None, ...]
-    baseline: bool
-    compare: tuple[str, ...]
-    match: tuple[str, ...]
+    grid: StudyGrid
     progress: bool
-
-    @property
-    def dense(self) -> bool:
-        """Whether the cells learn from the dense network of their seed."""
-        return self.config.distill.teacher == DENSE
 
 
 @dataclass(frozen=True)
@@ -97,30 +85,22 @@ class _Step:
     kind: str
     seed: int
     domain: str = ""
-    beta: float = 1.0
-    sharing: str | None = None
+    cell: Cell | None = None
 
     @property
     def name(self) -> str:
         """That of the run's folder or file."""
-        if self.kind == "cell":
-            return cell_name(self.beta, self.sharing, self.seed)
+        if self.cell is not None:
+            return self.cell.name
         return "_".join([part for part in (self.kind, self.domain, f"seed{self.seed}") if part])
-
-
-def _prepared(plan: _Study, step: _Step, domains: dict[str, Domain]) -> tuple[Config, dict[str, float]]:
-    """Settings of a seed with its backbone, and its baseline; both are on disk, or are what the step is to train."""
-    base = plan.config.replace(seed=step.seed)
-    base = base.replace(weights=str(pretrained(base, domains, plan.folder, plan.progress)))
-    if not plan.baseline or step.kind in ("backbone", "finetune"):
-        return base, {}
-    return base, {name: finetuned(base, name, each, plan.folder, plan.progress) for name, each in domains.items()}
 
 
 def _run(plan: _Study, step: _Step) -> list[str]:
     """Runs a step where it is missing; returns lines about runs that were finished."""
     domains = checked_domains(plan.config)
-    base, reference = _prepared(plan, step, domains)
+    # A whole network for each domain is a step of its own, which the backbone does not wait for.
+    grid = replace(plan.grid, baseline=False) if step.kind in ("backbone", "finetune") else plan.grid
+    base, reference = prepared(plan.config, grid, step.seed, domains, plan.folder, plan.progress)
     said: list[str] = []
     if step.kind == "finetune":
         finetuned(base, step.domain, domains[step.domain], plan.folder, plan.progress)
@@ -128,19 +108,14 @@ def _run(plan: _Study, step: _Step) -> list[str]:
     runs = comparison(base, domains, plan.folder, reference, said.append, plan.progress)
     if step.kind == "dense":
         runs.dense()
-        return said
-    if plan.dense:
-        base = base.replace(teacher=str(plan.folder / f"dense_seed{step.seed}" / "checkpoint"))
-    if step.kind == "cell":
-        path, one = plan.folder / step.name, base.replace(beta=step.beta, sharing=step.sharing)
-        if not is_finished(path, one):
-            done = train_run(one, path, resume=True, baseline=reference, domains=domains, progress=plan.progress)
-            said.append(said_of(step.name, done))
+    if step.cell is not None:
+        run_cell(runs, grid, step.cell, reference, said.append, plan.progress)
     if step.kind == "compare":
-        names = [cell_name(beta, sharing, step.seed) for beta in plan.betas for sharing in plan.sharings]
-        results = [read_results(plan.folder / name) for name in names]
-        rows = [{"seed": step.seed, **each, **scored(each, reference)} for each in results]
-        compared_rows(runs, rows, plan.compare, plan.match, said.append, plan.progress)
+        rows = []
+        for cell in grid.cells(step.seed):
+            results = read_results(plan.folder / cell.name)
+            rows.append({"seed": step.seed, "variant": cell.variant, **results, **scored(results, reference)})
+        compared_rows(runs, rows, grid, said.append, plan.progress)
     return said
 
 
@@ -163,32 +138,31 @@ def _task(plan: _Study, step: _Step, *before: object) -> list[str]:
 _Steps = dict[_Step, list[_Step]]
 
 
-def _steps(plan: _Study, seeds: Sequence[int], domains: Sequence[str]) -> Iterator[tuple[_Step, list[_Step]]]:
+def _steps(plan: _Study, domains: Sequence[str]) -> Iterator[tuple[_Step, list[_Step]]]:
     """The steps, each with those that have to be finished before it."""
-    for seed in seeds:
+    for seed in plan.grid.seeds:
         backbone = _Step("backbone", seed)
         yield backbone, []
         first = [backbone]
-        if plan.baseline:
+        if plan.grid.baseline:
             alone = [_Step("finetune", seed, domain=name) for name in domains]
             yield from ((step, [backbone]) for step in alone)
             first = alone
-        if plan.dense:
+        if plan.grid.needs_dense(plan.config):
             dense = _Step("dense", seed)
             yield dense, first
             first = [dense]
-        cells = [_Step("cell", seed, beta=beta, sharing=sharing) for beta in plan.betas for sharing in plan.sharings]
+        cells = [_Step("cell", seed, cell=cell) for cell in plan.grid.cells(seed)]
         yield from ((cell, first) for cell in cells)
-        if plan.compare:
+        if plan.grid.compare:
             yield _Step("compare", seed), cells
 
 
 def _cell_is_finished(plan: _Study, step: _Step) -> bool:
     """Whether a cell's results are there, which then needs no task."""
-    if step.kind != "cell":
+    if step.cell is None:
         return False
-    one = plan.config.replace(seed=step.seed, beta=step.beta, sharing=step.sharing)
-    return is_finished(plan.folder / step.name, one)
+    return is_finished(plan.folder / step.name, plan.grid.settings(plan.config, step.cell))
 
 
 def _check_machines(ray: Any, options: RayOptions, say: Callable[[str], None]) -> None:
@@ -242,14 +216,9 @@ def _collect(ray: Any, tasks: dict[_Step, Any], steps: _Steps, say: Callable[[st
 def study_on_ray(
     config: Config,
     folder: str | Path,
-    betas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-    sharings: Sequence[str | None] = (None, "int", "union", "jaccard"),
-    seeds: Sequence[int] = (0, 1, 2),
-    baseline: bool = True,
+    grid: StudyGrid | None = None,
     say: Callable[[str], None] = print,
     progress: bool = False,
-    compare: Sequence[str] = (),
-    match: Sequence[str] = MATCHES,
     options: RayOptions | None = None,
 ) -> Path:
     """As :func:`bap.results.study.study`, with a task of Ray for each backbone, baseline and cell.
@@ -258,7 +227,7 @@ def study_on_ray(
     What is on disk is not run again. A run that fails does not stop the others.
 
     Args:
-        config, folder, betas, sharings, seeds, baseline, say, progress, compare, match: as there.
+        config, folder, grid, say, progress: as there.
         options: where the tasks run and what each needs.
 
     Returns:
@@ -270,26 +239,23 @@ def study_on_ray(
         ImportError: if Ray is not installed.
         StudyError: if runs failed, after all others have ended; it names them.
     """
-    options = options or RayOptions()
+    options, grid = options or RayOptions(), grid or StudyGrid()
     try:
         import ray
     except ImportError as error:
         raise ImportError(
             "study_on_ray(): expected Ray to be installed. Hint: pip install 'bap_kernels[serve]'"
         ) from error
-    check_study(config, betas, sharings, seeds, compare, match)
+    check_study(config, grid)
     if options.gpus == 0 and config.run.device.startswith("cuda"):
         raise ValueError(
             f"study_on_ray(): expected tasks with GPUs for `run.device` {config.run.device!r}, got gpus=0. "
             "Hint: --ray-gpus 1"
         )
-    plan = _Study(
-        *(config, Path(folder).resolve(), os.getcwd(), tuple(betas), tuple(sharings), baseline),
-        *(tuple(compare), tuple(match), progress),
-    )
+    plan = _Study(config, Path(folder).resolve(), os.getcwd(), grid, progress)
     with folder_lock(folder):
         domains = list(checked_domains(config))
-        steps = dict(_steps(plan, seeds, domains))
+        steps = dict(_steps(plan, domains))
         mine = not ray.is_initialized()
         if mine:
             # Without an address Ray would join a cluster that runs here.
@@ -303,4 +269,4 @@ def study_on_ray(
         if failed:
             listed = "; ".join(f"{step.name} ({error})" for step, error in failed.items())
             raise StudyError(f"study_on_ray(): expected all runs to finish, got {len(failed)} that failed: {listed}")
-        return study(config, folder, betas, sharings, seeds, baseline, say, progress, compare, match)
+        return study(config, folder, grid, say, progress)

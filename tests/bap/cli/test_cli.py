@@ -98,6 +98,8 @@ MISTAKES = [
     (["train", "-o", "{}/a", "-s", "data=sketch", "-s", "root={}"], "the folder {}/imagenet/train, got none. Hint"),
     (["train", "-o", "{}/a", "--baseline", "{}/wrong.json"], "expected {}/wrong.json to hold {domain: accuracy"),
     (["train", "-o", "{}/a", "--callback", "mine"], "`name` to be package.module:Class, got 'mine'"),
+    (["study", "-o", "{}/a", "--variant", "anneal=cubic"], "expected --variant NAME:KEY=VALUE, got 'anneal=cubic'"),
+    (["study", "-o", "{}/a", "--variant", "x:beta=1"], "got budget.beta in 'x'"),
     (["study", "-o", "{}/a", "--compare", "dens"], "matches to be among ['dense', 'narrow',"),
     (["study", "-o", "{}/a", "--compare", "dense", "--match", "time"], "['flop', 'exact_flop'], got ['time']"),
     (["train", "-o", "{}/a", "-s", "teacher={}/none", "-s", "distill_weight=1", "-s", "images=100"], "{}/none/config"),

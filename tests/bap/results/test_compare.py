@@ -13,7 +13,7 @@ from bap.data import Domain
 from bap.prune.counting import count
 from bap.prune.layers import SwitchBank
 from bap.results.compare import comparison_table, matched_masks, narrow_options, paired_difference
-from bap.results.study import study
+from bap.results.study import StudyGrid, study
 from bap.train.network import switched_network
 
 import bap_kernels as bk
@@ -92,7 +92,8 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     said: list[str] = []
 
     def run() -> Path:
-        return study(config, tmp_path, (0.5,), ("union",), (0,), False, said.append, False, names, ("flop",))
+        grid = StudyGrid((0.5,), ("union",), (0,), False, names, ("flop",))
+        return study(config, tmp_path, grid, said.append)
 
     text = run().read_text()
     rows = json.loads((tmp_path / "study.json").read_text())["compared"]
@@ -116,11 +117,11 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     assert json.loads((tmp_path / "study.json").read_text())["compared"] == rows
     # The dense network is the teacher of its own seed, and is trained once.
     taught = config.replace(teacher="dense", distill_weight=0.5)
-    study(taught, tmp_path / "taught", (0.5,), ("union",), (0,), False, said.append, False, ("dense",), ("flop",))
+    study(taught, tmp_path / "taught", StudyGrid((0.5,), ("union",), (0,), False, ("dense",), ("flop",)), said.append)
     first, second = json.loads((tmp_path / "taught" / "study.json").read_text())["compared"]
     assert first["seconds"] > second["seconds"] > 0
     settings = load_config(tmp_path / "taught" / "beta0.5_union_seed0" / "config.yaml")
     assert settings.distill.teacher == str(tmp_path / "taught" / "dense_seed0" / "checkpoint")
     assert load_config(tmp_path / "taught" / "dense_seed0" / "config.yaml").distill.weight == 0
     with pytest.raises(ValueError, match=r"to be among \['dense', .* got \['dens'\]"):
-        study(config, tmp_path, (0.5,), ("union",), (0,), False, said.append, False, ("dens",))
+        StudyGrid(compare=("dens",))

@@ -14,11 +14,11 @@ import pytest
 from bap.config import Config
 from bap.data import Domain
 from bap.results import study_on_ray as module
-from bap.results.study import study
+from bap.results.study import StudyGrid, study
 from bap.results.study_on_ray import RayOptions, StudyError, study_on_ray
 from bap.train.lock import LOCK
 
-BETAS, SHARINGS, SEEDS = (1.0, 0.5), (None,), (0, 1)
+GRID = StudyGrid((0.5,), (None,), (0, 1), baseline=False)
 
 
 def is_alive(pid: int) -> bool:
@@ -101,16 +101,14 @@ def test_lost_machine_leaves_the_table_of_the_serial_study(
     killer = threading.Thread(target=lose_a_machine)
     killer.start()
     try:
-        path = study_on_ray(config, tmp_path / "ray", BETAS, SHARINGS, SEEDS, False, said.append)
+        path = study_on_ray(config, tmp_path / "ray", GRID, said.append)
     finally:
         stop.set()
         killer.join()
     assert len(lost) == 1, said
     assert not is_alive(lost[0][1])
-    assert sorted(line.split(":")[0] for line in said) == [
-        f"beta{beta}_none_seed{seed}" for beta in ("0.5", "1") for seed in SEEDS
-    ]
-    serial = study(config, tmp_path / "serial", BETAS, SHARINGS, SEEDS, False, lambda line: None)
+    assert sorted(line.split(":")[0] for line in said) == ["beta0.5_none_seed0", "beta0.5_none_seed1"]
+    serial = study(config, tmp_path / "serial", GRID, lambda line: None)
     assert path.read_text() == serial.read_text()
     rows = [
         json.loads((folder / "study.json").read_text())["rows"] for folder in (tmp_path / "ray", tmp_path / "serial")
@@ -119,9 +117,9 @@ def test_lost_machine_leaves_the_table_of_the_serial_study(
 
     # Everything is on disk: no run starts again, and no task is needed for a cell.
     times = {run: run.stat().st_mtime_ns for run in (tmp_path / "ray").glob("*/results.json")}
-    assert len(times) == 4
-    study_on_ray(config, tmp_path / "ray", BETAS, SHARINGS, SEEDS, False, said.append)
-    assert len(said) == 4
+    assert len(times) == 2
+    study_on_ray(config, tmp_path / "ray", GRID, said.append)
+    assert len(said) == 2
     assert times == {run: run.stat().st_mtime_ns for run in (tmp_path / "ray").glob("*/results.json")}
 
 
@@ -133,11 +131,11 @@ def test_failed_cell_is_named_and_the_others_finish(cluster: Any, tiny: Config, 
     (tmp_path / "beta0.5_none_seed0").write_text("in the way")
     said: list[str] = []
     with pytest.raises(StudyError, match=r"got 1 that failed: beta0\.5_none_seed0 \(FileError: .*expected a folder"):
-        study_on_ray(config, tmp_path, (1.0, 0.5), SHARINGS, (0,), True, said.append)
+        study_on_ray(config, tmp_path, StudyGrid((1.0, 0.5), (None,), (0,)), said.append)
     assert any(line.startswith("beta0.5_none_seed0: FileError: ") for line in said)
     assert (tmp_path / "beta1_none_seed0" / "results.json").exists()
     (tmp_path / "beta0.5_none_seed0").unlink()
-    path = study_on_ray(config, tmp_path, (1.0, 0.5), SHARINGS, (0,), True, said.append)
+    path = study_on_ray(config, tmp_path, StudyGrid((1.0, 0.5), (None,), (0,)), said.append)
     assert len(path.read_text().splitlines()) == 4
     scores = [row["scores"]["S"] for row in json.loads((tmp_path / "study.json").read_text())["rows"]]
     assert len(scores) == 2
@@ -145,19 +143,24 @@ def test_failed_cell_is_named_and_the_others_finish(cluster: Any, tiny: Config, 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "backbone_seed0.safetensors").write_text("damaged")
     with pytest.raises(StudyError, match=r"backbone_seed0 \(.*beta1_none_seed0 \(not run, for want of backbone_seed0"):
-        study_on_ray(config, tmp_path / "other", (1.0,), SHARINGS, (0,), False, said.append)
+        study_on_ray(config, tmp_path / "other", StudyGrid((1.0,), (None,), (0,), False), said.append)
 
 
-def plan_of(config: Config, folder: Path, **changed: Any) -> module._Study:
-    values = {"betas": (1.0, 0.5), "sharings": (None,), "baseline": True, "compare": (), "match": ("flop",)}
-    return module._Study(config, folder, os.getcwd(), progress=False, **{**values, **changed})
+def plan_of(config: Config, folder: Path, grid: StudyGrid) -> module._Study:
+    return module._Study(config, folder, os.getcwd(), grid, progress=False)
 
 
-def test_order_of_steps(tiny: Config, tmp_path: Path) -> None:
-    config = tiny.replace(teacher="dense", distill_weight=1.0)
-    steps = dict(module._steps(plan_of(config, tmp_path, compare=("dense",)), (3,), ["a", "b"]))
+@pytest.mark.parametrize("taught_by", ["settings", "variant"])
+def test_order_of_steps(tiny: Config, tmp_path: Path, taught_by: str) -> None:
+    config, variants = tiny.replace(teacher="dense", distill_weight=1.0), {}
+    cells = ["beta1_none_seed3", "beta0.5_none_seed3"]
+    if taught_by == "variant":
+        config, variants = tiny, {"taught": ["teacher=dense", "distill_weight=1"]}
+        cells += ["beta1_taught_seed3", "beta0.5_taught_seed3"]
+    grid = StudyGrid((1.0, 0.5), (None,), (3,), compare=("dense",), match=("flop",), variants=variants)
+    steps = dict(module._steps(plan_of(config, tmp_path, grid), ["a", "b"]))
     needs = {step.name: [each.name for each in before] for step, before in steps.items()}
-    alone, cells = ["finetune_a_seed3", "finetune_b_seed3"], ["beta1_none_seed3", "beta0.5_none_seed3"]
+    alone = ["finetune_a_seed3", "finetune_b_seed3"]
     assert needs == {
         "backbone_seed3": [],
         **{name: ["backbone_seed3"] for name in alone},
@@ -170,16 +173,17 @@ def test_order_of_steps(tiny: Config, tmp_path: Path) -> None:
 def test_steps_in_order_make_the_serial_study(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
     # What tasks do, in this process.
     config = tiny.replace(epochs=1, pretrain_epochs=1, domains=["shapes", "digits"])
-    arguments = ((0.5,), (None,), (0,), True)
-    plan = plan_of(config, tmp_path / "tasks", betas=(0.5,), compare=("magnitude",))
+    variants = {"steep": ["lr_switch=0.1"]}
+    grid = StudyGrid((0.5,), (None,), (0,), compare=("magnitude",), match=("flop",), variants=variants)
+    plan = plan_of(config, tmp_path / "tasks", grid)
     plan.folder.mkdir()
-    said = [line for step in dict(module._steps(plan, (0,), config.data.domains)) for line in module._task(plan, step)]
+    said = [line for step in dict(module._steps(plan, config.data.domains)) for line in module._task(plan, step)]
     assert said[0].startswith("beta0.5_none_seed0: accuracy ")
+    assert said[1].startswith("beta0.5_steep_seed0: accuracy ")
     more: list[str] = []
-    compare = {"compare": ("magnitude",), "match": ("flop",)}
-    path = study(config, plan.folder, *arguments, more.append, **compare)
+    path = study(config, plan.folder, grid, more.append)
     assert more == []
-    other = study(config, tmp_path / "serial", *arguments, lambda line: None, **compare)
+    other = study(config, tmp_path / "serial", grid, lambda line: None)
     # The second table has seconds.
     assert path.read_text().split("\n\n")[0] == other.read_text().split("\n\n")[0]
 

@@ -14,7 +14,7 @@ from bap.data import Arrays, Domain
 from bap.files import FileError, write_tensors
 from bap.models import build
 from bap.results.run import train_run
-from bap.results.study import study
+from bap.results.study import StudyGrid, study
 from bap.train.resume import MAY_CHANGE, check_same_settings
 from bap.train.run_log import read_metrics
 from bap.train.trainer import STATE, Trainer, TrainError
@@ -169,13 +169,13 @@ def test_folder_with_part_of_a_run_needs_resume(config: Config, tmp_path: Path, 
 
 def test_a_study_refuses_runs_and_weights_of_other_settings(config: Config, tmp_path: Path) -> None:
     small = config.replace(domains=["digits", "signs"], images=100, epochs=1, pretrain_epochs=1, batch=32)
-    study(small, tmp_path, (0.5,), (None,), (0,), False, lambda line: None)
+    study(small, tmp_path, StudyGrid((0.5,), (None,), (0,), False), lambda line: None)
     with pytest.raises(ValueError, match=r"pretrain.lr: stored 0.05, asked 0.01"):
-        study(small.replace(pretrain_lr=0.01), tmp_path, (0.5,), (None,), (0,), False, lambda line: None)
+        study(small.replace(pretrain_lr=0.01), tmp_path, StudyGrid((0.5,), (None,), (0,), False), lambda line: None)
     with pytest.raises(ValueError, match=r"lr_norm: stored 0.0001, asked 0.1"):
-        study(small.replace(lr_norm=0.1), tmp_path, (0.5,), (None,), (0,), False, lambda line: None)
+        study(small.replace(lr_norm=0.1), tmp_path, StudyGrid((0.5,), (None,), (0,), False), lambda line: None)
     with pytest.raises(ValueError, match=r"`budget.beta` to be less than or equal to 1, got 2"):
-        study(small, tmp_path / "new", (0.5, 2), (None,), (0,), False, lambda line: None)
+        study(small, tmp_path / "new", StudyGrid((0.5, 2), (None,), (0,), False), lambda line: None)
     assert not (tmp_path / "new").exists()
 
 
