@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from bap_kernels._masks import Widths, layer_of_key, lists_of_mask, refuse_other_than_masks
 from bap_kernels._warn import warn
 from bap_kernels.channels import ChannelLists
 from bap_kernels.layer_kinds import GatheredLayer, SwitchedLayer
@@ -60,6 +61,7 @@ class Zeros(NamedTuple):
         lists: the in-list; None where it reads everything.
         note: what was found, in words.
         zero_weights, weights: how many of its single weights are zero, and how many there are.
+        near_zero: slices for a channel that are read and far below the layer's largest weight.
         swappable: whether a table may name it.
     """
 
@@ -67,7 +69,12 @@ class Zeros(NamedTuple):
     note: str
     zero_weights: int
     weights: int
+    near_zero: int = 0
     swappable: bool = True
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.zero_weights, self.weights, self.near_zero
 
 
 _zeros_finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]] | None = None
@@ -77,51 +84,6 @@ def set_zeros_finder(finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]
     """Says how zeros are followed through a network; that needs plans, which import this module."""
     global _zeros_finder
     _zeros_finder = finder
-
-
-# What tools append to a layer's name in their files.
-_PARAMETER_SUFFIXES = (".weight", ".weight_mask")
-
-
-def _binary(domain: str, layer: str, mask: Any) -> np.ndarray:
-    """A mask as booleans on the host, (C_in,) or (C_out, C_in, kH, kW)."""
-    where = f"for layer {layer!r} in domain {domain!r}"
-    try:
-        values = torch.as_tensor(mask).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"ChannelTable.from_masks(): expected `masks` to hold tensors, got {type(mask).__name__} {where}."
-        ) from error
-    if values.dim() not in (1, 4) or values.numel() == 0:
-        raise ValueError(
-            "ChannelTable.from_masks(): expected `masks` to have the shape (C_in,) or that of a weight "
-            f"(C_out, C_in, kH, kW), got {tuple(values.shape)} {where}."
-        )
-    odd = values[(values != 0) & (values != 1)]
-    if odd.numel():
-        raise ValueError(
-            f"ChannelTable.from_masks(): expected `masks` to hold 0 and 1 only, got {odd.flatten()[0].item()} {where}. "
-            "Hint: compare scores with their threshold first."
-        )
-    present: np.ndarray = (values != 0).numpy()
-    return present
-
-
-def _check_fits(domain: str, layer: str, mask: np.ndarray, conv: nn.Module | None) -> None:
-    """Compares a mask with the layer that it is for."""
-    where = f"for layer {layer!r} in domain {domain!r}"
-    if not isinstance(conv, nn.Conv2d):
-        got = "no such layer" if conv is None else f"a {type(conv).__name__}"
-        raise ValueError(
-            f"ChannelTable.from_masks(): expected `masks` to name convolutions of `model`, got {got} {where}."
-        )
-    shapes = ((conv.in_channels,), (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size))
-    if mask.shape not in shapes:
-        hint = " Hint: a mask of filters needs the weight's shape." if mask.shape == (conv.out_channels,) else ""
-        raise ValueError(
-            f"ChannelTable.from_masks(): expected `masks` to have the shape {shapes[0]} or {shapes[1]} {where}, "
-            f"got {tuple(mask.shape)}.{hint}"
-        )
 
 
 def _union(lists: list[Tensor | None]) -> Tensor | None:
@@ -178,6 +140,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                     )
         self._domains = {domain: dict(layers) for domain, layers in domains.items()}
         self._notes: dict[str, dict[str, str]] = {}
+        # Of the layers that masks were made for; not saved.
+        self._widths: dict[tuple[str, str], Widths] = {}
 
     @property
     def notes(self) -> dict[str, dict[str, str]]:
@@ -307,8 +271,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         A convolution need not read a channel whose slice of its weight is zero, nor one that always arrives as zeros:
         from filters of zeros, through batch norms (a scale of zero included), activations, pooling, sums and
         concatenations. A channel that arrives as another constant, such as the shift of a norm with a scale of zero,
-        is read: leaving it out would change the result. Only exact zeros count. So the table changes no result of the
-        network in eval mode, as long as its values are finite.
+        is read: leaving it out would change the result. Only exact zeros count; :attr:`notes` says where slices are
+        nearly zero. So the table changes no result of the network in eval mode, as long as its values are finite.
 
         Masks of :mod:`torch.nn.utils.prune` count as multiplied in; call ``torch.nn.utils.prune.remove`` on a layer
         before :func:`bap_kernels.swap_`, which leaves layers with hooks as they are. :attr:`notes` says what was found,
@@ -321,7 +285,9 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 and where none fits each layer's own weight counts alone.
 
         Raises:
-            ValueError: if the model has no convolution with weights, or does not take ``example_input``.
+            TypeError: for anything else than a network and a name.
+            ValueError: if the model has no convolution with weights, holds NaN or infinities in its convolutions and
+                batch norms, which lists would hide, or does not take ``example_input``.
 
         Warns:
             UserWarning: if no layer can leave out any channel; the text says how many single weights are zero.
@@ -338,17 +304,25 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             (ChannelLists(in_index=[0, 1, 3], out_index=None), 'reads 3 of 4; other channels that arrive as zeros: 1')
         """
         assert _zeros_finder is not None
+        if not isinstance(domain, str):
+            raise TypeError(
+                f"ChannelTable.from_weights(): expected `domain` to be a name, got {type(domain).__name__}. Hint: an "
+                "example goes into `example_input`."
+            )
         zeros = _zeros_finder("ChannelTable.from_weights", model, example_input)
         table = cls({domain: {name: found.lists for name, found in zeros.items() if found.swappable}})
         table._notes = {domain: {name: found.note for name, found in zeros.items()}}
         if all(found.lists.in_index is None for found in zeros.values()):
-            single = sum(found.zero_weights for found in zeros.values()) / sum(
-                found.weights for found in zeros.values()
+            zero, weights, near = (
+                sum(getattr(found, name) for found in zeros.values())
+                for name in ("zero_weights", "weights", "near_zero")
             )
+            small = f", and {near} slices for a channel are nearly zero, which does not count" if near else ""
             warn(
                 f"ChannelTable.from_weights(): no channel can be left out of any of {len(zeros)} convolutions; "
-                f"{single:.0%} of their single weights are zero. Hint: whole channels have to be zero, as structured "
-                "pruning along dim=1 (input channels) or dim=0 (filters, with their bias and norm) makes them."
+                f"{zero / weights:.0%} of their single weights are zero{small}. Hint: whole channels have to be zero, "
+                "as structured pruning along dim=1 (input channels) or dim=0 (filters, with their bias and norm) makes "
+                "them."
             )
         return table
 
@@ -362,14 +336,21 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             masks: {domain: {layer: mask}}; tensors, arrays or sequences of 0 and 1, or of bool. A mask (C_in,) tells
                 the channels that the layer reads. A mask of the weight, (C_out, C_in, kH, kW), leaves out the channels
                 that no filter reads. Names may end in ``.weight`` or ``.weight_mask``.
-            both: whether masks of weights give out-lists too: filters that are masked whole. The layers must be
-                :class:`bap_kernels.nn.MaskedConv2d` then, unless the network takes compact results. Without, masks of
-                filters have no effect: multiply them into the weights and use :meth:`from_weights`, which follows them.
-            model: if given, layers and shapes of the masks are compared with its convolutions.
+            both: whether masks of weights give out-lists too: filters that are masked whole, with their bias. The
+                layers must be :class:`bap_kernels.nn.MaskedConv2d` then, unless the network takes compact results.
+                Without, masks of filters have no effect: multiply them into the weights and use :meth:`from_weights`,
+                which follows them.
+            model: if given, layers and shapes of the masks are compared with its convolutions; masks of weights may
+                then have axes of length 1. Without, :func:`bap_kernels.attach_` still compares the widths.
 
         Raises:
             TypeError: for anything that is no mask.
-            ValueError: for other shapes, values other than 0 and 1, and layers that the model does not have.
+            ValueError: for other shapes, values other than 0 and 1, layers that the model does not have, and channels
+                that a layer with groups would have to leave out.
+
+        Warns:
+            UserWarning: if masks zero more than the lists leave out, such as single weights or filters, where the
+                model's weights are not zero already or no model is given.
 
         Examples:
             >>> import torch
@@ -379,39 +360,37 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             >>> table["birds"], table.notes["cars"]
             ({'conv1': ChannelLists(in_index=[0, 2, 3], out_index=None)}, {'conv1': 'reads 4 of 4'})
         """
-        if not isinstance(masks, Mapping) or not all(isinstance(layers, Mapping) for layers in masks.values()):
-            raise TypeError(
-                "ChannelTable.from_masks(): expected `masks` to be a mapping {domain: {layer: mask}}, "
-                f"got {type(masks).__name__}."
-            )
-        convolutions = None if model is None else dict(model.named_modules(remove_duplicate=False))
+        refuse_other_than_masks(masks)
+        modules = None if model is None else dict(model.named_modules(remove_duplicate=False))
         domains: dict[str, dict[str, ChannelLists]] = {}
         notes: dict[str, dict[str, str]] = {}
+        widths: dict[tuple[str, str], Widths] = {}
+        beyond: dict[tuple[str, str], int] = {}
         for domain, layers in masks.items():
             domains[domain], notes[domain] = {}, {}
             for key, mask in layers.items():
-                values = _binary(domain, key, mask)
-                layer = next((key.removesuffix(end) for end in _PARAMETER_SUFFIXES if key.endswith(end)), key)
+                layer = layer_of_key(key)
                 if layer in domains[domain]:
                     raise ValueError(
                         f"ChannelTable.from_masks(): expected `masks` to hold one mask for layer {layer!r} in domain "
                         f"{domain!r}, got two."
                     )
-                if convolutions is not None:
-                    _check_fits(domain, layer, values, convolutions.get(layer))
-                reads: np.ndarray = values if values.ndim == 1 else np.asarray(values.any(axis=(0, 2, 3)))
-                note = f"reads {np.count_nonzero(reads)} of {len(reads)}"
-                writes = np.ones(1, dtype=bool) if values.ndim == 1 else np.asarray(values.any(axis=(1, 2, 3)))
-                if not writes.all():
-                    note += f"; {np.count_nonzero(~writes)} of {len(writes)} filters are masked"
-                    note += "" if both else ", which has no effect without `both`"
-                domains[domain][layer] = ChannelLists(
-                    None if reads.all() else np.flatnonzero(reads),
-                    None if writes.all() or not both else np.flatnonzero(writes),
-                )
-                notes[domain][layer] = note
+                found = lists_of_mask(domain, layer, mask, both, modules)
+                domains[domain][layer], notes[domain][layer] = found.lists, found.note
+                widths[domain, layer] = found.widths
+                if found.beyond:
+                    beyond[domain, layer] = found.beyond
+        if beyond:
+            (domain, layer), count = next(iter(beyond.items()))
+            hint = "" if model is not None else ", and give `model`, in which they are looked up"
+            warn(
+                f"ChannelTable.from_masks(): masks of {len(beyond)} layers also zero numbers that the lists leave in "
+                f"use, the first {count} of {layer!r} in domain {domain!r}; results differ from the masked network's "
+                f"unless these are zeros in its weights. Hint: multiply the masks in{hint}; `notes` says what has no "
+                "effect."
+            )
         table = cls(domains)
-        table._notes = notes
+        table._notes, table._widths = notes, widths
         return table
 
     def union(self) -> dict[str, ChannelLists]:

@@ -27,10 +27,12 @@ def test_masks_of_input_channels(mask: object) -> None:
 def test_masks_of_weights(both: bool) -> None:
     mask = torch.zeros(4, 6, 3, 3, dtype=torch.bool)
     mask[0, 2, 1, 1] = mask[3, 5, 0, 2] = mask[3, 2, 0, 0] = True
-    table = ChannelTable.from_masks({"birds": {"conv.weight": mask}}, both)
+    with pytest.warns(UserWarning, match="masks of 1 layers also zero"):
+        table = ChannelTable.from_masks({"birds": {"conv.weight": mask}}, both)
     assert table["birds"] == {"conv": ChannelLists([2, 5], [0, 3] if both else None)}
     note = "reads 2 of 6; 2 of 4 filters are masked" + ("" if both else ", which has no effect without `both`")
-    assert table.notes["birds"]["conv"] == note
+    # Of the two filters and two channels that are left, all but three.
+    assert table.notes["birds"]["conv"] == f"{note}; 33 single weights are masked, which has no effect"
 
 
 @torch.no_grad()
@@ -64,7 +66,11 @@ def test_tables_are_saved_without_their_notes(tmp_path) -> None:
     [
         ([IN], TypeError, r"to be a mapping \{domain: \{layer: mask\}\}, got list"),
         ({"birds": IN}, TypeError, "to be a mapping"),
-        ({"birds": {"conv": "110"}}, TypeError, "to hold tensors, got str for layer 'conv' in"),
+        (
+            {"birds": {"conv": "110"}},
+            TypeError,
+            "sequences of numbers, got str for layer 'conv' in",
+        ),
         (
             {"birds": {"conv": torch.ones(2, 3)}},
             ValueError,
@@ -92,7 +98,7 @@ def test_what_is_no_mask_is_refused(masks: object, kind: type[Exception], messag
         ("1", IN, "to name convolutions of `model`, got a ReLU for layer '1'"),
         ("0", IN[:5], r"to have the shape \(6,\) or \(4, 6, 3, 3\) for layer '0' in domain 'birds', got \(5,\)\.$"),
         ("0", IN[:4], r"got \(4,\)\. Hint: a mask of filters needs the weight's shape\."),
-        ("0", torch.ones(4, 6, 1, 1), r"got \(4, 6, 1, 1\)"),
+        ("0", torch.ones(4, 6, 2, 1), r"got \(4, 6, 2, 1\)"),
     ],
 )
 def test_masks_that_do_not_fit_the_model_are_refused(layer: str, mask: object, message: str) -> None:

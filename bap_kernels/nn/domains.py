@@ -9,6 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from bap_kernels._masks import Widths
 from bap_kernels.channels import ChannelLists
 from bap_kernels.layer_kinds import NEVER, DomainLayer, PlannedModel, change_now
 from bap_kernels.nn.conv import GatheredConv2d
@@ -146,6 +147,7 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
             if layer is None:
                 raise ValueError(_unknown_layer(domain, name, modules.get(name), list(layers)))
             its_lists.validate_for(layer, name)
+            _check_widths(domain, name, layer, table._widths.get((domain, name), (None, None)))
             # A layer that is used in two places has two names.
             if layer in given and its_lists != lists[layer][domain]:
                 raise ValueError(
@@ -165,7 +167,19 @@ def _in_order(model: nn.Module, table: ChannelTable) -> ChannelTable:
     if own is None:
         return table
     order = [domain for domain in own if domain in table]
-    return ChannelTable({domain: table[domain] for domain in dict.fromkeys([*order, *table])})
+    ordered = ChannelTable({domain: table[domain] for domain in dict.fromkeys([*order, *table])})
+    ordered._widths = table._widths
+    return ordered
+
+
+def _check_widths(domain: str, name: str, layer: GatheredConv2d, widths: Widths) -> None:
+    """Compares a layer with the mask that its lists come from: too short a one would pass for a list."""
+    for what, masked, channels in zip(("in", "out"), widths, (layer.in_channels, layer.out_channels), strict=True):
+        if masked is not None and masked != channels:
+            raise ValueError(
+                f"attach_(): expected `table` to come from masks of {channels} {what}put channels for layer {name!r} "
+                f"in domain {domain!r}, got {masked}."
+            )
 
 
 def _unknown_layer(domain: str, name: str, module: nn.Module | None, known: list[str]) -> str:

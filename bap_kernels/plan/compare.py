@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["largest_error", "tolerance_of"]
+from bap_kernels._values import holds_values
+from bap_kernels.flow.arguments import tensors_of
+from bap_kernels.flow.norms import norm_parts
+
+__all__ = ["largest_error", "not_finite", "tolerance_of"]
 
 # Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
 # layer is far above.
@@ -67,6 +72,25 @@ def largest_error(got: Any, expected: Any) -> tuple[float, float, torch.dtype]:
     if isinstance(expected, float) and expected != expected:
         return _NONE if got != got else _INFINITE
     return _NONE if got == expected else _INFINITE
+
+
+def not_finite(modules: Mapping[str, nn.Module], inputs: tuple[Any, ...] = ()) -> str:
+    """The first NaN or infinity in the parameters of convolutions and batch norms, or in inputs; "" if there is none.
+
+    A channel that is left out counts as zeros; zero times NaN or infinity would be NaN.
+    """
+    tensors = {f"input {number}": tensor for number, tensor in enumerate(tensors_of(inputs))}
+    for name, module in modules.items():
+        if isinstance(module, nn.Conv2d) or norm_parts(module) is not None:
+            held = {**module._parameters, **module._buffers}
+            tensors |= {f"{name}.{key}".removeprefix("."): value for key, value in held.items() if value is not None}
+    for what, tensor in tensors.items():
+        if not tensor.is_floating_point() or not holds_values(tensor):
+            continue
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            return f"{bad} of {tensor.numel()} that are NaN or infinite in {what}"
+    return ""
 
 
 def _share(error: tuple[float, float, torch.dtype]) -> float:

@@ -22,7 +22,7 @@ from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
-from bap_kernels.plan.compare import largest_error, tolerance_of
+from bap_kernels.plan.compare import largest_error, not_finite, tolerance_of
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
@@ -184,6 +184,13 @@ class PlannedNetwork(PlannedModel):
         share, error, dtype = largest_error(result, graph.expected)
         limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
         if not share <= limit:
+            bad = not_finite(dict(self.model.named_modules()), self._example)
+            if bad:
+                raise RuntimeError(
+                    "plan(): expected `model` and `example_input` to hold finite numbers, with which the plan can be "
+                    f"compared with the masked dense network, got {bad}. Hint: channels that are left out count as "
+                    "zeros in a plan, where zero times these numbers would be NaN; `check=False` does not compare."
+                )
             raise RuntimeError(
                 f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
                 f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
@@ -417,8 +424,9 @@ def plan(
     Raises:
         ValueError: if the model is in training mode, does not know the domain, cannot be recorded, or does not take the
             example; for ``cuda_graph=True`` on another device than a CUDA GPU; for another ``memory``.
-        RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``; at a call,
-            if the network does what a CUDA graph can't record.
+        RuntimeError: if the plan's result differs from the masked dense network by more than ``tolerance``, which NaN
+            and infinities in weights or the example may lead to; at a call, if the network does what a CUDA graph
+            can't record.
 
     Examples:
         >>> import torch, bap_kernels as bk

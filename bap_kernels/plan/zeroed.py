@@ -7,6 +7,7 @@ filters of zeros, through batch norms whose scale is zero, activations, pooling,
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,19 @@ from torch.nn.utils import prune
 from bap_kernels.channels import ChannelLists
 from bap_kernels.flow.graph import Op
 from bap_kernels.flow.liveness import Liveness
-from bap_kernels.flow.norms import folded_norm
+from bap_kernels.flow.norms import folded_norm, norm_parts
 from bap_kernels.flow.ops import Call
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.swap import unswappable_reason
+from bap_kernels.plan.compare import not_finite
 from bap_kernels.plan.example import trace_shapes
 from bap_kernels.table import Zeros, set_zeros_finder
 
 __all__ = ["find_zeros"]
+
+# Share of the layer's largest weight below which a slice counts as nearly zero: far above what rounding to a 16-bit
+# format could make of a zero, far below what any weight does for the result.
+_NEARLY = 1e-6
 
 
 class _Zeros(Liveness):
@@ -94,6 +100,42 @@ def _without_masks(module: nn.Module, copier: Any) -> nn.Module | None:
     return plain
 
 
+def _near_zero(conv: nn.Conv2d) -> np.ndarray:
+    """(C_in,): whether the weight's slice for a channel is so small that it was probably meant to be zero."""
+    sizes = conv.weight.detach().abs().amax(dim=(0, 2, 3)).double().cpu().numpy()
+    return (sizes > 0) & (sizes < _NEARLY * sizes.max())
+
+
+def _refuse_unreadable(op: str, model: nn.Module) -> None:
+    """Refuses what is no network, and weights that are not there or not finite."""
+    if not isinstance(model, nn.Module):
+        hint = " Hint: load a state dict into its network first." if isinstance(model, Mapping) else ""
+        raise TypeError(f"{op}(): expected `model` to be a network, got {type(model).__name__}.{hint}")
+    inner = {"OptimizedModule": "_orig_mod", "PlannedNetwork": "model"}.get(type(model).__name__)
+    if inner is not None or isinstance(model, torch.jit.ScriptModule):
+        hint = "" if inner is None else f" Hint: give its `{inner}`."
+        raise TypeError(f"{op}(): expected `model` to be a network of layers, got {type(model).__name__}.{hint}")
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) and norm_parts(module) is None:
+            continue
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None:
+                continue
+            what = f"{name}.{key}".removeprefix(".")
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"{op}(): expected `model` to hold weights, got a lazy one: {what}. Hint: call the model once."
+                )
+            if tensor.is_meta:
+                raise ValueError(f"{op}(): expected `model` to hold weights, got one on the meta device: {what}.")
+    bad = not_finite(dict(model.named_modules()))
+    if bad:
+        raise ValueError(
+            f"{op}(): expected `model` to hold finite numbers, got {bad}. Hint: lists could hide that its "
+            "results are not finite."
+        )
+
+
 def _zeros(layer: _Layer) -> Zeros:
     used = nonzero_slices(layer.conv).any(axis=0)
     alive = np.ones_like(used) if layer.alive is None else layer.alive
@@ -103,6 +145,9 @@ def _zeros(layer: _Layer) -> Zeros:
         parts.append(f"zero slices of the weight: {np.count_nonzero(~used)}")
     if (used & ~alive).any():
         parts.append(f"other channels that arrive as zeros: {np.count_nonzero(used & ~alive)}")
+    near = int(np.count_nonzero(_near_zero(layer.conv) & reads))
+    if near:
+        parts.append(f"nearly zero slices of the weight, which are read: {near}")
     if layer.constant:
         parts.append(f"channels that are constant but not zero, and read: {layer.constant}")
     if layer.alive is None:
@@ -114,7 +159,7 @@ def _zeros(layer: _Layer) -> Zeros:
     note = f"reads {np.count_nonzero(reads)} of {len(reads)}" + (f"; {'; '.join(parts)}" if parts else "")
     lists = ChannelLists() if reads.all() else ChannelLists(np.flatnonzero(reads))
     weight = layer.conv.weight
-    return Zeros(lists, note, int((weight == 0).sum()), weight.numel(), reason is None)
+    return Zeros(lists, note, int((weight == 0).sum()), weight.numel(), near, reason is None)
 
 
 def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | None) -> dict[str, Zeros]:
@@ -128,8 +173,10 @@ def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | No
         example: what it is called with; None: an image is made up.
 
     Raises:
-        ValueError: if it has no convolution, or its weights are on the meta device.
+        TypeError: for anything else than a network of layers.
+        ValueError: if it has no convolution, or its weights are on the meta device or not finite.
     """
+    _refuse_unreadable(op, model)
     copied = copy_modules(model, replaced=_without_masks).eval()
     layers = {
         name: _Layer(module)
@@ -138,8 +185,6 @@ def find_zeros(op: str, model: nn.Module, example: Tensor | tuple[Any, ...] | No
     }
     if not layers:
         raise ValueError(f"{op}(): expected `model` to have convolutions with groups=1, got none.")
-    if any(layer.conv.weight.is_meta for layer in layers.values()):
-        raise ValueError(f"{op}(): expected `model` to hold weights, got tensors on the meta device.")
     by_module = {layer.conv: layer for layer in layers.values()}
     names = dict(copied.named_modules(remove_duplicate=False))
     with torch.no_grad():

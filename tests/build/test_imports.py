@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap_kernels._warn", "bap_kernels._files", "bap_kernels._packed", "bap_kernels._gpu", "bap_kernels._values"),
     ("bap_kernels.channels", "bap_kernels.dispatch", "bap_kernels.functional"),
     ("bap_kernels.flow", "bap_kernels.layer_kinds"),
-    ("bap_kernels.table",),
+    ("bap_kernels._masks", "bap_kernels.table"),
     ("bap_kernels.triton",),
     ("bap_kernels.nn",),
     ("bap_kernels.plan",),
