@@ -33,6 +33,15 @@ __all__ = [
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 _Packed = TypeVar("_Packed", bound="PackedConv2d")
 
+# What a subclass may define and still be a plain convolution: how it is made and shown, and what Python itself adds.
+# fmt: off
+_OF_NO_EFFECT = frozenset({
+    "__init__", "extra_repr", "__repr__", "reset_parameters", "__module__", "__qualname__", "__doc__",
+    "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__constants__",
+    "__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__type_params__", "__dict__",
+    "__weakref__", "__slots__", "__abstractmethods__", "_abc_impl",
+})
+# fmt: on
 # The reason that swap_ and switch_ do not pass over.
 OWN_FORWARD = "another forward was set on it, which would go on calling the layer it was made for"
 
@@ -75,6 +84,12 @@ def refuse_own_forward(where: str, name: str, module: nn.Module) -> None:
     )
 
 
+def _names_of_its_own(kind: type[nn.Conv2d]) -> list[str]:
+    """What a subclass defines that may change a call, or that other code may use, which a swapped layer would lack."""
+    added = [cls for cls in kind.__mro__ if cls not in nn.Conv2d.__mro__]
+    return list(dict.fromkeys(name for cls in added for name in vars(cls) if name not in _OF_NO_EFFECT))
+
+
 def unsupported_reason(conv: nn.Module) -> str | None:
     """Why a module cannot become a gathered layer; None if it can.
 
@@ -88,8 +103,13 @@ def unsupported_reason(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} is no torch.nn.Conv2d"
     if nn.utils.parametrize.is_parametrized(conv):
         return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(conv) not in (nn.Conv2d, GatheredConv2d, MaskedConv2d):
-        return f"{type(conv).__name__} is a subclass of torch.nn.Conv2d and may compute something else"
+    own = [] if type(conv) in (GatheredConv2d, MaskedConv2d) else _names_of_its_own(type(conv))
+    if own:
+        return (
+            f"{type(conv).__name__} is a subclass of torch.nn.Conv2d with its own {', '.join(own[:3])}"
+            f"{', ...' * (len(own) > 3)}, and may compute something else (if not, set the layer's __class__ to "
+            "torch.nn.Conv2d)"
+        )
     if conv._parameters.get("weight") is None:
         return "its weight is computed by a hook: remove weight_norm, spectral_norm or torch.nn.utils.prune first"
     reason = unsupported_groups_reason(conv.in_channels, conv.out_channels, conv.groups) or _bad_options_reason(conv)
@@ -291,7 +311,8 @@ class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
             channels: the lists to start with; None keeps all channels, or those active in ``conv``.
 
         Raises:
-            NotImplementedError: for subclasses, parametrized layers, and groups that are not supported.
+            NotImplementedError: for subclasses with methods of their own, parametrized layers, and groups that are not
+                supported.
 
         Examples:
             >>> from torch import nn

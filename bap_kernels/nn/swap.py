@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from bap_kernels._warn import warn
+from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.norms import depends_on_data, is_norm
 from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, refuse_own_forward, unsupported_reason
 from bap_kernels.nn.domain_layers import DomainHead
@@ -30,9 +32,11 @@ def swap_(
     The new layers share the parameters of the old ones, with their mode, device, dtype and hooks, so state dicts and
     optimisers stay as they are; until lists are chosen they compute the same. A convolution that is used in several
     places stays one layer. A :class:`~bap_kernels.nn.SwitchedConv2d` becomes a layer with the lists of all its domains,
-    as its scores are now, so that a trained model needs no :func:`bap_kernels.attach_`. Left as they are: subclasses,
-    layers whose weight is computed (``weight_norm``, pruning and the like) and groups that are not supported;
-    :func:`bap_kernels.nn.skipped` names them with the reason, which is also logged.
+    as its scores are now, so that a trained model needs no :func:`bap_kernels.attach_`. Left as they are: subclasses
+    with methods of their own, such as another ``forward`` (a subclass that is only made or shown in another way is
+    replaced), layers whose weight is computed (``weight_norm``, pruning and the like) and groups that are not
+    supported; :func:`bap_kernels.nn.skipped` and :func:`bap_kernels.report` name them with the reason, which is also
+    logged.
 
     Args:
         model: any module. If it is a convolution itself, the result is the new layer.
@@ -49,6 +53,9 @@ def swap_(
         NotImplementedError: if another ``forward`` was set on a layer to be replaced, as wrappers do: it would hide the
             lists. Nothing is changed then.
 
+    Warns:
+        UserWarning: if there are convolutions, and none can be replaced.
+
     Examples:
         >>> from torch import nn
         >>> import bap_kernels as bk
@@ -63,6 +70,7 @@ def swap_(
     if not (isinstance(kind, type) and issubclass(kind, GatheredConv2d)):
         raise TypeError(f"swap_(): expected `layer_type` to be GatheredConv2d or MaskedConv2d, got {layer_type!r}.")
     new: dict[nn.Module, nn.Module] = {}
+    dense: dict[str, str] = {}
     for name, module in model.named_modules():
         swapped = isinstance(module, GatheredConv2d) and (layer_type is None or type(module) is layer_type)
         if swapped or not isinstance(module, nn.Conv2d):
@@ -78,6 +86,9 @@ def swap_(
             refuse_own_forward("swap_", name, module)
         else:
             _log.info("swap_: %r stays dense: %s", name, reason)
+            dense[name] = reason
+    if dense and not new and not any(isinstance(module, GatheredConv2d) for module in model.modules()):
+        warn(f"swap_(): no convolution was replaced. {first_reasons(dense)}")
     return replace_(model, new)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import warnings
 import weakref
 
 import pytest
@@ -155,6 +156,84 @@ def test_what_cannot_be_swapped_is_left_alone_with_a_reason(caplog: pytest.LogCa
     ):
         assert word in reason
         assert reason in caplog.text
+
+
+class Wrapper(nn.Conv2d):
+    """As mmcv's and detectron2's layers: empty inputs took another way in old versions of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0 and torch.__version__ < (1, 4):
+            return x.new_empty(0)
+        return super().forward(x)
+
+
+class Padded(nn.Conv2d):
+    """A subclass that is only made and shown in another way."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, channels, kernel, padding=kernel // 2)
+        self.remark = "kept"
+
+    def reset_parameters(self) -> None:
+        nn.init.dirac_(self.weight)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.kernel_size[0]}"
+
+
+class Helpful(nn.Conv2d):
+    def fan_in(self) -> int:
+        return self.in_channels * self.kernel_size[0] ** 2
+
+
+@torch.no_grad()
+def test_subclasses_that_are_only_made_in_another_way_are_swapped() -> None:
+    model, x = nn.Sequential(Padded(6, 3), nn.ReLU(), Padded(6, 5)).eval(), torch.randn(2, 6, 7, 7)
+    nn.init.normal_(model[2].weight)  # type: ignore[arg-type]
+    dense = [model[0].weight, model[2].weight]
+    expected = model(x * torch.tensor([1, 0, 0, 1, 1, 0]).view(-1, 1, 1))
+    bk.attach_(bk.swap_(model), {"birds": {"0": ChannelLists([0, 3, 4])}})
+    bk.set_domain(model, "birds")
+    assert [type(model[i]) for i in (0, 2)] == [GatheredConv2d] * 2
+    assert [model[0].weight, model[2].weight] == dense
+    assert model[0].remark == "kept"
+    assert bk.nn.skipped(model) == {}
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(bk.plan(model, x, "birds")(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cls", "name"), [(Wrapper, "forward"), (Helpful, "fan_in")])
+def test_subclasses_with_methods_of_their_own_stay_and_are_named(cls: type[nn.Conv2d], name: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3), cls(6, 5, 1)).eval(), torch.randn(1, 4, 8, 8)
+    reason = rf"{cls.__name__} is a subclass of torch.nn.Conv2d with its own {name}, and may compute something else"
+    bk.swap_(model)
+    assert type(model[1]) is cls
+    assert list(bk.nn.skipped(model)) == ["1"]
+    assert reason in bk.nn.skipped(model)["1"]
+    assert f"not served: '1': {reason}" in str(bk.report(model, x))
+    with pytest.raises(ValueError, match=rf"got '1' in domain 'birds', which cannot be swapped: {reason}"):
+        bk.attach_(model, {"birds": {"1": ChannelLists([0, 2])}})
+    # A plan computes it dense: calling it is one convolution with its own weight.
+    assert bk.plan(model, x).lowered == ("0", "1")
+    # The way out that the reason names.
+    mask = torch.tensor([1, 0, 1, 0, 0, 0]).view(-1, 1, 1)
+    expected = model[1](model[0](x) * mask)
+    model[1].__class__ = nn.Conv2d
+    bk.set_domain(bk.attach_(bk.swap_(model), {"birds": {"1": ChannelLists([0, 2])}}), "birds")
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(bk.plan(model, x, "birds")(x), expected)
+
+
+def test_a_network_of_which_nothing_is_swapped_warns() -> None:
+    model = nn.Sequential(Wrapper(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.warns(UserWarning, match=r"swap_\(\): no convolution was replaced\. '0': Wrapper is .*; '1': groups=2"):
+        bk.swap_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bk.swap_(model, lambda module, name: False)
+        bk.swap_(bk.swap_(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))))
 
 
 def _own_forward(module: nn.Module) -> nn.Module:
