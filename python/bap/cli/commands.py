@@ -368,8 +368,8 @@ def study(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="A baseline beside the cells of the first sharing loss: dense, narrow, shared-mask, domain-masks, "
-            "magnitude or alone; may be given several times."
+            help="A baseline beside the cells of the first sharing loss: dense, narrow, narrow-taught, shared-mask, "
+            "domain-masks, magnitude or alone; may be given several times."
         ),
     ] = None,
     match: Annotated[

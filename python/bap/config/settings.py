@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from bap.models import MODELS, build
 
-__all__ = ["LOSSES", "MEASURES", "SHORT_NAMES", "Config", "full_names", "known_settings"]
+__all__ = ["LOSSES", "MEASURES", "SHORT_NAMES", "Config", "Distill", "full_names", "known_settings"]
 
 # What a budget bounds, and the sharing losses; see bap.train.budget and bap.train.sharing.
 MEASURES = ("switch", "layer", "param", "mac", "time")

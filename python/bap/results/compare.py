@@ -2,6 +2,7 @@ r"""Baselines of a study, at the cost of the runs they are compared with, and di
 
     dense          all domains in one network with every channel on
     narrow         the same, uniformly narrow, pre-trained at its width
+    narrow-taught  the narrow network, which learns from the dense one as the method does
     shared-mask    one mask for all domains, chosen at once: |gradient × activation| of the dense network
     domain-masks   the same with a mask for each domain
     magnitude      one mask for all domains, by the magnitude of the pre-trained weights
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import bap_kernels as bk
-from bap.config import Config
+from bap.config import Config, Distill
 from bap.data import Domain
 from bap.models import MODELS
 from bap.prune.counting import Cost, count
@@ -49,7 +50,7 @@ __all__ = [
     "paired_difference",
 ]
 
-BASELINES = ("dense", "narrow", "shared-mask", "domain-masks", "magnitude", "alone")
+BASELINES = ("dense", "narrow", "narrow-taught", "shared-mask", "domain-masks", "magnitude", "alone")
 MATCHES = ("flop", "exact_flop")
 _SALIENCY_BATCHES = 16
 
@@ -218,6 +219,11 @@ class Comparison:
         self.size = next(iter(domains.values())).size
         self._scores: dict[str, Tensor] | None = None
 
+    @property
+    def teacher(self) -> str:
+        """Checkpoint of the dense network."""
+        return str(self.folder / f"dense_seed{self.config.run.seed}" / "checkpoint")
+
     def dense(self) -> dict[str, Any]:
         """All channels on: at β = 1, with switches that do not move."""
         return self.run(self.config.replace(lr_switch=0.0), f"dense_seed{self.config.run.seed}")
@@ -225,7 +231,7 @@ class Comparison:
     def _saliency(self) -> dict[str, Tensor]:
         if self._scores is None:
             self.dense()
-            model, _, _ = load_checkpoint(self.folder / f"dense_seed{self.config.run.seed}" / "checkpoint")
+            model, _, _ = load_checkpoint(self.teacher)
             model.to(device_of(self.config.run.device))
             with bk.use_backend(backend_of(self.config)):
                 self._scores = {
@@ -256,14 +262,23 @@ class Comparison:
         write_masks(path, SwitchBank(model), masks)
         return self.run(self.config.replace(fixed=str(path), lr_switch=0.0), title)
 
-    def narrow(self, target: float) -> dict[str, Any] | None:
-        """A narrow network of at most a part of the multiply-adds; None where the backbone has no widths."""
+    def narrow(self, target: float, teaching: Distill | None = None) -> dict[str, Any] | None:
+        """A narrow network of at most a part of the multiply-adds; None where the backbone has no widths.
+
+        Args:
+            target: the part.
+            teaching: how it learns from the dense network of its seed; None: it does not.
+        """
         options = narrow_options(self.config, self.size, target)
         if options is None:
             return None
         title = "narrow_" + "-".join(map(str, options["widths"]))
         config = self.config.replace(model_options=options, weights=None, lr_switch=0.0)
         config = config.replace(weights=str(self.pretrain(config, title)))
+        if teaching is not None:
+            self.dense()
+            config = config.replace(distill={**teaching.model_dump(), "teacher": self.teacher})
+            title += "_taught"
         results = self.run(config, f"{title}_seed{config.run.seed}")
         return {**results, "cost": self._relative_to_the_backbone(results["cost"])}
 

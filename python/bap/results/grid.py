@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bap.config import LOSSES, Config, full_names, override_values
+from bap.config import LOSSES, Config, Distill, full_names, override_values
 from bap.results.compare import BASELINES, MATCHES
 
 __all__ = ["DENSE", "PRETRAINING", "Cell", "StudyGrid"]
@@ -120,7 +120,12 @@ class StudyGrid:
 
     def needs_dense(self, config: Config) -> bool:
         """Whether a cell learns from the dense network of its seed."""
-        return any(learns_from_dense(self.settings(config, cell)) for cell in self.cells(0))
+        return self.teaching(config) is not None
+
+    def teaching(self, config: Config) -> Distill | None:
+        """How the first cell that learns from the dense network does so; None if there is none."""
+        settings = (self.settings(config, cell) for cell in self.cells(0))
+        return next((each.distill for each in settings if learns_from_dense(each)), None)
 
 
 def learns_from_dense(config: Config) -> bool:

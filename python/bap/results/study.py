@@ -112,6 +112,11 @@ def check_study(config: Config, grid: StudyGrid) -> None:
     for seed in grid.seeds:
         for cell in grid.cells(seed):
             grid.settings(config, cell)
+    if "narrow-taught" in grid.compare and not grid.needs_dense(config):
+        raise ValueError(
+            "study(): expected the baseline 'narrow-taught' beside the method or a variant that learns from the dense "
+            f"network, got the teacher {config.distill.teacher!r}. Hint: -s teacher=dense -s distill_weight=0.25"
+        )
     check_source(config, config.data.domains or suite_of(config))
 
 
@@ -199,7 +204,7 @@ def run_cell(
     settings, path = grid.settings(runs.original, cell), runs.folder / cell.name
     if learns_from_dense(settings):
         runs.dense()
-        settings = settings.replace(teacher=str(runs.folder / f"dense_seed{cell.seed}" / "checkpoint"))
+        settings = settings.replace(teacher=runs.teacher)
     if not is_finished(path, settings):
         domains = dict(runs.domains)
         done = train_run(settings, path, resume=True, baseline=reference, domains=domains, progress=progress)
@@ -292,12 +297,14 @@ def compared_rows(
                 continue
             for matched in grid.match:
                 target = results["cost"][matched]
-                if baseline == "narrow":
-                    narrow = runs.narrow(target)
+                if baseline in ("narrow", "narrow-taught"):
+                    teaching = grid.teaching(base) if baseline == "narrow-taught" else None
+                    narrow = runs.narrow(target, teaching)
                     if narrow is None:
                         say(f"narrow: {base.model.name} has no network of at most {target:.3f} of its multiply-adds")
                     else:
-                        selected.append(row(beta, baseline, matched, narrow))
+                        first = 0.0 if teaching is None else dense_seconds()
+                        selected.append(row(beta, baseline, matched, narrow, first))
                     continue
                 chosen = runs.masked(baseline, name, matched, target)
                 selected.append(

@@ -117,11 +117,19 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     assert json.loads((tmp_path / "study.json").read_text())["compared"] == rows
     # The dense network is the teacher of its own seed, and is trained once.
     taught = config.replace(teacher="dense", distill_weight=0.5)
-    study(taught, tmp_path / "taught", StudyGrid((0.5,), ("union",), (0,), False, ("dense",), ("flop",)), said.append)
-    first, second = json.loads((tmp_path / "taught" / "study.json").read_text())["compared"]
+    grid = StudyGrid((0.5,), ("union",), (0,), False, ("dense", "narrow-taught"), ("flop",))
+    study(taught, tmp_path / "taught", grid, said.append)
+    first, second, third = json.loads((tmp_path / "taught" / "study.json").read_text())["compared"]
     assert first["seconds"] > second["seconds"] > 0
     settings = load_config(tmp_path / "taught" / "beta0.5_union_seed0" / "config.yaml")
     assert settings.distill.teacher == str(tmp_path / "taught" / "dense_seed0" / "checkpoint")
     assert load_config(tmp_path / "taught" / "dense_seed0" / "config.yaml").distill.weight == 0
+    (narrow_run,) = (tmp_path / "taught").glob("narrow_*_taught_seed0")
+    assert load_config(narrow_run / "config.yaml").distill == settings.distill
+    assert third["method"] == "narrow-taught"
+    assert third["seconds"] > second["seconds"]
+    assert third["flop"] <= first["flop"]
+    with pytest.raises(ValueError, match="the baseline 'narrow-taught' beside the method or a variant that learns"):
+        study(config, tmp_path / "untaught", grid)
     with pytest.raises(ValueError, match=r"to be among \['dense', .* got \['dens'\]"):
         StudyGrid(compare=("dens",))
