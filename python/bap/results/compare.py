@@ -35,6 +35,7 @@ from bap.prune.masks import magnitude_scores, saliency_scores, write_masks
 from bap.results.report import markdown_table
 from bap.train.budget import project, switch_costs
 from bap.train.checkpoint import load_checkpoint
+from bap.train.distill import dense_settings
 from bap.train.network import switched_network
 from bap.train.processes import device_of
 from bap.train.trainer import backend_of
@@ -203,17 +204,7 @@ class Comparison:
         pretrain: Callable[[Config, str], Path],
     ) -> None:
         # What shapes the switches' training is no part of a baseline.
-        self.config = config.replace(
-            beta=1.0,
-            sharing=None,
-            anneal=None,
-            give_back=False,
-            measure="mac",
-            budget_ms=None,
-            teacher=None,
-            distill_weight=0.0,
-            fixed=None,
-        )
+        self.config = dense_settings(config)
         self.original = config
         self.domains, self.folder, self.run, self.pretrain = domains, folder, run, pretrain
         self.size = next(iter(domains.values())).size
@@ -226,7 +217,7 @@ class Comparison:
 
     def dense(self) -> dict[str, Any]:
         """All channels on: at β = 1, with switches that do not move."""
-        return self.run(self.config.replace(lr_switch=0.0), f"dense_seed{self.config.run.seed}")
+        return self.run(self.config, f"dense_seed{self.config.run.seed}")
 
     def _saliency(self) -> dict[str, Tensor]:
         if self._scores is None:
@@ -260,7 +251,7 @@ class Comparison:
         title = f"{name}_{match}_of_{reference}"
         path = self.folder / f"{title}.masks.safetensors"
         write_masks(path, SwitchBank(model), masks)
-        return self.run(self.config.replace(fixed=str(path), lr_switch=0.0), title)
+        return self.run(self.config.replace(fixed=str(path)), title)
 
     def narrow(self, target: float, teaching: Distill | None = None) -> dict[str, Any] | None:
         """A narrow network of at most a part of the multiply-adds; None where the backbone has no widths.
@@ -273,7 +264,7 @@ class Comparison:
         if options is None:
             return None
         title = "narrow_" + "-".join(map(str, options["widths"]))
-        config = self.config.replace(model_options=options, weights=None, lr_switch=0.0)
+        config = self.config.replace(model_options=options, weights=None)
         config = config.replace(weights=str(self.pretrain(config, title)))
         if teaching is not None:
             self.dense()

@@ -18,6 +18,7 @@ from bap.results.report import make_report, results_table, speed_table
 from bap.results.run import train_run
 from bap.results.study import pretrained
 from bap.train.checkpoint import load_checkpoint, save_checkpoint
+from bap.train.distill import DENSE, dense_settings, learns_from_dense
 from bap.train.domains import load_domains
 from bap.train.evaluate import evaluate
 from bap.train.lock import folder_lock
@@ -32,6 +33,7 @@ BUILTIN_RECIPE: dict[str, Any] = {
     "switches": {"freeze_at": 0.5},
     "budget": {"multiplier_rate": 0.1},
     "sharing": {"loss": "union", "weight": 0.125, "relaxed": True, "temperature": 1e-2},
+    "distill": {"teacher": "dense", "weight": 0.25},
     "optimiser": {"lr_switch": 2e-4, "lr_norm": 1e-2, "lr_head": 5e-2, "train_backbone": True, "lr_backbone": 2e-2},
     "schedule": {"epochs": 8, "batch": 32, "round_robin": "batch", "decay": "cosine"},
     "pretrain": {"epochs": 20},
@@ -41,7 +43,7 @@ BUILTIN_RECIPE: dict[str, Any] = {
 def run_demo(
     out: str | Path, overrides: Iterable[str] = (), say: Callable[[str], None] = print, progress: bool = False
 ) -> dict[str, Any]:
-    """Pre-trains the source, trains jointly at β = .5 (sharing loss) and β = 1, prunes, evaluates, measures, reports.
+    """Pre-trains the source, trains jointly dense and then at β = .5, prunes, evaluates, measures, reports.
 
     Args:
         out: folder for everything.
@@ -64,13 +66,15 @@ def run_demo(
         say(f"pre-training the source for {config.pretrain.epochs} epochs ...")
         config = config.replace(weights=str(pretrained(config, domains, out, progress)))
         runs = []
-        for beta in (config.budget.beta, 1.0):
-            say(f"training {len(domains)} domains for {config.schedule.epochs} epochs at budget {beta:g} ...")
-            run_config = config.replace(beta=beta, sharing=config.sharing.loss if beta < 1 else None)
-            path = out / f"beta{beta:g}"
-            results = train_run(run_config, path, resume=True, baseline={}, domains=domains, progress=progress)
+        # The dense network is what the other one is compared with, and learns from.
+        dense = dense_settings(config)
+        if learns_from_dense(config):
+            config = config.replace(teacher=str(out / DENSE / "checkpoint"))
+        for path, settings in ((out / DENSE, dense), (out / f"beta{config.budget.beta:g}", config)):
+            budget = settings.budget.beta
+            say(f"training {len(domains)} domains for {settings.schedule.epochs} epochs at budget {budget:g} ...")
+            results = train_run(settings, path, resume=True, baseline={}, domains=domains, progress=progress)
             runs.append((path, results))
-        path, results = runs[0]
         model, _, specs = load_checkpoint(path / "checkpoint")
         size = next(iter(domains.values())).size
         images = {name: next(domain.batches("test", 32))[0] for name, domain in domains.items()}

@@ -9,11 +9,10 @@ from typing import Any
 
 from bap.config import LOSSES, Config, Distill, full_names, override_values
 from bap.results.compare import BASELINES, MATCHES
+from bap.train.distill import learns_from_dense
 
-__all__ = ["DENSE", "PRETRAINING", "Cell", "StudyGrid"]
+__all__ = ["PRETRAINING", "Cell", "StudyGrid"]
 
-# Name of the teacher that is the dense network of the study's own, of the same seed.
-DENSE = "dense"
 # Settings that the backbone's weights depend on.
 PRETRAINING = (
     "data.suite",
@@ -126,8 +125,3 @@ class StudyGrid:
         """How the first cell that learns from the dense network does so; None if there is none."""
         settings = (self.settings(config, cell) for cell in self.cells(0))
         return next((each.distill for each in settings if learns_from_dense(each)), None)
-
-
-def learns_from_dense(config: Config) -> bool:
-    """Whether the teacher is the study's own dense network."""
-    return config.distill.teacher == DENSE

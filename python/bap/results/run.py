@@ -21,6 +21,7 @@ from bap.results.callbacks import Callback
 from bap.results.scores import PUBLISHED_BASELINES, named_scores
 from bap.train.budget import share
 from bap.train.checkpoint import domain_spec, save_checkpoint
+from bap.train.distill import DENSE, dense_settings, learns_from_dense
 from bap.train.domains import check_source, load_domains, source_of, suite_of
 from bap.train.evaluate import check_splits, evaluate, final_split
 from bap.train.layer_times import LayerTimes, measure_layers
@@ -29,7 +30,11 @@ from bap.train.resume import check_same_settings
 from bap.train.sharing import intersection, union
 from bap.train.trainer import STATE, Trainer, backend_of
 
-__all__ = ["baseline_of", "read_accuracies", "results_of", "scored", "train_run"]
+__all__ = ["baseline_of", "is_finished", "read_accuracies", "results_of", "scored", "train_run"]
+
+
+# Files that a study or a run makes itself; what is in them follows from other settings.
+_FILES = ("model.weights", "switches.fixed", "distill.teacher")
 
 
 def read_accuracies(path: str | Path) -> dict[str, float]:
@@ -155,6 +160,16 @@ def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in ("metrics.jsonl", STATE, "results.json", "checkpoint"))
 
 
+def is_finished(path: Path, config: Config) -> bool:
+    """Whether a run is finished; one with other settings is refused."""
+    if not (path / "results.json").exists():
+        return False
+    # The weights are compared by their own settings.
+    compared = [name for name in config.by_name() if name not in _FILES]
+    check_same_settings(load_config(path / "config.yaml").as_dict(), config, str(path), only=compared)
+    return True
+
+
 def _check_folder(config: Config, path: Path, resume: bool) -> None:
     """Refuses to start in the folder of another run, or to go on with other settings."""
     if not resume and _is_run(path):
@@ -181,7 +196,8 @@ def train_run(
     ever.
 
     Args:
-        config: the settings.
+        config: the settings. The teacher ``dense`` is the dense network of these settings, which is trained first, in
+            the subfolder ``dense``, if it is not there.
         folder: for everything; None writes nothing.
         resume: go on from the state in the folder, if there is one; its settings must be these, but for
             :data:`bap.train.resume.MAY_CHANGE`.
@@ -200,6 +216,12 @@ def train_run(
         TrainError: if a loss or a parameter is not finite.
     """
     path = None if folder is None else Path(folder)
+    dense: Config | None = None
+    if learns_from_dense(config):
+        if path is None:
+            raise ValueError("train_run(): expected a folder, where the teacher 'dense' is trained, got None.")
+        dense = dense_settings(config)
+        config = config.replace(teacher=str(path / DENSE / "checkpoint"))
     with Processes(config.run.device).lock(path):
         if path is not None:
             _check_folder(config, path, resume)
@@ -211,6 +233,8 @@ def train_run(
             check_source(config, suite)
         check_splits(suite, config.data.evaluate_on)
         final_split(suite, config.data.evaluate_on)
+        if dense is not None and path is not None and not is_finished(path / DENSE, dense):
+            train_run(dense, path / DENSE, True, baseline, suite, progress)
         times = _layer_times(config, suite, path, resume) if config.budget.measure == "time" else None
         trainer = Trainer(config, suite, path, resume, progress, times).open()
         first = trainer.processes.first

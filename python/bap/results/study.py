@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from bap.config import Config, load_config
+from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
 from bap.results.compare import Comparison, comparison_cells, comparison_table
-from bap.results.grid import PRETRAINING, Cell, StudyGrid, learns_from_dense
+from bap.results.grid import PRETRAINING, Cell, StudyGrid
 from bap.results.report import csv_table, latex_table, markdown_table
-from bap.results.run import scored, train_run
+from bap.results.run import is_finished, scored, train_run
 from bap.results.scores import shown_score
+from bap.train.distill import learns_from_dense
 from bap.train.domains import check_source, load_domains, source_of, suite_of
 from bap.train.evaluate import check_splits, final_split
 from bap.train.lock import folder_lock
@@ -25,9 +26,6 @@ from bap.train.resume import check_same_settings
 from bap.train.run_log import read_results
 
 __all__ = ["StudyGrid", "pretrained", "study", "study_cells", "study_table"]
-
-# Files of the study itself; what is in them follows from other settings.
-_FILES = ("model.weights", "switches.fixed", "distill.teacher")
 
 
 def pretrained(
@@ -58,16 +56,6 @@ def pretrained(
         )
     check_same_settings(info["config"], config, str(path), only=PRETRAINING)
     return path
-
-
-def is_finished(path: Path, config: Config) -> bool:
-    """Whether a run is finished; one with other settings is refused."""
-    if not (path / "results.json").exists():
-        return False
-    # The weights are compared by their own settings.
-    compared = [name for name in config.by_name() if name not in _FILES]
-    check_same_settings(load_config(path / "config.yaml").as_dict(), config, str(path), only=compared)
-    return True
 
 
 def alone_on(config: Config, name: str) -> Config:

@@ -15,14 +15,13 @@ from typing import Any
 
 from bap.config import Config
 from bap.results.grid import Cell, StudyGrid
-from bap.results.run import scored
+from bap.results.run import is_finished, scored
 from bap.results.study import (
     check_study,
     checked_domains,
     compared_rows,
     comparison,
     finetuned,
-    is_finished,
     prepared,
     run_cell,
     study,

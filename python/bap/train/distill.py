@@ -16,11 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bap_kernels as bk
+from bap.config import Config
 from bap.data import Domain
 from bap.files import digest_of, read_bytes
 from bap.train.checkpoint import load_checkpoint
 
-__all__ = ["Teacher", "distillation_loss", "guarded", "teacher_digest"]
+__all__ = ["DENSE", "Teacher", "dense_settings", "distillation_loss", "guarded", "learns_from_dense", "teacher_digest"]
+
+
+# Name of the teacher that is the dense network of the same settings and seed, which is trained first.
+DENSE = "dense"
+
+
+def learns_from_dense(config: Config) -> bool:
+    """Whether the teacher is the dense network of the same settings."""
+    return config.distill.teacher == DENSE
+
+
+def dense_settings(config: Config) -> Config:
+    """Settings of the network with every channel on: β = 1, and switches that do not move."""
+    return config.replace(
+        beta=1.0,
+        sharing=None,
+        anneal=None,
+        give_back=False,
+        measure="mac",
+        budget_ms=None,
+        teacher=None,
+        distill_weight=0.0,
+        fixed=None,
+        lr_switch=0.0,
+    )
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
