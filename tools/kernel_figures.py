@@ -287,9 +287,11 @@ def choice(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int]]:
 
     if columns <= 32:
         return "conv", (128, 32)
-    if 2 * columns <= 128 or 2 * rows <= 128 or tiles(128, 128) < sms:
+    warpgroups = ARCH[gpu] == "90a"
+    fills = 2 * tiles(128, 128) > sms if warpgroups else tiles(128, 128) >= sms
+    if 2 * columns <= 128 or 2 * rows <= 128 or not fills:
         return "conv", (64, 64)
-    if ARCH[gpu] != "90a":
+    if not warpgroups:
         return "conv", (128, 128)
     even = math.ceil(columns / 256) * 2 == math.ceil(columns / 128)
     return "warpgroup", (128, 256 if even and tiles(128, 256) >= sms else 128)

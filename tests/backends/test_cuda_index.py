@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++")
 CHECKS = (
-    *("forward_axes", "gradient_axes", "tile_order", "row_places", "steps", "lists", "copies", "banks", "stages"),
+    *(
+        "forward_axes",
+        "gradient_axes",
+        "tile_order",
+        "row_places",
+        "quotients",
+        "steps",
+        "lists",
+        "copies",
+        "banks",
+        "stages",
+    ),
     *("choices", "runs"),
     *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
     "descriptors",

@@ -61,7 +61,7 @@ WARPGROUPS = [
     without("products that are not committed", r"wgmma\.commit_group[^;]*;"),
     Edit("a product too many is left running", r"wgmma\.wait_group(\S*) 1;", r"wgmma.wait_group\1 2;"),
     Edit("the last product is not waited for", r"wgmma\.wait_group(\S*) 0;", r"wgmma.wait_group\1 1;"),
-    without("stages are never given back", r"mbarrier\.arrive[^;]+;"),
+    without("stages are never given back", r"(?<!\.)mbarrier\.arrive[^;]+;"),
     Edit("a stage counts as full before its copies land", r"cp\.async\.mbarrier\.arrive\.noinc\S* (\[[^\]]+\]);",
          r"mbarrier.arrive.shared::cta.b64 _, \1;"),
     without("stages are never full", r"cp\.async\.mbarrier\.arrive\.noinc[^;]+;"),
@@ -121,7 +121,7 @@ TRITON_ROWS = [
     Edit("halves of the second operand are exchanged", _TRITON_B, r"\1{ \3, \2 }", 0),
     Edit("results are stored under the opposite predicate", r"@(%p\d+) st\.global", r"@!\1 st.global", 0),
     Edit("results are stored further on", r"st\.global\.b16 \[ (%rd\d+) \+ 0 \]", r"st.global.b16 [ \1 + 64 ]", 0),
-    Edit("staged further on", r"(st\.shared::cta\.v4\.b16 \[ %r\d+) \+ 0 \]", r"\1 + 16 ]", 0),
+    Edit("staged further on", r"(st\.shared\S*\.v\d\.b\d+\s+\[ ?%r\d+) ?\+ ?(?:0|512) ?\]", r"\1 + 16 ]", 0),
     without("stored before all is staged", r"bar\.sync\s+0;", -1),
     Edit("a swizzle that is an addition", r"xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);", r"add.s32\1\2, \3;", 0),
 ]  # fmt: skip

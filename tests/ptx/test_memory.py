@@ -141,6 +141,18 @@ def test_copies_fill_with_zeros_and_read_no_further() -> None:
     faults("from a misaligned address", body.format(bytes=0, skip=4), [source, out], shared_bytes=16)
 
 
+def test_copies_under_a_predicate_read_all_or_nothing() -> None:
+    source, out = torch.arange(1, 5, dtype=torch.int32), torch.full((4,), -1, dtype=torch.int32)
+    body = """setp.eq.u32 p, tid, 0; @!p bra ending; mov.u32 s, memory; setp.{holds}.u32 q, tid, 0;
+    cp.async.cg.shared.global [s], [p0 + {skip}], 16, q; cp.async.wait_all;
+    .reg .b32 a, b, c, d; ld.shared.v4.b32 {{a, b, c, d}}, [s]; st.global.v4.b32 [p1], {{a, b, c, d}}; ending:"""
+    run(body.format(holds="ne", skip=0), [source, out], registers=REGISTERS, shared_bytes=16)
+    assert out.tolist() == [1, 2, 3, 4]
+    run(body.format(holds="eq", skip=4096), [source, out], registers=REGISTERS, shared_bytes=16)
+    assert out.tolist() == [0] * 4
+    faults("outside the launch's tensors", body.format(holds="ne", skip=4096), [source, out], shared_bytes=16)
+
+
 # Warp 0 copies, warp 1 reads behind an mbarrier.
 HANDED_OVER = """mov.u32 s, memory; setp.lt.u32 p, tid, 32; setp.eq.u32 q, tid, 0;
 @q mbarrier.init.shared::cta.b64 [s + 128], {count}; {meet}

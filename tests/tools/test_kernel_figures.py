@@ -118,4 +118,7 @@ def test_choice_follows_the_launcher() -> None:
     assert choice(Layer(64, 256, 56, 1), 64, "H200") == ("warpgroup", (128, 256))
     assert choice(Layer(256, 64, 56, 1), 64, "H200") == ("conv", (64, 64))
     assert choice(Layer(64, 32, 56, 1), 64, "H200") == ("conv", (128, 32))
+    # Half of the SMs are enough for WGMMA.
+    assert choice(Layer(512, 512, 7, 3), 64, "H200") == ("warpgroup", (128, 128))
+    assert choice(Layer(512, 512, 7, 3), 64, "A100") == ("conv", (64, 64))
     assert choice(Layer(64, 256, 56, 1), 64, "A100") == ("conv", (128, 128))

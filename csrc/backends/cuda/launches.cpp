@@ -60,9 +60,19 @@ MathMode products_of(const at::Tensor& t) {
 
 Strides strides_of(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
+// The same of a tensor whose chunks are copied. Addresses outside of it are computed, too, which nothing is read from
+// but which have to be aligned: along an axis of one place a tensor may have any stride, and needs none.
+Strides copied_strides(const at::Tensor& t) {
+  const auto along = [&t](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
+  return {along(0), along(1), along(2), along(3)};
+}
+
 ListParams list_params(const ListForm& list) {
-  if (!has_value(list.entries)) return {nullptr, 0};
-  return {list.entries->const_data_ptr<int32_t>(), static_cast<int>(list.block)};
+  if (!has_value(list.entries)) return {nullptr, 0, 0};
+  int shift = 0;
+  while (int64_t{1} << shift < list.block) ++shift;
+  TORCH_INTERNAL_ASSERT(int64_t{1} << shift == list.block);
+  return {list.entries->const_data_ptr<int32_t>(), static_cast<int>(list.block), shift};
 }
 
 VectorParams vector_params(const OptionalTensor& t) {
@@ -152,14 +162,33 @@ void launch_halo(const ConvParams& conv, const ConvLaunch& l, MathMode mode, con
                l.runs[0].weight);
 }
 
-// One launch, of parameters that lack what depends on the tile.
+// Calls `body` with the phases of each launch filled in; the forward has one.
+template <class Body>
+void for_phases(ConvParams p, Body body) {
+  const int all_h = p.gradient ? p.axis_h.stride : 1, all_w = p.gradient ? p.axis_w.stride : 1;
+  const auto axis = [&p](const ConvAxis& a, int phase) {
+    return p.gradient ? gradient_axis(a, phase) : forward_axis(a);
+  };
+  for (p.first_phase_h = 0; p.first_phase_h < all_h; p.first_phase_h += kMaxPhases) {
+    p.phases_h = std::min(all_h - p.first_phase_h, kMaxPhases);
+    for (int i = 0; i < p.phases_h; ++i) p.plans_h[i] = axis(p.axis_h, p.first_phase_h + i);
+    for (p.first_phase_w = 0; p.first_phase_w < all_w; p.first_phase_w += kMaxPhases) {
+      p.phases_w = std::min(all_w - p.first_phase_w, kMaxPhases);
+      for (int i = 0; i < p.phases_w; ++i) p.plans_w[i] = axis(p.axis_w, p.first_phase_w + i);
+      body(p);
+    }
+  }
+}
+
+// One launch, or one for each kMaxPhases phases, of parameters that lack what depends on tile and phase.
 void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
   const bool planes = l.route == ConvRoute::kPlanes, reduced = has_value(l.grad_switch);
   const auto [tile, warpgroups, warpgroup_tile, rows, grids] = choose_gemm(l, p.batch);
   const at::Tensor& weight = l.runs[0].weight;
   if (warpgroups) {
-    return check_launch(launcher().warpgroup_conv2d(p, mode, warpgroup_tile, on.stream), "warpgroup_conv2d", l.source,
-                        weight);
+    return for_phases(p, [&, tile = warpgroup_tile](const ConvParams& part) {
+      check_launch(launcher().warpgroup_conv2d(part, mode, tile, on.stream), "warpgroup_conv2d", l.source, weight);
+    });
   }
   at::Tensor partial;
   if (reduced) {
@@ -170,7 +199,9 @@ void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevic
     p.input_stride = strides_of(*l.input);
     p.reduce_off = l.reduce_off;
   }
-  check_launch(launcher().gathered_conv2d(p, mode, tile, planes, on.stream), "gathered_conv2d", l.source, weight);
+  for_phases(p, [&, shape = tile](const ConvParams& part) {
+    check_launch(launcher().gathered_conv2d(part, mode, shape, planes, on.stream), "gathered_conv2d", l.source, weight);
+  });
   if (reduced) sum_terms(partial, *l.grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, mode, on);
 }
 
@@ -203,9 +234,10 @@ GemmChoice choose_gemm(const ConvLaunch& l, int64_t images) {
   choice.rows = planes ? pixels : pixels * images;
   const OnDevice on(l.source);
   const int sm_count = launcher().sm_count(on.index);
-  choice.tile = choose_tile(choice.rows, l.columns, choice.grids, planes, sm_count);
-  choice.warpgroups = products_of(l.source) != MathMode::kTf32 && !planes && !has_value(l.grad_switch) &&
-                      choice.tile == TileShape::kLarge && launcher().has_warpgroups(on.index);
+  const bool covered = products_of(l.source) != MathMode::kTf32 && !planes && !has_value(l.grad_switch) &&
+                       launcher().has_warpgroups(on.index);
+  choice.tile = choose_tile(choice.rows, l.columns, choice.grids, planes, sm_count, covered);
+  choice.warpgroups = covered && choice.tile == TileShape::kLarge;
   choice.warpgroup_tile = choose_warpgroup_tile(choice.rows, l.columns, choice.grids, sm_count);
   return choice;
 }
@@ -219,7 +251,7 @@ void launch_conv(const ConvLaunch& l) {
   const OptionalTensor source_scale = dense(l.source_scale), source_shift = dense(l.source_shift);
   ConvParams p{};
   p.source = l.source.const_data_ptr();
-  p.source_stride = strides_of(l.source);
+  p.source_stride = halo ? strides_of(l.source) : copied_strides(l.source);
   p.result_list = list_params(l.result_list);
   p.full_width = l.full_width;
   p.depth = count_pointer(l.depth);
@@ -229,7 +261,7 @@ void launch_conv(const ConvLaunch& l) {
   p.axis_h = l.h;
   p.axis_w = l.w;
   p.kernel_w = p.axis_w.kernel;
-  p.phases_w = p.gradient ? p.axis_w.stride : 1;
+  p.pixels = p.gradient ? ceil_div(l.h.input, l.h.stride) * ceil_div(l.w.input, l.w.stride) : l.h.output * l.w.output;
   p.bias = vector_params(bias);
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
@@ -275,8 +307,8 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   WeightGradientParams p{};
   p.grad = grad.const_data_ptr();
   p.source = source.const_data_ptr();
-  p.grad_stride = strides_of(grad);
-  p.source_stride = strides_of(source);
+  p.grad_stride = copied_strides(grad);
+  p.source_stride = copied_strides(source);
   p.source_list = list_params(source_list);
   p.used = count_pointer(used);
   p.batch = static_cast<int>(source.size(0));
@@ -332,8 +364,13 @@ at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun
   p.source_stride = strides_of(source);
   p.used = count_pointer(used);
   p.height = static_cast<int>(source.size(2));
-  p.width = static_cast<int>(source.size(3));
+  p.width = divisor_of(static_cast<int>(source.size(3)));
   p.padded = static_cast<int>(copy.size(1));
+  const int64_t vector = kChunkBytes / static_cast<int64_t>(source.element_size());
+  p.channel_vector = aligned_chunks(source, false) && std::all_of(runs.begin(), runs.end(), [&](const LaunchRun& run) {
+                       return run.list.block % vector == 0;
+                     });
+  p.pixel_vector = aligned_chunks(source, true) && source.size(2) * source.size(3) % vector == 0;
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
   p.relu = prologue.in_relu;
@@ -414,6 +451,8 @@ std::string uncovered_reason(const at::Tensor& input, const at::Tensor& weight, 
     return "no CUDA kernel for float32 unless torch.backends.cudnn.allow_tf32 lets convolutions round it to TF32";
   }
   if (groups != 1) return "no CUDA kernel for depthwise convolutions";
+  // A bit for each in 32.
+  if (weight.size(2) + weight.size(3) > 32) return "rows and columns of taps that add up to more than 32";
   if (input.size(0) >= 65536) return "a batch of more than 65535 images";
   if (pixels >= int64_t{1} << 30 || weight.numel() >= int64_t{1} << 30) {
     return "the shape is beyond 32-bit tile arithmetic";

@@ -13,7 +13,7 @@ using Meeting = std::tuple<int, int, int>;  // stored place, source place, tap o
 
 std::multiset<Meeting> meetings(const AxisPlan& plan) {
   std::multiset<Meeting> found;
-  for (int r = 0; r < plan.count; ++r) {
+  for (int r = 0; r < plan.count.count(); ++r) {
     for (int t = 0; t < plan.taps; ++t) {
       const int source = r * plan.source_step + plan.source_first + t * plan.tap_step;
       if (within(source, plan.source_size)) {
@@ -49,8 +49,8 @@ void gradient_axes() {
     std::multiset<int> places;
     for (int phase = 0; phase < a.stride; ++phase) {
       const AxisPlan plan = gradient_axis(a, phase);
-      require(plan.count <= ceil_div(a.input, a.stride), "a phase has more places than the grid holds");
-      for (int r = 0; r < plan.count; ++r) places.insert(r * plan.result_step + plan.result_first);
+      require(plan.count.count() <= ceil_div(a.input, a.stride), "a phase has more places than the grid holds");
+      for (int r = 0; r < plan.count.count(); ++r) places.insert(r * plan.result_step + plan.result_first);
       for (const Meeting& m : meetings(plan)) found.insert(m);
     }
     require(found == wanted, "a gradient's axis differs");
@@ -65,7 +65,7 @@ void tile_order() {
     for (int columns = 1; columns <= 5; ++columns) {
       std::set<std::pair<int, int>> seen;
       for (int block = 0; block < rows * columns; ++block) {
-        const TilePlace at = tile_place(block, rows, columns, 8);
+        const TilePlace at = tile_place(block, rows, divisor_of(columns));
         require(at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns, "a tile is outside");
         seen.insert({at.row, at.column});
       }
@@ -76,21 +76,28 @@ void tile_order() {
 
 void row_places() {
   for (int m = 0; m < 3 * 5 * 7; ++m) {
-    const RowPlace at = row_place(m, 5, 7);
+    const RowPlace at = row_place(m, divisor_of(5), divisor_of(7));
     require((at.image * 5 + at.row) * 7 + at.column == m && within(at.row, 5) && within(at.column, 7), "a row is lost");
   }
 }
 
 void steps_of_the_sum() {
-  for (int taps_h = 1; taps_h <= 3; ++taps_h) {
-    for (int taps_w = 1; taps_w <= 3; ++taps_w) {
-      StepCursor cursor{0, 0, 0};
-      for (int block = 0; block < 4; ++block) {
-        for (int h = 0; h < taps_h; ++h) {
-          for (int w = 0; w < taps_w; ++w) {
-            require(cursor.block == block && cursor.tap_h == h && cursor.tap_w == w, "the order of the sum differs");
-            const bool last = h == taps_h - 1 && w == taps_w - 1;
-            require(advance(cursor, taps_h, taps_w) == last, "a block of channels ends elsewhere");
+  const int depth = 64;
+  const int64_t source_h = 1000, source_w = 90, filter_tap = 128;
+  for (int kernel_h = 1; kernel_h <= 3; ++kernel_h) {
+    for (int kernel_w = 1; kernel_w <= 3; ++kernel_w) {
+      const AxisPlan h = gradient_axis({9, 5, kernel_h, 2, 1, 1}, 1), w = forward_axis({9, 9, kernel_w, 1, 1, 2});
+      StepWalk step = first_step(h, w, kernel_w, filter_tap);
+      for (int block = 0; h.taps > 0 && block < 4; ++block) {
+        for (int i = 0; i < h.taps; ++i) {
+          for (int j = 0; j < w.taps; ++j) {
+            require(step.block == block && step.tap_h == i && step.tap_w == j, "the order of the sum differs");
+            const int tap = (h.weight_first + i * h.weight_step) * kernel_w + w.weight_first + j * w.weight_step;
+            require(step.filter == tap * filter_tap + block * depth, "a step reads another tap of a filter");
+            require(step.source == i * h.tap_step * source_h + j * w.tap_step * source_w, "a step reads another pixel");
+            const bool last = i == h.taps - 1 && j == w.taps - 1;
+            require(advance(step, h, w, source_h, source_w, kernel_w, filter_tap, depth) == last,
+                    "a block of channels ends elsewhere");
           }
         }
       }
@@ -98,15 +105,40 @@ void steps_of_the_sum() {
   }
 }
 
+void quotients() {
+  const auto check = [](int number, int64_t n) {
+    if (n < 0 || n > INT32_MAX) return;
+    const Divisor divisor = divisor_of(number);
+    const int quotient = divisor.quotient(static_cast<int>(n));
+    require(quotient == n / number && divisor.rest(static_cast<int>(n), quotient) == n % number, "a quotient differs");
+  };
+  const auto check_number = [&](int64_t number) {
+    if (number < 1 || number > INT32_MAX) return;
+    for (int64_t n = 0; n < 200; ++n) check(static_cast<int>(number), n);
+    // Around multiples, where a quotient is wrong first; the last ones most of all.
+    const int64_t most = INT32_MAX / number;
+    for (const int64_t factor : {int64_t{1}, int64_t{2}, int64_t{3}, most / 2, most - 1, most}) {
+      for (int64_t n = factor * number - 2; n <= factor * number + 2; ++n) check(static_cast<int>(number), n);
+    }
+    for (int64_t n = INT32_MAX - int64_t{2}; n <= INT32_MAX; ++n) check(static_cast<int>(number), n);
+  };
+  for (int64_t number = 1; number <= 5000; ++number) check_number(number);
+  for (int shift = 12; shift <= 31; ++shift) {
+    for (int64_t by = -3; by <= 3; ++by) check_number((int64_t{1} << shift) + by);
+  }
+  require(divisor_of(0).quotient(0) == 0, "no places, and the first of them");
+}
+
 void lists() {
   const int32_t entries[] = {5, 0, 3, 9};
   for (int block : {8, 16, 32}) {
     for (int k = 0; k < 4 * block; ++k) {
-      require(listed_channel(entries, block, k) == entries[k / block] * block + k % block, "a block's channel differs");
+      require(listed_channel({entries, block, __builtin_ctz(block)}, k) == entries[k / block] * block + k % block,
+              "a block's channel differs");
     }
   }
-  for (int k = 0; k < 4; ++k) require(listed_channel(entries, 1, k) == entries[k], "a channel differs");
-  require(listed_channel(nullptr, 0, 7) == 7, "without a list a channel is its own");
+  for (int k = 0; k < 4; ++k) require(listed_channel({entries, 1, 0}, k) == entries[k], "a channel differs");
+  require(listed_channel({nullptr, 0, 0}, 7) == 7, "without a list a channel is its own");
   for (int first = 0; first < 40; first += 8) {
     for (int end = 0; end <= 40; ++end) {
       const int wanted = std::max(0, std::min(8, end - first)) * 2;
@@ -137,6 +169,7 @@ Checks geometry_checks() {
           {"tile_order", tile_order},
           {"row_places", row_places},
           {"steps", steps_of_the_sum},
+          {"quotients", quotients},
           {"lists", lists},
           {"runs", runs}};
 }

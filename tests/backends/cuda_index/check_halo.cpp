@@ -43,7 +43,7 @@ void halo_taps() {
       const int r = m / s.tile_w, c = m % s.tile_w;
       for (int h = 0; h < a.kernel; ++h) {
         for (int w = 0; w < a.kernel; ++w) {
-          const int pixel = halo_pixel(s, a.stride, m) + halo_tap(s, a, a, h, w);
+          const int pixel = halo_pixel(s, a.stride, m) + halo_tap(s, a, a, divisor_of(a.stride), h, w);
           require(pixel >= 0 && pixel < s.pixels(), "a tap reads outside the halo");
           const int row = pixel / s.line, column = halo_column(s, a.stride, pixel % s.line);
           // The halo's first pixel is the first one's first tap.
@@ -81,7 +81,7 @@ void halo_banks() {
         for (int first = 0; first < 64; first += 8) {
           std::vector<int> rows;
           for (int m = first; m < first + 8; ++m) {
-            rows.push_back(by_rows(halo_pixel(s, a.stride, m) + halo_tap(s, a, a, h, w), 3));
+            rows.push_back(by_rows(halo_pixel(s, a.stride, m) + halo_tap(s, a, a, divisor_of(a.stride), h, w), 3));
           }
           require(busiest_bank(rows, kChunkBytes) == 1, "the rows of a matrix share a bank");
         }

@@ -107,6 +107,10 @@ void choices() {
   require(choose_tile(49, 2048, 1, false, 132) == TileShape::kSmall, "few rows want small tiles");
   require(choose_tile(100000, 64, 1, false, 132) == TileShape::kSmall, "half of a large tile would be empty");
   require(choose_tile(196, 256, 64, false, 132) == TileShape::kLarge, "images count as tiles");
+  // ResNet-50's last 3x3, batch 64: 25 x 4 large tiles.
+  require(choose_tile(64 * 49, 512, 1, false, 132) == TileShape::kSmall, "large tiles leave SMs idle");
+  require(choose_tile(64 * 49, 512, 1, false, 132, true) == TileShape::kLarge, "WGMMA takes what fills half the SMs");
+  require(choose_tile(16 * 128, 512, 1, false, 128, true) == TileShape::kSmall, "half of the SMs, and no more");
   require(choose_tile(100000, 32, 1, true, 132) == TileShape::kSmall, "planar sources have no thin tile");
   require(choose_warpgroup_tile(100000, 256, 1, 132) == WarpgroupTileShape::kWide, "many columns want the wide tile");
   require(choose_warpgroup_tile(100000, 128, 1, 132) == WarpgroupTileShape::kSquare, "half of it would be empty");

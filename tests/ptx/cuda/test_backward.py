@@ -72,6 +72,14 @@ def test_chunks_of_pixels(sm_count: int) -> None:
         runs(BASE.but(batch=5, size=(13, 11), kernel=(1, 1), padding=(0,) * 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_more_phases_than_a_launch_holds(dtype: torch.dtype) -> None:
+    # 10 x 9 phases, in 2 x 2 launches; some of them meet no tap.
+    case = BASE.but(size=(13, 20), stride=(10, 9), kernel=(4, 11), padding=(2, 1, 0, 3), dtype=dtype)
+    runs(case.but(layout="channels_last"), "channels_last")
+    check_switched_backward(case.but(in_list="odd"), "cuda", case.layout, True)
+
+
 @pytest.mark.parametrize("off_gradient", [True, False])
 @pytest.mark.parametrize("kind", LISTS)
 def test_switches(kind: str, off_gradient: bool) -> None:

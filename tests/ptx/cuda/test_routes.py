@@ -75,6 +75,9 @@ def test_refusals() -> None:
         bap_kernels.use_backend("cuda"),
     ):
         bap_kernels.gathered_conv2d(many, torch.zeros(1, 1, 1, 1))
+    long = make_tensors(BASE.but(kernel=(2, 31), size=(3, 40), padding=(0, 0, 0, 0)))
+    with pytest.raises(NotImplementedError, match="rows and columns of taps that add up to more than 32"):
+        run(long, "cuda")
     huge = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
     with pytest.raises(NotImplementedError, match="beyond 32-bit"), bap_kernels.use_backend("cuda"):
         bap_kernels.gathered_conv2d(huge, torch.zeros(1, 1, 1, 1), stride=2**14)

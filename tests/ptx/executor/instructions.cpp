@@ -541,13 +541,14 @@ void add_memory() {
   }
 }
 
-// cp.async: [to], [from], bytes (, bytes that are read)
+// cp.async: [to], [from], bytes (, bytes that are read, or a predicate that holds where none is)
 void copy(Warp& w, const Instruction& i, uint32_t mask) {
   Block& block = w.block();
   each_lane(mask, [&](int lane) {
     const auto to = static_cast<uint32_t>(w.reg(i.from[0])[lane] + i.offset);
     const uint64_t from = w.reg(i.from[1])[lane] + i.offset2;
-    const int copied = i.from.size() > 2 ? static_cast<int>(w.reg(i.from[2])[lane]) : i.bytes;
+    const int given = i.from.size() > 2 ? static_cast<int>(w.reg(i.from[2])[lane]) : i.bytes;
+    const int copied = !i.ignores ? given : given != 0 ? 0 : i.bytes;
     if (copied < 0 || copied > i.bytes) throw Fault("a copy reads more bytes than it writes");
     if (from % i.bytes != 0) throw Fault("a copy from a misaligned address");
     for (int at = 0; at < copied; at += copied - at < 4 ? 1 : 4) {
@@ -706,6 +707,7 @@ void add_synchronisation() {
     made.offset = operands[0].offset;
     made.offset2 = operands[1].offset;
     if (operands.size() > 3) made.from.push_back(register_of(operands[3]));
+    made.ignores = operands.size() > 3 && operands[3].predicate;
   };
   to["cp.async.ca.shared.global"] = copies;
   to["cp.async.cg.shared.global"] = [=](const std::vector<Operand>& operands, Instruction& made) {

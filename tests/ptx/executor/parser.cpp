@@ -2,6 +2,7 @@
 // not known is a Fault with its line.
 #include <cctype>
 #include <cstring>
+#include <set>
 
 #include "program.h"
 
@@ -139,6 +140,7 @@ class Parser {
     constants_.clear();
     specials_.clear();
     labels_.clear();
+    predicates_.clear();
     jumps_.clear();
     parameters_.clear();
     skip_space();
@@ -275,6 +277,7 @@ class Parser {
   // .reg .b32 %r<10>; or .reg .pred p, q;
   void declare(const std::string& text) {
     const std::vector<std::string> parts = words(text);
+    const int first = static_cast<int>(kernel_->register_names.size());
     for (size_t i = 1; i < parts.size(); ++i) {
       const size_t range = parts[i].find('<');
       if (range == std::string::npos) {
@@ -287,6 +290,8 @@ class Parser {
         registers_.back()[stem + std::to_string(n)] = new_register(stem + std::to_string(n));
       }
     }
+    if (parts[0] != ".pred") return;
+    for (int reg = first; reg < static_cast<int>(kernel_->register_names.size()); ++reg) predicates_.insert(reg);
   }
 
   int new_register(const std::string& name) {
@@ -318,6 +323,7 @@ class Parser {
       if (found == registers_[scope].end()) continue;
       Operand made;
       made.reg = found->second;
+      made.predicate = predicates_.count(made.reg) > 0;
       return made;
     }
     if (const auto found = parameters_.find(word); found != parameters_.end()) return constant(found->second);
@@ -400,6 +406,7 @@ class Parser {
   std::unordered_map<uint64_t, int> constants_;
   std::unordered_map<std::string, int> specials_;
   std::unordered_map<std::string, int> labels_;
+  std::set<int> predicates_;  // registers of that class
   std::unordered_map<std::string, int64_t> parameters_, symbols_;
   std::vector<std::pair<size_t, std::string>> jumps_;
 };

@@ -53,6 +53,7 @@ struct Instruction {
   Space space = Space::kNone;
   uint8_t bytes = 0;       // of an element of a load, store or copy
   bool is_signed = false;  // whether a narrower element is extended by its sign
+  bool ignores = false;    // of a copy: whether its last source says that nothing is read, and is no number of bytes
   int guard = -1;          // register of the predicate
   bool negated = false;    // whether lanes run where the predicate is false
   int target = -1;         // branch: the instruction that follows
@@ -97,6 +98,7 @@ struct Operand {
   enum Form : uint8_t { kRegister, kVector, kAddress, kLabel, kSink } form = kRegister;
   int reg = -1;              // register, or base of an address
   int64_t offset = 0;        // of an address
+  bool predicate = false;    // a register of that class
   bool constant = false;     // an immediate
   int64_t value = 0;         // its value
   std::vector<int> members;  // of a vector

@@ -72,7 +72,8 @@ void unpack(uintptr_t result, std::array<int64_t, 4> sizes, std::array<int64_t, 
   p.source = reinterpret_cast<const void*>(source);
   p.result = reinterpret_cast<void*>(result);
   p.result_stride = {strides[0], strides[1], strides[2], strides[3]};
-  p.list = {reinterpret_cast<const int32_t*>(list), block};
+  // Blocks have a power of two of channels.
+  p.list = {reinterpret_cast<const int32_t*>(list), block, block > 0 ? __builtin_ctz(block) : 0};
   p.depth = depth;
   p.used = reinterpret_cast<const int32_t*>(used);
   p.batch = static_cast<int>(sizes[0]);

@@ -14,7 +14,7 @@
 
 namespace bap_kernels {
 
-constexpr int kPixels = 64, kChannels = 64, kThreads = 256;
+constexpr int kPixelShift = 6, kPixels = 1 << kPixelShift, kChannels = 64, kThreads = 256;
 // The odd gap keeps the writes along channels off each other's banks.
 constexpr int kLine = kPixels + 1;
 constexpr int kTileAt = kChannels * 4;
@@ -26,9 +26,9 @@ __device__ __forceinline__ int tile_at(int channel, int pixel) { return kTileAt 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads, 1) channel_unpack_kernel(const __grid_constant__ ChannelUnpackParams p) {
   constexpr int kVector = kChunkBytes / sizeof(scalar_t);
-  const int channel_tiles = ceil_div(p.channels, kChannels), pixels = p.height * p.width;
-  const int first_channel = static_cast<int>(blockIdx.x) % channel_tiles * kChannels;
-  const int first_pixel = static_cast<int>(blockIdx.x) / channel_tiles * kPixels;
+  const int pixel_tile = p.channel_tiles.quotient(blockIdx.x), pixels = p.height * p.width;
+  const int first_channel = p.channel_tiles.rest(blockIdx.x, pixel_tile) * kChannels;
+  const int first_pixel = pixel_tile * kPixels;
   const int64_t image = blockIdx.y;
   const int used = p.used != nullptr && *p.used < p.depth ? *p.used : p.depth;
 
@@ -40,25 +40,29 @@ __global__ void __launch_bounds__(kThreads, 1) channel_unpack_kernel(const __gri
   __syncthreads();
   if (p.list.block != 0) {
     for (int i = threadIdx.x; i < used; i += kThreads) {
-      const int channel = listed_channel(p.list.entries, p.list.block, i) - first_channel;
+      const int channel = listed_channel(p.list, i) - first_channel;
       if (within(channel, kChannels)) shared<int>(channel * 4) = i;
     }
     __syncthreads();
   }
 
-  const scalar_t* source = static_cast<const scalar_t*>(p.source) + image * pixels * p.padded;
-  for (int k = threadIdx.x; k < kPixels * kChannels; k += kThreads) {
-    const int channel = k % kChannels, pixel = k / kChannels;
-    const int place = shared<int>(channel * 4);
-    if (place == kNowhere || first_pixel + pixel >= pixels) continue;
-    shared<scalar_t>(tile_at(channel, pixel)) = source[static_cast<int64_t>(first_pixel + pixel) * p.padded + place];
+  // A thread keeps its channel.
+  const int own_channel = threadIdx.x % kChannels, own_place = shared<int>(own_channel * 4);
+  if (own_place != kNowhere) {
+    const scalar_t* source = static_cast<const scalar_t*>(p.source) + (image * pixels + first_pixel) * p.padded;
+    for (int pixel = threadIdx.x / kChannels; pixel < kPixels && first_pixel + pixel < pixels;
+         pixel += kThreads / kChannels) {
+      shared<scalar_t>(tile_at(own_channel, pixel)) = source[static_cast<int64_t>(pixel) * p.padded + own_place];
+    }
   }
   __syncthreads();
 
   scalar_t* result = static_cast<scalar_t*>(p.result) + image * p.result_stride.n;
-  const int step = p.result_vector ? kVector : 1, groups = kPixels / step;
-  for (int k = threadIdx.x; k < kChannels * groups; k += kThreads) {
-    const int pixel = k % groups * step, channel = k / groups;
+  // Elements of a store, 2^shift, and stores of a channel's pixels, a power of two as well.
+  constexpr int kVectorShift = kVector == 8 ? 3 : 2;
+  const int shift = p.result_vector ? kVectorShift : 0, group_shift = kPixelShift - shift;
+  for (int k = threadIdx.x; k < kChannels << group_shift; k += kThreads) {
+    const int channel = k >> group_shift, pixel = (k & ((1 << group_shift) - 1)) << shift;
     if (first_channel + channel >= p.channels) break;
     if (first_pixel + pixel >= pixels) continue;
     const bool listed = shared<int>(channel * 4) != kNowhere;
@@ -80,9 +84,11 @@ __global__ void __launch_bounds__(kThreads, 1) channel_unpack_kernel(const __gri
 }
 
 Status launch_channel_unpack(const ChannelUnpackParams& p, MathMode mode, void* stream) {
-  const dim3 grid(ceil_div(p.height * p.width, kPixels) * ceil_div(p.channels, kChannels), p.batch);
+  ChannelUnpackParams tiled = p;
+  tiled.channel_tiles = divisor_of(ceil_div(p.channels, kChannels));
+  const dim3 grid(ceil_div(p.height * p.width, kPixels) * tiled.channel_tiles.count(), p.batch);
   return with_element(mode, [&](auto element) {
-    return launch(channel_unpack_kernel<decltype(element)>, p, grid, kThreads, kSharedBytes, stream);
+    return launch(channel_unpack_kernel<decltype(element)>, tiled, grid, kThreads, kSharedBytes, stream);
   });
 }
 

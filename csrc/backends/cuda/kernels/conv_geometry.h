@@ -1,4 +1,5 @@
 // Which source pixel and which tap of the weight a result pixel meets, for the forward and for the input's gradient.
+// The host plans the axes.
 //
 // Both are one sum: result place r of an axis meets, at its tap t,
 //   source place   r * source_step + source_first + t * tap_step       and is stored at   r * result_step +
@@ -13,7 +14,7 @@
 namespace bap_kernels {
 
 struct AxisPlan {
-  int count;  // result places
+  Divisor count;  // result places
   int taps;
   int source_size, source_step, source_first, tap_step;
   int result_step, result_first;
@@ -25,11 +26,11 @@ struct ConvAxis {
   int input, output, kernel, stride, before, dilation;
 };
 
-BAP_HOST_DEVICE AxisPlan forward_axis(const ConvAxis& a) {
-  return {a.output, a.kernel, a.input, a.stride, -a.before, a.dilation, 1, 0, 0, 1};
+inline AxisPlan forward_axis(const ConvAxis& a) {
+  return {divisor_of(a.output), a.kernel, a.input, a.stride, -a.before, a.dilation, 1, 0, 0, 1};
 }
 
-BAP_HOST_DEVICE int greatest_divisor(int a, int b) {
+inline int greatest_divisor(int a, int b) {
   while (b != 0) {
     const int rest = a % b;
     a = b;
@@ -38,7 +39,7 @@ BAP_HOST_DEVICE int greatest_divisor(int a, int b) {
   return a;
 }
 
-BAP_HOST_DEVICE AxisPlan gradient_axis(const ConvAxis& a, int phase) {
+inline AxisPlan gradient_axis(const ConvAxis& a, int phase) {
   const int place = (phase + a.stride - a.before % a.stride) % a.stride;
   const int step = a.stride / greatest_divisor(a.stride, a.dilation);
   // Taps that meet the phase recur every `step`; there may be none.
@@ -46,7 +47,7 @@ BAP_HOST_DEVICE AxisPlan gradient_axis(const ConvAxis& a, int phase) {
   while (first < step && first * a.dilation % a.stride != phase) ++first;
   const bool meets = first < step && first < a.kernel;
   const int count = a.input > place ? ceil_div(a.input - place, a.stride) : 0;
-  return {count,
+  return {divisor_of(count),
           meets ? ceil_div(a.kernel - first, step) : 0,
           a.output,
           1,
@@ -62,35 +63,45 @@ BAP_HOST_DEVICE AxisPlan gradient_axis(const ConvAxis& a, int phase) {
 struct RowPlace {
   int image, row, column;
 };
-BAP_HOST_DEVICE RowPlace row_place(int m, int rows, int columns) {
-  const auto line = static_cast<unsigned>(m) / static_cast<unsigned>(columns);
-  const auto image = line / static_cast<unsigned>(rows);
-  return {static_cast<int>(image), static_cast<int>(line - image * static_cast<unsigned>(rows)),
-          static_cast<int>(static_cast<unsigned>(m) - line * static_cast<unsigned>(columns))};
+BAP_HOST_DEVICE RowPlace row_place(int m, const Divisor& rows, const Divisor& columns) {
+  const int line = columns.quotient(m), image = rows.quotient(line);
+  return {image, rows.rest(line, image), columns.rest(m, line)};
 }
 
 BAP_HOST_DEVICE bool within(int place, int size) { return static_cast<unsigned>(place) < static_cast<unsigned>(size); }
 
-// The channel at place k of a list: `block` 0: all channels, no list; else entries of `block` neighbouring channels, of
-// which each starts at a multiple of `block`. A list of single channels has block 1.
-BAP_HOST_DEVICE int listed_channel(const int32_t* entries, int block, int k) {
-  if (block == 0) return k;
-  if (block == 1) return entries[k];
-  return entries[k / block] * block + k % block;
-}
-
-// The steps of the sum in their order: channels in blocks outside, taps inside.
-struct StepCursor {
+// The steps of the sum in their order, channels in blocks outside, taps inside; and in elements, how far the step lies
+// from a row's pixel at its first tap, and from a filter's start.
+struct StepWalk {
   int block, tap_h, tap_w;
+  int64_t source, filter;
+  int64_t source_line, filter_line;  // of the first tap of this row of taps
 };
-// Moves on; true where a new block of channels begins.
-BAP_HOST_DEVICE bool advance(StepCursor& c, int taps_h, int taps_w) {
-  if (++c.tap_w < taps_w) return false;
-  c.tap_w = 0;
-  if (++c.tap_h < taps_h) return false;
-  c.tap_h = 0;
-  ++c.block;
-  return true;
+BAP_HOST_DEVICE StepWalk first_step(const AxisPlan& h, const AxisPlan& w, int kernel_w, int64_t filter_tap) {
+  const int64_t filter = (h.weight_first * kernel_w + w.weight_first) * filter_tap;
+  return {0, 0, 0, 0, filter, 0, filter};
+}
+// Moves on; true where a new block of `depth` channels begins. Strides of the source's pixels and of a filter's taps.
+BAP_HOST_DEVICE bool advance(StepWalk& s, const AxisPlan& h, const AxisPlan& w, int64_t source_h, int64_t source_w,
+                             int kernel_w, int64_t filter_tap, int depth) {
+  if (++s.tap_w < w.taps) {
+    s.source += w.tap_step * source_w;
+    s.filter += w.weight_step * filter_tap;
+    return false;
+  }
+  s.tap_w = 0;
+  const bool ends = ++s.tap_h == h.taps;
+  if (ends) {
+    s.tap_h = 0;
+    s.source_line = 0;
+    s.filter_line = first_step(h, w, kernel_w, filter_tap).filter + static_cast<int64_t>(++s.block) * depth;
+  } else {
+    s.source_line += h.tap_step * source_h;
+    s.filter_line += h.weight_step * kernel_w * filter_tap;
+  }
+  s.source = s.source_line;
+  s.filter = s.filter_line;
+  return ends;
 }
 
 }  // namespace bap_kernels

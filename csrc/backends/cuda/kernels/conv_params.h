@@ -10,11 +10,18 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
-// A list as kernels take it: see listed_channel. `entries` is null where `block` is 0.
+// A list as kernels take it. `block` 0: all channels, no list, and `entries` is null; else entries of `block`
+// neighbouring channels, of which each starts at a multiple of `block`, which is 2^shift. A list of single channels has
+// block 1.
 struct ListParams {
   const int32_t* entries;
-  int block;
+  int block, shift;
 };
+// The channel at place k of a list.
+BAP_HOST_DEVICE int listed_channel(const ListParams& list, int k) {
+  if (list.block == 0) return k;
+  return (list.entries[k >> list.shift] << list.shift) + (k & (list.block - 1));
+}
 
 // A per-channel vector, of float32 or of the elements' type; may be null.
 struct VectorParams {
@@ -48,6 +55,9 @@ BAP_HOST_DEVICE ImagePlace image_place(const Runs& runs, int number) {
   return {run, runs.of[run].first + number};
 }
 
+// Phases of the input's gradient along an axis in one launch.
+constexpr int kMaxPhases = 8;
+
 // The implicit GEMM of the forward, and of the input's gradient with the roles of the channels exchanged.
 struct ConvParams {
   const void* source;  // what is summed over: (N, depth, H, W)
@@ -62,7 +72,12 @@ struct ConvParams {
   bool gradient;
   ConvAxis axis_h, axis_w;
   int kernel_w;
-  int phases_w;  // phases along w; 1 in the forward
+  // Of the axes, for the phases of this launch: the forward has one.
+  AxisPlan plans_h[kMaxPhases], plans_w[kMaxPhases];
+  int phases_h, phases_w;
+  int first_phase_h, first_phase_w;  // their numbers
+  int pixels;                        // of an image that a grid has tiles for: those of the largest phase
+  Divisor column_tiles;              // of the launch's tile
   // x' = relu?(source_scale * x + source_shift) is summed over, where it lies within the source; with a halo only.
   VectorParams source_scale, source_shift;
   bool source_relu;
@@ -85,12 +100,6 @@ struct ConvParams {
   bool reduce_off;  // whether columns that are not stored are reduced too
 };
 
-// Pixels of an image that a grid has tiles for: those of the result; of the gradient those of its largest phase.
-BAP_HOST_DEVICE int grid_pixels(const ConvParams& p, bool gradient) {
-  if (!gradient) return p.axis_h.output * p.axis_w.output;
-  return ceil_div(p.axis_h.input, p.axis_h.stride) * ceil_div(p.axis_w.input, p.axis_w.stride);
-}
-
 // The weight's gradient, split over chunks of the result's pixels.
 struct WeightGradientParams {
   const void* grad;    // (N, rows, oH, oW), channels contiguous
@@ -102,6 +111,8 @@ struct WeightGradientParams {
   int batch, rows, columns;
   int pixels_per_chunk;
   ConvAxis axis_h, axis_w;
+  Divisor out_h, out_w, taps, kernel_w;
+  Divisor column_tiles;  // of the launch's tile
 };
 
 // Sums over chunks, put at the listed places of a gradient.
@@ -123,9 +134,13 @@ struct ChannelPackParams {
   Strides source_stride;
   Runs runs;            // without weights
   const int32_t* used;  // on the device: how many of the runs' depth are copied; null: all
-  int batch, height, width, padded;
+  int batch, height, padded;
+  Divisor width;
   VectorParams scale, shift;
   bool relu;
+  bool channel_vector;    // whether 16 bytes of the source's listed channels may be loaded at once
+  bool pixel_vector;      // whether 16 bytes of its pixels may be
+  Divisor channel_tiles;  // filled in by the launch
 };
 
 // A compact NHWC tensor spread over the listed channels of another one, zeros in the channels between them.
@@ -137,7 +152,8 @@ struct ChannelUnpackParams {
   int depth;            // channels of the source
   const int32_t* used;  // on the device: how many of them are there, the others are zeros; null: all
   int batch, height, width, padded, channels;
-  bool result_vector;  // whether 16 bytes of pixels may be stored at once
+  bool result_vector;     // whether 16 bytes of pixels may be stored at once
+  Divisor channel_tiles;  // filled in by the launch
 };
 
 }  // namespace bap_kernels

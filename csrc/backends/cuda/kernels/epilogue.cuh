@@ -78,7 +78,7 @@ struct Epilogue {
       if (j >= p.columns) continue;
       float sum = 0.0f;
       if (j < limit) {
-        const int64_t channel = listed_channel(p.result_list.entries, p.result_list.block, j) * p.input_stride.c;
+        const int64_t channel = listed_channel(p.result_list, j) * p.input_stride.c;
         for (int row = 0; row < Tile::kRows; ++row) {
           if (shared<int64_t>(offset_at(row, kResultOffset)) < 0) continue;
           const int64_t at = shared<int64_t>(offset_at(row, kInputOffset)) + channel;
@@ -115,16 +115,20 @@ struct Epilogue {
     Column c{0.0f, 1.0f, 0.0f, 0};
     if (j >= limit) return c;
     const bool by_channel = p.full_width || p.bias.values != nullptr;
-    const int channel = by_channel ? listed_channel(p.result_list.entries, p.result_list.block, j) : j;
+    const int channel = by_channel ? listed_channel(p.result_list, j) : j;
     if (p.bias.values != nullptr) c.bias = vector_value<scalar_t>(p.bias, channel);
     if (p.scale.values != nullptr) c.scale = vector_value<scalar_t>(p.scale, j);
     if (p.shift.values != nullptr) c.shift = vector_value<scalar_t>(p.shift, j);
     c.result = (p.full_width ? channel : j) * p.result_stride.c;
     return c;
   }
-  __device__ __forceinline__ static scalar_t finished(const ConvParams& p, float sum, const Column& c, float residual) {
+  // What results are at least; NaN stays NaN.
+  __device__ __forceinline__ static float least(const ConvParams& p) {
+    return p.relu ? 0.0f : -__int_as_float(0x7f800000);
+  }
+  __device__ __forceinline__ static scalar_t finished(float least, float sum, const Column& c, float residual) {
     const float value = (sum + c.bias) * c.scale + c.shift + residual;
-    return from_float<scalar_t>(p.relu ? rectified(value) : value);
+    return from_float<scalar_t>(value < least ? least : value);
   }
 
   __device__ __forceinline__ static void store_rows(const ConvParams& p, int first_column) {
@@ -149,23 +153,28 @@ struct Epilogue {
       copied_whole &= places[v] == places[0] + v;
     }
     copied_whole &= places[0] % kVector == 0;
+    const float low = least(p);
     for (int row = threadIdx.x / kLine; row < Tile::kRows; row += kThreads / kLine) {
       const int64_t to = shared<int64_t>(offset_at(row, kResultOffset));
       if (to < 0) continue;
       const int64_t from = shared<int64_t>(offset_at(row, kResidualOffset)) + j * p.residual_stride.c;
-      Chunk<scalar_t> others;
-      const bool wide = whole && p.residual_vector;
-      if (residual != nullptr && wide) {
-        load_chunk(others, residual + from);
+      // The kinds of residuals are told apart once for all elements.
+      float others[kVector] = {};
+      if (residual != nullptr && whole && p.residual_vector) {
+        Chunk<scalar_t> loaded;
+        load_chunk(loaded, residual + from);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) others[v] = to_float(loaded.values[v]);
+      } else if (residual != nullptr) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          if (j + v < limit) others[v] = to_float(residual[from + v * p.residual_stride.c]);
+        }
       }
       Chunk<scalar_t> chunk;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        float other = 0.0f;
-        if (residual != nullptr && j + v < limit) {
-          other = to_float(wide ? others.values[v] : residual[from + v * p.residual_stride.c]);
-        }
-        chunk.values[v] = finished(p, staged(row, first + v), columns[v], other);
+        chunk.values[v] = finished(low, staged(row, first + v), columns[v], others[v]);
       }
       if (whole && p.result_vector) {
         store_chunk(result + to + columns[0].result, chunk);
@@ -193,6 +202,7 @@ struct Epilogue {
     const int limit = stored_columns(p);
     scalar_t* result = static_cast<scalar_t*>(p.result);
     const scalar_t* residual = static_cast<const scalar_t*>(p.residual);
+    const float low = least(p);
     for (int item = threadIdx.x; item < kLine * Tile::kColumns; item += kThreads) {
       const int column = item / kLine, first = item % kLine * kVector;
       const int j = first_column + column;
@@ -202,14 +212,19 @@ struct Epilogue {
       int64_t to[kVector];
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        const int row = first + v;
-        to[v] = shared<int64_t>(offset_at(row, kResultOffset));
-        float other = 0.0f;
-        if (residual != nullptr && to[v] >= 0) {
-          const int64_t from = shared<int64_t>(offset_at(row, kResidualOffset));
-          other = to_float(residual[from + j * p.residual_stride.c]);
+        to[v] = shared<int64_t>(offset_at(first + v, kResultOffset));
+      }
+      float others[kVector] = {};
+      if (residual != nullptr) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const int64_t from = shared<int64_t>(offset_at(first + v, kResidualOffset));
+          if (to[v] >= 0) others[v] = to_float(residual[from + j * p.residual_stride.c]);
         }
-        chunk.values[v] = finished(p, staged(row, column), c, other);
+      }
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        chunk.values[v] = finished(low, staged(first + v, column), c, others[v]);
       }
       const bool together = to[kVector - 1] == to[0] + kVector - 1;
       if (together && p.result_vector && (to[0] + c.result) % kVector == 0) {

@@ -4,10 +4,10 @@
 // A row m is a pixel of the result, a column j one of its channels; k runs over channels, t over taps
 // (conv_geometry.h).
 //
-// Block: Tile::kRows x Tile::kColumns of the result. Grid: (tiles of all runs, phases of the gradient).
-// Shared memory: kStages of both operands, filled kStages - 1 steps ahead; then the result in float32 and offsets.
+// Block: Tile::kRows x Tile::kColumns of the result. Grid: (tiles of all runs, phases of the gradient along w, along
+// h). Shared memory: kStages of both operands, filled kStages - 1 steps ahead; then the result in float32 and offsets.
 // Needs:  16-byte aligned chunks of source and weight; `block` of the source's list 0 or a multiple of a chunk; lists
-//   within range; batch * pixels below 2^31.
+//   within range; batch * pixels below 2^31; rows and columns of taps that add up to 32 at most.
 // Allows: any strides of result, residual and input, with int64 offsets; counts on the device; mixed batches.
 // Accumulates in float32. No atomics: the result does not vary between runs.
 #pragma once
@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();
   }
   if (p.partial != nullptr) {
-    const int64_t term = static_cast<int64_t>(blockIdx.y) * row_tiles<Tile>(p, p.batch, kGradient) + plan.tile.row;
+    const int phase_h = p.first_phase_h + blockIdx.z, phase_w = p.first_phase_w + blockIdx.y;
+    const int phase = kGradient ? phase_h * p.axis_w.stride + phase_w : 0;
+    const int64_t term = static_cast<int64_t>(phase) * row_tiles<Tile>(p, p.batch) + plan.tile.row;
     Epilogue::reduce(p, plan.first_column, term);
   }
   if (p.result != nullptr) Epilogue::store(p, plan.first_column);

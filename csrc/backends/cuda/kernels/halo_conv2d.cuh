@@ -26,7 +26,16 @@ namespace bap_kernels {
 template <class Tile>
 dim3 halo_grid(const HaloParams& p) {
   const int tiles = ceil_div(p.conv.axis_h.output, p.shape.tile_h) * ceil_div(p.conv.axis_w.output, p.shape.tile_w);
-  return dim3(tiles * column_tiles<Tile>(p.conv), p.conv.batch);
+  return dim3(tiles * ceil_div(p.conv.columns, Tile::kColumns), p.conv.batch);
+}
+// The parameters of a launch with this tile.
+template <class Tile>
+HaloParams with_tiles(HaloParams p) {
+  p.conv = with_tiles<Tile>(p.conv);
+  p.tiles_w = divisor_of(ceil_div(p.conv.axis_w.output, p.shape.tile_w));
+  p.tiles = ceil_div(p.conv.axis_h.output, p.shape.tile_h) * p.tiles_w.count();
+  p.stride_w = divisor_of(p.conv.axis_w.stride);
+  return p;
 }
 
 // What a block computes, and what each thread does for its halo.
@@ -47,10 +56,10 @@ struct Halo {
 
   __device__ __forceinline__ explicit Halo(const HaloParams& params)
       : p(params), shape(p.shape), h(p.conv.axis_h), w(p.conv.axis_w) {
-    const int tiles_h = ceil_div(h.output, shape.tile_h), tiles_w = ceil_div(w.output, shape.tile_w);
-    const TilePlace tile = tile_place(blockIdx.x, tiles_h * tiles_w, column_tiles<Tile>(p.conv), kTileGroup);
-    first_h = tile.row / tiles_w * shape.tile_h;
-    first_w = tile.row % tiles_w * shape.tile_w;
+    const TilePlace tile = tile_place(blockIdx.x, p.tiles, p.conv.column_tiles);
+    const int line = p.tiles_w.quotient(tile.row);
+    first_h = line * shape.tile_h;
+    first_w = p.tiles_w.rest(tile.row, line) * shape.tile_w;
     first_column = tile.column * Tile::kColumns;
     source_h = first_h * h.stride - h.before;
     source_w = first_w * w.stride - w.before;
@@ -64,7 +73,7 @@ struct Halo {
 
   __device__ __forceinline__ int look_up(int k) const {
     const ListParams& list = p.conv.runs.of[run].list;
-    return k < depth ? listed_channel(list.entries, list.block, k) : 0;
+    return k < depth ? listed_channel(list, k) : 0;
   }
   __device__ __forceinline__ int staged_channel(int block) const {
     return look_up(block * kDepth + copy_depth<kThreads, kBytes>(threadIdx.x));
@@ -180,10 +189,9 @@ struct Halo {
     });
   }
 
-  // The fragments of the tile's rows at one tap, for slice `slice` of the depth.
-  __device__ __forceinline__ void load_rows(FragmentsA<Tile>& a, int tap, int slice) const {
+  // The fragments of the tile's rows that lie `move` behind their pixels, for slice `slice` of the depth.
+  __device__ __forceinline__ void load_rows(FragmentsA<Tile>& a, int move, int slice) const {
     const int lane = threadIdx.x % kWarp;
-    const int move = halo_tap(shape, h, w, tap / w.kernel, tap % w.kernel);
 #pragma unroll
     for (int i = 0; i < Tile::kMmasM; ++i) {
       const int pixel = halo_pixel(shape, h.stride, warp_row<Tile>() + i * kMmaRows + matrix_row_a(lane)) + move;
@@ -208,12 +216,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int steps = ceil_div(halo.depth, kDepthBytes / kBytes) * taps;
 
   // The weight of the next step, into the stage that begins at byte `to`.
-  int copied_block = 0, copied_tap = 0;
+  const BatchRun& run = p.conv.runs.of[halo.run];
+  constexpr int kDepth = kDepthBytes / kBytes;
+  FilterCopies<scalar_t, Tile::kColumns, kThreads> filters;
+  filters.begin(run, halo.first_column, p.conv.columns, threadIdx.x);
+  int copied_depth = 0, copied_tap = 0;
+  int64_t copied = 0;
   const auto copy = [&](int to) {
-    copy_weight<scalar_t, Tile::kColumns, kThreads>(p.conv.runs.of[halo.run], to, halo.first_column, p.conv.columns,
-                                                    copied_tap, copied_block * (kDepthBytes / kBytes), halo.depth,
-                                                    threadIdx.x);
-    if (++copied_tap == taps) copied_tap = 0, ++copied_block;
+    if (copied_depth + kDepth <= halo.depth) {
+      filters.template copy<true>(to, copied, kChunkBytes, threadIdx.x);
+    } else {
+      const int k = copied_depth + copy_chunk(threadIdx.x) * (kChunkBytes / kBytes);
+      filters.template copy<false>(to, copied, chunk_bytes<kBytes>(k, halo.depth), threadIdx.x);
+    }
+    copied += run.stride_weight_tap;
+    if (++copied_tap == taps) copied_tap = 0, copied_depth += kDepth, copied = copied_depth;
   };
 
   if (staged) halo.stage(0);
@@ -223,11 +240,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     commit_copies();
   }
   int read = 0, written = kStages - 1;
-  for (int step = 0, block = 0, tap = 0; step < steps; ++step) {
+  for (int step = 0, block = 0, tap_h = 0, tap_w = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     // The copies of all threads are there, and what was read in the step before may be overwritten.
     __syncthreads();
-    if (tap == 0) {
+    if (tap_h == 0 && tap_w == 0) {
       if (staged) {
         halo.turn(block);
       } else {
@@ -239,15 +256,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
     if (step + kStages - 1 < steps) copy(written * kStageBytes);
     commit_copies();
+    const int move = halo_tap(shape, halo.h, halo.w, p.stride_w, tap_h, tap_w);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       FragmentsA<Tile> a;
       FragmentsB<Tile> b;
-      halo.load_rows(a, tap, slice);
+      halo.load_rows(a, move, slice);
       load_b<Tile, kBytes, false>(b, read * kStageBytes, slice);
       multiply<kMode, Tile>(sums, a, b);
     }
-    if (++tap == taps) tap = 0, ++block;
+    if (++tap_w == halo.w.kernel) tap_w = 0, ++tap_h;
+    if (tap_h == halo.h.kernel) tap_h = 0, ++block;
     read = read + 1 == kStages ? 0 : read + 1;
     written = written + 1 == kStages ? 0 : written + 1;
   }

@@ -46,8 +46,10 @@ BAP_HOST_DEVICE int halo_column(const HaloShape& s, int stride, int place) {
 BAP_HOST_DEVICE int halo_pixel(const HaloShape& s, int stride_h, int m) {
   return (m >> s.tile_w_log) * stride_h * s.line + (m & (s.tile_w - 1));
 }
-BAP_HOST_DEVICE int halo_tap(const HaloShape& s, const ConvAxis& h, const ConvAxis& w, int tap_h, int tap_w) {
-  return tap_h * h.dilation * s.line + halo_place(s, w.stride, tap_w * w.dilation);
+BAP_HOST_DEVICE int halo_tap(const HaloShape& s, const ConvAxis& h, const ConvAxis& w, const Divisor& stride_w,
+                             int tap_h, int tap_w) {
+  const int column = tap_w * w.dilation, line = stride_w.quotient(column);
+  return tap_h * h.dilation * s.line + stride_w.rest(column, line) * s.phase + line;
 }
 
 // The shape of a tile of 2^tile_w_log columns, whose source is staged by copies of `copy_bytes`; 0: it is not staged.
@@ -104,6 +106,8 @@ struct HaloParams {
   HaloShape shape;
   bool planes, planar_result;  // whether pixels lie side by side in source and result, not channels
   bool prologue;
+  int tiles;                  // of an image; this and what follows is filled in by the launch
+  Divisor tiles_w, stride_w;  // of them along w
 };
 
 // What a layer asks of the halo kernel.

@@ -27,13 +27,15 @@ enum class WarpgroupTileShape : int { kWide, kSquare };
 inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 // The tile for a result of rows x columns in each of `grids` grids: narrow ones where few columns would leave most of
-// a tile empty (not of planar sources), large ones where they fill the device.
-inline TileShape choose_tile(int64_t rows, int64_t columns, int64_t grids, bool planes, int sm_count) {
+// a tile empty (not of planar sources), large ones where they fill the device. By WGMMA, `warpgroups`, half of it is
+// enough: a large tile brings half as many bytes for each product as a small one, and those limit both.
+inline TileShape choose_tile(int64_t rows, int64_t columns, int64_t grids, bool planes, int sm_count,
+                             bool warpgroups = false) {
   if (!planes && columns <= ThinTile::kColumns) return TileShape::kThin;
   const int64_t large = tiles_of(rows, LargeTile::kRows) * tiles_of(columns, LargeTile::kColumns) * grids;
   // Half of a large tile's rows or columns would be empty.
   const bool fits = 2 * columns > LargeTile::kColumns && 2 * rows > LargeTile::kRows;
-  return fits && large >= sm_count ? TileShape::kLarge : TileShape::kSmall;
+  return fits && (warpgroups ? 2 * large > sm_count : large >= sm_count) ? TileShape::kLarge : TileShape::kSmall;
 }
 
 // The same of warpgroups, which take what would else get large tiles: the wide one where it pads no further and fills

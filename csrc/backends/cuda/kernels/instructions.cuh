@@ -31,6 +31,25 @@ __device__ __forceinline__ void copy_async(int to, const void* from, int bytes) 
                  : "memory");
   }
 }
+// The same of 16 bytes, or of zeros where `skip` holds: nothing is read then, and `from` may be anywhere.
+__device__ __forceinline__ void copy_async_unless(bool skip, int to, const void* from) {
+  asm volatile(
+      "{\n.reg .pred skip;\nsetp.ne.u32 skip, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, skip;\n}\n" ::"r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(skip))
+      : "memory");
+}
+// A copy of one chunk of a row: zeros with `skip`. kWhole: all of its 16 bytes; else the first `bytes`, zeros behind
+// them. A number of bytes that the assembler does not know costs five instructions for each copy.
+template <bool kWhole>
+__device__ __forceinline__ void copy_chunk_unless(bool skip, int to, const void* from, int bytes) {
+  if constexpr (kWhole) {
+    copy_async_unless(skip, to, from);
+  } else {
+    copy_async(to, from, skip ? 0 : bytes);
+  }
+}
+
 // The copies that the thread has started since the last call are a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but the thread's last kLeft groups have landed.

@@ -13,11 +13,12 @@ template <MathMode kMode, class Tile>
 Status launch_nhwc(const ConvParams& p, void* stream) {
   const auto kernel =
       p.gradient ? gathered_conv2d_kernel<kMode, Tile, true> : gathered_conv2d_kernel<kMode, Tile, false>;
-  return launch(kernel, p, nhwc_grid<Tile>(p), Tile::kThreads, Tile::kSharedBytes, stream);
+  return launch(kernel, with_tiles<Tile>(p), nhwc_grid<Tile>(p), Tile::kThreads, Tile::kSharedBytes, stream);
 }
 template <MathMode kMode, class Tile>
 Status launch_planar(const ConvParams& p, void* stream) {
-  return launch(planar_conv2d_kernel<kMode, Tile>, p, planar_grid<Tile>(p), Tile::kThreads, Tile::kSharedBytes, stream);
+  return launch(planar_conv2d_kernel<kMode, Tile>, with_tiles<Tile>(p), planar_grid<Tile>(p), Tile::kThreads,
+                Tile::kSharedBytes, stream);
 }
 template <MathMode kMode>
 Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* stream) {
@@ -34,7 +35,8 @@ Status launch_conv_of(const ConvParams& p, TileShape tile, bool planes, void* st
 
 template <MathMode kMode, class Tile>
 Status launch_halo(const HaloParams& p, int shared_bytes, void* stream) {
-  return launch(halo_conv2d_kernel<kMode, Tile>, p, halo_grid<Tile>(p), Tile::kThreads, shared_bytes, stream);
+  return launch(halo_conv2d_kernel<kMode, Tile>, with_tiles<Tile>(p), halo_grid<Tile>(p), Tile::kThreads, shared_bytes,
+                stream);
 }
 template <MathMode kMode>
 Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes, void* stream) {
@@ -44,7 +46,7 @@ Status launch_halo_of(const HaloParams& p, HaloTileShape tile, int shared_bytes,
 
 template <MathMode kMode, class Tile>
 Status launch_weight(const WeightGradientParams& p, void* stream) {
-  return launch(weight_gradient_kernel<kMode, Tile>, p, weight_gradient_grid<Tile>(p), Tile::kThreads,
+  return launch(weight_gradient_kernel<kMode, Tile>, with_tiles<Tile>(p), weight_gradient_grid<Tile>(p), Tile::kThreads,
                 Tile::kPipelineBytes, stream);
 }
 template <MathMode kMode>

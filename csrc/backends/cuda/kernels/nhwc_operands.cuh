@@ -2,56 +2,53 @@
 // computes, and how a thread copies both operands of a step. The kernels that multiply by mma.sync
 // (gathered_conv2d.cuh) and by wgmma (warpgroup_conv2d.cuh) share it.
 //
-// Row tiles run over all pixels of a run of images; grid (tiles of all runs, phases). A step is 128 bytes of channels
-// at one tap: channels in blocks outside, taps inside. A thread copies one chunk of channels for several pixels: one
-// look-up in the list per thread and block of channels.
+// Row tiles run over all pixels of a run of images; grid (tiles of all runs, phases along w, along h). A step is 128
+// bytes of channels at one tap: channels in blocks outside, taps inside. A thread copies one chunk of channels for
+// several pixels: one look-up in the list per thread and block of channels.
 #pragma once
 
 #include "backends/cuda/kernels/epilogue.cuh"
 
 namespace bap_kernels {
 
-constexpr int kTileGroup = 8;  // row tiles side by side that share a column tile: see tile_place
-
 template <class Tile>
-BAP_HOST_DEVICE int row_tiles(const ConvParams& p, int images, bool gradient) {
-  return ceil_div(grid_pixels(p, gradient) * images, Tile::kRows);
-}
-template <class Tile>
-BAP_HOST_DEVICE int column_tiles(const ConvParams& p) {
-  return ceil_div(p.columns, Tile::kColumns);
+BAP_HOST_DEVICE int row_tiles(const ConvParams& p, int images) {
+  return ceil_div(p.pixels * images, Tile::kRows);
 }
 
+// The parameters of a launch with this tile.
+template <class Tile>
+ConvParams with_tiles(ConvParams p) {
+  p.column_tiles = divisor_of(ceil_div(p.columns, Tile::kColumns));
+  return p;
+}
 template <class Tile>
 dim3 nhwc_grid(const ConvParams& p) {
   int tiles = 0;
-  for (int run = 0; run < p.runs.count; ++run) tiles += row_tiles<Tile>(p, p.runs.of[run].images, p.gradient);
-  return dim3(tiles * column_tiles<Tile>(p), p.gradient ? p.axis_h.stride * p.axis_w.stride : 1);
+  for (int run = 0; run < p.runs.count; ++run) tiles += row_tiles<Tile>(p, p.runs.of[run].images);
+  return dim3(tiles * ceil_div(p.columns, Tile::kColumns), p.phases_w, p.phases_h);
 }
 
 // What a block computes.
 struct NhwcPlan {
-  AxisPlan h, w;
+  const AxisPlan &h, &w;
   TilePlace tile;
   int run, rows, first_row, first_column, image, depth, steps;  // `image`: the first that rows count from
 };
 
 template <class Tile, int kElementBytes, bool kGradient>
 __device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p) {
-  NhwcPlan plan;
-  const int phase = blockIdx.y;
-  plan.h = kGradient ? gradient_axis(p.axis_h, phase / p.phases_w) : forward_axis(p.axis_h);
-  plan.w = kGradient ? gradient_axis(p.axis_w, phase % p.phases_w) : forward_axis(p.axis_w);
-  int block = blockIdx.x, tiles = row_tiles<Tile>(p, p.runs.of[0].images, kGradient) * column_tiles<Tile>(p);
+  NhwcPlan plan{p.plans_h[kGradient ? blockIdx.z : 0], p.plans_w[kGradient ? blockIdx.y : 0]};
+  int block = blockIdx.x, tiles = row_tiles<Tile>(p, p.runs.of[0].images) * p.column_tiles.count();
   plan.run = 0;
   while (plan.run + 1 < p.runs.count && block >= tiles) {
     block -= tiles;
-    tiles = row_tiles<Tile>(p, p.runs.of[++plan.run].images, kGradient) * column_tiles<Tile>(p);
+    tiles = row_tiles<Tile>(p, p.runs.of[++plan.run].images) * p.column_tiles.count();
   }
   const BatchRun& run = p.runs.of[plan.run];
   plan.image = run.first;
-  plan.tile = tile_place(block, row_tiles<Tile>(p, run.images, kGradient), column_tiles<Tile>(p), kTileGroup);
-  plan.rows = plan.h.count * plan.w.count * run.images;
+  plan.tile = tile_place(block, row_tiles<Tile>(p, run.images), p.column_tiles);
+  plan.rows = plan.h.count.count() * plan.w.count.count() * run.images;
   plan.first_row = plan.tile.row * Tile::kRows;
   plan.first_column = plan.tile.column * Tile::kColumns;
   plan.depth = p.depth != nullptr ? *p.depth : run.depth;
@@ -59,23 +56,36 @@ __device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p) {
   return plan;
 }
 
-// Starts a thread's copies of kColumns filters: 128 bytes of depth from element `k` on, at one tap.
+// The copies of kColumns filters by one of kThreads threads: 128 bytes of depth of each at one tap. A thread keeps its
+// chunk of the depth and takes filters that are kThreads / 8 apart.
 template <typename scalar_t, int kColumns, int kThreads>
-__device__ __forceinline__ void copy_weight(const BatchRun& run, int to, int first_column, int columns, int tap, int k,
-                                            int depth, int thread) {
-  const scalar_t* weight = static_cast<const scalar_t*>(run.weight);
-  const int chunk = copy_chunk(thread);
-  k += chunk * (kChunkBytes / sizeof(scalar_t));
-  const int there = chunk_bytes<sizeof(scalar_t)>(k, depth);
-  const int64_t move = tap * run.stride_weight_tap + k;
-#pragma unroll
-  for (int i = 0; i < kColumns * kDepthChunks / kThreads; ++i) {
-    const int row = copy_row<kThreads>(thread, i);
-    const int column = first_column + row;
-    const int bytes = column < columns ? there : 0;
-    copy_async(to + by_rows(row, chunk), bytes > 0 ? weight + column * run.stride_weight_column + move : weight, bytes);
+struct FilterCopies {
+  static constexpr int kCopies = kColumns * kDepthChunks / kThreads, kStep = kThreads / kDepthChunks;
+  static_assert(kStep % 8 == 0, "the same swizzle for all filters of a thread");
+
+  const scalar_t* first;  // the thread's chunk of its first filter
+  int64_t step;           // from a filter of the thread to the next
+  int left;               // columns from the first one on
+
+  __device__ __forceinline__ void begin(const BatchRun& run, int first_column, int columns, int thread) {
+    const int column = first_column + copy_row<kThreads>(thread, 0);
+    first = static_cast<const scalar_t*>(run.weight) + column * run.stride_weight_column +
+            copy_chunk(thread) * (kChunkBytes / static_cast<int>(sizeof(scalar_t)));
+    step = kStep * run.stride_weight_column;
+    left = columns - column;
   }
-}
+  // Starts the copies, from element `move` of each filter on, into the columns that begin at byte `to`.
+  template <bool kWhole>
+  __device__ __forceinline__ void copy(int to, int64_t move, int bytes, int thread) const {
+    to += by_rows(copy_row<kThreads>(thread, 0), copy_chunk(thread));
+    const scalar_t* from = first + move;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      copy_chunk_unless<kWhole>(i * kStep >= left, to + i * kStep * kDepthBytes, from, bytes);
+      from += step;
+    }
+  }
+};
 
 // The copies of one of kThreads threads, step by step.
 template <typename scalar_t, class Tile, int kThreads>
@@ -83,62 +93,83 @@ struct NhwcOperands {
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
   static constexpr int kDepth = kDepthBytes / kBytes;
-  static constexpr int kCopies = Tile::kRows * kDepthChunks / kThreads;
+  static constexpr int kCopies = Tile::kRows * kDepthChunks / kThreads, kStep = kThreads / kDepthChunks;
+  static_assert(kStep % 8 == 0, "the same swizzle for all rows of a thread");
 
-  int64_t source[kCopies];  // offset of each row's pixel at the first tap
-  int row_h[kCopies], row_w[kCopies];
-  int channel, next_channel;
-  StepCursor cursor;
+  const scalar_t* pixel[kCopies];  // of each row, at the first tap
+  // Taps of each row that fall outside of the source: a bit for each row of taps, then one for each column of taps.
+  uint32_t outside[kCopies];
+  FilterCopies<scalar_t, Tile::kColumns, kThreads> filters;
+  int channel, next_channel;  // that the thread copies in this block of channels, and in the next
+  StepWalk step;
 
   // The channel that the thread copies in a block of channels; any that is there where it copies none.
   __device__ __forceinline__ static int look_up(const ConvParams& p, const NhwcPlan& plan, int block, int thread) {
     const int k = block * kDepth + copy_chunk(thread) * kVector;
-    const ListParams& list = p.runs.of[plan.run].list;
-    return k < plan.depth ? listed_channel(list.entries, list.block, k) : 0;
+    return k < plan.depth ? listed_channel(p.runs.of[plan.run].list, k) : 0;
   }
 
   __device__ __forceinline__ void begin(const ConvParams& p, const NhwcPlan& plan, int thread) {
+    int row_h[kCopies], row_w[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int m = plan.first_row + copy_row<kThreads>(thread, i);
-      source[i] = 0;
-      row_h[i] = -(1 << 30);  // never within the source
-      row_w[i] = 0;
-      if (m < plan.rows) {
-        const RowPlace at = row_place(m, plan.h.count, plan.w.count);
-        row_h[i] = at.row * plan.h.source_step + plan.h.source_first;
-        row_w[i] = at.column * plan.w.source_step + plan.w.source_first;
-        source[i] =
-            (plan.image + at.image) * p.source_stride.n + row_h[i] * p.source_stride.h + row_w[i] * p.source_stride.w;
+      const RowPlace at = row_place(m, plan.h.count, plan.w.count);
+      row_h[i] = at.row * plan.h.source_step + plan.h.source_first;
+      row_w[i] = at.column * plan.w.source_step + plan.w.source_first;
+      outside[i] = m < plan.rows ? 0 : ~uint32_t{0};
+      pixel[i] = static_cast<const scalar_t*>(p.source) + (plan.image + at.image) * p.source_stride.n +
+                 row_h[i] * p.source_stride.h + row_w[i] * p.source_stride.w;
+      // Computed here: the compiler would rather do it for each step anew.
+      asm volatile("" : "+l"(pixel[i]));
+    }
+#pragma unroll 1
+    for (int tap = 0; tap < plan.h.taps; ++tap) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (!within(row_h[i] + tap * plan.h.tap_step, plan.h.source_size)) outside[i] |= 1u << tap;
       }
     }
-    cursor = {0, 0, 0};
+#pragma unroll 1
+    for (int tap = 0; tap < plan.w.taps; ++tap) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (!within(row_w[i] + tap * plan.w.tap_step, plan.w.source_size)) outside[i] |= 1u << (plan.h.taps + tap);
+      }
+    }
+    filters.begin(p.runs.of[plan.run], plan.first_column, p.columns, thread);
+    step = first_step(plan.h, plan.w, p.kernel_w, p.runs.of[plan.run].stride_weight_tap);
     channel = look_up(p, plan, 0, thread);
     next_channel = look_up(p, plan, 1, thread);
   }
 
   // Starts the copies of the next step into the stage that begins at byte `to`: the rows, then the columns.
   __device__ __forceinline__ void copy(const ConvParams& p, const NhwcPlan& plan, int to, int thread) {
-    const scalar_t* from = static_cast<const scalar_t*>(p.source);
-    const int k = cursor.block * kDepth, chunk = copy_chunk(thread);
-    const int there = chunk_bytes<kBytes>(k + chunk * kVector, plan.depth);
-    const int move_h = cursor.tap_h * plan.h.tap_step, move_w = cursor.tap_w * plan.w.tap_step;
-    const int64_t move = move_h * p.source_stride.h + move_w * p.source_stride.w + channel;
+    const int k = step.block * kDepth;
+    if (k + kDepth <= plan.depth) {
+      copy_chunks<true>(plan, to, kChunkBytes, thread);
+    } else {
+      copy_chunks<false>(plan, to, chunk_bytes<kBytes>(k + copy_chunk(thread) * kVector, plan.depth), thread);
+    }
+    if (advance(step, plan.h, plan.w, p.source_stride.h, p.source_stride.w, p.kernel_w,
+                p.runs.of[plan.run].stride_weight_tap, kDepth)) {
+      channel = next_channel;
+      next_channel = look_up(p, plan, step.block + 1, thread);
+    }
+  }
+
+ private:
+  template <bool kWhole>
+  __device__ __forceinline__ void copy_chunks(const NhwcPlan& plan, int to, int bytes, int thread) const {
+    const int rows_to = to + by_rows(copy_row<kThreads>(thread, 0), copy_chunk(thread));
+    const uint32_t taps = 1u << step.tap_h | 1u << (plan.h.taps + step.tap_w);
+    const int64_t move = step.source + channel;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const bool inside =
-          within(row_h[i] + move_h, plan.h.source_size) && within(row_w[i] + move_w, plan.w.source_size);
-      const int bytes = inside ? there : 0;
-      copy_async(to + by_rows(copy_row<kThreads>(thread, i), chunk), bytes > 0 ? from + source[i] + move : from, bytes);
+      const bool skip = (outside[i] & taps) != 0;
+      copy_chunk_unless<kWhole>(skip, rows_to + i * kStep * kDepthBytes, pixel[i] + move, bytes);
     }
-    const int tap = (plan.h.weight_first + cursor.tap_h * plan.h.weight_step) * p.kernel_w + plan.w.weight_first +
-                    cursor.tap_w * plan.w.weight_step;
-    copy_weight<scalar_t, Tile::kColumns, kThreads>(p.runs.of[plan.run], to + Tile::kColumnsAt, plan.first_column,
-                                                    p.columns, tap, k, plan.depth, thread);
-    if (advance(cursor, plan.h.taps, plan.w.taps)) {
-      channel = next_channel;
-      next_channel = look_up(p, plan, cursor.block + 1, thread);
-    }
+    filters.template copy<kWhole>(to + Tile::kColumnsAt, step.filter, bytes, thread);
   }
 };
 

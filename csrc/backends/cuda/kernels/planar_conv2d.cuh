@@ -18,7 +18,7 @@ namespace bap_kernels {
 
 template <class Tile>
 dim3 planar_grid(const ConvParams& p) {
-  return dim3(row_tiles<Tile>(p, 1, false) * column_tiles<Tile>(p), p.batch);
+  return dim3(row_tiles<Tile>(p, 1) * ceil_div(p.columns, Tile::kColumns), p.batch);
 }
 
 template <MathMode kMode, class Tile>
@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   constexpr int kBytes = sizeof(scalar_t), kVector = kChunkBytes / kBytes, kDepth = kDepthBytes / kBytes;
   constexpr int kThreads = Tile::kThreads;
   const int thread = threadIdx.x;
-  const TilePlace tile = tile_place(blockIdx.x, row_tiles<Tile>(p, 1, false), column_tiles<Tile>(p), kTileGroup);
+  const TilePlace tile = tile_place(blockIdx.x, row_tiles<Tile>(p, 1), p.column_tiles);
   const int first_row = tile.row * Tile::kRows, first_column = tile.column * Tile::kColumns;
-  const int width = p.axis_w.output, rows = p.axis_h.output * width;
+  const int rows = p.pixels;
   const ImagePlace image = image_place(p.runs, blockIdx.y);
   const BatchRun& run = p.runs.of[image.run];
   const int depth = p.depth != nullptr ? *p.depth : run.depth;
@@ -42,23 +42,36 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int place = copy_depth<kThreads, kBytes>(thread);
   const auto look_up = [&](int block) {
     const int k = block * kDepth + place;
-    return k < depth ? listed_channel(run.list.entries, run.list.block, k) : 0;
+    return k < depth ? listed_channel(run.list, k) : 0;
   };
-  const scalar_t* source = static_cast<const scalar_t*>(p.source);
-  const scalar_t* pixels = source + image.image * p.source_stride.n;
+  const scalar_t* pixels = static_cast<const scalar_t*>(p.source) + image.image * p.source_stride.n;
   int channel = look_up(0), next_channel = look_up(1), block = 0;
-  const auto copy = [&](int to) {
-    const scalar_t* plane = pixels + channel * p.source_stride.c;
+  FilterCopies<scalar_t, Tile::kColumns, kThreads> filters;
+  filters.begin(run, first_column, p.columns, thread);
+  const auto copy_pixels = [&]<bool kWhole>(std::bool_constant<kWhole>, int to) {
+    const scalar_t* plane = pixels + channel * p.source_stride.c + first_row;
     const bool listed = block * kDepth + place < depth;
 #pragma unroll
     for (int i = 0; i < Tile::kRows * kDepth / kVector / kThreads; ++i) {
-      const int chunk = copy_depth_chunk<kThreads, kBytes>(thread, i);
-      const int pixel = first_row + chunk * kVector;
-      const int bytes = listed ? chunk_bytes<kBytes>(pixel, rows) : 0;
-      copy_async(to + by_depth<Tile::kRows, kBytes>(place, chunk), bytes > 0 ? plane + pixel : source, bytes);
+      const int chunk = copy_depth_chunk<kThreads, kBytes>(thread, i), pixel = first_row + chunk * kVector;
+      copy_chunk_unless<kWhole>(!listed || pixel >= rows, to + by_depth<Tile::kRows, kBytes>(place, chunk),
+                                plane + chunk * kVector, kWhole ? kChunkBytes : chunk_bytes<kBytes>(pixel, rows));
     }
-    copy_weight<scalar_t, Tile::kColumns, kThreads>(run, to + Tile::kColumnsAt, first_column, p.columns, 0,
-                                                    block * kDepth, depth, thread);
+  };
+  const auto copy = [&](int to) {
+    // Planes that end within a chunk are rare: they have a gap behind them.
+    if (rows % kVector == 0) {
+      copy_pixels(std::true_type(), to);
+    } else {
+      copy_pixels(std::false_type(), to);
+    }
+    const int k = block * kDepth;
+    if (k + kDepth <= depth) {
+      filters.template copy<true>(to + Tile::kColumnsAt, k, kChunkBytes, thread);
+    } else {
+      const int bytes = chunk_bytes<kBytes>(k + copy_chunk(thread) * kVector, depth);
+      filters.template copy<false>(to + Tile::kColumnsAt, k, bytes, thread);
+    }
     ++block;
     channel = next_channel;
     next_channel = look_up(block + 1);
@@ -71,7 +84,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Epilogue::stage_sums(sums);
   for (int row = thread; row < Tile::kRows; row += kThreads) {
     const int m = first_row + row;
-    Epilogue::write_row(p, row, m < rows, image.image, m / width, m % width);
+    const RowPlace at = row_place(m, p.plans_h[0].count, p.plans_w[0].count);
+    Epilogue::write_row(p, row, m < rows, image.image, at.row, at.column);
   }
   if (p.copy != nullptr) Epilogue::clear_places();
   __syncthreads();
@@ -80,7 +94,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     __syncthreads();
   }
   if (p.partial != nullptr) {
-    const int64_t term = static_cast<int64_t>(blockIdx.y) * row_tiles<Tile>(p, 1, false) + tile.row;
+    const int64_t term = static_cast<int64_t>(blockIdx.y) * row_tiles<Tile>(p, 1) + tile.row;
     Epilogue::reduce(p, first_column, term);
   }
   if (p.result != nullptr) Epilogue::store(p, first_column);

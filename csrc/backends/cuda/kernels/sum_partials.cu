@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_partials_kernel(const __grid_
   const float* terms = p.partial + j * p.stride_row + tap * p.stride_tap + i;
   float sum = 0.0f;
   for (int s = 0; s < p.chunks; ++s) sum += terms[s * p.stride_chunk];
-  const int64_t row = listed_channel(p.row_list.entries, p.row_list.block, j);
-  const int64_t column = listed_channel(p.column_list.entries, p.column_list.block, i);
+  const int64_t row = listed_channel(p.row_list, j);
+  const int64_t column = listed_channel(p.column_list, i);
   const int64_t at = row * p.result_stride.n + column * p.result_stride.c + tap / p.kernel_w * p.result_stride.h +
                      tap % p.kernel_w * p.result_stride.w;
   if (p.result_is_float) {

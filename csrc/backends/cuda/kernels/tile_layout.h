@@ -114,16 +114,17 @@ BAP_HOST_DEVICE constexpr int chunk_bytes(int first, int end) {
   return left <= 0 ? 0 : left < kChunkBytes ? left : kChunkBytes;
 }
 
-// Tiles in order of blocks: `group` row tiles side by side for each column tile, so that neighbours share operands.
+// Tiles in order of blocks: kTileGroup row tiles side by side for each column tile, so that neighbours share operands;
+// the last row tiles, if they are fewer, one after the other.
+constexpr int kTileGroup = 8;
 struct TilePlace {
   int row, column;
 };
-BAP_HOST_DEVICE TilePlace tile_place(int block, int row_tiles, int column_tiles, int group) {
-  const int per_group = group * column_tiles;
-  const int first = block / per_group * group;
-  const int rows = row_tiles - first < group ? row_tiles - first : group;
-  const int place = block % per_group;
-  return {first + place % rows, place / rows};
+BAP_HOST_DEVICE TilePlace tile_place(int block, int row_tiles, const Divisor& column_tiles) {
+  const int line = column_tiles.quotient(block), first = line / kTileGroup * kTileGroup;
+  if (row_tiles - first < kTileGroup) return {line, column_tiles.rest(block, line)};
+  const int place = column_tiles.rest(block, first);
+  return {first + place % kTileGroup, place / kTileGroup};
 }
 
 }  // namespace bap_kernels
