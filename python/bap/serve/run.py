@@ -58,6 +58,11 @@ def _check_cluster(address: str) -> None:
 def _start_ray(settings: ServeSettings, address: str | None, metrics_port: int | None, cpus: int | None) -> None:
     # Before Ray is imported: nothing is sent to its authors unless the user wants it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Serve replaces a proxy that takes longer, and gives up the start with it; its own 5 seconds are few where the
+    # machine is busy.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Ray runs its workers at the niceness of background jobs, 15, unless it is told not to.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "serve"}
@@ -129,16 +134,17 @@ def running(
     _start_ray(settings, address, metrics_port, cpus)
     import ray
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         try:
+            serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
             serve.run(application, name=name, route_prefix=route, logging_config=quiet)
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError, RayError) as error:
             raise ServeError(f"serve(): expected the service to start, got: {error}") from None
         node = next(node for node in ray.nodes() if node["Alive"])
         metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bap.config import Config
 from bap.data import builtin_suite
+from bap.data.transform import normalised
 from bap.prune.layers import SwitchBank
-from bap.train.checkpoint import domain_spec, save_checkpoint
+from bap.serve.requests import decode, domain_inputs
+from bap.train.checkpoint import domain_spec, load_checkpoint, save_checkpoint
 from bap.train.network import switched_network
 from PIL import Image
+
+import bap_kernels as bk
 
 DOMAINS = ["shapes", "digits", "glyphs"]
 
@@ -54,3 +60,26 @@ def images() -> dict[str, list[bytes]]:
         name: [png(image.permute(1, 2, 0).numpy()) for image in domain.splits["test"].images[:10]]
         for name, domain in suite.items()
     }
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint: Path, images: dict[str, list[bytes]]) -> dict[tuple[str, bytes], torch.Tensor]:
+    """Probabilities by the network as it was trained, image by image."""
+    model, config, specs = load_checkpoint(checkpoint)
+    inputs = domain_inputs(config, specs)
+    found = {}
+    for name, bodies in images.items():
+        bk.set_domain(model, name)
+        for body in bodies:
+            x = normalised(decode(body, inputs[name], 10**6), inputs[name].mean, inputs[name].std)
+            with torch.inference_mode():
+                found[name, body] = model(x[None])[0].softmax(0)
+    return found
+
+
+def check_answer(content: Mapping[str, Any], name: str, probabilities: torch.Tensor) -> None:
+    """The domain and the probabilities of an answer over HTTP."""
+    assert content["domain"] == name
+    for entry in content["top"]:
+        assert entry["probability"] == pytest.approx(float(probabilities[entry["number"]]), abs=1e-4)
+    assert content["probability"] == pytest.approx(float(probabilities.max()), abs=1e-4)

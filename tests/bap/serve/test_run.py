@@ -100,17 +100,45 @@ def test_a_missing_extra_is_named(
     )
 
 
-def test_usage_statistics_are_off_unless_the_user_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("RAY_worker_niceness", "0"),
+        ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"),
+    ],
+)
+def test_what_ray_is_told_is_left_to_the_user(monkeypatch: pytest.MonkeyPatch, name: str, default: str) -> None:
+    """No usage statistics, no low priority, and time for a slow start; unless the user says something else."""
     ray = pytest.importorskip("ray")
     seen = []
-    monkeypatch.setattr(ray, "init", lambda **_: seen.append(run.os.environ["RAY_USAGE_STATS_ENABLED"]))
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(run.os.environ[name]))
     settings = run.ServeSettings.of({"checkpoint": "a"})
     for value in (None, "1"):
-        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+        monkeypatch.delenv(name, raising=False)
         if value is not None:
-            monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", value)
+            monkeypatch.setenv(name, value)
         run._start_ray(settings, None, None, None)
-    assert seen == ["0", "1"]
+    assert seen == [default, "1"]
+
+
+def test_a_service_that_ray_cannot_start_is_a_mistake_of_one_line(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    pytest.importorskip("ray.serve")
+    from ray import serve
+    from ray.exceptions import ActorDiedError
+
+    def fails(**_: Any) -> None:
+        raise ActorDiedError()
+
+    monkeypatch.setattr(run, "_start_ray", lambda *_: None)
+    monkeypatch.setattr(run, "check_port", lambda *_: None)
+    monkeypatch.setattr(serve, "start", fails)
+    monkeypatch.setattr(serve, "delete", lambda _: None)
+    running = run.running(run.ServeSettings.of({"checkpoint": str(checkpoint)}), None)
+    with pytest.raises(ServeError, match=r"serve\(\): expected the service to start, got: The actor died"), running:
+        pass
 
 
 def test_the_builder_takes_the_strings_of_rays_command_line(checkpoint: Path) -> None:

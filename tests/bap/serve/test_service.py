@@ -21,13 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bap.data.transform import normalised
-from bap.serve.requests import decode, domain_inputs
-from bap.train.checkpoint import load_checkpoint
 
-import bap_kernels as bk
-
-from .conftest import png
+from .conftest import check_answer, png
 
 pytest.importorskip("ray.serve")
 
@@ -126,28 +121,6 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path, images: dict[str, list[bytes]]) -> dict[tuple[str, bytes], torch.Tensor]:
-    """Probabilities by the network as it was trained, image by image."""
-    model, config, specs = load_checkpoint(checkpoint)
-    inputs = domain_inputs(config, specs)
-    found = {}
-    for name, bodies in images.items():
-        bk.set_domain(model, name)
-        for body in bodies:
-            x = normalised(decode(body, inputs[name], 10**6), inputs[name].mean, inputs[name].std)
-            with torch.inference_mode():
-                found[name, body] = model(x[None])[0].softmax(0)
-    return found
-
-
-def _check(content: dict, name: str, probabilities: torch.Tensor) -> None:
-    assert content["domain"] == name
-    for entry in content["top"]:
-        assert entry["probability"] == pytest.approx(float(probabilities[entry["number"]]), abs=1e-4)
-    assert content["probability"] == pytest.approx(float(probabilities.max()), abs=1e-4)
-
-
 @contextlib.contextmanager
 def _stopped(pids: list[int]) -> Iterator[None]:
     """The processes do nothing meanwhile; requests gather."""
@@ -202,7 +175,7 @@ def test_random_domains_at_once_are_not_mixed_up_and_bad_images_spoil_no_others(
     for request, (status, content, _) in zip(requests, answers, strict=True):
         if request in expected:
             assert status == 200, content
-            _check(content, request[0], expected[request])
+            check_answer(content, request[0], expected[request])
         else:
             assert status in (400, 415)
             assert "expected an image" in content["detail"]
@@ -257,7 +230,7 @@ def test_a_full_queue_refuses_and_answers_the_others_later(
     for (name, body), (status, content, _) in zip(requests, answers, strict=True):
         assert status in (200, 503)
         if status == 200:
-            _check(content, name, expected[name, body])
+            check_answer(content, name, expected[name, body])
     assert len(refused) < len(requests)
 
 
@@ -275,7 +248,7 @@ def test_requests_of_a_killed_replica_are_answered_by_the_next(
         answers = [future.result() for future in futures]
     for (name, body), (status, content, _) in zip(requests, answers, strict=True):
         assert status == 200, content
-        _check(content, name, expected[name, body])
+        check_answer(content, name, expected[name, body])
     (after,) = service.processes(NETWORK)
     assert after != before
     assert service.call("GET", "/healthz")[0] == 200
