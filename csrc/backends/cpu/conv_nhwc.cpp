@@ -22,11 +22,13 @@ constexpr int64_t kPixelsPerPackedBlock = 240;
 constexpr int64_t kWeightsNear = 192 * 1024;
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 16;
+// Pixels up to this size are read and packed at once where the tiles visit all panels: they stay in the L1 cache.
+constexpr int64_t kPackedNear = 16 * 1024;
 
 // The reduction cut into blocks of about equal length, each a run of segments.
 struct Reduction {
   struct Block {
-    int64_t first_segment, segments, first_step;
+    int64_t first_segment, segments, first_step, steps;
   };
   std::vector<Segment> segments;
   std::vector<Block> blocks;
@@ -37,12 +39,13 @@ struct Reduction {
     for (int64_t run = 0; run < access.runs; ++run) {
       for (int64_t begin = 0; begin < access.steps;) {
         if (room == 0) {
-          blocks.push_back({static_cast<int64_t>(segments.size()), 0, step});
+          blocks.push_back({static_cast<int64_t>(segments.size()), 0, step, 0});
           room = most;
         }
         const int64_t count = std::min(room, access.steps - begin);
         segments.push_back({static_cast<int32_t>(run), static_cast<int32_t>(begin), static_cast<int32_t>(count)});
         ++blocks.back().segments;
+        blocks.back().steps += count;
         begin += count;
         room -= count;
         step += count;
@@ -51,12 +54,13 @@ struct Reduction {
   }
 };
 
-// One task: output pixels [begin, end), weight panels [first_panel, last_panel).
-void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, const float* weight,
-              int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+// Output pixels [begin, end), whose channels are packed together where they are packed at all, x weight panels
+// [first_panel, last_panel).
+void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, PixelSource& source,
+               const float* weight, bool panels_inside, int64_t begin, int64_t end, int64_t first_panel,
+               int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
-  PixelSource source(n, access);
   auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * access.runs * rows * 2));
   source.pointers(begin, end, rows, table);
   const bool blocked = reduction.blocks.size() > 1;
@@ -101,28 +105,57 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
       n.tiles->conv_nhwc[tile_rows - 1][vectors - 1](t);
     };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
-    const bool panels_inside = kReductionBlock * panels * width * int64_t{4} <= kWeightsNear;
-    if (panels_inside) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
-        // While a tile is computed, the next one's pixels come closer, a few lines at a time.
-        const bool ahead = b == 0 && tile + 1 < full_tiles;
-        const float* const* next = table + (tile + 1) * access.runs * rows;
-        const int64_t chunks =
-            ahead ? std::max<int64_t>(1, std::min(full_panels, source.lines(rows) / kLinesAtOnce)) : 1;
-        for (int64_t c = 0; c < chunks; ++c) {
-          if (ahead) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
-          const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
-          if (q > p) run(tile, tile_rows, first_panel + p, q - p, true);
-        }
-        if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
-      }
-    } else {
+    if (!panels_inside) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         if (full_tiles > 0) run(0, rows, panel, full_tiles, false);
         if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
       }
+      continue;
     }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
+      // While a tile is computed, pixels that come after it come closer: the next tile's, or where blocks are packed
+      // the tile's share of the next block. Where they follow each other in memory the kernel asks for them.
+      const int64_t coming = begin + tile * rows + (access.direct ? rows : end - begin);
+      const char* ahead = b == 0 && coming < n.pixels() ? source.stream(coming) : nullptr;
+      const int64_t panel_bytes = block.steps * width * int64_t{4};
+      int64_t asking = ahead ? (std::min(rows, n.pixels() - coming) * source.stream_step() - 1) / panel_bytes + 1 : 0;
+      asking = std::min(asking, full_panels);
+      t.ahead = ahead;
+      if (asking > 0) {
+        run(tile, tile_rows, first_panel, asking, true);
+        t.ahead = nullptr;
+      }
+      const bool by_lines = b == 0 && !ahead && tile + 1 < full_tiles;
+      const float* const* next = table + (tile + 1) * access.runs * rows;
+      const int64_t others = full_panels - asking;
+      const int64_t chunks = by_lines ? std::max<int64_t>(1, std::min(others, source.lines(rows) / kLinesAtOnce)) : 1;
+      for (int64_t c = 0; c < chunks; ++c) {
+        if (by_lines) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
+        const int64_t p = others * c / chunks, q = others * (c + 1) / chunks;
+        if (q > p) run(tile, tile_rows, first_panel + asking + p, q - p, true);
+      }
+      if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
+      t.ahead = nullptr;
+    }
+  }
+}
+
+// One task: output pixels [begin, end), weight panels [first_panel, last_panel).
+void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, const float* weight,
+              int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+  PixelSource source(n, access);
+  int64_t steps = 0;
+  for (const auto& block : reduction.blocks) steps = std::max(steps, block.steps);
+  const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
+  const bool panels_inside = steps * (last_panel - first_panel) * width * int64_t{4} <= kWeightsNear;
+  int64_t pixels = end - begin;
+  if (panels_inside && !access.direct && n.taps == 1) {
+    pixels = std::max<int64_t>(2, kPackedNear / (n.channels_in * n.element_size() * rows)) * rows;
+  }
+  for (int64_t first = begin; first < end; first += pixels) {
+    run_block(n, access, reduction, source, weight, panels_inside, first, std::min(end, first + pixels), first_panel,
+              last_panel);
   }
 }
 

@@ -73,6 +73,19 @@ const micro::KernelTable* isa_tiles(bool pairs) {
   return nullptr;
 }
 
+ChannelGatherKernel isa_gather(bool pairs) {
+#if defined(BAP_KERNELS_HAVE_AVX512)
+  if (isa() == "avx512") {
+    if (!pairs) return micro::gather_floats_avx512;
+#if defined(BAP_KERNELS_HAVE_AVX512BF16)
+    if (cpu_has("avx512bf16")) return micro::gather_pairs_avx512bf16;
+#endif
+  }
+#endif
+  (void)pairs;
+  return nullptr;
+}
+
 const micro::WinogradTable* isa_winograd() {
 #if defined(BAP_KERNELS_HAVE_AVX512)
   if (isa() == "avx512") return micro::winograd_avx512();

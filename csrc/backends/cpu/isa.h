@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backends/cpu/microkernels/depthwise.h"
+#include "backends/cpu/microkernels/gather.h"
 #include "backends/cpu/microkernels/tile.h"
 #include "backends/cpu/microkernels/winograd.h"
 
@@ -28,6 +29,10 @@ bool isa_has_bfloat16_pairs();
 
 // The tiles for plain fp32 lanes, or for pairs of bfloat16; null where there are none.
 const micro::KernelTable* isa_tiles(bool pairs);
+
+// Copies listed channels of float pixels, or of bfloat16 pixels in pairs; null where plain loops must do.
+using ChannelGatherKernel = void (*)(const micro::ChannelGather&);
+ChannelGatherKernel isa_gather(bool pairs);
 
 // The microkernels of Winograd convolutions; null where there are none.
 const micro::WinogradTable* isa_winograd();

@@ -25,12 +25,48 @@ const float* zeros(int64_t count) {
 }  // namespace
 
 PixelAccess::PixelAccess(const NativeCall& n) {
-  const bool in_place = !n.bfloat16 && !n.has_prologue && n.x_stride_c == 1;
+  // All channels of bfloat16, an even number of them, lie in pairs already.
+  const bool readable = n.pairs ? !n.in_index && n.kept_in % 2 == 0 : !n.bfloat16;
+  const bool in_place = readable && !n.has_prologue && n.x_stride_c == 1;
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
   direct = in_place && !(mergeable && n.kept_out >= kPackedFrom);
   merged = !direct && mergeable;
   runs = merged ? n.taps / n.kernel_w : n.taps;
   steps = merged ? n.kernel_w * n.units : n.units;
+  if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && isa_gather(n.pairs)) plan_gather(n);
+}
+
+void PixelAccess::plan_gather(const NativeCall& n) {
+  const int64_t size = n.element_size(), lanes = micro::kGatherBytes / size;
+  gather_steps.reserve((n.kept_in + n.channels_in) / lanes + 2);
+  for (int64_t first = 0; first < n.kept_in; first += lanes) {
+    const size_t own = gather_steps.size();
+    const int64_t last = std::min(n.kept_in, first + lanes);
+    int64_t chunk = -1;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t channel = n.channel(i);
+      if (channel / lanes != chunk) {
+        chunk = channel / lanes;
+        gather_steps.emplace_back();
+        gather_steps.back().begin =
+            static_cast<int32_t>(std::max<int64_t>(0, std::min(chunk * lanes, n.channels_in - lanes)));
+      }
+      micro::GatherStep& step = gather_steps.back();
+      step.lanes |= 1u << (i - first);
+      step.places[(i - first) * size] = static_cast<unsigned char>(channel - step.begin);
+    }
+    const int64_t stored = n.pairs ? (last - first + 1) / 2 * 2 : last - first;
+    gather_steps[own].steps = static_cast<int32_t>(gather_steps.size() - own);
+    gather_steps[own].stored = static_cast<uint32_t>((uint64_t{1} << stored) - 1);
+  }
+}
+
+PixelSource::PixelSource(const NativeCall& n, const PixelAccess& access) : n_(n), access_(access) {
+  const bool inside = n.taps == 1 && n.pad_top == 0 && n.pad_left == 0 && n.stride_w == 1 && n.stride_h == 1 &&
+                      n.out_h == n.height && n.out_w == n.width;
+  const bool rows = n.out_h == 1 || n.x_stride_h == n.width * n.x_stride_w;
+  const bool images = n.batch == 1 || n.x_stride_n == n.height * n.width * n.x_stride_w;
+  if (inside && rows && images) stream_step_ = n.x_stride_w * n.element_size();
 }
 
 const int32_t* PixelSource::offsets() const {
@@ -40,6 +76,12 @@ const int32_t* PixelSource::offsets() const {
 void PixelSource::pointers(int64_t begin, int64_t end, int64_t rows, const float** table) {
   zeros_ = zeros(access_.direct ? n_.channels_in : access_.steps);
   if (!access_.direct) n_.taps == 1 ? pack_pixels(begin, end) : pack_rows(begin, end);
+  if (stream_step_) {
+    const char* first = access_.direct ? stream(begin) : reinterpret_cast<const char*>(panel_);
+    const int64_t step = access_.direct ? stream_step_ : n_.units * int64_t{4};
+    for (int64_t p = 0; p < end - begin; ++p) table[p] = reinterpret_cast<const float*>(first + p * step);
+    return;
+  }
   const int64_t area = n_.out_h * n_.out_w;
   int64_t image = begin / area, oh = begin % area / n_.out_w, ow = begin % n_.out_w;
   for (int64_t tile = begin; tile < end; tile += rows, table += access_.runs * rows) {
@@ -83,11 +125,17 @@ void PixelSource::prefetch(const float* const* tile, int64_t first, int64_t last
 void PixelSource::pack_pixels(int64_t begin, int64_t end) {
   const int64_t area = n_.out_h * n_.out_w;
   panel_ = thread_scratch(kPanelSlot, (end - begin) * n_.units);
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t ih = p % area / n_.out_w * n_.stride_h - n_.pad_top;
-    const int64_t iw = p % n_.out_w * n_.stride_w - n_.pad_left;
-    if (ih < 0 || ih >= n_.height || iw < 0 || iw >= n_.width) continue;
-    pack_pixel(n_.pixel(p / area, ih, iw), panel_ + (p - begin) * n_.units);
+  for (int64_t p = begin; p < end;) {
+    const int64_t ow = p % n_.out_w, count = std::min(n_.out_w - ow, end - p);
+    const int64_t ih = p % area / n_.out_w * n_.stride_h - n_.pad_top, iw = ow * n_.stride_w - n_.pad_left;
+    // The run's pixels inside the image: [low, high).
+    const int64_t low = iw >= 0 ? 0 : (-iw + n_.stride_w - 1) / n_.stride_w;
+    const int64_t high = iw >= n_.width ? 0 : std::min(count, (n_.width - 1 - iw) / n_.stride_w + 1);
+    if (ih >= 0 && ih < n_.height && low < high) {
+      pack_run(n_.pixel(p / area, ih, iw + low * n_.stride_w), n_.stride_w, high - low,
+               panel_ + (p - begin + low) * n_.units);
+    }
+    p += count;
   }
 }
 
@@ -111,22 +159,30 @@ void PixelSource::pack_rows(int64_t begin, int64_t end) {
   float* dst = panel_;
   for (size_t k = 0; k < rows_.size(); ++k) {
     for (int64_t ih = rows_[k].first; ih < rows_[k].first + rows_[k].count; ++ih) {
-      for (int64_t iw = -n_.pad_left; iw < columns_ - n_.pad_left; ++iw, dst += n_.units) {
-        if (iw < 0 || iw >= n_.width) {
-          std::fill(dst, dst + n_.units, 0.f);
-        } else {
-          pack_pixel(n_.pixel(first_image_ + static_cast<int64_t>(k), ih, iw), dst);
-        }
-      }
+      const int64_t image = first_image_ + static_cast<int64_t>(k);
+      const int64_t left = std::clamp<int64_t>(n_.pad_left, 0, columns_);
+      const int64_t inside = std::clamp<int64_t>(n_.width + n_.pad_left, left, columns_) - left;
+      std::fill_n(dst, left * n_.units, 0.f);
+      if (inside > 0) pack_run(n_.pixel(image, ih, left - n_.pad_left), 1, inside, dst + left * n_.units);
+      std::fill_n(dst + (left + inside) * n_.units, (columns_ - left - inside) * n_.units, 0.f);
+      dst += columns_ * n_.units;
     }
   }
 }
 
-void PixelSource::pack_pixel(const char* pixel, float* dst) const {
-  if (n_.bfloat16) {
-    pack_channels(reinterpret_cast<const c10::BFloat16*>(pixel), dst);
-  } else {
-    pack_channels(reinterpret_cast<const float*>(pixel), dst);
+void PixelSource::pack_run(const char* pixel, int64_t apart, int64_t count, float* dst) const {
+  const int64_t step = apart * n_.x_stride_w;
+  if (!access_.gather_steps.empty()) {
+    isa_gather(n_.pairs)({count, pixel, step, dst, n_.pairs ? 2 * n_.units : n_.units, n_.channels_in, n_.kept_in,
+                          access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p, pixel += step * n_.element_size(), dst += n_.units) {
+    if (n_.bfloat16) {
+      pack_channels(reinterpret_cast<const c10::BFloat16*>(pixel), dst);
+    } else {
+      pack_channels(reinterpret_cast<const float*>(pixel), dst);
+    }
   }
 }
 

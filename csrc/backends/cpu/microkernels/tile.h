@@ -30,6 +30,8 @@ struct TileArgs {
   const int32_t* offsets;
   const Segment* segments;
   int32_t segment_count;
+  const char*
+      ahead;  // bytes that will soon be wanted: as many of them are asked for as of the weight are read; or null
   // conv_nchw: panel[k * panel_stride + lane], `depth` steps.
   const float* panel;
   int64_t panel_stride;

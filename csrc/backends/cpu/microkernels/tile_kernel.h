@@ -59,8 +59,11 @@ struct Simd : Vectors<kLanes> {
   static inline __attribute__((always_inline)) Vec from_bfloat16(Halves v) {
     return (Vec)(__builtin_convertvector(v, Bits) << 16);
   }
-  // Round to nearest even; NaN stays NaN.
+  // Round to nearest even; NaN stays NaN. AVX512_BF16 takes denormal numbers for zero, as its products do.
   static inline __attribute__((always_inline)) Halves to_bfloat16(Vec v) {
+#if defined(__AVX512BF16__)
+    if constexpr (kLanes == 16) return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#endif
     const Bits bits = (Bits)v;
     const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
     return __builtin_convertvector((v == v ? rounded : bits | 0x400000u) >> 16, Halves);
@@ -95,6 +98,7 @@ struct Place {
   const float* shift;
   char* out;
   const char* residual;
+  const char* ahead;
 };
 
 // The first `count` < kLanes elements at p, zeros behind them, and their counterpart; nothing past them is touched.
@@ -122,11 +126,20 @@ inline auto load_part(const element_t* p, int count) {
   return S::load(part);
 }
 
+// Whether part of a vector is loaded and stored as fast as all of it.
+#if defined(__AVX512BW__)
+template <int kLanes>
+constexpr bool kMasks = kLanes == 16;
+#else
+template <int kLanes>
+constexpr bool kMasks = false;
+#endif
+
 template <int kLanes, class element_t, class vector_t>
 inline void store_part(element_t* p, vector_t v, int count) {
 #if defined(__AVX512BW__)
   if constexpr (kLanes == 16) {
-    const auto mask = static_cast<uint16_t>((1u << count) - 1);
+    const auto mask = static_cast<uint16_t>(count < kLanes ? (1u << count) - 1 : 0xffff);
     if constexpr (sizeof(element_t) == 4) {
       _mm512_mask_storeu_ps(p, mask, (__m512)v);
     } else {
@@ -138,6 +151,32 @@ inline void store_part(element_t* p, vector_t v, int count) {
   alignas(64) element_t part[kLanes];
   Simd<kLanes, false>::store(part, v);
   for (int i = 0; i < count; ++i) p[i] = part[i];
+}
+
+// The first `count` of two vectors' results at p, rounded to bfloat16.
+template <int kLanes, class Vec>
+inline __attribute__((always_inline)) void store_bfloat16(uint16_t* p, Vec first, Vec second, int count) {
+  using S = Simd<kLanes, false>;
+#if defined(__AVX512BF16__)
+  if constexpr (kLanes == 16) {
+    const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    if (count == 2 * kLanes) {
+      _mm512_storeu_si512(p, halves);
+    } else {
+      _mm512_mask_storeu_epi16(p, (1u << count) - 1, halves);
+    }
+    return;
+  }
+#endif
+  if (count == 2 * kLanes) {
+    S::store(p, S::to_bfloat16(first));
+    S::store(p + kLanes, S::to_bfloat16(second));
+  } else if (count <= kLanes) {
+    store_part<kLanes>(p, S::to_bfloat16(first), count);
+  } else {
+    S::store(p, S::to_bfloat16(first));
+    store_part<kLanes>(p + kLanes, S::to_bfloat16(second), count - kLanes);
+  }
 }
 
 // A ReLU with a largest result. NaN stays.
@@ -186,19 +225,94 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
   }
 }
 
+// Scale, shift, residual and ReLU of the sums of one tile. One pass over the registers for each: decided anew for every
+// register, each would cost as many branches.
+template <int kLanes, int kRows, int kVectors, bool kConvNchw, class Vec>
+inline __attribute__((always_inline)) void fuse(const TileArgs& t, const Place& at, Vec (&acc)[kRows][kVectors]) {
+  using S = Simd<kLanes, false>;
+  const auto all = [&](const auto& use) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) use(acc[r][v], r, v);
+    }
+  };
+  if (at.scale) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
+      y *= kConvNchw ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
+    });
+  }
+  if (at.shift) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
+      y += kConvNchw ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
+    });
+  }
+  if (at.residual && !t.bfloat16) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
+      const auto* p = reinterpret_cast<const float*>(at.residual + r * t.residual_row_stride) + v * kLanes;
+      const int count = t.valid - v * kLanes;
+      y += count >= kLanes ? S::load(p) : load_part<kLanes>(p, count < 0 ? 0 : count);
+    });
+  } else if (at.residual) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
+      const auto* p = reinterpret_cast<const uint16_t*>(at.residual + r * t.residual_row_stride) + v * kLanes;
+      const int count = t.valid - v * kLanes;
+      y += S::from_bfloat16(count >= kLanes ? S::load(p) : load_part<kLanes>(p, count < 0 ? 0 : count));
+    });
+  }
+  if (t.relu) {
+    const Vec most = S::broadcast(t.out_max);
+    all([&](Vec& y, int, int) __attribute__((always_inline)) { y = clamped<kLanes>(y, most); });
+  }
+}
+
+template <int kLanes, int kRows, int kVectors, class Vec>
+inline __attribute__((always_inline)) void store_floats(const TileArgs& t, const Place& at,
+                                                        const Vec (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Simd<kLanes, false>::store(reinterpret_cast<float*>(at.out + r * t.out_row_stride) + v * kLanes, acc[r][v]);
+    }
+  }
+}
+
+// Rows of bfloat16, or cut short.
+template <int kLanes, bool kPairs, int kRows, int kVectors, class Vec>
+inline __attribute__((always_inline)) void store_parts(const TileArgs& t, const Place& at,
+                                                       const Vec (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    char* out = at.out + r * t.out_row_stride;
+    if (kPairs && t.bfloat16) {
+      store_bfloat16<kLanes>(reinterpret_cast<uint16_t*>(out), acc[r][0], acc[r][kVectors - 1], t.valid);
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int count = t.valid - v * kLanes;
+      if (count > 0) store_part<kLanes>(reinterpret_cast<float*>(out) + v * kLanes, acc[r][v], count);
+    }
+  }
+}
+
 template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kConvNchw>
-inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Place& at) {
+inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at) {
   using S = Simd<kLanes, kPairs>;
   using Vec = typename S::Vec;
   constexpr int kWidth = kVectors * kLanes;
   Vec acc[kRows][kVectors];
   if (!t.store_partial) {
     // The result's lines are fetched while the sums are built, so that the stores at the end do not wait for them.
-    // One for each 64 bytes of a float row; of bfloat16 rows the second is the next panel's, soon wanted too.
+    // Of a bfloat16 row that is not aligned to lines, the second is the next panel's first.
+    constexpr int kLine = kPairs ? 32 : 16;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int line = 0; line < kWidth; line += 16) __builtin_prefetch(at.out + r * t.out_row_stride + line * 4, 1);
+      for (int line = 0; line < kWidth; line += kLine) {
+        __builtin_prefetch(at.out + r * t.out_row_stride + line * (64 / kLine), 1);
+      }
     }
   }
   if (t.load_partial) {
@@ -232,6 +346,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
       w += kRows;
     }
   } else {
+    const int64_t ahead = t.ahead ? at.ahead - reinterpret_cast<const char*>(w) : 0;
     for (int s = 0; s < t.segment_count; ++s) {
       const Segment& segment = t.segments[s];
       const float* row[kRows];
@@ -241,6 +356,10 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
       const int32_t* const end = offset + segment.count;
       for (; offset != end; ++offset) {
         const int64_t place = *offset;
+#pragma GCC unroll 4
+        for (int line = 0; line < kWidth; line += 16) {
+          __builtin_prefetch(reinterpret_cast<const char*>(w + line) + ahead);
+        }
         Vec b[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) b[v] = S::load(w + v * kLanes);
@@ -253,6 +372,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
         w += kWidth;
       }
     }
+    if (t.ahead) at.ahead = reinterpret_cast<const char*>(w) + ahead;
   }
 
   if (t.store_partial) {
@@ -264,34 +384,19 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
     return;
   }
   const bool whole = t.valid == kWidth && !t.bfloat16;
-  if (whole && !at.scale && !at.shift && !at.residual && !t.relu) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        S::store(reinterpret_cast<float*>(at.out + r * t.out_row_stride) + v * kLanes, acc[r][v]);
-      }
-    }
+  const bool plain = !at.scale && !at.shift && !at.residual && !t.relu;
+  if (whole && plain) {
+    store_floats<kLanes>(t, at, acc);
     return;
   }
-  // Only the largest tile finishes in registers: unrolled for every size this would be most of the code.
-  if constexpr (kRows == kTileRows && kVectors == kMaxVectors) {
-    if (whole) {
-      const Vec most = S::broadcast(t.out_max);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        float* out = reinterpret_cast<float*>(at.out + r * t.out_row_stride);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          Vec y = acc[r][v];
-          if (at.scale) y *= kConvNchw ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
-          if (at.shift) y += kConvNchw ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
-          if (at.residual) {
-            y += S::load(reinterpret_cast<const float*>(at.residual + r * t.residual_row_stride) + v * kLanes);
-          }
-          if (t.relu) y = clamped<kLanes>(y, most);
-          S::store(out + v * kLanes, y);
-        }
+  // Only the largest tiles finish in registers: unrolled for every size this would be most of the code.
+  if constexpr (kRows == kTileRows && (kVectors == kMaxVectors || kMasks<kLanes>)) {
+    if (t.bfloat16 ? kPairs : whole || kMasks<kLanes>) {
+      if (!plain) fuse<kLanes, kRows, kVectors, kConvNchw>(t, at, acc);
+      if (whole) {
+        store_floats<kLanes>(t, at, acc);
+      } else {
+        store_parts<kLanes, kPairs>(t, at, acc);
       }
       return;
     }
@@ -307,7 +412,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, const Pla
 
 template <int kLanes, bool kPairs, int kTileRows, int kRows, int kVectors, bool kConvNchw>
 void tile_kernel(const TileArgs& t) {
-  Place at{t.weight, t.source, t.partial, t.scale, t.shift, t.out, t.residual};
+  Place at{t.weight, t.source, t.partial, t.scale, t.shift, t.out, t.residual, t.ahead};
   for (int i = t.tiles; i > 0; --i) {
     one_tile<kLanes, kPairs, kTileRows, kRows, kVectors, kConvNchw>(t, at);
     at.weight += t.weight_step;
