@@ -1,4 +1,4 @@
-"""Listed channels of channels_last pixels that are copied side by side, a vector of them at a time where there is one."""
+"""Listed channels of channels_last pixels that are copied side by side, whole vectors at a time where there are any."""
 
 from __future__ import annotations
 

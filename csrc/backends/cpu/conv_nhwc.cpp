@@ -22,8 +22,18 @@ constexpr int64_t kPixelsPerPackedBlock = 240;
 constexpr int64_t kWeightsNear = 192 * 1024;
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 16;
-// Pixels up to this size are read and packed at once where the tiles visit all panels: they stay in the L1 cache.
-constexpr int64_t kPackedNear = 16 * 1024;
+// Pixels up to this size are taken at once where all weights are near and pixels are many: they stay in the cache.
+constexpr int64_t kPixelsNear = 64 * 1024;
+
+// Packed pixels that stay in the L2 cache beside a panel of weights.
+constexpr int64_t kPackedBytes = 128 * 1024;
+
+// Which tiles follow each other in a block.
+enum class Order {
+  kPanelByPanel,  // weights that are read again only by the next block
+  kTileByTile,    // weights that stay in the cache: each tile visits all panels
+  kStream,        // the same with pixels one behind the other: small blocks, which the kernel's calls run along
+};
 
 // The reduction cut into blocks of about equal length, each a run of segments.
 struct Reduction {
@@ -57,7 +67,7 @@ struct Reduction {
 // Output pixels [begin, end), whose channels are packed together where they are packed at all, x weight panels
 // [first_panel, last_panel).
 void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, PixelSource& source,
-               const float* weight, bool panels_inside, int64_t begin, int64_t end, int64_t first_panel,
+               const float* weight, Order order, bool& out_near, int64_t begin, int64_t end, int64_t first_panel,
                int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
@@ -105,38 +115,67 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
       n.tiles->conv_nhwc[tile_rows - 1][vectors - 1](t);
     };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
-    if (!panels_inside) {
+    if (order == Order::kPanelByPanel) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         if (full_tiles > 0) run(0, rows, panel, full_tiles, false);
         if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
       }
-      continue;
-    }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
-      // While a tile is computed, pixels that come after it come closer: the next tile's, or where blocks are packed
-      // the tile's share of the next block. Where they follow each other in memory the kernel asks for them.
-      const int64_t coming = begin + tile * rows + (access.direct ? rows : end - begin);
-      const char* ahead = b == 0 && coming < n.pixels() ? source.stream(coming) : nullptr;
-      const int64_t panel_bytes = block.steps * width * int64_t{4};
-      int64_t asking = ahead ? (std::min(rows, n.pixels() - coming) * source.stream_step() - 1) / panel_bytes + 1 : 0;
-      asking = std::min(asking, full_panels);
-      t.ahead = ahead;
-      if (asking > 0) {
-        run(tile, tile_rows, first_panel, asking, true);
+    } else if (order == Order::kStream) {
+      // While a block is computed, the next one's pixels come closer, and then the lines of its results.
+      const int64_t coming = std::min(end - begin, n.pixels() - end);
+      const int64_t panel_bytes = block.steps * width * int64_t{4};  // of one tile
+      int64_t panel = 0;
+      const auto run_panels = [&](int64_t count) {
+        if (full_tiles == 1) {
+          run(0, rows, first_panel + panel, count, true);
+        } else {
+          for (int64_t p = panel; p < panel + count; ++p) {
+            run(0, rows, first_panel + p, full_tiles, false);
+            if (t.ahead) t.ahead += full_tiles * panel_bytes;
+          }
+        }
+        panel += count;
+      };
+      // The tiles ask for one line of those that a vector of weights each takes: the others are left to further panels.
+      const auto ask = [&](const char* memory, int64_t bytes) {
+        const int64_t one = full_tiles * panel_bytes, most = (bytes + one - 1) / one;
+        bool all = true;
+        for (int64_t line = 0; line < width * 4; line += 64) {
+          const int64_t count = std::min(most, full_panels - panel);
+          t.ahead = memory + line;
+          if (count > 0) run_panels(count);
+          all = all && count == most;
+        }
         t.ahead = nullptr;
+        return all;
+      };
+      t.out_near = out_near;
+      out_near = false;
+      if (full_tiles > 0 && coming > 0) {
+        if (b == 0) ask(source.stream(end), coming * source.stream_step());
+        if (!t.store_partial && panel < full_panels && first_panel == 0 && last_panel * width >= n.kept_out) {
+          out_near = ask(n.y + end * row_bytes, coming * row_bytes);
+        }
       }
-      const bool by_lines = b == 0 && !ahead && tile + 1 < full_tiles;
-      const float* const* next = table + (tile + 1) * access.runs * rows;
-      const int64_t others = full_panels - asking;
-      const int64_t chunks = by_lines ? std::max<int64_t>(1, std::min(others, source.lines(rows) / kLinesAtOnce)) : 1;
-      for (int64_t c = 0; c < chunks; ++c) {
-        if (by_lines) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
-        const int64_t p = others * c / chunks, q = others * (c + 1) / chunks;
-        if (q > p) run(tile, tile_rows, first_panel + asking + p, q - p, true);
+      if (full_tiles > 0 && panel < full_panels) run_panels(full_panels - panel);
+      if (full_tiles > 0 && full_panels < panels) run(0, rows, last_panel - 1, full_tiles, false);
+      if (last_rows > 0 && full_panels > 0) run(full_tiles, last_rows, first_panel, full_panels, true);
+      if (last_rows > 0 && full_panels < panels) run(full_tiles, last_rows, last_panel - 1, 1, true);
+    } else {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t tile_rows = std::min(rows, end - begin - tile * rows);
+        // While a tile is computed, the next one's pixels come closer, a few lines at a time.
+        const bool ahead = b == 0 && tile + 1 < full_tiles;
+        const float* const* next = table + (tile + 1) * access.runs * rows;
+        const int64_t chunks =
+            ahead ? std::max<int64_t>(1, std::min(full_panels, source.lines(rows) / kLinesAtOnce)) : 1;
+        for (int64_t c = 0; c < chunks; ++c) {
+          if (ahead) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
+          const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
+          if (q > p) run(tile, tile_rows, first_panel + p, q - p, true);
+        }
+        if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
       }
-      if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
-      t.ahead = nullptr;
     }
   }
 }
@@ -148,13 +187,16 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   int64_t steps = 0;
   for (const auto& block : reduction.blocks) steps = std::max(steps, block.steps);
   const int64_t rows = n.tiles->rows, width = micro::kMaxVectors * n.tiles->lanes;
-  const bool panels_inside = steps * (last_panel - first_panel) * width * int64_t{4} <= kWeightsNear;
+  const bool near = steps * (last_panel - first_panel) * width * int64_t{4} <= kWeightsNear;
+  const Order order = !near ? Order::kPanelByPanel : source.stream_step() ? Order::kStream : Order::kTileByTile;
   int64_t pixels = end - begin;
-  if (panels_inside && !access.direct && n.taps == 1) {
-    pixels = std::max<int64_t>(2, kPackedNear / (n.channels_in * n.element_size() * rows)) * rows;
+  if (order == Order::kStream) pixels = std::max<int64_t>(1, kPixelsNear / (source.stream_step() * rows)) * rows;
+  if (order == Order::kPanelByPanel && n.taps == 1 && !access.direct) {
+    pixels = std::max<int64_t>(2, kPackedBytes / (access.pixel_floats * 4 * rows)) * rows;
   }
+  bool out_near = false;
   for (int64_t first = begin; first < end; first += pixels) {
-    run_block(n, access, reduction, source, weight, panels_inside, first, std::min(end, first + pixels), first_panel,
+    run_block(n, access, reduction, source, weight, order, out_near, first, std::min(end, first + pixels), first_panel,
               last_panel);
   }
 }

@@ -9,6 +9,8 @@ namespace {
 constexpr int kPanelSlot = 2;
 // With fewer results per pixel, copying its channels costs more than the shorter loops save.
 constexpr int64_t kPackedFrom = 32;
+// Pixels at a multiple of this distance share the sets of the L1 cache: a tile of 14 has too many for its ways.
+constexpr int64_t kSetBytes = 4096;
 
 const int32_t* counting(int64_t count) {
   thread_local std::vector<int32_t> numbers;
@@ -26,13 +28,18 @@ const float* zeros(int64_t count) {
 
 PixelAccess::PixelAccess(const NativeCall& n) {
   // All channels of bfloat16, an even number of them, lie in pairs already.
-  const bool readable = n.pairs ? !n.in_index && n.kept_in % 2 == 0 : !n.bfloat16;
+  const bool paired = !n.in_index && n.kept_in % 2 == 0 && reinterpret_cast<uintptr_t>(n.x) % 4 == 0 &&
+                      (n.x_stride_n | n.x_stride_h | n.x_stride_w) % 2 == 0;
+  const bool readable = n.pairs ? paired : !n.bfloat16;
   const bool in_place = readable && !n.has_prologue && n.x_stride_c == 1;
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
-  direct = in_place && !(mergeable && n.kept_out >= kPackedFrom);
+  const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && isa_gather(n.pairs);
+  direct = in_place && !((mergeable || crowded) && n.kept_out >= kPackedFrom);
   merged = !direct && mergeable;
   runs = merged ? n.taps / n.kernel_w : n.taps;
   steps = merged ? n.kernel_w * n.units : n.units;
+  pixel_floats = n.units;
+  if (!direct && n.taps == 1 && n.units * int64_t{4} % (kSetBytes / 4) == 0) pixel_floats += 16;
   if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && isa_gather(n.pairs)) plan_gather(n);
 }
 
@@ -78,7 +85,7 @@ void PixelSource::pointers(int64_t begin, int64_t end, int64_t rows, const float
   if (!access_.direct) n_.taps == 1 ? pack_pixels(begin, end) : pack_rows(begin, end);
   if (stream_step_) {
     const char* first = access_.direct ? stream(begin) : reinterpret_cast<const char*>(panel_);
-    const int64_t step = access_.direct ? stream_step_ : n_.units * int64_t{4};
+    const int64_t step = access_.direct ? stream_step_ : access_.pixel_floats * int64_t{4};
     for (int64_t p = 0; p < end - begin; ++p) table[p] = reinterpret_cast<const float*>(first + p * step);
     return;
   }
@@ -108,7 +115,7 @@ const float* PixelSource::run_pointer(int64_t image, int64_t oh, int64_t ow, int
   if (single || access_.direct) {
     if (iw < 0 || iw >= n_.width) return zeros_;
     if (access_.direct) return reinterpret_cast<const float*>(n_.pixel(image, ih, iw));
-    return panel_ + local * n_.units;
+    return panel_ + local * access_.pixel_floats;
   }
   const Rows& r = rows_[image - first_image_];
   return panel_ + ((r.offset + ih - r.first) * columns_ + column) * n_.units;
@@ -124,7 +131,7 @@ void PixelSource::prefetch(const float* const* tile, int64_t first, int64_t last
 // One pixel of input for each output pixel: a 1x1 convolution of any stride.
 void PixelSource::pack_pixels(int64_t begin, int64_t end) {
   const int64_t area = n_.out_h * n_.out_w;
-  panel_ = thread_scratch(kPanelSlot, (end - begin) * n_.units);
+  panel_ = thread_scratch(kPanelSlot, (end - begin) * access_.pixel_floats);
   for (int64_t p = begin; p < end;) {
     const int64_t ow = p % n_.out_w, count = std::min(n_.out_w - ow, end - p);
     const int64_t ih = p % area / n_.out_w * n_.stride_h - n_.pad_top, iw = ow * n_.stride_w - n_.pad_left;
@@ -133,7 +140,7 @@ void PixelSource::pack_pixels(int64_t begin, int64_t end) {
     const int64_t high = iw >= n_.width ? 0 : std::min(count, (n_.width - 1 - iw) / n_.stride_w + 1);
     if (ih >= 0 && ih < n_.height && low < high) {
       pack_run(n_.pixel(p / area, ih, iw + low * n_.stride_w), n_.stride_w, high - low,
-               panel_ + (p - begin + low) * n_.units);
+               panel_ + (p - begin + low) * access_.pixel_floats);
     }
     p += count;
   }
@@ -173,11 +180,12 @@ void PixelSource::pack_rows(int64_t begin, int64_t end) {
 void PixelSource::pack_run(const char* pixel, int64_t apart, int64_t count, float* dst) const {
   const int64_t step = apart * n_.x_stride_w;
   if (!access_.gather_steps.empty()) {
-    isa_gather(n_.pairs)({count, pixel, step, dst, n_.pairs ? 2 * n_.units : n_.units, n_.channels_in, n_.kept_in,
-                          access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});
+    isa_gather(n_.pairs)({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in,
+                          n_.kept_in, access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift,
+                          n_.in_relu});
     return;
   }
-  for (int64_t p = 0; p < count; ++p, pixel += step * n_.element_size(), dst += n_.units) {
+  for (int64_t p = 0; p < count; ++p, pixel += step * n_.element_size(), dst += access_.pixel_floats) {
     if (n_.bfloat16) {
       pack_channels(reinterpret_cast<const c10::BFloat16*>(pixel), dst);
     } else {

@@ -30,8 +30,10 @@ struct TileArgs {
   const int32_t* offsets;
   const Segment* segments;
   int32_t segment_count;
-  const char*
-      ahead;  // bytes that will soon be wanted: as many of them are asked for as of the weight are read; or null
+  // Memory that will soon be wanted, or null: each step asks for the line at `ahead`, which moves on as the weight
+  // does, from tile to tile.
+  const char* ahead;
+  bool out_near;  // the result's lines have been asked for
   // conv_nchw: panel[k * panel_stride + lane], `depth` steps.
   const float* panel;
   int64_t panel_stride;

@@ -303,7 +303,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at
   using Vec = typename S::Vec;
   constexpr int kWidth = kVectors * kLanes;
   Vec acc[kRows][kVectors];
-  if (!t.store_partial) {
+  if (!t.store_partial && !t.out_near) {
     // The result's lines are fetched while the sums are built, so that the stores at the end do not wait for them.
     // Of a bfloat16 row that is not aligned to lines, the second is the next panel's first.
     constexpr int kLine = kPairs ? 32 : 16;
@@ -356,10 +356,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at
       const int32_t* const end = offset + segment.count;
       for (; offset != end; ++offset) {
         const int64_t place = *offset;
-#pragma GCC unroll 4
-        for (int line = 0; line < kWidth; line += 16) {
-          __builtin_prefetch(reinterpret_cast<const char*>(w + line) + ahead);
-        }
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead);
         Vec b[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) b[v] = S::load(w + v * kLanes);
