@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder for the files and rows.json (default: a temporary one)")
     options = parser.parse_args(arguments)
-    console = Console()
+    # Files and pipes have no width of their own, and would cut the columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(options.threads)
     formats = options.formats or list(FORMATS)
     for name in [] if options.formats else list(formats):
