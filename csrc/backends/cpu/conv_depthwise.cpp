@@ -2,8 +2,7 @@
 //   y[j] = relu?(scale[j] * (conv(x[list[j]], w[list[j]]) + bias[list[j]]) + shift[j] + residual[j])
 //   channels_last  tasks are rows of results x groups of channels; inputs are read where they lie, and the pixels whose
 //                  filter reaches beyond the image have fewer taps, one pixel at a time
-//   contiguous     tasks are strips of rows of a channel, whose inputs are copied first, with zeros around them and
-//   each
+//   contiguous     tasks are strips of rows of a channel, whose inputs are copied first, with zeros around them, each
 //                  phase of the stride by itself, so that neighbouring results read neighbouring inputs
 // No atomics; taps are added in order, so results do not vary with the number of threads or the batch.
 #include "backends/cpu/depthwise.h"
@@ -33,9 +32,6 @@ constexpr int64_t kStripFloats = 4096;
 constexpr int64_t kProductsPerThread = 200'000;
 // Rows of results for each thread, from which on they alone are shared out.
 constexpr int64_t kRowsPerThread = 8;
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // channels_last: [channels / lanes][tap][lanes], zeros behind the last channel. Else [channel][tap].
 at::Tensor pack_weight(const NativeCall& n, int64_t lanes, bool channels_last) {

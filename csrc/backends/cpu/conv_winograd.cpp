@@ -33,9 +33,6 @@ constexpr double kOvershoot = 1.25;
 // Another cut is taken only where it ends so much sooner.
 constexpr double kWorthwhile = 0.95;
 
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
 // Tiles of a block: rows and columns of tiles of consecutive images.
 struct Block {
   int64_t first_image, images, first_row, rows, first_column, columns;

@@ -23,8 +23,6 @@ constexpr int64_t kProductsPerThread = 200'000;
 // Copies of listed weights that serve fewer take more than 3 % of the time.
 constexpr int64_t kPixelsForCopy = 256;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 const float* float_data(NativeCall& n, const OptionalTensor& t) {
   if (!has_value(t)) return nullptr;
   n.keep_alive.push_back(t->to(at::kFloat).contiguous());

@@ -13,6 +13,9 @@
 
 namespace bap_kernels {
 
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
 // Most steps of the reduction in one pass over the weights: a weight panel of this depth stays in the L1 cache.
 constexpr int64_t kReductionBlock = 320;
 
