@@ -36,8 +36,7 @@ _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 # Compute capabilities built by default, with the first nvcc that knows each. Code of 8.0 runs on 8.6 and 8.9, that of
 # 10.0 on 10.3, that of 12.0 on 12.1; they have no instruction that the kernels would use besides, and each more would
-# cost a fifth of the build. The products of
-# warpgroups need 9.0a, whose code runs on 9.0 and nowhere else.
+# cost a fifth of the build. WGMMA needs 9.0a, whose code runs on 9.0 and nowhere else.
 DEFAULT_ARCHS: dict[str, tuple[int, int]] = {
     "8.0": (11, 0),
     "9.0a": (12, 0),
