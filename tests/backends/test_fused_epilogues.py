@@ -131,7 +131,7 @@ def test_unkept_weights_leave_the_scale_to_one_pass() -> None:
 def test_each_candidate_folds(dtype: torch.dtype, layout: str, candidate: str) -> None:
     sample = make_tensors(CASE.but(layout=layout, dtype=dtype))
     if candidate == "gather_packed" and not packs(dtype):
-        pytest.skip("no oneDNN for this dtype")
+        pytest.skip(f"this torch does not prepack weights of {dtype}: no oneDNN for it")
     for flags in (
         (*NORM, "out_relu"),
         (*NORM, "residual", "out_relu"),
@@ -249,7 +249,7 @@ def test_each_change_of_a_folded_vector_is_used(name: str, write: Callable[[Tens
     sample = make_tensors(CASE.but(out_list="null", layout="channels_last"))
     flags = (*NORM, "out_relu", *(("in_scale",) if name == "in_scale" else ()))
     if candidate == "gather_packed" and not packs(torch.float32):
-        pytest.skip("no oneDNN")
+        pytest.skip("this torch does not prepack weights: no oneDNN")
     if "in_scale" in flags and candidate == "dense":
         pytest.skip("the dense candidate has no prologue")
     fused = make_fused(sample, flags, torch.float32)
