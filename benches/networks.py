@@ -184,8 +184,9 @@ def conv_flop(model: nn.Module, example: Tensor, lists: dict[str, Tensor]) -> tu
         def hook(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
             nonlocal full, kept_flop
             per_channel = 2.0 * output.numel() * module.weight[0, 0].numel()
-            full += per_channel * module.in_channels
-            kept_flop += per_channel * (len(lists[name]) if name in lists else module.in_channels)
+            own = module.weight.shape[1]
+            full += per_channel * own
+            kept_flop += per_channel * (len(lists[name]) if name in lists else own)
 
         return hook
 

@@ -61,6 +61,13 @@ def test_grouped_convolutions_have_no_lists() -> None:
     assert list(networks.in_lists(model, 0.5, 0)) == ["2"]
 
 
+def test_flop_counts_the_channels_that_a_filter_reads() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 4, 1, bias=False))
+    full, kept = networks.conv_flop(model, torch.zeros(1, 8, 5, 5), {"1": torch.arange(3)})
+    depthwise = 2 * 8 * 9 * 9
+    assert (full, kept) == (depthwise + 2 * 9 * 4 * 8, depthwise + 2 * 9 * 4 * 3)
+
+
 def test_network_rows_have_errors_and_peaks(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The small network does not exist in a new process.
     monkeypatch.setattr(networks, "can_measure_peak", lambda: True)

@@ -31,7 +31,9 @@ def grid_of_two(case: Case, batch: int, layout: str) -> tuple[int, int]:
     pixels, taps = batch * oH * oW, case.kernel**2
     if layout == "channels_last":
         tiles, panels = -(-pixels // rows), -(-case.C_out // width)
-        per_block = (120 if taps == 1 else 240) // rows
+        # Where vectors gather, pixels a multiple of 4096 bytes apart are packed, as those of several taps are.
+        crowded = _C.isa() == "avx512" and 4 * case.C_in % 4096 == 0
+        per_block = (240 if taps > 1 or crowded else 120) // rows
         if tiles < per_block and panels >= 2:
             return max(1, (tiles + per_block // 2) // per_block), 2
         blocks = max(1, (tiles + per_block // 2) // per_block)
@@ -69,14 +71,23 @@ def test_tasks_do_the_same_work_for_any_number_of_threads(kind: str) -> None:
         assert one * 0.99 <= work <= 3 * one, threads
 
 
+# The most that may be idle, with tiles of 16 lanes and with narrower ones: wide panels of filters are few, at 7x7 too
+# few for 64 threads.
+IDLE = {
+    ("direct", 8): (0.15, 0.1),
+    ("direct", 64): (0.4, 0.3),
+    ("winograd", 8): (0.1, 0.1),
+    ("winograd", 64): (0.6, 0.1),
+    ("gradients", 8): (0.25, 0.25),
+}
+
+
 @pytest.mark.parametrize("layout", simulate_threads.FORMATS)
-@pytest.mark.parametrize(
-    ("kind", "threads", "most"),
-    [("direct", 8, 0.1), ("direct", 64, 0.3), ("winograd", 8, 0.1), ("winograd", 64, 0.1), ("gradients", 8, 0.25)],
-)
-def test_few_threads_are_idle(kind: str, threads: int, most: float, layout: str) -> None:
+@pytest.mark.parametrize(("kind", "threads"), IDLE)
+def test_few_threads_are_idle(kind: str, threads: int, layout: str) -> None:
+    wide, narrow = IDLE[kind, threads]
     idle, _ = network_idle(kind, 1, layout, threads)
-    assert idle <= most
+    assert idle <= (wide if _C.isa() == "avx512" else narrow)
 
 
 def test_recording_computes_nothing_and_ends() -> None:

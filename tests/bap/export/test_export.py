@@ -34,7 +34,9 @@ def narrow() -> nn.Module:
 def test_files_give_the_plans_outputs(narrow: nn.Module, tmp_path: Path, name: str) -> None:
     if reason := unavailable_reason(FORMATS[name]):
         pytest.skip(reason)
-    rows = [export_domain(narrow, domain, X, tmp_path, [name], rounds=1)[0] for domain in ("a", "b")]
+    # AOTInductor compiles C++ for each domain.
+    domains = ("b",) if name == "aoti" else ("a", "b")
+    rows = [export_domain(narrow, domain, X, tmp_path, [name], rounds=1)[0] for domain in domains]
     for row in rows:
         assert 0 < row.change < 1e-4
         assert row.milliseconds > 0 < row.plan_milliseconds
@@ -42,7 +44,7 @@ def test_files_give_the_plans_outputs(narrow: nn.Module, tmp_path: Path, name: s
         assert row.bytes == sum(file.stat().st_size for file in files) > 1000
     # The file stands for itself, and takes inputs of its shape.
     x = torch.randn(X.shape)
-    run = FORMATS[name].load(Path(rows[1].file), torch.get_num_threads())
+    run = FORMATS[name].load(Path(rows[-1].file), torch.get_num_threads())
     bk.set_domain(narrow, "b")
     with torch.inference_mode():
         torch.testing.assert_close(run(x), narrow(x), rtol=1e-3, atol=1e-4)

@@ -75,7 +75,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_lost_machine_leaves_the_table_of_the_serial_study(
     cluster: Any, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.replace(epochs=12, pretrain_epochs=1, domains=["shapes", "digits"])
+    config = tiny.replace(epochs=6, pretrain_epochs=1, domains=["shapes", "digits"])
     nodes = [cluster.add_machine(), cluster.add_machine()]
     said: list[str] = []
     lost: list[tuple[str, int]] = []
