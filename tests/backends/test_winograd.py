@@ -172,13 +172,14 @@ def test_threads_do_not_change_results(shape: tuple[int, ...], layout: str, size
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3):
+        # With 48, rows of tiles are cut as well.
+        for count in (1, 2, 3, 48):
             torch.set_num_threads(count)
             results.append(run(sample, "native"))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for result in results[1:]:
+        assert torch.equal(results[0], result)
     alone = make_tensors(Case(batch, C_in, C_out, (height, width), layout=layout))
     alone.input = lay_out(alone.input[:1].clone(), layout)
     assert torch.equal(run(alone, "native"), results[0][:1]), "a sample's result depends on the batch"

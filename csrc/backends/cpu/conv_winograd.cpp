@@ -159,10 +159,12 @@ void Geometry::cut(const NativeCall& n, int64_t most, int64_t shared) {
     }
     return;
   }
-  const int64_t column_parts = ceil_div(tile_columns, most);
+  int64_t column_parts = ceil_div(tile_columns, most);
   const int64_t rows = std::max<int64_t>(1, most / ceil_div(tile_columns, column_parts));
   int64_t row_parts = ceil_div(tile_rows, rows);
   while (row_parts < tile_rows && n.batch * row_parts * column_parts % shared != 0) ++row_parts;
+  // For many threads rows of tiles may be too few.
+  while (shared > 2 && n.batch * row_parts * column_parts < shared && column_parts < tile_columns) ++column_parts;
   for (int64_t image = 0; image < n.batch; ++image) {
     for (int64_t r = 0; r < row_parts; ++r) {
       const int64_t first_row = r * tile_rows / row_parts, end_row = (r + 1) * tile_rows / row_parts;
