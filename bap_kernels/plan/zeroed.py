@@ -21,6 +21,7 @@ from bap_kernels.flow.graph import Op
 from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import folded_norm, norm_parts
 from bap_kernels.flow.ops import Call
+from bap_kernels.layer_kinds import PlannedModel
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.swap import unswappable_reason
 from bap_kernels.plan.compare import not_finite
@@ -111,7 +112,8 @@ def _refuse_unreadable(op: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         hint = " Hint: load a state dict into its network first." if isinstance(model, Mapping) else ""
         raise TypeError(f"{op}(): expected `model` to be a network, got {type(model).__name__}.{hint}")
-    inner = {"OptimizedModule": "_orig_mod", "PlannedNetwork": "model"}.get(type(model).__name__)
+    # Of torch.compile, by its attribute: importing its class would load the compiler.
+    inner = "model" if isinstance(model, PlannedModel) else "_orig_mod" if hasattr(model, "_orig_mod") else None
     if inner is not None or isinstance(model, torch.jit.ScriptModule):
         hint = "" if inner is None else f" Hint: give its `{inner}`."
         raise TypeError(f"{op}(): expected `model` to be a network of layers, got {type(model).__name__}.{hint}")

@@ -251,7 +251,7 @@ def test_each_change_of_a_folded_vector_is_used(name: str, write: Callable[[Tens
     if candidate == "gather_packed" and not packs(torch.float32):
         pytest.skip("this torch does not prepack weights: no oneDNN")
     if "in_scale" in flags and candidate == "dense":
-        pytest.skip("the dense candidate has no prologue")
+        pytest.skip("the candidate `dense` takes no scale of its input, so `auto` never offers it such a call")
     fused = make_fused(sample, flags, torch.float32)
     for _ in range(3):
         for _ in range(2):
@@ -354,7 +354,7 @@ def gpu_calls(sample: Sample, fused: dict[str, Any], mode: FakeCudnn, **options:
 def test_one_call_of_cudnn_is_all(dtype: torch.dtype, layout: str, device: str) -> None:
     # Meta tensors have no values: what is kept is told by identity, as on a GPU.
     if device == "meta" and dtype == torch.float16:
-        pytest.skip("float16 looks at the weight")
+        pytest.skip("folding a scale into float16 weights reads their values, which meta tensors do not have")
     for bias in (False, True):
         sample = make_tensors(CASE.but(layout=layout, dtype=dtype, in_list="null", bias=bias))
         for flags in ((*NORM, "out_relu"), ("out_relu",), (*NORM, "residual", "out_relu"), ("residual", "out_relu")):

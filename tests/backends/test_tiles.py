@@ -31,7 +31,7 @@ TABLES = {
 def compiler() -> str:
     found = shutil.which("g++")
     if found is None:
-        pytest.skip("no g++")
+        pytest.skip("compiles the tile test program, and found no g++ on the PATH")
     if "avx2" not in tile_test.isas_here():
         pytest.skip("this CPU has no AVX2")
     return found

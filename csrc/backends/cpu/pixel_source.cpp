@@ -33,14 +33,18 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   const bool readable = n.pairs ? paired : !n.bfloat16;
   const bool in_place = readable && !n.has_prologue && n.x_stride_c == 1;
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
-  const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && isa_gather(n.pairs);
+  const ChannelGatherKernel by_vectors = isa_gather(n.pairs);
+  const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && by_vectors;
   direct = in_place && !((mergeable || crowded) && n.kept_out >= kPackedFrom);
   merged = !direct && mergeable;
   runs = merged ? n.taps / n.kernel_w : n.taps;
   steps = merged ? n.kernel_w * n.units : n.units;
   pixel_floats = n.units;
   if (!direct && n.taps == 1 && n.units * int64_t{4} % (kSetBytes / 4) == 0) pixel_floats += 16;
-  if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && isa_gather(n.pairs)) plan_gather(n);
+  if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && by_vectors) {
+    gather = by_vectors;
+    plan_gather(n);
+  }
 }
 
 void PixelAccess::plan_gather(const NativeCall& n) {
@@ -179,10 +183,9 @@ void PixelSource::pack_rows(int64_t begin, int64_t end) {
 
 void PixelSource::pack_run(const char* pixel, int64_t apart, int64_t count, float* dst) const {
   const int64_t step = apart * n_.x_stride_w;
-  if (!access_.gather_steps.empty()) {
-    isa_gather(n_.pairs)({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in,
-                          n_.kept_in, access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift,
-                          n_.in_relu});
+  if (access_.gather) {
+    access_.gather({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in, n_.kept_in,
+                    access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});
     return;
   }
   for (int64_t p = 0; p < count; ++p, pixel += step * n_.element_size(), dst += access_.pixel_floats) {

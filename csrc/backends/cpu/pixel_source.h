@@ -17,8 +17,9 @@ namespace bap_kernels {
 struct PixelAccess {
   bool direct, merged;
   int64_t runs, steps;
-  int64_t pixel_floats;                         // from one packed pixel to the next
-  std::vector<micro::GatherStep> gather_steps;  // empty where plain loops copy the channels
+  int64_t pixel_floats;                  // from one packed pixel to the next
+  ChannelGatherKernel gather = nullptr;  // null where plain loops copy the channels
+  std::vector<micro::GatherStep> gather_steps;
 
   explicit PixelAccess(const NativeCall& n);
 

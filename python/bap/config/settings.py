@@ -215,7 +215,8 @@ class Distill(_Group):
     """Distillation from a trained network, such as the dense one; see :mod:`bap.train.distill`.
 
     Attributes:
-        teacher: its checkpoint, RUN/checkpoint.
+        teacher: its checkpoint, RUN/checkpoint; or ``dense``, the dense network of the same settings, which is trained
+            first.
         weight: of the loss; 0 is off.
         temperature: T.
         guard: the most that the weighted loss may be, as a multiple of the cross entropy; None does not bound it.
@@ -389,7 +390,7 @@ class Config(_Group):
         if distill.weight > 0 and distill.teacher is None:
             raise ValueError(
                 "Config(): expected `distill.teacher`, the checkpoint of a trained network, for `distill.weight`, got "
-                "None. Hint: -s teacher=RUN/checkpoint"
+                "None. Hint: -s teacher=dense, or -s teacher=RUN/checkpoint"
             )
         if data.train_on == "train+val" and data.evaluate_on == "val":
             raise ValueError(

@@ -222,6 +222,9 @@ def train_run(
             raise ValueError("train_run(): expected a folder, where the teacher 'dense' is trained, got None.")
         dense = dense_settings(config)
         config = config.replace(teacher=str(path / DENSE / "checkpoint"))
+    elif config.distill.teacher == DENSE:
+        # With a weight of 0 nobody teaches.
+        config = config.replace(teacher=None)
     with Processes(config.run.device).lock(path):
         if path is not None:
             _check_folder(config, path, resume)

@@ -160,9 +160,7 @@ def study(
             runs = comparison(base, domains, folder, reference, say, progress)
             for cell in grid.cells(seed):
                 run_cell(runs, grid, cell, reference, say, progress)
-                # A cell may have been run before its baseline was.
-                results = read_results(folder / cell.name)
-                rows.append({"seed": seed, "variant": cell.variant, **results, **scored(results, reference)})
+                rows.append(row_of(folder, cell, reference))
                 _write(folder, config, rows, compared)
             if grid.compare or grid.variants:
                 own = [row for row in rows if row["seed"] == seed]
@@ -178,6 +176,12 @@ def prepared(
     base = config.replace(seed=seed)
     base = base.replace(weights=str(pretrained(base, domains, folder, progress)))
     return base, _baseline(base, domains, folder, progress) if grid.baseline else {}
+
+
+def row_of(folder: Path, cell: Cell, reference: dict[str, float]) -> dict[str, Any]:
+    """The results of a finished cell, scored: it may have been run before its baseline was."""
+    results = read_results(folder / cell.name)
+    return {"seed": cell.seed, "variant": cell.variant, **results, **scored(results, reference)}
 
 
 def run_cell(
@@ -336,7 +340,7 @@ def study_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     for row in rows:
         cells.setdefault((row["beta"], _method(row)), []).append(row)
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
-    head = ["β", "sharing", "split", "seeds", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×"]
+    head = ["β", "method", "split", "seeds", *names, "mean", "S", "FLOP ×", "exact FLOP ×", "Params ×"]
     lines = []
     for (beta, sharing), cell in sorted(cells.items(), key=lambda item: -item[0][0]):
         split = ", ".join(dict.fromkeys(row.get("split", "not recorded") for row in cell))

@@ -15,7 +15,7 @@ from typing import Any
 
 from bap.config import Config
 from bap.results.grid import Cell, StudyGrid
-from bap.results.run import is_finished, scored
+from bap.results.run import is_finished
 from bap.results.study import (
     check_study,
     checked_domains,
@@ -23,11 +23,11 @@ from bap.results.study import (
     comparison,
     finetuned,
     prepared,
+    row_of,
     run_cell,
     study,
 )
 from bap.train.lock import LockedError, folder_lock
-from bap.train.run_log import read_results
 from bap.train.trainer import TrainError
 
 __all__ = ["RayOptions", "StudyError", "study_on_ray"]
@@ -110,10 +110,7 @@ def _run(plan: _Study, step: _Step) -> list[str]:
     if step.cell is not None:
         run_cell(runs, grid, step.cell, reference, said.append, plan.progress)
     if step.kind == "compare":
-        rows = []
-        for cell in grid.cells(step.seed):
-            results = read_results(plan.folder / cell.name)
-            rows.append({"seed": step.seed, "variant": cell.variant, **results, **scored(results, reference)})
+        rows = [row_of(plan.folder, cell, reference) for cell in grid.cells(step.seed)]
         compared_rows(runs, rows, grid, said.append, plan.progress)
     return said
 

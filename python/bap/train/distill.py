@@ -29,8 +29,8 @@ DENSE = "dense"
 
 
 def learns_from_dense(config: Config) -> bool:
-    """Whether the teacher is the dense network of the same settings."""
-    return config.distill.teacher == DENSE
+    """Whether the dense network of the same settings teaches."""
+    return config.distill.teacher == DENSE and config.distill.weight > 0
 
 
 def dense_settings(config: Config) -> Config:

@@ -58,3 +58,12 @@ def test_dense_teacher_is_trained_first(tiny: Config, suite: dict[str, Domain], 
     assert (run / "dense" / "results.json").stat().st_mtime_ns == written
     named = train_run(config.replace(teacher=str(run / "dense" / "checkpoint")), tmp_path / "named", domains=suite)
     assert named["accuracy"] == json.loads((run / "results.json").read_text())["accuracy"]
+
+
+def test_dense_teacher_of_weight_0_is_not_trained(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:
+    config = tiny.replace(epochs=1, teacher="dense", distill_weight=0.0)
+    results = train_run(config, tmp_path, domains=suite)
+    assert not (tmp_path / "dense").exists()
+    assert load_config(tmp_path / "config.yaml").distill.teacher is None
+    plain = train_run(config.replace(teacher=None), None, domains=suite)
+    assert results["accuracy"] == plain["accuracy"]
