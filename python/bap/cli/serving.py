@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bap.cli.options import Checkpoint, Domains
 
 __all__ = ["serve"]
 
 
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained network (RUN/checkpoint).")],
-    domain: Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only these domains.")] = None,
+    checkpoint: Checkpoint,
+    domain: Domains = None,
     host: Annotated[str, typer.Option(help="Interface; 0.0.0.0 takes requests from other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Processes that hold the network.")] = 1,
