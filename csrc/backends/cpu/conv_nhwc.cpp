@@ -22,17 +22,18 @@ constexpr int64_t kPixelsPerPackedBlock = 240;
 constexpr int64_t kWeightsNear = 192 * 1024;
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 16;
-// Pixels up to this size are taken at once where all weights are near and pixels are many: they stay in the cache.
+// Bytes of pixels in a block of kStream.
 constexpr int64_t kPixelsNear = 64 * 1024;
 
 // Packed pixels that stay in the L2 cache beside a panel of weights.
 constexpr int64_t kPackedBytes = 128 * 1024;
 
-// Which tiles follow each other in a block.
+// The order of the tiles of a block.
 enum class Order {
-  kPanelByPanel,  // weights that are read again only by the next block
-  kTileByTile,    // weights that stay in the cache: each tile visits all panels
-  kStream,        // the same with pixels one behind the other: small blocks, which the kernel's calls run along
+  kPanelByPanel,  // all pixels with one panel of weights, then the next panel
+  kTileByTile,    // all panels with one tile of pixels, then the next tile: the panels stay in the cache
+  kStream,        // panel by panel over small blocks of adjacent pixels: pixels and panels stay in the cache, and
+                  // the next block's pixels are prefetched
 };
 
 // The reduction cut into blocks of about equal length, each a run of segments.
@@ -121,7 +122,7 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
         if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
       }
     } else if (order == Order::kStream) {
-      // While a block is computed, the next one's pixels come closer, and then the lines of its results.
+      // While a block is computed, the kernel prefetches the next block's pixels, then the lines of its results.
       const int64_t coming = std::min(end - begin, n.pixels() - end);
       const int64_t panel_bytes = block.steps * width * int64_t{4};  // of one tile
       int64_t panel = 0;
@@ -136,8 +137,9 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
         }
         panel += count;
       };
-      // The tiles ask for one line of those that a vector of weights each takes: the others are left to further panels.
-      const auto ask = [&](const char* memory, int64_t bytes) {
+      // Runs panels whose tiles prefetch `memory`: a step of the reduction asks for one line, width * 4 bytes behind
+      // that of the step before; further panels ask for the lines between. Returns whether all lines were asked for.
+      const auto prefetch = [&](const char* memory, int64_t bytes) {
         const int64_t one = full_tiles * panel_bytes, most = (bytes + one - 1) / one;
         bool all = true;
         for (int64_t line = 0; line < width * 4; line += 64) {
@@ -152,9 +154,9 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
       t.out_near = out_near;
       out_near = false;
       if (full_tiles > 0 && coming > 0) {
-        if (b == 0) ask(source.stream(end), coming * source.stream_step());
+        if (b == 0) prefetch(source.stream(end), coming * source.stream_step());
         if (!t.store_partial && panel < full_panels && first_panel == 0 && last_panel * width >= n.kept_out) {
-          out_near = ask(n.y + end * row_bytes, coming * row_bytes);
+          out_near = prefetch(n.y + end * row_bytes, coming * row_bytes);
         }
       }
       if (full_tiles > 0 && panel < full_panels) run_panels(full_panels - panel);

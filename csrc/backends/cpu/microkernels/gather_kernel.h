@@ -45,7 +45,8 @@ struct Pairs {
 };
 #endif
 
-// One vector of listed channels of all pixels, with the loads' places in registers where there are few.
+// One vector of listed channels of all pixels, from kSteps loads whose permutations stay in registers; 0: any number of
+// loads, whose permutations are read again for each pixel.
 template <class S, int kSteps, bool kPrologue>
 void gather_vector(const ChannelGather& t, const GatherStep* steps, int64_t first) {
   using Mask = typename S::Mask;

@@ -29,7 +29,7 @@ struct Divisor {
   BAP_HOST_DEVICE int rest(int n, int quotient) const { return n - quotient * static_cast<int>(number); }
 };
 
-// 0 divides nothing but 0.
+// A divisor of 0, of an empty axis, may be applied to 0 alone.
 inline constexpr Divisor divisor_of(int number) {
   uint32_t shift = 0;
   while ((uint64_t{1} << shift) < static_cast<uint64_t>(number)) ++shift;
