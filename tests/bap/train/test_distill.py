@@ -86,7 +86,10 @@ def test_a_step_adds_the_teacher_s_loss(finished: Path, suite: dict[str, Domain]
 
 def test_teachers_that_do_not_fit(finished: Path, suite: dict[str, Domain], tiny: Config, tmp_path: Path) -> None:
     path = str(finished / "checkpoint")
-    with pytest.raises(ValueError, match=r"expected `distill.teacher`, .* got None. Hint: -s teacher=RUN/checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected `distill.teacher`, .* got None. Hint: -s teacher=dense, or -s teacher=RUN/checkpoint",
+    ):
         tiny.replace(distill_weight=1.0)
     classes = tuple(reversed(suite["digits"].classes))
     other = {"digits": replace(suite["digits"], classes=classes)}
