@@ -1,4 +1,4 @@
-"""Hours and memory of a run, extrapolated from measured steps."""
+"""Hours and memory of a run, extrapolated from measured steps, and what such a step consists of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import bap_kernels as bk
 from bap.config import Config
 from bap.data import DECATHLON, Arrays, Domain
 from bap.models import MODELS
+from bap.results.step_profile import profile_step
 from bap.train.evaluate import Accuracy
+from bap.train.optimizers import parameters_by_kind
 from bap.train.trainer import Trainer, backend_of
 
 __all__ = ["PUBLISHED_IMAGES", "estimate"]
@@ -42,7 +45,8 @@ def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int
 
     Returns:
         Seconds of a step on one batch, these steps and the hours of the run on one process, and the most memory in use;
-        what a teacher takes is left out.
+        what a teacher takes is left out. ``trained``: numbers that are trained, by kind. ``profile``: a step's
+        :class:`bap.results.step_profile.StepProfile`.
 
     Raises:
         ValueError: if the suite's numbers are not known.
@@ -74,6 +78,7 @@ def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int
                 torch.cuda.synchronize(device)
             if number >= 2:
                 times.append(time.perf_counter() - started)
+        profiled = profile_step(lambda: trainer._step(name, x, y, Accuracy()), device)
     seconds = statistics.median(times)
     batches = [count // config.schedule.batch for _, count in known.values()]
     # A joint step has a batch of every domain.
@@ -93,4 +98,9 @@ def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int
         "steps": each * config.schedule.epochs,
         "hours": each * config.schedule.epochs * seconds / 3600,
         "peak_bytes": memory,
+        "trained": {
+            kind: sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            for kind, parameters in parameters_by_kind(trainer.model).items()
+        },
+        "profile": asdict(profiled),
     }
