@@ -16,6 +16,8 @@ for as many epochs as the others.
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +47,7 @@ __all__ = [
     "MATCHES",
     "Comparison",
     "comparison_cells",
+    "comparison_csv",
     "comparison_table",
     "matched_masks",
     "narrow_options",
@@ -325,3 +328,26 @@ def comparison_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
         lines.append(line)
     head = ["β", "method", "matched on", "seeds", "mean accuracy", "difference", "FLOP ×", "exact FLOP ×", "Params ×"]
     return [*head, "training, s"], lines
+
+
+def comparison_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The compared runs as CSV, a row for each method and seed, at full precision, for other programs.
+
+    Args:
+        rows: mappings with ``seed``, ``beta``, ``method``, ``match``, ``accuracy`` (mean, per cent), ``flop``,
+            ``exact_flop``, ``params`` and ``seconds``.
+
+    Examples:
+        >>> from bap.results.compare import comparison_csv
+        >>> costs = {"flop": 1.0, "exact_flop": 1.0, "params": 1.0, "seconds": 9.5}
+        >>> row = {"seed": 0, "beta": 0.5, "method": "dense", "match": "", "accuracy": 61.25, **costs}
+        >>> print(comparison_csv([row]).replace(chr(13), ""), end="")
+        seed,beta,method,match,accuracy,flop,exact_flop,params,seconds
+        0,0.5,dense,,61.25,1.0,1.0,1.0,9.5
+    """
+    text = io.StringIO()
+    names = ("seed", "beta", "method", "match", "accuracy", "flop", "exact_flop", "params", "seconds")
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -12,7 +12,7 @@ import torch
 from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, write_bytes, write_json
-from bap.results.compare import Comparison, comparison_cells, comparison_table
+from bap.results.compare import Comparison, comparison_cells, comparison_csv, comparison_table
 from bap.results.grid import PRETRAINING, Cell, StudyGrid
 from bap.results.report import csv_table, latex_table, markdown_table
 from bap.results.run import is_finished, scored, train_run
@@ -128,7 +128,7 @@ def study(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Path:
-    """Runs the cells that are missing, and writes study.json, study.md, study.csv and study.tex.
+    """Runs the cells that are missing, and writes study.json, study.md, and the tables as CSV and LaTeX.
 
     Args:
         config: settings that all runs share; seed, budget and sharing loss are set here. The teacher ``dense`` is the
@@ -218,6 +218,7 @@ def _write(folder: Path, config: Config, rows: list[dict[str, Any]], compared: l
     write_bytes(folder / "study.csv", csv_table(titled).encode())
     write_bytes(folder / "study.tex", (latex_table(*study_cells(rows), 3) + "\n").encode())
     if compared:
+        write_bytes(folder / "compared.csv", comparison_csv(compared).encode())
         write_bytes(folder / "compared.tex", (latex_table(*comparison_cells(compared), 3) + "\n").encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -111,6 +112,10 @@ def test_a_study_runs_its_baselines_once(tiny: Config, suite: dict[str, Domain],
     assert "| 0.5 | union | reference | 1 |" in text
     assert "(one seed)" in text
     assert "0.5 & narrow & flop & 1 & " in (tmp_path / "compared.tex").read_text()
+    stored = json.loads((tmp_path / "study.json").read_text())["compared"]
+    with open(tmp_path / "compared.csv", newline="") as file:
+        written = [(row["method"], row["match"], float(row["accuracy"])) for row in csv.DictReader(file)]
+    assert written == [(row["method"], row["match"], row["accuracy"]) for row in stored]
     count_of_runs = len(said)
     run()
     assert len(said) == count_of_runs
