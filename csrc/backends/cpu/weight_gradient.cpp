@@ -16,6 +16,7 @@
 #include "backends/cpu/gradient_call.h"
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/winograd.h"
 
 namespace bap_kernels {
 namespace {
@@ -345,7 +346,9 @@ at::Tensor native_weight_gradient(const GradientCall& c) {
   const bool nothing = c.live_count() == 0 || c.shape.kept_in == 0 || c.grad_output.numel() == 0;
   at::Tensor dw = every && !nothing ? at::empty_like(c.weight) : at::zeros_like(c.weight);
   if (nothing) return dw;
-  if (c.bfloat16()) {
+  if (const int64_t size = winograd_of_weight_gradient(c)) {
+    winograd_weight_gradient(c, size, dw);
+  } else if (c.bfloat16()) {
     run<c10::BFloat16>(c, dw);
   } else {
     run<float>(c, dw);

@@ -41,6 +41,18 @@ std::vector<int64_t> winograd_promises(const ConvCall& c) {
   return {kWinogradLarge, kWinogradSmall};
 }
 
+int64_t winograd_of_weight_gradient(const GradientCall& c) {
+  NativeCall n = native_source(c.input, c.shape.kept_in, {c.shape.kernel_h, c.shape.kernel_w});
+  n.stride_h = c.stride[0];
+  n.stride_w = c.stride[1];
+  n.dilation_h = c.dilation[0];
+  n.dilation_w = c.dilation[1];
+  n.out_h = c.shape.out_h;
+  n.out_w = c.shape.out_w;
+  n.kept_out = c.live_count();
+  return unmeasured_winograd(n, /*weight_is_kept=*/true);
+}
+
 int64_t unmeasured_winograd(const NativeCall& n, bool weight_is_kept) {
   if (!winograd_applies(n)) return 0;
   if (forced_winograd() != 0) return forced_winograd();

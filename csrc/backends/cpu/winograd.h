@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "backends/cpu/gradient_call.h"
 #include "backends/cpu/native_call.h"
 #include "ops/conv_call.h"
 
@@ -22,6 +23,12 @@ std::vector<int64_t> winograd_promises(const ConvCall& call);
 // is transformed for one call alone, that has to pay, too. Otherwise the batch has no say: in a mixed batch a sample's
 // result must not depend on the others.
 int64_t unmeasured_winograd(const NativeCall& native, bool weight_is_kept);
+
+// The same for the gradient of the weight.
+int64_t winograd_of_weight_gradient(const GradientCall& call);
+
+// Writes the gradients of all listed slices of the weight to their places in `dw`.
+void winograd_weight_gradient(const GradientCall& call, int64_t size, at::Tensor& dw);
 
 // Whether a prepared convolution is one that they compute.
 bool winograd_applies(const NativeCall& native);

@@ -6,6 +6,8 @@
 //   weight  [panel][point][channel][width]              transformed filters
 //   values  [point][channel / lanes][tile][lanes]       transformed pixels of the listed channels
 //   sums    [tile][point][2 * lanes]                    their products, of one panel
+// The gradient of the weight takes the same steps backwards: the gradients of m x m results to points, for each point
+// the products of all channels and filters summed over tiles, and those sums to 3 x 3 taps.
 #pragma once
 
 #include <cstdint>
@@ -82,7 +84,25 @@ struct WinogradWeight {
   int64_t point_step;
 };
 
-constexpr int kMostProductRows = 14;
+// sums[r * vectors * lanes + lane] = sum over tiles of values(channel r, tile) * gradients(lane, tile), added to what
+// is there; `vectors` is that of the kernel.
+struct WinogradOuter {
+  int64_t tiles;
+  const float* values;     // of the first row's channel, the rows' within one vector of channels
+  const float* gradients;  // of the first vector of filters
+  int64_t gradient_step;   // from vector to vector
+  float* sums;
+  bool add;  // to what is there; else to zero
+};
+
+// The taps of `lanes` filters: taps[tap * lanes + lane] from sums[point * point_step + lane].
+struct WinogradTaps {
+  const float* sums;
+  int64_t point_step;
+  float* taps;
+};
+
+constexpr int kMostProductRows = 14, kMostOuterVectors = 6;
 
 // Of one size of tile.
 struct WinogradTransforms {
@@ -90,11 +110,15 @@ struct WinogradTransforms {
   void (*input)(const WinogradInput&);
   void (*output[2])(const WinogradOutput&);  // [vectors - 1]
   void (*weight)(const WinogradWeight&);
+  void (*gradient)(const WinogradInput&);  // of m x m pixels for each tile
+  void (*taps)(const WinogradTaps&);
 };
 
 struct WinogradTable {
   int rows, lanes;                                               // largest product: rows x (2 * lanes)
   void (*product[kMostProductRows][2])(const WinogradProduct&);  // [rows - 1][vectors - 1]
+  int outer_rows, outer_vectors;                                 // largest outer product
+  void (*outer[kMostOuterVectors])(const WinogradOuter&);        // [vectors - 1]
   void (*prologue)(const WinogradPrologue&);
   void (*gather)(const PixelGather&);
   bool gather_moves;                 // whether it reads `moves`

@@ -9,7 +9,7 @@ namespace bap_kernels::micro {
 namespace {
 #include "backends/cpu/microkernels/tile_kernel.h"
 #include "backends/cpu/microkernels/winograd_kernel.h"
-constexpr WinogradTable kTable = make_winograd_table<8, 6>();
+constexpr WinogradTable kTable = make_winograd_table<8, 6, 4, 3>();
 }  // namespace
 
 const WinogradTable* winograd_avx2() { return &kTable; }

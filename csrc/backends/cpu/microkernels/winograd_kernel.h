@@ -48,6 +48,49 @@ inline __attribute__((always_inline)) void transform_sums(const Vec* m, Vec* y) 
   }
 }
 
+// Gradients of results to the points, by A.
+template <int kPoints, class Vec>
+inline __attribute__((always_inline)) void transform_gradients(const Vec* g, Vec* m) {
+  if constexpr (kPoints == 6) {
+    const Vec near_even = g[0] + kNear2 * g[2], near_odd = kNear * g[1] + kNear3 * g[3];
+    const Vec far_even = g[0] + kFar2 * g[2], far_odd = kFar * g[1] + kFar3 * g[3];
+    m[0] = g[0];
+    m[1] = near_even + near_odd;
+    m[2] = near_even - near_odd;
+    m[3] = far_even + far_odd;
+    m[4] = far_even - far_odd;
+    m[5] = g[3];
+  } else {
+    m[0] = g[0];
+    m[1] = g[0] + g[1];
+    m[2] = g[0] - g[1];
+    m[3] = -g[1];
+  }
+}
+
+// Rows of G at the points 0, near and far are (1, p, p^2) over the product of p's distances from the other points.
+constexpr double kZeroScale = 1. / (kNear2 * kFar2), kNearScale = 1 / (2. * kNear2 * (kNear2 - kFar2)),
+                 kFarScale = 1 / (2. * kFar2 * (kFar2 - kNear2));
+
+// Sums at the points to taps, by G^T.
+template <int kPoints, class Vec>
+inline __attribute__((always_inline)) void transform_taps(const Vec* m, Vec* w) {
+  if constexpr (kPoints == 6) {
+    constexpr auto kZero = static_cast<float>(kZeroScale);
+    constexpr auto kNear0 = static_cast<float>(kNearScale), kFar0 = static_cast<float>(kFarScale);
+    const Vec near_sum = kNear0 * (m[1] + m[2]), near_difference = kNear0 * (m[1] - m[2]);
+    const Vec far_sum = kFar0 * (m[3] + m[4]), far_difference = kFar0 * (m[3] - m[4]);
+    w[0] = kZero * m[0] + (near_sum + far_sum);
+    w[1] = kNear * near_difference + kFar * far_difference;
+    w[2] = (kNear2 * near_sum + kFar2 * far_sum) + m[5];
+  } else {
+    const Vec sum = .5f * (m[1] + m[2]);
+    w[0] = m[0] + sum;
+    w[1] = .5f * (m[1] - m[2]);
+    w[2] = sum + m[3];
+  }
+}
+
 template <int kLanes, int kPoints>
 void winograd_input(const WinogradInput& t) {
   using S = Simd<kLanes, false>;
@@ -77,6 +120,92 @@ void winograd_input(const WinogradInput& t) {
         for (int j = 0; j < kPoints; ++j) S::store(values + (i * kPoints + j) * t.point_step, d[j]);
       }
     }
+  }
+}
+
+template <int kLanes, int kPoints>
+void winograd_gradient(const WinogradInput& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  constexpr int kSize = kPoints - 2;
+  float* block = t.values;
+  for (int64_t channel = 0; channel < t.channels; channel += kLanes, block += t.channel_step) {
+    const float* const* pixel = t.pixels;
+    float* values = block;
+    for (int64_t tile = 0; tile < t.tiles; ++tile, pixel += kSize * kSize, values += kLanes) {
+      Vec columns[kSize][kPoints];  // [column][row]
+#pragma GCC unroll 4
+      for (int j = 0; j < kSize; ++j) {
+        Vec g[kSize];
+#pragma GCC unroll 4
+        for (int i = 0; i < kSize; ++i) g[i] = S::load(pixel[i * kSize + j] + channel);
+        transform_gradients<kPoints>(g, columns[j]);
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kPoints; ++i) {
+        Vec g[kSize], m[kPoints];
+#pragma GCC unroll 4
+        for (int j = 0; j < kSize; ++j) g[j] = columns[j][i];
+        transform_gradients<kPoints>(g, m);
+#pragma GCC unroll 6
+        for (int j = 0; j < kPoints; ++j) S::store(values + (i * kPoints + j) * t.point_step, m[j]);
+      }
+    }
+  }
+}
+
+template <int kLanes, int kRows, int kVectors>
+void winograd_outer(const WinogradOuter& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
+  }
+  const float* x = t.values;
+  const float* g = t.gradients;
+  for (const float* const end = x + t.tiles * kLanes; x != end; x += kLanes, g += kLanes) {
+    Vec b[kVectors];
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v) b[v] = S::load(g + v * t.gradient_step);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec a = S::broadcast(x[r]);
+#pragma GCC unroll 6
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
+    }
+  }
+  // What is there is added last: each block's sum is short, and its rounding errors are.
+  float* sums = t.sums;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v, sums += kLanes) S::store(sums, t.add ? S::load(sums) + acc[r][v] : acc[r][v]);
+  }
+}
+
+template <int kLanes, int kPoints>
+void winograd_taps(const WinogradTaps& t) {
+  using S = Simd<kLanes, false>;
+  using Vec = typename S::Vec;
+  Vec columns[kPoints][3];  // [column][row]
+#pragma GCC unroll 6
+  for (int j = 0; j < kPoints; ++j) {
+    Vec m[kPoints];
+#pragma GCC unroll 6
+    for (int i = 0; i < kPoints; ++i) m[i] = S::load(t.sums + (i * kPoints + j) * t.point_step);
+    transform_taps<kPoints>(m, columns[j]);
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    Vec m[kPoints], w[3];
+#pragma GCC unroll 6
+    for (int j = 0; j < kPoints; ++j) m[j] = columns[j][i];
+    transform_taps<kPoints>(m, w);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) S::store(t.taps + (i * 3 + j) * kLanes, w[j]);
   }
 }
 
@@ -164,9 +293,7 @@ void winograd_output(const WinogradOutput& t) {
 // In double, so that a transformed weight is rounded once.
 template <int kLanes, int kPoints>
 void winograd_weight(const WinogradWeight& t) {
-  // Rows of G are (1, p, p^2) over the product of p's distances from the other points.
-  constexpr double kNearScale = 1 / (2. * kNear2 * (kNear2 - kFar2)), kFarScale = 1 / (2. * kFar2 * (kFar2 - kNear2));
-  constexpr double kFour[6][3] = {{1. / (kNear2 * kFar2), 0, 0},
+  constexpr double kFour[6][3] = {{kZeroScale, 0, 0},
                                   {kNearScale, kNearScale * kNear, kNearScale * kNear2},
                                   {kNearScale, -kNearScale * kNear, kNearScale * kNear2},
                                   {kFarScale, kFarScale * kFar, kFarScale * kFar2},
@@ -247,7 +374,9 @@ constexpr WinogradTransforms make_transforms() {
   return {kPoints - 2,
           winograd_input<kLanes, kPoints>,
           {winograd_output<kLanes, kPoints, 1>, winograd_output<kLanes, kPoints, 2>},
-          winograd_weight<kLanes, kPoints>};
+          winograd_weight<kLanes, kPoints>,
+          winograd_gradient<kLanes, kPoints>,
+          winograd_taps<kLanes, kPoints>};
 }
 
 template <int kLanes, int kRows>
@@ -257,12 +386,23 @@ constexpr void fill_products(WinogradTable& table) {
   if constexpr (kRows > 1) fill_products<kLanes, kRows - 1>(table);
 }
 
-template <int kLanes, int kRows>
+template <int kLanes, int kRows, int kVectors>
+constexpr void fill_outer(WinogradTable& table) {
+  table.outer[kVectors - 1] = winograd_outer<kLanes, kRows, kVectors>;
+  if constexpr (kVectors > 1) fill_outer<kLanes, kRows, kVectors - 1>(table);
+}
+
+// Rows of an outer product divide the lanes.
+template <int kLanes, int kRows, int kOuterRows, int kOuterVectors>
 constexpr WinogradTable make_winograd_table() {
+  static_assert(kLanes % kOuterRows == 0 && kOuterVectors <= kMostOuterVectors);
   WinogradTable table{};
   table.rows = kRows;
   table.lanes = kLanes;
   fill_products<kLanes, kRows>(table);
+  table.outer_rows = kOuterRows;
+  table.outer_vectors = kOuterVectors;
+  fill_outer<kLanes, kOuterRows, kOuterVectors>(table);
   table.prologue = winograd_prologue<kLanes>;
   table.gather = gather_pixels<kLanes>;
   table.gather_moves = kGatherMoves;

@@ -9,7 +9,7 @@ namespace bap_kernels::micro {
 namespace {
 #include "backends/cpu/microkernels/tile_kernel.h"
 #include "backends/cpu/microkernels/winograd_kernel.h"
-constexpr WinogradTable kTable = make_winograd_table<4, 12>();
+constexpr WinogradTable kTable = make_winograd_table<4, 12, 4, 6>();
 }  // namespace
 
 const WinogradTable* winograd_neon_emulated() { return &kTable; }
