@@ -290,7 +290,8 @@ class Run(_Group):
         seed: of everything random.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: of PyTorch; None leaves them. Results are bit-equal only for the same number.
-        backend: of the kernels in training and evaluation; None: ``native`` where it runs, else ``aten``.
+        backend: of the kernels in training and evaluation; None: ``native`` where it runs, in training steps
+            ``auto``, which measures no switched layer on CPUs; else ``aten``.
         amp: mixed precision, ``bf16`` or ``fp16``; None is off.
         log_every: steps between two progress lines inside an epoch, where progress is printed; 0: a line per epoch.
         log_seconds: a line is also printed once so many have passed since the last one; 0: not.

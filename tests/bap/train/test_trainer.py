@@ -17,7 +17,8 @@ from bap.config import Config
 from bap.data import Domain, builtin_suite
 from bap.files import FileError, read_tensors
 from bap.prune.layers import SwitchBank
-from bap.train import Trainer
+from bap.train import Trainer, backend_of, training_backend_of
+from bap.train.checkpoint import domain_spec, save_checkpoint
 from bap.train.run_log import read_metrics
 from bap.train.sharing import relax, sharing_loss
 from bap.train.state import load_state
@@ -25,6 +26,7 @@ from bap.train.trainer import STATE
 from torch import nn
 
 import bap_kernels as bk
+from bap_kernels import _C
 
 ROOT = Path(__file__).parents[3]
 
@@ -435,3 +437,28 @@ def test_switched_layers_follow_the_settings(tiny: Config, suite: dict[str, Doma
     assert "conv1" in Trainer(tiny.replace(switch_stem=True), suite).open().bank.names
     assert isinstance(trainer.model.get_submodule("conv1"), nn.Conv2d)
     assert SwitchBank(trainer.model).domains == list(suite)
+
+
+@pytest.mark.skipif(bool(_C.unsupported_reason("native")), reason=str(_C.unsupported_reason("native")))
+@pytest.mark.parametrize("taught", [False, True])
+def test_steps_take_fast_kernels_and_measure_nothing(
+    tiny: Config, suite: dict[str, Domain], tmp_path: Path, taught: bool
+) -> None:
+    options = {"widths": [32, 32, 32], "blocks": [1, 1, 1]}
+    config = tiny.replace(model_options=options, epochs=1, train_backbone=True, backend=None)
+    if taught:
+        trainer = Trainer(config, suite)
+        trainer.fit()
+        specs = {name: domain_spec(domain, 1.0, 50.0, "test") for name, domain in suite.items()}
+        save_checkpoint(tmp_path, trainer.model, config, specs)
+        config = config.replace(teacher=str(tmp_path), distill_weight=0.5)
+    assert (training_backend_of(config), backend_of(config)) == ("auto", "native")
+    states = []
+    for backend in (None, None, "native"):
+        trainer = Trainer(config.replace(backend=backend), suite).open()
+        measured = _C.choices()
+        trainer.fit()
+        assert _C.choices() == measured
+        states.append(_state(trainer))
+    _assert_equal(states[0], states[1])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0]), "these were direct kernels"
