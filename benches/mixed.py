@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import bap_kernels as bk
+from benches import memory
 from benches.machine import commit, cpu_model, versions
 from benches.networks import NETWORKS
 from benches.timers import CpuClock, Spread, Timed, interleave
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="of each domain")
     parser.add_argument("--seconds", type=float, default=20.0, help="time per row")
     options = parser.parse_args()
+    memory.keep_freed()
     rows = [
         measure(options.network, planned, options.density, options.domains, options.samples, options.seconds)
         for planned in (False, True)

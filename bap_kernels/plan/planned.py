@@ -313,7 +313,8 @@ class PlannedNetwork(PlannedModel):
     def peak_bytes(self, *shapes: Sequence[int]) -> int:
         """Most bytes of activations held at once, found without running: the inputs and the results of steps.
 
-        Weights, packed weights and a kernel's own working memory are not counted.
+        Weights, packed weights and a kernel's own working memory are not counted. On CPUs large batches are taken in
+        chunks, and hold less.
 
         Args:
             shapes: the inputs' shapes; none: the example's.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bap_kernels.flow.arguments import tensors_of
+from bap_kernels.plan.chunks import Chunks, held_bytes
 from bap_kernels.plan.steps import MapStep, Step, fill_slots, slots_in
 
 __all__ = ["Program"]
@@ -48,6 +49,7 @@ class Program:
                 freed[number].append(slot)
         self.freed = [tuple(slots) for slots in freed]
         self._order = list(zip(steps, self.freed, strict=True))
+        self._chunks = Chunks(steps, self.freed, inputs)
         # Its results for two and for three samples, without data; known after the first mixed batch.
         self.probe: tuple[Any, Any] | None = None
 
@@ -56,14 +58,25 @@ class Program:
         env: list[Any] = [None] * self.slots
         for slot, x in zip(self.inputs, inputs, strict=True):
             env[slot] = x
-        for step, freed in self._order:
+        for step, freed in self._order[self._run_leading(env) :]:
             step(env)
             for slot in freed:
                 env[slot] = None
         return fill_slots(self.result, env)
 
+    def _run_leading(self, env: list[Any]) -> int:
+        """Runs the first steps where that may be in chunks, and returns how many it ran."""
+        chunks = self._chunks
+        if torch.compiler.is_compiling():
+            return 0
+        if not chunks.counted:
+            chunks.count(env)
+            return chunks.end
+        size = chunks.size(env)
+        return chunks.end if size and chunks.run(env, size) else 0
+
     def peak_bytes(self, inputs: tuple[Any, ...]) -> int:
-        """Most bytes of inputs and results that are held at once, found on tensors without data."""
+        """Most bytes of inputs and results that an uncut batch holds at once, found on tensors without data."""
         peak = 0
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             env: list[Any] = [None] * self.slots
@@ -71,9 +84,7 @@ class Program:
                 env[slot] = mode.from_tensor(x) if isinstance(x, Tensor) else x
             for step, freed in self._order:
                 step(env)
-                storages = [tensor.untyped_storage() for tensor in tensors_of(env)]
-                held = {storage._cdata: storage.nbytes() for storage in storages}
-                peak = max(peak, sum(held.values()))
+                peak = max(peak, held_bytes(env))
                 for slot in freed:
                     env[slot] = None
         return peak

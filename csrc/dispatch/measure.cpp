@@ -14,12 +14,10 @@ namespace {
 
 // A backend must win by this much to be preferred to one before it: less is noise.
 constexpr double kMargin = 0.97;
-// What is slower than the fastest by this factor leaves its time to the others: after one round, after two, and when
-// the least number of rounds is done.
+// What is slower than the fastest by this factor leaves its time to the others: after one run, after two, and when the
+// least number of rounds is done. A single run may hold page faults and a pause of the process, which are as long as
+// the run itself.
 constexpr double kHopelessAfterOne = 4, kHopelessAfterTwo = 2, kHopeless = 1.25;
-// The same for warm-ups that have spent the time: what one run shows of a case so large that it takes a tenth of a
-// second, weights packed and memory touched for the first time included.
-constexpr double kHopelessCold = 1.5;
 // Fewer rounds than wished are done when the time is exceeded by this factor.
 constexpr double kPatience = 2.5;
 // Ctrl-C is noticed after this time, and asking costs about a microsecond, more where another thread runs Python.
@@ -109,7 +107,7 @@ Measurement measure(const MeasuredCase& c, const MeasuredDevice& device, const s
   const auto declines = [&](Candidate r) { return fails(c.input, r, cold[static_cast<int>(r)]); };
   running.erase(std::remove_if(running.begin(), running.end(), declines), running.end());
   if (running.empty()) std::rethrow_exception(first_error);
-  if (device.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessCold);
+  if (device.first_run_tells && spent > kPatience * effort.seconds) drop_slower(running, cold, kHopelessAfterOne);
 
   const std::vector<at::Tensor> inputs =
       running.size() == 1 ? std::vector<at::Tensor>{} : input_pool(c.input, effort.max_rounds * running.size());

@@ -254,7 +254,7 @@ def test_unstable_choice_becomes_final() -> None:
 
 @pytest.mark.parametrize("first_run_tells", [False, True])
 def test_large_case_is_measured_within_time_limit(first_run_tells: bool) -> None:
-    machine = Machine(gather=0.42, masked=0.9)
+    machine = Machine(gather=0.42, masked=1.8)
     assert machine.call(first_run_tells=first_run_tells) == "gather"
     # One run of each candidate; a second one only if the first is inconclusive.
     assert sorted(machine.runs) == ["gather", "masked"] * 1 if first_run_tells else ["gather"] * 2 + ["masked"] * 2
