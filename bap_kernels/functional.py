@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,9 @@ def call_gathered_conv2d(
         refuse_onnx("gathered_conv2d")
     elif not torch.overrides.has_torch_function_variadic(input, weight):
         try:
-            direct: Any = _C.gathered_conv2d  # mypy does not know how many entries a sequence has
-            return direct(input, weight, bias, in_index, out_index, *stride, *padding, *dilation, groups, cache_packed)
+            return _C.gathered_conv2d(
+                input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed
+            )
         except TypeError:
             pass  # the operator's own message names the argument
     return _operator(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed)

@@ -28,6 +28,42 @@
 namespace py = pybind11;
 
 namespace bap_kernels {
+// So many integers, from a tuple or a list.
+template <size_t kCount>
+struct Integers {
+  std::array<int64_t, kCount> values;
+
+  std::array<c10::SymInt, kCount> symbolic() const {
+    std::array<c10::SymInt, kCount> all;
+    std::copy(values.begin(), values.end(), all.begin());
+    return all;
+  }
+};
+}  // namespace bap_kernels
+
+template <size_t kCount>
+struct pybind11::detail::type_caster<bap_kernels::Integers<kCount>> {
+  PYBIND11_TYPE_CASTER(bap_kernels::Integers<kCount>, const_name("Sequence[int]"));
+
+  // What is neither of them, or has other elements, is left to the generic conversion of torch.ops.
+  bool load(handle source, bool /*convert*/) {
+    PyObject* sequence = source.ptr();
+    if (!PyTuple_Check(sequence) && !PyList_Check(sequence)) return false;
+    if (PySequence_Fast_GET_SIZE(sequence) != static_cast<Py_ssize_t>(kCount)) return false;
+    for (size_t i = 0; i < kCount; ++i) {
+      PyObject* item = PySequence_Fast_ITEMS(sequence)[i];
+      if (!PyLong_Check(item)) return false;
+      value.values[i] = PyLong_AsLongLong(item);
+      if (value.values[i] == -1 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+namespace bap_kernels {
 namespace {
 
 // An op by a direct call of the dispatcher: every key and mode below Python sees it, and converting plain integers is
@@ -43,13 +79,12 @@ struct DirectCall<Op, std::tuple<const T&...>, std::index_sequence<kRest...>> {
   using Member = typename detail::Flat<std::tuple_element_t<9 + kPlace, std::tuple<T...>>>::type;
 
   static typename Op::Result run(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& in_index, const OptionalTensor& out_index, int64_t stride_h,
-                                 int64_t stride_w, int64_t pad_top, int64_t pad_bottom, int64_t pad_left,
-                                 int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                                 Member<kRest>... rest) {
-    const std::array<c10::SymInt, 2> stride = {stride_h, stride_w}, dilation = {dilation_h, dilation_w};
-    const std::array<c10::SymInt, 4> padding = {pad_top, pad_bottom, pad_left, pad_right};
-    return call<Op>({input, weight, bias, in_index, out_index, stride, padding, dilation, groups, rest...});
+                                 const OptionalTensor& in_index, const OptionalTensor& out_index,
+                                 const Integers<2>& stride, const Integers<4>& padding, const Integers<2>& dilation,
+                                 int64_t groups, Member<kRest>... rest) {
+    const auto strides = stride.symbolic(), dilations = dilation.symbolic();
+    const auto sides = padding.symbolic();
+    return call<Op>({input, weight, bias, in_index, out_index, strides, sides, dilations, groups, rest...});
   }
 };
 

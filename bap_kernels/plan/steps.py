@@ -129,7 +129,7 @@ class ConvStep(Step):
         self.relu = relu
         self.reads, self.out = reads, out
         self.residual = reads[1] if len(reads) > 1 else None
-        self._flat_options: tuple[Any, ...] = (*self.stride, *self.padding, *self.dilation, 1)
+        self._options: tuple[Any, ...] = (self.stride, self.padding, self.dilation, 1)
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         parameters = self.parameters
@@ -142,9 +142,9 @@ class ConvStep(Step):
         fusion: Any = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
         fusion += (self.out_max,)
         if torch.compiler.is_compiling():
-            result = _fused(x, weight, bias, *lists, self.stride, self.padding, self.dilation, 1, *fusion)
+            result = _fused(x, weight, bias, *lists, *self._options, *fusion)
         else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._flat_options, *fusion)
+            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._options, *fusion)
         env[self.out], second = result
         if self.dual_store is not None:
             env[self.dual_store] = second
@@ -194,7 +194,6 @@ class DepthwiseStep(Step):
         self.cast = cast
         stride, _, dilation, groups = options
         self._options: tuple[Any, ...] = (stride, sides, dilation, groups)
-        self._flat_options: tuple[Any, ...] = (*stride, *sides, *dilation, groups)
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         x, weight, bias = env[self.reads[0]], self.weight, self.bias
@@ -211,7 +210,7 @@ class DepthwiseStep(Step):
         if compiling:
             result = _fused(x, weight, bias, None, None, *self._options, *fusion)
         else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, None, None, *self._flat_options, *fusion)
+            result = _C.gathered_conv2d_fused(x, weight, bias, None, None, *self._options, *fusion)
         env[self.out] = result[0]
 
     @property

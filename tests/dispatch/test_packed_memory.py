@@ -112,13 +112,22 @@ def test_shared_winograd_equals_own(size: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "batch", "count"), [("fast", 3, 5), ("auto", 3, 1), ("auto", 2, 5), ("shared", 3, 1), ("shared", 2, 1)]
+    ("memory", "batch", "count"), [("fast", 6, 5), ("auto", 6, 1), ("auto", 5, 5), ("shared", 6, 1), ("shared", 5, 1)]
 )
 def test_copies_of_five_lists(memory: str, batch: int, count: int) -> None:
-    # 9 x 11 pixels: three images have the 256 from which one copy serves all lists.
+    # 9 x 11 pixels: six images have the 512 from which one copy of a small weight serves all lists.
     sample = make_tensors(BASE.but(batch=batch))
     for in_index in (*lists_of(4, 37), None):
         kept(with_list(sample, in_index), memory)
+    assert entries() == count
+
+
+@pytest.mark.parametrize(("pixels", "count"), [(512, 3), (1536, 1)])
+def test_copies_of_a_large_weight(pixels: int, count: int) -> None:
+    case = Case(1, 600, 440, (1, pixels), kernel=(1, 1), padding=(0,) * 4, seed=1)
+    sample = make_tensors(case)
+    for in_index in (*lists_of(2, 600), None):
+        kept(with_list(sample, in_index), "auto")
     assert entries() == count
 
 

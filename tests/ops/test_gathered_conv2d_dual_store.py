@@ -97,7 +97,7 @@ def test_direct_call_equals_op() -> None:
     sample = make_tensors(BASE)
     fused = make_fused(sample, FLAGS, torch.float32)
     ordered = [fused[name] for name in FLAGS]
-    geometry = (*sample.stride, *sample.padding, *sample.dilation, 1)
+    geometry = (sample.stride, sample.padding, sample.dilation, 1)
     expected = ops._gathered_conv2d_fused(*sample.args, *ordered, False, None, ints(1, 5))
     actual = _C.gathered_conv2d_fused(*sample.args[:5], *geometry, *ordered, False, None, ints(1, 5), None)
     for one, other in zip(actual, expected, strict=True):

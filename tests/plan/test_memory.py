@@ -78,7 +78,7 @@ def test_plans_of_ten_domains(model: type[nn.Module], format: torch.memory_forma
 
 @torch.no_grad()
 def test_swapped_layers_of_ten_domains() -> None:
-    net, x = network(NAMES, wide()), torch.randn(4, 3, 8, 8)
+    net, x = network(NAMES, wide()), torch.randn(8, 3, 8, 8)
     sizes: dict[str, list[int]] = {}
     before = _C.get_packed_memory()
     try:

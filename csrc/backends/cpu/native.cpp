@@ -20,8 +20,9 @@ namespace {
 
 // Below this a second thread costs more to wake than it saves.
 constexpr int64_t kProductsPerThread = 200'000;
-// Copies of listed weights that serve fewer take more than 3 % of the time.
-constexpr int64_t kPixelsForCopy = 256;
+// Copies of listed weights that serve fewer results take more than 3 % of the time: of weights that stay near, and of
+// those that come from the last cache or from memory.
+constexpr int64_t kPixelsForCopy = 512, kPixelsForFarCopy = 1536, kNearBytes = 1 << 20;
 
 const float* float_data(NativeCall& n, const OptionalTensor& t) {
   if (!has_value(t)) return nullptr;
@@ -188,7 +189,10 @@ at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {
     return last ? pack_weight_nhwc(source) : pack_weight_nchw(source);
   };
   PackedCache& cache = PackedCache::instance();
-  if (!serves_all_lists(c, kPixelsForCopy)) return cache.get(c, kind, variant, [&] { return pack(n); });
+  const bool near = static_cast<int64_t>(c.weight.nbytes()) <= kNearBytes;
+  if (!serves_all_lists(c, near ? kPixelsForCopy : kPixelsForFarCopy)) {
+    return cache.get(c, kind, variant, [&] { return pack(n); });
+  }
   const int64_t channels = c.weight.size(1);
   const at::Tensor all =
       cache.get(over_all_channels(c), kind, variant, [&] { return pack(n.over_all_channels(channels)); });

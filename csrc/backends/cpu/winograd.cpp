@@ -20,7 +20,7 @@ constexpr int64_t kFewestChannels = 16, kFewestPairs = 32 * 32;
 // Results for which a weight's transform pays.
 constexpr int64_t kPixelsForTransform = 512;
 // Results for which a copy of listed weights takes at most 3 % of the time.
-constexpr int64_t kPixelsForCopy = 4096;
+constexpr int64_t kPixelsForCopy = 12288;
 // Results computed for each one that there is: twice as many still leave half of the multiplications.
 constexpr int64_t kMostWaste = 2;
 constexpr int64_t kMostLanes = 16, kTaps = 9;
