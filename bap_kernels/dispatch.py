@@ -81,7 +81,9 @@ def unsupported_reason(backend: str) -> str | None:
 class use_backend:  # noqa: N801
     """Sets which backend computes in the calling thread, from now on; as a context manager, until the block ends.
 
-    ``auto`` measures once per case and takes the fastest; a named backend is used or an error says why it cannot be.
+    ``auto`` measures once per case and takes the fastest. ``heuristic`` measures nothing, so two runs on one machine
+    have equal results: on CPUs it takes the native kernels where they cover a call, with Winograd's convolution where a
+    rule of shapes says so; elsewhere PyTorch's. A named backend is used or an error says why it cannot be.
 
     As with grad mode and autocast, the setting belongs to one thread. A new thread begins with ``BAP_KERNELS_BACKEND``
     (``auto`` if it is not set), whatever the thread that started it has set; so do the workers of a ``DataLoader`` that
@@ -89,7 +91,7 @@ class use_backend:  # noqa: N801
     uses the backend of its forward, in whichever thread and block it runs.
 
     Args:
-        name: ``"auto"``, ``"native"``, ``"aten"``, ``"triton"`` or ``"cuda"``.
+        name: ``"auto"``, ``"heuristic"``, ``"native"``, ``"aten"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: if there is no backend of that name.

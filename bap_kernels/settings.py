@@ -12,6 +12,7 @@ __all__ = [
     "ENVIRONMENT",
     "ISAS",
     "MAX_BYTES",
+    "NAMED_BACKENDS",
     "PACKED_MEMORY",
     "Settings",
     "Variable",
@@ -19,7 +20,9 @@ __all__ = [
     "settings",
 ]
 
-BACKENDS = ("auto", "native", "aten", "triton", "cuda")
+# The first two choose one of the others.
+BACKENDS = ("auto", "heuristic", "native", "aten", "triton", "cuda")
+NAMED_BACKENDS = BACKENDS[2:]
 PACKED_MEMORY = ("auto", "fast", "shared")
 ISAS = ("avx512", "avx2", "neon", "none", "avx512_emulated", "neon_emulated")
 MAX_BYTES = 2**63 - 1

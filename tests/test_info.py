@@ -90,7 +90,7 @@ def test_use_backend_call_sets_backend() -> None:
 
 
 def test_use_backend_with_unknown_or_missing_backend_raises() -> None:
-    with pytest.raises(ValueError, match=r"`name` to be one of auto, native, aten, triton, cuda, got 'mkl'"):
+    with pytest.raises(ValueError, match=r"`name` to be one of auto, heuristic, native, aten, triton, cuda, got 'mkl'"):
         bk.use_backend("mkl")
     missing = [name for name, reason in bk.info().backends.items() if reason is not None]
     for name in missing:
@@ -138,7 +138,7 @@ def test_cache_folder_without_home_is_none_with_reason(text: str, monkeypatch: p
     ("name", "value", "message"),
     [
         ("BAP_KERNELS_ISA", "sse", f"to be one of {', '.join(settings.ISAS)}, got 'sse'"),
-        ("BAP_KERNELS_BACKEND", "fast", "to be one of auto, native, aten, triton, cuda, got 'fast'"),
+        ("BAP_KERNELS_BACKEND", "fast", "to be one of auto, heuristic, native, aten, triton, cuda, got 'fast'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "-1", "to be a number of bytes, .* got '-1'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "1GiB", "to be a number of bytes, .* got '1GiB'"),
         ("BAP_KERNELS_PACKED_CACHE_BYTES", "nan", "to be a number of bytes, .* got 'nan'"),

@@ -141,7 +141,7 @@ def info() -> Info:
         avx512_bf16=_C.has_avx512_bf16(),
         threads=torch.get_num_threads(),
         backend=_C.get_backend(),
-        backends={name: unsupported_reason(name) for name in settings.BACKENDS if name != "auto"},
+        backends={name: unsupported_reason(name) for name in settings.NAMED_BACKENDS},
         cuda_library=cuda_library_problem,
         gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         verdicts=_verdicts(),

@@ -131,6 +131,9 @@ def _why(choice: dict[str, Any], on_gpu: bool = False) -> tuple[str, str]:
     named = _C.get_backend()
     own = ("cuda", "triton") if on_gpu else ("native",)
     reasons = [f"no {name}: {reason}" for name, reason in choice["unsupported"].items() if name in own and reason]
+    if named == "heuristic":
+        chosen = "aten" if on_gpu or choice["unsupported"].get("native") else "native"
+        return chosen, "; ".join(["by the rule of use_backend('heuristic')", *reasons])
     if named != "auto":
         return named, "; ".join(["named by use_backend", *reasons])
     times = {name: f"{name} {seconds:.0f}" for name, seconds in choice["candidates"].items()}

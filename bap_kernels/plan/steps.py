@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
-_CPU_BACKENDS = ("auto", "native", "aten")
+_CPU_BACKENDS = ("auto", "heuristic", "native", "aten")
 Env = list[Any]
 
 

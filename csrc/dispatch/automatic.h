@@ -49,6 +49,7 @@ FamilySet automatic_families(BackendId id, FamilySet (*Backend::*families)(const
 template <class Op>
 typename Op::Result run_automatically(const typename Op::Call& call, const char* name) {
   using Call = typename Op::Call;
+  if (!auto_measures()) return Op::run(call, Op::aten(call).front(), name);
   const MeasuredDevice& device = measured_device(call.input);
   Verdicts& verdicts = Verdicts::instance();
   verdicts.ask(device.number, device.may_measure);

@@ -26,7 +26,10 @@ constexpr CandidateRow kCandidates[kCandidateCount] = {
     {"triton", BackendId::kTriton},
 };
 
-// Null for `auto` and for unknown names.
+// The backends that choose by themselves: what was measured to be fastest, or what a rule says.
+constexpr const char *kAuto = "auto", *kHeuristic = "heuristic";
+
+// Null for those that choose, and for unknown names.
 const Backend* find_backend(const std::string& name) {
   for (const Backend* registered : backends()) {
     if (name == registered->name) return registered;
@@ -42,7 +45,7 @@ struct Setting {
 };
 
 std::string& default_backend() {
-  static auto* name = new std::string("auto");
+  static auto* name = new std::string(kAuto);
   return *name;
 }
 
@@ -86,6 +89,14 @@ const std::string& get_backend() { return setting().name; }
 // At import, before other threads call us.
 void set_default_backend(const std::string& name) { default_backend() = name; }
 
+bool backend_is_named() { return setting().backend != nullptr; }
+bool auto_measures() { return setting().name != kHeuristic; }
+
+const Backend& heuristic_backend(const ConvCall& call) {
+  const Backend& native = backend(BackendId::kNative);
+  return call.input.is_cpu() && native.unsupported_reason(call).empty() ? native : backend(BackendId::kAten);
+}
+
 const Backend* named_backend(const at::Tensor& input) {
   const Backend* named = setting().backend;
   if (named == &backend(BackendId::kNative) && !input.is_cpu()) return &backend(BackendId::kAten);
@@ -98,11 +109,10 @@ const Backend* named_opt_in_backend() {
 }
 
 std::string backend_unavailable_reason(const std::string& name) {
-  if (name == "auto") return "";
+  if (name == kAuto || name == kHeuristic) return "";
   const Backend* backend = find_backend(name);
   TORCH_CHECK_VALUE(backend != nullptr,
-                    "use_backend(): expected `name` to be auto, native, aten, "
-                    "triton or cuda, got ",
+                    "use_backend(): expected `name` to be auto, heuristic, native, aten, triton or cuda, got ",
                     name, ".");
   return backend->unavailable_reason();
 }

@@ -60,13 +60,20 @@ const Backend& backend(BackendId id);
 BackendId backend_of(Candidate candidate);
 at::Tensor run_candidate(const ConvCall& call, Candidate candidate, const char* op);
 
-// The setting of the calling thread: "auto", or the name of a backend. A thread begins with the default,
+// The setting of the calling thread: "auto", "heuristic", or the name of a backend. A thread begins with the default,
 // BAP_KERNELS_BACKEND.
 void set_backend(const std::string& name);
 const std::string& get_backend();
 void set_default_backend(const std::string& name);
 
-// The named backend for tensors on a device, ATen standing in for CPU kernels on others; null for `auto`.
+// Whether a backend is named, so that nothing is chosen.
+bool backend_is_named();
+// Whether what is chosen is measured; else heuristic_backend() runs.
+bool auto_measures();
+// The backend of a call by rule: native kernels where they cover it on a CPU, else ATen.
+const Backend& heuristic_backend(const ConvCall& call);
+
+// The named backend for tensors on a device, ATen standing in for CPU kernels on others; null where none is named.
 const Backend* named_backend(const at::Tensor& input);
 // The named backend if it is opt-in, else null.
 const Backend* named_opt_in_backend();

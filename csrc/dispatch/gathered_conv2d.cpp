@@ -47,6 +47,7 @@ struct AutomaticBackward {
 at::Tensor run_gathered_conv2d(const ConvCall& c, const char* op) {
   if (c.trivial()) return trivial_result(c);
   if (const Backend* named = named_backend(c.input)) return named->forward(c, op);
+  if (!auto_measures()) return heuristic_backend(c).forward(c, op);
   if (on_gpu(c.input)) return run_automatically<AutomaticForward>(c, op);
   const MeasuredDevice& cpu = measured_device(c.input);
   const auto text = [&] { return case_text(c, cpu); };

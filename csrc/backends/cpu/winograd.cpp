@@ -56,7 +56,7 @@ int64_t winograd_of_weight_gradient(const GradientCall& c) {
 int64_t unmeasured_winograd(const NativeCall& n, bool weight_is_kept) {
   if (!winograd_applies(n)) return 0;
   if (forced_winograd() != 0) return forced_winograd();
-  if (!get_winograd() || get_backend() != "auto") return 0;
+  if (!get_winograd() || backend_is_named()) return 0;
   if (n.kept_in < kFewestChannels || n.kept_out < kFewestChannels || n.kept_in * n.kept_out < kFewestPairs) return 0;
   if (!weight_is_kept && n.pixels() < kPixelsForTransform) return 0;
   const auto padded = [](int64_t results) { return (results + kWinogradLarge - 1) / kWinogradLarge * kWinogradLarge; };

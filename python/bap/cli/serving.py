@@ -18,9 +18,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Processes that hold the network.")] = 1,
     cpus: Annotated[int, typer.Option(help="CPUs, and threads, of each replica.")] = 1,
-    backend: Annotated[
-        str | None, typer.Option(help="native, aten or auto; native where it runs, else aten, if none is given.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="heuristic (if none is given), native, aten or auto.")] = None,
     max_batch: Annotated[int, typer.Option(help="Images of a batch.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(help="Milliseconds that a batch waits for more images.")] = 2.0,
     queue: Annotated[int, typer.Option(help="Images that may wait for a replica; further ones are refused.")] = 64,

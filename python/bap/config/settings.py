@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from bap.models import MODELS, build
+from bap_kernels.settings import BACKENDS
 
 __all__ = ["LOSSES", "MEASURES", "SHORT_NAMES", "Config", "Distill", "full_names", "known_settings"]
 
@@ -290,8 +291,7 @@ class Run(_Group):
         seed: of everything random.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: of PyTorch; None leaves them. Results are bit-equal only for the same number.
-        backend: of the kernels in training and evaluation; None: ``native`` where it runs, in training steps
-            ``auto``, which measures no switched layer on CPUs; else ``aten``.
+        backend: of the kernels in training and evaluation; None: ``heuristic``.
         amp: mixed precision, ``bf16`` or ``fp16``; None is off.
         log_every: steps between two progress lines inside an epoch, where progress is printed; 0: a line per epoch.
         log_seconds: a line is also printed once so many have passed since the last one; 0: not.
@@ -300,7 +300,7 @@ class Run(_Group):
     seed: _Whole = 0
     device: Annotated[str, BeforeValidator(_device)] = "cpu"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-    backend: Annotated[str | None, _one_of(None, "auto", "native", "aten", "triton", "cuda")] = None
+    backend: Annotated[str | None, _one_of(None, *BACKENDS)] = None
     amp: Annotated[str | None, _one_of(None, "bf16", "fp16")] = None
     log_every: _Whole = 200
     log_seconds: _NotNegative = 30.0

@@ -18,7 +18,7 @@ from bap.models import MODELS
 from bap.results.step_profile import profile_step
 from bap.train.evaluate import Accuracy
 from bap.train.optimizers import parameters_by_kind
-from bap.train.trainer import Trainer, training_backend_of
+from bap.train.trainer import Trainer, backend_of
 
 __all__ = ["PUBLISHED_IMAGES", "estimate"]
 
@@ -68,7 +68,7 @@ def estimate(config: Config, steps: int = 3, images: Mapping[str, tuple[int, int
     trainer.ddp_model.train()
     device = trainer.processes.device
     times = []
-    with bk.use_backend(training_backend_of(config)):
+    with bk.use_backend(backend_of(config)):
         for number in range(steps + 2):
             name = list(known)[number % len(known)]
             x, y = next(domains[name].batches("train", config.schedule.batch, (number,)))

@@ -31,7 +31,7 @@ class ServeSettings(BaseModel):
         domains: those that are served; None serves all. A string lists them with commas between.
         replicas: processes that hold the network.
         cpus: CPUs, and threads, of each.
-        backend: of the kernels; None: ``native`` where it runs, else ``aten``.
+        backend: of the kernels; None: ``heuristic``.
         max_batch: images of a batch.
         max_wait_ms: milliseconds that the first image of a batch waits for others.
         queue: images that may wait for a replica; further requests are refused.
@@ -52,7 +52,7 @@ class ServeSettings(BaseModel):
     domains: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] | None = None
     replicas: Annotated[int, Field(ge=1, le=4096)] = 1
     cpus: Annotated[int, Field(ge=1, le=4096)] = 1
-    backend: Literal["native", "aten", "auto"] | None = None
+    backend: Literal["heuristic", "native", "aten", "auto"] | None = None
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 8
     max_wait_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 2.0
     queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64

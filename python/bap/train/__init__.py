@@ -2,13 +2,6 @@
 
 from bap.train.evaluate import check_splits
 from bap.train.schedule import learning_rate
-from bap.train.trainer import Trainer, TrainError, backend_of, training_backend_of
+from bap.train.trainer import Trainer, TrainError, backend_of
 
-__all__ = [
-    "TrainError",
-    "Trainer",
-    "backend_of",
-    "check_splits",
-    "learning_rate",
-    "training_backend_of",
-]
+__all__ = ["TrainError", "Trainer", "backend_of", "check_splits", "learning_rate"]

@@ -41,7 +41,7 @@ from bap.train.schedule import annealed_budget, batches_of, learning_rate, shari
 from bap.train.sharing import SharingWeight, intersection, union
 from bap.train.state import load_state, save_state
 
-__all__ = ["TrainError", "Trainer", "backend_of", "training_backend_of"]
+__all__ = ["TrainError", "Trainer", "backend_of"]
 
 STATE = "state.safetensors"
 # From so many domains on, straight-through sharing losses are warned of.
@@ -55,18 +55,8 @@ class TrainError(RuntimeError):
 
 
 def backend_of(config: Config) -> str:
-    """The kernels of a run outside its steps: never ``auto``, whose choice is measured and may differ between runs."""
-    if config.run.backend is not None:
-        return config.run.backend
-    from bap_kernels import _C
-
-    return "native" if config.run.device == "cpu" and _C.unsupported_reason("native") is None else "aten"
-
-
-def training_backend_of(config: Config) -> str:
-    """The kernels of a step. On CPUs ``auto``: switched layers are not measured there, so two runs are equal."""
-    backend = backend_of(config)
-    return "auto" if config.run.backend is None and backend == "native" else backend
+    """The kernels of a run. ``auto`` has to be asked for: its choice is measured, and may differ between two runs."""
+    return config.run.backend or "heuristic"
 
 
 class Trainer:
@@ -297,8 +287,7 @@ class Trainer:
         batches = batches_of(self.domains, config, self.epoch, processes.rank, processes.world)
         checked_every = 1 if processes.device.type == "cpu" else _CHECKED_EVERY
         for number, turns in enumerate(batches, 1):
-            with bk.use_backend(training_backend_of(config)):
-                self._joint_step(turns, seen)
+            self._joint_step(turns, seen)
             if number % checked_every == 0:
                 self._check_losses({name: seen[name] for name, _, _ in turns})
             name = turns[-1][0]
@@ -370,7 +359,7 @@ class Trainer:
         """The weighted, guarded loss of the teacher's logits."""
         assert self.teacher is not None
         distill = self.config.distill
-        with self._autocast(), bk.use_backend(backend_of(self.config)):
+        with self._autocast():
             targets = self.teacher.logits(name, images).float()
         return guarded(distill.weight * distillation_loss(logits, targets, distill.temperature), loss, distill.guard)
 
