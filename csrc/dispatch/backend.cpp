@@ -112,8 +112,8 @@ std::string backend_unavailable_reason(const std::string& name) {
   if (name == kAuto || name == kHeuristic) return "";
   const Backend* backend = find_backend(name);
   TORCH_CHECK_VALUE(backend != nullptr,
-                    "use_backend(): expected `name` to be auto, heuristic, native, aten, triton or cuda, got ",
-                    name, ".");
+                    "use_backend(): expected `name` to be auto, heuristic, native, aten, triton or cuda, got ", name,
+                    ".");
   return backend->unavailable_reason();
 }
 

@@ -19,9 +19,9 @@ std::string winograd_unsupported_reason(const ConvCall& call);
 // calling thread allows it.
 std::vector<int64_t> winograd_promises(const ConvCall& call);
 
-// For calls that are not measured, where no backend is named: the size of tiles, or 0 for the direct convolution. Where the weight
-// is transformed for one call alone, that has to pay, too. Otherwise the batch has no say: in a mixed batch a sample's
-// result must not depend on the others.
+// For calls that are not measured, where no backend is named: the size of tiles, or 0 for the direct convolution. Where
+// the weight is transformed for one call alone, that has to pay, too. Otherwise the batch has no say: in a mixed batch
+// a sample's result must not depend on the others.
 int64_t unmeasured_winograd(const NativeCall& native, bool weight_is_kept);
 
 // The same for the gradient of the weight.
