@@ -47,8 +47,9 @@ NAMES = {
     "channel_pack": "pack",
     "channel_unpack": "unpack",
     "sum_partials": "sum",
+    "split_epilogue": "split epilogue",
 }
-SMALL_SOURCES = ("channel_pack", "channel_unpack", "sum_partials")
+SMALL_SOURCES = ("channel_pack", "channel_unpack", "sum_partials", "split_epilogue")
 ELEMENTS = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
 
 
@@ -69,13 +70,16 @@ class Instance:
     @property
     def warps(self) -> int:
         """Warps of a block; those of the kernel of warpgroups that copy besides."""
-        return self.tile[2] * self.tile[3] + 4 * (self.kernel == "warpgroup") if self.tile else 8
+        if not self.tile:
+            return 4 if self.kernel == "split epilogue" else 8
+        return self.tile[2] * self.tile[3] + 4 * (self.kernel == "warpgroup")
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of dynamic shared memory, as in csrc/backends/cuda/kernels/tile_layout.h."""
         if not self.tile:
-            return {"pack": 64 * 65 * 4, "unpack": 64 * 4 + 64 * 65 * 4}.get(self.kernel, 0)
+            small = {"pack": 64 * 65 * 4, "unpack": 64 * 4 + 64 * 65 * 4, "split epilogue": 5120 + 512 + 256}
+            return small.get(self.kernel, 0)
         if self.kernel == "halo":
             # It depends on the layer's kernel and strides; this is the most: kHaloSharedBytes in halo_shape.h.
             return 99 * 1024

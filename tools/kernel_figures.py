@@ -10,6 +10,7 @@ in them is measured: latencies, caches, bank conflicts and the queues of memory 
     cycles of a block = (before + steps * loop + behind + rounds * store) * warps / 4        issued instructions
                         max with: tensor cores, shared memory, L2, by step
     time of a layer   = max(waves * cycles / clock, bytes from memory / bandwidth)
+                        and where sums are cut into parts, the least time of the launch that adds them
 
 A path through a loop is the shortest one on which its copies, products or stores are made. Needs nvcc, and cuobjdump or
 Triton's copy of it; with Triton, its main forward has a row, too.
@@ -42,6 +43,7 @@ MULTIPLY_ADDS = {"H200": 2048, "H100": 2048, "A100": 1024}
 ARCH = {"H200": "90a", "H100": "90a", "A100": "80"}
 HOPPER_MMA = 0.63
 SCHEDULERS, SHARED_BYTES_PER_CYCLE, ELEMENT, STEP = 4, 128, 2, 64
+L2_BYTES_PER_CYCLE = 64  # that one SM can read from L2
 
 
 def is_product(one: Instruction) -> bool:
@@ -126,14 +128,14 @@ class Figures:
         read = by_products if self.warpgroups else by_loads
         return (self.step_bytes + read) / SHARED_BYTES_PER_CYCLE
 
-    def limits(self, gpu: str) -> dict[str, float]:
-        """Cycles that a step of one block takes at least, by what limits it."""
-        data = GPUS[gpu]
+    def limits(self, gpu: str, sms: int = 0) -> dict[str, float]:
+        """Cycles that a step of one block takes at least, by what limits it; ``sms`` of them, 0: all, read from L2."""
+        share = GPUS[gpu].l2_bytes_per_s / CLOCK[gpu] / (sms or SMS[gpu])
         return {
             "issue": self.step_instructions / SCHEDULERS,
             "tensor cores": self.tensor_cycles(gpu),
             "shared memory": self.shared_cycles(),
-            "L2": self.step_bytes * SMS[gpu] * CLOCK[gpu] / data.l2_bytes_per_s,
+            "L2": self.step_bytes / min(share, L2_BYTES_PER_CYCLE),
         }
 
 
@@ -278,8 +280,19 @@ LAYERS = (
 )
 
 
-def choice(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int]]:
-    """Kernel and tile of a forward in NHWC: ``choose_gemm`` and what it calls, in instances.h."""
+def parts_of(tiles: int, steps: int, gpu: str) -> int:
+    """``choose_parts`` in instances.h."""
+    return 1 if 2 * tiles >= SMS[gpu] or steps < 16 else min(SMS[gpu] // tiles, steps // 4)
+
+
+def choice(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int], int]:
+    """Kernel, tile and parts of a forward in NHWC: ``choose_gemm`` in plan.cpp and what it calls, in instances.h."""
+    kernel, tile = _kernel(layer, batch, gpu)
+    tiles = math.ceil(batch * layer.side**2 / tile[0]) * math.ceil(layer.C_out / tile[1])
+    return kernel, tile, parts_of(tiles, layer.steps(), gpu)
+
+
+def _kernel(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int]]:
     rows, columns, sms = batch * layer.side**2, layer.C_out, SMS[gpu]
 
     def tiles(m: int, n: int) -> int:
@@ -288,7 +301,8 @@ def choice(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int]]:
     if columns <= 32:
         return "conv", (128, 32)
     warpgroups = ARCH[gpu] == "90a"
-    fills = 2 * tiles(128, 128) > sms if warpgroups else tiles(128, 128) >= sms
+    large = tiles(128, 128)
+    fills = 2 * large * parts_of(large, layer.steps(), gpu) > sms if warpgroups else large >= sms
     if 2 * columns <= 128 or 2 * rows <= 128 or not fills:
         return "conv", (64, 64)
     if not warpgroups:
@@ -297,19 +311,26 @@ def choice(layer: Layer, batch: int, gpu: str) -> tuple[str, tuple[int, int]]:
     return "warpgroup", (128, 256 if even and tiles(128, 256) >= sms else 128)
 
 
-def layer_time(layer: Layer, batch: int, gpu: str, f: Figures) -> tuple[float, str]:
-    """Least seconds of a layer by a kernel's figures, and what limits it."""
+def layer_time(layer: Layer, batch: int, gpu: str, f: Figures, parts: int = 1) -> tuple[float, str]:
+    """Least seconds of a layer by a kernel's figures, and what limits it.
+
+    Args:
+        parts: that sums are cut into. Adding them costs at least their bytes from L2.
+    """
     data: Gpu = GPUS[gpu]
     rows, columns = f.instance.tile[:2]
     pixels = batch * layer.side**2
-    tiles = math.ceil(pixels / rows) * math.ceil(layer.C_out / columns)
+    tiles = parts * math.ceil(pixels / rows) * math.ceil(layer.C_out / columns)
     rounds = rows * columns * ELEMENT // 16 // (32 * f.warps)
     around = (f.before + f.behind + rounds * f.store) * f.warps / SCHEDULERS
-    limits = f.limits(gpu)
+    limits = f.limits(gpu, min(tiles, SMS[gpu]))
     limit = max(limits, key=lambda name: limits[name])
     # Blocks of an SM share what limits them; the last wave has as many as are left.
     per_sm = math.ceil(tiles / SMS[gpu])
-    loop, rest = per_sm * layer.steps() * limits[limit] / CLOCK[gpu], per_sm * around / CLOCK[gpu]
+    steps = math.ceil(layer.steps() / parts)
+    loop, rest = per_sm * steps * limits[limit] / CLOCK[gpu], per_sm * around / CLOCK[gpu]
+    if parts > 1:
+        rest += parts * pixels * layer.C_out * 4 / data.l2_bytes_per_s
     moved = ELEMENT * (pixels * (layer.C_in + layer.C_out) + layer.C_in * layer.C_out * layer.kernel**2)
     memory = moved / data.bytes_per_s
     if memory > loop + rest:
@@ -331,7 +352,7 @@ KERNEL_HEAD = (
     "| divisions there | behind it | store | registers | shared | spills | blocks / SM | bytes / step "
     "| issue | tensor | shared memory | L2 |"
 )
-LAYER_HEAD = "| layer | kernel | steps | tiles | calculated, µs | limited by | peaks alone, µs | ratio |"
+LAYER_HEAD = "| layer | kernel | steps | tiles | parts | calculated, µs | limited by | peaks alone, µs | ratio |"
 
 
 def kernel_line(f: Figures, gpu: str) -> str:
@@ -346,13 +367,13 @@ def kernel_line(f: Figures, gpu: str) -> str:
 
 def layer_line(layer: Layer, batch: int, gpu: str, found: list[Figures]) -> str:
     """A row of the second table."""
-    kernel, tile = choice(layer, batch, gpu)
+    kernel, tile, parts = choice(layer, batch, gpu)
     f = next(f for f in found if f.instance.kernel == kernel and f.instance.tile[:2] == tile and not f.gradient)
-    seconds, limit = layer_time(layer, batch, gpu, f)
+    seconds, limit = layer_time(layer, batch, gpu, f, parts)
     least = least_time(layer, batch, gpu)
     name = f"{layer.kernel}x{layer.kernel} {layer.C_in} to {layer.C_out}, {layer.side}x{layer.side}"
     tiles = math.ceil(batch * layer.side**2 / tile[0]) * math.ceil(layer.C_out / tile[1])
-    cells = [name, f"{kernel} {tile[0]}x{tile[1]}", layer.steps(), tiles, f"{1e6 * seconds:.1f}", limit]
+    cells = [name, f"{kernel} {tile[0]}x{tile[1]}", layer.steps(), tiles, parts, f"{1e6 * seconds:.1f}", limit]
     return f"| {' | '.join(map(str, cells))} | {1e6 * least:.1f} | {least / seconds:.0%} |"
 
 

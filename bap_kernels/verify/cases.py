@@ -97,6 +97,8 @@ def problems(math: str, sm_count: int) -> list[Problem]:
     large = last.but(batch=many, out_channels=200, size=(side, side), out_list="null")
     # Planes are a grid each: of one tile of pixels and two of filters.
     planes = point.but(batch=-(-rows // 64), in_list="odd", size=(16, 8), out_channels=200, out_list="null")
+    # Sums of 27 steps and more of few tiles, which are cut into parts, on large devices.
+    long = last.but(in_channels=136, size=(5, 7), out_list="null")
     wide = large.but(kernel=(1, 1), padding=(0, 0, 0, 0), batch=2 * many, out_channels=256)
     found = [
         Problem(plain, last, tiles=True),
@@ -113,6 +115,12 @@ def problems(math: str, sm_count: int) -> list[Problem]:
         Problem(fused, point.but(in_list="shuffled", out_list="null"), flags=_EPILOGUE, dual_store="odd"),
         Problem(plain, point.but(batch=5, in_channels=130), block=16),
         Problem(fused, odd.but(in_channels=24), flags=_FLAGS, dual_store="shuffled"),
+        Problem(plain, long),
+        Problem(plain, long.but(in_channels=264, out_channels=72, **bent), block=8),
+        Problem(plain, long.but(in_channels=1100, kernel=(1, 1), padding=(0, 0, 0, 0), in_list="odd", out_channels=20)),
+        Problem(fused, long.but(out_channels=72, out_list="odd"), flags=_EPILOGUE, dual_store="odd"),
+        # Tiles of WGMMA, where the device has them.
+        Problem(plain, long.but(batch=max(4, sm_count // 6), out_channels=136)),
         Problem(plain, large),
         Problem(plain, large.but(out_channels=256, in_channels=64, kernel=(3, 2)), block=8),
         Problem(fused, large.but(in_channels=24), flags=_EPILOGUE, dual_store="odd"),
@@ -122,6 +130,10 @@ def problems(math: str, sm_count: int) -> list[Problem]:
         Problem(backward, last, mask=(True, False, False), tiles=True),
         Problem(backward, last.but(stride=(2, 2)), block=8, mask=(True, True, False)),
         Problem(backward, odd.but(stride=(1, 2), dilation=(2, 1)), mask=(True, True, True)),
+        Problem(backward, long.but(in_channels=36, out_channels=136), mask=(True, False, False)),
+        Problem(
+            backward, long.but(in_channels=80, out_channels=520, stride=(2, 1)), block=8, mask=(True, False, False)
+        ),
         Problem(backward, last, mask=(False, True, False), tiles=True),
         Problem(backward, last.but(batch=5, size=(17, 13)), block=16, mask=(False, True, False)),
         # Apart, so that no family is blamed for another.
@@ -141,6 +153,7 @@ def problems(math: str, sm_count: int) -> list[Problem]:
     for case in (odd, last, point, last.but(kernel=(1, 1), padding=(0, 0, 0, 0), stride=(2, 2))):
         found.append(Problem(mixed, case.but(batch=6), tiles=case is last))
         found.append(Problem(mixed, case.but(batch=6, in_channels=48), block=8))
+    found.append(Problem(mixed, long.but(batch=6, in_channels=264), block=8))
     return found
 
 

@@ -10,8 +10,8 @@ __all__ = ["MATHS", "TRITON_KERNELS", "is_main", "matching", "ordered"]
 # In the order in which they are verified.
 MATHS = ("bfloat16", "tf32", "float16", "float32")
 TRITON_KERNELS = ("forward", "planar", "pack", "input_gradient", "weight_gradient", "switched", "mixed")
-_CUDA_KERNELS = ("wgmma", "nhwc", "planar", "halo", *TRITON_KERNELS[2:])
-_INFERENCE = {"wgmma", "nhwc", "planar", "halo", "forward", "pack"}
+_CUDA_KERNELS = ("wgmma", "nhwc", "planar", "halo", "split", *TRITON_KERNELS[2:])
+_INFERENCE = {"wgmma", "nhwc", "planar", "halo", "split", "forward", "pack"}
 
 
 def _rank(family: str) -> tuple[bool, int, int, str]:

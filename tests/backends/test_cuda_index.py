@@ -24,7 +24,7 @@ CHECKS = (
         "banks",
         "stages",
     ),
-    *("choices", "runs"),
+    *("parts", "choices", "runs"),
     *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
     "descriptors",
 )

@@ -103,6 +103,21 @@ ROWS = [
     Edit("results are stored unaligned", r"st\.global\.v4\.u32\s+\[(%rd\d+)\]", r"st.global.v4.u32 [\1+8]", 0),
 ]  # fmt: skip
 
+# Of a kernel whose sums are cut into parts, and of the one that adds them.
+PARTS = [
+    Edit("every block takes the first part", r"mov\.u32\s+(%r\d+), %ctaid\.z;", r"mov.u32 \1, 0;", None),
+    Edit("a part's sum goes a column further", r"st\.global\.f32\s+\[(%rd\d+)\]", r"st.global.f32 [\1+4]", 0),
+    without("a part's sum is not stored", r"st\.global\.f32[^;]+;", 0),
+]
+_PART = r"(ld\.global\.v4\.f32 \{[^}]+\}, \[%rd\d+)(\];)"
+SPLIT = [
+    without("no barrier before added sums are stored", r"bar\.sync\s+0;"),
+    without("a part that is not loaded", _PART, 1),
+    Edit("a part is loaded from the next columns", _PART, r"\1+16\2", 0),
+    Edit("a part is loaded unaligned", _PART, r"\1+4\2", 2),
+    Edit("sums are staged further on", r"st\.shared\.v4\.f32\s+\[(%r\d+)\]", r"st.shared.v4.f32 [\1+16]", 0),
+]
+
 _TRITON_B = r"(mma\.sync[^;]+?\}, \{[^}]+\}, )\{ (%r\d+), (%r\d+) \}"
 
 PACK = [

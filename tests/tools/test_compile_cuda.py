@@ -97,9 +97,11 @@ def test_small_kernels_compile_without_faults() -> None:
         code for name in compile_cuda.SMALL_SOURCES for code in compile_cuda.compile_source(name, "80", nvcc, cuobjdump)
     ]
     assert sorted((code.kernel, code.mode) for code in codes) == sorted(
-        (kernel, element) for kernel in ("pack", "sum", "unpack") for element in ("bfloat16", "half", "float32")
+        (kernel, element)
+        for kernel in ("pack", "sum", "split epilogue", "unpack")
+        for element in ("bfloat16", "half", "float32")
     )
-    assert all(code.wrong == [] and 0 < code.registers < 64 for code in codes)
+    assert all(code.wrong == [] and 0 < code.registers <= 80 for code in codes)
 
 
 def test_tool_compiles_every_kernel_file() -> None:

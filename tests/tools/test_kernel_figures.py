@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benches.roofline import GPUS
 from tools.compile_cuda import Instance
 from tools.kernel_figures import LAYERS, Figures, Layer, choice, figures_of, is_copy, layer_time, least_time
 from tools.machine_code import Code, divisions, parse
@@ -107,18 +108,39 @@ def test_a_layer_takes_its_steps_and_what_is_around_them() -> None:
 
 def test_no_layer_is_faster_than_the_peaks() -> None:
     for layer in LAYERS:
-        kernel, tile = choice(layer, 64, "A100")
-        assert kernel == "conv"
+        kernel, tile, parts = choice(layer, 64, "A100")
+        assert (kernel, parts) == ("conv", 1)
         warps = {(128, 128): (2, 4), (64, 64): (2, 2), (128, 32): (4, 1)}[tile]
         f = figures(instance=Instance("conv", "half", (*tile, *warps, 3, 1)), loop=1)
         assert layer_time(layer, 64, "A100", f)[0] >= least_time(layer, 64, "A100")
 
 
 def test_choice_follows_the_launcher() -> None:
-    assert choice(Layer(64, 256, 56, 1), 64, "H200") == ("warpgroup", (128, 256))
-    assert choice(Layer(256, 64, 56, 1), 64, "H200") == ("conv", (64, 64))
-    assert choice(Layer(64, 32, 56, 1), 64, "H200") == ("conv", (128, 32))
+    assert choice(Layer(64, 256, 56, 1), 64, "H200") == ("warpgroup", (128, 256), 1)
+    assert choice(Layer(256, 64, 56, 1), 64, "H200") == ("conv", (64, 64), 1)
+    assert choice(Layer(64, 32, 56, 1), 64, "H200") == ("conv", (128, 32), 1)
     # Half of the SMs are enough for WGMMA.
-    assert choice(Layer(512, 512, 7, 3), 64, "H200") == ("warpgroup", (128, 128))
-    assert choice(Layer(512, 512, 7, 3), 64, "A100") == ("conv", (64, 64))
-    assert choice(Layer(64, 256, 56, 1), 64, "A100") == ("conv", (128, 128))
+    assert choice(Layer(512, 512, 7, 3), 64, "H200") == ("warpgroup", (128, 128), 1)
+    assert choice(Layer(512, 512, 7, 3), 64, "A100") == ("conv", (64, 64), 1)
+    assert choice(Layer(64, 256, 56, 1), 64, "A100") == ("conv", (128, 128), 1)
+    # Few tiles and long sums.
+    assert choice(Layer(512, 512, 7, 3), 1, "H200") == ("conv", (64, 64), 16)
+    assert choice(Layer(512, 512, 7, 3), 8, "H200") == ("warpgroup", (128, 128), 8)
+    assert choice(Layer(512, 512, 7, 3), 8, "A100") == ("conv", (64, 64), 1)
+
+
+def test_parts_shorten_a_layer_of_few_tiles_and_cost_their_bytes() -> None:
+    layer = Layer(512, 512, 7, 3)
+    cycles = max(figures().limits("A100", 4).values())
+    whole, _ = layer_time(layer, 1, "A100", figures())
+    assert whole == pytest.approx(72 * cycles / 1.41e9)
+    parted, _ = layer_time(layer, 1, "A100", figures(), 16)
+    adding = 16 * 49 * 512 * 4 / GPUS["A100"].l2_bytes_per_s
+    assert parted == pytest.approx(5 * max(figures().limits("A100", 64).values()) / 1.41e9 + adding)
+    assert parted < whole
+
+
+def test_few_sms_get_more_of_l2_each() -> None:
+    l2 = [figures().limits("A100", sms)["L2"] for sms in (0, 54, 1)]
+    assert l2[0] == pytest.approx(2 * l2[1]) or l2[1] == 32768 / 64
+    assert l2[2] == 32768 / 64

@@ -30,7 +30,7 @@ FamilySet cuda_families() {
   if (cuda_launcher() == nullptr) return 0;
   FamilySet all = 0;
   for (const FamilyMath math : {FamilyMath::kTf32, FamilyMath::kFloat16, FamilyMath::kBFloat16}) {
-    all |= of({kNhwc, kWgmma, kPlanar, kHalo, kPack, kInputGradient, kWeightGradient, kSwitched, kMixed}, math);
+    all |= of({kNhwc, kWgmma, kPlanar, kHalo, kSplit, kPack, kInputGradient, kWeightGradient, kSwitched, kMixed}, math);
   }
   return all;
 }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <string>
 
+#include "backends/cuda/plan.h"
 #include "dispatch/verdicts.h"
 
 namespace bap_kernels {
@@ -180,27 +181,45 @@ void for_phases(ConvParams p, Body body) {
   }
 }
 
-// One launch, or one for each kMaxPhases phases, of parameters that lack what depends on tile and phase.
+// Room for a sum's parts.
+at::Tensor new_parts(PartialSums& parts, int count, int64_t grids, int64_t pixels, int64_t columns,
+                     const at::Tensor& like) {
+  const at::Tensor sums = new_floats({count, grids, pixels, (columns + 3) / 4 * 4}, like);
+  parts.sums = sums.mutable_data_ptr<float>();
+  parts.stride_part = sums.stride(0);
+  parts.stride_phase = sums.stride(1);
+  parts.stride_row = static_cast<int>(sums.stride(2));
+  return sums;
+}
+
+// One launch, or one for each kMaxPhases phases, of parameters that lack what depends on tile and phase; two where sums
+// are cut into parts.
 void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
   const bool planes = l.route == ConvRoute::kPlanes, reduced = has_value(l.grad_switch);
-  const auto [tile, warpgroups, warpgroup_tile, rows, grids] = choose_gemm(l, p.batch);
+  const GemmChoice choice = choose_gemm(l, p.batch);
   const at::Tensor& weight = l.runs[0].weight;
-  if (warpgroups) {
-    return for_phases(p, [&, tile = warpgroup_tile](const ConvParams& part) {
-      check_launch(launcher().warpgroup_conv2d(part, mode, tile, on.stream), "warpgroup_conv2d", l.source, weight);
-    });
+  p.parts.count = divisor_of(choice.parts);
+  at::Tensor parts, partial;
+  if (choice.parts > 1) {
+    const int64_t pixels = l.source.size(0) * p.pixels;
+    parts = new_parts(p.parts, choice.parts, choice.grids, pixels, p.columns, l.source);
   }
-  at::Tensor partial;
   if (reduced) {
-    const int64_t terms = grids * ((rows + row_tile(tile) - 1) / row_tile(tile));
-    partial = new_floats({terms, p.columns}, l.source);
+    const int tile = choice.parts > 1 ? SplitEpilogueTile::kRows : row_tile(choice.tile);
+    partial = new_floats({choice.grids * tiles_of(choice.rows, tile), p.columns}, l.source);
     p.partial = partial.mutable_data_ptr<float>();
     p.input = l.input->const_data_ptr();
     p.input_stride = strides_of(*l.input);
     p.reduce_off = l.reduce_off;
   }
-  for_phases(p, [&, shape = tile](const ConvParams& part) {
-    check_launch(launcher().gathered_conv2d(part, mode, shape, planes, on.stream), "gathered_conv2d", l.source, weight);
+  for_phases(p, [&](const ConvParams& phases) {
+    const auto check = [&](Status status, const char* kernel) { check_launch(status, kernel, l.source, weight); };
+    if (choice.warpgroups) {
+      check(launcher().warpgroup_conv2d(phases, mode, choice.warpgroup_tile, on.stream), "warpgroup_conv2d");
+    } else {
+      check(launcher().gathered_conv2d(phases, mode, choice.tile, planes, on.stream), "gathered_conv2d");
+    }
+    if (choice.parts > 1) check(launcher().split_epilogue(phases, mode, on.stream), "split_epilogue");
   });
   if (reduced) sum_terms(partial, *l.grad_switch, p.result_list, p.reduce_off ? nullptr : p.stored, mode, on);
 }
@@ -223,23 +242,9 @@ void for_chunks(const std::vector<LaunchRun>& runs, c10::function_ref<void(size_
   }
 }
 
-GemmChoice choose_gemm(const ConvLaunch& l, int64_t images) {
-  const bool planes = l.route == ConvRoute::kPlanes;
-  const auto along = [&](const ConvAxis& axis) {
-    return static_cast<int64_t>(l.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
-  };
-  const int64_t pixels = along(l.h) * along(l.w);
-  GemmChoice choice{};
-  choice.grids = planes ? images : l.gradient ? l.h.stride * l.w.stride : 1;
-  choice.rows = planes ? pixels : pixels * images;
-  const OnDevice on(l.source);
-  const int sm_count = launcher().sm_count(on.index);
-  const bool covered = products_of(l.source) != MathMode::kTf32 && !planes && !has_value(l.grad_switch) &&
-                       launcher().has_warpgroups(on.index);
-  choice.tile = choose_tile(choice.rows, l.columns, choice.grids, planes, sm_count, covered);
-  choice.warpgroups = covered && choice.tile == TileShape::kLarge;
-  choice.warpgroup_tile = choose_warpgroup_tile(choice.rows, l.columns, choice.grids, sm_count);
-  return choice;
+DeviceFacts device_facts(const at::Tensor& t) {
+  const OnDevice on(t);
+  return {launcher().sm_count(on.index), launcher().has_warpgroups(on.index)};
 }
 
 void launch_conv(const ConvLaunch& l) {

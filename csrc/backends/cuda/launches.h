@@ -51,14 +51,12 @@ void launch_conv(const ConvLaunch& launch);
 // Unlisted channels of a result of full width become zeros.
 void launch_conv_into_result(ConvLaunch launch, bool spread);
 
-// The kernel of one launch of the implicit GEMM by rows or planes, and its tile.
-struct GemmChoice {
-  TileShape tile;
-  bool warpgroups;
-  WarpgroupTileShape warpgroup_tile;
-  int64_t rows, grids;
+// What the choice of kernels asks a tensor's device.
+struct DeviceFacts {
+  int sm_count;
+  bool has_warpgroups;
 };
-GemmChoice choose_gemm(const ConvLaunch& launch, int64_t images);
+DeviceFacts device_facts(const at::Tensor& t);
 
 // Calls `body` with the number of the first run of each launch and that behind its last, kMaxRuns at a time, and their
 // images.

@@ -36,11 +36,13 @@ FamilySet gemm_families(ConvLaunch l, ConvRoute route, FamilyMath math) {
   l.route = route;
   FamilySet all = 0;
   for_chunks(l.runs, [&](size_t, size_t, int images) {
+    const GemmChoice choice = choose_gemm(l, images);
     const CudaKernel rows = l.gradient ? CudaKernel::kInputGradient : CudaKernel::kNhwc;
-    const CudaKernel kernel = choose_gemm(l, images).warpgroups ? CudaKernel::kWgmma
-                              : route == ConvRoute::kPlanes     ? CudaKernel::kPlanar
-                                                                : rows;
+    const CudaKernel kernel = choice.warpgroups             ? CudaKernel::kWgmma
+                              : route == ConvRoute::kPlanes ? CudaKernel::kPlanar
+                                                            : rows;
     all |= family(kernel, math);
+    if (choice.parts > 1) all |= family(CudaKernel::kSplit, math);
   });
   return all;
 }
@@ -85,6 +87,33 @@ ConvPlan plan_conv(const ConvLaunch& l, const std::optional<ResultLayout>& resul
   }
   plan.packs = true;
   return of_rows();
+}
+
+GemmChoice choose_gemm(const ConvLaunch& l, int64_t images) {
+  const bool planes = l.route == ConvRoute::kPlanes;
+  const auto along = [&](const ConvAxis& axis) {
+    return static_cast<int64_t>(l.gradient ? ceil_div(axis.input, axis.stride) : axis.output);
+  };
+  // Of the phase that meets most of them.
+  const auto taps = [&](const ConvAxis& axis) {
+    return static_cast<int64_t>(l.gradient ? ceil_div(axis.kernel, axis.stride) : axis.kernel);
+  };
+  int64_t depth = 0;
+  for (const LaunchRun& run : l.runs) depth = std::max(depth, run.list.length);
+  const int64_t step = kDepthBytes / static_cast<int64_t>(l.source.element_size());
+  const int64_t pixels = along(l.h) * along(l.w), steps = tiles_of(depth, step) * taps(l.h) * taps(l.w);
+  const DeviceFacts device = device_facts(l.source);
+  GemmChoice choice{};
+  choice.grids = planes ? images : l.gradient ? l.h.stride * l.w.stride : 1;
+  choice.rows = planes ? pixels : pixels * images;
+  const bool covered =
+      math_of(l.source) != FamilyMath::kTf32 && !planes && !has_value(l.grad_switch) && device.has_warpgroups;
+  choice.tile = choose_tile(choice.rows, l.columns, choice.grids, planes, device.sm_count, covered, steps);
+  choice.warpgroups = covered && choice.tile == TileShape::kLarge;
+  choice.warpgroup_tile = choose_warpgroup_tile(choice.rows, l.columns, choice.grids, device.sm_count);
+  const int64_t tiles = tiles_of(choice.tile, choice.rows, l.columns, choice.grids);
+  choice.parts = planes ? 1 : choose_parts(tiles, steps, device.sm_count);
+  return choice;
 }
 
 WeightGradientPlan plan_weight_gradient(const at::Tensor& grad, const at::Tensor& input, const ListForm& columns) {

@@ -37,6 +37,16 @@ struct ConvPlan {
 ConvPlan plan_conv(const ConvLaunch& launch, const std::optional<ResultLayout>& result, bool prologue,
                    bool aligned = false);
 
+// The kernel of one launch of the implicit GEMM by rows or planes, its tile, and into how many parts its sums are cut.
+struct GemmChoice {
+  TileShape tile;
+  bool warpgroups;
+  WarpgroupTileShape warpgroup_tile;
+  int64_t rows, grids;
+  int parts;
+};
+GemmChoice choose_gemm(const ConvLaunch& launch, int64_t images);
+
 // What the weight's gradient copies first.
 struct WeightGradientPlan {
   bool packs_grad = false, packs_input = false;

@@ -14,7 +14,7 @@ using Meeting = std::tuple<int, int, int>;  // stored place, source place, tap o
 std::multiset<Meeting> meetings(const AxisPlan& plan) {
   std::multiset<Meeting> found;
   for (int r = 0; r < plan.count.count(); ++r) {
-    for (int t = 0; t < plan.taps; ++t) {
+    for (int t = 0; t < plan.taps.count(); ++t) {
       const int source = r * plan.source_step + plan.source_first + t * plan.tap_step;
       if (within(source, plan.source_size)) {
         found.insert({r * plan.result_step + plan.result_first, source, plan.weight_first + t * plan.weight_step});
@@ -87,15 +87,24 @@ void steps_of_the_sum() {
   for (int kernel_h = 1; kernel_h <= 3; ++kernel_h) {
     for (int kernel_w = 1; kernel_w <= 3; ++kernel_w) {
       const AxisPlan h = gradient_axis({9, 5, kernel_h, 2, 1, 1}, 1), w = forward_axis({9, 9, kernel_w, 1, 1, 2});
-      StepWalk step = first_step(h, w, kernel_w, filter_tap);
-      for (int block = 0; h.taps > 0 && block < 4; ++block) {
-        for (int i = 0; i < h.taps; ++i) {
-          for (int j = 0; j < w.taps; ++j) {
+      const auto at = [&](int number) {
+        return step_at(number, h, w, source_h, source_w, kernel_w, filter_tap, depth);
+      };
+      StepWalk step = at(0);
+      int number = 0;
+      for (int block = 0; h.taps.count() > 0 && block < 4; ++block) {
+        for (int i = 0; i < h.taps.count(); ++i) {
+          for (int j = 0; j < w.taps.count(); ++j) {
+            const StepWalk jump = at(number++);
+            require(jump.block == step.block && jump.tap_h == step.tap_h && jump.tap_w == step.tap_w &&
+                        jump.source == step.source && jump.filter == step.filter &&
+                        jump.source_line == step.source_line && jump.filter_line == step.filter_line,
+                    "a part of the sum begins elsewhere");
             require(step.block == block && step.tap_h == i && step.tap_w == j, "the order of the sum differs");
             const int tap = (h.weight_first + i * h.weight_step) * kernel_w + w.weight_first + j * w.weight_step;
             require(step.filter == tap * filter_tap + block * depth, "a step reads another tap of a filter");
             require(step.source == i * h.tap_step * source_h + j * w.tap_step * source_w, "a step reads another pixel");
-            const bool last = i == h.taps - 1 && j == w.taps - 1;
+            const bool last = i == h.taps.count() - 1 && j == w.taps.count() - 1;
             require(advance(step, h, w, source_h, source_w, kernel_w, filter_tap, depth) == last,
                     "a block of channels ends elsewhere");
           }

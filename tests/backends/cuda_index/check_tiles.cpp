@@ -101,6 +101,21 @@ void stages() {
   });
 }
 
+void parts() {
+  // ResNet-50's last 3x3, batch 1: 8 small tiles, 72 steps.
+  require(choose_parts(8, 72, 132) == 16, "parts fill the SMs once");
+  require(choose_parts(8, 32, 132) == 8, "a part has at least four steps");
+  require(choose_parts(8, 16, 132) == 4 && choose_parts(8, 15, 132) == 1, "short sums are not cut");
+  require(choose_parts(65, 72, 132) == 2 && choose_parts(66, 72, 132) == 1, "tiles that fill half the SMs are whole");
+  require(choose_parts(0, 72, 132) == 1, "an empty result has no parts");
+  for (int tiles = 1; tiles < 300; ++tiles) {
+    for (int steps = 0; steps < 300; ++steps) {
+      const int count = choose_parts(tiles, steps, 132);
+      require(count == 1 || (count * tiles <= 132 && count * 4 <= steps), "more parts than SMs or steps");
+    }
+  }
+}
+
 void choices() {
   require(choose_tile(100000, 32, 1, false, 132) == TileShape::kThin, "few columns want the thin tile");
   require(choose_tile(100000, 256, 1, false, 132) == TileShape::kLarge, "many tiles want to be large");
@@ -111,6 +126,10 @@ void choices() {
   require(choose_tile(64 * 49, 512, 1, false, 132) == TileShape::kSmall, "large tiles leave SMs idle");
   require(choose_tile(64 * 49, 512, 1, false, 132, true) == TileShape::kLarge, "WGMMA takes what fills half the SMs");
   require(choose_tile(16 * 128, 512, 1, false, 128, true) == TileShape::kSmall, "half of the SMs, and no more");
+  // The same with batch 8, in parts: 4 x 4 large tiles, 72 steps.
+  require(choose_tile(8 * 49, 512, 1, false, 132, true, 72) == TileShape::kLarge, "parts count as tiles for WGMMA");
+  require(choose_tile(8 * 49, 512, 1, false, 132, true, 15) == TileShape::kSmall, "there are no parts of short sums");
+  require(choose_tile(8 * 49, 512, 1, false, 132, false, 72) == TileShape::kSmall, "parts are for WGMMA alone");
   require(choose_tile(100000, 32, 1, true, 132) == TileShape::kSmall, "planar sources have no thin tile");
   require(choose_warpgroup_tile(100000, 256, 1, 132) == WarpgroupTileShape::kWide, "many columns want the wide tile");
   require(choose_warpgroup_tile(100000, 128, 1, 132) == WarpgroupTileShape::kSquare, "half of it would be empty");
@@ -122,6 +141,8 @@ void choices() {
 
 }  // namespace
 
-Checks tile_checks() { return {{"copies", copies}, {"banks", banks}, {"stages", stages}, {"choices", choices}}; }
+Checks tile_checks() {
+  return {{"copies", copies}, {"banks", banks}, {"stages", stages}, {"parts", parts}, {"choices", choices}};
+}
 
 }  // namespace bap_kernels

@@ -9,6 +9,7 @@ from typing import Any
 from bap_kernels import _load
 
 CONV, PACK, UNPACK, WEIGHT = "conv", "channel_pack", "channel_unpack", "weight_gradient"
+_SUMS = ("sum_partials", "split_epilogue")
 _CONVS = ("gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d")
 
 
@@ -42,8 +43,8 @@ def kernels() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The same with one name for all kernels of the convolution, and without sums of partial results."""
+    """The same with one name for all kernels of the convolution, and without sums of partial results and of parts."""
     names: list[str] = []
     with kernels() as found:
         yield names
-    names.extend(CONV if name in _CONVS else name for name in found if name != "sum_partials")
+    names.extend(CONV if name in _CONVS else name for name in found if name not in _SUMS)

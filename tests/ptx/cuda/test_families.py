@@ -22,6 +22,9 @@ WIDE = BASE.but(out_channels=136)
 RANDOM = torch.tensor([1, 2, 5, 7, 20, 33], dtype=torch.int32)
 BLOCKS = torch.tensor([c for c in range(64) if c // 8 % 2], dtype=torch.int32)
 LAST = {"layout": "channels_last"}
+# 27 steps.
+LONG = BASE.but(in_channels=136, out_channels=136, size=(5, 7), **LAST)
+RANDOM_OF_LONG = torch.tensor([c for c in range(136) if c != 9], dtype=torch.int32)
 
 Call = tuple[str, tuple[Any, ...]]
 
@@ -104,6 +107,7 @@ LAUNCHED = {
     "weight_gradient": {"weight_gradient"},
     "channel_pack": {"pack"},
     "channel_unpack": {"pack"},
+    "split_epilogue": {"split"},
 }
 
 
@@ -154,6 +158,26 @@ def test_families_with_warpgroups(call: Call, expected: str) -> None:
     assert launches(call) == {"warpgroup_conv2d"}
     set_device(arch=80)
     assert "wgmma" not in families(call)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (forward(LONG), "nhwc split"),
+        (forward(LONG, RANDOM_OF_LONG), "nhwc split pack"),
+        (mixed(LONG, None, None), "mixed nhwc split"),
+        (backward(LONG.but(in_channels=32, out_channels=136), None, (True, False, False)), "input_gradient split"),
+        (switched(LONG), "switched nhwc split pack"),
+    ],
+    ids=["forward", "packed", "mixed", "backward", "switched"],
+)
+def test_families_of_sums_in_parts(call: Call, expected: str) -> None:
+    set_device(132)
+    assert families(call) == set(expected.split())
+    assert {"gathered_conv2d", "split_epilogue"} <= launches(call)
+    # Where tiles fill the device, no family.
+    set_device(1)
+    assert "split" not in families(call)
 
 
 @pytest.mark.arch(80)

@@ -9,12 +9,15 @@ import torch
 
 from bap_kernels.testing import Case, check_forward
 from tests.ptx.cuda.conftest import FOUND
-from tests.ptx.faults import PACK, ROWS, WARPGROUPS, Edit
+from tests.ptx.faults import PACK, PARTS, ROWS, SPLIT, WARPGROUPS, Edit
 
 NHWC = Case(in_list="null", out_list="null", layout="channels_last", dtype=torch.float16)
+UNCUT = 5  # SMs: small tiles, of which four fill more than half
 # More steps than stages, and ragged on every side.
 TILES_OF_WARPGROUPS = NHWC.but(in_channels=136, out_channels=120, size=(9, 12), batch=1)
 SMALL_TILES = NHWC.but(in_channels=72, out_channels=72, size=(5, 7))
+# 27 steps of four tiles, in several parts.
+PARTED = SMALL_TILES.but(in_channels=136)
 PLANES = Case(in_channels=40, out_channels=36, size=(5, 8), dtype=torch.float16, kernel=(1, 1), padding=(1, 0, 0, 0))
 
 
@@ -46,8 +49,24 @@ def test_warpgroups(edit: Edit, device: Any) -> None:
 @pytest.mark.arch(80)
 @pytest.mark.parametrize("edit", sampled(ROWS), ids=lambda edit: edit.name)
 def test_rows(edit: Edit, device: Any) -> None:
-    device.set_device(1_000_000)
+    device.set_device(UNCUT)
     check_found(edit, ["gathered_conv2d", "MathModeE1", "Li64ELi64E", "Lb0E"], SMALL_TILES, device)
+
+
+@pytest.mark.sample
+@pytest.mark.arch(80)
+@pytest.mark.parametrize("edit", PARTS, ids=lambda edit: edit.name)
+def test_parts(edit: Edit, device: Any) -> None:
+    device.set_device(132)
+    check_found(edit, ["gathered_conv2d", "MathModeE1", "Li64ELi64E", "Lb0E"], PARTED, device)
+
+
+@pytest.mark.sample
+@pytest.mark.arch(80)
+@pytest.mark.parametrize("edit", SPLIT, ids=lambda edit: edit.name)
+def test_split_epilogue(edit: Edit, device: Any) -> None:
+    device.set_device(132)
+    check_found(edit, ["split_epilogue", "6__half"], PARTED, device)
 
 
 @pytest.mark.sample
@@ -59,11 +78,12 @@ def test_pack(edit: Edit, device: Any) -> None:
 
 @pytest.mark.sample
 def test_without_a_fault_all_is_well(device: Any) -> None:
-    for case, sm_count in ((TILES_OF_WARPGROUPS, 1), (SMALL_TILES, 1_000_000), (PLANES, 1)):
+    for case, sm_count in ((TILES_OF_WARPGROUPS, 1), (SMALL_TILES, UNCUT), (PARTED, 132), (PLANES, 1)):
         device.set_device(sm_count)
         assert check_forward(case, "cuda")
     names = " ".join(device.take_mangled())
     assert "channel_pack_kernelI6__half" in names
+    assert names.count("split_epilogue") == 1
     assert ("warpgroup_conv2d" in names) == (device.arch == 90)
 
 

@@ -102,7 +102,7 @@ std::vector<std::string> take_launches() {
   std::vector<std::string> found;
   for (const std::string& mangled : take_mangled()) {
     for (const char* name : {"gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d", "weight_gradient",
-                             "sum_partials", "channel_pack", "channel_unpack"}) {
+                             "sum_partials", "split_epilogue", "channel_pack", "channel_unpack"}) {
       if (mangled.find(name + std::string("_kernel")) != std::string::npos) found.emplace_back(name);
     }
   }

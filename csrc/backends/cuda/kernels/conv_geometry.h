@@ -15,7 +15,7 @@ namespace bap_kernels {
 
 struct AxisPlan {
   Divisor count;  // result places
-  int taps;
+  Divisor taps;
   int source_size, source_step, source_first, tap_step;
   int result_step, result_first;
   int weight_first, weight_step;
@@ -27,7 +27,7 @@ struct ConvAxis {
 };
 
 inline AxisPlan forward_axis(const ConvAxis& a) {
-  return {divisor_of(a.output), a.kernel, a.input, a.stride, -a.before, a.dilation, 1, 0, 0, 1};
+  return {divisor_of(a.output), divisor_of(a.kernel), a.input, a.stride, -a.before, a.dilation, 1, 0, 0, 1};
 }
 
 inline int greatest_divisor(int a, int b) {
@@ -48,7 +48,7 @@ inline AxisPlan gradient_axis(const ConvAxis& a, int phase) {
   const bool meets = first < step && first < a.kernel;
   const int count = a.input > place ? ceil_div(a.input - place, a.stride) : 0;
   return {divisor_of(count),
-          meets ? ceil_div(a.kernel - first, step) : 0,
+          divisor_of(meets ? ceil_div(a.kernel - first, step) : 0),
           a.output,
           1,
           meets ? (place + a.before - first * a.dilation) / a.stride : 0,
@@ -77,24 +77,35 @@ struct StepWalk {
   int64_t source, filter;
   int64_t source_line, filter_line;  // of the first tap of this row of taps
 };
-BAP_HOST_DEVICE StepWalk first_step(const AxisPlan& h, const AxisPlan& w, int kernel_w, int64_t filter_tap) {
-  const int64_t filter = (h.weight_first * kernel_w + w.weight_first) * filter_tap;
-  return {0, 0, 0, 0, filter, 0, filter};
+// Step `number`, of blocks of `depth` channels. Strides of the source's pixels and of a filter's taps.
+BAP_HOST_DEVICE StepWalk step_at(int number, const AxisPlan& h, const AxisPlan& w, int64_t source_h, int64_t source_w,
+                                 int kernel_w, int64_t filter_tap, int depth) {
+  const RowPlace at = row_place(number, h.taps, w.taps);
+  const int64_t source = at.row * h.tap_step * source_h;
+  const int64_t filter = ((h.weight_first + at.row * h.weight_step) * kernel_w + w.weight_first) * filter_tap +
+                         static_cast<int64_t>(at.image) * depth;
+  return {at.image,
+          at.row,
+          at.column,
+          source + at.column * w.tap_step * source_w,
+          filter + at.column * w.weight_step * filter_tap,
+          source,
+          filter};
 }
-// Moves on; true where a new block of `depth` channels begins. Strides of the source's pixels and of a filter's taps.
+// Moves on; true where a new block begins.
 BAP_HOST_DEVICE bool advance(StepWalk& s, const AxisPlan& h, const AxisPlan& w, int64_t source_h, int64_t source_w,
                              int kernel_w, int64_t filter_tap, int depth) {
-  if (++s.tap_w < w.taps) {
+  if (++s.tap_w < w.taps.count()) {
     s.source += w.tap_step * source_w;
     s.filter += w.weight_step * filter_tap;
     return false;
   }
   s.tap_w = 0;
-  const bool ends = ++s.tap_h == h.taps;
+  const bool ends = ++s.tap_h == h.taps.count();
   if (ends) {
     s.tap_h = 0;
     s.source_line = 0;
-    s.filter_line = first_step(h, w, kernel_w, filter_tap).filter + static_cast<int64_t>(++s.block) * depth;
+    s.filter_line = (h.weight_first * kernel_w + w.weight_first) * filter_tap + static_cast<int64_t>(++s.block) * depth;
   } else {
     s.source_line += h.tap_step * source_h;
     s.filter_line += h.weight_step * kernel_w * filter_tap;

@@ -58,6 +58,14 @@ BAP_HOST_DEVICE ImagePlace image_place(const Runs& runs, int number) {
 // Phases of the input's gradient along an axis in one launch.
 constexpr int kMaxPhases = 8;
 
+// The steps of a long sum cut into parts, which blocks of their own add up; split_epilogue.cu adds the parts.
+struct PartialSums {
+  float* sums;  // (parts, phases, pixels of the batch, columns rounded up to 4); null: there is one part
+  Divisor count;
+  int64_t stride_part, stride_phase;
+  int stride_row;
+};
+
 // The implicit GEMM of the forward, and of the input's gradient with the roles of the channels exchanged.
 struct ConvParams {
   const void* source;  // what is summed over: (N, depth, H, W)
@@ -78,6 +86,7 @@ struct ConvParams {
   int first_phase_h, first_phase_w;  // their numbers
   int pixels;                        // of an image that a grid has tiles for: those of the largest phase
   Divisor column_tiles;              // of the launch's tile
+  PartialSums parts;
   // x' = relu?(source_scale * x + source_shift) is summed over, where it lies within the source; with a halo only.
   VectorParams source_scale, source_shift;
   bool source_relu;

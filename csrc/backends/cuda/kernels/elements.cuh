@@ -62,6 +62,23 @@ __device__ __forceinline__ void store_chunk(scalar_t* to, const Chunk<scalar_t>&
   *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(chunk);
 }
 
+// Adds the vectors that lie `stride` apart from `terms` on, in their order.
+template <int kWidth>
+__device__ __forceinline__ void add_terms(float (&sum)[kWidth], const float* terms, int64_t stride, int count) {
+  static_assert(kWidth == 1 || kWidth == Chunk<float>::kCount, "a number, or 16 bytes");
+#pragma unroll 4
+  for (int s = 0; s < count; ++s, terms += stride) {
+    if constexpr (kWidth == 1) {
+      sum[0] += *terms;
+    } else {
+      Chunk<float> chunk;
+      load_chunk(chunk, terms);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) sum[v] += chunk.values[v];
+    }
+  }
+}
+
 template <typename scalar_t>
 __device__ __forceinline__ float vector_value(const VectorParams& v, int i) {
   return v.is_float ? static_cast<const float*>(v.values)[i] : to_float(static_cast<const scalar_t*>(v.values)[i]);

@@ -72,6 +72,26 @@ __device__ __forceinline__ void load_b(FragmentsB<Tile>& b, int at, int slice) {
   }
 }
 
+// Stores the sums of a tile's first rows and columns at `to`, where a row lies `stride_row` behind the one before.
+template <class Tile>
+__device__ __forceinline__ void store_sums(const Sums<Tile>& sums, float* to, int64_t stride_row, int rows,
+                                           int columns) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < Tile::kMmasM; ++i) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = warp_row<Tile>() + i * kMmaRows + fragment_row_c(lane, r);
+      if (row >= rows) continue;
+#pragma unroll
+      for (int j = 0; j < Tile::kMmasN; ++j) {
+        const int column = warp_column<Tile>() + j * kMmaColumns + fragment_column_c(lane, r);
+        if (column < columns) to[row * stride_row + column] = sums[i][j][r];
+      }
+    }
+  }
+}
+
 // All products of the fragments; elements of 4 bytes are rounded to TF32 first.
 template <MathMode kMode, class Tile>
 __device__ __forceinline__ void multiply(Sums<Tile>& sums, FragmentsA<Tile>& a, FragmentsB<Tile>& b) {

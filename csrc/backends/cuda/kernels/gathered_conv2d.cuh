@@ -4,8 +4,9 @@
 // A row m is a pixel of the result, a column j one of its channels; k runs over channels, t over taps
 // (conv_geometry.h).
 //
-// Block: Tile::kRows x Tile::kColumns of the result. Grid: (tiles of all runs, phases of the gradient along w, along
-// h). Shared memory: kStages of both operands, filled kStages - 1 steps ahead; then the result in float32 and offsets.
+// Block: Tile::kRows x Tile::kColumns of the result, or of one part of its sums, which split_epilogue.cu adds and
+//   stores. Grid: (tiles of all runs, phases of the gradient along w, phases along h * parts). Shared memory: kStages
+//   of both operands, filled kStages - 1 steps ahead; then the result in float32 and offsets.
 // Needs:  16-byte aligned chunks of source and weight; `block` of the source's list 0 or a multiple of a chunk; lists
 //   within range; batch * pixels below 2^31; rows and columns of taps that add up to 32 at most.
 // Allows: any strides of result, residual and input, with int64 offsets; counts on the device; mixed batches.
@@ -21,33 +22,22 @@ template <MathMode kMode, class Tile, bool kGradient>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     gathered_conv2d_kernel(const __grid_constant__ ConvParams p) {
   using scalar_t = typename MathTraits<kMode>::scalar_t;
-  using Epilogue = Epilogue<scalar_t, Tile, false>;
   constexpr int kBytes = sizeof(scalar_t);
   const int thread = threadIdx.x;
-  const NhwcPlan plan = nhwc_plan<Tile, kBytes, kGradient>(p);
+  const NhwcPlan plan = nhwc_plan<Tile, kBytes, kGradient>(p, p.parts.count);
   if (plan.first_column >= stored_columns(p) && !p.reduce_off) return;
 
   NhwcOperands<scalar_t, Tile, Tile::kThreads> operands;
   operands.begin(p, plan, thread);
   Sums<Tile> sums = {};
   multiply_steps<kMode, Tile, false, false>(sums, plan.steps, [&](int to) { operands.copy(p, plan, to, thread); });
-  __syncthreads();
-
-  Epilogue::stage_sums(sums);
-  write_rows<scalar_t, Tile>(p, plan);
-  if (p.copy != nullptr) Epilogue::clear_places();
-  __syncthreads();
-  if (p.copy != nullptr) {
-    Epilogue::find_places(p, plan.first_column);
-    __syncthreads();
+  if (p.parts.sums != nullptr) {
+    return store_sums<Tile>(sums, partial_sums(p, plan, plan.part), p.parts.stride_row, plan.rows - plan.first_row,
+                            p.columns - plan.first_column);
   }
-  if (p.partial != nullptr) {
-    const int phase_h = p.first_phase_h + blockIdx.z, phase_w = p.first_phase_w + blockIdx.y;
-    const int phase = kGradient ? phase_h * p.axis_w.stride + phase_w : 0;
-    const int64_t term = static_cast<int64_t>(phase) * row_tiles<Tile>(p, p.batch) + plan.tile.row;
-    Epilogue::reduce(p, plan.first_column, term);
-  }
-  if (p.result != nullptr) Epilogue::store(p, plan.first_column);
+  __syncthreads();
+  Epilogue<scalar_t, Tile, false>::stage_sums(sums);
+  finish_tile<scalar_t, Tile>(p, plan);
 }
 
 }  // namespace bap_kernels

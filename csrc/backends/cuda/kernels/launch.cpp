@@ -54,11 +54,19 @@ int sm_count(int device) {
 }
 
 const CudaLauncher& linked_launcher() {
-  static const CudaLauncher table{
-      kLauncherLayout,
-      /*simulated=*/false, launch_gathered_conv2d, launch_warpgroup_conv2d, launch_halo_conv2d, launch_weight_gradient,
-      launch_sum_partials, launch_channel_pack,    launch_channel_unpack,   status_text,        sm_count,
-      has_warpgroups};
+  static const CudaLauncher table{kLauncherLayout,
+                                  /*simulated=*/false,
+                                  launch_gathered_conv2d,
+                                  launch_warpgroup_conv2d,
+                                  launch_halo_conv2d,
+                                  launch_weight_gradient,
+                                  launch_sum_partials,
+                                  launch_split_epilogue,
+                                  launch_channel_pack,
+                                  launch_channel_unpack,
+                                  status_text,
+                                  sm_count,
+                                  has_warpgroups};
   return table;
 }
 

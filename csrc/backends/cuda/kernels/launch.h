@@ -19,6 +19,8 @@ Status launch_warpgroup_conv2d(const ConvParams& params, MathMode mode, Warpgrou
 Status launch_halo_conv2d(const HaloParams& params, MathMode mode, HaloTileShape tile, int shared_bytes, void* stream);
 Status launch_weight_gradient(const WeightGradientParams& params, MathMode mode, TileShape tile, void* stream);
 Status launch_sum_partials(const SumPartialsParams& params, MathMode mode, void* stream);
+// Adds the parts of a convolution's sums, of the launch before, and stores its result.
+Status launch_split_epilogue(const ConvParams& params, MathMode mode, void* stream);
 Status launch_channel_pack(const ChannelPackParams& params, MathMode mode, void* stream);
 Status launch_channel_unpack(const ChannelUnpackParams& params, MathMode mode, void* stream);
 

@@ -13,7 +13,8 @@ template <MathMode kMode, class Tile>
 Status launch_nhwc(const ConvParams& p, void* stream) {
   const auto kernel =
       p.gradient ? gathered_conv2d_kernel<kMode, Tile, true> : gathered_conv2d_kernel<kMode, Tile, false>;
-  return launch(kernel, with_tiles<Tile>(p), nhwc_grid<Tile>(p), Tile::kThreads, Tile::kSharedBytes, stream);
+  return launch(kernel, with_tiles<Tile>(p), nhwc_grid<Tile>(p, p.parts.count.count()), Tile::kThreads,
+                Tile::kSharedBytes, stream);
 }
 template <MathMode kMode, class Tile>
 Status launch_planar(const ConvParams& p, void* stream) {

@@ -11,7 +11,8 @@ Status launch_warpgroups(const ConvParams& p, void* stream) {
   using Layout = WarpgroupLayout<Tile>;
   const auto kernel =
       p.gradient ? warpgroup_conv2d_kernel<kMode, Tile, true> : warpgroup_conv2d_kernel<kMode, Tile, false>;
-  return launch(kernel, with_tiles<Tile>(p), nhwc_grid<Tile>(p), Layout::kThreads, Layout::kSharedBytes, stream);
+  return launch(kernel, with_tiles<Tile>(p), nhwc_grid<Tile>(p, p.parts.count.count()), Layout::kThreads,
+                Layout::kSharedBytes, stream);
 }
 template <MathMode kMode>
 Status launch_warpgroup_conv_of(const ConvParams& p, WarpgroupTileShape tile, void* stream) {

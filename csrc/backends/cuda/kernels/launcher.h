@@ -19,6 +19,7 @@ struct CudaLauncher {
   decltype(&launch_halo_conv2d) halo_conv2d;
   decltype(&launch_weight_gradient) weight_gradient;
   decltype(&launch_sum_partials) sum_partials;
+  decltype(&launch_split_epilogue) split_epilogue;
   decltype(&launch_channel_pack) channel_pack;
   decltype(&launch_channel_unpack) channel_unpack;
   decltype(&bap_kernels::status_text) status_text;

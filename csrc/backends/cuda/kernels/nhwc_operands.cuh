@@ -2,9 +2,9 @@
 // computes, and how a thread copies both operands of a step. The kernels that multiply by mma.sync
 // (gathered_conv2d.cuh) and by wgmma (warpgroup_conv2d.cuh) share it.
 //
-// Row tiles run over all pixels of a run of images; grid (tiles of all runs, phases along w, along h). A step is 128
-// bytes of channels at one tap: channels in blocks outside, taps inside. A thread copies one chunk of channels for
-// several pixels: one look-up in the list per thread and block of channels.
+// Row tiles run over all pixels of a run of images; grid (tiles of all runs, phases along w, phases along h * parts of
+// the sum). A step is 128 bytes of channels at one tap: channels in blocks outside, taps inside. A thread copies one
+// chunk of channels for several pixels: one look-up in the list per thread and block of channels.
 #pragma once
 
 #include "backends/cuda/kernels/epilogue.cuh"
@@ -23,22 +23,28 @@ ConvParams with_tiles(ConvParams p) {
   return p;
 }
 template <class Tile>
-dim3 nhwc_grid(const ConvParams& p) {
+dim3 nhwc_grid(const ConvParams& p, int parts) {
   int tiles = 0;
   for (int run = 0; run < p.runs.count; ++run) tiles += row_tiles<Tile>(p, p.runs.of[run].images);
-  return dim3(tiles * ceil_div(p.columns, Tile::kColumns), p.phases_w, p.phases_h);
+  return dim3(tiles * ceil_div(p.columns, Tile::kColumns), p.phases_w, p.phases_h * parts);
 }
 
 // What a block computes.
 struct NhwcPlan {
   const AxisPlan &h, &w;
   TilePlace tile;
-  int run, rows, first_row, first_column, image, depth, steps;  // `image`: the first that rows count from
+  int phase, part;                                       // `phase`: its number among those of all launches
+  int run, rows, first_row, first_column, image, depth;  // `image`: the first that rows count from
+  int first_step, steps;
 };
 
+// `parts` of the grid: blockIdx.z counts them for each phase along h.
 template <class Tile, int kElementBytes, bool kGradient>
-__device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p) {
-  NhwcPlan plan{p.plans_h[kGradient ? blockIdx.z : 0], p.plans_w[kGradient ? blockIdx.y : 0]};
+__device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p, const Divisor& parts) {
+  const int phase_h = kGradient ? parts.quotient(blockIdx.z) : 0, phase_w = kGradient ? blockIdx.y : 0;
+  NhwcPlan plan{p.plans_h[phase_h], p.plans_w[phase_w]};
+  plan.phase = (p.first_phase_h + phase_h) * p.axis_w.stride + p.first_phase_w + phase_w;
+  plan.part = parts.rest(blockIdx.z, phase_h);
   int block = blockIdx.x, tiles = row_tiles<Tile>(p, p.runs.of[0].images) * p.column_tiles.count();
   plan.run = 0;
   while (plan.run + 1 < p.runs.count && block >= tiles) {
@@ -52,7 +58,9 @@ __device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p) {
   plan.first_row = plan.tile.row * Tile::kRows;
   plan.first_column = plan.tile.column * Tile::kColumns;
   plan.depth = p.depth != nullptr ? *p.depth : run.depth;
-  plan.steps = ceil_div(plan.depth, kDepthBytes / kElementBytes) * plan.h.taps * plan.w.taps;
+  const int steps = ceil_div(plan.depth, kDepthBytes / kElementBytes) * plan.h.taps.count() * plan.w.taps.count();
+  plan.first_step = parts.quotient(plan.part * steps);
+  plan.steps = parts.quotient((plan.part + 1) * steps) - plan.first_step;
   return plan;
 }
 
@@ -124,23 +132,25 @@ struct NhwcOperands {
       asm volatile("" : "+l"(pixel[i]));
     }
 #pragma unroll 1
-    for (int tap = 0; tap < plan.h.taps; ++tap) {
+    for (int tap = 0; tap < plan.h.taps.count(); ++tap) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (!within(row_h[i] + tap * plan.h.tap_step, plan.h.source_size)) outside[i] |= 1u << tap;
       }
     }
 #pragma unroll 1
-    for (int tap = 0; tap < plan.w.taps; ++tap) {
+    for (int tap = 0; tap < plan.w.taps.count(); ++tap) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        if (!within(row_w[i] + tap * plan.w.tap_step, plan.w.source_size)) outside[i] |= 1u << (plan.h.taps + tap);
+        const uint32_t bit = 1u << (plan.h.taps.count() + tap);
+        if (!within(row_w[i] + tap * plan.w.tap_step, plan.w.source_size)) outside[i] |= bit;
       }
     }
     filters.begin(p.runs.of[plan.run], plan.first_column, p.columns, thread);
-    step = first_step(plan.h, plan.w, p.kernel_w, p.runs.of[plan.run].stride_weight_tap);
-    channel = look_up(p, plan, 0, thread);
-    next_channel = look_up(p, plan, 1, thread);
+    step = step_at(plan.first_step, plan.h, plan.w, p.source_stride.h, p.source_stride.w, p.kernel_w,
+                   p.runs.of[plan.run].stride_weight_tap, kDepth);
+    channel = look_up(p, plan, step.block, thread);
+    next_channel = look_up(p, plan, step.block + 1, thread);
   }
 
   // Starts the copies of the next step into the stage that begins at byte `to`: the rows, then the columns.
@@ -162,7 +172,7 @@ struct NhwcOperands {
   template <bool kWhole>
   __device__ __forceinline__ void copy_chunks(const NhwcPlan& plan, int to, int bytes, int thread) const {
     const int rows_to = to + by_rows(copy_row<kThreads>(thread, 0), copy_chunk(thread));
-    const uint32_t taps = 1u << step.tap_h | 1u << (plan.h.taps + step.tap_w);
+    const uint32_t taps = 1u << step.tap_h | 1u << (plan.h.taps.count() + step.tap_w);
     const int64_t move = step.source + channel;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -172,6 +182,13 @@ struct NhwcOperands {
     filters.template copy<kWhole>(to + Tile::kColumnsAt, step.filter, bytes, thread);
   }
 };
+
+// Where the first of a tile's sums lies among those of a part.
+__device__ __forceinline__ float* partial_sums(const ConvParams& p, const NhwcPlan& plan, int part) {
+  const int64_t row = static_cast<int64_t>(plan.image) * p.pixels + plan.first_row;
+  return p.parts.sums + part * p.parts.stride_part + plan.phase * p.parts.stride_phase + row * p.parts.stride_row +
+         plan.first_column;
+}
 
 // The table of a tile's rows, for the epilogue.
 template <typename scalar_t, class Tile>
@@ -184,6 +201,31 @@ __device__ __forceinline__ void write_rows(const ConvParams& p, const NhwcPlan& 
                                                at.row * plan.h.result_step + plan.h.result_first,
                                                at.column * plan.w.result_step + plan.w.result_first);
   }
+}
+
+// What stands between staged sums and their store: tables of the tile's rows, and of the places of its columns in a
+// copy. `sync` is a barrier of the tile's threads.
+template <typename scalar_t, class Tile, class Sync>
+__device__ __forceinline__ void prepare_store(const ConvParams& p, const NhwcPlan& plan, Sync sync) {
+  using Epilogue = Epilogue<scalar_t, Tile, false>;
+  write_rows<scalar_t, Tile>(p, plan);
+  if (p.copy != nullptr) Epilogue::clear_places();
+  sync();
+  if (p.copy != nullptr) {
+    Epilogue::find_places(p, plan.first_column);
+    sync();
+  }
+}
+
+// Reduces or stores a tile of the mma.sync kernel from its staged sums.
+template <typename scalar_t, class Tile>
+__device__ __forceinline__ void finish_tile(const ConvParams& p, const NhwcPlan& plan) {
+  using Epilogue = Epilogue<scalar_t, Tile, false>;
+  prepare_store<scalar_t, Tile>(p, plan, [] { __syncthreads(); });
+  if (p.partial != nullptr) {
+    Epilogue::reduce(p, plan.first_column, int64_t{plan.phase} * row_tiles<Tile>(p, p.batch) + plan.tile.row);
+  }
+  if (p.result != nullptr) Epilogue::store(p, plan.first_column);
 }
 
 }  // namespace bap_kernels

@@ -17,16 +17,16 @@ __global__ void __launch_bounds__(kThreads, 1) sum_partials_kernel(const __grid_
   const int i = e % p.columns, tap = e / p.columns % p.taps, j = e / p.columns / p.taps;
   if (p.used != nullptr && i >= *p.used) return;
   const float* terms = p.partial + j * p.stride_row + tap * p.stride_tap + i;
-  float sum = 0.0f;
-  for (int s = 0; s < p.chunks; ++s) sum += terms[s * p.stride_chunk];
+  float sum[1] = {};
+  add_terms(sum, terms, p.stride_chunk, p.chunks);
   const int64_t row = listed_channel(p.row_list, j);
   const int64_t column = listed_channel(p.column_list, i);
   const int64_t at = row * p.result_stride.n + column * p.result_stride.c + tap / p.kernel_w * p.result_stride.h +
                      tap % p.kernel_w * p.result_stride.w;
   if (p.result_is_float) {
-    static_cast<float*>(p.result)[at] = sum;
+    static_cast<float*>(p.result)[at] = sum[0];
   } else {
-    static_cast<scalar_t*>(p.result)[at] = from_float<scalar_t>(sum);
+    static_cast<scalar_t*>(p.result)[at] = from_float<scalar_t>(sum[0]);
   }
 }
 

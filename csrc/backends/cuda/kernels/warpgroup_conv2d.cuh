@@ -1,7 +1,8 @@
 // The gathered convolution by WGMMA, compute capability 9.0a: the implicit GEMM of gathered_conv2d.cuh, with its tiles,
 // its copies and its epilogue.
 //
-// Block: one warpgroup copies, the others multiply, kWarpgroupRows rows of the tile each. They meet at two barriers in
+// Block: a tile of the result, or of one part of its sums. One warpgroup copies, the others multiply, kWarpgroupRows
+// rows of the tile each. They meet at two barriers in
 //   shared memory for each stage: `full`, at which every copying thread arrives when its copies have landed, and
 //   `empty`, at which every multiplying warp arrives when its products have been made. A product reads both operands
 //   from shared memory; its group's sums stay in registers, which the copying warpgroup gives up.
@@ -69,7 +70,6 @@ template <MathMode kMode, class Tile>
 __device__ __forceinline__ void consume(const ConvParams& p, const NhwcPlan& plan, int group) {
   using Layout = WarpgroupLayout<Tile>;
   using scalar_t = typename MathTraits<kMode>::scalar_t;
-  using Epilogue = Epilogue<scalar_t, Tile, false>;
   take_registers<Layout::kConsumerRegisters>();
   Sums<Tile> sums = {};
   // Opaque zeros: a path around the loop that defines the sums anew would make the assembler serialise its products.
@@ -94,17 +94,15 @@ __device__ __forceinline__ void consume(const ConvParams& p, const NhwcPlan& pla
   }
   wait_for_products<0>();
   hold_sums(sums[0]);
+  if (p.parts.sums != nullptr) {
+    return store_sums<Tile>(sums, partial_sums(p, plan, plan.part), p.parts.stride_row, plan.rows - plan.first_row,
+                            p.columns - plan.first_column);
+  }
   // The sums are staged where other warpgroups may still read.
   sync_threads<Layout::kConsumers>();
-  Epilogue::stage_sums(sums);
-  write_rows<scalar_t, Tile>(p, plan);
-  if (p.copy != nullptr) Epilogue::clear_places();
-  sync_threads<Layout::kConsumers>();
-  if (p.copy != nullptr) {
-    Epilogue::find_places(p, plan.first_column);
-    sync_threads<Layout::kConsumers>();
-  }
-  Epilogue::store(p, plan.first_column);
+  Epilogue<scalar_t, Tile, false>::stage_sums(sums);
+  prepare_store<scalar_t, Tile>(p, plan, [] { sync_threads<Layout::kConsumers>(); });
+  Epilogue<scalar_t, Tile, false>::store(p, plan.first_column);
 }
 
 // Code for other devices has no body and takes no block of this size, by which it is known; see has_warpgroups.
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(BAP_KERNELS_WARPGROUP_BOUND(WarpgroupLayout<Ti
   using scalar_t = typename MathTraits<kMode>::scalar_t;
   // A swizzle is a matter of addresses, not of places in the block's memory.
   if (shared_address(0) % kGroupBytes != 0) __trap();
-  const NhwcPlan plan = nhwc_plan<Tile, sizeof(scalar_t), kGradient>(p);
+  const NhwcPlan plan = nhwc_plan<Tile, sizeof(scalar_t), kGradient>(p, p.parts.count);
   if (plan.first_column >= stored_columns(p)) return;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {

@@ -100,21 +100,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Sums<Tile> sums = {};
   multiply_steps<kMode, Tile, true, true>(sums, steps, copy);
 
-  const int lane = thread % kWarp;
-#pragma unroll
-  for (int i = 0; i < Tile::kMmasM; ++i) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = first_row + warp_row<Tile>() + i * kMmaRows + fragment_row_c(lane, r);
-      if (row >= p.rows) continue;
-      float* line = p.partial + ((static_cast<int64_t>(blockIdx.y) * p.rows + row) * taps + tap) * p.columns;
-#pragma unroll
-      for (int j = 0; j < Tile::kMmasN; ++j) {
-        const int column = first_column + warp_column<Tile>() + j * kMmaColumns + fragment_column_c(lane, r);
-        if (column < used) line[column] = sums[i][j][r];
-      }
-    }
-  }
+  const int64_t first = (static_cast<int64_t>(blockIdx.y) * p.rows + first_row) * taps + tap;
+  store_sums<Tile>(sums, p.partial + first * p.columns + first_column, int64_t{taps} * p.columns, p.rows - first_row,
+                   used - first_column);
 }
 
 }  // namespace bap_kernels
