@@ -17,8 +17,9 @@ from bap_kernels._load import _C
 
 __all__ = ["MixedBatch", "MixedStates", "mixed_numbers", "selected_samples"]
 
-# An element that is copied is read, written, and soon read again; one of a weight is only read.
-_COPY_COST = 4
+# An element that is copied is read, written, and soon read again; one of a weight is only read, for all samples of a
+# list after one another. Images of planes are packed for each run, which wastes more where they are small.
+_COPY_COST, _COPY_COST_NCHW = 20, 4
 
 
 def mixed_numbers(numbers: Tensor, domains: Sequence[str]) -> list[int]:
@@ -211,7 +212,12 @@ def _better_sorted(batch: MixedBatch, layer: nn.Conv2d, input: Tensor) -> bool:
     if input.device.type != "cpu":
         # Launches and tables grow with the runs, and bandwidth is plenty.
         return True
+    if (layer.kernel_size, layer.stride, layer.dilation, input.dtype) == ((3, 3), (1, 1), (1, 1), torch.float32):
+        # Winograd kernels compute all samples of a list together, wherever they are.
+        return False
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     _, _, H, W = input.shape
     pixels = H * W // (layer.stride[0] * layer.stride[1])
-    copied = _COPY_COST * batch.size * (input.shape[1] * H * W + layer.out_channels * pixels)
-    return (len(batch.runs) - len(batch.counts)) * layer.weight.numel() > copied
+    copied = batch.size * (input.shape[1] * H * W + layer.out_channels * pixels)
+    read = (len(batch.runs) - len(batch.counts)) * layer.weight.numel()
+    return read > (_COPY_COST if last else _COPY_COST_NCHW) * copied

@@ -268,14 +268,20 @@ def test_weight_is_kept_and_follows_changes(size: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_mixed_batch(layout: str, size: int) -> None:
-    sample = make_tensors(BASE.but(batch=6, layout=layout, in_list="null", out_list="null"))
-    lists = [torch.arange(0, 37, 2, dtype=torch.int32), None, torch.arange(30, 3, -3, dtype=torch.int32)]
-    counts = [1, 3, 2]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_mixed_batch(layout: str, size: int, threads: int) -> None:
+    sample = make_tensors(BASE.but(batch=11, layout=layout, in_list="null", out_list="null"))
+    first_list, other = torch.arange(0, 37, 2, dtype=torch.int32), torch.arange(30, 3, -3, dtype=torch.int32)
+    # Samples of one list are computed together, wherever they are in the batch.
+    lists = [first_list, None, other, first_list.clone(), None, first_list, other]
+    counts = [1, 3, 2, 1, 1, 2, 1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with bk.use_backend("native"):
         y = torch.ops.bap_kernels._gathered_conv2d_mixed(
             sample.input, sample.weight, sample.bias, lists, counts, (1, 1), (1, 1, 1, 1), (1, 1)
         )
+    torch.set_num_threads(before)
     first = 0
     for index, count in zip(lists, counts, strict=True):
         x = sample.input[first : first + count]

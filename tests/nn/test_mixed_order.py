@@ -280,8 +280,14 @@ def test_sorted_and_unsorted_batches_agree(way: str, layout: torch.memory_format
 
 def test_batches_are_sorted_where_that_moves_less() -> None:
     batch = MixedBatch([0, 1] * 8)
-    assert mixed._better_sorted(batch, nn.Conv2d(512, 512, 3), torch.empty(16, 512, 7, 7))
-    assert not mixed._better_sorted(batch, nn.Conv2d(64, 64, 3), torch.empty(16, 64, 56, 56))
+    deep, small = nn.Conv2d(512, 512, 3, stride=2), torch.empty(16, 512, 14, 14)
+    assert mixed._better_sorted(batch, deep, small)
+    assert not mixed._better_sorted(batch, deep, small.contiguous(memory_format=torch.channels_last))
+    assert mixed._better_sorted(batch, deep, small[:, :, :7, :7].contiguous(memory_format=torch.channels_last))
+    assert not mixed._better_sorted(batch, nn.Conv2d(64, 64, 3, stride=2), torch.empty(16, 64, 56, 56))
+    # Winograd kernels, which compute a domain's samples together.
+    assert not mixed._better_sorted(batch, nn.Conv2d(512, 512, 3), small)
+    assert mixed._better_sorted(batch, nn.Conv2d(512, 512, 3), small.bfloat16())
 
 
 def test_compiled() -> None:

@@ -77,6 +77,7 @@ Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
   const auto* pixels = reinterpret_cast<const float*>(n.x);
   source = {pixels,    n.x_stride_n, n.x_stride_c, n.x_stride_h, n.x_stride_w, n.height, n.width,
             n.pad_top, n.pad_left,   n.in_index,   n.kept_in,    size,         edge};
+  if (!n.images.empty()) source.images = n.images.data();
   source.plan(n.has_prologue);
   share_out(n);
 }
@@ -187,8 +188,9 @@ class Task {
     places_.resize(b_.tiles() * g_.size * g_.size);
     int64_t* place = places_.data();
     for (int64_t image = 0; image < b_.images; ++image) {
-      const int64_t base = g_.channels_last ? ((b_.first_image + image) * n_.out_h + out_row_) * n_.out_w + out_column_
-                                            : image * out_rows_ * out_columns_;
+      const int64_t base = g_.channels_last
+                               ? (n_.image(b_.first_image + image) * n_.out_h + out_row_) * n_.out_w + out_column_
+                               : image * out_rows_ * out_columns_;
       const int64_t row_step = g_.channels_last ? n_.out_w : out_columns_;
       for (int64_t tile_row = 0; tile_row < b_.rows; ++tile_row) {
         for (int64_t tile_column = 0; tile_column < b_.columns; ++tile_column) {
@@ -233,7 +235,8 @@ class Task {
     const float* in = t.out;
     for (int64_t image = b_.first_image; image < b_.first_image + b_.images; ++image) {
       for (int64_t run = 0; run < runs; ++run, in += length * g_.width) {
-        const int64_t place = (image * n_.kept_out + channel) * image_area + (out_row_ + run) * n_.out_w + out_column_;
+        const int64_t plane = n_.image(image) * n_.kept_out + channel;
+        const int64_t place = plane * image_area + (out_row_ + run) * n_.out_w + out_column_;
         micro::pixels_to_planes(in, g_.width, valid, length, y + place, image_area,
                                 residual ? residual + place : nullptr, n_.out_relu, n_.out_max);
       }

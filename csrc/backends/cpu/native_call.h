@@ -64,6 +64,8 @@ struct NativeCall {
 
   char* y;  // contiguous in the call's memory format
   int threads;
+  // Of Winograd calls: where in x and y each image lies, counted in images; empty: one after the other.
+  std::vector<int64_t> images;
 
   std::vector<at::Tensor> keep_alive;
 
@@ -71,6 +73,7 @@ struct NativeCall {
   int64_t out_size() const { return out_bfloat16 ? 2 : 4; }
   int64_t pixels() const { return batch * out_h * out_w; }
   int64_t channel(int64_t i) const { return in_index ? in_index[i] : i; }
+  int64_t image(int64_t i) const { return images.empty() ? i : images[i]; }
   int64_t weight_channel(int64_t i) const { return weight_index ? weight_index[i] : channel(i); }
   // The same with all channels of a weight, for packing.
   NativeCall over_all_channels(int64_t channels) const {

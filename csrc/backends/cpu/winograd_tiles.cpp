@@ -37,7 +37,7 @@ const float* zeros(int64_t count) {
 }
 
 const float* pixel_of(const TileSource& s, int64_t image, int64_t row, int64_t column) {
-  return s.data + image * s.stride_n + row * s.stride_h + column * s.stride_w;
+  return s.data + (s.images ? s.images[image] : image) * s.stride_n + row * s.stride_h + column * s.stride_w;
 }
 
 // A list in order has at most as many moves as it and the channels have vectors.

@@ -23,10 +23,11 @@ std::vector<TileBlock> cut_tiles(int64_t batch, int64_t rows, int64_t columns, i
 struct TileSource {
   const float* data;
   int64_t stride_n, stride_c, stride_h, stride_w, height, width;
-  int64_t pad_top, pad_left;  // of the first tile
-  const int32_t* list;        // null: all
-  int64_t count;              // channels that are read
-  int64_t step, edge;         // pixels from tile to tile, and of a tile, in rows and columns
+  int64_t pad_top, pad_left;        // of the first tile
+  const int32_t* list;              // null: all
+  int64_t count;                    // channels that are read
+  int64_t step, edge;               // pixels from tile to tile, and of a tile, in rows and columns
+  const int64_t* images = nullptr;  // where each image lies, counted in images; null: one after the other
   // What follows is found by plan().
   int64_t channels = 0;  // `count` as whole vectors, and whole groups of planes
   bool in_place = false;
