@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bap_kernels.flow.arguments import tensors_of
 from bap_kernels.flow.graph import Graph
 from bap_kernels.plan.trace import run_masked, trace
 
@@ -16,6 +18,8 @@ __all__ = ["conv_macs", "trace_shapes"]
 
 # Sides of square images, tried in order: what networks for photographs and for small images are made for.
 _SIDES = (224, 64, 32, 299, 28)
+# A tensor larger than this says that the network is not for images of that size, such as attention over their pixels.
+_MOST_BYTES = 2**30
 
 
 def trace_shapes(
@@ -49,6 +53,9 @@ def trace_shapes(
                 image = torch.empty(shape, dtype=weight.dtype, device=weight.device)
             else:
                 image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+            if not is_meta and _is_too_large(model, image, domain):
+                error = error or ValueError(f"on an image of {side} x {side} pixels it makes tensors of over 1 GiB")
+                continue
             try:
                 return trace(op, model, (image,), domain, unread)
             except ValueError as refused:
@@ -59,6 +66,33 @@ def trace_shapes(
         f"{op}(): expected `model` to take one image, got an error on every size tried: {error}. "
         "Hint: give an `example_input`."
     ) from error
+
+
+class _Bounded(TorchDispatchMode):
+    """Raises at the first tensor of more than `_MOST_BYTES`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            if tensor.numel() * tensor.element_size() > _MOST_BYTES:
+                raise _TooLargeError
+        return result
+
+
+class _TooLargeError(BaseException):
+    """Not caught by a model's code."""
+
+
+def _is_too_large(model: nn.Module, image: Tensor, domain: str | None) -> bool:
+    """Whether a made-up image would take much memory and time; found without data, where the model's code allows it."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Bounded():
+            run_masked(model, domain, (torch.empty_like(image),), False)
+    except _TooLargeError:
+        return True
+    except Exception:  # code that looks at numbers in tensors
+        return False
+    return False
 
 
 def conv_macs(model: nn.Module, example: Tensor | tuple[Any, ...] | None, graph: Graph, domain: str | None) -> int:

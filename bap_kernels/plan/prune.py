@@ -89,9 +89,9 @@ def _kept_classes(graphs: list[Graph]) -> tuple[Classes, dict[str, str]]:
     keep_unknown(classes, graph, widths=True)
     classes.keep_whole_classes()
     for value in classes.first:
-        # A layer needs at least one channel.
+        # A layer needs at least one channel; a slice may have none.
         if len(classes.kept_of(value)) == 0:
-            classes.keep(value, np.zeros(1, dtype=np.int64))
+            classes.keep(value, slice(1))
             classes.keep_whole_classes()
     return classes, obstacles
 

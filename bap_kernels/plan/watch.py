@@ -30,7 +30,8 @@ class Watch:
     convolutions and those that a layer computes. All tensors that it may have copied are compared by value, whatever
     wrote to them; on a GPU, whose values cannot be read without a stall, by identity, version and steps of optimisers.
     The weights of plain convolutions are read at every call, and need no comparison, unless they are copied, too. A
-    convolution that has more or fewer parameters than before is a change: of parametrizations and the hooks of pruning.
+    convolution that has more or fewer parameters than before is a change, of parametrizations; so are hooks that were
+    added or removed.
 
     Args:
         model: the planned network.
@@ -42,7 +43,10 @@ class Watch:
         self.objects: list[_Place] = []
         # Of convolutions: the parameters, how many they were, and whether the plan reads the weight at every call.
         self.convs: list[tuple[dict[str, Any], int, bool]] = []
+        # By layer, {the hook's number: hook}: a plan runs a layer that has hooks as it is.
+        self.hooks: list[dict[int, Any]] = []
         for module in model.modules():
+            self.hooks += [module._forward_pre_hooks, module._forward_hooks]
             live = not every and isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
             if isinstance(module, nn.Conv2d):
                 self.convs.append((module._parameters, len(module._parameters), live))
@@ -56,10 +60,14 @@ class Watch:
                         copied = copies or every or tensor.numel() <= _MOST_COPIED
                     (self.values if copied else self.objects).append((table, name))
             self.objects += [(module.__dict__, name) for name in _ATTRIBUTES if name in module.__dict__]
+        self.hooked = self._hooked()
         self.seen = self._objects()
         # Held, so that no other tensor gets their identity.
         self.held = self._tensors()
         self.fingerprint = self._fingerprint(self.held)
+
+    def _hooked(self) -> list[tuple[int, ...]]:
+        return list(map(tuple, self.hooks))
 
     def _objects(self) -> list[Any]:
         return [table.get(name) for table, name in self.objects]
@@ -74,6 +82,8 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything that was copied is different now."""
+        if self._hooked() != self.hooked:
+            return True
         objects = self._objects()
         if any(now is not before for now, before in zip(objects, self.seen, strict=True)):
             return True

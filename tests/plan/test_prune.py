@@ -111,6 +111,26 @@ def test_dropped_channels() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:prune_unused_")
+def test_slices_without_channels() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.first(x))
+            return self.last(torch.cat([y[:, :0], y], 1))
+
+    model = with_lists(Empty().eval(), 0)
+    x = torch.randn(2, 3, 5, 5)
+    before = results(model, x)
+    bk.prune_unused_(model, x)
+    for domain, y in results(model, x).items():
+        assert_equal(y, before[domain])
+
+
+@torch.no_grad()
 def test_the_table_fits_a_copy() -> None:
     model = with_lists(randomise(Residual()), 0)
     x = torch.randn(1, 3, 16, 16)

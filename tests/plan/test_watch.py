@@ -51,6 +51,22 @@ def made() -> tuple[nn.Module, nn.Module]:
     return model, bk.plan(model, X, "a")
 
 
+def test_hooks_that_are_added_and_removed_are_seen() -> None:
+    model, planned = made()
+    right(model, planned)
+    calls: list[str] = []
+    model.norm.register_forward_pre_hook(lambda module, inputs: calls.append("before"))
+    handle = model.last.register_forward_hook(lambda module, inputs, result: 2 * result)
+    right(model, planned)
+    assert calls == ["before"] * len(calls)
+    before = len(calls)
+    with torch.no_grad():
+        planned(X)
+    assert len(calls) == before + 1
+    handle.remove()
+    right(model, planned)
+
+
 def right(model: nn.Module, planned: nn.Module) -> None:
     with torch.no_grad():
         torch.testing.assert_close(planned(X), model(X), rtol=1e-4, atol=1e-5)

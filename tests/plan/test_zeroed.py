@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,6 +260,39 @@ def test_a_network_that_cannot_be_followed_tells_its_own_slices(chain: Chain) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert bk.ChannelTable.from_weights(chain, "birds")["birds"]["second.0"].in_index is not None
+
+
+@torch.no_grad()
+def test_made_up_images_are_small_where_memory_grows_with_the_square_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attention(nn.Module):
+        """Over all pixels: 2.5 billion numbers for an image of 224 x 224."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).flatten(2)
+            y = y @ torch.softmax(y.transpose(1, 2) @ y, -1)
+            return self.last(y.view(x.shape[0], 4, *x.shape[2:]))
+
+    example = importlib.import_module("bap_kernels.plan.example")
+    sides: list[int] = []
+
+    def traced(op: str, model: nn.Module, inputs: tuple[Tensor, ...], *arguments: Any) -> Any:
+        sides.append(inputs[0].shape[-1])
+        return trace(op, model, inputs, *arguments)
+
+    trace = example.trace
+    monkeypatch.setattr(example, "trace", traced)
+    model = Attention().eval()
+    model.last.weight[:, 1] = 0
+    # Images of 64 x 64 would make 64 MiB, those of 32 x 32 make 4.
+    monkeypatch.setattr(example, "_MOST_BYTES", 2**24)
+    table = bk.ChannelTable.from_weights(model)
+    assert listed(table, "last") == [0, 2, 3]
+    assert "not followed" not in table.notes["default"]["last"]
+    assert sides == [32]
 
 
 def test_a_layer_of_zeros_reads_nothing(chain: Chain) -> None:
