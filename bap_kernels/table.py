@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from bap_kernels._masks import Widths, layer_of_key, lists_of_mask, refuse_other_than_masks
+from bap_kernels._random_lists import listed_convolutions, random_lists
+from bap_kernels._table_file import read_lists, write_lists
 from bap_kernels._warn import warn
+from bap_kernels._zeros import find_zeros
 from bap_kernels.channels import ChannelLists
-from bap_kernels.layer_kinds import GatheredLayer, SwitchedLayer
+from bap_kernels.layer_kinds import SwitchedLayer
 
 __all__ = ["ChannelTable"]
 
-_FORMAT = "bap_kernels.channel_table"
-_VERSION = 1
 _KEYS = ("in_index", "out_index")
-# Layers that read fewer channels than this are stems on images; random tables let them read all.
-_FEWEST_TO_PRUNE = 5
-
-
-def _draw(channels: int, density: float, exact: bool, *seed: object) -> list[int]:
-    """Draws channels, at least one; the same on every machine and with every library version.
-
-    Args:
-        exact: ``density * channels`` of them; else each by itself with that probability.
-    """
-    digest = hashlib.shake_256(json.dumps(seed).encode()).digest(8 * channels)
-    numbers = np.frombuffer(digest, dtype="<u8")
-    order = np.argsort(numbers, kind="stable")
-    kept = int(density * channels + 0.5) if exact else int((numbers / 2.0**64 < density).sum())
-    return sorted(order[: max(1, kept)].tolist())
-
-
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The swapped layers; where there are none yet, those that have the groups to be swapped."""
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    swapped = [name for name, conv in convs.items() if isinstance(conv, (GatheredLayer, SwitchedLayer))]
-    if swapped:
-        return {name: convs[name] for name in swapped}
-    return {
-        name: conv
-        for name, conv in convs.items()
-        if conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels
-    }
-
-
-class Zeros(NamedTuple):
-    """What zeros leave one convolution to read.
-
-    Attributes:
-        lists: the in-list; None where it reads everything.
-        note: what was found, in words.
-        zero_weights, weights: how many of its single weights are zero, and how many there are.
-        near_zero: slices for a channel that are read and far below the layer's largest weight.
-        swappable: whether a table may name it.
-    """
-
-    lists: ChannelLists
-    note: str
-    zero_weights: int
-    weights: int
-    near_zero: int = 0
-    swappable: bool = True
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        return self.zero_weights, self.weights, self.near_zero
-
-
-_zeros_finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]] | None = None
-
-
-def set_zeros_finder(finder: Callable[[str, nn.Module, Any], Mapping[str, Zeros]]) -> None:
-    """Says how zeros are followed through a network; that needs plans, which import this module."""
-    global _zeros_finder
-    _zeros_finder = finder
 
 
 def _union(lists: list[Tensor | None]) -> Tensor | None:
@@ -91,16 +27,6 @@ def _union(lists: list[Tensor | None]) -> Tensor | None:
     if len(present) < len(lists):
         return None
     return torch.unique(torch.cat(present))
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, and of all lists with their numbers, dtypes and shapes."""
-    value = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        listed = tensors[name].contiguous()
-        value.update(json.dumps([name, str(listed.dtype), list(listed.shape)]).encode())
-        value.update(listed.numpy().tobytes())
-    return value.hexdigest()
 
 
 class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
@@ -197,26 +123,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         """
         if not 0 <= density <= 1:
             raise ValueError(f"ChannelTable.random(): expected `density` to be in [0, 1], got {density}.")
-        if isinstance(domains, int):
-            domains = [f"domain{number}" for number in range(domains)]
-        elif isinstance(domains, str):
-            domains = [domains]
-        convolutions = _convolutions(model)
-        table: dict[str, dict[str, ChannelLists]] = {}
-        for domain in domains:
-            layers = table[domain] = {}
-            for name, conv in convolutions.items():
-                read = write = None
-                if conv.groups != 1:
-                    if both:
-                        read = write = _draw(conv.in_channels, density, exact, seed, domain, name, "in")
-                else:
-                    if conv.in_channels >= _FEWEST_TO_PRUNE:
-                        read = _draw(conv.in_channels, density, exact, seed, domain, name, "in")
-                    if both:
-                        write = _draw(conv.out_channels, density, exact, seed, domain, name, "out")
-                layers[name] = ChannelLists(read, write)
-        return cls(table)
+        return cls(random_lists(model, domains, density, seed, both, exact))
 
     @classmethod
     def from_switches(cls, model: nn.Module) -> ChannelTable:
@@ -303,13 +210,12 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             >>> table["default"]["3"], table.notes["default"]["3"]
             (ChannelLists(in_index=[0, 1, 3], out_index=None), 'reads 3 of 4; other channels that arrive as zeros: 1')
         """
-        assert _zeros_finder is not None
         if not isinstance(domain, str):
             raise TypeError(
                 f"ChannelTable.from_weights(): expected `domain` to be a name, got {type(domain).__name__}. Hint: an "
                 "example goes into `example_input`."
             )
-        zeros = _zeros_finder("ChannelTable.from_weights", model, example_input)
+        zeros = find_zeros("ChannelTable.from_weights", model, example_input)
         table = cls({domain: {name: found.lists for name, found in zeros.items() if found.swappable}})
         table._notes = {domain: {name: found.note for name, found in zeros.items()}}
         if all(found.lists.in_index is None for found in zeros.values()):
@@ -412,7 +318,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         Args:
             model: gives the layers and their widths; those that a domain does not name count as 1.
         """
-        convolutions = _convolutions(model)
+        convolutions = listed_convolutions(model)
         dense = ChannelLists()
         shares = {}
         for domain, layers in self.items():
@@ -432,34 +338,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
         Args:
             path: the file; an older one is replaced.
         """
-        tensors: dict[str, Tensor] = {}
-        # Names go into one JSON text, so that any name is safe; tensors are named by number, and bound by a digest.
-        names: list[list[object]] = []
-        for domain, layers in self.items():
-            entries: list[list[object]] = []
-            for layer, lists in layers.items():
-                keys: list[str | None] = []
-                for side in _KEYS:
-                    listed = getattr(lists.to("cpu"), side)
-                    keys.append(None if listed is None else f"{len(tensors)}")
-                    if listed is not None:
-                        tensors[f"{len(tensors)}"] = listed.clone()
-                entries.append([layer, *keys])
-            names.append([domain, entries])
-        text = json.dumps(names)
-        header = {"format": _FORMAT, "version": str(_VERSION), "table": text, "digest": _digest(text, tensors)}
-        data = to_bytes(tensors, header)
-        # In the same folder, so that the last step is one rename.
-        partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        write_lists(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelTable:
@@ -478,28 +357,4 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             ...     ChannelTable.load(os.path.join(folder, "table.safetensors")) == table
             True
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("format") != _FORMAT:
-                    raise ValueError("it holds no channel table")
-                if facts.get("version") != str(_VERSION):
-                    raise ValueError(f"its format has version {facts.get('version')}, this one reads {_VERSION}")
-                # Files of earlier versions have no digest; a damaged key is not taken for one of them.
-                if set(facts) - {"digest"} != {"format", "version", "table"}:
-                    raise ValueError(f"its header has the keys {sorted(facts)}")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-                if "digest" in facts and facts["digest"] != _digest(facts["table"], tensors):
-                    raise ValueError("its digest is that of other content: a damaged or edited file")
-                table = {
-                    domain: {
-                        layer: ChannelLists(*(None if key is None else tensors[key] for key in keys))
-                        for layer, *keys in entries
-                    }
-                    for domain, entries in json.loads(facts["table"])
-                }
-            return cls(table)
-        except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"ChannelTable.load(): expected a file that ChannelTable.save wrote, got {os.fspath(path)!r}: {error}."
-            ) from error
+        return cls(read_lists(path))

@@ -315,7 +315,7 @@ def test_failed_save_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("bap_kernels.table.os.fsync", fail)
+    monkeypatch.setattr("bap_kernels._table_file.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         ChannelTable({}).save(path)
     assert ChannelTable.load(path) == UNUSUAL

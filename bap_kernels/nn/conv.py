@@ -2,118 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bap_kernels._packed import drop_packed
 from bap_kernels.channels import ChannelLists
-from bap_kernels.functional import call_gathered_conv2d, four_sided, refuse_onnx
+from bap_kernels.functional import call_gathered_conv2d
 from bap_kernels.layer_kinds import GatheredLayer
 from bap_kernels.nn.in_backward import check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedStates
-from bap_kernels.nn.recompute import RecomputedForward
+from bap_kernels.nn.packed_conv import PackedConv2d
 
-__all__ = [
-    "OWN_FORWARD",
-    "GatheredConv2d",
-    "MaskedConv2d",
-    "PackedConv2d",
-    "has_own_forward",
-    "refuse_own_forward",
-    "share_all",
-    "unsupported_groups_reason",
-    "unsupported_reason",
-]
+__all__ = ["GatheredConv2d", "MaskedConv2d"]
 
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
-_Packed = TypeVar("_Packed", bound="PackedConv2d")
-
-# What a subclass may define and still be a plain convolution: how it is made and shown, and what Python itself adds.
-# fmt: off
-_OF_NO_EFFECT = frozenset({
-    "__init__", "extra_repr", "__repr__", "reset_parameters", "__module__", "__qualname__", "__doc__",
-    "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__constants__",
-    "__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__type_params__", "__dict__",
-    "__weakref__", "__slots__", "__abstractmethods__", "_abc_impl",
-})
-# fmt: on
-# The reason that swap_ and switch_ do not pass over.
-OWN_FORWARD = "another forward was set on it, which would go on calling the layer it was made for"
-
-
-def unsupported_groups_reason(in_channels: int, out_channels: int, groups: int) -> str | None:
-    """Why a convolution with these groups is not supported; None if it is."""
-    if groups == 1 or groups == in_channels == out_channels:
-        return None
-    text = f"groups={groups} with {in_channels} -> {out_channels} channels"
-    return f"{text}: only 1 and depthwise (C_in == C_out) are supported"
-
-
-def _bad_options_reason(conv: nn.Conv2d) -> str | None:
-    """Why a convolution with these options has no result; PyTorch's own raises when it is called."""
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        value = getattr(conv, name)
-        if not isinstance(value, (int, str)) and len(value) != 2:
-            return f"its {name} is {tuple(value)}, not a pair"
-    return None
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward was set on a module, as wrappers do (accelerate's hooks), which its class does not know.
-
-    Such a function goes on calling the module that it was made for. That of :func:`bap_kernels.nn.recompute_` does not
-    count: it can be made again.
-    """
-    own = module.__dict__.get("forward")
-    if isinstance(own, RecomputedForward):
-        own = own.own
-    return own is not None or "_conv_forward" in module.__dict__
-
-
-def refuse_own_forward(where: str, name: str, module: nn.Module) -> None:
-    """Raises NotImplementedError for a layer with a forward of its own."""
-    raise NotImplementedError(
-        f"{where}(): expected the layers of `model` to have the forward of their class, got {name!r}, a "
-        f"{type(module).__name__} on which another one was set: it would go on calling the layer it was made for. "
-        "Hint: take the wrapper off first and put it on again afterwards, or leave the layer out by `filter_fn`."
-    )
-
-
-def _names_of_its_own(kind: type[nn.Conv2d]) -> list[str]:
-    """What a subclass defines that may change a call, or that other code may use, which a swapped layer would lack."""
-    added = [cls for cls in kind.__mro__ if cls not in nn.Conv2d.__mro__]
-    return list(dict.fromkeys(name for cls in added for name in vars(cls) if name not in _OF_NO_EFFECT))
-
-
-def unsupported_reason(conv: nn.Module) -> str | None:
-    """Why a module cannot become a gathered layer; None if it can.
-
-    Examples:
-        >>> from torch import nn
-        >>> from bap_kernels.nn.conv import unsupported_reason
-        >>> unsupported_reason(nn.Conv2d(8, 8, 3, groups=2))
-        'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'
-    """
-    if not isinstance(conv, nn.Conv2d):
-        return f"{type(conv).__name__} is no torch.nn.Conv2d"
-    if nn.utils.parametrize.is_parametrized(conv):
-        return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
-    own = [] if type(conv) in (GatheredConv2d, MaskedConv2d) else _names_of_its_own(type(conv))
-    if own:
-        return (
-            f"{type(conv).__name__} is a subclass of torch.nn.Conv2d with its own {', '.join(own[:3])}"
-            f"{', ...' * (len(own) > 3)}, and may compute something else (if not, set the layer's __class__ to "
-            "torch.nn.Conv2d)"
-        )
-    if conv._parameters.get("weight") is None:
-        return "its weight is computed by a hook: remove weight_norm, spectral_norm or torch.nn.utils.prune first"
-    reason = unsupported_groups_reason(conv.in_channels, conv.out_channels, conv.groups) or _bad_options_reason(conv)
-    return OWN_FORWARD if reason is None and has_own_forward(conv) else reason
 
 
 def _checked_lists(where: str, name: str, lists: Any) -> ChannelLists:
@@ -123,111 +28,6 @@ def _checked_lists(where: str, name: str, lists: Any) -> ChannelLists:
             "Hint: ChannelLists(in_index=[0, 2]) reads channels 0 and 2."
         )
     return lists
-
-
-def share_all(layer: nn.Module, conv: nn.Module) -> None:
-    """Makes ``layer``, an object without attributes, share all that ``conv`` has, under tables of its own."""
-    # All of a module is in its dictionary. Hook tables stay shared, so that handles can still remove their hooks.
-    layer.__dict__.update(conv.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        layer.__dict__[name] = conv.__dict__[name].copy()
-    if "forward" in layer.__dict__:
-        # Of recompute_, bound to the other layer.
-        layer.__dict__["forward"] = type(layer.__dict__["forward"])(layer)
-    # Compiled by conv.compile() for the other class, and the lists of a batch of its model.
-    for name in ("_compiled_call_impl", "_mixed"):
-        layer.__dict__.pop(name, None)
-
-
-class PackedConv2d(nn.Conv2d):
-    """Base of the convolutions whose packed weight is kept; what may change the weight drops it.
-
-    It is dropped before the change: parameters that are swapped, as
-    :func:`torch.__future__.set_swap_module_params_on_conversion` asks for, must have no other references. The layers
-    name torch's class among their direct bases: tools that initialise layers by the name of a class look no further.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-        bias: bool,
-        padding_mode: str,
-        device: Any,
-        dtype: Any,
-    ) -> None:
-        where = type(self).__name__
-        counts = {"in_channels": (in_channels, 0), "out_channels": (out_channels, 0), "groups": (groups, 1)}
-        pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "dilation": (dilation, 1)}
-        if not isinstance(padding, str):
-            pairs["padding"] = (padding, 0)
-        for name, (value, least) in [*counts.items(), *pairs.items()]:
-            numbers = list(value) if name in pairs and isinstance(value, Sequence) else [value]
-            if not all(isinstance(number, int) for number in numbers):
-                kind = "an int or a pair of ints" if name in pairs else "an int"
-                raise TypeError(f"{where}(): expected `{name}` to be {kind}, got {value!r}.")
-            if name in pairs and isinstance(value, Sequence) and len(numbers) != 2:
-                hint = " Hint: torch.nn.ZeroPad2d pads four sides by themselves." if name == "padding" else ""
-                raise ValueError(f"{where}(): expected `{name}` to be an int or a pair, got {value!r}.{hint}")
-            if min(numbers) < least:
-                raise ValueError(f"{where}(): expected `{name}` to be at least {least}, got {value!r}.")
-        modes = ("zeros", "reflect", "replicate", "circular")
-        if padding_mode not in modes:
-            raise ValueError(f"{where}(): expected `padding_mode` to be one of {modes}, got {padding_mode!r}.")
-        reason = unsupported_groups_reason(in_channels, out_channels, groups)
-        if reason is not None:
-            raise NotImplementedError(f"{where}(): {reason}. Hint: keep torch.nn.Conv2d for this layer.")
-        options: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        super().__init__(in_channels, out_channels, kernel_size, *options)
-
-    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """The input, padded where the mode is not "zeros", and the zeros to add on four sides."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0, 0, 0)
-        if isinstance(padding, tuple) and len(padding) == 2:
-            return input, (padding[0], padding[0], padding[1], padding[1])
-        pair = (padding, padding) if isinstance(padding, int) else padding
-        return input, four_sided(type(self).__name__, pair, self.kernel_size, self.stride, self.dilation)
-
-    @classmethod
-    def _sharing(cls: type[_Packed], conv: nn.Module) -> _Packed:
-        """A layer that shares all that a convolution has; `_start_with` is still to be called."""
-        reason = unsupported_reason(conv)
-        if reason is not None:
-            raise NotImplementedError(
-                f"{cls.__name__}.from_conv2d(): expected `conv` to be a layer that can be gathered, got one that "
-                f"cannot: {reason}."
-            )
-        layer = cls.__new__(cls)
-        share_all(layer, conv)
-        return layer
-
-    def _drop(self) -> None:
-        drop_packed([self._parameters.get("weight")])
-
-    def train(self, mode: bool = True) -> PackedConv2d:
-        """Sets the mode; packed weights of the mode before are dropped."""
-        self._drop()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedConv2d:
-        self._drop()
-        return super()._apply(fn, recurse)
-
-    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A call while TorchScript traces, as its export to ONNX does.
-        refuse_onnx(type(self).__name__)
-        return super()._slow_forward(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._drop()
-        super()._load_from_state_dict(*args)
 
 
 class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
@@ -267,6 +67,8 @@ class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
         GatheredConv2d(8, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), reads 3/8, writes 2/4)
     """
 
+    # Said by each class that computes what torch.nn.Conv2d does, and not by its subclasses.
+    _computes_conv2d = True
     _state_name = "channels"
     _needs_domain = False
     _without_domain = ChannelLists()
@@ -451,6 +253,8 @@ class MaskedConv2d(GatheredConv2d, nn.Conv2d):
         >>> conv(torch.randn(2, 8, 5, 5)).abs().sum((0, 2, 3)) > 0
         tensor([ True, False, False,  True])
     """
+
+    _computes_conv2d = True
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
         compact = super()._gathered(input, channels)

@@ -10,10 +10,11 @@ from torch import nn
 
 from bap_kernels.flow.norms import depends_on_data, norm_parts
 from bap_kernels.nn.consumers import link_readers_
-from bap_kernels.nn.conv import OWN_FORWARD, GatheredConv2d, has_own_forward, refuse_own_forward, unsupported_reason
+from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainHead, DomainLinear, DomainNorm
 from bap_kernels.nn.heads import Choice, Numbers, chosen_heads
 from bap_kernels.nn.per_domain import checked_names, domain_layers
+from bap_kernels.nn.replaceable import OWN_FORWARD, has_own_forward, refuse_own_forward, unsupported_reason
 from bap_kernels.nn.swap import replace_
 from bap_kernels.nn.switched import SwitchedConv2d
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bap_kernels._warn import warn
 from bap_kernels.flow.norms import norm_parts
-from bap_kernels.nn.conv import has_own_forward
 from bap_kernels.nn.mixed import MixedStates
 from bap_kernels.nn.per_domain import PerDomain, checked_names
+from bap_kernels.nn.replaceable import has_own_forward
 
 __all__ = ["DomainBatchNorm2d", "DomainConv2d", "DomainHead", "DomainLinear", "DomainNorm", "outputs_of"]
 

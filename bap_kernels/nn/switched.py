@@ -14,17 +14,13 @@ from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d, refuse_onnx, switched_operator
 from bap_kernels.layer_kinds import DomainLayer, SwitchedLayer
 from bap_kernels.nn.channel_switch import ChannelSwitch
-from bap_kernels.nn.conv import (
-    OWN_FORWARD,
-    GatheredConv2d,
-    PackedConv2d,
-    has_own_forward,
-    share_all,
-)
+from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.in_backward import in_checkpoint
 from bap_kernels.nn.mixed import MixedStates
+from bap_kernels.nn.packed_conv import PackedConv2d, share_all
 from bap_kernels.nn.per_domain import PerDomain, checked_names
 from bap_kernels.nn.recompute import held_input
+from bap_kernels.nn.replaceable import OWN_FORWARD, has_own_forward
 
 __all__ = ["SwitchedConv2d"]
 

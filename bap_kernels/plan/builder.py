@@ -36,7 +36,7 @@ from bap_kernels.flow.rearrange import Labels, UnknownNumberError, moves, number
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.plan.domain_view import frozen, lists_of
 from bap_kernels.plan.effective_conv import conv_of, effective_conv
-from bap_kernels.plan.recording import Specs
+from bap_kernels.plan.recorded_steps import Specs
 
 __all__ = ["Builder", "is_plain"]
 

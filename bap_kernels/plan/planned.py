@@ -17,10 +17,10 @@ from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.layer_kinds import PlannedModel
-from bap_kernels.nn.conv import has_own_forward
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
+from bap_kernels.nn.replaceable import has_own_forward
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import largest_error, not_finite, tolerance_of
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses

@@ -20,13 +20,14 @@ from bap_kernels.flow.graph import Channels, Graph, Op, Value, computed_groups, 
 from bap_kernels.flow.liveness import Liveness
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import Call
-from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d, has_own_forward
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
+from bap_kernels.nn.replaceable import has_own_forward
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain
 from bap_kernels.plan.effective_conv import conv_of
 from bap_kernels.plan.example import trace_shapes
+from bap_kernels.plan.fx_calls import WriteCall
 from bap_kernels.plan.layout import Fetch, Layout
-from bap_kernels.plan.recording import WriteCall
 from bap_kernels.plan.trace import call_copied, check_reach, run_masked
 
 __all__ = ["specialize"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from bap_kernels._zeros import Zeros, set_zeros_finder
 from bap_kernels.channels import ChannelLists
 from bap_kernels.flow.graph import Op
 from bap_kernels.flow.liveness import Liveness
@@ -26,7 +27,6 @@ from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.swap import unswappable_reason
 from bap_kernels.plan.compare import not_finite
 from bap_kernels.plan.example import trace_shapes
-from bap_kernels.table import Zeros, set_zeros_finder
 
 __all__ = ["find_zeros"]
 
