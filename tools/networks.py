@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LIST", "build", "calibrate_", "names", "relative_error"]
+__all__ = ["LIST", "build", "calibrate_", "names", "relative_error", "zero_channels_"]
 
 LIST = Path(__file__).with_name("networks.txt")
 
@@ -155,6 +155,31 @@ def calibrate_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
             # One or two pixels can have no variance.
             norm.running_var.add_(0.05)  # type: ignore[union-attr]
     return model.eval()
+
+
+@torch.no_grad()
+def zero_channels_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Set a quarter of all input slices, filters and norms' channels to zero, as tools that prune by zeros do.
+
+    Of these filters and channels half keep their bias or shift: constants that are not zero, or are after a ReLU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def chosen(count: int, share: float = 0.25) -> Tensor:
+        return torch.rand(count, generator=generator) < share
+
+    for module in model.modules():
+        is_norm = isinstance(getattr(module, "running_mean", None), Tensor)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not isinstance(weight, Tensor) or not (is_norm or isinstance(module, nn.Conv2d)):
+            continue
+        off = chosen(len(weight))
+        weight[off] = 0
+        if bias is not None:
+            bias[off & chosen(len(weight), 0.5)] = 0
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > 3:
+            weight[:, chosen(module.in_channels)] = 0
+    return model
 
 
 def relative_error(result: Any, expected: Any) -> float:

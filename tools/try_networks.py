@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import bap_kernels as bk
-from tools.networks import LIST, build, calibrate_, names, relative_error
+from tools.networks import LIST, build, calibrate_, names, relative_error, zero_channels_
 
 DOMAINS = ["a", "b"]
 # Relative to the largest value. Rounding in float32 mostly stays below; otherwise float64 decides.
@@ -222,8 +222,23 @@ def switch(subject: Subject) -> Outcome:
     return {"switched": len(layers)}
 
 
+def zeros(subject: Subject) -> Outcome:
+    """Lists from a network's own zeros: layers and a plan return what the network with zeros returns."""
+    pruned = copy.deepcopy(subject.dense)
+    zero_channels_(pruned)
+    with torch.no_grad():
+        expected = pruned(subject.x)
+    table = bk.ChannelTable.from_weights(pruned, "zeros", subject.x)
+    model = bk.attach_(bk.swap_(copy.deepcopy(pruned)), table)
+    bk.set_domain(model, "zeros")
+    with torch.no_grad():
+        subject.compare(model(subject.x), expected, "layers")
+        subject.compare(bk.plan(model, subject.x, "zeros", check=False)(subject.x), expected, "plan")
+    return {"read": table.density(model)["zeros"][0]}
+
+
 OPERATIONS: dict[str, Callable[[Subject], Outcome]] = {
-    operation.__name__: operation for operation in (swap, plan, specialize, prune, order, mixed, switch)
+    operation.__name__: operation for operation in (swap, plan, specialize, prune, order, mixed, switch, zeros)
 }
 
 
