@@ -94,9 +94,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     write_files({path: data})
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Removes temporary files that a killed process left in a folder."""
-    for part in Path(folder).glob(f".*{_SUFFIX}"):
+def remove_leftovers(folder: str | Path, name: str = "") -> None:
+    """Removes temporary files that a killed process left in a folder: of one file, or of all."""
+    for part in Path(folder).glob(f".{name}*{_SUFFIX}"):
         part.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bap.cli.options import Checkpoint, Config, Domains, Out, Progress, Root, Set
+from bap.cli.options import Checkpoint, Config, Domains, Out, Progress, Resume, Root, Set
 from bap.cli.serving import serve
 from bap.cli.studying import study
 
@@ -26,6 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# Commands that run under torchrun.
+_PARALLEL = ("train", "pretrain")
 
 
 class SplitName(str, Enum):
@@ -48,10 +52,10 @@ def _print(value: Any) -> None:
 
 @app.callback()
 def _one_process(context: typer.Context) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand != "train":
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in _PARALLEL:
         raise ValueError(
             f"bap {context.invoked_subcommand}: expected one process, got {os.environ['WORLD_SIZE']}. "
-            "Hint: only `bap train` runs under torchrun."
+            "Hint: only `bap train` and `bap pretrain` run under torchrun."
         )
 
 
@@ -72,26 +76,35 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 @app.command()
-def pretrain(out: Out, config: Config = None, set_: Set = None, progress: Progress = True) -> None:
-    """Train the plain backbone on the source domain; writes backbone.safetensors."""
+def pretrain(
+    out: Out, config: Config = None, set_: Set = None, resume: Resume = False, progress: Progress = True
+) -> None:
+    """Train the plain backbone on the source domain; writes backbone.safetensors. It may run under torchrun."""
     from bap.config import load_config
     from bap.train.domains import check_source, load_domains, source_of, suite_of
-    from bap.train.lock import folder_lock
+    from bap.train.pretrain import check_backbone, state_of
     from bap.train.pretrain import pretrain as run
-    from bap.train.processes import device_of
+    from bap.train.processes import Processes
 
     settings = load_config(config, set_ or [])
-    device_of(settings.run.device)
+    processes = Processes(settings.run.device)
     # The source is needed here, also where the joint training leaves it out; the other domains are not.
     settings = settings.replace(source_mode="switched")
     names = settings.data.domains or suite_of(settings)
     check_source(settings, names)
     source = source_of(settings, names)
     path = out / "backbone.safetensors"
-    with folder_lock(out):
-        domains = load_domains(settings.replace(domains=[source]), ("train",))
-        run(settings, domains[source], path, progress)
-    _print({"weights": str(path), "source": source})
+    with processes.lock(out):
+        there = [file for file in (path, state_of(path)) if file.exists()]
+        if there and not resume:
+            raise ValueError(f"bap pretrain: expected {out} to have no backbone, got {there[0].name}. Hint: --resume")
+        # What several processes find must not depend on which of them writes first.
+        processes.wait()
+        if path not in there:
+            domains = load_domains(settings.replace(domains=[source]), ("train", settings.data.evaluate_on))
+            run(settings, domains[source], path, progress, resume)
+        info = check_backbone(path, settings, source)
+    _print({"weights": str(path), "source": source, **info.get("records", [{}])[-1]})
 
 
 @app.command()
@@ -99,7 +112,7 @@ def train(
     out: Out,
     config: Config = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
+    resume: Resume = False,
     baseline: Annotated[Path | None, typer.Option(help="JSON, {domain: accuracy in per cent}, for the scores.")] = None,
     callback: Annotated[
         list[str] | None,
@@ -146,12 +159,17 @@ def _loaded(
     return model, config, data
 
 
-def _size_of(specs: dict[str, Any], checkpoint: Path) -> int:
+def _sizes_of(specs: dict[str, Any], checkpoint: Path) -> dict[str, int]:
     sizes = {name: spec.get("size") for name, spec in specs.items()}
-    distinct = set(sizes.values())
-    if len(distinct) != 1 or None in distinct:
-        raise ValueError(f"bap: expected the domains of {checkpoint} to have one input size, got {sizes}.")
-    return distinct.pop()
+    if None in sizes.values():
+        raise ValueError(f"bap: expected the domains of {checkpoint} to have input sizes, got {sizes}.")
+    return sizes
+
+
+def _size_of(specs: dict[str, Any], checkpoint: Path) -> int:
+    """The size of most domains; shares of the backbone are counted at it."""
+    sizes = list(_sizes_of(specs, checkpoint).values())
+    return max(sizes, key=sizes.count)
 
 
 @app.command()
@@ -163,10 +181,13 @@ def prune(
     import torch
 
     from bap.prune.prune import prune_
-    from bap.train.checkpoint import load_checkpoint, save_checkpoint
+    from bap.train.checkpoint import domains_of, load_checkpoint, save_checkpoint
     from bap.train.lock import folder_lock
 
     model, config, specs = load_checkpoint(checkpoint)
+    others = [name for name in domains_of(out) if name not in specs] if out is not None else []
+    if others:
+        raise ValueError(f"bap prune: expected {out} to have no other network, got one with {others}.")
     size = _size_of(specs, checkpoint)
     pruned = prune_(model, torch.zeros(1, 3, size, size))
     if out is not None:
@@ -220,11 +241,12 @@ def export(
     from bap.train.checkpoint import load_checkpoint
 
     model, _, specs = load_checkpoint(checkpoint, domain or None)
-    size = _size_of(specs, checkpoint)
-    example = torch.zeros(batch, 3, size, size)
-    narrow = deploy(model, example).model
+    examples = {name: torch.zeros(batch, 3, size, size) for name, size in _sizes_of(specs, checkpoint).items()}
+    narrow = deploy(model, next(iter(examples.values()))).model
     files = [
-        row.as_dict() for name in specs for row in export_domain(narrow, name, example, out, format, rounds=rounds)
+        row.as_dict()
+        for name, example in examples.items()
+        for row in export_domain(narrow, name, example, out, format, rounds=rounds)
     ]
     _table(f"batch {batch}, {torch.get_num_threads()} threads", files)
     _print({"batch": batch, "threads": torch.get_num_threads(), "files": files})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Checkpoint", "Config", "Domains", "Out", "Progress", "Root", "Set"]
+__all__ = ["Checkpoint", "Config", "Domains", "Out", "Progress", "Resume", "Root", "Set"]
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings; see configs/.")]
 Set = Annotated[
@@ -19,4 +19,5 @@ Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only 
 Progress = Annotated[
     bool, typer.Option("--progress/--no-progress", help="Lines on the error stream while training, terminal or not.")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data, in place of the one in the settings.")]

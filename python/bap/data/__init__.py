@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from bap.data.builtin import BUILTIN_DOMAINS, BUILTIN_SUITES, VARIED_DOMAINS, builtin_suite
+from bap.data.builtin import BUILTIN_DOMAINS, BUILTIN_SIZE, BUILTIN_SUITES, VARIED_DOMAINS, builtin_suite
 from bap.data.decathlon import DECATHLON, DECATHLON_RESIZE, load_decathlon
 from bap.data.domain import SPLITS, Arrays, Domain, Split, order_of, random_of
 from bap.data.files import DECODED, DataError, ImageFiles
@@ -11,6 +11,7 @@ from bap.data.sketch import SKETCH, load_sketch, sketch_resize
 
 __all__ = [
     "BUILTIN_DOMAINS",
+    "BUILTIN_SIZE",
     "BUILTIN_SUITES",
     "DECATHLON",
     "DECATHLON_RESIZE",

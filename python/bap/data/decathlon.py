@@ -40,6 +40,8 @@ DECATHLON: dict[str, _Spec] = {
 }
 # The shorter side, and the crop.
 DECATHLON_RESIZE, _CROP = 72, 64
+# Domains whose images the residual adapters' public loader takes whole, in training and evaluation [P].
+_WHOLE = ("gtsrb", "omniglot", "svhn")
 # Ids of a domain's categories follow a multiple of this [P].
 _BLOCK = 10**7
 
@@ -192,6 +194,7 @@ def load_decathlon(
     full: bool = True,
     decode: int = DECODED,
     splits: Sequence[str] = SPLITS,
+    crops: str = "papers",
 ) -> dict[str, Domain]:
     """The domains of the Visual Decathlon, checked.
 
@@ -204,6 +207,9 @@ def load_decathlon(
             False accepts an extract, which has ``train`` at least.
         decode: images of each split that are decoded to check them; -1: all.
         splits: which are loaded, ``train`` in any case.
+        crops: ``papers``: training crops at random and flips but for DTD, GTSRB, Omniglot and SVHN, which have the
+            middle of their images; ``rebuffi``: as the residual adapters' public loader [P]: DTD is cropped and
+            flipped, too, and GTSRB, Omniglot and SVHN have the middle 72 of their pixels.
 
     Raises:
         DataError: if files are missing or broken, ids or labels do not fit, or numbers differ; problems are named.
@@ -213,6 +219,10 @@ def load_decathlon(
     loaded = {}
     for name in _names(root, domains, size, splits, full):
         (count, *counts), mean, std, augmented = DECATHLON[name]
+        side = size or _CROP
+        if crops == "rebuffi":
+            augmented = name not in _WHOLE
+            side = side if augmented else DECATHLON_RESIZE
         parts: dict[str, Split] = {}
         classes: dict[int, str] | None = None
         files: dict[str, list[Path]] = {}
@@ -248,7 +258,7 @@ def load_decathlon(
             name,
             tuple(classes.values()),
             parts,
-            size or _CROP,
+            side,
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
             flip=augmented,

@@ -140,8 +140,9 @@ def load_weights(
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        problem = str(error) or type(error).__name__
         raise ValueError(
-            f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {error}"
+            f"load_weights(): expected `path` to be a checkpoint of tensors, got {path}: {problem}"
         ) from None
     if not isinstance(state, Mapping):
         raise ValueError(

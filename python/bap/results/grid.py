@@ -10,23 +10,10 @@ from typing import Any
 from bap.config import LOSSES, Config, Distill, full_names, override_values
 from bap.results.compare import BASELINES, MATCHES
 from bap.train.distill import learns_from_dense
+from bap.train.pretrain import PRETRAINING
 
-__all__ = ["PRETRAINING", "Cell", "StudyGrid"]
+__all__ = ["Cell", "StudyGrid"]
 
-# Settings that the backbone's weights depend on.
-PRETRAINING = (
-    "data.suite",
-    "data.images",
-    "data.size",
-    "data.full",
-    "data.train_on",
-    "model.name",
-    "model.options",
-    "schedule.batch",
-    "run.seed",
-    "pretrain.epochs",
-    "pretrain.lr",
-)
 # What a variant may not change: the cell says it, or all runs of a seed have it in common.
 _OF_THE_STUDY = {*PRETRAINING, "budget.beta", "data.domains", "data.source", "data.evaluate_on", "model.weights"}
 

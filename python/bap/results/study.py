@@ -11,9 +11,9 @@ import torch
 
 from bap.config import Config
 from bap.data import Domain
-from bap.files import FileError, read_tensors, write_bytes, write_json
+from bap.files import write_bytes, write_json
 from bap.results.compare import Comparison, comparison_cells, comparison_csv, comparison_table
-from bap.results.grid import PRETRAINING, Cell, StudyGrid
+from bap.results.grid import Cell, StudyGrid
 from bap.results.report import csv_table, latex_table, markdown_table
 from bap.results.run import is_finished, scored, train_run
 from bap.results.scores import shown_score
@@ -21,8 +21,7 @@ from bap.train.distill import learns_from_dense
 from bap.train.domains import check_source, load_domains, source_of, suite_of
 from bap.train.evaluate import check_splits, final_split
 from bap.train.lock import folder_lock
-from bap.train.pretrain import pretrain
-from bap.train.resume import check_same_settings
+from bap.train.pretrain import check_backbone, pretrain
 from bap.train.run_log import read_results
 
 __all__ = ["StudyGrid", "pretrained", "study", "study_cells", "study_table"]
@@ -44,17 +43,9 @@ def pretrained(
             raise ValueError(
                 f"pretrained(): expected the source {source!r} to be among the domains, got {list(domains)}."
             )
-        pretrain(config, domains[source], path, progress)
-        return path
-    _, info = read_tensors(path)
-    if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
-        raise FileError(f"pretrained(): expected {path} to be a backbone of bap pretrain, got another file.")
-    if info.get("source") != source:
-        raise ValueError(
-            f"pretrained(): expected {path} to be trained on {source!r}, got {info.get('source')!r}. "
-            "Hint: use another folder."
-        )
-    check_same_settings(info["config"], config, str(path), only=PRETRAINING)
+        pretrain(config, domains[source], path, progress, resume=True)
+    else:
+        check_backbone(path, config, source)
     return path
 
 

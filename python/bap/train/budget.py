@@ -20,7 +20,7 @@ from torch import Tensor
 from bap.config import MEASURES
 from bap.prune.layers import ConvSpec
 
-__all__ = ["MEASURES", "Multiplier", "Projection", "project", "share", "switch_costs"]
+__all__ = ["MEASURES", "Multiplier", "Projection", "check_room", "project", "share", "switch_costs"]
 
 
 def switch_costs(
@@ -151,6 +151,28 @@ class Projection:
 
 
 @torch.no_grad()
+def check_room(costs: Tensor, beta: float, sizes: Sequence[int], keep_at_least: int) -> None:
+    """Refuses a budget that `project` could not make hold, before anything is trained.
+
+    Args:
+        costs, beta, sizes, keep_at_least: as in :func:`project`.
+
+    Raises:
+        ValueError: if what must be kept exceeds β.
+    """
+    kept = sum(float(layer.sort(descending=True).values[:keep_at_least].sum()) for layer in costs.cpu().split(sizes))
+    _check_kept(kept, costs, beta, keep_at_least)
+
+
+def _check_kept(kept: float, costs: Tensor, beta: float, keep_at_least: int) -> None:
+    total = float(costs.sum())
+    if kept > beta * total:
+        raise ValueError(
+            f"project(): expected `beta` to leave room for {keep_at_least} channels of every layer, which take "
+            f"{kept / total:.4f}, got {beta}. Hint: a lower `keep_at_least`."
+        )
+
+
 def project(
     scores: Tensor,
     threshold: float | Tensor,
@@ -207,11 +229,7 @@ def project(
             best = part.argsort(descending=True, stable=True)[:keep_at_least]
             protected[start + best] = on[start + best]
             start += size
-    if float(costs[protected].sum()) > allowed:
-        raise ValueError(
-            f"project(): expected `beta` to leave room for {keep_at_least} channels of every layer, which take "
-            f"{float(costs[protected].sum()) / total:.4f}, got {beta}."
-        )
+    _check_kept(float(costs[protected].sum()), costs, beta, keep_at_least)
     # A margin that a switch has over its threshold is comparable between layers; the score alone is not.
     margin = values - limits
     weakest = [i for i in margin.argsort(stable=True).tolist() if on[i] and not protected[i]]

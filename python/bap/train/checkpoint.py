@@ -311,6 +311,14 @@ def _load(path: Path, requested: list[str] | None) -> tuple[nn.Module, Config, d
     if not names:
         raise FileError(f"load_checkpoint(): expected {path} to have domains, got none.")
     specs = {name: _read_spec(path, name, network) for name in names}
+    trained = head.get("domains")
+    lost = [name for name in trained if name not in present] if isinstance(trained, list) else []
+    if requested is None and lost:
+        # What only they use would count as unused.
+        raise FileError(
+            f"load_checkpoint(): expected {path} to have all domains that {binding.name} lists, got no "
+            f"domain_config.json of {lost}. Hint: name those that are there."
+        )
     if requested is None:
         names = sorted(names, key=lambda name: specs[name].get("position", 0))
         specs = {name: specs[name] for name in names}

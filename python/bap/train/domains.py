@@ -73,7 +73,7 @@ def load_domains(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, Do
     if data.built_in:
         suite = builtin_suite(names or None, data.images, data.suite)
     elif data.suite == "decathlon":
-        suite = load_decathlon(root, names or None, data.size, data.workers, data.full, decode, splits)
+        suite = load_decathlon(root, names or None, data.size, data.workers, data.full, decode, splits, data.crops)
     else:
         suite = load_sketch(root, names or None, data.size, data.workers, data.full, decode)
     if excluded is not None:

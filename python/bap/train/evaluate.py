@@ -13,7 +13,7 @@ import bap_kernels as bk
 from bap.data import Domain
 from bap.models import evaluating
 
-__all__ = ["Accuracy", "check_splits", "evaluate", "final_split", "predict"]
+__all__ = ["Accuracy", "accuracy_of", "check_splits", "evaluate", "final_split", "predict"]
 
 
 class Accuracy:
@@ -92,6 +92,19 @@ def evaluate(
         ValueError: if the split has no labels or images.
     """
     bk.set_domain(model, domain.name)
+    return accuracy_of(model, domain, split, batch, forward, rank, world)
+
+
+def accuracy_of(
+    model: nn.Module,
+    domain: Domain,
+    split: str,
+    batch: int,
+    forward: Callable[[Tensor], Tensor] | None,
+    rank: int,
+    world: int,
+) -> Accuracy:
+    """As :func:`evaluate`, of a network as it is: one without domains, or with the right one set."""
     device = next(model.parameters()).device
     accuracy = Accuracy()
     call = model if forward is None else forward

@@ -93,6 +93,12 @@ class Processes:
         if isinstance(run, DomainParallel):
             run.average_statistics(domain)
 
+    def autocast(self, amp: str | None) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision on this device: ``bf16``, ``fp16`` or None."""
+        if amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+
     def wait(self) -> None:
         """Waits for the others."""
         if self.world > 1:

@@ -26,7 +26,7 @@ from bap.data import Domain
 from bap.files import FileError, remove_leftovers
 from bap.prune.layers import SwitchBank, conv_specs
 from bap.prune.masks import read_masks
-from bap.train.budget import Multiplier, project, share, switch_costs
+from bap.train.budget import Multiplier, check_room, project, share, switch_costs
 from bap.train.distill import Teacher, distillation_loss, guarded, teacher_digest
 from bap.train.domains import source_of
 from bap.train.evaluate import Accuracy, check_splits, evaluate
@@ -41,13 +41,13 @@ from bap.train.schedule import annealed_budget, batches_of, learning_rate, shari
 from bap.train.sharing import SharingWeight, intersection, union
 from bap.train.state import load_state, save_state
 
-__all__ = ["TrainError", "Trainer", "backend_of"]
+__all__ = ["CHECKED_EVERY", "TrainError", "Trainer", "backend_of"]
 
 STATE = "state.safetensors"
 # From so many domains on, straight-through sharing losses are warned of.
 _MANY_DOMAINS = 4
 # Steps between two looks at a loss on a GPU: each look waits for it.
-_CHECKED_EVERY = 50
+CHECKED_EVERY = 50
 
 
 class TrainError(RuntimeError):
@@ -239,12 +239,15 @@ class Trainer:
             after_epoch: called with the record of every epoch, after the state was written.
 
         Raises:
+            ValueError: if the budget has no room for what ``switches.keep_at_least`` keeps.
             FileError: if a file cannot be written, or another run writes into the folder.
             TrainError: if a loss or a parameter is not finite; the state of the last epoch stays.
         """
         self.open()
         config = self.config
         last = config.schedule.epochs if until is None else min(until, config.schedule.epochs)
+        if last == config.schedule.epochs and self.multipliers and not self.frozen:
+            check_room(self.costs, self.beta, self.bank.sizes, config.switches.keep_at_least)
         with self.processes.lock(self.folder), bk.use_backend(backend_of(config)):
             if self.frozen:
                 self._freeze_switches()
@@ -285,7 +288,7 @@ class Trainer:
         processes = self.processes
         steps = steps_of_epoch(self.domains, config, processes.world)
         batches = batches_of(self.domains, config, self.epoch, processes.rank, processes.world)
-        checked_every = 1 if processes.device.type == "cpu" else _CHECKED_EVERY
+        checked_every = 1 if processes.device.type == "cpu" else CHECKED_EVERY
         for number, turns in enumerate(batches, 1):
             self._joint_step(turns, seen)
             if number % checked_every == 0:
@@ -344,7 +347,7 @@ class Trainer:
         for number, (images, labels) in enumerate(parts):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.processes.no_sync(self.ddp_model):
-                with self._autocast():
+                with self.processes.autocast(self.config.run.amp):
                     logits = self.ddp_model(images)
                 loss = F.cross_entropy(logits.float(), labels)
                 seen.add(logits.detach(), labels, loss)
@@ -359,15 +362,9 @@ class Trainer:
         """The weighted, guarded loss of the teacher's logits."""
         assert self.teacher is not None
         distill = self.config.distill
-        with self._autocast():
+        with self.processes.autocast(self.config.run.amp):
             targets = self.teacher.logits(name, images).float()
         return guarded(distill.weight * distillation_loss(logits, targets, distill.temperature), loss, distill.guard)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.run.amp is None:
-            return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.config.run.amp == "bf16" else torch.float16
-        return torch.autocast(self.processes.device.type, dtype)
 
     def used(self, domain: str) -> float:
         """θ̄ of a domain, exact."""

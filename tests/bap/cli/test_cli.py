@@ -92,6 +92,7 @@ MISTAKES = [
     (["train", "-o", "{}/a", "-s", "device=cuda:9"], "got 'cuda:9' where PyTorch finds"),
     (["train", "-o", "{}/a", "-s", "domains=[faces]"], "got 'faces'"),
     (["train", "-o", "{}/a", "-s", "images=100", "-s", "weights={}/none.pth"], "none.pth"),
+    (["train", "-o", "{}/a", "-s", "images=100", "-s", "weights=/dev/null"], "tensors, got /dev/null: EOFError"),
     (["train", "-o", "{}/file", "-s", "images=100"], "expected a folder {}/file to write to"),
     (["train", "-o", "{}/a", "-c", "{}"], "to be a YAML file, got {}"),
     (["train", "-o", "{}/a", "-s", "data=decathlon", "-s", "root={}"], "{}/annotations/imagenet12_train.json, got"),
@@ -168,6 +169,16 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, checkpoin
     monkeypatch.setattr("sys.argv", ["bap", "info", str(checkpoint)])
     with pytest.raises(type(error)):
         main()
+
+
+def test_prune_never_mixes_two_networks_in_a_folder(bap, checkpoint: Path, tmp_path: Path) -> None:
+    other, specs = tmp_path / "other", {"size": 32, "classes": ["a", "b"]}
+    save_checkpoint(other, switched_network(Config(**SMALL), {"signs": 2}), Config(**SMALL), {"signs": specs})
+    files = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    status, _, errors = bap("prune", checkpoint, "-o", other)
+    assert status == 2
+    assert errors == f"bap: bap prune: expected {other} to have no other network, got one with ['signs'].\n"
+    assert files == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
 
 
 def test_add_domain_parses_exponents_without_a_point(bap, checkpoint: Path) -> None:

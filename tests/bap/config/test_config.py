@@ -32,6 +32,8 @@ from bap.config import SHORT_NAMES, Config, config_of, full_names, known_setting
         ("workers=-1", "`data.workers` to be greater than or equal to 0, got -1"),
         ("threads=0", "`run.threads` to be greater than or equal to 1, got 0"),
         ("size=4", "`data.size` to be greater than or equal to 8, got 4"),
+        ("crops=rebuffi", "`data.crops` to be 'papers' for 'builtin', got 'rebuffi', which is of the decathlon"),
+        ("size=64", "`data.size` to be 32, or left out, for 'builtin', whose images are drawn at that size, got 64"),
         ("full=1", "`data.full` to be a valid boolean, got 1"),
         ("domains=digits", "`data.domains` to be a valid list, got 'digits'"),
         ("domains=[[a]]", "`data.domains[0]` to be a valid string, got ['a']"),

@@ -119,6 +119,26 @@ def test_domains_without_augmentation_train_on_what_is_evaluated(root: Path) -> 
         check_same_data(before, {"dtd": domains["dtd"]}, "there")
 
 
+def test_crops_of_the_residual_adapters_loader(tmp_path: Path) -> None:
+    # Its classes for DTD, and for the three that are not flipped, in training and evaluation: sizes, crop, flip.
+    expected = {"aircraft": (64, True), "dtd": (64, True), "gtsrb": (72, False), "svhn": (72, False)}
+    for number, name in enumerate(expected, 1):
+        _decathlon(tmp_path, name, number, 4)
+    for size in (None, 48):
+        domains = load_decathlon(tmp_path, full=False, size=size, crops="rebuffi")
+        for name, (side, augmented) in expected.items():
+            domain = domains[name]
+            side = side if size is None or not augmented else size
+            assert (domain.size, domain.crop, domain.flip) == (side, augmented, augmented)
+            x, _ = next(domain.batches("val", 2))
+            assert x.shape == (2, 3, side, side)
+    config = Config(data="decathlon", root=str(tmp_path), crops="rebuffi", source="aircraft", **SETTINGS)
+    results = train_run(config.replace(epochs=1), tmp_path / "run")
+    assert set(results["accuracy"]) == set(expected)
+    with pytest.raises(ValueError, match=r"data.crops: stored 'rebuffi', asked 'papers'"):
+        train_run(config.replace(epochs=1, crops="papers"), tmp_path / "run", resume=True)
+
+
 def test_training_on_validation_images_too_is_never_evaluated_on_them(root: Path, tmp_path: Path) -> None:
     shown = {**SETTINGS, "epochs": 1, "data": "decathlon", "root": str(root), "source": "dtd", "train_on": "train+val"}
     with pytest.raises(ValueError, match=r"`data.evaluate_on` to be 'test' or 'train' where .* got 'val', which is tr"):

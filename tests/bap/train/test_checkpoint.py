@@ -136,6 +136,13 @@ def test_a_domain_of_another_run_is_refused(folder: Path, tmp_path: Path) -> Non
         load_checkpoint(folder)
 
 
+def test_a_domain_that_is_lost_is_missed_unless_the_others_are_named(folder: Path) -> None:
+    (folder / "domains" / "a" / "domain_config.json").unlink()
+    with pytest.raises(FileError, match=r"all domains that config.json lists, got no domain_config.json of \['a'\]"):
+        load_checkpoint(folder)
+    assert list(load_checkpoint(folder, ["z"])[2]) == ["z"]
+
+
 def test_settings_are_validated_and_named(folder: Path) -> None:
     path = folder / "config.json"
     head = json.loads(path.read_text())

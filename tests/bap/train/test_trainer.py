@@ -198,6 +198,11 @@ def test_batch_norm_can_go_with_sgd(suite: dict[str, Domain], tiny: Config) -> N
         assert tuple(len(trainer.optimizers[name].param_groups) for name in ("adam", "sgd")) == sizes
 
 
+def test_a_budget_without_room_is_refused_before_training(suite: dict[str, Domain], tiny: Config) -> None:
+    with pytest.raises(ValueError, match=r"to leave room for 6 channels of every layer, which take 0\.\d+, got 0\.25"):
+        Trainer(tiny.replace(beta=0.25, keep_at_least=6), suite).fit(after_epoch=lambda record: pytest.fail("trained"))
+
+
 def test_a_domain_below_its_budget_gets_room_back(suite: dict[str, Domain], tiny: Config) -> None:
     found = {}
     for give_back in (False, True):
