@@ -29,6 +29,7 @@ from bap_kernels.plan import steps
 from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
 from bap_kernels.plan.fuse import FusedConv, fuse
 from bap_kernels.plan.layout import Chain, Fetch, Layout
+from bap_kernels.plan.pooling import global_average, is_global_average
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.steps import Slot, Step, slots_in
 
@@ -177,7 +178,8 @@ class _Lowering:
                 args = (Slot(reads[0]), *self.with_slots(op, op.args))
                 self.call(op, op.call, args, self.with_slots(op, op.kwargs))
             elif op.kind == "map":
-                self.emit(steps.MapStep(op.call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
+                call = global_average if is_global_average(op.call) else op.call
+                self.emit(steps.MapStep(call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
             else:
                 self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_call_name(op.call))
             if width != len(stored):
