@@ -43,6 +43,7 @@ NAMES = {
     "planar_conv2d": "planar",
     "halo_conv2d": "halo",
     "warpgroup_conv2d": "warpgroup",
+    "warpgroup_weight_gradient": "warpgroup weight gradient",
     "weight_gradient": "weight gradient",
     "channel_pack": "pack",
     "channel_unpack": "unpack",
@@ -68,11 +69,16 @@ class Instance:
     tile: tuple[int, ...]
 
     @property
+    def warpgroups(self) -> bool:
+        """Whether whole warpgroups multiply, which exists for sm_90a alone."""
+        return self.kernel.startswith("warpgroup")
+
+    @property
     def warps(self) -> int:
-        """Warps of a block; those of the kernel of warpgroups that copy besides."""
+        """Warps of a block; those of the kernels of warpgroups that copy besides."""
         if not self.tile:
             return 4 if self.kernel == "split epilogue" else 8
-        return self.tile[2] * self.tile[3] + 4 * (self.kernel == "warpgroup")
+        return self.tile[2] * self.tile[3] + 4 * self.warpgroups
 
     @property
     def shared_bytes(self) -> int:
@@ -88,7 +94,7 @@ class Instance:
         staged = 4 * max(rows * (columns + 8), columns * (rows + 4)) + 32 * rows + 4 * columns
         if self.kernel == "weight gradient":
             return pipeline
-        barriers = 16 * stages if self.kernel == "warpgroup" else 0
+        barriers = 16 * stages if self.warpgroups else 0
         return max(pipeline, staged) + barriers
 
 
@@ -189,7 +195,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
     if instance.tile:
         if not ldgsts:
             wrong.append("no LDGSTS.128")
-        if instance.kernel == "warpgroup":
+        if instance.warpgroups:
             product = f"HGMMA.64x{instance.tile[1]}{HGMMA[instance.mode]}"
             wrong += [
                 f"no {name}" for name in (product, "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC") if name not in sass
@@ -198,7 +204,7 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
             wrong.append(f"no {HMMA[instance.mode]}")
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.
         words = instance.kernel == "weight gradient" and instance.mode == "tf32"
-        if not ldsm and not words and instance.kernel != "warpgroup":
+        if not ldsm and not words and not instance.warpgroups:
             wrong.append("no LDSM")
         # Chunks of the halo, turned or gathered, are written whole.
         if instance.kernel == "halo" and "STS.128" not in sass:
@@ -256,7 +262,7 @@ def compile_source(name: str, arch: str, nvcc: str, cuobjdump: str) -> list[Code
     for mangled, (registers, spills) in usage_of(log).items():
         instance = instance_of(mangled)
         # Where there are no such products the function is there, and empty.
-        if instance is not None and (instance.kernel != "warpgroup" or arch == "90a"):
+        if instance is not None and (not instance.warpgroups or arch == "90a"):
             code = examine(instance, arch, registers, spills, sass[mangled])
             if serialised(log, mangled):
                 code.wrong.append("products are serialised")

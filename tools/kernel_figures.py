@@ -150,10 +150,10 @@ def figures_of(instance: Instance, gradient: bool, sass: str, registers: int, sp
     main = code.innermost(wanted)
     if main is None:
         raise ValueError(f"kernel_figures: expected a loop in {instance}, got none.")
-    copies = code.innermost(is_copy) if instance.kernel == "warpgroup" else None
+    copies = code.innermost(is_copy) if instance.warpgroups else None
     store = code.innermost(is_wide_store) if instance.tile else None
     steps = 1.0
-    if instance.tile and instance.kernel != "warpgroup":
+    if instance.tile and not instance.warpgroups:
         rows, columns, warps_m, warps_n = instance.tile[:4]
         per_step = rows // warps_m // 16 * (columns // warps_n // 8) * (STEP // 16)
         steps = main.count("HMMA") / per_step

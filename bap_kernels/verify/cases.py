@@ -99,6 +99,7 @@ def problems(math: str, sm_count: int) -> list[Problem]:
     planes = point.but(batch=-(-rows // 64), in_list="odd", size=(16, 8), out_channels=200, out_list="null")
     # Sums of 27 steps and more of few tiles, which are cut into parts, on large devices.
     long = last.but(in_channels=136, size=(5, 7), out_list="null")
+    heavy = last.but(in_channels=136, out_channels=72, out_list="null")
     wide = large.but(kernel=(1, 1), padding=(0, 0, 0, 0), batch=2 * many, out_channels=256)
     found = [
         Problem(plain, last, tiles=True),
@@ -142,6 +143,9 @@ def problems(math: str, sm_count: int) -> list[Problem]:
         Problem(backward, point.but(in_list="shuffled", size=(7, 9)), mask=(True, False, False)),
         Problem(backward, large.but(in_channels=136, out_channels=72, batch=2 * many), mask=(True, False, False)),
         Problem(backward, large.but(in_channels=136, out_channels=72), mask=(False, True, False)),
+        # Small, of the tiles of WGMMA.
+        Problem(backward, heavy.but(stride=(2, 1)), mask=(False, True, False)),
+        Problem(backward, heavy.but(in_channels=256, out_channels=131, **bent), block=8, mask=(False, True, False)),
         Problem(backward, wide.but(in_channels=256, out_channels=64), mask=(True, False, False)),
     ]
     for case, off in ((odd, True), (odd.but(layout="channels_last", in_list="shuffled"), False), (point, False)):

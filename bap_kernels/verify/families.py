@@ -10,7 +10,7 @@ __all__ = ["MATHS", "TRITON_KERNELS", "is_main", "matching", "ordered"]
 # In the order in which they are verified.
 MATHS = ("bfloat16", "tf32", "float16", "float32")
 TRITON_KERNELS = ("forward", "planar", "pack", "input_gradient", "weight_gradient", "switched", "mixed")
-_CUDA_KERNELS = ("wgmma", "nhwc", "planar", "halo", "split", *TRITON_KERNELS[2:])
+_CUDA_KERNELS = ("wgmma", "nhwc", "planar", "halo", "split", "wgmma_weight_gradient", *TRITON_KERNELS[2:])
 _INFERENCE = {"wgmma", "nhwc", "planar", "halo", "split", "forward", "pack"}
 
 

@@ -125,7 +125,7 @@ def cuda_families(capability: tuple[int, int]) -> tuple[str, ...]:
     """The families that this installation has for a device."""
     found = [] if dispatch.unsupported_reason("cuda") else list(_C.cuda_families())
     if capability != (9, 0):
-        found = [family for family in found if "/wgmma/" not in family]
+        found = [family for family in found if "/wgmma" not in family]
     if dispatch.unsupported_reason("triton") is None:
         found += [f"triton/{kernel}/{math}" for kernel in TRITON_KERNELS for math in MATHS]
     return ordered(found)

@@ -15,7 +15,9 @@ namespace {
 
 constexpr std::array<const char*, 4> kMath = {"float32", "tf32", "float16", "bfloat16"};
 constexpr std::array<const char*, kCudaKernelCount> kCudaKernels = {
-    "nhwc", "wgmma", "planar", "halo", "split", "pack", "input_gradient", "weight_gradient", "switched", "mixed"};
+    "nhwc", "wgmma", "planar", "halo", "split", "pack", "input_gradient", "weight_gradient", "wgmma_weight_gradient",
+    // Ops that need other families, too.
+    "switched", "mixed"};
 constexpr std::array<const char*, kTritonKernelCount> kTritonKernels = {
     "forward", "planar", "pack", "input_gradient", "weight_gradient", "switched", "mixed"};
 constexpr std::array<const char*, 5> kWords = {"ok", "wrong", "crash", "hang", "unknown"};

@@ -5,8 +5,8 @@
 //   cuda    a forward: the kernel of its route (nhwc, wgmma, planar, halo), and pack where channels are copied into a
 //           compact tensor before it or spread from one after it, and split where sums are cut into parts. A backward:
 //           input_gradient and the kernels that the gradient runs as a forward (wgmma, planar, nhwc; split),
-//           weight_gradient, and pack. A switched convolution or a mixed batch: switched or mixed, and what its forward
-//           or backward needs.
+//           weight_gradient or wgmma_weight_gradient, and pack. A switched convolution or a mixed batch: switched or
+//           mixed, and what its forward or backward needs.
 //   triton  likewise, with `forward` for nhwc, wgmma and halo.
 #pragma once
 
@@ -36,10 +36,11 @@ enum class CudaKernel : int {
   kPack,
   kInputGradient,
   kWeightGradient,
+  kWgmmaWeightGradient,
   kSwitched,
   kMixed
 };
-constexpr int kCudaKernelCount = 10;
+constexpr int kCudaKernelCount = 11;
 enum class TritonKernel : int { kForward, kPlanar, kPack, kInputGradient, kWeightGradient, kSwitched, kMixed };
 constexpr int kTritonKernelCount = 7;
 

@@ -27,6 +27,7 @@ CHECKS = (
     *("parts", "choices", "runs"),
     *("halo_places", "halo_taps", "halo_staging", "halo_banks", "halo_limits", "halo_choice"),
     "descriptors",
+    "transposed_descriptors",
 )
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")

@@ -47,7 +47,8 @@ _ODD = r"{.reg .b32 odd; xor.b32 odd, \2, 1; \1odd;}"
 _INIT = r"(mbarrier\.init\S* \[[^\]]+\], )%r\d+;"
 _DESCRIPTOR = 0x4000004000010000
 
-WARPGROUPS = [
+# Of the loops of warpgroup_pipeline.cuh, in every kernel that has them.
+_STAGES = [
     without("no barrier behind the set-up of the mbarriers", r"bar\.sync\s+0;"),
     Edit("one arrival too few at a full stage", _INIT, r"\g<1>127;", 0),
     Edit("one arrival too many at a full stage", _INIT, r"\g<1>129;", 0),
@@ -65,20 +66,36 @@ WARPGROUPS = [
     Edit("a stage counts as full before its copies land", r"cp\.async\.mbarrier\.arrive\.noinc\S* (\[[^\]]+\]);",
          r"mbarrier.arrive.shared::cta.b64 _, \1;"),
     without("stages are never full", r"cp\.async\.mbarrier\.arrive\.noinc[^;]+;"),
+    Edit("registers are not given up", r"setmaxnreg\.dec\S* \d+;", "setmaxnreg.dec.sync.aligned.u32 168;"),
+    Edit("more registers than there are", r"setmaxnreg\.inc\S* \d+;", "setmaxnreg.inc.sync.aligned.u32 192;"),
+    Edit("sums that are not added to", r"setp\.eq\.u32 added, 0, 0;", "setp.ne.u32 added, 0, 0;", 2),
+    Edit("a product of the other element type", r"k16\.f32\.f16\.f16", "k16.f32.bf16.bf16", 1),
+    Edit("padding is read", r"(cp\.async\.cg\S* \[[^\]]+\], \[[^\]]+\], 16, )%r\d+;", r"\g<1>16;", None),
+    Edit("copies go to a place without its swizzle", r"xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);", r"or.b32\1\2, \3;", 0),
+]  # fmt: skip
+WARPGROUPS = [
+    *_STAGES,
     without("sums are staged while others still multiply", r"bar\.sync\s+1, 256;"),
     without("sums are stored before all are staged", r"bar\.sync\s+1, 256;", 1),
     Edit("a barrier for threads that do not come", r"bar\.sync\s+1, 256;", "bar.sync 1, 384;"),
-    Edit("registers are not given up", r"setmaxnreg\.dec\S* \d+;", "setmaxnreg.dec.sync.aligned.u32 168;"),
-    Edit("more registers than there are", r"setmaxnreg\.inc\S* \d+;", "setmaxnreg.inc.sync.aligned.u32 192;"),
     Edit("a descriptor without its swizzle", str(_DESCRIPTOR), str(_DESCRIPTOR - (1 << 62)), 0),
     Edit("a descriptor with half the swizzle", str(_DESCRIPTOR), str(_DESCRIPTOR + (1 << 62)), 1),
     Edit("a descriptor with half the stride", str(_DESCRIPTOR), str(_DESCRIPTOR - (1 << 37)), 2),
     Edit("a descriptor with a base offset", str(_DESCRIPTOR), str(_DESCRIPTOR + (1 << 49)), 3),
     Edit("columns as if they lay turned", r"added, 1, 1, 0, 0;", "added, 1, 1, 0, 1;", 0),
-    Edit("sums that are not added to", r"setp\.eq\.u32 added, 0, 0;", "setp.ne.u32 added, 0, 0;", 2),
-    Edit("a product of the other element type", r"k16\.f32\.f16\.f16", "k16.f32.bf16.bf16", 1),
-    Edit("padding is read", r"(cp\.async\.cg\S* \[[^\]]+\], \[[^\]]+\], 16, )%r\d+;", r"\g<1>16;", None),
-    Edit("copies go to a place without its swizzle", r"xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);", r"or.b32\1\2, \3;", 0),
+]  # fmt: skip
+_TRANSPOSED = 0x4000004002000000
+WEIGHT_WARPGROUPS = [
+    *_STAGES,
+    Edit("a descriptor without its swizzle", str(_TRANSPOSED), str(_TRANSPOSED - (1 << 62)), 0),
+    Edit("a descriptor with half the swizzle", str(_TRANSPOSED), str(_TRANSPOSED + (1 << 62)), 1),
+    Edit("groups of pixels that lie half as far apart", str(_TRANSPOSED), str(_TRANSPOSED - (1 << 37)), 2),
+    Edit("panels that lie half as far apart", str(_TRANSPOSED), str(_TRANSPOSED - (1 << 24)), None),
+    Edit("a descriptor with a base offset", str(_TRANSPOSED), str(_TRANSPOSED + (1 << 49)), 3),
+    Edit("rows that are not turned", r"added, 1, 1, 1, 1;", "added, 1, 1, 0, 1;", 0),
+    Edit("columns that are not turned", r"added, 1, 1, 1, 1;", "added, 1, 1, 1, 0;", 1),
+    Edit("a sum goes a column further", r"st\.global\.f32\s+\[(%rd\d+)\]", r"st.global.f32 [\1+4]", 0),
+    without("a sum is not stored", r"st\.global\.f32[^;]+;", 0),
 ]  # fmt: skip
 
 _COPY = r"(cp\.async\.c[ag]\S* \[[^\]]+\], \[[^\]]+\], (?:16|0x10), )%r\d+;"

@@ -33,7 +33,7 @@ at::Tensor with_aligned_chunks(const at::Tensor& t) {
 void run_weight_gradient(const at::Tensor& result, const at::Tensor& grad, const at::Tensor& input,
                          const ListForm& rows, const ListForm& columns, const OptionalTensor& used,
                          const std::array<ConvAxis, 2>& axes) {
-  const WeightGradientPlan plan = plan_weight_gradient(grad, input, columns);
+  const WeightGradientPlan plan = plan_weight_gradient(grad, input, rows.length, columns);
   const at::Tensor source = plan.packs_input ? packed_channels(input, columns, used) : input;
   const ListForm read = plan.packs_input ? ListForm{std::nullopt, 0, columns.length} : columns;
   launch_weight_gradient(result, with_aligned_chunks(grad), source, read, rows, columns, used, axes[0], axes[1]);

@@ -7,10 +7,11 @@ namespace bap_kernels {
 namespace {
 
 FamilySet of(std::initializer_list<CudaKernel> kernels, FamilyMath math) {
+  using enum CudaKernel;
   FamilySet all = 0;
   for (const CudaKernel kernel : kernels) {
     const bool words = math == FamilyMath::kFloat16 || math == FamilyMath::kBFloat16;
-    if (kernel != CudaKernel::kWgmma || words) all |= family(kernel, math);
+    if (words || (kernel != kWgmma && kernel != kWgmmaWeightGradient)) all |= family(kernel, math);
   }
   return all;
 }
@@ -30,7 +31,9 @@ FamilySet cuda_families() {
   if (cuda_launcher() == nullptr) return 0;
   FamilySet all = 0;
   for (const FamilyMath math : {FamilyMath::kTf32, FamilyMath::kFloat16, FamilyMath::kBFloat16}) {
-    all |= of({kNhwc, kWgmma, kPlanar, kHalo, kSplit, kPack, kInputGradient, kWeightGradient, kSwitched, kMixed}, math);
+    all |= of({kNhwc, kWgmma, kPlanar, kHalo, kSplit, kPack, kInputGradient, kWeightGradient, kWgmmaWeightGradient,
+               kSwitched, kMixed},
+              math);
   }
   return all;
 }
@@ -44,7 +47,8 @@ FamilySet cuda_backward_families(const ConvBackwardCall& c) {
   FamilySet all = 0;
   if (c.mask[0]) all |= plan_input_gradient(c, layout_of_like(c.input)).plan.families;
   if (c.mask[1]) {
-    all |= plan_weight_gradient(c.grad_output, c.input, list_form(c.in_index, c.shape.channels_in)).families;
+    all |= plan_weight_gradient(c.grad_output, c.input, c.shape.kept_out, list_form(c.in_index, c.shape.channels_in))
+               .families;
   }
   return all;
 }
@@ -61,7 +65,7 @@ FamilySet cuda_switched_backward_families(const SwitchedBackwardCall& c) {
   FamilySet all = family(CudaKernel::kSwitched, math);
   const bool input = c.mask[kGradInput] || c.mask[kGradSwitch];
   if (input) all |= plan_switched_gradient(c, order).plan.families;
-  if (c.mask[kGradWeight]) all |= plan_weight_gradient(c.grad_output, c.input, order).families;
+  if (c.mask[kGradWeight]) all |= plan_weight_gradient(c.grad_output, c.input, c.shape.channels_out, order).families;
   if ((input || c.mask[kGradWeight]) && !aligned_chunks(c.grad_output, false)) all |= family(CudaKernel::kPack, math);
   return all;
 }

@@ -322,7 +322,7 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   p.axis_h = h;
   p.axis_w = w;
 
-  const TileShape tile = choose_weight_tile(p.rows, p.columns);
+  const auto [tile, warpgroups] = choose_weight_gradient(source, p.rows, p.columns);
   const bool large = tile == TileShape::kLarge;
   const int taps = h.kernel * w.kernel;
   const int64_t tiles = int64_t{taps} * ceil_div(p.rows, large ? LargeTile::kRows : SmallTile::kRows) *
@@ -335,7 +335,11 @@ void launch_weight_gradient(const at::Tensor& result, const at::Tensor& grad, co
   const int64_t chunks = (pixels + p.pixels_per_chunk - 1) / p.pixels_per_chunk;
   const at::Tensor partial = new_floats({chunks, p.rows, taps, p.columns}, source);
   p.partial = partial.mutable_data_ptr<float>();
-  check_launch(launcher().weight_gradient(p, mode, tile, on.stream), "weight_gradient", grad, source);
+  if (warpgroups) {
+    check_launch(launcher().warpgroup_weight_gradient(p, mode, on.stream), "warpgroup_weight_gradient", grad, source);
+  } else {
+    check_launch(launcher().weight_gradient(p, mode, tile, on.stream), "weight_gradient", grad, source);
+  }
 
   SumPartialsParams s{};
   s.partial = p.partial;

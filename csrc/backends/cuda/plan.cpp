@@ -116,12 +116,20 @@ GemmChoice choose_gemm(const ConvLaunch& l, int64_t images) {
   return choice;
 }
 
-WeightGradientPlan plan_weight_gradient(const at::Tensor& grad, const at::Tensor& input, const ListForm& columns) {
+WeightGradientChoice choose_weight_gradient(const at::Tensor& source, int64_t rows, int64_t columns) {
+  const TileShape tile = choose_weight_tile(rows, columns);
+  const bool covered = tile == TileShape::kLarge && math_of(source) != FamilyMath::kTf32;
+  return {tile, covered && device_facts(source).has_warpgroups};
+}
+
+WeightGradientPlan plan_weight_gradient(const at::Tensor& grad, const at::Tensor& input, int64_t rows,
+                                        const ListForm& columns) {
   const FamilyMath math = math_of(input);
   WeightGradientPlan plan;
   plan.packs_grad = !aligned_chunks(grad, false);
   plan.packs_input = columns.block % vector_of(input) != 0 || !aligned_chunks(input, false);
-  plan.families = family(CudaKernel::kWeightGradient, math);
+  const bool warpgroups = choose_weight_gradient(input, rows, columns.length).warpgroups;
+  plan.families = family(warpgroups ? CudaKernel::kWgmmaWeightGradient : CudaKernel::kWeightGradient, math);
   if (plan.packs_grad || plan.packs_input) plan.families |= family(CudaKernel::kPack, math);
   return plan;
 }

@@ -52,6 +52,15 @@ struct WeightGradientPlan {
   bool packs_grad = false, packs_input = false;
   FamilySet families = 0;
 };
-WeightGradientPlan plan_weight_gradient(const at::Tensor& grad, const at::Tensor& input, const ListForm& columns);
+// `rows`: how many filters the gradient is computed for; `columns`: the list of its channels.
+WeightGradientPlan plan_weight_gradient(const at::Tensor& grad, const at::Tensor& input, int64_t rows,
+                                        const ListForm& columns);
+
+// The kernel of the weight's gradient, and its tile.
+struct WeightGradientChoice {
+  TileShape tile;
+  bool warpgroups;
+};
+WeightGradientChoice choose_weight_gradient(const at::Tensor& source, int64_t rows, int64_t columns);
 
 }  // namespace bap_kernels

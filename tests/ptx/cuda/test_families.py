@@ -105,6 +105,7 @@ LAUNCHED = {
     "warpgroup_conv2d": {"wgmma"},
     "halo_conv2d": {"halo"},
     "weight_gradient": {"weight_gradient"},
+    "warpgroup_weight_gradient": {"wgmma_weight_gradient"},
     "channel_pack": {"pack"},
     "channel_unpack": {"pack"},
     "split_epilogue": {"split"},
@@ -158,6 +159,15 @@ def test_families_with_warpgroups(call: Call, expected: str) -> None:
     assert launches(call) == {"warpgroup_conv2d"}
     set_device(arch=80)
     assert "wgmma" not in families(call)
+
+
+@pytest.mark.arch(90)
+def test_families_of_the_weights_gradient_with_warpgroups() -> None:
+    call = backward(LONG, None, (False, True, False))
+    assert families(call) == {"wgmma_weight_gradient"}
+    assert launches(call) == {"warpgroup_weight_gradient"}
+    set_device(arch=80)
+    assert families(call) == {"weight_gradient"}
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from bap_kernels.testing import Case, check_forward
+from bap_kernels.testing import Case, check_backward, check_forward
 from tests.ptx.cuda.conftest import FOUND
-from tests.ptx.faults import PACK, PARTS, ROWS, SPLIT, WARPGROUPS, Edit
+from tests.ptx.faults import PACK, PARTS, ROWS, SPLIT, WARPGROUPS, WEIGHT_WARPGROUPS, Edit
 
 NHWC = Case(in_list="null", out_list="null", layout="channels_last", dtype=torch.float16)
 UNCUT = 5  # SMs: small tiles, of which four fill more than half
 # More steps than stages, and ragged on every side.
 TILES_OF_WARPGROUPS = NHWC.but(in_channels=136, out_channels=120, size=(9, 12), batch=1)
+# Filters that end within 16 bytes, so that the copies count their bytes.
+WEIGHTS_OF_WARPGROUPS = NHWC.but(
+    in_channels=136, out_channels=119, size=(17, 26), batch=1, kernel=(1, 2), padding=(1, 0, 1, 0)
+)
 SMALL_TILES = NHWC.but(in_channels=72, out_channels=72, size=(5, 7))
 # 27 steps of four tiles, in several parts.
 PARTED = SMALL_TILES.but(in_channels=136)
@@ -26,11 +31,13 @@ def sampled(edits: list[Edit]) -> list[Any]:
     return [pytest.param(edit, marks=pytest.mark.sample if k % 3 == 0 else ()) for k, edit in enumerate(edits)]
 
 
-def check_found(edit: Edit, parts: list[str], case: Case, device: Any) -> None:
+def check_found(
+    edit: Edit, parts: list[str], case: Case, device: Any, check: Callable[[Case, str], bool] = check_forward
+) -> None:
     text = edit(device.kernel_text(parts))
     device.replace_kernel(parts, text)
     with pytest.raises((RuntimeError, AssertionError)) as caught:
-        check_forward(case, "cuda")
+        check(case, "cuda")
     by_rule = isinstance(caught.value, RuntimeError)
     FOUND.append((parts[0], edit.name, str(caught.value).strip().splitlines()[-1] if by_rule else "a wrong result"))
     if by_rule:
@@ -44,6 +51,13 @@ def check_found(edit: Edit, parts: list[str], case: Case, device: Any) -> None:
 @pytest.mark.parametrize("edit", sampled(WARPGROUPS), ids=lambda edit: edit.name)
 def test_warpgroups(edit: Edit, device: Any) -> None:
     check_found(edit, ["warpgroup_conv2d", "MathModeE1", "Li128ELi128E", "Lb0E"], TILES_OF_WARPGROUPS, device)
+
+
+@pytest.mark.arch(90)
+@pytest.mark.parametrize("edit", sampled(WEIGHT_WARPGROUPS), ids=lambda edit: edit.name)
+def test_weight_warpgroups(edit: Edit, device: Any) -> None:
+    parts = ["warpgroup_weight_gradient", "MathModeE1"]
+    check_found(edit, parts, WEIGHTS_OF_WARPGROUPS, device, check_backward)
 
 
 @pytest.mark.arch(80)
@@ -81,10 +95,13 @@ def test_without_a_fault_all_is_well(device: Any) -> None:
     for case, sm_count in ((TILES_OF_WARPGROUPS, 1), (SMALL_TILES, UNCUT), (PARTED, 132), (PLANES, 1)):
         device.set_device(sm_count)
         assert check_forward(case, "cuda")
+    device.set_device()
+    assert check_backward(WEIGHTS_OF_WARPGROUPS, "cuda")
     names = " ".join(device.take_mangled())
     assert "channel_pack_kernelI6__half" in names
-    assert names.count("split_epilogue") == 1
+    assert "split_epilogue_kernelI6__half" in names
     assert ("warpgroup_conv2d" in names) == (device.arch == 90)
+    assert ("warpgroup_weight_gradient" in names) == (device.arch == 90)
 
 
 def test_edits_that_match_nothing_are_errors() -> None:

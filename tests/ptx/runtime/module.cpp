@@ -101,9 +101,12 @@ std::vector<std::string> take_mangled() { return std::exchange(ptx::runtime().la
 std::vector<std::string> take_launches() {
   std::vector<std::string> found;
   for (const std::string& mangled : take_mangled()) {
-    for (const char* name : {"gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d", "weight_gradient",
-                             "sum_partials", "split_epilogue", "channel_pack", "channel_unpack"}) {
-      if (mangled.find(name + std::string("_kernel")) != std::string::npos) found.emplace_back(name);
+    for (const char* name :
+         {"gathered_conv2d", "planar_conv2d", "halo_conv2d", "warpgroup_conv2d", "weight_gradient",
+          "warpgroup_weight_gradient", "sum_partials", "split_epilogue", "channel_pack", "channel_unpack"}) {
+      // With its length, as it is mangled: one name may end as another.
+      const std::string kernel = name + std::string("_kernel");
+      if (mangled.find(std::to_string(kernel.size()) + kernel) != std::string::npos) found.emplace_back(name);
     }
   }
   return found;

@@ -45,6 +45,11 @@ Status launch_weight_gradient(const WeightGradientParams& p, MathMode mode, Tile
   }
 }
 
+Status launch_warpgroup_weight_gradient(const WeightGradientParams& p, MathMode mode, void* stream) {
+  return mode == MathMode::kBFloat16 ? launch_warpgroup_weight_gradient_of<MathMode::kBFloat16>(p, stream)
+                                     : launch_warpgroup_weight_gradient_of<MathMode::kHalf>(p, stream);
+}
+
 const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 int sm_count(int device) {
@@ -60,6 +65,7 @@ const CudaLauncher& linked_launcher() {
                                   launch_warpgroup_conv2d,
                                   launch_halo_conv2d,
                                   launch_weight_gradient,
+                                  launch_warpgroup_weight_gradient,
                                   launch_sum_partials,
                                   launch_split_epilogue,
                                   launch_channel_pack,

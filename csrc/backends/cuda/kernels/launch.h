@@ -18,6 +18,8 @@ Status launch_warpgroup_conv2d(const ConvParams& params, MathMode mode, Warpgrou
 // `shared_bytes`: what the choice of the shape said.
 Status launch_halo_conv2d(const HaloParams& params, MathMode mode, HaloTileShape tile, int shared_bytes, void* stream);
 Status launch_weight_gradient(const WeightGradientParams& params, MathMode mode, TileShape tile, void* stream);
+// By WGMMA, with its square tile: 16-bit kinds, on devices that have warpgroups.
+Status launch_warpgroup_weight_gradient(const WeightGradientParams& params, MathMode mode, void* stream);
 Status launch_sum_partials(const SumPartialsParams& params, MathMode mode, void* stream);
 // Adds the parts of a convolution's sums, of the launch before, and stores its result.
 Status launch_split_epilogue(const ConvParams& params, MathMode mode, void* stream);
@@ -30,7 +32,7 @@ int sm_count(int device);
 // Whether a device, the current one, runs WGMMA, and code for it was compiled.
 bool has_warpgroups(int device);
 
-// One math mode's part of the first four: what the files of each compile.
+// One math mode's part of the first five: what the files of each compile.
 template <MathMode kMode>
 Status launch_conv_of(const ConvParams& params, TileShape tile, bool planes, void* stream);
 template <MathMode kMode>
@@ -39,5 +41,7 @@ template <MathMode kMode>
 Status launch_halo_of(const HaloParams& params, HaloTileShape tile, int shared_bytes, void* stream);
 template <MathMode kMode>
 Status launch_weight_gradient_of(const WeightGradientParams& params, TileShape tile, void* stream);
+template <MathMode kMode>
+Status launch_warpgroup_weight_gradient_of(const WeightGradientParams& params, void* stream);
 
 }  // namespace bap_kernels

@@ -1,8 +1,9 @@
-// The launch of the WGMMA kernel in one math mode.
+// The launches of the WGMMA kernels in one math mode.
 #pragma once
 
 #include "backends/cuda/kernels/launch.cuh"
 #include "backends/cuda/kernels/warpgroup_conv2d.cuh"
+#include "backends/cuda/kernels/warpgroup_weight_gradient.cuh"
 
 namespace bap_kernels {
 
@@ -18,6 +19,14 @@ template <MathMode kMode>
 Status launch_warpgroup_conv_of(const ConvParams& p, WarpgroupTileShape tile, void* stream) {
   return tile == WarpgroupTileShape::kWide ? launch_warpgroups<kMode, WideWarpgroupTile>(p, stream)
                                            : launch_warpgroups<kMode, SquareWarpgroupTile>(p, stream);
+}
+
+template <MathMode kMode>
+Status launch_warpgroup_weight_gradient_of(const WeightGradientParams& p, void* stream) {
+  using Tile = SquareWarpgroupTile;
+  using Layout = WarpgroupLayout<Tile>;
+  return launch(warpgroup_weight_gradient_kernel<kMode, Tile>, with_tiles<Tile>(p), weight_gradient_grid<Tile>(p),
+                Layout::kThreads, Layout::kSharedBytes, stream);
 }
 
 }  // namespace bap_kernels

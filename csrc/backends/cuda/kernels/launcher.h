@@ -18,6 +18,7 @@ struct CudaLauncher {
   decltype(&launch_warpgroup_conv2d) warpgroup_conv2d;
   decltype(&launch_halo_conv2d) halo_conv2d;
   decltype(&launch_weight_gradient) weight_gradient;
+  decltype(&launch_warpgroup_weight_gradient) warpgroup_weight_gradient;
   decltype(&launch_sum_partials) sum_partials;
   decltype(&launch_split_epilogue) split_epilogue;
   decltype(&launch_channel_pack) channel_pack;

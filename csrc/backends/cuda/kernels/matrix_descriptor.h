@@ -26,4 +26,17 @@ BAP_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address) {
          static_cast<uint64_t>(kGroupBytes / kChunkBytes) << 32 | uint64_t{1} << 62;
 }
 
+// An operand that lies by depth is transposed by the instruction, 16-bit elements alone ("MN-major"). It consists of
+// panels of 64 rows, 128 bytes for each depth, and 8 depths are a group. Chunks are exchanged as above: a chunk lies
+// where by_rows(depth, chunk) puts it within its panel. A slice, 16 depths, begins two groups further.
+constexpr int kPanelChannels = kDepthBytes / 2;
+constexpr int kPanelBytes = 64 * kDepthBytes;  // of the 64 depths of a stage
+constexpr int kPanelSliceBytes = 2 * kGroupBytes;
+
+// As matrix_descriptor. Bits 16 to 29: from a panel to the next. Bits 32 to 45: from a group of depths to the next.
+BAP_HOST_DEVICE constexpr uint64_t transposed_descriptor(uint32_t address) {
+  return uint64_t{(address & 0x3ffffu) >> 4} | static_cast<uint64_t>(kPanelBytes / kChunkBytes) << 16 |
+         static_cast<uint64_t>(kGroupBytes / kChunkBytes) << 32 | uint64_t{1} << 62;
+}
+
 }  // namespace bap_kernels

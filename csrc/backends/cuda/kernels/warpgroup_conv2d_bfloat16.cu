@@ -1,4 +1,5 @@
-// The convolution by WGMMA in one math mode, and whether a device runs it; see warpgroup_conv2d.cuh.
+// The kernels by WGMMA in one math mode, and whether a device runs them; see warpgroup_conv2d.cuh and
+// warpgroup_weight_gradient.cuh.
 #include <atomic>
 
 #include "backends/cuda/kernels/launch_warpgroup_conv2d.cuh"
@@ -6,6 +7,7 @@
 namespace bap_kernels {
 
 template Status launch_warpgroup_conv_of<MathMode::kBFloat16>(const ConvParams&, WarpgroupTileShape, void*);
+template Status launch_warpgroup_weight_gradient_of<MathMode::kBFloat16>(const WeightGradientParams&, void*);
 
 bool has_warpgroups(int device) {
   constexpr int kDevices = 64;

@@ -83,30 +83,33 @@ __device__ __forceinline__ void wait_for_products() {
   "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
   "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
   "%123, %124, %125, %126, %127"
-// The sums are added to (a predicate that holds); neither operand is negated or transposed.
-#define BAP_PRODUCT(columns, type, names, a, b)                                                  \
+// The sums are added to (a predicate that holds); neither operand is negated, both are transposed or none.
+#define BAP_PRODUCT(columns, type, names, a, b, transposed)                                      \
   "{\n.reg .pred added;\nsetp.eq.u32 added, 0, 0;\n"                                             \
   "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, " a ", " b \
-  ", added, 1, 1, 0, 0;\n}\n"
+  ", added, 1, 1, " transposed ", " transposed ";\n}\n"
 
-// One product of 64 rows and kColumns columns over a slice of depth; the operands begin at these bytes. Register
-// c[j][2 h + e] of lane l of warp w: row 16 w + 8 h + l / 4, column 8 j + 2 (l mod 4) + e.
-template <MathMode kMode, int kColumns>
-__device__ __forceinline__ void multiply_group(float (&c)[kColumns / kMmaColumns][4], int rows_at, int columns_at) {
-  const uint64_t a = matrix_descriptor(shared_address(rows_at)), b = matrix_descriptor(shared_address(columns_at));
+// One product of 64 rows and kColumns columns over a slice of depth; the operands' descriptors. Register c[j][2 h + e]
+// of lane l of warp w: row 16 w + 8 h + l / 4, column 8 j + 2 (l mod 4) + e.
+template <MathMode kMode, int kColumns, bool kTransposed = false>
+__device__ __forceinline__ void multiply_group(float (&c)[kColumns / kMmaColumns][4], uint64_t a, uint64_t b) {
   constexpr bool kBFloat16 = kMode == MathMode::kBFloat16;
   static_assert(kBFloat16 || kMode == MathMode::kHalf, "16-bit products");
-  static_assert(kColumns == 128 || kColumns == 256, "128 or 256 columns");
-  if constexpr (kColumns == 128 && kBFloat16) {
-    asm volatile(BAP_PRODUCT("128", "bf16", BAP_NAMES_64, "%64", "%65") : BAP_SUMS_64(0) : "l"(a), "l"(b));
+  static_assert(kColumns == 128 || (kColumns == 256 && !kTransposed), "128 columns, or 256");
+  if constexpr (kTransposed && kBFloat16) {
+    asm volatile(BAP_PRODUCT("128", "bf16", BAP_NAMES_64, "%64", "%65", "1") : BAP_SUMS_64(0) : "l"(a), "l"(b));
+  } else if constexpr (kTransposed) {
+    asm volatile(BAP_PRODUCT("128", "f16", BAP_NAMES_64, "%64", "%65", "1") : BAP_SUMS_64(0) : "l"(a), "l"(b));
+  } else if constexpr (kColumns == 128 && kBFloat16) {
+    asm volatile(BAP_PRODUCT("128", "bf16", BAP_NAMES_64, "%64", "%65", "0") : BAP_SUMS_64(0) : "l"(a), "l"(b));
   } else if constexpr (kColumns == 128) {
-    asm volatile(BAP_PRODUCT("128", "f16", BAP_NAMES_64, "%64", "%65") : BAP_SUMS_64(0) : "l"(a), "l"(b));
+    asm volatile(BAP_PRODUCT("128", "f16", BAP_NAMES_64, "%64", "%65", "0") : BAP_SUMS_64(0) : "l"(a), "l"(b));
   } else if constexpr (kBFloat16) {
-    asm volatile(BAP_PRODUCT("256", "bf16", BAP_NAMES_128, "%128", "%129")
+    asm volatile(BAP_PRODUCT("256", "bf16", BAP_NAMES_128, "%128", "%129", "0")
                  : BAP_SUMS_64(0), BAP_SUMS_64(16)
                  : "l"(a), "l"(b));
   } else {
-    asm volatile(BAP_PRODUCT("256", "f16", BAP_NAMES_128, "%128", "%129")
+    asm volatile(BAP_PRODUCT("256", "f16", BAP_NAMES_128, "%128", "%129", "0")
                  : BAP_SUMS_64(0), BAP_SUMS_64(16)
                  : "l"(a), "l"(b));
   }
