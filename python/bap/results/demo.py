@@ -36,7 +36,7 @@ BUILTIN_RECIPE: dict[str, Any] = {
     "distill": {"teacher": "dense", "weight": 0.25},
     "optimiser": {"lr_switch": 2e-4, "lr_norm": 1e-2, "lr_head": 5e-2, "train_backbone": True, "lr_backbone": 2e-2},
     "schedule": {"epochs": 8, "batch": 32, "round_robin": "batch", "decay": "cosine"},
-    "pretrain": {"epochs": 20},
+    "pretrain": {"epochs": 40, "lr": 0.02},
 }
 
 
