@@ -24,7 +24,7 @@ from benches.cases import CASES, MIN_MEAN_CHANNELS, Case
 
 THREADS = (2, 4, 8, 16, 32, 64)
 FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-KINDS = ("direct", "winograd", "gradients", "switches")
+KINDS = ("direct", "winograd", "gradients", "winograd gradients", "switches")
 Regions = list[tuple[int, list[float]]]
 
 
@@ -65,7 +65,7 @@ def regions_of(case: Case, batch: int, layout: str, kind: str, threads: int, den
         batch: N.
         layout: ``channels_last`` or ``nchw``.
         kind: Of `KINDS`: the forward by direct or Winograd kernels, with a weight packed before; the gradients of input
-            and weight, with half of the switches on; the same with the gradient of the switches.
+            and weight, with half of the switches on, by either; the direct ones with the gradient of the switches.
         threads: How many the kernels are to cut for.
         density: Share of the listed channels.
     """
@@ -79,8 +79,8 @@ def regions_of(case: Case, batch: int, layout: str, kind: str, threads: int, den
     torch.set_num_threads(threads)
     try:
         with bk.use_backend("native"):
+            _C.force_winograd(4 if kind.startswith("winograd") else 0)
             if kind in ("direct", "winograd"):
-                _C.force_winograd(4 if kind == "winograd" else 0)
                 op = torch.ops.bap_kernels.gathered_conv2d
                 # The first region packs the weight.
                 return _C.record_tasks(lambda: op(x, weight, None, kept.int(), None, *options))[1:]
@@ -95,7 +95,7 @@ def regions_of(case: Case, batch: int, layout: str, kind: str, threads: int, den
 def cases(kind: str, network: str = "resnet50") -> Iterator[Case]:
     """The layers of a network that a kind is for."""
     for case in CASES:
-        covered = kind != "winograd" or (case.kernel, case.stride) == (3, 1)
+        covered = not kind.startswith("winograd") or (case.kernel, case.stride) == (3, 1)
         if case.network == network and case.C_in >= MIN_MEAN_CHANNELS and covered:
             yield case
 

@@ -14,7 +14,7 @@
 namespace bap_kernels {
 namespace {
 
-constexpr int64_t kFloatsPerThread = 32 * 1024;
+constexpr int64_t kFloatsPerThread = 32 * 1024, kChannelsPerTask = 32;
 // With fewer channels the transforms take longer than what they save.
 constexpr int64_t kFewestChannels = 16, kFewestPairs = 32 * 32;
 // Results for which a weight's transform pays.
@@ -81,14 +81,24 @@ at::Tensor pack_weight_winograd(const NativeCall& n, int64_t size) {
   const auto* w = reinterpret_cast<const float*>(n.w);
   int64_t taps[kTaps];
   for (int64_t t = 0; t < kTaps; ++t) taps[t] = t / 3 * n.w_stride_h + t % 3 * n.w_stride_w;
-  const int64_t grain = std::max<int64_t>(1, kFloatsPerThread / (full * points * n.kept_in));
-  const auto cycles = [&](int64_t panel) { return pass_cycles(4 * width_of(panel) * points * n.kept_in); };
-  parallel_tasks(panels, grain, cycles, [&](int64_t begin, int64_t end) {
+  // Tasks are panels x groups of channels.
+  const int64_t groups = ceil_div(n.kept_in, kChannelsPerTask);
+  const int64_t grain =
+      std::max<int64_t>(1, kFloatsPerThread / (full * points * std::min(n.kept_in, kChannelsPerTask)));
+  const auto range_of = [&](int64_t task) {
+    const int64_t group = task % groups;
+    return std::pair(group * n.kept_in / groups, (group + 1) * n.kept_in / groups);
+  };
+  const auto cycles = [&](int64_t task) {
+    const auto [first, last] = range_of(task);
+    return pass_cycles(4 * width_of(task / groups) * points * (last - first));
+  };
+  parallel_tasks(panels * groups, grain, cycles, [&](int64_t begin, int64_t end) {
     alignas(64) float filters[kTaps * kMostLanes] = {};
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t width = width_of(panel);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / groups, width = width_of(panel);
       float* of_panel = dst + panel * full * points * n.kept_in;
-      for (int64_t i = 0; i < n.kept_in; ++i) {
+      for (auto [i, last] = range_of(task); i < last; ++i) {
         const float* channel = w + n.weight_channel(i) * n.w_stride_in;
         for (int64_t lane = 0; lane < width; lane += lanes) {
           const int64_t first = panel * full + lane, count = std::min(lanes, n.kept_out - first);

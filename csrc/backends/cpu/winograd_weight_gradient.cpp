@@ -4,7 +4,7 @@
 //   block   a rectangle of tiles, or several images
 //   slab    consecutive blocks, whose transforms are kept at once
 //   1       for each block of a slab: the transforms of groups of listed channels of x, and of live channels of dy
-//   2       for each panel of filters and group of channels: one outer product for each point, added up in memory
+//   2       for each panel of filters and range of channels: one outer product for each point, added up in memory
 //   3       behind the last slab: the sums of a channel and a vector of filters to their 3 x 3 taps
 // Sums run over the tiles of a block, then over blocks in order. Blocks depend on the shape alone, so results do not
 // vary with threads or runs.
@@ -27,7 +27,8 @@ constexpr int kSumSlot = 5;
 constexpr int64_t kMostTiles = 64;
 // Of transforms that are kept at once, for each two threads.
 constexpr int64_t kSlabFloats = 2 * 1024 * 1024;
-constexpr int64_t kChannelsPerTransform = 64;
+// Channels of a transform for two threads, and for more.
+constexpr int64_t kMostChannels = 64, kFewChannels = 32;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaps = 9, kMostLanes = 16;
 
@@ -39,7 +40,8 @@ struct Side {
 
   Side(const at::Tensor& t, const int32_t* list, int64_t count, int64_t pad_top, int64_t pad_left, int64_t step,
        int64_t edge) {
-    for (int64_t first = 0; first < count; first += kChannelsPerTransform) {
+    const int64_t most = !at::in_parallel_region() && at::get_num_threads() > 2 ? kFewChannels : kMostChannels;
+    for (int64_t first = 0; first < count; first += most) {
       TileSource source{t.const_data_ptr<float>() + (list ? 0 : first * t.stride(1)),
                         t.stride(0),
                         t.stride(1),
@@ -50,7 +52,7 @@ struct Side {
                         pad_top,
                         pad_left,
                         list ? list + first : nullptr,
-                        std::min(kChannelsPerTransform, count - first),
+                        std::min(most, count - first),
                         step,
                         edge};
       source.plan(/*copied=*/false);
@@ -86,7 +88,7 @@ class WeightGradient {
     const int64_t floats = points_ * (x_.channels + dy_.channels);
     const int64_t most_floats = kSlabFloats * std::max<int64_t>(1, threads_ / 2);
     // The sums of one block alone go from a thread's memory to the taps, a few channels at a time.
-    const bool alone = blocks_.size() == 1;
+    const bool alone = blocks_.size() == 1 && point_groups_ == 1;
     const int64_t sum_floats = points_ * row_blocks() * table_.outer_rows * filter_vectors() * lanes_;
     const at::Tensor sums = at::empty({alone ? 0 : sum_floats}, c_.input.options());
     at::Tensor kept;
@@ -108,16 +110,18 @@ class WeightGradient {
   int64_t row_blocks() const { return ceil_div(c_.shape.kept_in, table_.outer_rows); }
   int64_t filter_vectors() const { return ceil_div(c_.live_count(), lanes_); }
 
-  // Panels of about equal width; rows in as many ranges as the threads need.
+  // Panels of about equal width, rows in as many ranges as the threads need, and points, too, where rows are too few.
   void make_parts() {
     const int64_t vectors = filter_vectors(), panels = ceil_div(vectors, table_.outer_vectors);
-    const int64_t ranges = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads_, panels), 1, row_blocks());
+    const int64_t wanted = kTasksPerThread * threads_;
+    const int64_t ranges = std::clamp<int64_t>(ceil_div(wanted, panels), 1, row_blocks());
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * vectors / panels, last = (panel + 1) * vectors / panels;
       for (int64_t r = 0; r < ranges; ++r) {
         parts_.push_back({first, last - first, r * row_blocks() / ranges, (r + 1) * row_blocks() / ranges});
       }
     }
+    point_groups_ = threads_ <= 2 ? 1 : std::min(points_, ceil_div(wanted, panels * ranges));
   }
 
   void run_slab(size_t first, size_t end, float* kept, float* sums, at::Tensor& dw) {
@@ -135,22 +139,33 @@ class WeightGradient {
     });
     int64_t tiles = 0;
     for (size_t b = first; b < end; ++b) tiles += blocks_[b].tiles();
-    const auto product_cycles = [&](int64_t number) {
-      const Part& part = parts_[number];
+    const auto sum_cycles = [&](int64_t task) {
+      const Part& part = parts_[task / point_groups_];
       const int64_t rows = (part.last_row - part.first_row) * table_.outer_rows, filters = part.vectors * lanes_;
-      return direct_cycles(rows, filters, points_ * tiles) + pass_cycles(points_ * rows * filters);
+      return direct_cycles(rows, filters, points_ / point_groups_ * tiles);
     };
-    parallel_tasks(static_cast<int64_t>(parts_.size()), 1, product_cycles, [&](int64_t begin, int64_t last) {
+    parallel_tasks(static_cast<int64_t>(parts_.size()) * point_groups_, 1, sum_cycles,
+                   [&](int64_t begin, int64_t last) {
+                     for (int64_t task = begin; task < last; ++task) {
+                       const Part& part = parts_[task / point_groups_];
+                       if (!sums) {
+                         run_alone(part, kept, dw);
+                         continue;
+                       }
+                       const int64_t group = task % point_groups_;
+                       add_blocks(part, group * points_ / point_groups_, (group + 1) * points_ / point_groups_, first,
+                                  end, kept, sums);
+                     }
+                   });
+    if (!sums || end < blocks_.size()) return;
+    const auto store_cycles = [&](int64_t number) {
+      const Part& part = parts_[number];
+      return pass_cycles(points_ * (part.last_row - part.first_row) * table_.outer_rows * part.vectors * lanes_);
+    };
+    parallel_tasks(static_cast<int64_t>(parts_.size()), 1, store_cycles, [&](int64_t begin, int64_t last) {
       for (int64_t number = begin; number < last; ++number) {
         const Part& part = parts_[number];
-        if (sums) {
-          add_blocks(part, first, end, kept, sums);
-        } else {
-          run_alone(part, kept, dw);
-        }
-        for (int64_t r = part.first_row; sums && end == blocks_.size() && r < part.last_row; ++r) {
-          store(part, r, part_sums(part, sums, r), dw);
-        }
+        for (int64_t r = part.first_row; r < part.last_row; ++r) store(part, r, part_sums(part, sums, r), dw);
       }
     });
   }
@@ -185,9 +200,11 @@ class WeightGradient {
                                     sums + point * rows * part.vectors * lanes_, more});
   }
 
-  void add_blocks(const Part& part, size_t first, size_t end, const float* kept, float* sums) const {
+  // The sums at points [first_point, last_point) of blocks [first, end).
+  void add_blocks(const Part& part, int64_t first_point, int64_t last_point, size_t first, size_t end,
+                  const float* kept, float* sums) const {
     for (size_t b = first; b < end; ++b) {
-      for (int64_t point = 0; point < points_; ++point) {
+      for (int64_t point = first_point; point < last_point; ++point) {
         for (int64_t r = part.first_row; r < part.last_row; ++r) {
           add(part, point, r, blocks_[b].tiles(), kept + place_[b - first], part_sums(part, sums, r), b > 0);
         }
@@ -232,6 +249,7 @@ class WeightGradient {
   std::vector<TileBlock> blocks_;
   std::vector<int64_t> place_;  // of each block's transforms in a slab, and the end
   std::vector<Part> parts_;
+  int64_t point_groups_ = 1;
   int64_t threads_ = 1;
 };
 
