@@ -106,7 +106,8 @@ def network_idle(kind: str, batch: int, layout: str, threads: int, network: str 
     for case in cases(kind, network):
         one = busy(regions_of(case, batch, layout, kind, threads), threads)
         work, time, alone = work + case.count * one.work, time + case.count * one.time, alone + case.count * one.alone
-    return 1 - work / (threads * time), alone / time
+    # Not below 0 by rounding.
+    return max(0.0, 1 - work / (threads * time)), alone / time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -79,6 +79,8 @@ IDLE = {
     ("winograd", 8): (0.1, 0.1),
     ("winograd", 64): (0.2, 0.1),
     ("gradients", 8): (0.25, 0.25),
+    ("winograd gradients", 8): (0.2, 0.2),
+    ("winograd gradients", 16): (0.25, 0.25),
 }
 
 
@@ -119,4 +121,4 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         "|   14x14-256-256-k3s1",
         "|   7x7-512-2048-k1s1",
     ]
-    assert len(lines) == 2 + 2 * (4 * 1 + 3 * 2 + 1)
+    assert len(lines) == 2 + 2 * (5 * 1 + 3 * 2 + 2 * 1)

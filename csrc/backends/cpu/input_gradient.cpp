@@ -287,10 +287,14 @@ int64_t pixels_of(const GradientCall& c, const Chunk& chunk) {
   return (chunk.last_image - chunk.first_image) * (chunk.last_row - chunk.first_row) * c.shape.width;
 }
 
-// Of the convolutions of a chunk: a stride's phases share out the taps.
-double class_cycles(const GradientCall& c, const InputGradient& gradient, const Chunk& chunk) {
-  return direct_cycles(pixels_of(c, chunk), gradient.count, c.live_count() * c.taps()) /
-         static_cast<double>(c.stride[0] * c.stride[1]);
+// Of the convolutions of a chunk, by tiles of `size` or directly: a stride's phases share out the taps.
+double class_cycles(const GradientCall& c, const InputGradient& gradient, const Chunk& chunk, int64_t size) {
+  const int64_t pixels = pixels_of(c, chunk), live = c.live_count();
+  if (size > 0) {
+    const int64_t numbers = ceil_div(pixels, size * size) * (size + 2) * (size + 2);
+    return direct_cycles(numbers, gradient.count, live) + pass_cycles(numbers * (2 * live + gradient.count));
+  }
+  return direct_cycles(pixels, gradient.count, live * c.taps()) / static_cast<double>(c.stride[0] * c.stride[1]);
 }
 
 double sink_cycles(const GradientCall& c, const InputGradient& gradient, const Chunk& chunk) {
@@ -335,14 +339,14 @@ void run_chunks(const GradientCall& c, InputGradient& gradient, const std::vecto
   const int64_t count = static_cast<int64_t>(chunks.size());
   // With fewer chunks than threads: all threads for one after the other, each taken to its place by one of them; or a
   // thread for each. Of the chunks' convolutions and of what follows, by the first one.
-  const double products = class_cycles(c, gradient, chunks[0]), sink_of_one = sink_cycles(c, gradient, chunks[0]);
+  const double products = class_cycles(c, gradient, chunks[0], size), sink_of_one = sink_cycles(c, gradient, chunks[0]);
   const bool together =
       count < threads && static_cast<double>(count) * (products / threads + sink_of_one) < products + sink_of_one;
   if (together) {
     for (int64_t i = 0; i < count; ++i) run(i, threads);
   } else {
     const auto cycles = [&](int64_t i) {
-      return class_cycles(c, gradient, chunks[i]) + sink_cycles(c, gradient, chunks[i]);
+      return class_cycles(c, gradient, chunks[i], size) + sink_cycles(c, gradient, chunks[i]);
     };
     parallel_tasks(count, 1, cycles, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run(i, 1);
