@@ -68,7 +68,7 @@ _POOL_BYTES, _MOST_INPUTS = 64 << 20, 32
 def call_of(weight: Tensor, bias: Tensor, stride: int) -> Callable[[Tensor], Tensor]:
     """Return our convolution with ReLU6 as a function of the input."""
     pad, channels = weight.shape[-1] // 2, weight.shape[0]
-    options = (stride, stride, pad, pad, pad, pad, 1, 1, channels)
+    options = ((stride, stride), (pad,) * 4, (1, 1), channels)
     fusion = (None, None, False, None, None, None, True, True, None, None, 6.0)
     return lambda x: ours.library().gathered_conv2d_fused(x, weight, bias, None, None, *options, *fusion)[0]
 
