@@ -212,13 +212,13 @@ def test_an_image_of_too_many_pixels_is_refused(service: Service) -> None:
 def test_a_full_queue_refuses_and_answers_the_others_later(
     service: Service, expected: dict[tuple[str, bytes], torch.Tensor]
 ) -> None:
+    # More than two batches at the replica and the queue hold, even if Ray, which counts late, lets some more in.
     requests = list(expected) * 2
-    # What two batches at the replica and the queue hold.
-    held = 2 * 4 + 16
+    assert len(requests) >= 2 * 4 + 16 + 10
     with ThreadPoolExecutor(len(requests)) as pool:
         with _stopped(service.processes(NETWORK)):
             futures = [pool.submit(service.call, "POST", f"/predict/{name}", body) for name, body in requests]
-            _wait(lambda: sum(future.done() for future in futures) >= len(requests) - held)
+            _wait(lambda: any(future.done() for future in futures))
         answers = [future.result() for future in futures]
     refused = [answer for answer in answers if answer[0] == 503]
     assert refused
