@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bap.cli import main
 from bap.config import Config
 from bap.data import Domain, builtin_suite
 from bap.results.run import train_run
@@ -57,3 +58,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, settings: dict) -> Path:
     )
     train_run(config, folder, baseline={"shapes": 60.0, "digits": 60.0, "glyphs": 60.0})
     return folder
+
+
+@pytest.fixture
+def bap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: exit status, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["bap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        output, errors = capsys.readouterr()
+        return int(caught.value.code or 0), output, errors
+
+    return run

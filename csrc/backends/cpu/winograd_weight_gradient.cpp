@@ -5,7 +5,7 @@
 //   slab    consecutive blocks, whose transforms are kept at once
 //   1       for each block of a slab: the transforms of groups of listed channels of x, and of live channels of dy
 //   2       for each panel of filters and range of channels: one outer product for each point, added up in memory
-//   3       behind the last slab: the sums of a channel and a vector of filters to their 3 x 3 taps
+//   3       after the last slab: the sums of a channel and a vector of filters to their 3 x 3 taps
 // Sums run over the tiles of a block, then over blocks in order. Blocks depend on the shape alone, so results do not
 // vary with threads or runs.
 #include <ATen/ops/empty.h>

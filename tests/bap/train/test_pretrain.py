@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from bap.cli import main
 from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, read_tensors
@@ -111,19 +109,6 @@ def test_mixed_precision_is_used(config: Config, digits: Domain, monkeypatch: py
         seen.clear()
         pretrain(config.replace(amp=amp, pretrain_epochs=1), digits)
         assert set(seen) == {dtype}
-
-
-@pytest.fixture
-def bap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command in this process: exit status, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["bap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 def test_command_never_replaces_a_backbone(bap, config: Config, stopped: Path, tmp_path: Path) -> None:
