@@ -188,6 +188,73 @@ def test_mbarriers_hand_copies_over(seed: int) -> None:
     run(handed_over(arrive=waited), [source, out], registers=REGISTERS, **common)
 
 
+# Thread 0 copies 128 bytes at once, warp 1 reads behind an mbarrier.
+BULK = """mov.u32 s, memory; setp.lt.u32 p, tid, 32; setp.eq.u32 q, tid, 0; {before}
+@q mbarrier.init.shared::cta.b64 [s + 128], 1; {fence} bar.sync 0; @!p bra reader; @!q bra ending; {arrive}
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [s + {to}], [p0 + {skip}], {bytes}, [s + 128];
+bra ending; reader: {{ .reg .pred done;
+again: mbarrier.try_wait.parity.shared::cta.b64 done, [s + 128], {parity}; @!done bra again; }}
+sub.s32 x, tid, 32; xor.b32 x, x, 1; shl.b32 x, x, 2; add.s32 x, s, x; ld.shared.b32 y, [x];
+mul.wide.u32 at, tid, 4; add.s64 to, p1, at; st.global.b32 [to + -128], y; ending:"""
+PROXY = "fence.proxy.async.shared::cta;"
+
+
+def in_bulk(expected: int = 128, bytes_: int = 128, **changes: object) -> str:
+    parts = {
+        "before": "", "fence": PROXY, "to": 0, "skip": 0, "bytes": bytes_, "parity": 0,
+        "arrive": f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [s + 128], {expected};",
+    }  # fmt: skip
+    return BULK.format(**{**parts, **changes})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bulk_copies_land_at_the_mbarrier_that_counts_them(seed: int) -> None:
+    source, out = torch.arange(36, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    common = {"threads": 64, "shared_bytes": 144, "options": Options(seed=seed)}
+    run(in_bulk(), [source, out], registers=REGISTERS, **common)
+    assert out.tolist() == [k ^ 1 for k in range(32)]
+    run(in_bulk(skip=16), [source, out], registers=REGISTERS, **common)
+    assert out.tolist() == [(k ^ 1) + 4 for k in range(32)]
+    faults("no thread can go on", in_bulk(expected=144), [source, out], **common)
+    faults("no thread can go on", in_bulk(expected=112), [source, out], **common)
+    plain = "mbarrier.arrive.shared::cta.b64 _, [s + 128];"
+    faults("while a copy to it is under way|nothing has written", in_bulk(arrive=plain), [source, out], **common)
+    faults("no thread can go on", in_bulk(arrive=""), [source, out], **common)
+    twice = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [s + 128], 128;" + plain
+    faults("more arrivals at an mbarrier", in_bulk(arrive=twice), [source, out], **common)
+    # The phase before the first counts as over.
+    match = "while a copy to it|nothing has written|race|ends while a bulk copy"
+    faults(match, in_bulk(parity=1), [source, out], **common)
+
+
+def test_bulk_copies_are_aligned_and_stay_inside() -> None:
+    source, out = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    common = {"threads": 64, "shared_bytes": 160}
+    faults("a multiple of 16 bytes", in_bulk(bytes_=24), [source, out], **common)
+    faults("a multiple of 16 bytes", in_bulk(bytes_=0), [source, out], **common)
+    faults("misaligned byte 8 of shared memory", in_bulk(to=8), [source, out], **common)
+    faults("misaligned global address", in_bulk(skip=8), [source, out], **common)
+    faults("outside the launch's tensors", in_bulk(skip=16), [source, out], **common)
+    faults("which has 160", in_bulk(to=128), [source, out], **common)
+
+
+def test_bulk_copies_need_a_fence_behind_what_threads_write_and_none_behind_what_they_read() -> None:
+    source, out = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    common = {"threads": 64, "shared_bytes": 144}
+    # The set-up of the mbarrier, which the copy reaches through the asynchronous proxy.
+    faults("counts at an mbarrier.*no fence", in_bulk(fence=""), [source, out], **common)
+    write = "@p shl.b32 x, tid, 2; @p add.s32 x, s, x; @p st.shared.b32 [x], tid;"
+    run(in_bulk(before=write), [source, out], registers=REGISTERS, **common)
+    assert out.tolist() == [k ^ 1 for k in range(32)]
+    # Those of the other threads have no fence then.
+    faults("overwrites byte .* no fence", in_bulk(before=write, fence=f"@q {PROXY}"), [source, out], **common)
+    # What is read needs order alone.
+    read = f"{PROXY} bar.sync 0; @p ld.shared.b32 y, [x];"
+    run(in_bulk(before=write, fence=read), [source, out], registers=REGISTERS, **common)
+    late_read = in_bulk(before=write).replace("@!q bra", "@!q ld.shared.b32 y, [x]; @!q bra")
+    faults("overwrites what is read by|while a copy to it", late_read, [source, out], **common)
+
+
 def test_registers_that_change_hands() -> None:
     # Two warps have 168 registers a thread each where the launch has 384 threads; here the file is shared by fewer.
     body = "setmaxnreg.dec.sync.aligned.u32 %d; setmaxnreg.inc.sync.aligned.u32 %d;"

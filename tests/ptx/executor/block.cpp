@@ -7,6 +7,8 @@ namespace ptx {
 namespace {
 
 constexpr int kRegisterFile = 65536;
+// Of a block that has bulk copies.
+constexpr int kBarrierClocks = 32;
 
 int lowest(uint32_t mask) { return std::countr_zero(mask); }
 
@@ -274,7 +276,7 @@ Block::Block(const Launch& l, int x, int y, int z, uint64_t number_of)
       kernel(*l.kernel),
       place{x, y, z},
       number(number_of),
-      clocks(l.threads, l.kernel->has_wgmma),
+      clocks(l.threads, l.kernel->has_bulk ? kBarrierClocks : 0, l.kernel->has_wgmma || l.kernel->has_bulk),
       shared(l.shared_bytes + l.kernel->static_shared_bytes, clocks, l.options.check_uninitialised),
       random(l.options.seed * 1000003 + number_of) {
   const int count = (l.threads + kLanes - 1) / kLanes;
@@ -292,10 +294,17 @@ Mbarrier& Block::mbarrier(uint32_t address, int thread) {
   return found->second;
 }
 
-void Block::arrive(uint32_t address, int thread) {
+void Block::arrive(uint32_t address, int thread, int64_t bytes) {
   Mbarrier& barrier = mbarrier(address, thread);
+  if (barrier.pending == 0) throw Fault("more arrivals at an mbarrier than its phase is for");
   clocks.release(thread, barrier.arriving);
-  if (--barrier.pending > 0) return;
+  barrier.bytes += bytes;
+  --barrier.pending;
+  complete_phase(address, barrier);
+}
+
+void Block::complete_phase(uint32_t address, Mbarrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
   barrier.complete = barrier.arriving;
   barrier.pending = barrier.count;
   ++barrier.phase;
@@ -338,10 +347,25 @@ void Block::check_barriers() {
   }
 }
 
-bool Block::fire_arrival() {
-  if (arrivals.empty()) return false;
+// Lets one of what is under way happen; false where nothing is.
+bool Block::land_something() {
+  const size_t count = arrivals.size() + bulk_copies.size();
+  if (count == 0) return false;
+  const size_t drawn = random() % count;
+  try {
+    if (drawn < arrivals.size()) {
+      fire_arrival(drawn);
+    } else {
+      land_bulk_copy(drawn - arrivals.size());
+    }
+  } catch (const Fault& fault) {
+    throw Fault("kernel " + kernel.name + ", when a copy lands: " + fault.what());
+  }
+  return true;
+}
+
+void Block::fire_arrival(size_t drawn) {
   // Those of one lane happen in order.
-  const size_t drawn = random() % arrivals.size();
   size_t chosen = drawn;
   for (size_t i = 0; i < drawn; ++i) {
     if (arrivals[i].warp == arrivals[drawn].warp && arrivals[i].lane == arrivals[drawn].lane) {
@@ -354,7 +378,17 @@ bool Block::fire_arrival() {
   Warp& warp = *warps[arrival.warp];
   warp.land(arrival.lane, ~uint64_t{0}, arrival.number);
   arrive(arrival.address, warp.thread(arrival.lane));
-  return true;
+}
+
+void Block::land_bulk_copy(size_t drawn) {
+  const BulkCopy copy = bulk_copies[drawn];
+  bulk_copies.erase(bulk_copies.begin() + drawn);
+  Mbarrier& barrier = mbarriers.at(copy.address);
+  uint8_t* to = shared.land_bulk_copy(copy.to, copy.bytes, barrier.clock_number, ++barrier.clock);
+  std::copy_n(reinterpret_cast<const uint8_t*>(copy.from), copy.bytes, to);
+  clocks.leave(barrier.clock_number, barrier.clock, barrier.arriving);
+  barrier.bytes -= copy.bytes;
+  complete_phase(copy.address, barrier);
 }
 
 void Block::stuck() const {
@@ -387,11 +421,12 @@ void Block::run() {
       if (lowest_at >= 0) ready.emplace_back(warp->number_, lowest_at);
     }
     if (!any) {
-      // Copies that nobody waits for land after the block's end.
+      // Copies that nobody waits for land after the block's end, where bulk copies must not.
+      if (!bulk_copies.empty()) throw Fault("kernel " + kernel.name + ": a block ends while a bulk copy is under way");
       return;
     }
-    if (ready.empty() || (!arrivals.empty() && random() % 64 == 0)) {
-      if (fire_arrival()) continue;
+    if (ready.empty() || (!(arrivals.empty() && bulk_copies.empty()) && random() % 64 == 0)) {
+      if (land_something()) continue;
       if (ready.empty()) stuck();
     }
     const auto [w, f] = ready[random() % ready.size()];

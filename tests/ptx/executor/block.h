@@ -5,8 +5,9 @@
 // (`.sync.aligned`) hold a fragment until all lanes that have not ended are there; where they never come, the launch
 // ends with a Fault that says who waits for what.
 //
-// Nothing happens earlier than it has to: copies land when they are waited for, or when nothing else can go on. Which
-// warp runs next, and for how many instructions, is drawn from the seed.
+// Nothing happens earlier than it has to: copies land when they are waited for, or when nothing else can go on; bulk
+// copies, which land at an mbarrier, then or at a moment drawn from the seed. Which warp runs next, and for how many
+// instructions, is drawn from the seed.
 #pragma once
 
 #include <random>
@@ -105,7 +106,10 @@ class Warp {
 
 struct Mbarrier {
   int count = 0, pending = 0;
+  int64_t bytes = 0;  // that the phase waits for; below 0 where copies land before they are expected
   uint64_t phase = 0;
+  int clock_number = 0;  // among the clocks
+  uint32_t clock = 0;
   Clocks::Mail arriving, complete;
 };
 
@@ -113,6 +117,14 @@ struct Mbarrier {
 struct PendingArrival {
   int warp, lane;
   uint64_t number;
+  uint32_t address;
+};
+
+// A bulk copy under way, and the mbarrier that counts it.
+struct BulkCopy {
+  uint32_t to;
+  uint64_t from;
+  int bytes;
   uint32_t address;
 };
 
@@ -130,16 +142,21 @@ class Block {
   std::mt19937_64 random;
   std::map<uint32_t, Mbarrier> mbarriers;
   std::vector<PendingArrival> arrivals;
+  std::vector<BulkCopy> bulk_copies;
   std::vector<std::unique_ptr<Warp>> warps;
   int free_registers = 0;
 
-  void arrive(uint32_t address, int thread);
+  // An arrival that lets the phase wait for `bytes` more.
+  void arrive(uint32_t address, int thread, int64_t bytes = 0);
   void check_barriers();
   void lanes_ended() { check_barriers(); }
   Mbarrier& mbarrier(uint32_t address, int thread);
 
  private:
-  bool fire_arrival();
+  bool land_something();
+  void fire_arrival(size_t drawn);
+  void land_bulk_copy(size_t drawn);
+  void complete_phase(uint32_t address, Mbarrier& barrier);
   [[noreturn]] void stuck() const;
 };
 

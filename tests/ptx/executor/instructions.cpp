@@ -578,14 +578,45 @@ void init_mbarrier(Warp& w, const Instruction& i, uint32_t mask) {
     const auto count = static_cast<int>(w.reg(i.from[1])[lane]);
     if (count <= 0) throw Fault("an mbarrier for " + std::to_string(count) + " arrivals");
     w.block().shared.write(address, 8, w.thread(lane));
+    Block& block = w.block();
+    const auto others = static_cast<int>(block.mbarriers.size());
+    const auto [entry, added] = block.mbarriers.try_emplace(address);
+    if (added && block.kernel.has_bulk && others >= block.clocks.barriers()) {
+      throw Fault("more mbarriers than the executor has clocks for");
+    }
     Mbarrier made;
     made.count = made.pending = count;
-    w.block().mbarriers[address] = made;
+    made.clock_number = added ? block.clocks.threads() + others : entry->second.clock_number;
+    made.clock = entry->second.clock;
+    entry->second = made;
   });
 }
 void arrive(Warp& w, const Instruction& i, uint32_t mask) {
   each_lane(mask, [&](int lane) {
     w.block().arrive(static_cast<uint32_t>(w.reg(i.from[0])[lane] + i.offset), w.thread(lane));
+  });
+}
+void arrive_expecting(Warp& w, const Instruction& i, uint32_t mask) {
+  each_lane(mask, [&](int lane) {
+    const auto bytes = static_cast<int64_t>(w.reg(i.from[1])[lane] & 0xffffffffu);
+    if (bytes >= 1 << 20) throw Fault("an mbarrier counts fewer bytes than 2^20");
+    w.block().arrive(static_cast<uint32_t>(w.reg(i.from[0])[lane] + i.offset), w.thread(lane), bytes);
+  });
+}
+// cp.async.bulk: [to], [from], bytes, [mbarrier]
+void copy_bulk(Warp& w, const Instruction& i, uint32_t mask) {
+  Block& block = w.block();
+  each_lane(mask, [&](int lane) {
+    const auto to = static_cast<uint32_t>(w.reg(i.from[0])[lane] + i.offset);
+    const uint64_t from = w.reg(i.from[1])[lane] + i.offset2;
+    const auto bytes = static_cast<int>(w.reg(i.from[2])[lane]);
+    const auto address = static_cast<uint32_t>(w.reg(i.from[3])[lane] + i.immediate);
+    if (bytes <= 0 || bytes % 16 != 0) throw Fault("a bulk copy has a multiple of 16 bytes");
+    block.mbarrier(address, w.thread(lane));
+    block.shared.check_async_object(address, 8, w.thread(lane));
+    for (int at = 0; at < bytes; at += 16) block.launch.global->read(from + at, 16, w.accessor(lane));
+    block.shared.start_bulk_copy(to, bytes, w.thread(lane));
+    block.bulk_copies.push_back({to, from, bytes, address});
   });
 }
 void arrive_behind_copies(Warp& w, const Instruction& i, uint32_t mask) {
@@ -721,6 +752,22 @@ void add_synchronisation() {
   to["mbarrier.arrive.shared.b64"] = [](const std::vector<Operand>& operands, Instruction& made) {
     if (operands.size() != 2 || operands[0].form != Operand::kSink) throw Fault("expected _ and an address");
     at_address(arrive, 0)({operands[1]}, made);
+  };
+  to["mbarrier.arrive.expect_tx.shared.b64"] = [](const std::vector<Operand>& operands, Instruction& made) {
+    if (operands.size() != 3 || operands[0].form != Operand::kSink) throw Fault("expected _, an address and bytes");
+    at_address(arrive_expecting, 1)({operands[1], operands[2]}, made);
+  };
+  to["cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"] = [](const std::vector<Operand>& operands,
+                                                                               Instruction& made) {
+    const auto address = [&](size_t k) { return operands[k].form == Operand::kAddress; };
+    if (operands.size() != 4 || !address(0) || !address(1) || !address(3)) {
+      throw Fault("expected two addresses, a number of bytes and an mbarrier");
+    }
+    made.run = copy_bulk;
+    made.from = {operands[0].reg, operands[1].reg, register_of(operands[2]), operands[3].reg};
+    made.offset = operands[0].offset;
+    made.offset2 = operands[1].offset;
+    made.immediate = operands[3].offset;
   };
   to["mbarrier.try_wait.parity.shared.b64"] = [](const std::vector<Operand>& operands, Instruction& made) {
     if (operands.size() < 3) throw Fault("expected a predicate, an address and a parity");

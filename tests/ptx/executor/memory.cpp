@@ -98,17 +98,18 @@ uint8_t* GlobalMemory::write(uint64_t address, int bytes, const Accessor& by) {
   return reinterpret_cast<uint8_t*>(address);
 }
 
-Clocks::Clocks(int threads, bool fences)
+Clocks::Clocks(int threads, int barriers, bool fences)
     : threads_(threads),
+      width_(threads + barriers),
       fences_(fences),
-      known_(static_cast<size_t>(threads) * threads),
-      fenced_(fences ? static_cast<size_t>(threads) * threads : 0) {
+      known_(static_cast<size_t>(threads) * width_),
+      fenced_(fences ? static_cast<size_t>(threads) * width_ : 0) {
   for (int t = 0; t < threads; ++t) at(t)[t] = 1;
 }
 
 void Clocks::fence(int thread) {
   if (!fences_) return;
-  std::copy_n(at(thread), threads_, fenced(thread));
+  std::copy_n(at(thread), width_, fenced(thread));
   // What the thread writes from here on is not behind the fence.
   ++at(thread)[thread];
 }
@@ -122,32 +123,38 @@ void raise(uint32_t* to, const uint32_t* from, int count) {
 }  // namespace
 
 void Clocks::join(const std::vector<int>& threads) {
-  std::vector<uint32_t> known(threads_), behind(threads_);
+  std::vector<uint32_t> known(width_), behind(width_);
   for (const int t : threads) {
-    raise(known.data(), at(t), threads_);
-    if (fences_) raise(behind.data(), fenced(t), threads_);
+    raise(known.data(), at(t), width_);
+    if (fences_) raise(behind.data(), fenced(t), width_);
   }
   for (const int t : threads) {
-    std::copy_n(known.data(), threads_, at(t));
-    if (fences_) std::copy_n(behind.data(), threads_, fenced(t));
+    std::copy_n(known.data(), width_, at(t));
+    if (fences_) std::copy_n(behind.data(), width_, fenced(t));
     ++at(t)[t];
   }
 }
 
 void Clocks::release(int thread, Mail& to) {
-  to.known.resize(threads_);
-  raise(to.known.data(), at(thread), threads_);
+  to.known.resize(width_);
+  raise(to.known.data(), at(thread), width_);
   if (fences_) {
-    to.fenced.resize(threads_);
-    raise(to.fenced.data(), fenced(thread), threads_);
+    to.fenced.resize(width_);
+    raise(to.fenced.data(), fenced(thread), width_);
   }
   ++at(thread)[thread];
 }
 
 void Clocks::acquire(int thread, const Mail& from) {
   if (from.known.empty()) return;
-  raise(at(thread), from.known.data(), threads_);
-  if (fences_) raise(fenced(thread), from.fenced.data(), threads_);
+  raise(at(thread), from.known.data(), width_);
+  if (fences_) raise(fenced(thread), from.fenced.data(), width_);
+}
+
+void Clocks::leave(int number, uint32_t clock, Mail& to) const {
+  to.known.resize(width_);
+  to.fenced.resize(width_);
+  to.known[number] = to.fenced[number] = clock;
 }
 
 SharedMemory::SharedMemory(int64_t bytes, Clocks& clocks, bool check_uninitialised)
@@ -177,9 +184,9 @@ size_t SharedMemory::granule(uint32_t address, int bytes, const char* what) cons
 }
 
 void SharedMemory::race(size_t granule, int thread, const char* what, int other) const {
+  const std::string by = other < clocks_.threads() ? "thread " + std::to_string(other) : "a bulk copy";
   throw Fault("race on byte " + std::to_string(granule * kGranule) + " of shared memory: thread " +
-              std::to_string(thread) + " " + what + " thread " + std::to_string(other) +
-              ", and nothing orders the two");
+              std::to_string(thread) + " " + what + " " + by + ", and nothing orders the two");
 }
 
 void SharedMemory::check_written(size_t granule, int thread, const char* what) const {
@@ -259,17 +266,39 @@ uint8_t* SharedMemory::land_copy(uint32_t address, int bytes, int thread) {
   return &data_[address - kSharedBase];
 }
 
+void SharedMemory::check_fenced(size_t granule, int thread, const char* what) const {
+  const uint64_t writer = writers_[granule];
+  const int other = static_cast<int>(writer >> 32) - 1;
+  if (writer == 0 || clocks_.has_fenced(thread, other, static_cast<uint32_t>(writer))) return;
+  throw Fault(std::string(what) + " byte " + std::to_string(granule * kGranule) +
+              " of shared memory, and no fence.proxy.async stands behind its write by thread " + std::to_string(other));
+}
+
+void SharedMemory::start_bulk_copy(uint32_t address, int bytes, int thread) {
+  const size_t first = granule(address, bytes, "bulk copy");
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    check_overwrite(g, thread);
+    check_fenced(g, thread, "a bulk copy overwrites");
+    ++in_flight_[g];
+  }
+  // What was there before is gone, and what comes is not there yet.
+  std::fill_n(&data_[address - kSharedBase], bytes, uint8_t{0xff});
+}
+
+uint8_t* SharedMemory::land_bulk_copy(uint32_t address, int bytes, int number, uint32_t clock) {
+  const size_t first = granule(address, bytes, "bulk copy");
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    --in_flight_[g];
+    writers_[g] = static_cast<uint64_t>(number + 1) << 32 | clock;
+  }
+  return &data_[address - kSharedBase];
+}
+
 const uint8_t* SharedMemory::start_async_read(uint32_t address, int bytes, int thread) {
   const size_t first = granule(address, bytes, "read by a product");
   for (size_t g = first; g < first + bytes / kGranule; ++g) {
     check_written(g, thread, "read by a product");
-    const uint64_t writer = writers_[g];
-    const int other = static_cast<int>(writer >> 32) - 1;
-    if (writer != 0 && !clocks_.has_fenced(thread, other, static_cast<uint32_t>(writer))) {
-      throw Fault("a product reads byte " + std::to_string(g * kGranule) +
-                  " of shared memory, and no fence.proxy.async stands behind its write by thread " +
-                  std::to_string(other));
-    }
+    check_fenced(g, thread, "a product reads");
     ++async_reads_[g];
   }
   return &data_[address - kSharedBase];
@@ -287,6 +316,14 @@ void SharedMemory::end_async_read(uint32_t address, int bytes, int thread) {
 void SharedMemory::check_object(uint32_t address, int bytes, int thread) {
   const size_t first = granule(address, bytes, "access to an mbarrier");
   for (size_t g = first; g < first + bytes / kGranule; ++g) check_written(g, thread, "access to an mbarrier");
+}
+
+void SharedMemory::check_async_object(uint32_t address, int bytes, int thread) {
+  check_object(address, bytes, thread);
+  const size_t first = granule(address, bytes, "access to an mbarrier");
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    check_fenced(g, thread, "a bulk copy counts at an mbarrier, reading");
+  }
 }
 
 }  // namespace ptx

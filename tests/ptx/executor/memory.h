@@ -5,8 +5,12 @@
 // by another thread is a race unless its own vector has reached the stamp. That covers barriers of the whole block, of
 // some warps, and mbarriers, without knowing which of them a kernel uses.
 //
-// WGMMA reads shared memory through the asynchronous proxy, and needs a fence behind the writes as well: a second
-// vector, `fenced`, holds what a thread knew at its last fence.proxy.async, and travels along with the first.
+// WGMMA and bulk copies reach shared memory through the asynchronous proxy, and need a fence behind the writes of
+// threads as well: a second vector, `fenced`, holds what a thread knew at its last fence.proxy.async, and travels along
+// with the first.
+//
+// Bulk copies write as nobody's: each mbarrier has a clock as if it were a thread, which goes up when a copy lands that
+// it counts, and which those learn of who see its phase complete.
 #pragma once
 
 #include "program.h"
@@ -16,8 +20,10 @@ namespace ptx {
 // Vector clocks of a block's threads.
 class Clocks {
  public:
-  Clocks(int threads, bool fences);
+  // `barriers`: so many mbarriers have clocks, behind those of the threads.
+  Clocks(int threads, int barriers, bool fences);
   int threads() const { return threads_; }
+  int barriers() const { return width_ - threads_; }
   uint32_t own(int thread) const { return at(thread)[thread]; }
   bool knows(int thread, int other, uint32_t clock) const { return at(thread)[other] >= clock; }
   bool has_fenced(int thread, int other, uint32_t clock) const { return fenced(thread)[other] >= clock; }
@@ -30,13 +36,15 @@ class Clocks {
   };
   void release(int thread, Mail& to);
   void acquire(int thread, const Mail& from);
+  // Leaves what one clock says, without a need of a fence.
+  void leave(int number, uint32_t clock, Mail& to) const;
 
  private:
-  const uint32_t* at(int thread) const { return &known_[static_cast<size_t>(thread) * threads_]; }
-  uint32_t* at(int thread) { return &known_[static_cast<size_t>(thread) * threads_]; }
-  const uint32_t* fenced(int thread) const { return &fenced_[static_cast<size_t>(thread) * threads_]; }
-  uint32_t* fenced(int thread) { return &fenced_[static_cast<size_t>(thread) * threads_]; }
-  int threads_;
+  const uint32_t* at(int thread) const { return &known_[static_cast<size_t>(thread) * width_]; }
+  uint32_t* at(int thread) { return &known_[static_cast<size_t>(thread) * width_]; }
+  const uint32_t* fenced(int thread) const { return &fenced_[static_cast<size_t>(thread) * width_]; }
+  uint32_t* fenced(int thread) { return &fenced_[static_cast<size_t>(thread) * width_]; }
+  int threads_, width_;
   bool fences_;
   std::vector<uint32_t> known_, fenced_;
 };
@@ -97,16 +105,22 @@ class SharedMemory {
   // A copy that a thread has started: nobody may touch its target until it lands.
   void start_copy(uint32_t address, int bytes, int thread);
   uint8_t* land_copy(uint32_t address, int bytes, int thread);
+  // A copy through the asynchronous proxy that a thread has started; it lands as a write by a clock.
+  void start_bulk_copy(uint32_t address, int bytes, int thread);
+  uint8_t* land_bulk_copy(uint32_t address, int bytes, int number, uint32_t clock);
   // A read through the asynchronous proxy by a warp; nobody may write there until `end_async_read`.
   const uint8_t* start_async_read(uint32_t address, int bytes, int thread);
   void end_async_read(uint32_t address, int bytes, int thread);
   // Reads that are not checked for races, of synchronisation objects.
   void check_object(uint32_t address, int bytes, int thread);
+  // The same of objects that the asynchronous proxy reaches: a fence has to stand behind their set-up.
+  void check_async_object(uint32_t address, int bytes, int thread);
 
  private:
   size_t granule(uint32_t address, int bytes, const char* what) const;
   void check_written(size_t granule, int thread, const char* what) const;
   void check_overwrite(size_t granule, int thread) const;
+  void check_fenced(size_t granule, int thread, const char* what) const;
   [[noreturn]] void race(size_t granule, int thread, const char* what, int other) const;
 
   Clocks& clocks_;

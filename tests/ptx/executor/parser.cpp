@@ -271,6 +271,7 @@ class Parser {
     if (!build(word, given, made)) throw Fault("line " + std::to_string(where) + ": unknown instruction " + made.text);
     if (made.kind == Kind::kBranch) jumps_.emplace_back(kernel_->code.size(), given.at(0).label);
     if (starts(word, "wgmma.mma")) kernel_->has_wgmma = true;
+    if (starts(word, "cp.async.bulk")) kernel_->has_bulk = true;
     kernel_->code.push_back(std::move(made));
   }
 

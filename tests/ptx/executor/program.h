@@ -79,7 +79,7 @@ struct Kernel {
   int threads = 0;                  // .reqntid or .maxntid; 0: not said
   std::vector<Instruction> code;
   int registers = 0;
-  bool has_wgmma = false;
+  bool has_wgmma = false, has_bulk = false;
   std::vector<std::pair<int, uint64_t>> constants;    // registers with the same value in every lane
   std::vector<std::pair<int, std::string>> specials;  // %tid.x and others
   std::vector<std::string> register_names;
