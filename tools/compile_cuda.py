@@ -5,9 +5,9 @@
 Every instance is compiled by nvcc and reported as the assembler saw it. Checked: no spills and no stack; in the kernels
 that multiply, copies of 16 bytes to shared memory that run ahead (LDGSTS.128), tensor core instructions of the right
 kind (HMMA) and matrix loads (LDSM), and stores of 16 bytes to a halo (STS.128); in the kernels of warpgroups, which
-exist for sm_90a alone, products of whole warpgroups (HGMMA) that the assembler did not serialise, and registers that
-change hands (USETMAXREG); registers and shared memory within the limits of the architecture. Prints a table with the
-predicted occupancy, and ends with status 1 where a check fails.
+exist for sm_90a alone, products of whole warpgroups (HGMMA) that the assembler did not serialise, registers that change
+hands (USETMAXREG), and bulk copies of weights (UBLKCP); registers and shared memory within the limits of the
+architecture. Prints a table with the predicted occupancy, and ends with status 1 where a check fails.
 Needs nvcc, and cuobjdump or Triton's copy of it; no GPU.
 """
 
@@ -45,12 +45,13 @@ NAMES = {
     "warpgroup_conv2d": "warpgroup",
     "warpgroup_weight_gradient": "warpgroup weight gradient",
     "weight_gradient": "weight gradient",
+    "weight_tiles": "weight tiles",
     "channel_pack": "pack",
     "channel_unpack": "unpack",
     "sum_partials": "sum",
     "split_epilogue": "split epilogue",
 }
-SMALL_SOURCES = ("channel_pack", "channel_unpack", "sum_partials", "split_epilogue")
+SMALL_SOURCES = ("channel_pack", "channel_unpack", "sum_partials", "split_epilogue", "weight_tiles")
 ELEMENTS = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
 
 
@@ -60,7 +61,7 @@ class Instance:
 
     Args:
         kernel: a value of ``NAMES``.
-        mode: one of ``MATH_MODES``, or the element type of a kernel that multiplies nothing.
+        mode: one of ``MATH_MODES``, or the element type of a kernel that multiplies nothing; "16 bits": of any type.
         tile: rows, columns, warps along rows and columns, stages, blocks; empty where there is none.
     """
 
@@ -134,7 +135,8 @@ def instance_of(mangled: str) -> Instance | None:
     mode = re.search(r"MathModeE(\d)", mangled)
     tile = re.search(r"TileI((?:Li\d+E)+)", mangled)
     if mode is None or tile is None:
-        element = next((name for part, name in ELEMENTS.items() if part in mangled), "float32")
+        any_element = "16 bits" if found.group(1) == "weight_tiles" else "float32"
+        element = next((name for part, name in ELEMENTS.items() if part in mangled), any_element)
         return Instance(NAMES[found.group(1)], element, ())
     sizes = tuple(int(size) for size in re.findall(r"Li(\d+)E", tile.group(1)))
     return Instance(NAMES[found.group(1)], MATH_MODES[int(mode.group(1))], sizes)
@@ -197,9 +199,9 @@ def examine(instance: Instance, arch: str, registers: int, spill_bytes: int, sas
             wrong.append("no LDGSTS.128")
         if instance.warpgroups:
             product = f"HGMMA.64x{instance.tile[1]}{HGMMA[instance.mode]}"
-            wrong += [
-                f"no {name}" for name in (product, "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC") if name not in sass
-            ]
+            bulk = ["UBLKCP"] if instance.kernel == "warpgroup" else []
+            needed = [product, "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", *bulk]
+            wrong += [f"no {name}" for name in needed if name not in sass]
         elif HMMA[instance.mode] not in sass:
             wrong.append(f"no {HMMA[instance.mode]}")
         # Words of 4 bytes that lie by depth are loaded one by one, on both sides of the weight's gradient.

@@ -37,6 +37,7 @@ enum class PackedKind : int {
   kConvNhwc,
   kConvNchw,
   kByFilter,
+  kWeightTiles,
   kMask,
   // With the call's scales in them, and its bias with scale and shift.
   kSlicedFolded,

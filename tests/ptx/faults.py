@@ -50,19 +50,18 @@ _DESCRIPTOR = 0x4000004000010000
 # Of the loops of warpgroup_pipeline.cuh, in every kernel that has them.
 _STAGES = [
     without("no barrier behind the set-up of the mbarriers", r"bar\.sync\s+0;"),
-    Edit("one arrival too few at a full stage", _INIT, r"\g<1>127;", 0),
-    Edit("one arrival too many at a full stage", _INIT, r"\g<1>129;", 0),
     Edit("one arrival too few at an empty stage", _INIT, r"\g<1>7;", 1),
     Edit("one arrival too many at an empty stage", _INIT, r"\g<1>9;", 1),
     without("an mbarrier that is not set up", r"mbarrier\.init[^;]+;", 3),
     Edit("the multiplying warps wait for the other parity", _WAIT, _ODD, 0),
     Edit("the copying warps wait for the other parity", _WAIT, _ODD, 1),
-    without("no fence between copies and products", r"fence\.proxy\.async[^;]*;"),
+    # The first one stands behind the set-up of the mbarriers.
+    without("no fence between copies and products", r"fence\.proxy\.async[^;]*;", 1),
     without("no fence before products", r"wgmma\.fence[^;]*;"),
     without("products that are not committed", r"wgmma\.commit_group[^;]*;"),
     Edit("a product too many is left running", r"wgmma\.wait_group(\S*) 1;", r"wgmma.wait_group\1 2;"),
     Edit("the last product is not waited for", r"wgmma\.wait_group(\S*) 0;", r"wgmma.wait_group\1 1;"),
-    without("stages are never given back", r"(?<!\.)mbarrier\.arrive[^;]+;"),
+    without("stages are never given back", r"(?<!\.)mbarrier\.arrive\.shared[^;]+;"),
     Edit("a stage counts as full before its copies land", r"cp\.async\.mbarrier\.arrive\.noinc\S* (\[[^\]]+\]);",
          r"mbarrier.arrive.shared::cta.b64 _, \1;"),
     without("stages are never full", r"cp\.async\.mbarrier\.arrive\.noinc[^;]+;"),
@@ -73,8 +72,24 @@ _STAGES = [
     Edit("padding is read", r"(cp\.async\.cg\S* \[[^\]]+\], \[[^\]]+\], 16, )%r\d+;", r"\g<1>16;", None),
     Edit("copies go to a place without its swizzle", r"xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);", r"or.b32\1\2, \3;", 0),
 ]  # fmt: skip
+_EXPECT = r"mbarrier\.arrive\.expect_tx(\S*) _, (\[[^\]]+\]), (\d+);"
+_BULK = r"(cp\.async\.bulk\S*) \[(%r\d+)\], \[(%rd\d+)\], (\d+), \[(%r\d+)\];"
 WARPGROUPS = [
     *_STAGES,
+    Edit("one arrival too few at a full stage", _INIT, r"\g<1>128;", 0),
+    Edit("one arrival too many at a full stage", _INIT, r"\g<1>130;", 0),
+    without("no fence behind the set-up of the mbarriers", r"fence\.proxy\.async[^;]*;", 0),
+    Edit("a stage does not wait for its weights", _EXPECT, r"mbarrier.arrive\1 _, \2;"),
+    without("the thread that copies weights does not arrive", _EXPECT),
+    Edit("a stage waits for fewer bytes than come", _EXPECT, r"mbarrier.arrive.expect_tx\1 _, \2, 16368;"),
+    Edit("a stage waits for more bytes than come", _EXPECT, r"mbarrier.arrive.expect_tx\1 _, \2, 16400;"),
+    without("weights are not copied", _BULK),
+    Edit("a chunk of weights too few", _BULK, r"\1 [\2], [\3], 16368, [\5];"),
+    Edit("a chunk of weights too many", _BULK, r"\1 [\2], [\3], 16400, [\5];"),
+    Edit("weights of the next row", _BULK, r"\1 [\2], [\3+128], \4, [\5];"),
+    Edit("weights from an unaligned address", _BULK, r"\1 [\2], [\3+8], \4, [\5];"),
+    Edit("weights go where rows are", _BULK, r"\1 [\2+-16384], [\3], \4, [\5];"),
+    Edit("weights count where stages are given back", _BULK, r"\1 [\2], [\3], \4, [\5+8];"),
     without("sums are staged while others still multiply", r"bar\.sync\s+1, 256;"),
     without("sums are stored before all are staged", r"bar\.sync\s+1, 256;", 1),
     Edit("a barrier for threads that do not come", r"bar\.sync\s+1, 256;", "bar.sync 1, 384;"),
@@ -87,6 +102,8 @@ WARPGROUPS = [
 _TRANSPOSED = 0x4000004002000000
 WEIGHT_WARPGROUPS = [
     *_STAGES,
+    Edit("one arrival too few at a full stage", _INIT, r"\g<1>127;", 0),
+    Edit("one arrival too many at a full stage", _INIT, r"\g<1>129;", 0),
     Edit("a descriptor without its swizzle", str(_TRANSPOSED), str(_TRANSPOSED - (1 << 62)), 0),
     Edit("a descriptor with half the swizzle", str(_TRANSPOSED), str(_TRANSPOSED + (1 << 62)), 1),
     Edit("groups of pixels that lie half as far apart", str(_TRANSPOSED), str(_TRANSPOSED - (1 << 37)), 2),
@@ -140,6 +157,18 @@ _TRITON_B = r"(mma\.sync[^;]+?\}, \{[^}]+\}, )\{ (%r\d+), (%r\d+) \}"
 PACK = [
     without("no barrier before what was turned is read", r"bar\.sync\s+0;"),
     Edit("one channel too many", r"setp\.ge\.s32", "setp.gt.s32", None),
+]
+
+# Of the packing of weights for the kernel of warpgroups.
+_STORE = r"st\.global\.v4\.u32\s+\[(%rd\d+)\]"
+WEIGHT_TILES = [
+    Edit("weights without their swizzle", r"xor\.b32(\s+%r\d+, )(%r\d+), (%r\d+);", r"or.b32\1\2, \3;", 0),
+    Edit("a swizzle of four rows", r"and\.b32(\s+%r\d+, %r\d+, )7;", r"and.b32\g<1>3;", 0),
+    Edit("every tile is the first one", r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;", None),
+    without("a weight is not read", r"ld\.global\S*\.u16[^;]+;", 3),
+    Edit("one filter too many", r"setp\.ge\.s32", "setp.gt.s32", None),
+    Edit("weights are stored unaligned", _STORE, r"st.global.v4.u32 [\1+8]", 0),
+    Edit("weights are stored a chunk further", _STORE, r"st.global.v4.u32 [\1+16]", 0),
 ]
 
 TRITON_ROWS = [

@@ -22,6 +22,7 @@ WARPGROUP = Instance("warpgroup", "bfloat16", (128, 256, 8, 1, 4, 1))
 SASS = "LDGSTS.E.BYPASS.128 [R1] ;\nLDSM.16.M88.4 R4 ;\nHMMA.16816.F32.BF16 R8 ;\n"
 WARPGROUP_SASS = (
     "LDGSTS.E.BYPASS.128 [R1] ;\nHGMMA.64x256x16.F32.BF16 R8 ;\nUSETMAXREG.DEALLOC ;\nUSETMAXREG.TRY_ALLOC ;\n"
+    "UBLKCP.S.G [UR4], [UR8], UR12 ;\n"
 )
 
 
@@ -37,7 +38,7 @@ def test_examine_reports_spills_and_missing_instructions() -> None:
     assert examine(HALO, "80", 200, 0, SASS).wrong == ["no STS.128"]
     assert examine(HALO, "80", 200, 0, SASS + "STS.128 [R1], R4 ;\n").wrong == []
     assert examine(WARPGROUP, "90a", 168, 0, WARPGROUP_SASS).wrong == []
-    for part in ("HGMMA.64x256x16.F32.BF16", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "LDGSTS"):
+    for part in ("HGMMA.64x256x16.F32.BF16", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "LDGSTS", "UBLKCP"):
         assert len(examine(WARPGROUP, "90a", 168, 0, WARPGROUP_SASS.replace(part, "")).wrong) == 1
     assert examine(WARPGROUP, "90a", 176, 0, WARPGROUP_SASS).wrong == ["a processor holds 0 blocks"]
 
@@ -96,11 +97,9 @@ def test_small_kernels_compile_without_faults() -> None:
     codes = [
         code for name in compile_cuda.SMALL_SOURCES for code in compile_cuda.compile_source(name, "80", nvcc, cuobjdump)
     ]
-    assert sorted((code.kernel, code.mode) for code in codes) == sorted(
-        (kernel, element)
-        for kernel in ("pack", "sum", "split epilogue", "unpack")
-        for element in ("bfloat16", "half", "float32")
-    )
+    kernels, elements = ("pack", "sum", "split epilogue", "unpack"), ("bfloat16", "half", "float32")
+    wanted = [(kernel, element) for kernel in kernels for element in elements]
+    assert sorted((code.kernel, code.mode) for code in codes) == sorted([*wanted, ("weight tiles", "16 bits")])
     assert all(code.wrong == [] and 0 < code.registers <= 80 for code in codes)
 
 

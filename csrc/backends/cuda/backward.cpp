@@ -12,7 +12,7 @@ PlannedConv plan_input_gradient(const ConvBackwardCall& c, const ResultLayout& r
   const auto& s = c.shape;
   ConvLaunch launch;
   launch.source = c.grad_output;
-  launch.runs = {{at::Tensor(), {std::nullopt, 0, c.grad_output.size(1)}, 0, s.batch}};
+  launch.runs = {{{}, {std::nullopt, 0, c.grad_output.size(1)}, 0, s.batch}};
   launch.result_list = list_form(c.in_index, s.channels_in);
   launch.full_width = has_value(c.in_index);
   launch.columns = launch.result_list.length;
@@ -51,7 +51,9 @@ GradientTriple cuda_gathered_conv2d_backward(const ConvBackwardCall& c) {
     const at::Tensor dx = at::empty_like(input);
     auto [launch, plan] = plan_input_gradient(c, layout_of(dx));
     launch.result = dx;
-    launch.runs[0].weight = pack_weight(weight, out_index, in_index, /*by_input=*/true);
+    launch.runs[0].weight = [&c](WeightForm form) {
+      return packed_weight(c.weight, c.out_index, c.in_index, /*by_input=*/true, form);
+    };
     launch_planned(launch, plan);
     std::get<0>(grads) = dx;
   }

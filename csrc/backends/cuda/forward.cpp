@@ -8,7 +8,7 @@ namespace {
 
 // The run of a call's images, of which the first has number `first` in the batch.
 LaunchRun forward_run(const ConvCall& c, int64_t first) {
-  return {at::Tensor(), list_form(c.in_index, c.shape.channels_in), first, c.shape.batch};
+  return {{}, list_form(c.in_index, c.shape.channels_in), first, c.shape.batch};
 }
 
 struct PlacedRun {
@@ -73,7 +73,7 @@ at::Tensor cuda_gathered_conv2d(const ConvCall& c, const char* op) {
   const at::Tensor y = c.empty_result();
   const Fusion& f = c.fusion;
   launch.result = y;
-  launch.runs[0].weight = packed_by_filter(c);
+  launch.runs[0].weight = [&c](WeightForm form) { return packed_weight(c, form); };
   // The bias is full-size; nothing else asks for the channels' numbers.
   launch.result_list = has_value(c.bias) ? list_form(c.out_index, s.channels_out) : ListForm{};
   launch.bias = c.bias;
@@ -98,7 +98,9 @@ void cuda_gathered_conv2d_mixed(const MixedCall& c, const char* op) {
   launch.result = c.output;
   launch.bias = c.bias;
   size_t i = 0;
-  for (const PlacedRun& run : longest_first(c)) launch.runs[i++].weight = packed_by_filter(c.call(*run.run));
+  for (const PlacedRun& run : longest_first(c)) {
+    launch.runs[i++].weight = [&c, of = run.run](WeightForm form) { return packed_weight(c.call(*of), form); };
+  }
   launch_planned(launch, plan);
 }
 

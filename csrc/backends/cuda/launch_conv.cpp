@@ -30,8 +30,22 @@ int row_tile(TileShape tile) {
   return tile == TileShape::kSmall ? SmallTile::kRows : tile == TileShape::kLarge ? LargeTile::kRows : ThinTile::kRows;
 }
 
+// Packs the weights of a launch's runs, of which the first has this number, and says where they lie. They are to live
+// until the launch.
+std::vector<at::Tensor> place_weights(Runs& runs, const ConvLaunch& l, size_t first, WeightForm form) {
+  std::vector<at::Tensor> weights;
+  for (int i = 0; i < runs.count; ++i) {
+    weights.push_back(l.runs[first + i].weight(form));
+    runs.of[i].weight = weights.back().const_data_ptr();
+    runs.of[i].stride_weight_column = weights.back().stride(0);
+    runs.of[i].stride_weight_tap = weights.back().stride(1);
+  }
+  return weights;
+}
+
 // The forward with a halo, of filled-in parameters.
-void launch_halo(const ConvParams& conv, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
+void launch_halo(const ConvParams& conv, const ConvLaunch& l, const at::Tensor& weight, MathMode mode,
+                 const OnDevice& on) {
   HaloParams p{};
   p.conv = conv;
   p.planes = l.source.stride(3) == 1;
@@ -50,7 +64,7 @@ void launch_halo(const ConvParams& conv, const ConvLaunch& l, MathMode mode, con
   TORCH_INTERNAL_ASSERT(choice.fits && !conv.gradient && !conv.full_width);
   p.shape = choice.shape;
   check_launch(launcher().halo_conv2d(p, mode, choice.tile, choice.shared_bytes, on.stream), "halo_conv2d", l.source,
-               l.runs[0].weight);
+               weight);
 }
 
 // Calls `body` with the phases of each launch filled in; the forward has one.
@@ -84,10 +98,9 @@ at::Tensor new_parts(PartialSums& parts, int count, int64_t grids, int64_t pixel
 
 // One launch, or one for each kMaxPhases phases, of parameters that lack what depends on tile and phase; two where sums
 // are cut into parts.
-void launch_gemm(ConvParams p, const ConvLaunch& l, MathMode mode, const OnDevice& on) {
+void launch_gemm(ConvParams p, const ConvLaunch& l, const GemmChoice& choice, const at::Tensor& weight, MathMode mode,
+                 const OnDevice& on) {
   const bool planes = l.route == ConvRoute::kPlanes, reduced = has_value(l.grad_switch);
-  const GemmChoice choice = choose_gemm(l, p.batch);
-  const at::Tensor& weight = l.runs[0].weight;
   p.parts.count = divisor_of(choice.parts);
   at::Tensor parts, partial;
   if (choice.parts > 1) {
@@ -165,10 +178,16 @@ void launch_conv(const ConvLaunch& l) {
     p.copied = static_cast<int>(l.copy_list->size(0));
     p.copy_vector = aligned_chunks(*l.copy, planes);
   }
-  for_launches(l.runs, [&](const Runs& runs, int images) {
+  for_launches(l.runs, [&](const Runs& runs, size_t first, int images) {
     p.runs = runs;
     p.batch = images;
-    halo ? launch_halo(p, l, mode, on) : launch_gemm(p, l, mode, on);
+    if (halo) {
+      const auto weights = place_weights(p.runs, l, first, WeightForm::kRows);
+      return launch_halo(p, l, weights[0], mode, on);
+    }
+    const GemmChoice choice = choose_gemm(l, images);
+    const auto weights = place_weights(p.runs, l, first, choice.warpgroups ? WeightForm::kTiles : WeightForm::kRows);
+    launch_gemm(p, l, choice, weights[0], mode, on);
   });
 }
 

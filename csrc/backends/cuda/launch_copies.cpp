@@ -28,7 +28,7 @@ at::Tensor packed_channels(const at::Tensor& source, const std::vector<LaunchRun
   p.scale = vector_params(scale);
   p.shift = vector_params(shift);
   p.relu = prologue.in_relu;
-  for_launches(runs, [&](const Runs& part, int images) {
+  for_launches(runs, [&](const Runs& part, size_t, int images) {
     p.runs = part;
     p.batch = images;
     check_launch(launcher().channel_pack(p, products_of(source), on.stream), "channel_pack", source, copy);

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <string>
 
+#include "dispatch/pack_weight.h"
+
 namespace bap_kernels {
 namespace {
 
@@ -118,23 +120,18 @@ void for_chunks(const std::vector<LaunchRun>& runs, c10::function_ref<void(size_
   }
 }
 
-void for_launches(const std::vector<LaunchRun>& runs, c10::function_ref<void(const Runs&, int)> body) {
+void for_launches(const std::vector<LaunchRun>& runs, c10::function_ref<void(const Runs&, size_t, int)> body) {
   for_chunks(runs, [&](size_t first, size_t last, int images) {
     Runs part{};
     for (size_t i = first; i < last; ++i) {
       const LaunchRun& run = runs[i];
       BatchRun& to = part.of[part.count++];
-      if (run.weight.defined()) {
-        to.weight = run.weight.const_data_ptr();
-        to.stride_weight_column = run.weight.stride(0);
-        to.stride_weight_tap = run.weight.stride(1);
-      }
       to.list = list_params(run.list);
       to.depth = static_cast<int>(run.list.length);
       to.first = static_cast<int>(run.first);
       to.images = static_cast<int>(run.images);
     }
-    body(part, images);
+    body(part, first, images);
   });
 }
 

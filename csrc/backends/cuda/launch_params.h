@@ -35,7 +35,7 @@ at::Tensor new_floats(at::IntArrayRef sizes, const at::Tensor& like);
 // A compact NHWC tensor (N, channels rounded up, H, W) for a tensor (N, C, H, W).
 at::Tensor new_copy(const at::Tensor& t, int64_t channels);
 
-// Calls `body` with the runs of each launch and their number of images.
-void for_launches(const std::vector<LaunchRun>& runs, c10::function_ref<void(const Runs&, int)> body);
+// Calls `body` with the runs of each launch, without weights, the number of the first, and their number of images.
+void for_launches(const std::vector<LaunchRun>& runs, c10::function_ref<void(const Runs&, size_t, int)> body);
 
 }  // namespace bap_kernels

@@ -2,11 +2,13 @@
 #pragma once
 
 #include "backends/cuda/kernels/launcher.h"
+#include "backends/cuda/weights.h"
 #include "dispatch/list_form.h"
-#include "dispatch/pack_weight.h"
 #include "ops/conv_call.h"
 
 #include <c10/util/FunctionRef.h>
+
+#include <functional>
 
 namespace bap_kernels {
 
@@ -19,9 +21,9 @@ void set_cuda_launcher(const CudaLauncher* launcher);
 // halo.
 enum class ConvRoute { kRows, kPlanes, kHalo };
 
-// Images that share a list of the source's channels, and the weight that was packed for it.
+// Images that share a list of the source's channels, and what packs the weight for it in the form that is read.
 struct LaunchRun {
-  at::Tensor weight;
+  std::function<at::Tensor(WeightForm)> weight;
   ListForm list;
   int64_t first, images;
 };

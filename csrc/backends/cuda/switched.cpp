@@ -26,7 +26,7 @@ OrderedSwitch ordered(const at::Tensor& switches) {
 PlannedConv plan_switched(const SwitchedCall& c, const ListForm& order) {
   const auto& s = c.shape;
   ConvLaunch launch;
-  launch.runs = {{at::Tensor(), order, 0, s.batch}};
+  launch.runs = {{{}, order, 0, s.batch}};
   launch.columns = s.channels_out;
   place_forward(launch, c.input, c.weight, s.out_h, s.out_w, c.stride, c.padding, c.dilation);
   const ConvPlan plan =
@@ -38,7 +38,7 @@ PlannedConv plan_switched_gradient(const SwitchedBackwardCall& c, const ListForm
   const auto& s = c.shape;
   ConvLaunch launch;
   launch.source = c.grad_output;
-  launch.runs = {{at::Tensor(), {std::nullopt, 0, s.channels_out}, 0, s.batch}};
+  launch.runs = {{{}, {std::nullopt, 0, s.channels_out}, 0, s.batch}};
   launch.result_list = order;
   launch.full_width = true;
   launch.columns = s.channels_in;
@@ -61,7 +61,9 @@ at::Tensor cuda_switched_conv2d(const SwitchedCall& c) {
   const OrderedSwitch on = ordered(c.switches);
   auto [launch, plan] = plan_switched(c, on.order);
   launch.result = y;
-  launch.runs[0].weight = pack_weight(c.weight, {}, on.order.entries, /*by_input=*/false);
+  launch.runs[0].weight = [&](WeightForm form) {
+    return packed_weight(c.weight, {}, on.order.entries, /*by_input=*/false, form, on.count);
+  };
   launch.bias = c.bias;
   launch.depth = on.count;
   launch_planned(launch, plan, on.count);
@@ -81,7 +83,9 @@ SwitchedGradients cuda_switched_conv2d_backward(const SwitchedBackwardCall& c) {
   const at::Tensor grad = any ? with_aligned_chunks(grad_output) : grad_output;
   if (mask[kGradInput] || mask[kGradSwitch]) {
     auto [launch, plan] = plan_switched_gradient(c, on.order);
-    launch.runs[0].weight = pack_weight(c.weight, {}, on.order.entries, /*by_input=*/true);
+    launch.runs[0].weight = [&](WeightForm form) {
+      return packed_weight(c.weight, {}, on.order.entries, /*by_input=*/true, form);
+    };
     launch.source = grad;
     launch.stored = on.count;
     if (mask[kGradInput]) {

@@ -232,7 +232,7 @@ def test_every_instance_is_launched(device: Any) -> None:
             run_switched(switched, "cuda").float().sum().backward()
             seen.update(device.take_mangled())
     # One architecture has WGMMA; there it takes every forward that would have the large tile in 16 bits.
-    others = "warpgroup_conv2d" if device.arch == 80 else r"gathered_conv2d.*MathModeE[01].*Li128ELi128E.*Lb0E"
+    others = "warpgroup|weight_tiles" if device.arch == 80 else r"gathered_conv2d.*MathModeE[01].*Li128ELi128E.*Lb0E"
     wanted = {name for name in device.kernel_names() if not re.search(others, name)}
     missing = [re.sub(r"NS_|11bap_kernels", "", name) for name in sorted(wanted - seen)]
     assert not missing, "\n".join(missing)

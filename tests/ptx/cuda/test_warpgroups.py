@@ -13,6 +13,7 @@ import torch
 import bap_kernels
 from bap_kernels import reference
 from bap_kernels.testing import Case, Sample, assert_close, check_fused, make_tensors, poison, run
+from bap_kernels.testing_switched import make_switched, poison_switched, run_switched
 from tests.ptx.cuda import device
 
 # 99 pixels: less than a tile, and rows that no pixel has. Columns of one tile and a bit.
@@ -109,6 +110,54 @@ def test_gradients_of_the_input(layout: str, stride: tuple[int, int], dtype: tor
         (expected,) = torch.autograd.grad(y, x, grad.double())
         assert_close(dx, expected, dtype, 72 * 9)
         assert bool((dx[:, [c for c in range(136) if c not in kept]] == 0).all())
+
+
+# Channels and filters that end within a tile of weights, in chunks of 16 bytes and not, and tiles of both widths.
+@pytest.mark.parametrize("dtype", WORDS)
+@pytest.mark.parametrize("channels", [range(1, 194, 2), range(0, 194, 3), range(7, 8)])
+@pytest.mark.parametrize("filters", [range(259, 129, -1), range(259, 3, -1)])
+def test_weights_of_lists(filters: range, channels: range, dtype: torch.dtype) -> None:
+    case = BASE.but(in_channels=194, out_channels=260, kernel=(2, 1), padding=(1, 0, 0, 0), dtype=dtype)
+    sample = make_tensors(case)
+    sample.in_index = torch.tensor(list(channels), dtype=torch.int32)
+    sample.out_index = torch.tensor(list(filters), dtype=torch.int32)
+    # Its elements lie side by side along no axis that the packing could take for granted.
+    sample.weight = sample.weight.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+    runs(case, sample)
+
+
+def test_weights_are_laid_out_once_for_each_list() -> None:
+    sample = make_tensors(BASE.but(dtype=torch.float16))
+
+    def layings_out() -> int:
+        return sum("weight_tiles_kernel" in name for name in device.library().take_mangled())
+
+    bap_kernels.clear_packed_cache()
+    layings_out()
+    first = run(sample, "cuda", cache_packed=True)
+    assert torch.equal(run(sample, "cuda", cache_packed=True), first)
+    assert layings_out() == 1
+    sample.in_index = torch.arange(64, dtype=torch.int32)
+    other = run(sample, "cuda", cache_packed=True)
+    assert_close(other, reference.gathered_conv2d(*sample.args), torch.float16, sample.depth)
+    assert layings_out() == 1
+    sample.weight.mul_(2)
+    doubled = run(sample, "cuda", cache_packed=True)
+    assert_close(doubled, reference.gathered_conv2d(*sample.args), torch.float16, sample.depth)
+    assert layings_out() == 1
+    run(sample, "cuda")
+    assert layings_out() == 1
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_weights_of_channels_that_are_off_may_be_anything(dtype: torch.dtype) -> None:
+    # A count on the device: 36 of 72 channels, which ends within a tile of weights.
+    sample = make_switched(BASE.but(dtype=dtype, in_list="odd"))
+    expected = reference.switched_conv2d(*sample.args)
+    before = launches()
+    y = run_switched(poison_switched(sample), "cuda")
+    assert launches() == before + 1
+    assert_close(y, expected, dtype, sample.depth)
 
 
 def test_infinity_and_nan_in_listed_channels() -> None:

@@ -97,7 +97,8 @@ void set_options(uint64_t seed, bool truncate) {
 
 std::vector<std::string> take_mangled() { return std::exchange(ptx::runtime().launches, {}); }
 
-// Names of the kernels, without their template arguments.
+// Names of the kernels, without their template arguments. Not of the one that lays weights out: for other kernels ATen
+// does.
 std::vector<std::string> take_launches() {
   std::vector<std::string> found;
   for (const std::string& mangled : take_mangled()) {

@@ -77,13 +77,13 @@ struct StepWalk {
   int64_t source, filter;
   int64_t source_line, filter_line;  // of the first tap of this row of taps
 };
-// Step `number`, of blocks of `depth` channels. Strides of the source's pixels and of a filter's taps.
+// Step `number`. Strides of the source's pixels, of a filter's taps and of its blocks of channels.
 BAP_HOST_DEVICE StepWalk step_at(int number, const AxisPlan& h, const AxisPlan& w, int64_t source_h, int64_t source_w,
-                                 int kernel_w, int64_t filter_tap, int depth) {
+                                 int kernel_w, int64_t filter_tap, int filter_block) {
   const RowPlace at = row_place(number, h.taps, w.taps);
   const int64_t source = at.row * h.tap_step * source_h;
   const int64_t filter = ((h.weight_first + at.row * h.weight_step) * kernel_w + w.weight_first) * filter_tap +
-                         static_cast<int64_t>(at.image) * depth;
+                         static_cast<int64_t>(at.image) * filter_block;
   return {at.image,
           at.row,
           at.column,
@@ -94,7 +94,7 @@ BAP_HOST_DEVICE StepWalk step_at(int number, const AxisPlan& h, const AxisPlan& 
 }
 // Moves on; true where a new block begins.
 BAP_HOST_DEVICE bool advance(StepWalk& s, const AxisPlan& h, const AxisPlan& w, int64_t source_h, int64_t source_w,
-                             int kernel_w, int64_t filter_tap, int depth) {
+                             int kernel_w, int64_t filter_tap, int filter_block) {
   if (++s.tap_w < w.taps.count()) {
     s.source += w.tap_step * source_w;
     s.filter += w.weight_step * filter_tap;
@@ -105,7 +105,8 @@ BAP_HOST_DEVICE bool advance(StepWalk& s, const AxisPlan& h, const AxisPlan& w, 
   if (ends) {
     s.tap_h = 0;
     s.source_line = 0;
-    s.filter_line = (h.weight_first * kernel_w + w.weight_first) * filter_tap + static_cast<int64_t>(++s.block) * depth;
+    s.filter_line =
+        (h.weight_first * kernel_w + w.weight_first) * filter_tap + static_cast<int64_t>(++s.block) * filter_block;
   } else {
     s.source_line += h.tap_step * source_h;
     s.filter_line += h.weight_step * kernel_w * filter_tap;

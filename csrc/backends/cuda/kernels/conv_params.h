@@ -31,7 +31,9 @@ struct VectorParams {
 
 // Neighbouring images of a batch that read the same list; the images of a mixed batch come as several runs.
 struct BatchRun {
-  const void* weight;  // (columns, taps, depth rounded up): packed, depth contiguous
+  // (columns, taps, depth rounded up): packed, depth contiguous. By WGMMA in tiles (weight_tiles.h), and then the first
+  // stride is that from a tile's columns to the next ones.
+  const void* weight;
   int64_t stride_weight_column, stride_weight_tap;
   ListParams list;  // of the source's channels
   int depth;        // how many of them are summed over
@@ -134,6 +136,17 @@ struct SumPartialsParams {
   const int32_t* used;
   int chunks, rows, taps, kernel_w, columns;
   bool result_is_float;
+};
+
+// A weight's listed slices in tiles; see weight_tiles.h.
+struct WeightTilesParams {
+  const void* weight;  // 16-bit elements
+  void* result;
+  int64_t stride_column, stride_depth, stride_h, stride_w;  // of the weight
+  ListParams column_list, depth_list;
+  const int32_t* used;  // on the device: how much of the depth is there, zeros behind it; null: all
+  int columns, depth, taps;
+  Divisor kernel_w, blocks;  // of depth
 };
 
 // A compact copy of listed channels, in NHWC.

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const NhwcPlan plan = nhwc_plan<Tile, kBytes, kGradient>(p, p.parts.count);
   if (plan.first_column >= stored_columns(p) && !p.reduce_off) return;
 
-  NhwcOperands<scalar_t, Tile, Tile::kThreads> operands;
+  NhwcOperands<scalar_t, Tile, Tile::kThreads, FilterCopies<scalar_t, Tile::kColumns, Tile::kThreads>> operands;
   operands.begin(p, plan, thread);
   Sums<Tile> sums = {};
   multiply_steps<kMode, Tile, false, false>(sums, plan.steps, [&](int to) { operands.copy(p, plan, to, thread); });

@@ -68,6 +68,7 @@ const CudaLauncher& linked_launcher() {
                                   launch_warpgroup_weight_gradient,
                                   launch_sum_partials,
                                   launch_split_epilogue,
+                                  launch_weight_tiles,
                                   launch_channel_pack,
                                   launch_channel_unpack,
                                   status_text,

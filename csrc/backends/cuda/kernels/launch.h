@@ -23,6 +23,7 @@ Status launch_warpgroup_weight_gradient(const WeightGradientParams& params, Math
 Status launch_sum_partials(const SumPartialsParams& params, MathMode mode, void* stream);
 // Adds the parts of a convolution's sums, of the launch before, and stores its result.
 Status launch_split_epilogue(const ConvParams& params, MathMode mode, void* stream);
+Status launch_weight_tiles(const WeightTilesParams& params, void* stream);
 Status launch_channel_pack(const ChannelPackParams& params, MathMode mode, void* stream);
 Status launch_channel_unpack(const ChannelUnpackParams& params, MathMode mode, void* stream);
 

@@ -21,6 +21,7 @@ struct CudaLauncher {
   decltype(&launch_warpgroup_weight_gradient) warpgroup_weight_gradient;
   decltype(&launch_sum_partials) sum_partials;
   decltype(&launch_split_epilogue) split_epilogue;
+  decltype(&launch_weight_tiles) weight_tiles;
   decltype(&launch_channel_pack) channel_pack;
   decltype(&launch_channel_unpack) channel_unpack;
   decltype(&bap_kernels::status_text) status_text;
@@ -31,8 +32,9 @@ struct CudaLauncher {
 // Libraries that were built from other sources pass structs of other sizes, with few exceptions.
 constexpr uint64_t kLauncherLayout = [] {
   uint64_t layout = 0;
-  for (const size_t size : {sizeof(CudaLauncher), sizeof(ConvParams), sizeof(HaloParams), sizeof(WeightGradientParams),
-                            sizeof(SumPartialsParams), sizeof(ChannelPackParams), sizeof(ChannelUnpackParams)}) {
+  for (const size_t size :
+       {sizeof(CudaLauncher), sizeof(ConvParams), sizeof(HaloParams), sizeof(WeightGradientParams),
+        sizeof(SumPartialsParams), sizeof(WeightTilesParams), sizeof(ChannelPackParams), sizeof(ChannelUnpackParams)}) {
     layout = layout * 4093 + static_cast<uint64_t>(size);
   }
   return layout;

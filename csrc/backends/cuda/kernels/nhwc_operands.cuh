@@ -68,6 +68,7 @@ __device__ __forceinline__ NhwcPlan nhwc_plan(const ConvParams& p, const Divisor
 // chunk of the depth and takes filters that are kThreads / 8 apart.
 template <typename scalar_t, int kColumns, int kThreads>
 struct FilterCopies {
+  static constexpr int kBlock = kDepthBytes / sizeof(scalar_t);  // from a block of channels to the next
   static constexpr int kCopies = kColumns * kDepthChunks / kThreads, kStep = kThreads / kDepthChunks;
   static_assert(kStep % 8 == 0, "the same swizzle for all filters of a thread");
 
@@ -95,8 +96,8 @@ struct FilterCopies {
   }
 };
 
-// The copies of one of kThreads threads, step by step.
-template <typename scalar_t, class Tile, int kThreads>
+// The copies of one of kThreads threads, step by step: of rows, and what `Filters` copies.
+template <typename scalar_t, class Tile, int kThreads, class Filters>
 struct NhwcOperands {
   static constexpr int kBytes = sizeof(scalar_t);
   static constexpr int kVector = kChunkBytes / kBytes;
@@ -107,7 +108,7 @@ struct NhwcOperands {
   const scalar_t* pixel[kCopies];  // of each row, at the first tap
   // Taps of each row that fall outside of the source: a bit for each row of taps, then one for each column of taps.
   uint32_t outside[kCopies];
-  FilterCopies<scalar_t, Tile::kColumns, kThreads> filters;
+  Filters filters;
   int channel, next_channel;  // that the thread copies in this block of channels, and in the next
   StepWalk step;
 
@@ -148,7 +149,7 @@ struct NhwcOperands {
     }
     filters.begin(p.runs.of[plan.run], plan.first_column, p.columns, thread);
     step = step_at(plan.first_step, plan.h, plan.w, p.source_stride.h, p.source_stride.w, p.kernel_w,
-                   p.runs.of[plan.run].stride_weight_tap, kDepth);
+                   p.runs.of[plan.run].stride_weight_tap, Filters::kBlock);
     channel = look_up(p, plan, step.block, thread);
     next_channel = look_up(p, plan, step.block + 1, thread);
   }
@@ -162,7 +163,7 @@ struct NhwcOperands {
       copy_chunks<false>(plan, to, chunk_bytes<kBytes>(k + copy_chunk(thread) * kVector, plan.depth), thread);
     }
     if (advance(step, plan.h, plan.w, p.source_stride.h, p.source_stride.w, p.kernel_w,
-                p.runs.of[plan.run].stride_weight_tap, kDepth)) {
+                p.runs.of[plan.run].stride_weight_tap, Filters::kBlock)) {
       channel = next_channel;
       next_channel = look_up(p, plan, step.block + 1, thread);
     }

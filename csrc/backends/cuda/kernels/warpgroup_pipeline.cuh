@@ -5,9 +5,10 @@
 // which every multiplying warp arrives when its products have been made. A product reads both operands from shared
 // memory; its group's sums stay in registers, which the copying warpgroup gives up.
 //
-// Copies are the asynchronous ones of 16 bytes of each thread, not those of the tensor memory accelerator: padding,
-// strides and lists of blocks are decided chunk by chunk. They write as threads do, while products read through another
-// path, so a fence stands between the two (fence_copies).
+// Copies of what calls pass are the asynchronous ones of 16 bytes of each thread: padding, strides and lists of blocks
+// are decided chunk by chunk. They write as threads do, while products read through another path, so a fence stands
+// between the two (fence_async_proxy). What is laid out for the kernel comes in bulk copies, which take that path, too:
+// one thread starts them, and `full` waits for their bytes.
 #pragma once
 
 #include "backends/cuda/kernels/fragments.cuh"
@@ -47,23 +48,25 @@ struct RingPlace {
   }
 };
 
-// By all threads, before anything else.
-template <class Tile>
+// By all threads, before anything else. `kArrivals`: at each full stage.
+template <class Tile, int kArrivals>
 __device__ __forceinline__ void begin_stages() {
   using Layout = WarpgroupLayout<Tile>;
   // A swizzle is a matter of addresses, not of places in the block's memory.
   if (shared_address(0) % kGroupBytes != 0) __trap();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
-      init_barrier(Layout::full_at(stage), kWarpgroup);
+      init_barrier(Layout::full_at(stage), kArrivals);
       init_barrier(Layout::empty_at(stage), Layout::kConsumers / kWarp);
     }
+    // Bulk copies count at the barriers.
+    fence_async_proxy();
   }
   __syncthreads();
 }
 
-// Of the warpgroup that copies: `copy(to)` starts the thread's copies of the next step into the stage that begins at
-// byte `to`.
+// Of the warpgroup that copies: `copy(to, full)` starts the thread's copies of the next step into the stage that begins
+// at byte `to` and has the barrier `full`.
 template <class Tile, class Copy>
 __device__ __forceinline__ void copy_stages(int steps, Copy copy) {
   using Layout = WarpgroupLayout<Tile>;
@@ -71,7 +74,7 @@ __device__ __forceinline__ void copy_stages(int steps, Copy copy) {
   for (int step = 0; step < steps; ++step, at.advance()) {
     // A new barrier counts as having been passed in the round before the first.
     wait_for_barrier(Layout::empty_at(at.stage), (at.round + 1) & 1);
-    copy(at.stage * Tile::kStageBytes);
+    copy(at.stage * Tile::kStageBytes, Layout::full_at(at.stage));
     arrive_after_copies(Layout::full_at(at.stage));
   }
   wait_for_all_copies();
@@ -87,7 +90,7 @@ __device__ __forceinline__ void multiply_stages(Sums<Tile>& sums, int steps, Mul
   int before = 0;
   for (int step = 0; step < steps; ++step, at.advance()) {
     wait_for_barrier(Layout::full_at(at.stage), at.round & 1);
-    fence_copies();
+    fence_async_proxy();
     begin_products(sums[0]);
     multiply(at.stage * Tile::kStageBytes);
     commit_products();

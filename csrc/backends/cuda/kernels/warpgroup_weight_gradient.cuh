@@ -57,7 +57,7 @@ __device__ __forceinline__ void produce_weights(const WeightGradientParams& p, c
     first += kDepth;
   };
   const bool whole = p.rows % kVector == 0 && plan.used % kVector == 0;
-  copy_stages<Tile>(plan.steps, [&](int to) {
+  copy_stages<Tile>(plan.steps, [&](int to, int) {
     if (whole) {
       copy_chunks(std::true_type(), to);
     } else {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(BAP_KERNELS_WARPGROUP_BOUND(WarpgroupLayout<Ti
   static_assert(sizeof(scalar_t) == 2, "operands of 16 bits alone can be transposed");
   const WeightPlan plan = weight_plan<Tile, sizeof(scalar_t)>(p);
   if (plan.first_column >= plan.used) return;
-  begin_stages<Tile>();
+  begin_stages<Tile, kWarpgroup>();
   const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (group == WarpgroupLayout<Tile>::kConsumerGroups) {
     produce_weights<scalar_t, Tile>(p, plan);

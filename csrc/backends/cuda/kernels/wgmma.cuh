@@ -31,8 +31,24 @@ __device__ __forceinline__ void arrive_after_copies(int at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(at)) : "memory");
 }
 __device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// What copies have written, and the thread has waited for, is seen by the products that follow.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Arrives, and makes the phase wait for so many bytes of bulk copies besides.
+template <int kBytes>
+__device__ __forceinline__ void arrive_expecting(int at) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "n"(kBytes)
+               : "memory");
+}
+// Starts a copy of kBytes, which the barrier counts as they land. Both addresses are multiples of 16.
+template <int kBytes>
+__device__ __forceinline__ void copy_bulk(int to, const void* from, int barrier) {
+  static_assert(kBytes % 16 == 0, "whole chunks");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "n"(kBytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// What the thread has written, copies that it has waited for among it, is seen by the products and bulk copies that
+// follow: they reach shared memory through another path, the asynchronous proxy.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A barrier of the first kCount threads.
 template <int kCount>
 __device__ __forceinline__ void sync_threads() {
