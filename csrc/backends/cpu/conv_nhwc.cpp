@@ -22,6 +22,8 @@ constexpr int64_t kPixelsPerPackedBlock = 240;
 constexpr int64_t kWeightsNear = 192 * 1024;
 // More prefetches than a core tracks at once would stall it.
 constexpr int64_t kLinesAtOnce = 16;
+// Bytes between the weights that a tile reads and those that it prefetches.
+constexpr int64_t kWeightsAhead = 2048;
 // Bytes of pixels in a block of kStream.
 constexpr int64_t kPixelsNear = 64 * 1024;
 
@@ -118,7 +120,13 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
     if (order == Order::kPanelByPanel) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        if (full_tiles > 0) run(0, rows, panel, full_tiles, false);
+        // The first tile finds the panel in an outer cache and asks for it in advance.
+        t.ahead = reinterpret_cast<const char*>(weight + panel * width * n.depth +
+                                               block.first_step * (n.kept_out - panel * width <= lanes ? lanes : width)) +
+                  kWeightsAhead;
+        if (full_tiles > 0) run(0, rows, panel, 1, false);
+        t.ahead = nullptr;
+        if (full_tiles > 1) run(1, rows, panel, full_tiles - 1, false);
         if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
       }
     } else if (order == Order::kStream) {

@@ -312,6 +312,7 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at
 #pragma GCC unroll 4
       for (int line = 0; line < kWidth; line += kLine) {
         __builtin_prefetch(at.out + r * t.out_row_stride + line * (64 / kLine), 1);
+        if (at.residual) __builtin_prefetch(at.residual + r * t.residual_row_stride + line * (64 / kLine));
       }
     }
   }
