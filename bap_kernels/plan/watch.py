@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,7 +23,26 @@ _MOST_COPIED = 2**16
 # What else than tensors a plan takes over: batch norms' numbers, the lists of gathered layers, switches' thresholds.
 _ATTRIBUTES = ("eps", "lists", "threshold")
 
-_Place = tuple[dict[str, Any], str]
+
+
+class _Places:
+    """Entries of dictionaries, read without a loop in Python: a plan reads hundreds of them at every call."""
+
+    def __init__(self) -> None:
+        self.tables: list[dict[str, Any]] = []
+        self.names: list[str] = []
+
+    def add(self, table: dict[str, Any], name: str) -> None:
+        self.tables.append(table)
+        self.names.append(name)
+
+    def read(self) -> list[Any]:
+        """What they hold now; None for those that are gone."""
+        return list(map(dict.get, self.tables, self.names))
+
+
+def _all_same(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    return all(map(operator.is_, now, before))
 
 
 class Watch:
@@ -39,17 +61,19 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, every: bool = False) -> None:
-        self.values: list[_Place] = []
-        self.objects: list[_Place] = []
-        # Of convolutions: the parameters, how many they were, and whether the plan reads the weight at every call.
-        self.convs: list[tuple[dict[str, Any], int, bool]] = []
+        self.values, self.objects = _Places(), _Places()
+        # Of convolutions: the parameters, how many they were, and those of which the plan reads the weight at every call.
+        self.convs: list[dict[str, Any]] = []
+        self.live: list[dict[str, Any]] = []
         # By layer, {the hook's number: hook}: a plan runs a layer that has hooks as it is.
         self.hooks: list[dict[int, Any]] = []
         for module in model.modules():
             self.hooks += [module._forward_pre_hooks, module._forward_hooks]
             live = not every and isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
             if isinstance(module, nn.Conv2d):
-                self.convs.append((module._parameters, len(module._parameters), live))
+                self.convs.append(module._parameters)
+                if live:
+                    self.live.append(module._parameters)
             copies = isinstance(module, (nn.Conv2d, ParametrizationList))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
@@ -58,41 +82,41 @@ class Watch:
                     copied = False
                     if tensor is not None and holds_values(tensor):
                         copied = copies or every or tensor.numel() <= _MOST_COPIED
-                    (self.values if copied else self.objects).append((table, name))
-            self.objects += [(module.__dict__, name) for name in _ATTRIBUTES if name in module.__dict__]
+                    (self.values if copied else self.objects).add(table, name)
+            for name in _ATTRIBUTES:
+                if name in module.__dict__:
+                    self.objects.add(module.__dict__, name)
+        self.counts = self._counts()
         self.hooked = self._hooked()
-        self.seen = self._objects()
+        self.seen = self.objects.read()
         # Held, so that no other tensor gets their identity.
-        self.held = self._tensors()
+        self.held = self.values.read()
+        self.on_cpu = all(tensor.is_cpu for tensor in self.held)
         self.fingerprint = self._fingerprint(self.held)
 
+    def _counts(self) -> list[int]:
+        return [*map(len, self.hooks), *map(len, self.convs)]
+
     def _hooked(self) -> list[tuple[int, ...]]:
-        return list(map(tuple, self.hooks))
+        return list(map(tuple, filter(None, self.hooks)))
 
-    def _objects(self) -> list[Any]:
-        return [table.get(name) for table, name in self.objects]
-
-    def _tensors(self) -> list[Tensor]:
-        return [table.get(name) for table, name in self.values]  # type: ignore[misc]
-
-    @staticmethod
-    def _fingerprint(tensors: list[Tensor]) -> tuple[bytes, int]:
-        steps = sum(count_steps(tensor) for tensor in tensors if not tensor.is_cpu)
+    def _fingerprint(self, tensors: list[Tensor]) -> tuple[bytes, int]:
+        # One that has moved to a GPU since has another fingerprint for that alone.
+        steps = 0 if self.on_cpu else sum(count_steps(tensor) for tensor in tensors if not tensor.is_cpu)
         return _C.fingerprint(tensors), steps
 
     def changed(self) -> bool:
         """Whether anything that was copied is different now."""
-        if self._hooked() != self.hooked:
+        if self._counts() != self.counts or self._hooked() != self.hooked:
             return True
-        objects = self._objects()
-        if any(now is not before for now, before in zip(objects, self.seen, strict=True)):
+        if not all(map(operator.contains, self.live, repeat("weight"))):
             return True
-        for table, count, live in self.convs:
-            if len(table) != count or (live and "weight" not in table):
-                return True
-        tensors = self._tensors()
-        for now, before in zip(tensors, self.held, strict=True):
-            if now is not before and (now is None or not holds_values(now)):
-                return True
+        if not _all_same(self.objects.read(), self.seen):
+            return True
+        tensors = self.values.read()
+        if not _all_same(tensors, self.held):
+            for now, before in zip(tensors, self.held, strict=True):
+                if now is not before and (now is None or not holds_values(now)):
+                    return True
         with torch.no_grad():
             return self._fingerprint(tensors) != self.fingerprint
