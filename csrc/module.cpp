@@ -12,6 +12,7 @@
 #include "backends/aten/convolution.h"
 #include "backends/aten/gathered_conv2d.h"
 #include "backends/cpu/isa.h"
+#include "backends/cpu/pooling.h"
 #include "backends/cpu/tasks.h"
 #include "backends/cuda/bindings.h"
 #include "dispatch/automatic.h"
@@ -298,6 +299,10 @@ PYBIND11_MODULE(_C, m) {
       "and how it was built.";
   m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2d>::run));
   m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2dFused>::run));
+  m.def("max_pool2d", &max_pool2d, py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("ceil_mode"), py::call_guard<py::gil_scoped_release>());
+  m.def("avg_pool2d", &avg_pool2d, py::arg("x"), py::arg("kernel"), py::arg("stride"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def("set_default_backend", &set_default_backend, py::arg("name"));

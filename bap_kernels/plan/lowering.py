@@ -29,7 +29,7 @@ from bap_kernels.plan import steps
 from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
 from bap_kernels.plan.fuse import FusedConv, fuse
 from bap_kernels.plan.layout import Chain, Fetch, Layout
-from bap_kernels.plan.pooling import global_average, is_global_average
+from bap_kernels.plan.pooling import pooling_of
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.steps import Slot, Step, slots_in
 
@@ -178,8 +178,7 @@ class _Lowering:
                 args = (Slot(reads[0]), *self.with_slots(op, op.args))
                 self.call(op, op.call, args, self.with_slots(op, op.kwargs))
             elif op.kind == "map":
-                call = global_average if is_global_average(op.call) else op.call
-                self.emit(steps.MapStep(call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
+                self.emit(steps.MapStep(pooling_of(op.call) or op.call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
             else:
                 self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_call_name(op.call))
             if width != len(stored):

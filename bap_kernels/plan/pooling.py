@@ -1,44 +1,118 @@
-"""Means of whole images, as most classifiers have them."""
+"""Poolings of a plan's tensors, by our own kernels on CPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bap_kernels._load import _C
 from bap_kernels.flow.ops import Call
 
-__all__ = ["global_average", "is_global_average"]
+__all__ = ["pooling_of"]
 
-# Beyond, the kernel for any window is the slower one.
-_MOST_PIXELS = 256
-
-
-def is_global_average(call: Any) -> bool:
-    """Whether a call of one tensor is ``F.adaptive_avg_pool2d(x, 1)``, as a function or a layer."""
-    if not isinstance(call, Call):
-        return False
-    if isinstance(call.target, nn.AdaptiveAvgPool2d):
-        size = call.target.output_size
-    elif call.target is F.adaptive_avg_pool2d:
-        sizes = (*call.args, *call.kwargs.values())
-        size = sizes[0] if len(sizes) == 1 else None
-    else:
-        return False
-    return size == 1 or (isinstance(size, (tuple, list)) and tuple(size) == (1, 1))
+_Pair = tuple[int, int]
+_MAX_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_AVERAGE_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+# By target of a call, and for layers by class: which pooling it is, and the names of its arguments.
+_POOLINGS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys((nn.MaxPool2d, F.max_pool2d, torch.max_pool2d), ("max", _MAX_ARGUMENTS)),
+    **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), ("average", _AVERAGE_ARGUMENTS)),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), ("adaptive", ("output_size",))),
+}
 
 
-def global_average(x: Tensor) -> Tensor:
-    """The mean of each image, (N, C, H, W) -> (N, C, 1, 1).
+class _Pooling:
+    """A pooling that runs as the model's own call wherever our kernels do not serve."""
 
-    PyTorch's pooling of a window starts in a third of the time of its reduction, which counts between the layers of a
-    network.
+    def __init__(self, call: Callable[[Tensor], Any]) -> None:
+        self.original = call
+
+    def __call__(self, x: Tensor) -> Any:
+        """(N, C, H, W) -> (N, C, H', W')."""
+        return self.original(x) if torch.compiler.is_compiling() else self.run(x)
+
+    def run(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return repr(self.original)
+
+
+class _Max(_Pooling):
+    def __init__(
+        self, call: Callable[[Tensor], Any], kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil: bool
+    ) -> None:
+        super().__init__(call)
+        self.window = kernel, stride, padding, dilation, ceil
+
+    def run(self, x: Tensor) -> Any:
+        return _C.max_pool2d(x, *self.window) if x.dim() == 4 else self.original(x)
+
+
+class _Average(_Pooling):
+    def __init__(self, call: Callable[[Tensor], Any], kernel: _Pair, stride: _Pair) -> None:
+        super().__init__(call)
+        self.window = kernel, stride
+
+    def run(self, x: Tensor) -> Any:
+        return _C.avg_pool2d(x, *self.window) if x.dim() == 4 else self.original(x)
+
+
+class _GlobalAverage(_Pooling):
+    def run(self, x: Tensor) -> Any:
+        if x.dim() != 4 or not x.is_cpu or 0 in x.shape:
+            return self.original(x)
+        size = (x.shape[2], x.shape[3])
+        return _C.avg_pool2d(x, size, size)
+
+
+def _pair(value: Any) -> _Pair | None:
+    """The two integers that a setting stands for; None for anything else."""
+    if type(value) is int:
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) in (1, 2) and all(type(part) is int for part in value):
+        return value[0], value[-1]
+    return None
+
+
+def _settings(call: Any) -> tuple[str, dict[str, Any]]:
+    """Which pooling a call of one tensor is, and its arguments by name; ("", {}) for any other call."""
+    target, args, kwargs = (call.target, call.args, call.kwargs) if isinstance(call, Call) else (call, (), {})
+    is_layer = isinstance(target, nn.Module)
+    kind, names = _POOLINGS.get(type(target) if is_layer else target, ("", ()))
+    if is_layer:
+        return kind, {name: getattr(target, name) for name in names}
+    return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def pooling_of(call: Any) -> _Pooling | None:
+    """The call as a pooling by our kernels, on float32 and bfloat16 tensors of a CPU; None if it is none that they know.
+
+    Max poolings and averages without padding are known, and ``F.adaptive_avg_pool2d(x, 1)``. PyTorch's max pooling
+    finds the places of the maxima as well, and its means start slowly between other layers.
     """
-    if torch.compiler.is_compiling():
-        return F.adaptive_avg_pool2d(x, 1)  # for any size of images
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if last and x.device.type == "cpu" and x.dtype == torch.float32 and 0 < x.shape[2] * x.shape[3] <= _MOST_PIXELS:
-        return F.avg_pool2d(x, x.shape[2:])
-    return F.adaptive_avg_pool2d(x, 1)
+    kind, settings = _settings(call)
+    if kind == "adaptive":
+        size = settings.get("output_size")
+        is_global = size == 1 or (isinstance(size, (tuple, list)) and tuple(size) == (1, 1))
+        return _GlobalAverage(call) if is_global else None
+    if not kind:
+        return None
+    kernel = _pair(settings.get("kernel_size"))
+    stride = kernel if settings.get("stride") in (None, (), []) else _pair(settings["stride"])
+    padding = _pair(settings.get("padding", 0))
+    if kernel is None or stride is None or padding is None:
+        return None
+    ceil = settings.get("ceil_mode", False)
+    if kind == "max":
+        dilation = _pair(settings.get("dilation", 1))
+        if dilation is None or settings.get("return_indices", False) is not False or type(ceil) is not bool:
+            return None
+        return _Max(call, kernel, stride, padding, dilation, ceil)
+    if padding != (0, 0) or ceil is not False or settings.get("divisor_override") is not None:
+        return None
+    return _Average(call, kernel, stride)

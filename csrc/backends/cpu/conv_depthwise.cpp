@@ -1,4 +1,4 @@
-// Driver of depthwise convolutions: each listed channel by a filter of its own.
+// Driver of depthwise convolutions, each listed channel by a filter of its own, and of poolings (see pooling.cpp).
 //   y[j] = relu?(scale[j] * (conv(x[list[j]], w[list[j]]) + bias[list[j]]) + shift[j] + residual[j])
 //   channels_last  tasks are rows of results x groups of channels; inputs are read where they lie, and the pixels whose
 //                  filter reaches beyond the image have fewer taps, one pixel at a time
@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/depthwise.h"
@@ -23,6 +24,7 @@ namespace {
 using micro::DepthwiseArgs;
 using micro::DepthwiseTable;
 using micro::DepthwiseTap;
+using micro::TapOp;
 
 // Slot of thread_scratch: no other driver runs in the same task.
 constexpr int kStripSlot = 0;
@@ -60,10 +62,11 @@ std::pair<int64_t, int64_t> taps_inside(int64_t start, int64_t taps, int64_t dil
 
 class Depthwise {
  public:
-  Depthwise(const NativeCall& n, const float* weight, bool channels_last)
+  Depthwise(const NativeCall& n, TapOp op, const float* weight, bool channels_last)
       : n_(n), weight_(weight), table_(*isa_depthwise()), kernel_h_(n.taps / n.kernel_w) {
     const bool bfloat16 = n.bfloat16;
-    kernel_ = channels_last ? table_.pixels[bfloat16] : table_.planes[bfloat16];
+    kernel_ = (channels_last ? table_.pixels : table_.planes)[static_cast<int>(op)][bfloat16];
+    if (op == TapOp::kMax) fill_ = -std::numeric_limits<float>::infinity();
     phases_ = table_.phases[bfloat16];
     if (channels_last) return;
     const int64_t row_step = row_floats(), phase_step = row_step / n.stride_w;
@@ -102,13 +105,14 @@ class Depthwise {
     const int64_t row_step = row_floats(), phase_step = row_step / n_.stride_w;
     float* strip_inputs = thread_scratch(kStripSlot, in_rows * row_step + table_.lanes);
     const char* plane = n_.pixel(image, 0, 0) + n_.channel(channel) * n_.x_stride_c * n_.element_size();
-    // Rows above and below the image are zeros.
+    // Rows above and below the image are there, but change no result.
     const int64_t top = first * n_.stride_h - n_.pad_top;
     const int64_t begin = std::clamp<int64_t>(-top, 0, in_rows), end = std::clamp(n_.height - top, begin, in_rows);
-    std::fill_n(strip_inputs, begin * row_step, 0.f);
+    std::fill_n(strip_inputs, begin * row_step, fill_);
     phases_({plane + (top + begin) * n_.x_stride_h * n_.element_size(), end - begin, n_.x_stride_h, n_.x_stride_w,
-             n_.width, n_.pad_left, n_.stride_w, phase_step, strip_inputs + begin * row_step, row_step, phase_step});
-    std::fill_n(strip_inputs + end * row_step, (in_rows - end) * row_step, 0.f);
+             n_.width, n_.pad_left, n_.stride_w, phase_step, strip_inputs + begin * row_step, row_step, phase_step,
+             fill_});
+    std::fill_n(strip_inputs + end * row_step, (in_rows - end) * row_step, fill_);
     const int64_t place = ((image * n_.kept_out + channel) * n_.out_h + first) * n_.out_w;
     DepthwiseArgs t = arguments(channel, place);
     t.rows = rows;
@@ -117,7 +121,7 @@ class Depthwise {
     t.x_step = n_.stride_h * row_step;
     t.taps = taps_.data();
     t.tap_count = n_.taps;
-    t.weight = weight_ + channel * n_.taps;
+    t.weight = weight_ ? weight_ + channel * n_.taps : nullptr;
     t.out_step = t.residual_step = n_.out_w;
     kernel_(t);
   }
@@ -168,14 +172,15 @@ class Depthwise {
     t.x_step = n_.stride_w * n_.x_stride_w;
     t.taps = taps.data();
     t.tap_count = static_cast<int64_t>(taps.size());
-    t.weight = weight_ + channel * n_.taps;
+    t.weight = weight_ ? weight_ + channel * n_.taps : nullptr;
     t.out_step = n_.kept_out;
     t.residual_step = n_.residual_pixel / n_.out_size();
     kernel_(t);
   }
 
   const NativeCall& n_;
-  const float* weight_;
+  const float* weight_;  // null: there is none
+  float fill_ = 0;       // of a strip's surroundings
   const DepthwiseTable& table_;
   int64_t kernel_h_;
   void (*kernel_)(const DepthwiseArgs&);
@@ -208,6 +213,16 @@ NativeTasks plane_tasks(const NativeCall& n, const Depthwise& depthwise) {
 
 }  // namespace
 
+int depthwise_threads(const NativeCall& n) {
+  const int64_t products = n.pixels() * n.kept_out * n.taps;
+  return products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+void run_depthwise(const NativeCall& n, TapOp op, const float* weight, bool channels_last) {
+  const Depthwise depthwise(n, op, weight, channels_last);
+  run_tasks(channels_last ? pixel_tasks(n, depthwise) : plane_tasks(n, depthwise));
+}
+
 std::string depthwise_unsupported_reason(const ConvCall& c) {
   if (c.fusion.has_prologue()) return "no native kernel for depthwise convolutions behind an input transform";
   if (c.format() == at::MemoryFormat::ChannelsLast && (has_value(c.in_index) || c.input.stride(1) != 1)) {
@@ -219,15 +234,13 @@ std::string depthwise_unsupported_reason(const ConvCall& c) {
 at::Tensor depthwise_gathered_conv2d(const ConvCall& c) {
   at::Tensor result;
   NativeCall n = prepare_native(c, result);
-  const int64_t products = n.pixels() * n.kept_out * n.taps;
-  n.threads = products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
+  n.threads = depthwise_threads(n);
   const bool last = c.format() == at::MemoryFormat::ChannelsLast;
   const int64_t lanes = isa_depthwise()->lanes;
   const at::Tensor weight =
       PackedCache::instance().get(c, PackedKind::kDepthwise, static_cast<int>(lanes * 2 + (last ? 1 : 0)),
                                   [&] { return pack_weight(n, lanes, last); });
-  const Depthwise depthwise(n, weight.const_data_ptr<float>(), last);
-  run_tasks(last ? pixel_tasks(n, depthwise) : plane_tasks(n, depthwise));
+  run_depthwise(n, TapOp::kFilter, weight.const_data_ptr<float>(), last);
   return result;
 }
 

@@ -121,9 +121,10 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
     if (order == Order::kPanelByPanel) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         // The first tile finds the panel in an outer cache and asks for it in advance.
-        t.ahead = reinterpret_cast<const char*>(weight + panel * width * n.depth +
-                                               block.first_step * (n.kept_out - panel * width <= lanes ? lanes : width)) +
-                  kWeightsAhead;
+        t.ahead =
+            reinterpret_cast<const char*>(weight + panel * width * n.depth +
+                                          block.first_step * (n.kept_out - panel * width <= lanes ? lanes : width)) +
+            kWeightsAhead;
         if (full_tiles > 0) run(0, rows, panel, 1, false);
         t.ahead = nullptr;
         if (full_tiles > 1) run(1, rows, panel, full_tiles - 1, false);

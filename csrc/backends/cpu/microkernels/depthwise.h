@@ -6,6 +6,14 @@
 
 namespace bap_kernels::micro {
 
+// What becomes of a channel's inputs at the taps.
+enum class TapOp {
+  kFilter,  // the sum of their products with a weight: a convolution
+  kMax,     // the largest, NaN where one is NaN: a pooling, without a weight
+  kSum,     // the sum: likewise
+};
+constexpr int kTapOps = 3;
+
 // One tap: where its inputs lie, counted from those of the first tap, and its number in the packed weight.
 struct DepthwiseTap {
   int64_t offset;
@@ -17,7 +25,8 @@ struct DepthwiseTap {
 //           [channels / vector][tap][vector], and scale and shift are vectors
 //   planes  rows are rows of one channel, lanes are output pixels (contiguous results); the weight is [tap], and scale
 //           and shift are numbers
-// y[r][lane] = relu?(scale * sum over taps of weight * x[r * x_step + tap.offset + lane] + shift + residual)
+// y[r][lane] = relu?(scale * (sum over taps of weight * x[r * x_step + tap.offset + lane]) + shift + residual), or the
+// largest or the sum of these x.
 // Nothing past the last lane of the last row is touched, nor between rows.
 struct DepthwiseArgs {
   int64_t rows, lanes;
@@ -38,20 +47,22 @@ struct DepthwiseArgs {
 
 // Rows of a plane, padded, and each phase of a stride by itself:
 //   out[row * row_step + phase * phase_step + i] = in[row * in_row_step + (i * stride + phase - pad) * in_step],
-// or 0 outside of [0, width), for i < length, at most `phase_step`. Up to a whole vector behind each phase is
+// or `fill` outside of [0, width), for i < length, at most `phase_step`. Up to a whole vector behind each phase is
 // overwritten, with anything.
 struct DepthwisePhases {
   const void* in;
   int64_t rows, in_row_step, in_step, width, pad, stride, length;
   float* out;
   int64_t row_step, phase_step;
+  float fill;
 };
 
 struct DepthwiseTable {
   int lanes;
+  // [TapOp][bfloat16]
+  void (*pixels[kTapOps][2])(const DepthwiseArgs&);
+  void (*planes[kTapOps][2])(const DepthwiseArgs&);
   // [bfloat16]
-  void (*pixels[2])(const DepthwiseArgs&);
-  void (*planes[2])(const DepthwiseArgs&);
   void (*phases[2])(const DepthwisePhases&);
 };
 

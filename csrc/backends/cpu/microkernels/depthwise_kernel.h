@@ -1,7 +1,8 @@
-// Depthwise convolutions, written once for every vector width: each row of accumulators has its own inputs, and a tap's
-// weight serves all of them.
+// Depthwise convolutions and poolings, written once for every vector width: each row of accumulators has its own
+// inputs, and a tap's weight serves all of them.
 //   acc[r][lane] = sum over taps of weight(tap, lane) * x(r, tap, lane);  y = min(relu(acc * scale + shift + residual),
 //   out_max)
+// or with the largest of x in place of the sum, or with weights of 1: see TapOp.
 // Included by one source file per instruction set behind tile_kernel.h, inside that file's own anonymous namespace.
 // Accumulates in fp32, taps in order: a result depends on the call alone, never on its place in a tile.
 
@@ -34,7 +35,7 @@ inline __attribute__((always_inline)) void store_floats(uint16_t* p, Vec v, int 
 // kRows rows, kVectors vectors from `lane` on; `count` of the last vector's lanes exist. The others are read in planes,
 // where the driver has put zeros, and not in pixels. They are written, with anything, where `later` says that the
 // result holds them and that whoever calls writes them afterwards.
-template <int kLanes, bool kPixels, class In, class Out, int kRows, int kVectors>
+template <int kLanes, TapOp kOp, bool kPixels, class In, class Out, int kRows, int kVectors>
 inline __attribute__((always_inline)) void depthwise_tile(const DepthwiseArgs& t, int64_t row, int64_t lane, int count,
                                                           bool later) {
   using S = Simd<kLanes, false>;
@@ -43,7 +44,7 @@ inline __attribute__((always_inline)) void depthwise_tile(const DepthwiseArgs& t
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec{};
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = S::broadcast(kOp == TapOp::kMax ? -__builtin_inff() : 0.f);
   }
   const In* x = static_cast<const In*>(t.x) + row * t.x_step + lane;
   const auto weight = [&](int64_t tap, int v) __attribute__((always_inline)) {
@@ -54,11 +55,19 @@ inline __attribute__((always_inline)) void depthwise_tile(const DepthwiseArgs& t
     const In* of_tap = x + tap->offset;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const Vec b = weight(tap->number, v);
+      Vec b{};
+      if constexpr (kOp == TapOp::kFilter) b = weight(tap->number, v);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        acc[r][v] +=
-            b * load_floats<kLanes>(of_tap + r * t.x_step + v * kLanes, kPixels && v + 1 == kVectors ? count : kLanes);
+        const Vec value =
+            load_floats<kLanes>(of_tap + r * t.x_step + v * kLanes, kPixels && v + 1 == kVectors ? count : kLanes);
+        if constexpr (kOp == TapOp::kFilter) {
+          acc[r][v] += b * value;
+        } else if constexpr (kOp == TapOp::kSum) {
+          acc[r][v] += value;
+        } else {
+          acc[r][v] = (value > acc[r][v]) | (value != value) ? value : acc[r][v];
+        }
       }
     }
   }
@@ -89,27 +98,28 @@ inline __attribute__((always_inline)) void depthwise_tile(const DepthwiseArgs& t
 
 // A vector that is cut short comes first: where rows follow each other without a gap, what it writes too much is
 // overwritten by the next row. To write a part of a vector is slow.
-template <int kLanes, bool kPixels, class In, class Out, int kRows>
+template <int kLanes, TapOp kOp, bool kPixels, class In, class Out, int kRows>
 inline __attribute__((always_inline)) void depthwise_rows(const DepthwiseArgs& t, int64_t row) {
   const int64_t cut = t.lanes % kLanes, whole = t.lanes - cut;
   if (cut) {
-    depthwise_tile<kLanes, kPixels, In, Out, kRows, 1>(t, row, whole, static_cast<int>(cut), t.out_step == t.lanes);
+    depthwise_tile<kLanes, kOp, kPixels, In, Out, kRows, 1>(t, row, whole, static_cast<int>(cut),
+                                                            t.out_step == t.lanes);
   }
   int64_t lane = 0;
   for (; whole - lane >= 2 * kLanes; lane += 2 * kLanes) {
-    depthwise_tile<kLanes, kPixels, In, Out, kRows, 2>(t, row, lane, kLanes, false);
+    depthwise_tile<kLanes, kOp, kPixels, In, Out, kRows, 2>(t, row, lane, kLanes, false);
   }
-  if (lane < whole) depthwise_tile<kLanes, kPixels, In, Out, kRows, 1>(t, row, lane, kLanes, false);
+  if (lane < whole) depthwise_tile<kLanes, kOp, kPixels, In, Out, kRows, 1>(t, row, lane, kLanes, false);
 }
 
-template <int kLanes, bool kPixels, class In, class Out>
+template <int kLanes, TapOp kOp, bool kPixels, class In, class Out>
 void depthwise_kernel(const DepthwiseArgs& t) {
   int64_t row = 0;
   for (; t.rows - row >= kDepthwiseRows; row += kDepthwiseRows) {
-    depthwise_rows<kLanes, kPixels, In, Out, kDepthwiseRows>(t, row);
+    depthwise_rows<kLanes, kOp, kPixels, In, Out, kDepthwiseRows>(t, row);
   }
-  for (; t.rows - row >= 3; row += 3) depthwise_rows<kLanes, kPixels, In, Out, 3>(t, row);
-  for (; row < t.rows; ++row) depthwise_rows<kLanes, kPixels, In, Out, 1>(t, row);
+  for (; t.rows - row >= 3; row += 3) depthwise_rows<kLanes, kOp, kPixels, In, Out, 3>(t, row);
+  for (; row < t.rows; ++row) depthwise_rows<kLanes, kOp, kPixels, In, Out, 1>(t, row);
 }
 
 // The even elements of two vectors, one after the other.
@@ -138,7 +148,7 @@ inline __attribute__((always_inline)) void copy_phase(const DepthwisePhases& t, 
                                                       int64_t before, int64_t first, int64_t last) {
   using S = Simd<kLanes, false>;
   using Vec = typename S::Vec;
-  for (int64_t i = 0; i < first; ++i) out[i] = 0.f;
+  for (int64_t i = 0; i < first; ++i) out[i] = t.fill;
   int64_t i = first;
   if (t.in_step == 1 && t.stride <= 2) {
     for (; i < last; i += kLanes) {
@@ -154,7 +164,7 @@ inline __attribute__((always_inline)) void copy_phase(const DepthwisePhases& t, 
     }
   }
   for (; i < last; ++i) out[i] = float_of(in[(i * t.stride - before) * t.in_step]);
-  for (i = last; i < t.length; ++i) out[i] = 0.f;
+  for (i = last; i < t.length; ++i) out[i] = t.fill;
 }
 
 template <int kLanes, class In>
@@ -172,14 +182,22 @@ void depthwise_phases(const DepthwisePhases& t) {
   }
 }
 
+template <int kLanes, TapOp kOp>
+constexpr void fill_tap_op(DepthwiseTable& table) {
+  constexpr int op = static_cast<int>(kOp);
+  table.pixels[op][0] = depthwise_kernel<kLanes, kOp, true, float, float>;
+  table.pixels[op][1] = depthwise_kernel<kLanes, kOp, true, uint16_t, uint16_t>;
+  table.planes[op][0] = depthwise_kernel<kLanes, kOp, false, float, float>;
+  table.planes[op][1] = depthwise_kernel<kLanes, kOp, false, float, uint16_t>;
+}
+
 template <int kLanes>
 constexpr DepthwiseTable make_depthwise_table() {
   DepthwiseTable table{};
   table.lanes = kLanes;
-  table.pixels[0] = depthwise_kernel<kLanes, true, float, float>;
-  table.pixels[1] = depthwise_kernel<kLanes, true, uint16_t, uint16_t>;
-  table.planes[0] = depthwise_kernel<kLanes, false, float, float>;
-  table.planes[1] = depthwise_kernel<kLanes, false, float, uint16_t>;
+  fill_tap_op<kLanes, TapOp::kFilter>(table);
+  fill_tap_op<kLanes, TapOp::kMax>(table);
+  fill_tap_op<kLanes, TapOp::kSum>(table);
   table.phases[0] = depthwise_phases<kLanes, float>;
   table.phases[1] = depthwise_phases<kLanes, uint16_t>;
   return table;

@@ -1,0 +1,88 @@
+// See pooling.h.
+#include "backends/cpu/pooling.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/native/Pool.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/max_pool2d.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "backends/cpu/depthwise.h"
+#include "backends/cpu/isa.h"
+
+namespace bap_kernels {
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+
+// Whether calling a kernel directly is what PyTorch's dispatcher would do: a plain tensor of this CPU, nothing that
+// records or transforms calls, and no gradient.
+bool is_plain(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet kPlain = c10::DispatchKeySet(
+      {c10::DispatchKey::Dense, c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
+       c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::AutocastCPU});
+  if (isa_depthwise() == nullptr || (x.key_set().raw_repr() & ~kPlain.raw_repr()) != 0) return false;
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  for (const auto key : {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
+    if (included.has(key)) return false;
+  }
+  if (at::autocast::is_autocast_enabled(at::kCPU)) return false;
+  return !x.requires_grad() || !c10::GradMode::is_enabled();
+}
+
+bool serves(const at::Tensor& x) {
+  const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+  if (!is_plain(x) || !known || x.dim() != 4 || x.numel() == 0 || x.is_conj() || x.is_neg()) return false;
+  return x.suggest_memory_format() == at::MemoryFormat::Contiguous || x.stride(1) == 1;
+}
+
+at::Tensor pool(const at::Tensor& x, micro::TapOp op, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                bool ceil_mode) {
+  NativeCall n = native_source(x, 1, kernel);
+  n.out_bfloat16 = n.bfloat16;
+  n.stride_h = stride[0], n.stride_w = stride[1];
+  n.pad_top = padding[0], n.pad_left = padding[1];
+  n.dilation_h = dilation[0], n.dilation_w = dilation[1];
+  n.kept_out = x.size(1);
+  using at::native::pooling_output_shape;
+  n.out_h = pooling_output_shape<int64_t>(n.height, kernel[0], padding[0], stride[0], dilation[0], ceil_mode);
+  n.out_w = pooling_output_shape<int64_t>(n.width, kernel[1], padding[1], stride[1], dilation[1], ceil_mode);
+  if (op == micro::TapOp::kSum) {
+    n.scale.assign(round_up(n.kept_out, isa_depthwise()->lanes), 1.f / static_cast<float>(n.taps));
+  }
+  const at::MemoryFormat format = x.suggest_memory_format();
+  const at::Tensor result = at::empty({n.batch, n.kept_out, n.out_h, n.out_w}, x.options().memory_format(format));
+  n.y = static_cast<char*>(result.mutable_data_ptr());
+  n.threads = depthwise_threads(n);
+  run_depthwise(n, op, nullptr, format == at::MemoryFormat::ChannelsLast);
+  return result;
+}
+
+// Whether the window is one that PyTorch takes, and lies inside of the padded image; else it says what is wrong.
+bool fits(const at::Tensor& x, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
+    if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0) return false;
+    if (padding[axis] > reach / 2 || reach > x.size(2 + axis) + 2 * padding[axis]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+at::Tensor max_pool2d(const at::Tensor& x, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+  if (!serves(x) || !fits(x, kernel, stride, padding, dilation)) {
+    return at::max_pool2d(x, kernel, stride, padding, dilation, ceil_mode);
+  }
+  return pool(x, micro::TapOp::kMax, kernel, stride, padding, dilation, ceil_mode);
+}
+
+at::Tensor avg_pool2d(const at::Tensor& x, Pair kernel, Pair stride) {
+  if (!serves(x) || !fits(x, kernel, stride, {0, 0}, {1, 1})) return at::avg_pool2d(x, kernel, stride);
+  return pool(x, micro::TapOp::kSum, kernel, stride, {0, 0}, {1, 1}, false);
+}
+
+}  // namespace bap_kernels
