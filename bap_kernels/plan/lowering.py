@@ -178,7 +178,8 @@ class _Lowering:
                 args = (Slot(reads[0]), *self.with_slots(op, op.args))
                 self.call(op, op.call, args, self.with_slots(op, op.kwargs))
             elif op.kind == "map":
-                self.emit(steps.MapStep(pooling_of(op.call) or op.call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
+                call = pooling_of(op.call) or op.call
+                self.emit(steps.MapStep(call, op.act, reads[0], self.slot[out]), op, note=_call_name(op.call))
             else:
                 self.emit(steps.BinaryStep(op.call, reads, self.slot[out]), op, note=_call_name(op.call))
             if width != len(stored):

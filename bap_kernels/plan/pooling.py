@@ -90,7 +90,7 @@ def _settings(call: Any) -> tuple[str, dict[str, Any]]:
 
 
 def pooling_of(call: Any) -> _Pooling | None:
-    """The call as a pooling by our kernels, on float32 and bfloat16 tensors of a CPU; None if it is none that they know.
+    """The call as a pooling by our kernels, on float32 and bfloat16 tensors of a CPU; None if they do not know it.
 
     Max poolings and averages without padding are known, and ``F.adaptive_avg_pool2d(x, 1)``. PyTorch's max pooling
     finds the places of the maxima as well, and its means start slowly between other layers.

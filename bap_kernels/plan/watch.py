@@ -24,7 +24,6 @@ _MOST_COPIED = 2**16
 _ATTRIBUTES = ("eps", "lists", "threshold")
 
 
-
 class _Places:
     """Entries of dictionaries, read without a loop in Python: a plan reads hundreds of them at every call."""
 
@@ -62,7 +61,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, every: bool = False) -> None:
         self.values, self.objects = _Places(), _Places()
-        # Of convolutions: the parameters, how many they were, and those of which the plan reads the weight at every call.
+        # Parameters of convolutions; of some of these the plan reads the weight at every call.
         self.convs: list[dict[str, Any]] = []
         self.live: list[dict[str, Any]] = []
         # By layer, {the hook's number: hook}: a plan runs a layer that has hooks as it is.

@@ -149,9 +149,7 @@ def test_equal_on_any_number_of_threads(layout: torch.memory_format) -> None:
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(
-                (_C.max_pool2d(x, (3, 3), (2, 2), (1, 1), (1, 1), False), _C.avg_pool2d(x, (3, 3), (2, 2)))
-            )
+            results.append((_C.max_pool2d(x, (3, 3), (2, 2), (1, 1), (1, 1), False), _C.avg_pool2d(x, (3, 3), (2, 2))))
     finally:
         torch.set_num_threads(before)
     for one, other in itertools.pairwise(results):
