@@ -33,7 +33,7 @@ constexpr int64_t kStripFloats = 4096;
 // Below this a second thread costs more to wake than it saves.
 constexpr int64_t kProductsPerThread = 200'000;
 // Rows of results for each thread, from which on they alone are shared out.
-constexpr int64_t kRowsPerThread = 8;
+constexpr int64_t kRowsPerThread = 7;
 
 // channels_last: [channels / lanes][tap][lanes], zeros behind the last channel. Else [channel][tap].
 at::Tensor pack_weight(const NativeCall& n, int64_t lanes, bool channels_last) {

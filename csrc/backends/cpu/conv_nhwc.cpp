@@ -68,10 +68,10 @@ struct Reduction {
 };
 
 // Output pixels [begin, end), whose channels are packed together where they are packed at all, x weight panels
-// [first_panel, last_panel).
+// [first_panel, last_panel). `first`: nothing has read the weights before.
 void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& reduction, PixelSource& source,
-               const float* weight, Order order, bool& out_near, int64_t begin, int64_t end, int64_t first_panel,
-               int64_t last_panel) {
+               const float* weight, Order order, bool first, bool& out_near, int64_t begin, int64_t end,
+               int64_t first_panel, int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
   auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * access.runs * rows * 2));
@@ -117,16 +117,20 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
       t.residual_step = along_panels ? t.out_step : rows * n.residual_pixel;
       n.tiles->conv_nhwc[tile_rows - 1][vectors - 1](t);
     };
+    // The same where the panels come from an outer cache: the kernel asks for them in advance.
+    const auto run_far = [&](int64_t tile, int64_t tile_rows, int64_t panel, int64_t count, bool along_panels) {
+      const int64_t channel = panel * width, vectors = n.kept_out - channel <= lanes ? 1 : 2;
+      const char* before = t.ahead;
+      t.ahead = reinterpret_cast<const char*>(weight + channel * n.depth + block.first_step * vectors * lanes) +
+                kWeightsAhead;
+      run(tile, tile_rows, panel, count, along_panels);
+      t.ahead = before;
+    };
     const int64_t full_panels = std::min(last_panel, n.kept_out / width) - first_panel;
     if (order == Order::kPanelByPanel) {
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         // The first tile finds the panel in an outer cache and asks for it in advance.
-        t.ahead =
-            reinterpret_cast<const char*>(weight + panel * width * n.depth +
-                                          block.first_step * (n.kept_out - panel * width <= lanes ? lanes : width)) +
-            kWeightsAhead;
-        if (full_tiles > 0) run(0, rows, panel, 1, false);
-        t.ahead = nullptr;
+        if (full_tiles > 0) run_far(0, rows, panel, 1, false);
         if (full_tiles > 1) run(1, rows, panel, full_tiles - 1, false);
         if (last_rows > 0) run(full_tiles, last_rows, panel, 1, false);
       }
@@ -139,9 +143,11 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
         if (full_tiles == 1) {
           run(0, rows, first_panel + panel, count, true);
         } else {
-          for (int64_t p = panel; p < panel + count; ++p) {
-            run(0, rows, first_panel + p, full_tiles, false);
-            if (t.ahead) t.ahead += full_tiles * panel_bytes;
+          const int64_t far = first ? 1 : 0;
+          for (int64_t p = first_panel + panel; p < first_panel + panel + count; ++p) {
+            if (first) run_far(0, rows, p, 1, false);
+            run(far, rows, p, full_tiles - far, false);
+            if (t.ahead) t.ahead += (full_tiles - far) * panel_bytes;
           }
         }
         panel += count;
@@ -183,7 +189,8 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
         for (int64_t c = 0; c < chunks; ++c) {
           if (ahead) source.prefetch(next, rows * c / chunks, rows * (c + 1) / chunks);
           const int64_t p = full_panels * c / chunks, q = full_panels * (c + 1) / chunks;
-          if (q > p) run(tile, tile_rows, first_panel + p, q - p, true);
+          if (q > p && first && tile == 0) run_far(tile, tile_rows, first_panel + p, q - p, true);
+          if (q > p && !(first && tile == 0)) run(tile, tile_rows, first_panel + p, q - p, true);
         }
         if (full_panels < panels) run(tile, tile_rows, last_panel - 1, 1, true);
       }
@@ -207,8 +214,8 @@ void run_task(const NativeCall& n, const PixelAccess& access, const Reduction& r
   }
   bool out_near = false;
   for (int64_t first = begin; first < end; first += pixels) {
-    run_block(n, access, reduction, source, weight, order, out_near, first, std::min(end, first + pixels), first_panel,
-              last_panel);
+    run_block(n, access, reduction, source, weight, order, first == begin, out_near, first,
+              std::min(end, first + pixels), first_panel, last_panel);
   }
 }
 

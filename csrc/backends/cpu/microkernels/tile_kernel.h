@@ -304,7 +304,8 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at
   constexpr int kWidth = kVectors * kLanes;
   Vec acc[kRows][kVectors];
   if (!t.store_partial && !t.out_near) {
-    // The result's lines are fetched while the sums are built, so that the stores at the end do not wait for them.
+    // The lines of the result and the residual are fetched while the sums are built, so that the end does not wait for
+    // them.
     // Of a bfloat16 row that is not aligned to lines, the second is the next panel's first.
     constexpr int kLine = kPairs ? 32 : 16;
 #pragma GCC unroll 16
@@ -312,7 +313,15 @@ inline __attribute__((always_inline)) void one_tile(const TileArgs& t, Place& at
 #pragma GCC unroll 4
       for (int line = 0; line < kWidth; line += kLine) {
         __builtin_prefetch(at.out + r * t.out_row_stride + line * (64 / kLine), 1);
-        if (at.residual) __builtin_prefetch(at.residual + r * t.residual_row_stride + line * (64 / kLine));
+      }
+    }
+    if (at.residual) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int line = 0; line < kWidth; line += kLine) {
+          __builtin_prefetch(at.residual + r * t.residual_row_stride + line * (64 / kLine));
+        }
       }
     }
   }
