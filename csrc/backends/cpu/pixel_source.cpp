@@ -2,6 +2,7 @@
 #include "backends/cpu/pixel_source.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace bap_kernels {
 namespace {
@@ -9,6 +10,8 @@ namespace {
 constexpr int kPanelSlot = 2;
 // With fewer results per pixel, copying its channels costs more than the shorter loops save.
 constexpr int64_t kPackedFrom = 32;
+// Taps of fewer channels make loops so short that rows which need no gather are copied in any case.
+constexpr int64_t kFewChannels = 16;
 // Pixels at a multiple of this distance share the sets of the L1 cache: a tile of 14 has too many for its ways.
 constexpr int64_t kSetBytes = 4096;
 
@@ -35,7 +38,9 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
   const ChannelGatherKernel by_vectors = isa_gather(n.pairs);
   const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && by_vectors;
-  direct = in_place && !((mergeable || crowded) && n.kept_out >= kPackedFrom);
+  gapless = in_place && !n.in_index && !n.bfloat16 && n.x_stride_w == n.units;
+  const bool copied = n.kept_out >= kPackedFrom || (gapless && n.units < kFewChannels && mergeable);
+  direct = in_place && !((mergeable || crowded) && copied);
   merged = !direct && mergeable;
   runs = merged ? n.taps / n.kernel_w : n.taps;
   steps = merged ? n.kernel_w * n.units : n.units;
@@ -96,11 +101,22 @@ void PixelSource::pointers(int64_t begin, int64_t end, int64_t rows, const float
   const int64_t area = n_.out_h * n_.out_w;
   int64_t image = begin / area, oh = begin % area / n_.out_w, ow = begin % n_.out_w;
   for (int64_t tile = begin; tile < end; tile += rows, table += access_.runs * rows) {
-    for (int64_t r = 0; r < std::min(rows, end - tile); ++r) {
+    const int64_t last = std::min(rows, end - tile);
+    for (int64_t r = 0; r < last;) {
+      const int64_t count = std::min(last - r, n_.out_w - ow);  // pixels of one row of the result
       for (int64_t run = 0; run < access_.runs; ++run) {
-        table[run * rows + r] = run_pointer(image, oh, ow, tile - begin + r, run);
+        const float** pointer = table + run * rows + r;
+        if (access_.merged) {
+          const float* first = run_pointer(image, oh, ow, 0, run);
+          const int64_t step = first == zeros_ ? 0 : n_.stride_w * n_.units;
+          for (int64_t i = 0; i < count; ++i) pointer[i] = first + i * step;
+        } else {
+          for (int64_t i = 0; i < count; ++i) pointer[i] = run_pointer(image, oh, ow + i, tile - begin + r + i, run);
+        }
       }
-      if (++ow == n_.out_w) {
+      r += count;
+      ow += count;
+      if (ow == n_.out_w) {
         ow = 0;
         if (++oh == n_.out_h) oh = 0, ++image;
       }
@@ -183,6 +199,10 @@ void PixelSource::pack_rows(int64_t begin, int64_t end) {
 
 void PixelSource::pack_run(const char* pixel, int64_t apart, int64_t count, float* dst) const {
   const int64_t step = apart * n_.x_stride_w;
+  if (access_.gapless && apart == 1 && access_.pixel_floats == n_.units) {
+    std::memcpy(dst, pixel, static_cast<size_t>(count * n_.units) * sizeof(float));
+    return;
+  }
   if (access_.gather) {
     access_.gather({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in, n_.kept_in,
                     access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});

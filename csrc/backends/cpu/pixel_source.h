@@ -16,6 +16,7 @@ namespace bap_kernels {
 // bfloat16, a fused prologue, strided channels.
 struct PixelAccess {
   bool direct, merged;
+  bool gapless;  // all channels of float pixels that follow one another: a run of pixels is copied as it is
   int64_t runs, steps;
   int64_t pixel_floats;                  // from one packed pixel to the next
   ChannelGatherKernel gather = nullptr;  // null where plain loops copy the channels
