@@ -162,7 +162,9 @@ def test_invalid_with_cuda_setting_raises() -> None:
         ("8.0;9.0a 12.0+PTX", (13, 0), ("8.0", "9.0a", "12.0+PTX")),
     ],
 )
-def test_cuda_archs_follow_request_or_nvcc(requested: str | None, nvcc: tuple[int, ...], expected: tuple[str, ...]) -> None:
+def test_cuda_archs_follow_request_or_nvcc(
+    requested: str | None, nvcc: tuple[int, ...], expected: tuple[str, ...]
+) -> None:
     assert cuda_archs(requested, nvcc) == expected
 
 
@@ -248,7 +250,12 @@ def test_wheel_names_its_torch_and_the_cuda_that_it_must_have(setting: str, labe
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("torch>=2.11", "torch==2.15.*"), ("torch", "torch==2.15.*"), ("torch-pruning", "torch-pruning"), ("torchvision", "torchvision")],
+    [
+        ("torch>=2.11", "torch==2.15.*"),
+        ("torch", "torch==2.15.*"),
+        ("torch-pruning", "torch-pruning"),
+        ("torchvision", "torchvision"),
+    ],
 )
 def test_wheel_requires_the_torch_that_it_was_built_with(given: str, expected: str) -> None:
     assert wheel_requirements(["numpy>=1.26", given], TORCH) == ["numpy>=1.26", expected]

@@ -39,8 +39,11 @@ def stub_arguments(name: str) -> list[tuple[str, bool]]:
 
 def test_names_are_the_same() -> None:
     compiled = {name for name in dir(_C) if not name.startswith("__")}
-    others = [node.name if isinstance(node, ast.ClassDef) else ast.unparse(node.target) for node in STUB.body
-              if isinstance(node, ast.ClassDef | ast.AnnAssign)]
+    others = [
+        node.name if isinstance(node, ast.ClassDef) else ast.unparse(node.target)
+        for node in STUB.body
+        if isinstance(node, ast.ClassDef | ast.AnnAssign)
+    ]
     assert compiled == {*FUNCTIONS, *others}
 
 
