@@ -14,7 +14,7 @@ from torch import fx, nn
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import call_rule, has_hooks, out_of_place, rule_of
 from bap_kernels.nn.call_graph import record_calls
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d
+from bap_kernels.nn.domain_norms import DomainBatchNorm2d
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.switched import SwitchedConv2d

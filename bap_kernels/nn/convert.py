@@ -11,7 +11,8 @@ from torch import nn
 from bap_kernels.flow.norms import depends_on_data, norm_parts
 from bap_kernels.nn.consumers import link_readers_
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.nn.domain_layers import DomainBatchNorm2d, DomainConv2d, DomainHead, DomainLinear, DomainNorm
+from bap_kernels.nn.domain_heads import DomainConv2d, DomainHead, DomainLinear
+from bap_kernels.nn.domain_norms import DomainBatchNorm2d, DomainNorm
 from bap_kernels.nn.heads import Choice, Numbers, chosen_heads
 from bap_kernels.nn.per_domain import checked_names, domain_layers
 from bap_kernels.nn.replaceable import OWN_FORWARD, has_own_forward, refuse_own_forward, unsupported_reason

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bap_kernels.flow.ops import rule_of
 from bap_kernels.nn.call_graph import record_calls
-from bap_kernels.nn.domain_layers import outputs_of
+from bap_kernels.nn.domain_heads import outputs_of
 from bap_kernels.nn.module_copy import copy_modules
 from bap_kernels.nn.per_domain import PerDomain, domain_layers
 from bap_kernels.nn.replaceable import refuse_own_forward

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bap_kernels.layer_kinds import DomainLayer
-from bap_kernels.nn.domain_layers import DomainNorm
+from bap_kernels.nn.domain_norms import DomainNorm
 from bap_kernels.nn.domains import set_domain
 
 __all__ = ["recalibrate_bn"]

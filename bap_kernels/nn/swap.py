@@ -12,7 +12,7 @@ from bap_kernels._warn import warn
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.norms import depends_on_data, is_norm
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.nn.domain_layers import DomainHead
+from bap_kernels.nn.domain_heads import DomainHead
 from bap_kernels.nn.heads import shared_classifiers
 from bap_kernels.nn.per_domain import domain_layers
 from bap_kernels.nn.replaceable import OWN_FORWARD, refuse_own_forward, unsupported_reason
