@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module imports from its own layer and from those below; a name stands for its package too.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -26,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap_kernels._refused",),
     ("bap_kernels.info",),
     ("bap_kernels",),
-    ("bap_kernels.reference", "bap_kernels.testing", "bap_kernels.testing_switched"),
+    ("bap_kernels.reference", "bap_kernels.testing", "bap_kernels.testing_cases", "bap_kernels.testing_switched"),
     ("bap_kernels.verify.cases", "bap_kernels.verify.child", "bap_kernels.verify.__main__"),
     ("bap.files", "bap._moved"),
     ("bap.data", "bap.models"),
