@@ -35,10 +35,10 @@ from bap_kernels.flow.ops import (
 from bap_kernels.flow.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.plan.domain_view import frozen, lists_of
-from bap_kernels.plan.effective_conv import conv_of, effective_conv
+from bap_kernels.plan.effective_conv import conv_of, effective_conv, is_plain, not_lowered_reason
 from bap_kernels.plan.recorded_steps import Specs
 
-__all__ = ["Builder", "is_plain"]
+__all__ = ["Builder"]
 
 
 class Builder:
@@ -133,7 +133,7 @@ class Builder:
     def _note_convolutions(self, name: str, target: Any) -> None:
         """Notes why each convolution in a step without a rule has none."""
         if isinstance(target, nn.Conv2d):
-            self.not_lowered[name] = _not_lowered_reason(target)
+            self.not_lowered[name] = not_lowered_reason(target)
         elif isinstance(target, nn.Module):
             for inner, module in target.named_modules():
                 if isinstance(module, nn.Conv2d):
@@ -342,20 +342,9 @@ class Builder:
             pad = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
             padding = (0, 0)
             x = self._add_op(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=pad)
-        lists = lists_of(conv, self.domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
-        listed_in, listed_out = lists._host
-        reads = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
-        writes = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
-        if isinstance(conv, MaskedConv2d):
-            listed = writes
-            writes = np.full(conv.out_channels, -1)
-            writes[listed] = listed
-        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups != 1
-        if depthwise:
-            reads = np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else writes
+        kind, reads, writes = _channels_of(conv, self.domain)
         if not (writes >= 0).any():
             return False
-        kind = "depthwise" if depthwise else ("conv" if conv.groups == 1 else "grouped")
         fields = {"module": conv, "name": name, "reads": reads, "writes": writes}
         return self._add(node, kind=kind, inputs=[x], fixed=fixed, padding=padding, **fields)
 
@@ -418,24 +407,26 @@ class Builder:
         return self._add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
 
 
-def is_plain(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is one of PyTorch's or the package's own with parameters of its own."""
-    computed = conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv)
-    return type(conv) in (nn.Conv2d, GatheredConv2d, MaskedConv2d) and not computed
+def _channels_of(conv: nn.Conv2d, domain: str | None) -> tuple[str, Channels, Channels]:
+    """The kind of a convolution, and the channels that it reads and writes; -1 where it writes zeros."""
+    lists = lists_of(conv, domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
+    listed_in, listed_out = lists._host
+    reads = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
+    writes = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
+    if isinstance(conv, MaskedConv2d):
+        listed = writes
+        writes = np.full(conv.out_channels, -1)
+        writes[listed] = listed
+    if conv.groups == 1:
+        return "conv", reads, writes
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
+        return "grouped", reads, writes
+    return "depthwise", np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else writes, writes
 
 
 def _leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """PReLU with a slope for each channel, (1, C, 1, 1)."""
     return torch.where(x > 0, x, x * slopes)
-
-
-def _not_lowered_reason(conv: nn.Conv2d) -> str:
-    """Why a plan has no rule for a convolution."""
-    if has_hooks(conv):
-        return "it has hooks"
-    if not is_plain(conv) and not is_same_padded_conv(conv):
-        return f"{type(conv).__name__} computes something else than one convolution with a fixed weight"
-    return "its input has no batch axis, it is called with keywords, or it writes no channel"
 
 
 def _itself(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The plain convolution that a layer of an unknown class computes, found by calling it."""
+"""Which convolutions a plan can compute, and the plain one that a layer of an unknown class computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
-from bap_kernels.flow.ops import has_hooks
-from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.flow.ops import has_hooks, is_same_padded_conv
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 
-__all__ = ["conv_of", "effective_conv"]
+__all__ = ["conv_of", "effective_conv", "is_plain", "not_lowered_reason"]
 
 
 class _ConvCalls(TorchFunctionMode):
@@ -112,3 +112,18 @@ def effective_conv(conv: nn.Conv2d) -> nn.Conv2d | None:
             return plain
         kept = [None if tensor is None else nn.Parameter(tensor.detach().clone(), False) for tensor in (filters, bias)]
         return conv_of(kept[0], kept[1], first[2:])
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one of PyTorch's or the package's own with parameters of its own."""
+    computed = conv._parameters.get("weight") is None or nn.utils.parametrize.is_parametrized(conv)
+    return type(conv) in (nn.Conv2d, GatheredConv2d, MaskedConv2d) and not computed
+
+
+def not_lowered_reason(conv: nn.Conv2d) -> str:
+    """Why a plan has no rule for a convolution."""
+    if has_hooks(conv):
+        return "it has hooks"
+    if not is_plain(conv) and not is_same_padded_conv(conv):
+        return f"{type(conv).__name__} computes something else than one convolution with a fixed weight"
+    return "its input has no batch axis, it is called with keywords, or it writes no channel"

@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from bap_kernels._load import _C
-from bap_kernels._values import holds_values
-from bap_kernels.flow.graph import first_reasons
+from bap_kernels.flow.graph import Graph, first_reasons
 from bap_kernels.flow.liveness import Liveness
-from bap_kernels.flow.norms import norm_parts
 from bap_kernels.layer_kinds import PlannedModel
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
-from bap_kernels.nn.replaceable import has_own_forward
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import largest_error, not_finite, tolerance_of
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
+from bap_kernels.plan.inputs import check_inputs, refuse_without_values
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
@@ -37,39 +35,6 @@ __all__ = ["PlannedNetwork", "plan"]
 
 # Which dtype autocast gives on the device of a plan; None outside of it.
 _Cast = torch.dtype | None
-
-
-def _same(given: Any, known: Any) -> bool:
-    """Whether an argument that is no tensor is what it was in the example."""
-    if isinstance(known, Tensor):
-        return isinstance(given, Tensor)
-    if isinstance(known, (list, tuple)):
-        alike = type(given) is type(known) and len(given) == len(known)
-        return alike and all(_same(*pair) for pair in zip(given, known, strict=True))
-    if isinstance(known, dict):
-        return (
-            type(given) is type(known) and list(given) == list(known) and all(_same(given[k], known[k]) for k in known)
-        )
-    return given is known or (type(given) is type(known) and bool(given == known))
-
-
-def _refuse_without_values(model: nn.Module, example: tuple[Any, ...]) -> None:
-    """Refuses what a plan cannot read: tensors on meta, in parts (DTensor), quantised by a subclass, mapped over."""
-    named = {f"input {number}": value for number, value in enumerate(example) if isinstance(value, Tensor)}
-    for name, module in model.named_modules():
-        if has_own_forward(module):
-            continue  # called as it is
-        if isinstance(module, nn.Conv2d) or norm_parts(module) is not None:
-            tensors = {**module._parameters, **module._buffers}
-            named.update({f"{name}.{key}": value for key, value in tensors.items() if value is not None})
-    for name, tensor in named.items():
-        if holds_values(tensor) or tensor.layout != torch.strided:
-            continue
-        kind = "one on the meta device" if tensor.is_meta else f"a {type(tensor).__name__} that stands for others"
-        raise NotImplementedError(
-            f"plan(): expected tensors that hold their own values, got {kind}: {name}. Hint: plan the whole model, "
-            "before it is sharded, quantised or given to torch.func; specialize serves models on the meta device."
-        )
 
 
 class PlannedNetwork(PlannedModel):
@@ -164,9 +129,8 @@ class PlannedNetwork(PlannedModel):
         return self._programs[key]
 
     def _make(self, domain: str | None) -> tuple[Program, float | None]:
-        _refuse_without_values(self.model, self._example)
-        check, tolerance, memory_format = *self._options[:2], self._format()
-        cast = self._cast_now()
+        refuse_without_values(self.model, self._example)
+        check, cast = self._options[0], self._cast_now()
         # Without a check, one recording serves all domains.
         recording = None if check or not same_widths(self.model) else self._recordings.get(cast)
         graph = trace("plan", self.model, self._example, domain, recording=recording)
@@ -176,27 +140,30 @@ class PlannedNetwork(PlannedModel):
             graph.warn_if_nothing("plan")
         first = next((x for x in self._example if isinstance(x, Tensor)), torch.empty(0))
         vector = vector_bytes(first.device)
-        program = lower(graph, Layout(graph, Liveness(graph)), memory_format, first.device, vector)
-        if not check:
-            return program, None
+        program = lower(graph, Layout(graph, Liveness(graph)), self._format(), first.device, vector)
+        return program, self._compared(program, graph) if check else None
+
+    def _compared(self, program: Program, graph: Graph) -> float:
+        """The largest difference from the masked dense network on the example, as a share of its largest number."""
         with self._packed_memory():
             result = call_copied(lambda *inputs: program.run(inputs), self._example, graph.draws)
         share, error, dtype = largest_error(result, graph.expected)
-        limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
-        if not share <= limit:
-            bad = not_finite(dict(self.model.named_modules()), self._example)
-            if bad:
-                raise RuntimeError(
-                    "plan(): expected `model` and `example_input` to hold finite numbers, with which the plan can be "
-                    f"compared with the masked dense network, got {bad}. Hint: channels that are left out count as "
-                    "zeros in a plan, where zero times these numbers would be NaN; `check=False` does not compare."
-                )
+        tolerance = self._options[1]
+        limit = tolerance_of(dtype, self._cast_now()) if tolerance is None else tolerance
+        if share <= limit:
+            return share
+        bad = not_finite(dict(self.model.named_modules()), self._example)
+        if bad:
             raise RuntimeError(
-                f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
-                f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
-                "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
+                "plan(): expected `model` and `example_input` to hold finite numbers, with which the plan can be "
+                f"compared with the masked dense network, got {bad}. Hint: channels that are left out count as "
+                "zeros in a plan, where zero times these numbers would be NaN; `check=False` does not compare."
             )
-        return program, share
+        raise RuntimeError(
+            f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
+            f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
+            "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
+        )
 
     def prepare_domain(self, name: str | Tensor | None, domains: Sequence[str] | None = None) -> Callable[[], None]:
         """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them."""
@@ -277,25 +244,7 @@ class PlannedNetwork(PlannedModel):
             return self._run(inputs)
 
     def _run(self, inputs: tuple[Any, ...]) -> Any:
-        if len(inputs) != len(self._example):
-            raise ValueError(
-                f"PlannedNetwork(): expected {len(self._example)} inputs, as in the example, got {len(inputs)}."
-            )
-        for x, known in zip(inputs, self._example, strict=True):
-            if not isinstance(known, Tensor):
-                if not _same(x, known):
-                    raise ValueError(
-                        f"PlannedNetwork(): expected {known!r} for an input that is no tensor, as in the example, got "
-                        f"{x!r}. Hint: plan again with an example of such inputs."
-                    )
-            elif not isinstance(x, Tensor):
-                raise ValueError(
-                    f"PlannedNetwork(): expected a tensor where the example has one, got {type(x).__name__}. "
-                    "Hint: plan again with an example of such inputs."
-                )
-            elif x.dim() != known.dim() or (known.dim() == 4 and x.shape[1] != known.shape[1]):
-                shape = f"(N, {known.shape[1]}, H, W)" if known.dim() == 4 else f"{known.dim()} dimensions"
-                raise ValueError(f"PlannedNetwork(): expected an input of shape {shape}, got {tuple(x.shape)}.")
+        check_inputs(inputs, self._example)
         if not torch.compiler.is_compiling() and self._watch.changed():
             self._renew()
         # Under another autocast than when the domain was set, plans are made at first use and kept.

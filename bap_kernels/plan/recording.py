@@ -127,7 +127,7 @@ def record(
             result = recorder.run(inputs)
         except Restart:
             if known is None and len(whole) == before:
-                known = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+                known = [obj for obj in gc.get_objects() if issubclass(type(obj), Tensor)]
                 continue
             if len(whole) > before:
                 continue

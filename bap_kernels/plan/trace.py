@@ -26,10 +26,10 @@ from bap_kernels.nn.call_graph import is_layer
 from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
-from bap_kernels.plan.builder import Builder, is_plain
+from bap_kernels.plan.builder import Builder
 from bap_kernels.plan.compare import largest_error, tolerance_of
 from bap_kernels.plan.domain_view import InDomain, domain_set, fixed_lists, in_domain
-from bap_kernels.plan.effective_conv import effective_conv
+from bap_kernels.plan.effective_conv import effective_conv, is_plain
 from bap_kernels.plan.recording import Recording, first_difference, record
 
 __all__ = ["call_copied", "check_reach", "run_masked", "same_widths", "trace"]

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
 from bap_kernels._values import holds_values
-from bap_kernels.plan.builder import is_plain
+from bap_kernels.plan.effective_conv import is_plain
 
 __all__ = ["Watch"]
 
