@@ -13,7 +13,8 @@ from benches import gate, memory, ours
 from benches.cases import Cell
 from benches.machine import commit, cpu_model, versions
 from benches.measure import Bench
-from benches.networks import NetworkBench, NetworkCell
+from benches.network_models import NetworkCell
+from benches.networks import NetworkBench
 from benches.problem import Problem
 from benches.timers import CpuClock, Timed
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 
 import bap_kernels as bk
-from benches.networks import NETWORKS, NetworkBench
+from benches.network_models import NETWORKS
+from benches.networks import NetworkBench
 from benches.report import time_text
 from benches.tables import Table
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benches import ours
-from benches.networks import FEW_CHANNELS
+from benches.network_models import FEW_CHANNELS
 
 COUNTS = (1, 3, 10)
 KINDS = ("planned", "swapped")

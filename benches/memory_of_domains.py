@@ -32,7 +32,8 @@ from benches import gate, held_memory, ours, report
 from benches.cases import LAYOUTS
 from benches.measure import DTYPES
 from benches.memory import can_measure_peak, in_fresh_process, resident_bytes
-from benches.networks import NETWORKS, TOLERANCE, NetworkBench, NetworkCell, in_lists, mask_
+from benches.network_models import NETWORKS, NetworkCell, in_lists, mask_
+from benches.networks import TOLERANCE, NetworkBench
 from benches.problem import MEMORY_FORMATS, normal_tensors
 from benches.rows import Row, row_of
 from benches.running import begin, command_line, finish

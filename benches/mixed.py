@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from benches import memory
 from benches.machine import commit, cpu_model, versions
-from benches.networks import NETWORKS
+from benches.network_models import NETWORKS
 from benches.timers import CpuClock, Spread, Timed, interleave
 
 

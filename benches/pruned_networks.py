@@ -24,7 +24,8 @@ from torch.nn.utils import prune
 
 import bap_kernels as bk
 from benches import gate, ours
-from benches.networks import NETWORKS, TOLERANCE, NetworkBench, mask_
+from benches.network_models import NETWORKS, mask_
+from benches.networks import TOLERANCE, NetworkBench
 from benches.photographs import batches
 from benches.report import time_text
 from benches.tables import Table

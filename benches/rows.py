@@ -25,7 +25,7 @@ class Row:
     """One variant on one cell. Fields that do not apply (to whole networks, to call overhead) are None.
 
     Args:
-        network: ``resnet50`` or another of `benches.networks.NETWORKS`; ``overhead`` for the time of one call.
+        network: ``resnet50`` or another of `benches.network_models.NETWORKS`; ``overhead`` for the time of one call.
         case: Shape in letters; ``network`` for a whole network, ``domains`` for one that serves several domains,
             ``step`` for a whole training step.
         cell: Id shared by the variants of one comparison.

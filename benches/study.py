@@ -17,7 +17,8 @@ from benches import engines, ours, report
 from benches.baselines import BASELINES
 from benches.cases import BATCHES, DENSITIES, LAYOUTS, LISTS, default_cells, full_cells, has_out_lists
 from benches.measure import DTYPES, Bench
-from benches.networks import DEFAULT_NETWORKS, MIN_ROUNDS, NETWORKS, OPT_IN, WHOLE, NetworkBench, network_cells
+from benches.network_models import DEFAULT_NETWORKS, NETWORKS, network_cells
+from benches.networks import MIN_ROUNDS, OPT_IN, WHOLE, NetworkBench
 from benches.overhead import VARIANTS as OVERHEAD_VARIANTS
 from benches.overhead import measure_overhead
 from benches.running import (

@@ -7,7 +7,7 @@ import pytest
 
 from benches.cases import BATCHES, DENSITIES, LAYOUTS
 from benches.conftest import WholeBench
-from benches.networks import NetworkCell, network_cells
+from benches.network_models import NetworkCell, network_cells
 from benches.timers import Timed
 
 VARIANTS = ("dense", "masked", "planned", "pruned", "native", "auto", "aten")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benches import baselines, ours
 from benches.cases import LAYOUTS, Case, Cell
-from benches.networks import DOMAIN, NETWORKS, NetworkCell, in_lists, swap_
+from benches.network_models import DOMAIN, NETWORKS, NetworkCell, in_lists, swap_
 from benches.problem import MEMORY_FORMATS, NumberStore, Problem, normal_tensors
 from benches.tables import Table
 from benches.timers import CpuClock, Timed, interleave

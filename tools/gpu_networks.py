@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import bap_kernels as bk
-from benches.networks import DOMAIN, NETWORKS, in_lists, mask_, swap_
+from benches.network_models import DOMAIN, NETWORKS, in_lists, mask_, swap_
 from benches.timers import Spread, Timed, clock, interleave
 
 Call = Callable[[Tensor], Any]

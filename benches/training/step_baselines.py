@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import ours
-from benches.networks import CROPS, NETWORKS, in_lists
-from benches.photographs import batches
+from benches.network_models import NETWORKS, in_lists
+from benches.photographs import CROPS, batches
 
 DOMAIN = "photographs"
 SIZE = NETWORKS["resnet26"][1]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches import gate, memory, ours
-from benches.networks import CLASSES, conv_flop, in_lists
+from benches.network_models import CLASSES, conv_flop, in_lists
 from benches.photographs import batches
 from benches.problem import MEMORY_FORMATS
 from benches.rows import Row, row_of, with_ratios

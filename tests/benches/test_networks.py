@@ -16,9 +16,22 @@ pytest.importorskip("torchvision")
 
 from bap.export import formats
 
-from benches import compiled, engines, gate, memory_of_domains, networks, ours, packed_memory, report, rows, study
+from benches import (
+    compiled,
+    engines,
+    gate,
+    memory_of_domains,
+    network_models,
+    networks,
+    ours,
+    packed_memory,
+    report,
+    rows,
+    study,
+)
 from benches.memory_of_domains import Served, Serving, timed_row
-from benches.networks import NetworkBench, NetworkCell, network_cells
+from benches.network_models import NetworkCell, network_cells
+from benches.networks import NetworkBench
 from tests.benches.test_study import HEADER
 
 CPU = torch.device("cpu")
@@ -33,7 +46,7 @@ def _tiny() -> nn.Module:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a small network."""
-    monkeypatch.setitem(networks.NETWORKS, "tiny", (_tiny, 16))
+    monkeypatch.setitem(network_models.NETWORKS, "tiny", (_tiny, 16))
     yield "tiny"
     ours.package().use_backend("auto")
     ours.clear_packed()
@@ -42,14 +55,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_network_cells_are_unique_and_begin_with_half_density() -> None:
     default = network_cells((1, 8), (0.5,), ("nchw",))
     assert [cell.network for cell in default] == ["resnet50", "resnet26"] * 2
-    cells = network_cells((1,), (0.75, 0.5), ("nchw",), list(networks.NETWORKS))
-    assert len({cell.id for cell in cells}) == len(cells) == 2 * len(networks.NETWORKS)
+    cells = network_cells((1,), (0.75, 0.5), ("nchw",), list(network_models.NETWORKS))
+    assert len({cell.id for cell in cells}) == len(cells) == 2 * len(network_models.NETWORKS)
     assert cells[0].density == 0.5
 
 
-@pytest.mark.parametrize("network", networks.NETWORKS)
+@pytest.mark.parametrize("network", network_models.NETWORKS)
 def test_networks_accept_their_image_size(network: str) -> None:
-    build, size = networks.NETWORKS[network]
+    build, size = network_models.NETWORKS[network]
     with torch.device("meta"):
         y = build().eval()(torch.empty(2, 3, size, size))
     assert y.shape[0] == 2
@@ -58,12 +71,12 @@ def test_networks_accept_their_image_size(network: str) -> None:
 
 def test_grouped_convolutions_have_no_lists() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
-    assert list(networks.in_lists(model, 0.5, 0)) == ["2"]
+    assert list(network_models.in_lists(model, 0.5, 0)) == ["2"]
 
 
 def test_flop_counts_the_channels_that_a_filter_reads() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 4, 1, bias=False))
-    full, kept = networks.conv_flop(model, torch.zeros(1, 8, 5, 5), {"1": torch.arange(3)})
+    full, kept = network_models.conv_flop(model, torch.zeros(1, 8, 5, 5), {"1": torch.arange(3)})
     depthwise = 2 * 8 * 9 * 9
     assert (full, kept) == (depthwise + 2 * 9 * 4 * 8, depthwise + 2 * 9 * 4 * 3)
 
@@ -198,7 +211,7 @@ def test_memory_of_domains_command(
 ) -> None:
     # The small network does not exist in a new process.
     monkeypatch.setattr(memory_of_domains, "can_measure_peak", lambda: False)
-    monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
+    monkeypatch.setattr(memory_of_domains, "NETWORKS", network_models.NETWORKS)
     arguments = ["--times", "--out", str(tmp_path), "--network", tiny, "--domains", "2", "--batch", "1"]
     assert memory_of_domains.main(arguments) == 0
     assert "Several domains" in capsys.readouterr().out
@@ -210,7 +223,7 @@ def test_memory_of_domains_command(
 
 
 def test_table_of_held_memory(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(memory_of_domains, "NETWORKS", networks.NETWORKS)
+    monkeypatch.setattr(memory_of_domains, "NETWORKS", network_models.NETWORKS)
     printed = []
     for _ in range(2):
         assert memory_of_domains.main(["--network", tiny, "--domains", "4", "--batch", "1"]) == 0

@@ -24,7 +24,7 @@ from benches import baselines, gate, memory, ours, report, rows, study, summary,
 from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
 from benches.machine import Roofline
 from benches.measure import Bench
-from benches.networks import NETWORKS, MaskedInputConv2d, in_lists, mask_
+from benches.network_models import NETWORKS, MaskedInputConv2d, in_lists, mask_
 
 CPU = torch.device("cpu")
 SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bap_kernels import _C
 from benches import winograd
-from benches.networks import NETWORKS
+from benches.network_models import NETWORKS
 
 
 @pytest.mark.parametrize(
