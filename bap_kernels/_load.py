@@ -50,10 +50,10 @@ def _minor(version: str) -> list[str]:
 def _built_with(file: Path) -> str | None:
     """The torch that a library names in its file, for libraries that do not load."""
     try:
-        found = re.search(rb"bap_kernels was built with torch ([\w.+]+)", file.read_bytes())
+        match = re.search(rb"bap_kernels was built with torch ([\w.+]+)", file.read_bytes())
     except OSError:
         return None
-    return found.group(1).decode() if found else None
+    return match.group(1).decode() if match else None
 
 
 def _other_torch(built: str) -> ImportError:

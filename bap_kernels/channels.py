@@ -146,9 +146,9 @@ class ChannelLists:
 
     @classmethod
     def _of(cls, host: tuple[np.ndarray | None, np.ndarray | None], device: torch.device) -> ChannelLists:
-        made = object.__new__(cls)
-        made._fill(host, device)
-        return made
+        lists = object.__new__(cls)
+        lists._fill(host, device)
+        return lists
 
     @classmethod
     def from_mask(

@@ -216,11 +216,11 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 "example goes into `example_input`."
             )
         zeros = find_zeros("ChannelTable.from_weights", model, example_input)
-        table = cls({domain: {name: found.lists for name, found in zeros.items() if found.swappable}})
-        table._notes = {domain: {name: found.note for name, found in zeros.items()}}
-        if all(found.lists.in_index is None for found in zeros.values()):
+        table = cls({domain: {name: layer.lists for name, layer in zeros.items() if layer.swappable}})
+        table._notes = {domain: {name: layer.note for name, layer in zeros.items()}}
+        if all(layer.lists.in_index is None for layer in zeros.values()):
             zero, weights, near = (
-                sum(getattr(found, name) for found in zeros.values())
+                sum(getattr(layer, name) for layer in zeros.values())
                 for name in ("zero_weights", "weights", "near_zero")
             )
             small = f", and {near} slices for a channel are nearly zero, which does not count" if near else ""
@@ -281,11 +281,11 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                         f"ChannelTable.from_masks(): expected `masks` to hold one mask for layer {layer!r} in domain "
                         f"{domain!r}, got two."
                     )
-                found = lists_of_mask(domain, layer, mask, both, modules)
-                domains[domain][layer], notes[domain][layer] = found.lists, found.note
-                widths[domain, layer] = found.widths
-                if found.beyond:
-                    beyond[domain, layer] = found.beyond
+                derived = lists_of_mask(domain, layer, mask, both, modules)
+                domains[domain][layer], notes[domain][layer] = derived.lists, derived.note
+                widths[domain, layer] = derived.widths
+                if derived.beyond:
+                    beyond[domain, layer] = derived.beyond
         if beyond:
             (domain, layer), count = next(iter(beyond.items()))
             hint = "" if model is not None else ", and give `model`, in which they are looked up"

@@ -47,9 +47,9 @@ def tune(model: nn.Module, example: Tensor | tuple[Any, ...], backward: bool = F
         # Deferred: it imports Triton.
         from bap_kernels.triton.tuning import tuning
 
-        with tuning() as found, torch.set_grad_enabled(backward):
+        with tuning() as tuned, torch.set_grad_enabled(backward):
             result = model(*inputs)
             leaves = [p for p in model.parameters() if p.requires_grad] if backward else []
             if leaves:
                 torch.autograd.grad(result.sum(), leaves, allow_unused=True)
-    return list(found)
+    return list(tuned)

@@ -31,23 +31,21 @@ class Gpu:
     Args:
         bytes_per_s: Of the memory (datasheet).
         l2_bytes_per_s: Of the L2 cache (order of magnitude of published measurements).
-        l2_bytes: Size of the L2 cache (datasheet).
         flop_per_s: Dense peak by dtype (datasheet); float32 is TF32.
         launch_s: Of a kernel in a full stream (assumed).
     """
 
     bytes_per_s: float
     l2_bytes_per_s: float
-    l2_bytes: float
     flop_per_s: dict[str, float]
     launch_s: float = 2e-6
 
 
 _HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}
 GPUS: dict[str, Gpu] = {
-    "H200": Gpu(4.8e12, 7e12, 50e6, _HOPPER),
-    "H100": Gpu(3.35e12, 7e12, 50e6, _HOPPER),
-    "A100": Gpu(2.04e12, 4.5e12, 40e6, {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}),
+    "H200": Gpu(4.8e12, 7e12, _HOPPER),
+    "H100": Gpu(3.35e12, 7e12, _HOPPER),
+    "A100": Gpu(2.04e12, 4.5e12, {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}),
 }
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -159,7 +157,7 @@ def measured_gpu(peaks: Mapping[str, float], dtype: str) -> Gpu:
         peaks: From the header of a study, see `benches.machine.Roofline`.
         dtype: Of the measured matrix product.
     """
-    return Gpu(peaks["bytes_per_s"], math.inf, math.inf, {dtype: peaks["matmul_flop_per_s"]})
+    return Gpu(peaks["bytes_per_s"], math.inf, {dtype: peaks["matmul_flop_per_s"]})
 
 
 def prediction_table(

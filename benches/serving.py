@@ -133,12 +133,12 @@ def application_of(form: str, settings: ServeSettings) -> Any:
 def images(count: int) -> list[bytes]:
     """PNG files of noise."""
     generator = np.random.default_rng(0)
-    found = []
+    files = []
     for _ in range(count):
         file = io.BytesIO()
         Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(file, "PNG")
-        found.append(file.getvalue())
-    return found
+        files.append(file.getvalue())
+    return files
 
 
 def ask(connection: http.client.HTTPConnection, domain: str, body: bytes) -> dict[str, Any]:

@@ -330,8 +330,8 @@ def compile_case(case: Case) -> Code:
 
     start = time.perf_counter()
     step = describe(case)
-    made = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=step.spec.options)
-    ptx, usage, shared = made.asm["ptx"], resource_usage(made.asm["cubin"]), int(made.metadata.shared)
+    kernel = triton.compile(source_of(step), target=GPUTarget("cuda", case.arch, 32), options=step.spec.options)
+    ptx, usage, shared = kernel.asm["ptx"], resource_usage(kernel.asm["cubin"]), int(kernel.metadata.shared)
     blocks = occupancy(case.arch, step.spec.config.warps, usage["REG"], shared)
     config = step.spec.config
     tile = f"{config.BM}x{config.BN}x{config.BK} w{config.warps} s{config.stages}"

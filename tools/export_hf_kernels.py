@@ -84,16 +84,16 @@ def imports_of(name: str, text: str) -> set[str]:
     Raises:
         ExportError: if it imports something that the export cannot have.
     """
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
+            modules |= {node.module} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for imported in names:
                 if imported.split(".")[0] not in _ALLOWED:
                     raise ExportError(f"{name} imports {imported}, which an export cannot have")
-    return found
+    return modules
 
 
 def modules() -> dict[str, str]:

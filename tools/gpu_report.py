@@ -228,8 +228,8 @@ def commit() -> str:
 
 def backends_of(text: str) -> dict[str, Any]:
     """What bap_kernels.info says of the GPU's backends: they stand indented, unlike the versions above them."""
-    found = dict(re.findall(r"^  (\w+) +(.+)$", text, flags=re.MULTILINE))
-    return {name: found.get(name, "not listed") for name in ("triton", "cuda")}
+    states = dict(re.findall(r"^  (\w+) +(.+)$", text, flags=re.MULTILINE))
+    return {name: states.get(name, "not listed") for name in ("triton", "cuda")}
 
 
 def missing(backend: str, info: dict[str, Any]) -> str | None:
@@ -311,12 +311,12 @@ def not_verified(verdicts: dict[str, dict[str, Any]], math: str) -> list[str]:
         >>> not_verified({}, "tf32")
         ['triton', 'cuda']
     """
-    found = []
+    unverified = []
     for backend in ("triton", "cuda"):
         own = [each for name, each in verdicts.items() if name.startswith(f"{backend}/") and name.endswith(f"/{math}")]
         if not own or any(each["verdict"] != "ok" for each in own):
-            found.append(backend)
-    return found
+            unverified.append(backend)
+    return unverified
 
 
 def run_verifier(report: Report, name: str, options: list[str], limit_s: float, skip: str | None) -> None:
@@ -395,8 +395,8 @@ def section(text: str, title: str) -> str:
         >>> section("# A\n\n## B\n\none\n\n## C\n\ntwo\n", "B")
         'one'
     """
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)
-    return found[1].strip() if found else ""
+    body = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)
+    return body[1].strip() if body else ""
 
 
 def page_of(report: Report) -> str:
@@ -460,8 +460,8 @@ def run_everything(report: Report, quick: bool) -> None:
     compiled = [python, "-m", "tools.compile_triton", "--quick", "--json", str(out / "triton-code.json")]
     absent = None if facts.data.get("triton") else "Triton is not installed"
     report.run(Part("triton-code", compiled, 150, absent or broken))
-    found = bool(find_tool("nvcc")) and bool(find_tool("cuobjdump") or facts.data.get("triton"))
-    no_nvcc = None if found else "there is no nvcc or no cuobjdump"
+    has_tools = bool(find_tool("nvcc")) and bool(find_tool("cuobjdump") or facts.data.get("triton"))
+    no_nvcc = None if has_tools else "there is no nvcc or no cuobjdump"
     compiled = [python, "-m", "tools.compile_cuda", "--quick", "--json", str(out / "cuda-code.json")]
     report.run(Part("cuda-code", compiled, 150, no_nvcc))
 

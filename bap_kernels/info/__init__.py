@@ -95,11 +95,11 @@ class Info:
 
     def _verdict_rows(self) -> list[tuple[str, str]]:
         rows = []
-        for number, found in self.verdicts.items():
-            rows.append((f"verdicts cuda:{number}", f"{summary(found)} in {found.file or 'memory'}"))
+        for number, table in self.verdicts.items():
+            rows.append((f"verdicts cuda:{number}", f"{summary(table)} in {table.file or 'memory'}"))
             rows += [
                 (f"  {family}", f"{each.verdict}: {each.reason}")
-                for family, each in found.items()
+                for family, each in table.items()
                 if each.verdict != "ok"
             ]
         return rows

@@ -203,8 +203,8 @@ def choose(problem: Problem, products: str, capability: int) -> Config:
     """
     if overridden():
         return _override.stack[-1]
-    found = tuned.get((capability, products, problem)) if tuned else None
-    return found or from_table(problem.rows, problem.columns, products, capability)
+    config = tuned.get((capability, products, problem)) if tuned else None
+    return config or from_table(problem.rows, problem.columns, products, capability)
 
 
 @functools.cache
@@ -212,8 +212,8 @@ def from_table(rows: int, columns: int, products: str, capability: int) -> Confi
     """The table's configuration for a result of ``rows`` x ``columns``."""
     facts = architecture(capability)
     table = TABLE[facts.table, products]
-    wanted = shape_class(rows, columns, facts.sm_count, table)
-    return next(table[name] for name in _SMALLER[wanted] if name in table)
+    largest = shape_class(rows, columns, facts.sm_count, table)
+    return next(table[name] for name in _SMALLER[largest] if name in table)
 
 
 def chunks(pixels: int, tile_count: int, depth: int, sm_count: int) -> tuple[int, int]:

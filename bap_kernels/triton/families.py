@@ -43,12 +43,12 @@ def _of_forward(
     # Strides of an input with one channel or one pixel name both formats, and the result's may be either.
     if planar and not x.is_contiguous(memory_format=torch.channels_last):
         return {"planar"}
-    found = {"forward", "planar"} if planar else {"forward"}
+    kernels = {"forward", "planar"} if planar else {"forward"}
     lists = [channel_list(each, input.shape[1]) for each in in_indices]
     # Runs of a mixed batch go as blocks of the length that all have, or channel by channel.
     single = any(each.kind == 1 for each in lists) or len({each.kind for each in lists}) > 1
     copied = x.stride(1) != 1 or (single and (input.dtype.itemsize < 4 or geometry.taps > 1))
-    return found | {"pack"} if copied else found
+    return kernels | {"pack"} if copied else kernels
 
 
 def _of_backward(
@@ -62,22 +62,22 @@ def _of_backward(
     mask: Sequence[bool],
     planes: bool,
 ) -> set[str]:
-    found = set()
+    kernels = set()
     kernel, size, out_size = (tuple(t.shape[2:]) for t in (weight, input, grad))
     options = (tuple(stride), (padding[0], padding[2]), tuple(dilation))
     geometry = Geometry(input.shape[0], size, out_size, kernel, *options)  # type: ignore[arg-type]
     if mask[0]:
         like_input = torch.empty_like(input, device="meta")
         planar = planes and ops.pointwise(geometry) and ops.is_planar(grad) and ops.is_planar(like_input)
-        found.add("planar" if planar else "input_gradient")
+        kernels.add("planar" if planar else "input_gradient")
         if not planar and grad.stride(1) != 1:
-            found.add("pack")
+            kernels.add("pack")
     if mask[1]:
-        found.add("weight_gradient")
+        kernels.add("weight_gradient")
         in_list = channel_list(in_index, input.shape[1])
         if grad.stride(1) != 1 or in_list.kind == 1 or input.stride(1) != 1:
-            found.add("pack")
-    return found
+            kernels.add("pack")
+    return kernels
 
 
 def families_of_call(
@@ -106,12 +106,12 @@ def families_of_call(
         # All channels, in an order that the device alone knows.
         in_indices = [torch.arange(input.shape[1], dtype=torch.int32).flip(0)]
     if grad_output is None:
-        found = _of_forward(input, weight, in_indices, stride, padding, dilation, out_size)
+        kernels = _of_forward(input, weight, in_indices, stride, padding, dilation, out_size)
     else:
         mask = output_mask if not switched else (output_mask[0] or output_mask[3], *output_mask[1:])
         options = (stride, padding, dilation, mask)
-        found = _of_backward(grad_output, input, weight, in_indices[0], *options, planes=not switched)
-    if found:
-        found |= {"switched"} if switched else {"mixed"} if "mixed" in op else set()
+        kernels = _of_backward(grad_output, input, weight, in_indices[0], *options, planes=not switched)
+    if kernels:
+        kernels |= {"switched"} if switched else {"mixed"} if "mixed" in op else set()
     math = math_of(input.dtype, input.device)
-    return sorted(f"triton/{kernel}/{math}" for kernel in found)
+    return sorted(f"triton/{kernel}/{math}" for kernel in kernels)

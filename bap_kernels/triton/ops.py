@@ -183,12 +183,12 @@ def _gradient_of_input(
         g, _ = compact(g, ChannelList(None, 0, g.shape[1]))
     problem = launch_backward.input_gradient_problem(g, geometry, in_list)
 
-    def made() -> Launch:
+    def prepare() -> Launch:
         config = choose(problem, target.products(g.dtype), target.capability)
         return launch_backward.input_gradient(g, packed, geometry, in_list, target, config, dx=dx)
 
-    tune_case(problem, g.dtype, target, g.device, made)
-    made().run()
+    tune_case(problem, g.dtype, target, g.device, prepare)
+    prepare().run()
     return dx
 
 
@@ -220,13 +220,13 @@ def gradient_of_weight(
     # Rounded up where they are compact copies: the rest holds zeros and is not added.
     problem = launch_backward.weight_gradient_problem(geometry, g.shape[1], read)
 
-    def made() -> tuple[Tensor, Launch]:
+    def prepare() -> tuple[Tensor, Launch]:
         config = choose(problem, target.products(g.dtype), target.capability)
         partial = launch_backward.weight_gradient_partials(g, geometry, g.shape[1], read.length, target, config)
         return partial, launch_backward.weight_gradient(partial, g, x, geometry, read, target, config, count)
 
-    tune_case(problem, g.dtype, target, g.device, lambda: made()[1])
-    partial, step = made()
+    tune_case(problem, g.dtype, target, g.device, lambda: prepare()[1])
+    partial, step = prepare()
     step.run()
     launch_backward.sum_partials(dw, partial, geometry, in_list, out_list, count).run()
     return dw

@@ -82,7 +82,7 @@ def switched_conv2d_backward(
             problem = launch_backward.input_gradient_problem(g, geometry, ordered, reduced=mask[3])
             dx = torch.zeros_like(input) if mask[0] else none
 
-            def made() -> tuple[Tensor | None, Launch]:
+            def prepare() -> tuple[Tensor | None, Launch]:
                 config = choose(problem, target.products(g.dtype), target.capability)
                 partial = launch_backward.input_gradient_partials(g, geometry, channels, config) if mask[3] else None
                 step = launch_backward.input_gradient(
@@ -95,8 +95,8 @@ def switched_conv2d_backward(
                 )
                 return partial, step
 
-            tune_case(problem, g.dtype, target, g.device, lambda: made()[1])
-            partial, step = made()
+            tune_case(problem, g.dtype, target, g.device, lambda: prepare()[1])
+            partial, step = prepare()
             step.run()
             if partial is not None:
                 ds = torch.zeros_like(switch)

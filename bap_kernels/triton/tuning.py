@@ -53,12 +53,12 @@ _log: list[list[Tuned]] = []
 @contextlib.contextmanager
 def tuning() -> Iterator[list[Tuned]]:
     """Measures every case that is met inside; gives what was found."""
-    found: list[Tuned] = []
-    _log.append(found)
+    tuned: list[Tuned] = []
+    _log.append(tuned)
     try:
-        yield found
+        yield tuned
     finally:
-        _log.remove(found)
+        _log.remove(tuned)
 
 
 def candidates(products: str, capability: int) -> list[Config]:
@@ -110,9 +110,9 @@ def tune_case(problem: Problem, dtype: torch.dtype, target: Target, device: torc
     # A tie within the noise of the measurement leaves the table's.
     best = best if times[best] < 0.97 * times[table] else table
     configs.tuned[key] = best
-    found = Tuned(problem, products, best, times[best], times[table])
+    result = Tuned(problem, products, best, times[best], times[table])
     for log in _log:
-        log.append(found)
+        log.append(result)
     save(device)
 
 

@@ -76,11 +76,11 @@ def _index_of(device: Any) -> int:
     if device is None:
         return torch.cuda.current_device()
     try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        target = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError:
-        found = torch.device("cpu")
-    index = torch.cuda.current_device() if found.index is None else found.index
-    if found.type != "cuda" or not 0 <= index < count:
+        target = torch.device("cpu")
+    index = torch.cuda.current_device() if target.index is None else target.index
+    if target.type != "cuda" or not 0 <= index < count:
         raise ValueError(f"verify(): expected `device` to be one of {count} CUDA devices, got {device!r}.")
     return index
 

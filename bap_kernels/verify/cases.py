@@ -204,10 +204,10 @@ def _forward(problem: Problem) -> _Call:
     if problem.dual_store:
         dual = index_list(problem.dual_store, sample.kept[1], random.Random(problem.case.seed))
     arguments = (*sample.args, *(fused[name] for name in _FLAGS), False, None, dual)
-    found = [(0, expected, 4 * sample.depth + 4)]
+    results = [(0, expected, 4 * sample.depth + 4)]
     if dual is not None:
-        found.append((1, expected.index_select(1, dual), 4 * sample.depth + 4))
-    return _Call(arguments, found)
+        results.append((1, expected.index_select(1, dual), 4 * sample.depth + 4))
+    return _Call(arguments, results)
 
 
 def _fused_reference(sample: Sample, fused: dict[str, Any]) -> Tensor:

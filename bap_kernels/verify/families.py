@@ -57,11 +57,12 @@ def matching(patterns: Iterable[str], families: Iterable[str]) -> tuple[str, ...
     """
     families, wanted = list(families), set()
     for pattern in patterns:
-        found = [each for each in families if is_main(each)] if pattern == "main" else fnmatch.filter(families, pattern)
-        if not found:
+        main = pattern == "main"
+        matched = [each for each in families if is_main(each)] if main else fnmatch.filter(families, pattern)
+        if not matched:
             raise ValueError(
                 f"verify(): expected `families` to name families of this device, got {pattern!r}. "
                 f"Hint: it has {', '.join(families) or 'none'}."
             )
-        wanted |= set(found)
+        wanted |= set(matched)
     return tuple(family for family in families if family in wanted)

@@ -72,16 +72,16 @@ class Guards(TorchDispatchMode):
             # From here on the mode is off; what the op does on its device is to be seen, too.
             with self:
                 return func.redispatch(self._key, *args, **kwargs)
-        made = func(*args, **kwargs)
-        if func._schema.name.rpartition("::")[2] not in _FACTORIES or not isinstance(made, Tensor):
-            return made
+        result = func(*args, **kwargs)
+        if func._schema.name.rpartition("::")[2] not in _FACTORIES or not isinstance(result, Tensor):
+            return result
         # The library's own copies of lists are taken by their storage.
-        if made.device.type != self.device.type or made.numel() == 0 or not made.dtype.is_floating_point:
-            return made
-        count = 1 + sum((n - 1) * stride for n, stride in zip(made.shape, made.stride(), strict=True))
-        flat, border = self._flat(count, made.dtype, f"a tensor {tuple(made.shape)}")
-        placed = flat.as_strided(made.shape, made.stride(), border)
-        return placed.copy_(made) if "zeros" in func._schema.name else placed
+        if result.device.type != self.device.type or result.numel() == 0 or not result.dtype.is_floating_point:
+            return result
+        count = 1 + sum((n - 1) * stride for n, stride in zip(result.shape, result.stride(), strict=True))
+        flat, border = self._flat(count, result.dtype, f"a tensor {tuple(result.shape)}")
+        placed = flat.as_strided(result.shape, result.stride(), border)
+        return placed.copy_(result) if "zeros" in func._schema.name else placed
 
 
 def _filling(like: Tensor) -> Tensor:

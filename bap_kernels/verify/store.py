@@ -104,11 +104,6 @@ class Store:
                 ]
                 write_text(self.file, json.dumps({"format": 1, "devices": content}, indent=1) + "\n")
 
-    def forget(self, facts: Mapping[str, str]) -> None:
-        """Drops what this process remembers; the file stays as it is."""
-        with _guard:
-            _memory.get(self.file, {}).pop(key_of(facts), None)
-
     def begin(self, facts: Mapping[str, str]) -> int | None:
         """Takes the lock of those who verify a device; None if another process has it, else to be given to ``end``."""
         if self.folder is None:
@@ -127,13 +122,13 @@ class Store:
             return {}
         try:
             content = json.loads(text)
-            found = {}
+            stored = {}
             for each in content["devices"]:
                 facts = {str(name): str(fact) for name, fact in each["facts"].items()}
                 families = {str(name): Verdict.from_dict(v) for name, v in each["families"].items()}
                 if families:
-                    found[key_of(facts)] = {"facts": facts, "families": families}
-            return found
+                    stored[key_of(facts)] = {"facts": facts, "families": families}
+            return stored
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             assert self.file is not None
             if self.file not in _damaged:

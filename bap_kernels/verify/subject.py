@@ -67,9 +67,9 @@ def _driver() -> str:
     """The driver's version as its makers count it, or what CUDA version it is for."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
-        if found:
-            return found[1]
+        match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+        if match:
+            return match[1]
     except OSError:
         pass
     try:
@@ -123,12 +123,12 @@ def _visible(index: int, uuid: str, name: str) -> str:
 
 def cuda_families(capability: tuple[int, int]) -> tuple[str, ...]:
     """The families that this installation has for a device."""
-    found = [] if dispatch.unsupported_reason("cuda") else list(_C.cuda_families())
+    families = [] if dispatch.unsupported_reason("cuda") else list(_C.cuda_families())
     if capability != (9, 0):
-        found = [family for family in found if "/wgmma" not in family]
+        families = [family for family in families if "/wgmma" not in family]
     if dispatch.unsupported_reason("triton") is None:
-        found += [f"triton/{kernel}/{math}" for kernel in TRITON_KERNELS for math in MATHS]
-    return ordered(found)
+        families += [f"triton/{kernel}/{math}" for kernel in TRITON_KERNELS for math in MATHS]
+    return ordered(families)
 
 
 def cuda_subject(index: int) -> Subject:

@@ -13,7 +13,7 @@ SQUARE = Case("resnet50", 28, 28, 256, 256, 3, 1, 1)
 
 
 def test_time_is_launch_plus_longest_limit() -> None:
-    gpu = Gpu(100.0, 200.0, 1.0, {"float32": 1000.0}, launch_s=0.5)
+    gpu = Gpu(100.0, 200.0, {"float32": 1000.0}, launch_s=0.5)
     assert Work(1000, 10, 10).seconds(gpu, "float32") == 1.5
     assert Work(10, 200, 10).seconds(gpu, "float32") == 2.5
     assert Work(10, 10, 600).seconds(gpu, "float32") == 3.5

@@ -131,8 +131,8 @@ def _gathered_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _gathered_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    found = _gathered_backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
-    gradients = [each if want else None for each, want in zip(found, wanted)]  # noqa: B905
+    computed = _gathered_backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    gradients = [each if want else None for each, want in zip(computed, wanted)]  # noqa: B905
     return (*gradients, None, None, None, None, None)
 
 
@@ -178,8 +178,8 @@ def _switched_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _switched_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:4])
-    found = _switched_backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
-    gradients = [each if want else None for each, want in zip(found, wanted)]  # noqa: B905
+    computed = _switched_backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    gradients = [each if want else None for each, want in zip(computed, wanted)]  # noqa: B905
     return (*gradients, None, None, None)
 
 

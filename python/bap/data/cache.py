@@ -114,10 +114,10 @@ class PixelCache:
         pixels, sums = self._mapped()
         height, width = self._sizes[number]
         start = self._offsets[number]
-        found = np.array(pixels[start : start + 3 * height * width])
-        if int(sums[number]) != (zlib.crc32(found.data) or 1):
+        image = np.array(pixels[start : start + 3 * height * width])
+        if int(sums[number]) != (zlib.crc32(image.data) or 1):
             return None
-        return found.reshape(height, width, 3)
+        return image.reshape(height, width, 3)
 
     def put(self, number: int, image: np.ndarray) -> None:
         """Keeps the pixels of an image, if it has room; two processes that do so at once write the same."""
