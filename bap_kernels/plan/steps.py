@@ -392,13 +392,22 @@ class OpaqueStep(Step):
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, reads: tuple[int, ...], out: int) -> None:
         self.call, self.args, self.kwargs = call, args, kwargs
         self.reads, self.out = reads, out
+        # Which arguments hold slots, somewhere inside: nearly always one that is a slot itself.
+        self.with_slots = [number for number, part in enumerate(args) if slots_in(part)]
+        self.kwargs_with_slots = bool(slots_in(kwargs))
 
     def __call__(self, env: Env) -> None:  # noqa: D102
-        env[self.out] = self.call(*fill_slots(self.args, env), **fill_slots(self.kwargs, env))
+        args = list(self.args)
+        for number in self.with_slots:
+            args[number] = fill_slots(args[number], env)
+        kwargs = fill_slots(self.kwargs, env) if self.kwargs_with_slots else self.kwargs
+        env[self.out] = self.call(*args, **kwargs)
 
 
 def fill_slots(part: Any, env: Env) -> Any:
     """Arguments in which slots are replaced by their tensors."""
+    if isinstance(part, Slot):
+        return env[part.number]
     return map_leaves(part, lambda leaf: env[leaf.number] if isinstance(leaf, Slot) else leaf)
 
 
