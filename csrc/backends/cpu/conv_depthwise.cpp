@@ -16,6 +16,7 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/depthwise.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/scratch.h"
 #include "dispatch/packed_cache.h"
 
 namespace bap_kernels {
@@ -26,12 +27,8 @@ using micro::DepthwiseTable;
 using micro::DepthwiseTap;
 using micro::TapOp;
 
-// Slot of thread_scratch: no other driver runs in the same task.
-constexpr int kStripSlot = 0;
 // Floats of a strip's copied inputs: half of the L1 cache.
 constexpr int64_t kStripFloats = 4096;
-// Below this a second thread costs more to wake than it saves.
-constexpr int64_t kProductsPerThread = 200'000;
 // Rows of results for each thread, from which on they alone are shared out.
 constexpr int64_t kRowsPerThread = 7;
 
@@ -103,7 +100,7 @@ class Depthwise {
     const int64_t first = strip * n_.out_h / strips, rows = (strip + 1) * n_.out_h / strips - first;
     const int64_t in_rows = (rows - 1) * n_.stride_h + (kernel_h_ - 1) * n_.dilation_h + 1;
     const int64_t row_step = row_floats(), phase_step = row_step / n_.stride_w;
-    float* strip_inputs = thread_scratch(kStripSlot, in_rows * row_step + table_.lanes);
+    float* strip_inputs = thread_scratch(Scratch::kDepthwiseStrip, in_rows * row_step + table_.lanes);
     const char* plane = n_.pixel(image, 0, 0) + n_.channel(channel) * n_.x_stride_c * n_.element_size();
     // Rows above and below the image are there, but change no result.
     const int64_t top = first * n_.stride_h - n_.pad_top;
@@ -213,10 +210,7 @@ NativeTasks plane_tasks(const NativeCall& n, const Depthwise& depthwise) {
 
 }  // namespace
 
-int depthwise_threads(const NativeCall& n) {
-  const int64_t products = n.pixels() * n.kept_out * n.taps;
-  return products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
-}
+int depthwise_threads(const NativeCall& n) { return threads_for(n.pixels() * n.kept_out * n.taps); }
 
 void run_depthwise(const NativeCall& n, TapOp op, const float* weight, bool channels_last) {
   const Depthwise depthwise(n, op, weight, channels_last);

@@ -9,6 +9,7 @@
 
 #include "backends/cpu/microkernels/pack_row.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/scratch.h"
 
 namespace bap_kernels {
 namespace {
@@ -19,7 +20,6 @@ using micro::RowPart;
 using micro::RowPrologue;
 using micro::TileArgs;
 
-constexpr int kPanelSlot = 0, kPartialSlot = 1;
 // A block's panel stays in the L2 cache beside the weights that stream through it.
 constexpr int64_t kPanelBytes = 200 * 1024;
 constexpr int64_t kPrefetchDistance = 4;  // channels
@@ -182,8 +182,9 @@ void run_task(const NativeCall& n, const float* weight, int64_t begin, int64_t e
   const int64_t row = (tiles % 2 ? tiles : tiles + 1) * width;
   const int64_t units_per_block = reduction_block(n.depth, n.taps) / n.taps;
   const bool blocked = n.units > units_per_block;
-  float* panel = thread_scratch(kPanelSlot, std::min(units_per_block, n.units) * n.taps * row);
-  float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
+  float* panel = thread_scratch(Scratch::kPixelPanel, std::min(units_per_block, n.units) * n.taps * row);
+  float* partial =
+      blocked ? thread_scratch(Scratch::kPartialSums, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const PanelPacker packer(n, begin, end, padded);
   const int64_t lines_per_unit = (end - begin) * n.stride_w * n.element_size() / 64 + 1;
 

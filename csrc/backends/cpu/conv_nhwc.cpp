@@ -7,6 +7,7 @@
 
 #include "backends/cpu/native_call.h"
 #include "backends/cpu/pixel_source.h"
+#include "backends/cpu/scratch.h"
 
 namespace bap_kernels {
 namespace {
@@ -14,7 +15,6 @@ namespace {
 using micro::Segment;
 using micro::TileArgs;
 
-constexpr int kPointerSlot = 0, kPartialSlot = 1;
 constexpr int64_t kPixelsPerBlock = 120;
 // Blocks that pack image rows share fewer of them with their neighbours when they are larger.
 constexpr int64_t kPixelsPerPackedBlock = 240;
@@ -74,10 +74,12 @@ void run_block(const NativeCall& n, const PixelAccess& access, const Reduction& 
                int64_t first_panel, int64_t last_panel) {
   const int64_t rows = n.tiles->rows, lanes = n.tiles->lanes, width = micro::kMaxVectors * lanes;
   const int64_t tiles = (end - begin + rows - 1) / rows, panels = last_panel - first_panel;
-  auto** table = reinterpret_cast<const float**>(thread_scratch(kPointerSlot, tiles * access.runs * rows * 2));
+  auto** table =
+      reinterpret_cast<const float**>(thread_scratch(Scratch::kPixelPointers, tiles * access.runs * rows * 2));
   source.pointers(begin, end, rows, table);
   const bool blocked = reduction.blocks.size() > 1;
-  float* partial = blocked ? thread_scratch(kPartialSlot, tiles * (last_panel - first_panel) * rows * width) : nullptr;
+  float* partial =
+      blocked ? thread_scratch(Scratch::kPartialSums, tiles * (last_panel - first_panel) * rows * width) : nullptr;
   const int64_t row_bytes = n.kept_out * n.out_size();
   const int64_t full_tiles = (end - begin) / rows, last_rows = (end - begin) % rows;
 

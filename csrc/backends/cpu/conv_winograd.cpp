@@ -13,6 +13,7 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/planes.h"
 #include "backends/cpu/microkernels/winograd.h"
+#include "backends/cpu/scratch.h"
 #include "backends/cpu/winograd.h"
 #include "backends/cpu/winograd_tiles.h"
 
@@ -21,8 +22,6 @@ namespace {
 
 using micro::WinogradTable;
 
-// Slots of thread_scratch; the drivers of direct convolutions and the gradients have those before.
-constexpr int kValueSlot = 4, kSumSlot = 5, kResultSlot = 7;
 // Bytes of a block's transforms, values and sums.
 constexpr int64_t kBlockBytes = 640 * 1024;
 constexpr int64_t kMostTiles = 128;
@@ -141,7 +140,7 @@ class Task {
     transform_input();
     place_results();
     const int64_t tiles = b_.tiles(), sum_step = g_.points * g_.width;
-    float* sums = thread_scratch(kSumSlot, tiles * sum_step);
+    float* sums = thread_scratch(Scratch::kWinogradSums, tiles * sum_step);
     const int64_t parts = ceil_div(tiles, g_.table->rows);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t width = g_.panel_width(n_, panel);
@@ -178,7 +177,7 @@ class Task {
     const int64_t channels = g_.source.channels;
     channel_step_ = b_.tiles() * g_.lanes;
     point_step_ = point_step_of(channels, b_.tiles());
-    float* values = thread_scratch(kValueSlot, g_.points * point_step_);
+    float* values = thread_scratch(Scratch::kWinogradValues, g_.points * point_step_);
     g_.transforms->input({b_.tiles(), channels, points.data(), values, point_step_, channel_step_});
     values_ = values;
   }
@@ -226,7 +225,7 @@ class Task {
       return;
     }
     const int64_t area = out_rows_ * out_columns_, image_area = n_.out_h * n_.out_w;
-    t.out = thread_scratch(kResultSlot, b_.images * area * g_.width);
+    t.out = thread_scratch(Scratch::kWinogradResults, b_.images * area * g_.width);
     t.out_step = g_.width;
     t.valid = vectors * g_.lanes;
     g_.transforms->output[vectors - 1](t);

@@ -50,7 +50,7 @@ int64_t samples_before(const MixedRun& first, const MixedRun& run) {
 }  // namespace
 
 void native_gathered_conv2d_mixed(const MixedCall& c, const char*) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int threads = free_threads();
   // With runs enough for all threads a weight is read once for each run.
   const bool many = static_cast<int>(c.runs.size()) >= 2 * threads;
   std::deque<NativeRun> runs;

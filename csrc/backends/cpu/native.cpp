@@ -1,9 +1,7 @@
 // The native CPU path: what it can run, and the preparation that both drivers share.
 #include "backends/cpu/native.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <limits>
@@ -18,8 +16,6 @@
 namespace bap_kernels {
 namespace {
 
-// Below this a second thread costs more to wake than it saves.
-constexpr int64_t kProductsPerThread = 200'000;
 // Copies of listed weights that serve fewer results take more than 3 % of the time: of weights that stay near, and of
 // those that come from the last cache or from memory.
 constexpr int64_t kPixelsForCopy = 512, kPixelsForFarCopy = 1536, kNearBytes = 1 << 20;
@@ -162,22 +158,8 @@ NativeCall prepare_native(const ConvCall& c, at::Tensor& result) {
   }
   n.y = static_cast<char*>(result.mutable_data_ptr());
   const int64_t products = n.pixels() * n.kept_out * n.kept_in * n.taps;
-  n.threads = products < kProductsPerThread || at::in_parallel_region() ? 1 : at::get_num_threads();
+  n.threads = threads_for(products);
   return n;
-}
-
-float* thread_scratch(int slot, int64_t floats) {
-  struct Buffer {
-    c10::DataPtr data;
-    int64_t floats = 0;
-  };
-  thread_local Buffer buffers[8];
-  Buffer& b = buffers[slot];
-  if (b.floats < floats) {
-    b.data = c10::GetCPUAllocator()->allocate(floats * sizeof(float));  // 64-byte aligned
-    b.floats = floats;
-  }
-  return static_cast<float*>(b.data.get());
 }
 
 at::Tensor packed_weight(const ConvCall& c, const NativeCall& n) {

@@ -155,7 +155,4 @@ void run_tasks(const NativeTasks& tasks);
 // Runs the driver of channels_last results, or that of contiguous ones, on all threads.
 void run_driver(const NativeCall& native, const at::Tensor& weight, bool channels_last);
 
-// Memory of one thread for packing, 64-byte aligned, kept between calls.
-float* thread_scratch(int slot, int64_t floats);
-
 }  // namespace bap_kernels

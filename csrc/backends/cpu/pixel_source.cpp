@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backends/cpu/scratch.h"
+
 namespace bap_kernels {
 namespace {
 
-constexpr int kPanelSlot = 2;
 // With fewer results per pixel, copying its channels costs more than the shorter loops save.
 constexpr int64_t kPackedFrom = 32;
 // Taps of fewer channels make loops so short that rows which need no gather are copied in any case.
@@ -19,12 +20,6 @@ const int32_t* counting(int64_t count) {
   thread_local std::vector<int32_t> numbers;
   while (static_cast<int64_t>(numbers.size()) < count) numbers.push_back(static_cast<int32_t>(numbers.size()));
   return numbers.data();
-}
-
-const float* zeros(int64_t count) {
-  thread_local std::vector<float> values;
-  if (static_cast<int64_t>(values.size()) < count) values.assign(count, 0.f);
-  return values.data();
 }
 
 }  // namespace
@@ -90,7 +85,7 @@ const int32_t* PixelSource::offsets() const {
 }
 
 void PixelSource::pointers(int64_t begin, int64_t end, int64_t rows, const float** table) {
-  zeros_ = zeros(access_.direct ? n_.channels_in : access_.steps);
+  zeros_ = thread_zeros(access_.direct ? n_.channels_in : access_.steps);
   if (!access_.direct) n_.taps == 1 ? pack_pixels(begin, end) : pack_rows(begin, end);
   if (stream_step_) {
     const char* first = access_.direct ? stream(begin) : reinterpret_cast<const char*>(panel_);
@@ -151,7 +146,7 @@ void PixelSource::prefetch(const float* const* tile, int64_t first, int64_t last
 // One pixel of input for each output pixel: a 1x1 convolution of any stride.
 void PixelSource::pack_pixels(int64_t begin, int64_t end) {
   const int64_t area = n_.out_h * n_.out_w;
-  panel_ = thread_scratch(kPanelSlot, (end - begin) * access_.pixel_floats);
+  panel_ = thread_scratch(Scratch::kPixelPanel, (end - begin) * access_.pixel_floats);
   for (int64_t p = begin; p < end;) {
     const int64_t ow = p % n_.out_w, count = std::min(n_.out_w - ow, end - p);
     const int64_t ih = p % area / n_.out_w * n_.stride_h - n_.pad_top, iw = ow * n_.stride_w - n_.pad_left;
@@ -182,7 +177,7 @@ void PixelSource::pack_rows(int64_t begin, int64_t end) {
     rows_.push_back({first, std::max<int64_t>(0, last - first + 1), total});
     total += rows_.back().count;
   }
-  panel_ = thread_scratch(kPanelSlot, total * columns_ * n_.units);
+  panel_ = thread_scratch(Scratch::kPixelPanel, total * columns_ * n_.units);
   float* dst = panel_;
   for (size_t k = 0; k < rows_.size(); ++k) {
     for (int64_t ih = rows_[k].first; ih < rows_[k].first + rows_[k].count; ++ih) {

@@ -28,6 +28,15 @@ class TaskRecord {
   std::vector<TaskRegion> regions;
 };
 
+// Threads for a region that begins now; one inside of another region.
+inline int free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// The same for so many multiply-adds: fewer than some cost less than waking a second thread.
+inline int threads_for(int64_t products) {
+  constexpr int64_t kFewestProducts = 200'000;
+  return products < kFewestProducts ? 1 : free_threads();
+}
+
 // Runs tasks on all threads, each a run of neighbours: run(first, last). `cycles(task)` estimates one.
 template <class Cycles, class Run>
 void parallel_tasks(int64_t count, int64_t grain, const Cycles& cycles, const Run& run) {

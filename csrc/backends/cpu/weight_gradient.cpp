@@ -16,6 +16,7 @@
 #include "backends/cpu/gradient_call.h"
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/scratch.h"
 #include "backends/cpu/winograd.h"
 
 namespace bap_kernels {
@@ -24,7 +25,6 @@ namespace {
 using micro::Segment;
 using micro::TileArgs;
 
-constexpr int kFiltersSlot = 0, kChannelsSlot = 1, kPointersSlot = 2;
 constexpr int64_t kMostPixels = 256, kFewestPixels = 64, kFilterFloats = 48 * 1024;
 constexpr int64_t kMostTasks = 16;
 constexpr int64_t kPixelsPerSlab = 512, kRowsPerGroup = 288, kFewestRows = 24;
@@ -71,7 +71,7 @@ Shape make_shape(const GradientCall& c) {
   s.groups =
       power_of_two(std::min({kMostTasks / s.slabs, geometry.kept_in * s.taps / kRowsPerGroup, geometry.kept_in}));
   // Groups, unlike slabs, change no sum: for more threads than two there are as many as these need, if not too small.
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = free_threads();
   if (threads > 2) {
     const int64_t rounds = (s.slabs * s.groups + threads - 1) / threads;
     const int64_t wanted = (rounds * threads + s.slabs - 1) / s.slabs;
@@ -146,7 +146,7 @@ class Block {
 
   // dy as [panel][pixel][lane], zeros in lanes without a filter.
   void pack_filters() {
-    filters_ = thread_scratch(kFiltersSlot, s_.panels * s_.width * (end_ - begin_));
+    filters_ = thread_scratch(Scratch::kGradientFilters, s_.panels * s_.width * (end_ - begin_));
     const auto& g = c_.shape;
     const int64_t area = g.out_h * g.out_w, step = c_.grad_output.stride(1);
     for (int64_t panel = 0; panel < s_.panels; ++panel) {
@@ -187,7 +187,7 @@ class Block {
     // An odd number of cache lines: planes a power of two apart would share few sets of the L1 cache.
     pitch_ = (total * columns_ + 15) / 16 * 16;
     if (pitch_ / 16 % 2 == 0) pitch_ += 16;
-    panel_ = thread_scratch(kChannelsSlot, (last_ - first_) * pitch_);
+    panel_ = thread_scratch(Scratch::kGradientRows, (last_ - first_) * pitch_);
     for (size_t k = 0; k < images_.size(); ++k) {
       for (int64_t r = 0; r < images_[k].count; ++r) {
         pack_row(begin_ / area + static_cast<int64_t>(k), images_[k].first + r,
@@ -249,7 +249,7 @@ void run_task(const GradientCall& c, const Shape& s, int64_t slab, int64_t group
   const int64_t blocks = (end - begin + s.pixels_per_block - 1) / s.pixels_per_block;
   const int64_t rows = (last - first) * s.taps;
   Block<scalar_t> block(c, s, first, last);
-  auto** table = reinterpret_cast<const float**>(thread_scratch(kPointersSlot, s.rows * 2));
+  auto** table = reinterpret_cast<const float**>(thread_scratch(Scratch::kPixelPointers, s.rows * 2));
   const int64_t full_panels = s.filters % s.width == 0 || s.filters % s.width > s.lanes ? s.panels : s.panels - 1;
   for (int64_t b = 0; b < blocks; ++b) {
     block.prepare(begin + b * (end - begin) / blocks, begin + (b + 1) * (end - begin) / blocks);

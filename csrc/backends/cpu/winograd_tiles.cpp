@@ -6,12 +6,11 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/planes.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/scratch.h"
 
 namespace bap_kernels {
 namespace {
 
-// A slot of thread_scratch; the drivers have the others.
-constexpr int kPixelSlot = 6;
 // A block may exceed the limit by a quarter rather than be cut.
 constexpr double kOvershoot = 1.25;
 
@@ -29,12 +28,6 @@ struct Inside {
     std::tie(column, columns) = range(b.first_column, b.columns, s.pad_left, s.width);
   }
 };
-
-const float* zeros(int64_t count) {
-  thread_local std::vector<float> values;
-  if (static_cast<int64_t>(values.size()) < count) values.assign(count, 0.f);
-  return values.data();
-}
 
 const float* pixel_of(const TileSource& s, int64_t image, int64_t row, int64_t column) {
   return s.data + (s.images ? s.images[image] : image) * s.stride_n + row * s.stride_h + column * s.stride_w;
@@ -61,7 +54,7 @@ std::vector<micro::GatherMove> find_moves(const int32_t* list, int64_t count, in
 float* copy_pixels(const TileSource& s, const TileBlock& b, const Inside& in) {
   const micro::WinogradTable& table = *isa_winograd();
   const int64_t area = in.rows * in.columns, count = b.images * area;
-  float* pixels = thread_scratch(kPixelSlot, count * s.channels + table.lanes);
+  float* pixels = thread_scratch(Scratch::kWinogradPixels, count * s.channels + table.lanes);
   const bool planes = s.stride_w == 1 && s.stride_c != 1;
   const bool joined = s.stride_h == s.width * s.stride_w && in.columns == s.width;
   const int64_t runs = joined ? 1 : in.rows, length = joined ? area : in.columns;
@@ -131,7 +124,7 @@ std::vector<const float*> tile_points(const TileSource& s, const TileBlock& b,
   const Inside in(s, b);
   float* pixels = s.in_place ? nullptr : copy_pixels(s, b, in);
   if (pixels && change) change(pixels, b.images * in.rows * in.columns);
-  const float* none = zeros(s.channels);
+  const float* none = thread_zeros(s.channels);
   std::vector<const float*> table(b.tiles() * s.edge * s.edge);
   const float** point = table.data();
   for (int64_t image = 0; image < b.images; ++image) {

@@ -15,14 +15,13 @@
 #include "backends/cpu/gradient_call.h"
 #include "backends/cpu/isa.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/scratch.h"
 #include "backends/cpu/winograd.h"
 #include "backends/cpu/winograd_tiles.h"
 
 namespace bap_kernels {
 namespace {
 
-// A slot of thread_scratch; see winograd_tiles.cpp and the drivers.
-constexpr int kSumSlot = 5;
 // A block's values of one point and a panel of filters stay in the L1 cache.
 constexpr int64_t kMostTiles = 64;
 // Of transforms that are kept at once, for each two threads.
@@ -40,7 +39,7 @@ struct Side {
 
   Side(const at::Tensor& t, const int32_t* list, int64_t count, int64_t pad_top, int64_t pad_left, int64_t step,
        int64_t edge) {
-    const int64_t most = !at::in_parallel_region() && at::get_num_threads() > 2 ? kFewChannels : kMostChannels;
+    const int64_t most = free_threads() > 2 ? kFewChannels : kMostChannels;
     for (int64_t first = 0; first < count; first += most) {
       TileSource source{t.const_data_ptr<float>() + (list ? 0 : first * t.stride(1)),
                         t.stride(0),
@@ -80,7 +79,7 @@ class WeightGradient {
         x_(c.input, c.in_index, c.shape.kept_in, c.padding[kTop], c.padding[kLeft], size, edge_),
         dy_(c.grad_output, c.all_live ? nullptr : c.live.data(), c.live_count(), 0, 0, size, size) {
     blocks_ = cut_tiles(c.shape.batch, ceil_div(c.shape.out_h, size), ceil_div(c.shape.out_w, size), kMostTiles, 1);
-    threads_ = at::in_parallel_region() ? 1 : at::get_num_threads();
+    threads_ = free_threads();
     make_parts();
   }
 
@@ -213,7 +212,7 @@ class WeightGradient {
   }
 
   void run_alone(const Part& part, const float* kept, at::Tensor& dw) const {
-    float* sums = thread_scratch(kSumSlot, points_ * table_.outer_rows * part.vectors * lanes_);
+    float* sums = thread_scratch(Scratch::kWinogradSums, points_ * table_.outer_rows * part.vectors * lanes_);
     for (int64_t r = part.first_row; r < part.last_row; ++r) {
       for (int64_t point = 0; point < points_; ++point) add(part, point, r, blocks_[0].tiles(), kept, sums, false);
       store(part, r, sums, dw);
