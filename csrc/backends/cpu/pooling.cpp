@@ -17,6 +17,9 @@ namespace {
 
 using Pair = std::array<int64_t, 2>;
 
+// Fewer results of a plane do not pay for copying its strips.
+constexpr int64_t kFewestOfPlane = 16;
+
 // Whether calling a kernel directly is what PyTorch's dispatcher would do: a plain tensor of this CPU, nothing that
 // records or transforms calls, and no gradient.
 bool is_plain(const at::Tensor& x) {
@@ -33,23 +36,43 @@ bool is_plain(const at::Tensor& x) {
   return !x.requires_grad() || !c10::GradMode::is_enabled();
 }
 
-bool serves(const at::Tensor& x) {
+// Pairs are (height, width).
+struct Window {
+  Pair kernel, stride, padding, dilation;
+  bool ceil_mode;
+
+  // Whether PyTorch takes it, and it lies inside of the padded image; else PyTorch says what is wrong.
+  bool fits(const at::Tensor& x) const {
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
+      if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0) return false;
+      if (padding[axis] > reach / 2 || reach > x.size(2 + axis) + 2 * padding[axis]) return false;
+    }
+    return true;
+  }
+
+  int64_t results(const at::Tensor& x, int axis) const {
+    return at::native::pooling_output_shape<int64_t>(x.size(2 + axis), kernel[axis], padding[axis], stride[axis],
+                                                     dilation[axis], ceil_mode);
+  }
+};
+
+bool serves(const at::Tensor& x, const Window& window) {
   const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
   if (!is_plain(x) || !known || x.dim() != 4 || x.numel() == 0 || x.is_conj() || x.is_neg()) return false;
-  return x.suggest_memory_format() == at::MemoryFormat::Contiguous || x.stride(1) == 1;
+  if (!window.fits(x)) return false;
+  if (x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) return x.stride(1) == 1;
+  return window.results(x, 0) * window.results(x, 1) >= kFewestOfPlane;
 }
 
-at::Tensor pool(const at::Tensor& x, micro::TapOp op, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                bool ceil_mode) {
-  NativeCall n = native_source(x, 1, kernel);
+at::Tensor pool(const at::Tensor& x, micro::TapOp op, const Window& window) {
+  NativeCall n = native_source(x, 1, window.kernel);
   n.out_bfloat16 = n.bfloat16;
-  n.stride_h = stride[0], n.stride_w = stride[1];
-  n.pad_top = padding[0], n.pad_left = padding[1];
-  n.dilation_h = dilation[0], n.dilation_w = dilation[1];
+  n.stride_h = window.stride[0], n.stride_w = window.stride[1];
+  n.pad_top = window.padding[0], n.pad_left = window.padding[1];
+  n.dilation_h = window.dilation[0], n.dilation_w = window.dilation[1];
   n.kept_out = x.size(1);
-  using at::native::pooling_output_shape;
-  n.out_h = pooling_output_shape<int64_t>(n.height, kernel[0], padding[0], stride[0], dilation[0], ceil_mode);
-  n.out_w = pooling_output_shape<int64_t>(n.width, kernel[1], padding[1], stride[1], dilation[1], ceil_mode);
+  n.out_h = window.results(x, 0), n.out_w = window.results(x, 1);
   if (op == micro::TapOp::kSum) {
     n.scale.assign(round_up(n.kept_out, isa_depthwise()->lanes), 1.f / static_cast<float>(n.taps));
   }
@@ -61,28 +84,17 @@ at::Tensor pool(const at::Tensor& x, micro::TapOp op, Pair kernel, Pair stride, 
   return result;
 }
 
-// Whether the window is one that PyTorch takes, and lies inside of the padded image; else it says what is wrong.
-bool fits(const at::Tensor& x, Pair kernel, Pair stride, Pair padding, Pair dilation) {
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
-    if (kernel[axis] < 1 || stride[axis] < 1 || dilation[axis] < 1 || padding[axis] < 0) return false;
-    if (padding[axis] > reach / 2 || reach > x.size(2 + axis) + 2 * padding[axis]) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 at::Tensor max_pool2d(const at::Tensor& x, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
-  if (!serves(x) || !fits(x, kernel, stride, padding, dilation)) {
-    return at::max_pool2d(x, kernel, stride, padding, dilation, ceil_mode);
-  }
-  return pool(x, micro::TapOp::kMax, kernel, stride, padding, dilation, ceil_mode);
+  const Window window{kernel, stride, padding, dilation, ceil_mode};
+  if (serves(x, window)) return pool(x, micro::TapOp::kMax, window);
+  return at::max_pool2d(x, kernel, stride, padding, dilation, ceil_mode);
 }
 
 at::Tensor avg_pool2d(const at::Tensor& x, Pair kernel, Pair stride) {
-  if (!serves(x) || !fits(x, kernel, stride, {0, 0}, {1, 1})) return at::avg_pool2d(x, kernel, stride);
-  return pool(x, micro::TapOp::kSum, kernel, stride, {0, 0}, {1, 1}, false);
+  const Window window{kernel, stride, {0, 0}, {1, 1}, false};
+  return serves(x, window) ? pool(x, micro::TapOp::kSum, window) : at::avg_pool2d(x, kernel, stride);
 }
 
 }  // namespace bap_kernels
