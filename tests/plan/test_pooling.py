@@ -192,6 +192,12 @@ def test_what_watches_calls_sees_pytorchs() -> None:
     with Seen() as seen:
         _C.max_pool2d(x, *window)
     assert any("max_pool2d" in name for name in seen.names)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for y in (_C.max_pool2d(dual, *window), _C.avg_pool2d(dual, (2, 2), (2, 2))):
+            tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+            assert tangent is not None
+            assert torch.equal(tangent, torch.ones(2, 4, 3, 3))
     y = torch.func.vmap(lambda part: _C.max_pool2d(part, *window))(x[:, None])
     assert torch.equal(y[:, 0], F.max_pool2d(x, 2))
     x.requires_grad_()

@@ -32,7 +32,7 @@ bool is_plain(const at::Tensor& x) {
                          c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
     if (included.has(key)) return false;
   }
-  if (at::autocast::is_autocast_enabled(at::kCPU)) return false;
+  if (at::autocast::is_autocast_enabled(at::kCPU) || x._fw_grad(/*level=*/0).defined()) return false;
   return !x.requires_grad() || !c10::GradMode::is_enabled();
 }
 
