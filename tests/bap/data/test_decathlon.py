@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,17 @@ def test_an_image_of_two_splits_is_named(root: Path) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A decathlon of three domains, of four images each."""
-    specs = {name: ((2, 4, 4, 4), *DECATHLON[name][1:]) for name in ("imagenet12", "aircraft", "dtd")}
-    for name in [one for one in DECATHLON if one not in specs]:
-        monkeypatch.delitem(DECATHLON, name)
-    for name, one in specs.items():
-        monkeypatch.setitem(DECATHLON, name, one)
+    whole = dict(DECATHLON)
+    specs = {name: ((2, 4, 4, 4), *whole[name][1:]) for name in whole if name in ("imagenet12", "aircraft", "dtd")}
+    DECATHLON.clear()
+    DECATHLON.update(specs)
     monkeypatch.setattr("bap.train.domains._SUITES", {"decathlon": tuple(DECATHLON)})
+    yield
+    # As a whole: entries that are put back one by one would stand in another order.
+    DECATHLON.clear()
+    DECATHLON.update(whole)
 
 
 def _config(root: Path, **changes: Any) -> Config:
