@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bap_kernels._load import _C
-from bap_kernels.flow.ops import Call
+from bap_kernels.flow.ops import Call, has_hooks
+from bap_kernels.nn.replaceable import has_own_forward
 
 __all__ = ["pooling_of"]
 
@@ -33,7 +34,8 @@ class _Pooling:
 
     def __call__(self, x: Tensor) -> Any:
         """(N, C, H, W) -> (N, C, H', W')."""
-        return self.original(x) if torch.compiler.is_compiling() else self.run(x)
+        by_pytorch = torch.compiler.is_compiling() or _C.get_backend() == "aten"
+        return self.original(x) if by_pytorch else self.run(x)
 
     def run(self, x: Tensor) -> Any:
         raise NotImplementedError
@@ -84,6 +86,8 @@ def _settings(call: Any) -> tuple[str, dict[str, Any]]:
     """Which pooling a call of one tensor is, and its arguments by name; ("", {}) for any other call."""
     target, args, kwargs = (call.target, call.args, call.kwargs) if isinstance(call, Call) else (call, (), {})
     is_layer = isinstance(target, nn.Module)
+    if is_layer and (has_hooks(target) or has_own_forward(target)):
+        return "", {}
     kind, names = _POOLINGS.get(type(target) if is_layer else target, ("", ()))
     if is_layer:
         return kind, {name: getattr(target, name) for name in names}

@@ -68,6 +68,26 @@ def test_a_subclass_is_not_taken_for_its_base() -> None:
     assert pooling_of(Doubled(2)) is None
 
 
+def test_hooks_and_forwards_of_its_own_are_called() -> None:
+    hooked, replaced = nn.MaxPool2d(2), nn.MaxPool2d(2)
+    hooked.register_forward_hook(lambda module, args, result: result + 1)
+    replaced.forward = lambda x: F.avg_pool2d(x, 2)  # type: ignore[method-assign]
+    x = torch.randn(1, 8, 8, 8)
+    for pool in (hooked, replaced):
+        assert pooling_of(pool) is None
+        assert pooling_of(Call(pool)) is None
+        model = bk.swap_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), pool, nn.Conv2d(8, 4, 1)).eval())
+        planned = bk.plan(model, x)
+        with torch.no_grad():
+            torch.testing.assert_close(planned(x), model(x))
+    # A hook that comes later is seen, too.
+    model = bk.swap_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1)).eval())
+    planned = bk.plan(model, x)
+    model[1].register_forward_hook(lambda module, args, result: result + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(planned(x), model(x))
+
+
 # (kernel, stride, padding, dilation, ceil_mode)
 WINDOWS = [
     ((2, 2), (2, 2), (0, 0), (1, 1), False),
