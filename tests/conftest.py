@@ -33,6 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_large)
 
 
+@pytest.fixture
+def own_choice_table() -> Iterator[None]:
+    """An empty table of measured choices without a file, for one test."""
+    from bap_kernels import _C
+    from bap_kernels.settings import settings
+
+    _C.set_choice_file("")
+    _C.clear_choices()
+    yield
+    _C.clear_choices()
+    _C.set_choice_file(str(settings.choice_file or ""))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

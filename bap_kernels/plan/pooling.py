@@ -85,13 +85,13 @@ def _pair(value: Any) -> _Pair | None:
 def _settings(call: Any) -> tuple[str, dict[str, Any]]:
     """Which pooling a call of one tensor is, and its arguments by name; ("", {}) for any other call."""
     target, args, kwargs = (call.target, call.args, call.kwargs) if isinstance(call, Call) else (call, (), {})
-    is_layer = isinstance(target, nn.Module)
-    if is_layer and (has_hooks(target) or has_own_forward(target)):
+    if not isinstance(target, nn.Module):
+        kind, names = _POOLINGS.get(target, ("", ()))
+        return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+    kind, names = _POOLINGS.get(type(target), ("", ()))
+    if has_hooks(target) or has_own_forward(target):
         return "", {}
-    kind, names = _POOLINGS.get(type(target) if is_layer else target, ("", ()))
-    if is_layer:
-        return kind, {name: getattr(target, name) for name in names}
-    return kind, {**dict(zip(names, args, strict=False)), **kwargs}
+    return kind, {name: getattr(target, name) for name in names}
 
 
 def pooling_of(call: Any) -> _Pooling | None:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,7 @@ print(json.dumps([start, _C.choices()]))
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_table(tmp_path: Path) -> Iterator[None]:
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
+pytestmark = pytest.mark.usefixtures("own_choice_table")
 
 
 def start_process(folder: Path | str, width: int = 13) -> subprocess.Popen[str]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from bap_kernels import _C, reference
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, assert_close, make_tensors, poison, run
 
 CASE = Case(1, 40, 30, (12, 13), seed=3)
 
 
-@pytest.fixture(autouse=True)
-def _own_table(tmp_path: Path) -> Iterator[None]:
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
+pytestmark = pytest.mark.usefixtures("own_choice_table")
 
 
 def reread(path: Path) -> list[dict]:

@@ -20,17 +20,9 @@ from bap.train.run_log import read_metrics
 from bap.train.state import load_state
 from bap.train.trainer import STATE
 
+from tests.bap.train.states import assert_states_equal, state_of
+
 ROOT = Path(__file__).parents[3]
-
-
-def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert list(a) == list(b)
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 @pytest.mark.parametrize(
@@ -65,7 +57,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         changes = {**changes, "teacher": str(finished / "checkpoint")}
     config = tiny.replace(**changes)
     whole = Trainer(config, suite, tmp_path / "whole").open()
-    start = _state(whole)
+    start = state_of(whole)
     whole.fit()
     half = Trainer(config, suite, tmp_path / "halves").open()
     half.fit(until=2)
@@ -73,7 +65,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     rest = Trainer(config, suite, tmp_path / "halves", resume=True).open()
     assert rest.epoch == 2
     rest.fit()
-    _assert_equal(_state(whole), _state(rest))
+    assert_states_equal(state_of(whole), state_of(rest))
     first, second = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "halves")
     assert [one["epoch"] for one in second] == [1, 2, 3, 4]
     for a, b in zip(first, second, strict=True):
@@ -121,7 +113,7 @@ def test_killed_in_mid_epoch_only_the_epoch_is_lost(tiny: Config, suite: dict[st
     rest = Trainer(tiny, suite, folder, resume=True).open()
     assert rest.epoch == 2
     rest.fit()
-    _assert_equal(_state(whole), _state(rest))
+    assert_states_equal(state_of(whole), state_of(rest))
 
 
 def test_killed_while_writing_every_file_is_whole(tiny: Config, suite: dict[str, Domain], tmp_path: Path) -> None:

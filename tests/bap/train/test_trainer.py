@@ -18,16 +18,7 @@ from torch import nn
 
 import bap_kernels as bk
 from bap_kernels import _C
-
-
-def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert list(a) == list(b)
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
+from tests.bap.train.states import assert_states_equal, state_of
 
 
 def test_the_constructor_has_no_side_effects(
@@ -214,7 +205,7 @@ def test_sharing_losses_shrink_the_union(suite: dict[str, Domain], tiny: Config)
 def test_a_step_moves_only_what_its_domain_owns(suite: dict[str, Domain], tiny: Config) -> None:
     config = tiny.replace(sharing="int", relaxed=True)
     trainer = Trainer(config, suite).open()
-    before = _state(trainer)
+    before = state_of(trainer)
     x, y = next(suite["glyphs"].batches("train", 32, (0,)))
     from bap.train.evaluate import Accuracy
 
@@ -299,6 +290,6 @@ def test_steps_take_fast_kernels_and_measure_nothing(
         with bk.use_winograd(True):
             trainer.fit()
         assert _C.choices() == measured
-        states.append(_state(trainer))
-    _assert_equal(states[0], states[1])
+        states.append(state_of(trainer))
+    assert_states_equal(states[0], states[1])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0]), "these were direct kernels"
