@@ -46,6 +46,17 @@ def own_choice_table() -> Iterator[None]:
     _C.set_choice_file(str(settings.choice_file or ""))
 
 
+@pytest.fixture
+def no_verifier() -> Iterator[None]:
+    """Calls on a simulated GPU start no verifier, for one test."""
+    from bap_kernels import _C
+    from bap_kernels.verify.trigger import first_use
+
+    _C.set_verify_hook(None)
+    yield
+    _C.set_verify_hook(first_use)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

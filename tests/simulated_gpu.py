@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from bap_kernels import _C
-from bap_kernels.settings import settings
-from bap_kernels.verify.trigger import first_use
 
 
 def _numbers() -> Iterator[int]:
@@ -23,20 +21,6 @@ def _numbers() -> Iterator[int]:
 
 # Verdicts outlive a test, so each has a device of its own, without any.
 devices = _numbers()
-
-
-@contextlib.contextmanager
-def own_table() -> Iterator[None]:
-    """No choices at first, none kept in the user's file, and no verifier."""
-    _C.set_verify_hook(None)
-    _C.set_choice_file("")
-    _C.clear_choices()
-    try:
-        yield
-    finally:
-        _C.clear_choices()
-        _C.set_choice_file(str(settings.choice_file or ""))
-        _C.set_verify_hook(first_use)
 
 
 @contextlib.contextmanager

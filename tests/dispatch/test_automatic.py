@@ -18,10 +18,10 @@ from torch import Tensor
 
 import bap_kernels as bk
 from bap_kernels import _C
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
-from bap_kernels.verify.trigger import first_use
 from tests.simulated_gpu import devices, simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
 
 ops = torch.ops.bap_kernels
 X, W, B = torch.randn(3, 12, 7, 6), torch.randn(10, 12, 3, 3), torch.randn(10)
@@ -67,17 +67,11 @@ SLOW = {"gather": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
 
 
 @pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    _C.set_verify_hook(None)
+def _tf32() -> Iterator[None]:
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
-    _C.set_choice_file("")
-    _C.clear_choices()
     yield
     torch.backends.cudnn.allow_tf32 = tf32
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
-    _C.set_verify_hook(first_use)
 
 
 @pytest.fixture(params=list(OPS))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,12 @@ import torch
 
 from bap_kernels import _C, reference
 from bap_kernels.testing import Case, Sample, assert_close, make_tensors, poison, run
-from tests.simulated_gpu import choose_as_on_gpu, own_table
+from tests.simulated_gpu import choose_as_on_gpu
+
+pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
 
 CASE = Case(2, 20, 18, (6, 7), seed=1)
 TIMES = {"gather": 3e-4, "gather_flat": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
-
-
-@pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    with own_table():
-        yield
 
 
 def clock(**times: float) -> Callable[[str], float]:

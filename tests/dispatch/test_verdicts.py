@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from bap_kernels import _C
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, make_tensors, run
-from bap_kernels.verify.trigger import first_use
-from tests.simulated_gpu import devices
+from tests.simulated_gpu import devices, simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
 
 SAMPLE = make_tensors(Case(2, 20, 18, (6, 7), seed=1))
 
 
-@pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    _C.set_verify_hook(None)
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.simulate_gpu(None)
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
-    _C.set_verify_hook(first_use)
-
-
 def call_on(device: int, **options) -> None:
-    _C.simulate_gpu("H200", number=device, **options)
-    try:
+    with simulated_gpu(number=device, **options):
         run(SAMPLE)
-    finally:
-        _C.simulate_gpu(None)
 
 
 def test_tables_are_replaced_whole_and_per_device() -> None:
@@ -78,7 +62,7 @@ def test_hook_is_not_called_by_other_calls() -> None:
     _C.set_verify_hook(asked.append)
     run(SAMPLE)
     device = next(devices)
-    call_on(device, capturing=lambda: True)
+    call_on(device, capturing=True)
     assert asked == []
     call_on(device)
     assert asked == [device]
@@ -144,11 +128,10 @@ def test_families_of_calls_on_cpus_need_a_backend_that_runs_there() -> None:
 
 
 def test_simulated_gpu_is_of_one_thread() -> None:
-    _C.simulate_gpu("H200")
-    thread = threading.Thread(target=lambda: run(SAMPLE))
-    thread.start()
-    thread.join()
-    _C.simulate_gpu(None)
+    with simulated_gpu():
+        thread = threading.Thread(target=lambda: run(SAMPLE))
+        thread.start()
+        thread.join()
     assert all(" on H200" not in choice["case"] for choice in _C.choices())
     call_on(next(devices))
     assert any(choice["case"].endswith(" on H200") for choice in _C.choices())

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from bap_kernels import _C, reference
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, assert_close, check_fused, make_tensors, run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_choice_table")]
 
 CASE = Case(4, 40, 36, (14, 15), layout="channels_last")
-
-
-@pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    _C.set_choice_file("")
-    _C.clear_choices()
-    yield
-    _C.clear_choices()
-    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def test_each_case_is_measured_once() -> None:

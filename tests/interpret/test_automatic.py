@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,9 @@ from torch import Tensor
 import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
-from tests.simulated_gpu import devices, own_table, simulated_gpu
+from tests.simulated_gpu import devices, simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
 
 ops = torch.ops.bap_kernels
 SAMPLE = make_tensors(Case(in_channels=20, out_channels=18, size=(4, 5), batch=3))
@@ -29,12 +30,6 @@ CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "mixed": ("_gathered_conv2d_mixed", (X, W, B, [IN, None], [1, 2], *GEOMETRY[:3])),
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    with own_table():
-        yield
 
 
 def seconds(name: str) -> float:

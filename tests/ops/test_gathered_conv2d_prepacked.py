@@ -10,24 +10,22 @@ import pytest
 import torch
 
 from bap_kernels import _C, reference
-from bap_kernels.settings import settings
 from bap_kernels.testing import Case, Sample, assert_close, lay_out, make_fused, make_tensors, poison, run, unlisted
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"),
+    pytest.mark.usefixtures("own_choice_table"),
+]
 
 ROUTE = "gather_packed"
 CASE = Case(1, 40, 30, (12, 13), seed=3)
 
 
 @pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    _C.set_choice_file("")
-    _C.clear_choices()
+def _no_packed_weights() -> Iterator[None]:
     _C.clear_packed_cache()
     yield
-    _C.clear_choices()
     _C.clear_packed_cache()
-    _C.set_choice_file(str(settings.choice_file or ""))
 
 
 def candidates(sample: Sample, cache_packed: bool = True) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
 from tests.ptx.cuda.device import kernels, set_device
-from tests.simulated_gpu import devices, own_table, simulated_gpu
+from tests.simulated_gpu import devices, simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
 
 ops = torch.ops.bap_kernels
 BASE = Case(in_channels=64, out_channels=32, size=(8, 8), in_list="null", out_list="null", dtype=torch.bfloat16)
@@ -110,12 +111,6 @@ LAUNCHED = {
     "channel_unpack": {"pack"},
     "split_epilogue": {"split"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_table() -> Iterator[None]:
-    with own_table():
-        yield
 
 
 def families(call: Call) -> set[str]:
