@@ -19,12 +19,12 @@
 #include "dispatch/backend.h"
 #include "dispatch/cache_bindings.h"
 #include "dispatch/choice.h"
-#include "dispatch/fingerprint.h"
 #include "dispatch/packed_cache.h"
 #include "dispatch/packed_memory.h"
 #include "dispatch/python_hooks.h"
 #include "dispatch/verdict_bindings.h"
 #include "dispatch/winograd.h"
+#include "plan/bindings.h"
 
 namespace py = pybind11;
 
@@ -185,27 +185,6 @@ bool same_values(const at::Tensor& a, const at::Tensor& b) {
   return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
 }
 
-// What tells whether tensors have changed: of those on the CPU the values; of others, which cannot be read without a
-// stall, the tensor, its storage, address and version.
-py::bytes fingerprint(const std::vector<at::Tensor>& tensors) {
-  std::vector<Fingerprint> parts;
-  for (const at::Tensor& t : tensors) {
-    if (t.is_cpu()) {
-      parts.push_back(fingerprint_values(t.dim() == 0 ? t.view({1}) : t));
-      continue;
-    }
-    const std::array<uint64_t, 3> state = {reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()),
-                                           t.has_storage()
-                                               ? reinterpret_cast<uintptr_t>(t.storage().unsafeGetStorageImpl()) +
-                                                     static_cast<uint64_t>(t.storage_offset())
-                                               : 0,
-                                           t.is_inference() ? 0 : static_cast<uint64_t>(t._version())};
-    parts.push_back(fingerprint_bytes(state.data(), sizeof(state)));
-  }
-  const Fingerprint all = fingerprint_bytes(parts.data(), static_cast<int64_t>(parts.size() * sizeof(Fingerprint)));
-  return {reinterpret_cast<const char*>(all.data()), sizeof(all)};
-}
-
 // Whether Python would let `except Exception` pass it by. What torch has not taken from Python yet is taken, so that no
 // error stays pending behind a result.
 bool python_interrupt(const std::exception_ptr& error) {
@@ -294,6 +273,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(m);
   bind_verdicts(m);
   bind_device_caches(m);
+  bind_plan(m);
+  bind_watch(m);
   m.doc() =
       "Native part of bap_kernels: registers the ops; settings, tables "
       "and how it was built.";
@@ -303,6 +284,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dilation"), py::arg("ceil_mode"), py::call_guard<py::gil_scoped_release>());
   m.def("avg_pool2d", &avg_pool2d, py::arg("x"), py::arg("kernel"), py::arg("stride"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("global_avg_pool2d", &global_avg_pool2d, py::arg("x"), py::call_guard<py::gil_scoped_release>());
   m.def("set_backend", &set_backend, py::arg("name"));
   m.def("get_backend", &get_backend);
   m.def("set_default_backend", &set_default_backend, py::arg("name"));
@@ -354,7 +336,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_default_packed_memory", &set_default_packed_memory, py::arg("name"));
   m.def("clear_packed_cache", [] { PackedCache::instance().clear(); });
   m.def("same_values", &same_values, py::arg("a"), py::arg("b"));
-  m.def("fingerprint", &fingerprint, py::arg("tensors"));
   m.def(
       "convolution_fails",
       [](const at::Tensor& x, const at::Tensor& w, const std::vector<int64_t>& stride,

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from bap_kernels.flow.arguments import tensors_of
 from bap_kernels.flow.ops import Call
+from bap_kernels.plan.conv_steps import ConvStep, DepthwiseStep, GroupedStep
+from bap_kernels.plan.joined import join
 from bap_kernels.plan.steps import (
     BinaryStep,
     BufferStep,
     CatStep,
-    ConvStep,
-    DepthwiseStep,
     Env,
     FetchStep,
-    GroupedStep,
     InputStep,
     MapStep,
     NormStep,
@@ -107,11 +106,15 @@ class Chunks:
         steps: of the plan, in order.
         freed: the slots that are emptied after each of them.
         inputs: the slots of the plan's inputs.
+        slots: how many slots the plan has.
     """
 
-    def __init__(self, steps: Sequence[Step], freed: Sequence[Sequence[int]], inputs: Sequence[int]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], freed: Sequence[tuple[int, ...]], inputs: Sequence[int], slots: int
+    ) -> None:
         self.end = next((number for number, step in enumerate(steps) if not _is_by_sample(step)), len(steps))
         self._order = list(zip(steps[: self.end], freed, strict=False))
+        self._joined = join(self._order, slots)
         written = {slot for step, _ in self._order for slot in step.writes}
         read = {slot for step, _ in self._order for slot in step.reads}
         emptied = {slot for _, slots in self._order for slot in slots}
@@ -162,7 +165,7 @@ class Chunks:
             part = x[begin : begin + size]
             of_part: list[Any] = list(env)
             of_part[self._input] = part
-            for step, freed in self._order:
+            for step, freed in self._joined:
                 step(of_part)
                 for slot in freed:
                     of_part[slot] = None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from bap_kernels._load import _C
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.conv import GatheredConv2d
-from bap_kernels.plan.steps import ConvStep, Step
+from bap_kernels.plan.conv_steps import ConvStep
+from bap_kernels.plan.steps import Step
 
 __all__ = ["LayerMemory", "NetworkMemory", "PackedUse", "layer_uses", "network_memory", "step_uses"]
 

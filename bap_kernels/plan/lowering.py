@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bap_kernels.flow.graph import Channels, Graph, Op, Value, computed_groups, dense_size
 from bap_kernels.flow.norms import folded_norm, norm_parts
 from bap_kernels.functional import four_sided
-from bap_kernels.plan import steps
+from bap_kernels.plan import conv_steps, steps
 from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
 from bap_kernels.plan.fuse import FusedConv, fuse
 from bap_kernels.plan.layout import Chain, Layout
@@ -147,7 +147,7 @@ class _Lowering(StepWriter):
         padding = four_sided("plan", sides, conv.kernel_size, conv.stride, conv.dilation)
         lists = (in_index, out_index, weight_index)
         cast = None if fused.conv.output.dtype is conv.weight.dtype else fused.conv.output.dtype
-        step = steps.ConvStep(conv, padding, lists, before, after, fused.relu, reads, self.slot[op.output], cast)
+        step = conv_steps.ConvStep(conv, padding, lists, before, after, fused.relu, reads, self.slot[op.output], cast)
         step.out_max = fused.out_max
         if compact:
             step.parameters = _widened(conv, fused.conv.writes[stored], read, (width, len(positions)))
@@ -193,9 +193,9 @@ class _Lowering(StepWriter):
             sides = four_sided("plan", padding, conv.kernel_size, conv.stride, conv.dilation)
             cast = None if fused.conv.output.dtype is weight.dtype else fused.conv.output.dtype
             after = (fused.relu, fused.out_max, x, self.slot[op.output], cast)
-            self.emit(steps.DepthwiseStep(options, sides, weight, bias, *after), op, note=note)
+            self.emit(conv_steps.DepthwiseStep(options, sides, weight, bias, *after), op, note=note)
         else:
-            step = steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
+            step = conv_steps.GroupedStep(options, weight, bias, x, self.slot[op.output])
             kept = np.searchsorted(written, stored)
             width = self.width(len(stored), op.output)
             if width > len(stored) and len(kept) < len(written):

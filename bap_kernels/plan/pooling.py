@@ -13,7 +13,7 @@ from bap_kernels._load import _C
 from bap_kernels.flow.ops import Call, has_hooks
 from bap_kernels.nn.replaceable import has_own_forward
 
-__all__ = ["pooling_of"]
+__all__ = ["Pooling", "pooling_of"]
 
 _Pair = tuple[int, int]
 _MAX_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -26,7 +26,7 @@ _POOLINGS: dict[Any, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class _Pooling:
+class Pooling:
     """A pooling that runs as the model's own call wherever our kernels do not serve."""
 
     def __init__(self, call: Callable[[Tensor], Any]) -> None:
@@ -38,13 +38,18 @@ class _Pooling:
         return self.original(x) if by_pytorch else self.run(x)
 
     def run(self, x: Tensor) -> Any:
+        """By our kernels."""
+        raise NotImplementedError
+
+    def join(self, run: _C.StepRun, x: int, out: int, freed: tuple[int, ...]) -> bool:
+        """As :meth:`Step.join <bap_kernels.plan.steps.Step.join>`, from one slot to another."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
         return repr(self.original)
 
 
-class _Max(_Pooling):
+class _Max(Pooling):
     def __init__(
         self, call: Callable[[Tensor], Any], kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil: bool
     ) -> None:
@@ -54,8 +59,12 @@ class _Max(_Pooling):
     def run(self, x: Tensor) -> Any:
         return _C.max_pool2d(x, *self.window) if x.dim() == 4 else self.original(x)
 
+    def join(self, run: _C.StepRun, x: int, out: int, freed: tuple[int, ...]) -> bool:
+        run.add_max_pool(x, out, freed, *self.window)
+        return True
 
-class _Average(_Pooling):
+
+class _Average(Pooling):
     def __init__(self, call: Callable[[Tensor], Any], kernel: _Pair, stride: _Pair) -> None:
         super().__init__(call)
         self.window = kernel, stride
@@ -63,14 +72,18 @@ class _Average(_Pooling):
     def run(self, x: Tensor) -> Any:
         return _C.avg_pool2d(x, *self.window) if x.dim() == 4 else self.original(x)
 
+    def join(self, run: _C.StepRun, x: int, out: int, freed: tuple[int, ...]) -> bool:
+        run.add_avg_pool(x, out, freed, *self.window)
+        return True
 
-class _GlobalAverage(_Pooling):
+
+class _GlobalAverage(Pooling):
     def run(self, x: Tensor) -> Any:
-        # Of planes PyTorch's is the faster one.
-        if x.dim() != 4 or not x.is_cpu or 0 in x.shape or not x.is_contiguous(memory_format=torch.channels_last):
-            return self.original(x)
-        size = (x.shape[2], x.shape[3])
-        return _C.avg_pool2d(x, size, size)
+        return _C.global_avg_pool2d(x) if x.dim() == 4 else self.original(x)
+
+    def join(self, run: _C.StepRun, x: int, out: int, freed: tuple[int, ...]) -> bool:
+        run.add_global_avg_pool(x, out, freed)
+        return True
 
 
 def _pair(value: Any) -> _Pair | None:
@@ -94,7 +107,7 @@ def _settings(call: Any) -> tuple[str, dict[str, Any]]:
     return kind, {name: getattr(target, name) for name in names}
 
 
-def pooling_of(call: Any) -> _Pooling | None:
+def pooling_of(call: Any) -> Pooling | None:
     """The call as a pooling by our kernels, on float32 and bfloat16 tensors of a CPU; None if they do not know it.
 
     Max poolings and averages without padding are known, and ``F.adaptive_avg_pool2d(x, 1)``. PyTorch's max pooling

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bap_kernels.plan.chunks import Chunks, held_bytes
+from bap_kernels.plan.joined import join
 from bap_kernels.plan.steps import MapStep, Step, fill_slots, slots_in
 
 __all__ = ["Program"]
@@ -49,7 +50,10 @@ class Program:
                 freed[number].append(slot)
         self.freed = [tuple(slots) for slots in freed]
         self._order = list(zip(steps, self.freed, strict=True))
-        self._chunks = Chunks(steps, self.freed, inputs)
+        self._chunks = Chunks(steps, self.freed, inputs, slots)
+        # Of the steps behind those that chunks may take, and of all steps.
+        leading = self._chunks.end
+        self._joined = {0: join(self._order, slots), leading: join(self._order[leading:], slots)}
         # Its results for two and for three samples, without data; known after the first mixed batch.
         self.probe: tuple[Any, Any] | None = None
 
@@ -58,14 +62,14 @@ class Program:
         env: list[Any] = [None] * self.slots
         for slot, x in zip(self.inputs, inputs, strict=True):
             env[slot] = x
-        for step, freed in self._order[self._run_leading(env) :]:
+        for step, freed in self._joined[self._run_leading(env)]:
             step(env)
             for slot in freed:
                 env[slot] = None
         return fill_slots(self.result, env)
 
     def _run_leading(self, env: list[Any]) -> int:
-        """Runs the first steps where that may be in chunks, and returns how many it ran."""
+        """Runs the first steps where that may be in chunks, and returns how many it ran: all of these or none."""
         chunks = self._chunks
         if torch.compiler.is_compiling():
             return 0

@@ -1,7 +1,7 @@
 """The steps of a planned network: each reads slots of a list of tensors and writes one.
 
-A step is called with that list; everything else it holds since the plan was made. Weights are read from the model's own
-parameters at every call; only filters of depthwise and grouped convolutions, folded with their batch norm, are copies.
+A step is called with that list; everything else it holds since the plan was made. Convolutions are in
+:mod:`bap_kernels.plan.conv_steps`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bap_kernels._load import _C
 from bap_kernels.flow.arguments import leaves_of, map_leaves
-from bap_kernels.functional import plain_conv2d
+from bap_kernels.plan.pooling import Pooling
 
 __all__ = [
     "BinaryStep",
     "BufferStep",
     "CatStep",
-    "ConvStep",
-    "DepthwiseStep",
     "FetchStep",
-    "GroupedStep",
     "InputStep",
     "MapStep",
     "NormStep",
@@ -34,11 +31,10 @@ __all__ = [
     "Step",
     "ViewStep",
     "fill_slots",
+    "selected",
     "slots_in",
 ]
 
-_fused = torch.ops.bap_kernels._gathered_conv2d_fused.default
-_CPU_BACKENDS = ("auto", "heuristic", "native", "aten")
 Env = list[Any]
 
 
@@ -72,6 +68,18 @@ class Step:
         """Runs it."""
         raise NotImplementedError
 
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:
+        """Adds itself to a run of native steps.
+
+        Args:
+            run: the run.
+            freed: the slots that nothing reads after it.
+
+        Returns:
+            False: there is no such native step, and nothing was added.
+        """
+        return False
+
     @property
     def writes(self) -> tuple[int, ...]:
         """All slots that it writes."""
@@ -95,149 +103,9 @@ class InputStep(Step):
     def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = env[self.out].contiguous(memory_format=self.memory_format)
 
-
-class ConvStep(Step):
-    """A convolution with lists and all that was fused into it.
-
-    Attributes:
-        out_max: the largest result that the ReLU leaves; None: there is none.
-        cast: the dtype in which it computes under autocast; None: the weight's.
-        dual_store: the slot of a second, compact store of the result's channels ``dual_index``; None: there is none.
-    """
-
-    out_max: float | None = None
-    dual_store: int | None = None
-    dual_index: Tensor | None = None
-
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        padding: tuple[int, int, int, int],
-        lists: tuple[Tensor | None, Tensor | None, Tensor | None],
-        before: tuple[Tensor | None, Tensor | None, bool],
-        after: tuple[Tensor | None, Tensor | None],
-        relu: bool,
-        reads: tuple[int, ...],
-        out: int,
-        cast: torch.dtype | None = None,
-    ) -> None:
-        self.cast = cast
-        self.parameters: dict[str, Any] = conv._parameters
-        self.stride, self.padding, self.dilation = tuple(conv.stride), padding, tuple(conv.dilation)
-        self.in_index, self.out_index, self.weight_index = lists
-        self.before, self.after = before, after
-        self.relu = relu
-        self.reads, self.out = reads, out
-        self.residual = reads[1] if len(reads) > 1 else None
-        self._options: tuple[Any, ...] = (self.stride, self.padding, self.dilation, 1)
-
-    def __call__(self, env: Env) -> None:  # noqa: D102
-        parameters = self.parameters
-        weight, bias = parameters["weight"], parameters["bias"]
-        residual = None if self.residual is None else env[self.residual]
-        x = env[self.reads[0]]
-        if self.cast is not None:
-            x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
-        lists = (self.in_index, self.out_index)
-        fusion: Any = (*self.before, *self.after, residual, self.relu, True, self.weight_index, self.dual_index)
-        fusion += (self.out_max,)
-        if torch.compiler.is_compiling():
-            result = _fused(x, weight, bias, *lists, *self._options, *fusion)
-        else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, *lists, *self._options, *fusion)
-        env[self.out], second = result
-        if self.dual_store is not None:
-            env[self.dual_store] = second
-
-    @property
-    def writes(self) -> tuple[int, ...]:  # noqa: D102
-        return (self.out,) if self.dual_store is None else (self.out, self.dual_store)
-
-    @property
-    def kind(self) -> str:
-        """Its name in the table, with what it does."""
-        parts = ["norm+" if self.before[0] is not None else "", "relu+" if self.before[2] else "", "conv"]
-        parts += ["+norm" if self.after[1] is not None else "", "+add" if self.residual is not None else ""]
-        return "".join(parts) + _name_of_relu(self.relu, self.out_max)
-
-
-class DepthwiseStep(Step):
-    """A depthwise convolution of compact tensors; its filters are copies with the batch norm folded in.
-
-    On a GPU, and where one of its backends is named, it is PyTorch's: these backends have no depthwise kernels.
-
-    Args:
-        options: stride, padding, dilation and groups.
-        sides: the padding of four sides.
-        weight, bias: the filters.
-        relu, out_max: what follows, as in :class:`ConvStep`.
-        x, out: slots.
-        cast: as in :class:`ConvStep`.
-    """
-
-    def __init__(
-        self,
-        options: tuple[Any, ...],
-        sides: tuple[int, int, int, int],
-        weight: Tensor,
-        bias: Tensor | None,
-        relu: bool,
-        out_max: float | None,
-        x: int,
-        out: int,
-        cast: torch.dtype | None = None,
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        self.options = options
-        self.relu, self.out_max = relu, out_max
-        self.reads, self.out = (x,), out
-        self.cast = cast
-        stride, _, dilation, groups = options
-        self._options: tuple[Any, ...] = (stride, sides, dilation, groups)
-
-    def __call__(self, env: Env) -> None:  # noqa: D102
-        x, weight, bias = env[self.reads[0]], self.weight, self.bias
-        compiling = torch.compiler.is_compiling()
-        if x.device.type != "cpu" or not (compiling or _C.get_backend() in _CPU_BACKENDS):
-            y = plain_conv2d(x, weight, bias, *self.options)
-            if self.relu:
-                y = torch.relu_(y) if self.out_max is None else F.hardtanh_(y, 0.0, self.out_max)
-            env[self.out] = y
-            return
-        if self.cast is not None:
-            x, weight, bias = x.to(self.cast), weight.to(self.cast), None if bias is None else bias.to(self.cast)
-        fusion: Any = (None, None, False, None, None, None, self.relu, True, None, None, self.out_max)
-        if compiling:
-            result = _fused(x, weight, bias, None, None, *self._options, *fusion)
-        else:
-            result = _C.gathered_conv2d_fused(x, weight, bias, None, None, *self._options, *fusion)
-        env[self.out] = result[0]
-
-    @property
-    def kind(self) -> str:
-        """Its name in the table, with what it does."""
-        return "depthwise" + _name_of_relu(self.relu, self.out_max)
-
-
-class GroupedStep(Step):
-    """A grouped convolution of whole groups, of whose result ``index`` is kept; None keeps all.
-
-    Args:
-        options: stride, padding, dilation and groups.
-        weight, bias: the filters, copies with the batch norm folded in.
-        x, out: slots.
-    """
-
-    index: Tensor | None = None
-
-    def __init__(self, options: tuple[Any, ...], weight: Tensor, bias: Tensor | None, x: int, out: int) -> None:
-        self.weight, self.bias = weight, bias
-        self.options = options
-        self.reads, self.out = (x,), out
-
-    def __call__(self, env: Env) -> None:  # noqa: D102
-        y = plain_conv2d(env[self.reads[0]], self.weight, self.bias, *self.options)
-        env[self.out] = y if self.index is None else _selected(y, self.index)
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        run.add_contiguous(self.out, self.out, freed, self.memory_format)
+        return True
 
 
 class NormStep(Step):
@@ -251,12 +119,17 @@ class NormStep(Step):
         weight, bias, mean, var = self.vectors
         env[self.out] = torch.batch_norm(env[self.reads[0]], weight, bias, mean, var, False, 0.0, self.eps, False)
 
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        run.add_norm(self.reads[0], self.out, freed, self.vectors, self.eps)
+        return True
+
 
 class MapStep(Step):
     """An activation or a pooling."""
 
     # Some, such as slices, return a view.
     fresh = False
+    in_place = False
 
     def __init__(self, call: Callable[..., Any], act: str, x: int, out: int) -> None:
         self.call, self.act = call, act
@@ -265,10 +138,16 @@ class MapStep(Step):
     def reuse_input(self) -> None:
         """Writes the result over the input, where the activation can."""
         if self.act:
-            self.call = {"relu": torch.relu_, "relu6": _relu6_}[self.act]
+            self.call, self.in_place = {"relu": torch.relu_, "relu6": _relu6_}[self.act], True
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = self.call(env[self.reads[0]])
+
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        if self.in_place:
+            run.add_relu(self.reads[0], self.out, freed, 6.0 if self.act == "relu6" else None)
+            return True
+        return isinstance(self.call, Pooling) and self.call.join(run, self.reads[0], self.out, freed)
 
 
 class BinaryStep(Step):
@@ -290,6 +169,10 @@ class CatStep(Step):
 
     def __call__(self, env: Env) -> None:  # noqa: D102
         env[self.out] = torch.cat([env[slot] for slot in self.reads], 1)
+
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        run.add_cat(self.reads, self.out, freed)
+        return True
 
 
 class BufferStep(Step):
@@ -332,6 +215,11 @@ class BufferStep(Step):
         for slot, begin, count in self.parts:
             buffer.narrow(1, begin, count).copy_(env[slot])
 
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        made = (self.width, self.first, self.zeros_from, self.memory_format, self.dtype)
+        run.add_buffer(self.parts, self.out, freed, *made)
+        return True
+
 
 class ViewStep(Step):
     """Channels of a tensor that follow one another."""
@@ -346,6 +234,10 @@ class ViewStep(Step):
         x = env[self.reads[0]].narrow(1, self.begin, self.count)
         env[self.out] = x if self.dtype is None else x.to(self.dtype)
 
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        run.add_view(self.reads[0], self.out, freed, self.begin, self.count, self.dtype)
+        return True
+
 
 def _filled(x: Tensor, fill: Tensor | int) -> Tensor:
     """The tensor with constant channels after its own: that many zeros, or those of a vector."""
@@ -354,7 +246,8 @@ def _filled(x: Tensor, fill: Tensor | int) -> Tensor:
     return torch.cat([x, fill.to(x.dtype).view(1, -1, 1, 1).expand(x.shape[0], -1, *x.shape[2:])], 1)
 
 
-def _selected(x: Tensor, index: Tensor) -> Tensor:
+def selected(x: Tensor, index: Tensor) -> Tensor:
+    """The listed channels, in the memory format of the tensor."""
     # index_select of a channels_last tensor would lose its memory format.
     if x.is_contiguous() or x.stride(1) != 1:
         return x.index_select(1, index)
@@ -371,12 +264,16 @@ class FetchStep(Step):
     def __call__(self, env: Env) -> None:  # noqa: D102
         x = env[self.reads[0]]
         if self.index is not None:
-            x = _selected(x, self.index)
+            x = selected(x, self.index)
         if self.fill is not None:
             x = _filled(x, self.fill)
         if self.order is not None:
-            x = _selected(x, self.order)
+            x = selected(x, self.order)
         env[self.out] = x
+
+    def join(self, run: _C.StepRun, freed: tuple[int, ...]) -> bool:  # noqa: D102
+        run.add_fetch(self.reads[0], self.out, freed, self.index, self.fill, self.order)
+        return True
 
     @property
     def kind(self) -> str:
@@ -414,10 +311,6 @@ def fill_slots(part: Any, env: Env) -> Any:
 def slots_in(part: Any) -> list[int]:
     """The numbers of the slots in arguments."""
     return [leaf.number for leaf in leaves_of(part) if isinstance(leaf, Slot)]
-
-
-def _name_of_relu(relu: bool, out_max: float | None) -> str:
-    return ("+relu" if out_max is None else f"+relu{out_max:g}") if relu else ""
 
 
 def _relu6_(x: Tensor) -> Tensor:

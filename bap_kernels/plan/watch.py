@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,26 +21,6 @@ _MOST_COPIED = 2**16
 _ATTRIBUTES = ("eps", "lists", "threshold")
 
 
-class _Places:
-    """Entries of dictionaries, read without a loop in Python: a plan reads hundreds of them at every call."""
-
-    def __init__(self) -> None:
-        self.tables: list[dict[str, Any]] = []
-        self.names: list[str] = []
-
-    def add(self, table: dict[str, Any], name: str) -> None:
-        self.tables.append(table)
-        self.names.append(name)
-
-    def read(self) -> list[Any]:
-        """What they hold now; None for those that are gone."""
-        return list(map(dict.get, self.tables, self.names))
-
-
-def _all_same(now: Iterable[Any], before: Iterable[Any]) -> bool:
-    return all(map(operator.is_, now, before))
-
-
 class Watch:
     """Finds out whether a model has changed since a plan copied from it.
 
@@ -60,19 +37,22 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, every: bool = False) -> None:
-        self.values, self.objects = _Places(), _Places()
-        # Parameters of convolutions; of some of these the plan reads the weight at every call.
-        self.convs: list[dict[str, Any]] = []
-        self.live: list[dict[str, Any]] = []
-        # By layer, {the hook's number: hook}: a plan runs a layer that has hooks as it is.
+        self.values, self.objects = _C.Places(), _C.Places()
+        # Weights that the plan reads at every call.
+        self.live = _C.Places()
+        # Those whose number of entries tells: parameters of convolutions, and by layer {the hook's number: hook}, as a
+        # plan runs a layer that has hooks as it is.
+        self.tables: list[dict[Any, Any]] = []
         self.hooks: list[dict[int, Any]] = []
         for module in model.modules():
-            self.hooks += [module._forward_pre_hooks, module._forward_hooks]
+            hooks = [module._forward_pre_hooks, module._forward_hooks]
+            self.tables += hooks
+            self.hooks += filter(None, hooks)
             live = not every and isinstance(module, nn.Conv2d) and is_plain(module) and module.groups == 1
             if isinstance(module, nn.Conv2d):
-                self.convs.append(module._parameters)
+                self.tables.append(module._parameters)
                 if live:
-                    self.live.append(module._parameters)
+                    self.live.add(module._parameters, "weight")
             copies = isinstance(module, (nn.Conv2d, ParametrizationList))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
@@ -85,19 +65,13 @@ class Watch:
             for name in _ATTRIBUTES:
                 if name in module.__dict__:
                     self.objects.add(module.__dict__, name)
-        self.counts = self._counts()
-        self.hooked = self._hooked()
+        self.sizes = _C.sizes(self.tables)
+        self.hooked = list(map(tuple, self.hooks))
         self.seen = self.objects.read()
         # Held, so that no other tensor gets their identity.
         self.held = self.values.read()
         self.on_cpu = all(tensor.is_cpu for tensor in self.held)
         self.fingerprint = self._fingerprint(self.held)
-
-    def _counts(self) -> list[int]:
-        return [*map(len, self.hooks), *map(len, self.convs)]
-
-    def _hooked(self) -> list[tuple[int, ...]]:
-        return list(map(tuple, filter(None, self.hooks)))
 
     def _fingerprint(self, tensors: list[Tensor]) -> tuple[bytes, int]:
         # One that has moved to a GPU since has another fingerprint for that alone.
@@ -106,14 +80,13 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything that was copied is different now."""
-        if self._counts() != self.counts or self._hooked() != self.hooked:
+        if not _C.have_sizes(self.tables, self.sizes) or list(map(tuple, self.hooks)) != self.hooked:
             return True
-        if not all(map(operator.contains, self.live, repeat("weight"))):
+        if not self.live.exist() or not self.objects.hold(self.seen):
             return True
-        if not _all_same(self.objects.read(), self.seen):
-            return True
-        tensors = self.values.read()
-        if not _all_same(tensors, self.held):
+        tensors = self.held
+        if not self.values.hold(self.held):
+            tensors = self.values.read()
             for now, before in zip(tensors, self.held, strict=True):
                 if now is not before and (now is None or not holds_values(now)):
                     return True

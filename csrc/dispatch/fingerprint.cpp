@@ -89,6 +89,11 @@ Fingerprint fingerprint_rows(const at::Tensor& t, const OptionalTensor& rows) {
   return fingerprint_bytes(parts.data(), tasks * static_cast<int64_t>(sizeof(Fingerprint)));
 }
 
-Fingerprint fingerprint_values(const at::Tensor& t) { return fingerprint_rows(t.contiguous(), std::nullopt); }
+Fingerprint fingerprint_values(const at::Tensor& t) {
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  // Most are short vectors, for which what follows would take longer than reading them.
+  if (bytes > 0 && bytes <= kBytesPerTask && t.is_contiguous()) return fingerprint_bytes(t.const_data_ptr(), bytes);
+  return fingerprint_rows(t.dim() == 0 ? t.view({1}) : t.contiguous(), std::nullopt);
+}
 
 }  // namespace bap_kernels

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "csrc"
 # From the top: what includes may point to everything below it, and to its own layer.
-LAYERS = (("module.cpp",), ("autograd", "autocast"), ("backends",), ("dispatch",), ("ops",))
+LAYERS = (("module.cpp",), ("plan",), ("autograd", "autocast"), ("backends",), ("dispatch",), ("ops",))
 BACKENDS = ("aten", "cpu", "cuda", "triton")
 Includes = Mapping[str, Iterable[str]]
 

@@ -13,9 +13,10 @@ from torch import nn
 import bap_kernels as bk
 from bap_kernels._load import _C
 from bap_kernels.plan import dual_store
+from bap_kernels.plan.conv_steps import ConvStep
 from bap_kernels.plan.dual_store import dual_store_pays
 from bap_kernels.plan.planned import PlannedNetwork
-from bap_kernels.plan.steps import ConvStep, Step
+from bap_kernels.plan.steps import Step
 from tests.networks import LARGE, SMALL, PreActivation, Residual, masked_dense, random_network, randomise
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format

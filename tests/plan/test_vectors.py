@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels.plan import dual_store, lowering, planned
+from bap_kernels.plan.conv_steps import ConvStep, DepthwiseStep, GroupedStep
 from bap_kernels.plan.planned import PlannedNetwork
-from bap_kernels.plan.steps import CatStep, ConvStep, DepthwiseStep, GroupedStep
+from bap_kernels.plan.steps import CatStep
 from tests.networks import LARGE, SMALL, Residual, masked_dense, random_network, randomise
 from tests.plan.test_planned import FORMATS, assert_equal
 

@@ -3,14 +3,14 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/native/Pool.h>
+#include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "backends/cpu/depthwise.h"
 #include "backends/cpu/isa.h"
+#include "ops/plain_tensor.h"
 
 namespace bap_kernels {
 namespace {
@@ -20,20 +20,10 @@ using Pair = std::array<int64_t, 2>;
 // Fewer results of a plane do not pay for copying its strips.
 constexpr int64_t kFewestOfPlane = 16;
 
-// Whether calling a kernel directly is what PyTorch's dispatcher would do: a plain tensor of this CPU, nothing that
-// records or transforms calls, and no gradient.
-bool is_plain(const at::Tensor& x) {
-  constexpr c10::DispatchKeySet kPlain = c10::DispatchKeySet(
-      {c10::DispatchKey::Dense, c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
-       c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::AutocastCPU});
-  if (isa_depthwise() == nullptr || (x.key_set().raw_repr() & ~kPlain.raw_repr()) != 0) return false;
-  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
-  for (const auto key : {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
-                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
-    if (included.has(key)) return false;
-  }
-  if (at::autocast::is_autocast_enabled(at::kCPU) || x._fw_grad(/*level=*/0).defined()) return false;
-  return !x.requires_grad() || !c10::GradMode::is_enabled();
+// Whether our kernels may stand for PyTorch's call, which autocast would change.
+bool may_serve(const at::Tensor& x) {
+  return isa_depthwise() != nullptr && is_plain_tensor(x) && calls_are_plain() &&
+         !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 // Pairs are (height, width).
@@ -59,7 +49,7 @@ struct Window {
 
 bool serves(const at::Tensor& x, const Window& window) {
   const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
-  if (!is_plain(x) || !known || x.dim() != 4 || x.numel() == 0 || x.is_conj() || x.is_neg()) return false;
+  if (!may_serve(x) || !known || x.dim() != 4 || x.numel() == 0 || x.is_conj() || x.is_neg()) return false;
   if (!window.fits(x)) return false;
   if (x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) return x.stride(1) == 1;
   return window.results(x, 0) * window.results(x, 1) >= kFewestOfPlane;
@@ -95,6 +85,13 @@ at::Tensor max_pool2d(const at::Tensor& x, Pair kernel, Pair stride, Pair paddin
 at::Tensor avg_pool2d(const at::Tensor& x, Pair kernel, Pair stride) {
   const Window window{kernel, stride, {0, 0}, {1, 1}, false};
   return serves(x, window) ? pool(x, micro::TapOp::kSum, window) : at::avg_pool2d(x, kernel, stride);
+}
+
+at::Tensor global_avg_pool2d(const at::Tensor& x) {
+  const bool ours = may_serve(x) && x.dim() == 4 && x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!ours) return at::adaptive_avg_pool2d(x, {1, 1});
+  const Pair size{x.size(2), x.size(3)};
+  return avg_pool2d(x, size, size);
 }
 
 }  // namespace bap_kernels

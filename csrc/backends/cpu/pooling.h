@@ -14,4 +14,7 @@ at::Tensor max_pool2d(const at::Tensor& x, std::array<int64_t, 2> kernel, std::a
                       std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, bool ceil_mode);
 at::Tensor avg_pool2d(const at::Tensor& x, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride);
 
+// at::adaptive_avg_pool2d of (N, C, H, W) to one pixel. Of planes PyTorch's is the faster one.
+at::Tensor global_avg_pool2d(const at::Tensor& x);
+
 }  // namespace bap_kernels

@@ -1,0 +1,29 @@
+// Whether calling a kernel of the CPU directly is what PyTorch's dispatcher would do.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace bap_kernels {
+
+// Whether nothing in this thread records or transforms calls.
+inline bool calls_are_plain() {
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  for (const auto key : {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
+    if (included.has(key)) return false;
+  }
+  return true;
+}
+
+// Whether it is an ordinary tensor of this CPU that asks for no gradient.
+inline bool is_plain_tensor(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet kPlain = c10::DispatchKeySet(
+      {c10::DispatchKey::Dense, c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
+       c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::AutocastCPU});
+  if ((x.key_set().raw_repr() & ~kPlain.raw_repr()) != 0 || x._fw_grad(/*level=*/0).defined()) return false;
+  return !x.requires_grad() || !c10::GradMode::is_enabled();
+}
+
+}  // namespace bap_kernels

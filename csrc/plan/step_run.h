@@ -1,0 +1,56 @@
+// Consecutive steps of a plan as one call: tensors go from step to step without Python, which another thread may use
+// meanwhile.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "ops/op.h"
+
+namespace bap_kernels {
+
+// The tensors of a plan by their places; those that a step does not need are absent.
+using Slots = std::vector<OptionalTensor>;
+
+struct RunStep {
+  virtual ~RunStep() = default;
+  virtual void operator()(Slots& slots) const = 0;
+};
+
+// What one plan runs in a row. It is made once, and may then run in several threads at a time.
+class StepRun {
+ public:
+  // Of a plan with so many slots.
+  explicit StepRun(size_t slots) : slots_(slots) {}
+
+  // Adds a step with the slots that it reads, that it writes, and that nothing reads after it.
+  void add(std::unique_ptr<const RunStep> step, const std::vector<size_t>& reads, const std::vector<size_t>& writes,
+           const std::vector<size_t>& freed);
+
+  // The slot of an entry of a layer's parameters, read anew in each run.
+  size_t add_parameter(pybind11::dict parameters, pybind11::str name);
+
+  // Runs the steps on a plan's list of slots. False, and nothing has changed, where the steps themselves have to run:
+  // for tensors that are no plain images on the CPU, under modes of PyTorch, and where a backend is named that is not
+  // `native`.
+  bool run(const pybind11::list& env) const;
+
+ private:
+  struct Parameter {
+    pybind11::dict table;
+    pybind11::str name;
+  };
+
+  bool load(const pybind11::list& env, Slots& slots) const;
+
+  size_t slots_;
+  std::vector<Parameter> parameters_;  // their slots are behind those of the plan
+  std::vector<std::pair<std::unique_ptr<const RunStep>, std::vector<size_t>>> steps_;  // with what each one frees
+  std::vector<size_t> loaded_, stored_, emptied_;  // of the plan's slots: read before and left behind; read and freed
+};
+
+}  // namespace bap_kernels
