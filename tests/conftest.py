@@ -57,6 +57,15 @@ def no_verifier() -> Iterator[None]:
     _C.set_verify_hook(first_use)
 
 
+@pytest.fixture
+def aten() -> Iterator[None]:
+    """The backend aten for one test: `auto` may take another from a second call on, whose rounding differs."""
+    import bap_kernels as bk
+
+    with bk.use_backend("aten"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 import bap_kernels as bk
 from bap_kernels import ChannelLists
 
+pytestmark = pytest.mark.usefixtures("aten")
+
 DOMAINS = {"a": [0], "b": [1, 2]}
 DENSE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
 X = torch.randn(2, 3, 6, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> Iterator[None]:
-    with bk.use_backend("aten"):
-        yield
 
 
 def _swapped(device: str, layer_type: type[nn.Module] = bk.nn.GatheredConv2d) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,12 +16,7 @@ import bap_kernels as bk
 from bap_kernels.nn import recompute, recompute_, switch_
 from bap_kernels.nn.recompute import is_recomputed
 
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> Iterator[None]:
-    # `auto` may take another backend from a second call on, whose rounding differs.
-    with bk.use_backend("aten"):
-        yield
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def _part(width: int) -> nn.Sequential:

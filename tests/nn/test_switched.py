@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
@@ -14,6 +14,8 @@ import bap_kernels as bk
 from bap_kernels import ChannelLists
 from bap_kernels.nn import ChannelSwitch, GatheredConv2d, SwitchedConv2d
 
+pytestmark = pytest.mark.usefixtures("aten")
+
 ON = [0, 3, 4, 7, 11]
 OFF = [1, 2, 5, 6, 8, 9, 10]
 LAYERS = {
@@ -24,13 +26,6 @@ LAYERS = {
     "reflect": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"},
     "depthwise": {"kernel_size": 3, "padding": 1, "groups": 12},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> Iterator[None]:
-    # `auto` may take another backend from a second call on, whose rounding differs.
-    with bk.use_backend("aten"):
-        yield
 
 
 def _layer(name: str = "3x3", **options) -> SwitchedConv2d:

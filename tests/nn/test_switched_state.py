@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,15 +16,10 @@ import bap_kernels as bk
 from bap_kernels import ChannelLists
 from bap_kernels.nn import GatheredConv2d, MaskedConv2d, SwitchedConv2d
 
+pytestmark = pytest.mark.usefixtures("aten")
+
 ON = [0, 3, 4, 7, 11]
 OFF = [1, 2, 5, 6, 8, 9, 10]
-
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> Iterator[None]:
-    # `auto` may take another backend from a second call on, whose rounding differs.
-    with bk.use_backend("aten"):
-        yield
 
 
 def _layer() -> SwitchedConv2d:

@@ -18,13 +18,9 @@ from bap_kernels.plan.cover import candidate_orders, covered, runs
 from tests.networks import LARGE, SMALL, Residual, random_network, randomise
 from tests.plan.test_domain_view import DOMAINS, trained
 
+pytestmark = pytest.mark.usefixtures("aten")
+
 NAMES = ("a", "b", "c")
-
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> None:
-    with bk.use_backend("aten"):
-        yield
 
 
 def related(model: nn.Module, seed: int, density: float = 0.5, own: float = 0.1) -> bk.ChannelTable:
