@@ -1,11 +1,11 @@
-"""switch_, add_domain_, set_domain and the way back to inference, on whole models."""
+"""switch_, add_domain_ and set_domain on whole models."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,16 +13,11 @@ from torch import Tensor, nn
 
 import bap_kernels as bk
 from bap_kernels import ChannelLists, ChannelTable
-from bap_kernels.nn import DomainBatchNorm2d, DomainLinear, GatheredConv2d, SwitchedConv2d, add_domain_, switch_
+from bap_kernels.nn import DomainBatchNorm2d, DomainLinear, SwitchedConv2d, add_domain_, switch_
 from bap_kernels.nn import domains as nn_domains
 from tests.networks import Block
 
-
-@pytest.fixture(autouse=True)
-def _one_backend() -> Iterator[None]:
-    # `auto` may take another backend from a second call on, whose rounding differs.
-    with bk.use_backend("aten"):
-        yield
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 class Net(nn.Module):
@@ -43,7 +38,7 @@ SWITCHED = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv2", "block
 NORMS = ["bn", "blocks.0.bn1", "blocks.1.bn1", "blocks.2.bn1"]
 
 
-def _of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
@@ -55,7 +50,7 @@ def _dense() -> Net:
     return dense
 
 
-def _trained(heads: bool = True) -> nn.Module:
+def trained(heads: bool = True) -> nn.Module:
     """Another half of the channels, statistics and classifiers for each domain."""
     model = switch_(_dense(), NAMES, heads={"a": 5, "b": 7, "c": 5} if heads else None)
     with torch.no_grad():
@@ -74,8 +69,8 @@ def test_replaces_what_it_can_and_computes_the_same() -> None:
     model = copy.deepcopy(dense)
     before = dict(model.named_parameters())
     assert switch_(model, NAMES) is model
-    assert _of(model, SwitchedConv2d) == SWITCHED
-    assert _of(model, DomainBatchNorm2d) == NORMS
+    assert names_of(model, SwitchedConv2d) == SWITCHED
+    assert names_of(model, DomainBatchNorm2d) == NORMS
     assert type(model.blocks[1].conv1) is nn.Conv2d
     assert type(model.head) is nn.Linear
     assert model.stem.weight is before["stem.weight"]
@@ -101,8 +96,8 @@ def test_filter_chooses_convolutions_and_batch_norms() -> None:
         return name not in ("stem", "bn")
 
     model = switch_(Net(), NAMES, keep)
-    assert _of(model, SwitchedConv2d) == SWITCHED[1:]
-    assert _of(model, DomainBatchNorm2d) == NORMS[1:]
+    assert names_of(model, SwitchedConv2d) == SWITCHED[1:]
+    assert names_of(model, DomainBatchNorm2d) == NORMS[1:]
     assert (nn.Conv2d, "stem") in seen
     assert (nn.BatchNorm2d, "bn") in seen
     assert len(seen) == len(SWITCHED) + len(NORMS) + 1
@@ -112,7 +107,7 @@ def test_heads_replace_the_last_linear_layer() -> None:
     model = Net()
     weight = model.head.weight
     switch_(model, NAMES, heads={"c": 5, "b": 7, "a": 2})
-    assert _of(model, DomainLinear) == ["head"]
+    assert names_of(model, DomainLinear) == ["head"]
     assert list(model.head.domains) == NAMES
     assert torch.equal(model.head.domains["c"].weight, weight)
     for name, size in (("a", 2), ("b", 7), ("c", 5)):
@@ -136,7 +131,7 @@ def test_converting_twice_replaces_only_what_is_left() -> None:
     stem = model.stem
     switch_(model, NAMES)
     assert model.stem is stem
-    assert _of(model, SwitchedConv2d) == SWITCHED
+    assert names_of(model, SwitchedConv2d) == SWITCHED
     with pytest.raises(ValueError, match="convolutions or batch norms to replace, got none"):
         switch_(switch_(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), NAMES), NAMES)
 
@@ -221,7 +216,7 @@ def test_plain_checkpoint_loads_strictly_in_one_call() -> None:
     ids=["deepcopy", "pickle", "state"],
 )
 def test_trained_model_travels(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    model = _trained()
+    model = trained()
     x = torch.randn(2, 3, 8, 8)
     expected = {}
     for name in NAMES:
@@ -240,7 +235,7 @@ def _loaded(state: dict[str, Tensor]) -> nn.Module:
 
 
 def test_set_domain_reaches_every_layer_or_changes_none() -> None:
-    model = _trained()
+    model = trained()
     bk.set_domain(model, "b")
     layers = [layer for _, layer in bk.nn.domain_layers(model)]
     assert len(layers) == len(SWITCHED) + len(NORMS) + 1
@@ -279,7 +274,7 @@ def test_lists_and_switches_in_one_model() -> None:
 
 
 def test_domains_added_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _trained()
+    model = trained()
     made = []
     original = nn_domains._Layers
 
@@ -320,88 +315,19 @@ def test_domains_added_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_adding_a_domain_errors_change_nothing(arguments: dict, message: str) -> None:
-    model = _trained()
+    model = trained()
     before = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
         add_domain_(model, **arguments)
     assert list(model.state_dict()) == before
     with pytest.raises(ValueError, match="`classes` to be None, as the model has no DomainLinear, got 3"):
-        add_domain_(_trained(heads=False), "d", classes=3)
+        add_domain_(trained(heads=False), "d", classes=3)
     with pytest.raises(ValueError, match="layers with domains, got none"):
         add_domain_(Net(), "d")
 
 
-def test_gathered_model_computes_what_the_switched_one_does() -> None:
-    model = _trained()
-    table = ChannelTable.from_switches(model)
-    assert list(table) == NAMES
-    assert list(table["a"]) == SWITCHED
-    x = torch.randn(2, 3, 8, 8)
-    expected = {}
-    for name in NAMES:
-        bk.set_domain(model, name)
-        expected[name] = model(x)
-    assert not torch.allclose(expected["a"], expected["c"])
-    bk.set_domain(model, "b")
-
-    gathered = bk.swap_(copy.deepcopy(model))
-    assert _of(gathered, GatheredConv2d) == SWITCHED
-    assert torch.equal(gathered(x), expected["b"])
-    for _ in range(2):
-        for name in NAMES:
-            bk.set_domain(gathered, name)
-            torch.testing.assert_close(gathered(x), expected[name])
-            assert gathered.blocks[0].conv2.channels == table[name]["blocks.0.conv2"]
-        # The same through the table.
-        bk.attach_(gathered, table)
-
-    # A plain model with one domain's batch norm and classifier takes the lists too.
-    plain = Net().eval()
-    state = {key: value for key, value in model.state_dict().items() if "domains." not in key}
-    for key, value in model.state_dict().items():
-        if ".domains.c." in key and not key.endswith("score"):
-            state[key.replace("domains.c.", "")] = value
-    plain.load_state_dict(state, strict=True)
-    bk.set_domain(bk.attach_(bk.swap_(plain), table), "c")
-    torch.testing.assert_close(plain(x), expected["c"])
-
-
-def test_density_and_random_tables_of_a_switched_model() -> None:
-    model = switch_(Net(), ["a"], lambda module, name: name == "blocks.0.conv1")
-    with torch.no_grad():
-        model.blocks[0].conv1.domains["a"].score[:4] = 0
-    assert ChannelTable.from_switches(model).density(model) == {"a": (0.75, 1.0)}
-    assert list(ChannelTable.random(model, ["a"])["a"]) == ["blocks.0.conv1"]
-
-
-def test_depthwise_layers_keep_their_switches() -> None:
-    model = switch_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8)), ["a"]).eval()
-    with torch.no_grad():
-        model[1].domains["a"].score[2] = 0
-    bk.set_domain(model, "a")
-    x = torch.randn(1, 8, 5, 5)
-    expected = model(x)
-    assert list(ChannelTable.from_switches(model)["a"]) == ["0"]
-    assert bk.nn.skipped(model) == {"1": "a depthwise layer with switches writes its bias to channels that are off"}
-    bk.swap_(model)
-    assert [type(layer) for layer in model] == [GatheredConv2d, SwitchedConv2d]
-    bk.set_domain(model, "a")
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_table_from_switches_errors() -> None:
-    with pytest.raises(ValueError, match=r"`model` to have switched layers, got none. Hint: call nn.switch_"):
-        ChannelTable.from_switches(bk.swap_(Net()))
-    model = switch_(Net(), NAMES)
-    model.stem.add_domain("d")
-    with pytest.raises(
-        ValueError, match=r"the domains \['a', 'b', 'c', 'd'\], got \['a', 'b', 'c'\] for 'blocks.0.conv1'"
-    ):
-        ChannelTable.from_switches(model)
-
-
 def test_inactive_domains_do_not_move() -> None:
-    model = _trained().train()
+    model = trained().train()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):
