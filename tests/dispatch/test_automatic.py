@@ -1,138 +1,38 @@
-"""`auto` on a simulated GPU, for all ops: which candidates it weighs, and what it does when one raises an error.
-
-ATen computes in place of the opt-in backends, so that the choice can be followed without them.
-"""
+"""`auto` on a simulated GPU, for all ops: which candidates it weighs, and when."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import bap_kernels as bk
 from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors, run
-from tests.simulated_gpu import devices, simulated_gpu
+from tests.dispatch.simulated_ops import (
+    DY,
+    FAMILIES,
+    GEOMETRY,
+    IN,
+    OPS,
+    OUT,
+    SWITCH,
+    B,
+    Gpu,
+    Op,
+    W,
+    X,
+    aten_result,
+    ops,
+    reload,
+    single,
+)
+from tests.simulated_gpu import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("own_choice_table", "no_verifier")
-
-ops = torch.ops.bap_kernels
-X, W, B = torch.randn(3, 12, 7, 6), torch.randn(10, 12, 3, 3), torch.randn(10)
-DY = torch.randn(3, 10, 7, 6)
-IN, OUT = torch.tensor([0, 3, 4, 9], dtype=torch.int32), torch.tensor([1, 2, 8], dtype=torch.int32)
-SWITCH = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1])
-GEOMETRY = ([1, 1], [1, 1, 1, 1], [1, 1])
-NO_FUSION = (None, None, False, None, None, None, False)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One call of an op, and ATen's candidates for it."""
-
-    call: Callable[[], tuple[Tensor, ...]]
-    aten: tuple[str, ...]
-
-
-def _one(y: Tensor) -> tuple[Tensor, ...]:
-    return (y,)
-
-
-OPS = {
-    "forward": Op(lambda: _one(ops.gathered_conv2d(X, W, B, IN, OUT, *GEOMETRY, 1)), ("gather", "masked")),
-    "fused": Op(
-        lambda: ops._gathered_conv2d_fused(
-            *(X, W, B, IN, None, *GEOMETRY, 1, *NO_FUSION), False, None, torch.tensor([4, 0], dtype=torch.int32)
-        ),
-        ("gather", "masked"),
-    ),
-    "backward": Op(
-        lambda: ops.gathered_conv2d_backward(DY[:, :3], X, W, IN, OUT, *GEOMETRY, 1, [True, True, True]), ("gather",)
-    ),
-    "switched": Op(lambda: _one(ops.switched_conv2d(X, W, B, SWITCH, *GEOMETRY, 1)), ("masked",)),
-    "switched backward": Op(
-        lambda: ops.switched_conv2d_backward(DY, X, W, SWITCH, *GEOMETRY, 1, True, [True] * 4), ("masked",)
-    ),
-    "mixed": Op(lambda: _one(ops._gathered_conv2d_mixed(X, W, B, [IN, None], [1, 2], *GEOMETRY)), ("gather",)),
-}
-FAMILIES = {"cuda": ["cuda/pack/tf32", "cuda/nhwc/tf32"], "triton": ["triton/forward/tf32"]}
-ALL_OK = {name: ("ok", "") for names in FAMILIES.values() for name in names}
-SLOW = {"gather": 3e-4, "masked": 3e-4, "cuda": 3e-4, "triton": 3e-4}
-
-
-@pytest.fixture(autouse=True)
-def _tf32() -> Iterator[None]:
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = True
-    yield
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
-@pytest.fixture(params=list(OPS))
-def op(request: pytest.FixtureRequest) -> Op:
-    return OPS[request.param]
-
-
-@pytest.fixture
-def gpu() -> Gpu:
-    return Gpu()
-
-
-class Gpu:
-    """A simulated GPU with verdicts and a clock of its own."""
-
-    def __init__(self) -> None:
-        self.number = next(devices)
-        _C.set_verdicts(self.number, {})
-        self.times = dict(SLOW)
-        self.measured: list[str] = []
-        self.fails: Callable[[str], None] = lambda name: None
-        self.chosen_fails: Callable[[str], None] = lambda name: None
-
-    def verdicts(self, **changes: str) -> None:
-        """Everything `ok`, but for families that contain a name."""
-        table = dict(ALL_OK)
-        for part, verdict in changes.items():
-            table |= {name: (verdict, "a reason") for name in table if part in name}
-        _C.set_verdicts(self.number, table)
-
-    def seconds(self, name: str) -> float:
-        self.measured.append(name)
-        self.fails(name)
-        return self.times[name]
-
-    def call(self, op: Op, **options: Any) -> list[str]:
-        """Checks the results, and returns the names of the candidates that were tried, the last of which computed."""
-        expected = aten_result(op)
-        ran: list[str] = []
-
-        def chosen(name: str) -> None:
-            ran.append(name)
-            self.chosen_fails(name)
-
-        with simulated_gpu(
-            **{"name": "H200", "seconds": self.seconds, "number": self.number, "families": FAMILIES, "ran": chosen}
-            | options
-        ):
-            results = op.call()
-        for got, wanted in zip(results, expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-        return ran
-
-    def candidates(self) -> set[str]:
-        (choice,) = _C.choices()
-        return set(choice["candidates"])
-
-
-def aten_result(op: Op) -> tuple[Tensor, ...]:
-    with bk.use_backend("aten"):
-        return op.call()
 
 
 @pytest.mark.parametrize("fast", ["cuda", "triton"])
@@ -182,144 +82,6 @@ def test_verdicts_of_another_math_mode_do_not_count(gpu: Gpu) -> None:
     assert gpu.call(OPS["forward"]) == ["cuda"]
 
 
-ERRORS = (
-    RuntimeError("no kernel"),
-    torch.OutOfMemoryError("no memory"),
-    NotImplementedError("not this shape"),
-    MemoryError(),
-    ValueError("out of resources"),
-)
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("at", [1, 3])
-def test_errors_of_measured_candidates_do_not_reach_the_user(op: Op, error: Exception, at: int, gpu: Gpu) -> None:
-    gpu.verdicts()
-    gpu.times |= {"cuda": 1e-4, "triton": 2e-4}
-
-    def fail(name: str) -> None:
-        if name == "cuda" and gpu.measured.count("cuda") == at:
-            raise error
-
-    gpu.fails = fail
-    assert gpu.call(op) == ["triton"]
-    assert gpu.candidates() == {*op.aten, "triton"}
-    # It is not tried again.
-    gpu.fails = lambda name: None
-    gpu.measured.clear()
-    assert gpu.call(op) == ["triton"]
-    assert gpu.measured == []
-
-
-def test_all_candidates_that_fail_beside_copies_leave_the_first(op: Op, gpu: Gpu) -> None:
-    # As where the copies of the input take the memory: the call itself may have enough.
-    gpu.verdicts()
-    first = {*op.aten, "cuda", "triton"}
-
-    def fail(name: str) -> None:
-        if name not in first:
-            raise torch.OutOfMemoryError("no memory")
-        first.discard(name)
-
-    gpu.fails = fail
-    assert gpu.call(op) == [op.aten[0]]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_errors_of_the_chosen_candidate_do_not_reach_the_user(op: Op, error: Exception, gpu: Gpu) -> None:
-    gpu.verdicts()
-    gpu.times |= {"cuda": 1e-4, "triton": 2e-4}
-    assert gpu.call(op) == ["cuda"]
-
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise error
-
-    gpu.chosen_fails = fail
-    assert gpu.call(op) == ["cuda", "triton"]
-    assert gpu.call(op) == ["triton"]
-    (choice,) = _C.choices()
-    assert choice["backend"] == "triton"
-    # What fails is forgotten with the choices.
-    _C.clear_choices()
-    gpu.chosen_fails = lambda name: None
-    assert gpu.call(op) == ["cuda"]
-
-
-def test_several_chosen_candidates_may_fail(op: Op, gpu: Gpu) -> None:
-    gpu.verdicts()
-    gpu.times |= {"cuda": 1e-4, "triton": 2e-4}
-    gpu.call(op)
-
-    def fail(name: str) -> None:
-        if name in ("cuda", "triton"):
-            raise RuntimeError(name)
-
-    gpu.chosen_fails = fail
-    assert gpu.call(op) == ["cuda", "triton", op.aten[0]]
-    assert gpu.call(op) == [op.aten[0]]
-
-
-def test_nothing_is_declined_where_all_fail(op: Op, gpu: Gpu) -> None:
-    gpu.verdicts()
-    gpu.times["cuda"] = 1e-4
-    gpu.call(op)
-
-    def fail(name: str) -> None:
-        raise torch.OutOfMemoryError(f"no memory for {name}")
-
-    gpu.chosen_fails = fail
-    with pytest.raises(torch.OutOfMemoryError, match=f"no memory for {op.aten[0]}"):
-        gpu.call(op)
-    gpu.chosen_fails = lambda name: None
-    assert gpu.call(op) == ["cuda"]
-
-
-def test_declined_candidate_is_tried_by_a_later_process(gpu: Gpu, tmp_path: Path) -> None:
-    path = tmp_path / "choices.tsv"
-    _C.set_choice_file(str(path))
-    gpu.verdicts()
-    gpu.times["cuda"] = 1e-4
-    gpu.call(OPS["forward"])
-
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise RuntimeError("no memory")
-
-    gpu.chosen_fails = fail
-    assert gpu.call(OPS["forward"])[-1] == "gather"
-    reload(path)
-    gpu.chosen_fails = lambda name: None
-    assert gpu.call(OPS["forward"]) == ["cuda"]
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_interrupts_reach_the_user(op: Op, stop: type[BaseException], gpu: Gpu) -> None:
-    gpu.verdicts()
-    gpu.times["cuda"] = 1e-4
-
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise stop
-
-    gpu.fails = fail
-    with pytest.raises(stop):
-        gpu.call(op)
-    gpu.fails = lambda name: None
-    assert gpu.call(op) == ["cuda"]
-    gpu.chosen_fails = fail
-    with pytest.raises(stop):
-        gpu.call(op)
-    gpu.chosen_fails = lambda name: None
-    assert gpu.call(op) == ["cuda"]
-
-
-def reload(path: Path) -> None:
-    """As in another process."""
-    _C.clear_choices()
-    _C.set_choice_file(str(path))
-
-
 @pytest.mark.parametrize("other_process", [False, True])
 def test_newly_verified_backend_is_measured_at_the_next_call(
     op: Op, other_process: bool, gpu: Gpu, tmp_path: Path
@@ -353,23 +115,6 @@ def test_settled_choice_does_not_hide_new_candidates(gpu: Gpu, tmp_path: Path) -
     gpu.verdicts(triton="unknown")
     gpu.times["cuda"] = 1e-4
     assert gpu.call(OPS["forward"], now=lambda: next(now)) == ["cuda"]
-
-
-def test_failed_candidate_is_no_new_one(gpu: Gpu, tmp_path: Path) -> None:
-    path = tmp_path / "choices.tsv"
-    _C.set_choice_file(str(path))
-    gpu.verdicts(triton="unknown")
-
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise RuntimeError("no kernel")
-
-    gpu.fails = fail
-    gpu.call(OPS["forward"])
-    reload(path)
-    gpu.measured.clear()
-    assert gpu.call(OPS["forward"]) == ["gather"]
-    assert gpu.measured == []
 
 
 def test_choice_stops_at_once_where_the_verdict_changes(op: Op, gpu: Gpu) -> None:
@@ -474,7 +219,7 @@ def test_mixed_batches_of_like_sizes_are_one_case(gpu: Gpu) -> None:
     def of(*counts: int) -> Op:
         lists = [IN, None, IN][: len(counts)]
         return Op(
-            lambda: _one(ops._gathered_conv2d_mixed(x[: sum(counts)], W, B, lists, counts, *GEOMETRY)), ("gather",)
+            lambda: single(ops._gathered_conv2d_mixed(x[: sum(counts)], W, B, lists, counts, *GEOMETRY)), ("gather",)
         )
 
     for counts in ((2, 3), (4, 4), (1, 7)):
