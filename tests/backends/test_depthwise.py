@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,16 +19,7 @@ pytestmark = [
 
 BASE = Case(batch=2, in_channels=37, size=(9, 11), depthwise=True, in_list="null")
 LAYOUTS = ("contiguous", "channels_last")
-EMULATED = ("avx512_emulated", "neon_emulated") if "avx2" in _C.isa_available() else ()
 EPILOGUE = ("out_scale", "out_shift", "residual", "out_relu", "out_max")
-
-
-@pytest.fixture(params=[name for name in (*_C.isa_available(), *EMULATED) if name != "none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
