@@ -1,4 +1,4 @@
-"""The speed-up study: cases, rows, gate, variants, aggregates, report and command line."""
+"""The speed-up study: rows, variants, aggregates, report and command line."""
 
 from __future__ import annotations
 
@@ -8,93 +8,23 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import replace
-from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benches import baselines, gate, memory, ours, report, rows, study, summary, timers
-from benches.cases import BATCHES, CASES, DENSITIES, LAYOUTS, LISTS, Cell, default_cells, full_cells
+from benches.cases import BATCHES, CASES, LAYOUTS, LISTS, Cell, default_cells
 from benches.machine import Roofline
 from benches.measure import Bench
 from benches.network_models import NETWORKS, MaskedInputConv2d, in_lists, mask_
+from tests.benches.test_cases import SMALL
 
 CPU = torch.device("cpu")
-SMALL = next(cell for cell in full_cells() if cell.case.shape == "8x8-256-256-k3s1")
 PYTORCH_VARIANTS = ("dense", "masked", "naive", "gather_conv", "oracle", "oracle8")
-
-
-@pytest.mark.parametrize("network", ["resnet50", "resnet26"])
-def test_cases_are_the_convolutions_of_the_networks(network: str) -> None:
-    build, size = NETWORKS[network]
-    counts: Counter[tuple[int, ...]] = Counter()
-
-    def hook(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        H, W = inputs[0].shape[2:]
-        k = conv.kernel_size[0]
-        assert conv.kernel_size == (k, k)
-        assert conv.padding == (k // 2, k // 2)
-        assert conv.dilation == (1, 1)
-        assert conv.groups == 1
-        assert conv.bias is None
-        counts[(H, W, conv.in_channels, conv.out_channels, k, conv.stride[0], *output.shape[2:])] += 1
-
-    with torch.device("meta"):
-        model = build().eval()
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(hook)
-        model(torch.empty(1, 3, size, size))
-    table = {
-        (c.H, c.W, c.C_in, c.C_out, c.kernel, c.stride, *c.output_size): c.count for c in CASES if c.network == network
-    }
-    assert dict(counts) == table
-
-
-def test_ragged_lists_are_drawn_channel_by_channel() -> None:
-    cells = [cell for cell in full_cells(lists=("both_ragged",), batches=(1,)) if cell.case.C_in >= 64]
-    shares = []
-    for cell in cells:
-        read, written = cell.channel_lists()
-        assert (cell.K_in, cell.K_out) == (len(read), len(written))
-        assert read.dtype == torch.int32
-        assert torch.equal(read, read.unique())
-        assert torch.equal(read, cell.channel_lists()[0])
-        shares.append(len(read) / cell.case.C_in - cell.density)
-    # Several hundred channels in each of a hundred draws.
-    assert abs(sum(shares) / len(shares)) < 0.03
-    assert len({round(share, 4) for share in shares}) > len(shares) // 4
-    in_only = next(iter(full_cells(lists=("in_ragged",))))
-    assert in_only.channel_lists()[1] is None
-    assert in_only.K_out == in_only.case.C_out
-    assert "in_ragged" in in_only.id
-
-
-def test_full_cells_cover_every_setting_once() -> None:
-    cells = full_cells()
-    assert len(cells) == len(CASES) * len(BATCHES) * len(DENSITIES) * len(LISTS) * len(LAYOUTS)
-    assert len({cell.id for cell in cells}) == len(cells)
-    assert set(default_cells()) <= set(cells)
-    assert "resnet50-b1-56x56-64-64-k3s1-d50-in-nchw" in {cell.id for cell in cells}
-
-
-def test_lists_are_sorted_unique_and_depend_on_the_case_alone() -> None:
-    cell = replace(SMALL, lists="both", density=0.25)
-    in_index, out_index = cell.channel_lists()
-    assert in_index.dtype == torch.int32
-    assert in_index.tolist() == sorted(set(in_index.tolist()))
-    assert len(in_index) == cell.K_in == 64
-    assert out_index is not None
-    assert len(out_index) == cell.K_out == 64
-    assert torch.equal(in_index, replace(cell, lists="in", layout="nchw", batch=8).channel_lists()[0])
-    assert not torch.equal(in_index, out_index)
 
 
 def make_row(of: Cell = SMALL, p50_s: float = 1e-3, **changes: object) -> rows.Row:
@@ -224,66 +154,6 @@ def test_wrong_list_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "prepare", wrong)
     with pytest.raises(gate.WrongResultError, match="naive on resnet26-b1-8x8"):
         bench.rows(SMALL, ("dense", "naive"), seconds=0)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1.01])
-def test_nan_infinite_and_wrong_values_raise(value: float) -> None:
-    reference = torch.ones(4, dtype=torch.float64)
-    result = torch.ones(4)
-    assert gate.check("x", result, reference, 100) == 0
-    result[2] = value
-    with pytest.raises(gate.WrongResultError):
-        gate.check("x", result, reference, 100)
-
-
-def test_wrong_shape_and_layout_raise() -> None:
-    with pytest.raises(gate.WrongResultError, match="shape"):
-        gate.check("x", torch.ones(2), torch.ones(3, dtype=torch.float64), 1)
-    with pytest.raises(gate.WrongResultError, match="channels_last"):
-        gate.check_layout("x", torch.ones(1, 2, 3, 3), "channels_last")
-
-
-def test_tolerance_grows_with_length_and_half_precision() -> None:
-    assert gate.tolerance(torch.float32, 400, 1.0) == pytest.approx(2 * gate.tolerance(torch.float32, 100, 1.0))
-    assert gate.tolerance(torch.bfloat16, 100, 1.0) > 2**-8
-
-
-def test_interleave_shuffles_rounds_and_rotates_inputs() -> None:
-    order: list[tuple[str, int]] = []
-    pool = [torch.tensor(i) for i in range(5)]
-
-    def entry(name: str) -> timers.Timed:
-        return timers.Timed(lambda x: order.append((name, int(x))), pool)
-
-    samples = timers.interleave({name: entry(name) for name in "abc"}, timers.CpuClock(), 0.0, min_rounds=30)
-    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 30, "b": 30, "c": 30}
-    names = [name for name, _ in order]
-    assert all(sorted(names[i : i + 3]) == ["a", "b", "c"] for i in range(0, 90, 3))
-    assert [x for _, x in order] == [i % 5 for i in range(90)]
-    # Every variant has followed every other one.
-    assert {pair for pair in pairwise(names) if pair[0] != pair[1]} == set(permutations("abc", 2))
-
-
-def test_interleave_times_calls_after_untimed_ones() -> None:
-    order: list[str] = []
-    times = iter(range(100))
-    timed = {name: timers.Timed(lambda x, name=name: order.append(name), [torch.tensor(0)]) for name in "ab"}
-
-    def measure(run, x):
-        run(x)
-        return float(next(times))
-
-    samples = timers.interleave(timed, measure, 0.0, min_rounds=2, max_rounds=2, warm=2, calls=3)
-    assert [len(seconds) for seconds in samples.values()] == [6, 6]
-    visits = [order[start : start + 5] for start in range(0, 20, 5)]
-    assert all(len(set(visit)) == 1 for visit in visits)
-    # The first two calls of a visit are not among the samples.
-    assert sorted([*samples["a"], *samples["b"]]) == [5.0 * visit + call for visit in range(4) for call in (2, 3, 4)]
-
-
-def test_spread_interpolates_percentiles() -> None:
-    spread = timers.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    assert (spread.p20, spread.p50, spread.p80) == pytest.approx((2.0, 3.5, 5.0))
 
 
 def test_means_have_worst_case_and_losses_exceed_noise() -> None:
