@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bap_kernels.channels import ChannelLists
-from bap_kernels.flow.arguments import leaves_of, map_leaves
 from bap_kernels.flow.graph import Channels, Op, Value
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import (
@@ -33,37 +31,32 @@ from bap_kernels.flow.ops import (
     writes_to_input,
 )
 from bap_kernels.flow.rearrange import Labels, UnknownNumberError, moves, numbers, parts_of, sources_of
-from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
-from bap_kernels.plan.domain_view import frozen, lists_of
+from bap_kernels.plan.domain_view import channels_of, frozen
 from bap_kernels.plan.effective_conv import conv_of, effective_conv, is_plain, not_lowered_reason
+from bap_kernels.plan.op_list import OpList
 from bap_kernels.plan.recorded_steps import Specs
 
 __all__ = ["Builder"]
 
 
-class Builder:
+class Builder(OpList):
     """Turns recorded steps into operations, in order.
 
     Args:
-        root: has the layers.
-        specs: of every step.
+        root, specs, constants: as in :class:`bap_kernels.plan.op_list.OpList`.
         domain: whose lists.
         inputs: how many arguments the model is called with.
-        constants: tensors that steps name and that are no parameters or buffers.
 
     Attributes:
-        ops: the operations so far.
         not_lowered: {convolution: why it is run as it is}.
     """
 
     def __init__(
         self, root: nn.Module, specs: Specs, domain: str | None, inputs: int, constants: dict[str, Tensor]
     ) -> None:
-        self.root, self.specs, self.domain = root, specs, domain
+        super().__init__(root, specs, constants)
+        self.domain = domain
         self.missing_inputs = inputs
-        self.constants = constants
-        self.values: dict[fx.Node, Value] = {}
-        self.ops: list[Op] = []
         self.not_lowered: dict[str, str] = {}
         # Of results of split and the like: the tensor, and the channels of each part.
         self.parts: dict[fx.Node, tuple[Value, list[Channels]]] = {}
@@ -74,28 +67,6 @@ class Builder:
         for node in nodes:
             self._convert(node)
         return self.ops
-
-    def _add_op(self, value: Value, **fields: Any) -> Value:
-        """Adds an operation with this result."""
-        op = Op(output=value, **{"name": value.name, **fields})
-        for read in dict.fromkeys(op.inputs):
-            read.consumers.append(op)
-        self.ops.append(op)
-        return value
-
-    def _add(self, node: fx.Node, **fields: Any) -> bool:
-        """Adds an operation whose result is a step's; returns True."""
-        shape, dtype = self.specs[node] if node.op != "output" else (None, None)
-        self.values[node] = self._add_op(Value(node.name, shape, dtype), **fields)
-        return True
-
-    def _values_in(self, *arguments: Any) -> list[Value]:
-        nodes = [leaf for leaf in leaves_of(arguments) if isinstance(leaf, fx.Node)]
-        return list(dict.fromkeys(self.values[node] for node in nodes))
-
-    def _with_values(self, part: Any) -> Any:
-        """Arguments in which steps are replaced by their values."""
-        return map_leaves(part, lambda leaf: self.values[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def _convert(self, node: fx.Node) -> None:
         if node.op == "placeholder" and self.missing_inputs > 0:
@@ -342,7 +313,7 @@ class Builder:
             pad = Call(nn.functional.pad, (list(conv._reversed_padding_repeated_twice), conv.padding_mode))
             padding = (0, 0)
             x = self._add_op(Value(f"{name}.pad", x.shape, x.dtype), kind="map", inputs=[x], call=pad)
-        kind, reads, writes = _channels_of(conv, self.domain)
+        kind, reads, writes = channels_of(conv, self.domain)
         if not (writes >= 0).any():
             return False
         fields = {"module": conv, "name": name, "reads": reads, "writes": writes}
@@ -362,14 +333,6 @@ class Builder:
         layer = str(names[0]).rpartition(".")[0]
         conv = conv_of(weight, bias, tuple(given.values()))
         return self._conv(node, x, conv, layer or node.name, fixed=True)
-
-    def _attribute(self, name: str) -> Any:
-        value: Any = self.constants.get(name)
-        if value is None:
-            value = self.root
-            for part in name.split("."):
-                value = getattr(value, part)
-        return value
 
     def _binary(self, node: fx.Node, x: Value, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         rule = binary_rule(target, rest[1:], kwargs)
@@ -405,23 +368,6 @@ class Builder:
         if len(sides) != 6 or any(sides[:4]) or mode != "constant" or min(sides[4:]) < 0:
             return False
         return self._add(node, kind="pad", inputs=[x], fill=float(fill), before=sides[4])
-
-
-def _channels_of(conv: nn.Conv2d, domain: str | None) -> tuple[str, Channels, Channels]:
-    """The kind of a convolution, and the channels that it reads and writes; -1 where it writes zeros."""
-    lists = lists_of(conv, domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
-    listed_in, listed_out = lists._host
-    reads = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
-    writes = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
-    if isinstance(conv, MaskedConv2d):
-        listed = writes
-        writes = np.full(conv.out_channels, -1)
-        writes[listed] = listed
-    if conv.groups == 1:
-        return "conv", reads, writes
-    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
-        return "grouped", reads, writes
-    return "depthwise", np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else writes, writes
 
 
 def _leaky(x: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:

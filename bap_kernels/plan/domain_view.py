@@ -6,16 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from bap_kernels.channels import ChannelLists
+from bap_kernels.flow.graph import Channels
 from bap_kernels.layer_kinds import DomainLayer
-from bap_kernels.nn.conv import GatheredConv2d
+from bap_kernels.nn.conv import GatheredConv2d, MaskedConv2d
 from bap_kernels.nn.module_copy import copy_modules, has_foreign_forward
 from bap_kernels.nn.per_domain import PerDomain
 from bap_kernels.nn.switched import SwitchedConv2d
 
-__all__ = ["InDomain", "domain_set", "fixed_lists", "frozen", "in_domain", "lists_of"]
+__all__ = ["InDomain", "channels_of", "domain_set", "fixed_lists", "frozen", "in_domain", "lists_of"]
 
 _ABSENT = object()
 
@@ -25,6 +27,23 @@ def lists_of(layer: GatheredConv2d, domain: str | None) -> ChannelLists:
     if not layer.lists:
         return layer.channels
     return ChannelLists() if domain is None else layer.lists[domain]
+
+
+def channels_of(conv: nn.Conv2d, domain: str | None) -> tuple[str, Channels, Channels]:
+    """The kind of a convolution, and the channels that it reads and writes; -1 where it writes zeros."""
+    lists = lists_of(conv, domain) if isinstance(conv, GatheredConv2d) else ChannelLists()
+    listed_in, listed_out = lists._host
+    reads = np.arange(conv.in_channels) if listed_in is None else listed_in.astype(np.int64)
+    writes = np.arange(conv.out_channels) if listed_out is None else listed_out.astype(np.int64)
+    if isinstance(conv, MaskedConv2d):
+        listed = writes
+        writes = np.full(conv.out_channels, -1)
+        writes[listed] = listed
+    if conv.groups == 1:
+        return "conv", reads, writes
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
+        return "grouped", reads, writes
+    return "depthwise", np.arange(conv.in_channels) if isinstance(conv, MaskedConv2d) else writes, writes
 
 
 def fixed_lists(layer: GatheredConv2d, domain: str | None, copier: Any) -> GatheredConv2d:
