@@ -13,7 +13,7 @@ from bap.files import FileError, read_tensors, write_tensors
 from bap.prune.layers import SwitchBank
 from bap_kernels import set_domain
 
-__all__ = ["magnitude_scores", "read_masks", "saliency_scores", "write_masks"]
+__all__ = ["fix_switches", "magnitude_scores", "read_masks", "saliency_scores", "write_masks"]
 
 
 def write_masks(path: str | Path, bank: SwitchBank, masks: Mapping[str, Tensor]) -> None:
@@ -39,6 +39,18 @@ def read_masks(path: str | Path, bank: SwitchBank, domains: Sequence[str]) -> di
     if lacking:
         raise FileError(f"read_masks(): expected {path} to hold masks of all domains, got none of {lacking}.")
     return {name: tensors[name].bool() for name in domains}
+
+
+def fix_switches(path: str | Path, bank: SwitchBank, domains: Sequence[str], initial: float) -> None:
+    """Sets the switches of some domains to the masks of a file: scores ``initial``, or just below the threshold.
+
+    Raises:
+        FileError: as in :func:`read_masks`.
+    """
+    for name, mask in read_masks(path, bank, domains).items():
+        limits = bank.thresholds(name)
+        below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
+        bank.write(name, torch.where(mask.to(limits.device), torch.full_like(limits, initial), below))
 
 
 def saliency_scores(model: nn.Module, domain: str, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

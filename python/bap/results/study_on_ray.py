@@ -27,8 +27,8 @@ from bap.results.study import (
     run_cell,
     study,
 )
+from bap.train.finite import TrainError
 from bap.train.lock import LockedError, folder_lock
-from bap.train.trainer import TrainError
 
 __all__ = ["RayOptions", "StudyError", "study_on_ray"]
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bap.config import MEASURES
+from bap.config.groups import Budget
 from bap.prune.layers import ConvSpec
 
-__all__ = ["MEASURES", "Multiplier", "Projection", "check_room", "project", "share", "switch_costs"]
+__all__ = ["MEASURES", "Multiplier", "Projection", "beta_of", "check_room", "project", "share", "switch_costs"]
 
 
 def switch_costs(
@@ -75,6 +76,28 @@ def switch_costs(
             cost = float(milliseconds[name])
         costs.append(torch.full((spec.in_channels,), cost, dtype=torch.float64))
     return torch.cat(costs)
+
+
+def beta_of(budget: Budget, costs: Tensor, fixed: float) -> float:
+    """β of a run, which ``budget.milliseconds`` sets where it is given.
+
+    Args:
+        budget: the settings.
+        costs: (M,), a, in milliseconds where ``budget.milliseconds`` is given.
+        fixed: milliseconds that the layers take without channels.
+
+    Raises:
+        ValueError: if these leave no time for channels.
+    """
+    if budget.milliseconds is None:
+        return budget.beta
+    beta = min(1.0, (budget.milliseconds - fixed) / float(costs.sum()))
+    if beta <= 0:
+        raise ValueError(
+            f"Trainer(): expected `budget.milliseconds` to be above {fixed:.3f} ms, which the layers take "
+            f"without channels, got {budget.milliseconds}."
+        )
+    return beta
 
 
 def share(switches: Tensor, costs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ that were trained since are built anew; λ lives on the device during an epoch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -16,7 +17,10 @@ from bap.prune.layers import SwitchBank
 from bap.train.budget import Multiplier
 from bap.train.sharing import SharingWeight, relax, sharing_loss_of_one
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "warn_of_vanishing_gradients"]
+
+# From so many domains on, straight-through sharing losses are warned of.
+_MANY_DOMAINS = 4
 
 
 class Objective:
@@ -124,3 +128,15 @@ class Objective:
                 total = total + self.sharing_weight.value * self.factor * loss
         self._lambdas[domain] = (multiplier + self.rate * (used.detach().double() - self.beta)).clamp_min(0)
         return total
+
+
+def warn_of_vanishing_gradients(config: Config, count: int) -> None:
+    """Warns of a sharing loss that hardly moves the switches of so many domains."""
+    sharing = config.sharing
+    if sharing.loss is not None and not sharing.relaxed and count >= _MANY_DOMAINS:
+        warnings.warn(
+            f"Trainer(): sharing.loss {sharing.loss!r} of {count} domains on straight-through switches: a switch "
+            "gets a gradient only where all other domains agree on its channel, which is almost nowhere. "
+            "Hint: -s relaxed=true",
+            stacklevel=4,
+        )

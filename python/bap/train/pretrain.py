@@ -17,13 +17,13 @@ from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, read_tensors, remove_leftovers, write_tensors
 from bap.train.evaluate import Accuracy, accuracy_of
+from bap.train.finite import CHECKED_EVERY, TrainError
 from bap.train.network import plain_network
 from bap.train.processes import Processes
 from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, weights_digest
 from bap.train.run_log import Pace
 from bap.train.schedule import learning_rate
 from bap.train.state import load_state, save_state
-from bap.train.trainer import CHECKED_EVERY, TrainError
 
 __all__ = ["PRETRAINING", "check_backbone", "pretrain", "state_of"]
 

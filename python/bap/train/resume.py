@@ -12,7 +12,14 @@ from bap.files import FileError, digest_of, read_bytes
 from bap.train.distill import teacher_digest
 from bap.train.schedule import annealed_budget, learning_rate, sharing_factor
 
-__all__ = ["MAY_CHANGE", "check_same_data", "check_same_settings", "data_fingerprint", "fixed_digest", "weights_digest"]
+__all__ = [
+    "MAY_CHANGE",
+    "Origin",
+    "check_same_data",
+    "check_same_settings",
+    "data_fingerprint",
+    "weights_digest",
+]
 
 # Settings that change where, how fast and how verbosely a run computes, not its results beyond rounding.
 MAY_CHANGE = (
@@ -162,3 +169,40 @@ def check_same_data(stored: Any, domains: Mapping[str, Domain], where: str | Pat
         f"check_same_data(): expected the data that {where} was started with, got others for {different or 'all'}: "
         "another order of the domains, or other classes, numbers of images or labels."
     )
+
+
+class Origin:
+    """What the state of a run comes from: settings, data, and the files that the settings name.
+
+    Args:
+        config: the settings.
+        domains: the data, {name: Domain}.
+    """
+
+    def __init__(self, config: Config, domains: Mapping[str, Domain]) -> None:
+        self._config, self._domains = config, domains
+        self._weights, self._teacher = weights_digest(config), teacher_digest(config.distill.teacher)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the state has it."""
+        return {
+            "config": self._config.as_dict(),
+            "data": data_fingerprint(self._domains),
+            "weights": self._weights,
+            "teacher": self._teacher,
+            "fixed": fixed_digest(self._config),
+        }
+
+    def check(self, progress: Mapping[str, Any], path: Path) -> None:
+        """Refuses the state of a run with other settings, data or files.
+
+        Raises:
+            ValueError: as in :func:`check_same_settings` and :func:`check_same_data`.
+        """
+        digests = {
+            "model.weights": progress.get("weights"),
+            "distill.teacher": progress.get("teacher"),
+            "switches.fixed": progress.get("fixed"),
+        }
+        check_same_settings(progress["config"], self._config, str(path), progress["epoch"], digests)
+        check_same_data(progress.get("data"), self._domains, path)

@@ -8,9 +8,7 @@ gradient. A step is of one batch, or, jointly, of one of every domain.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,33 +23,26 @@ from bap.config import Config
 from bap.data import Domain
 from bap.files import FileError, remove_leftovers
 from bap.prune.layers import SwitchBank, conv_specs
-from bap.prune.masks import read_masks
-from bap.train.budget import Multiplier, check_room, project, share, switch_costs
-from bap.train.distill import Teacher, distillation_loss, guarded, teacher_digest
+from bap.prune.masks import fix_switches
+from bap.train.budget import Multiplier, beta_of, check_room, project, share, switch_costs
+from bap.train.distill import Teacher, distillation_loss, guarded
 from bap.train.domains import source_of
 from bap.train.evaluate import Accuracy, check_splits, evaluate
+from bap.train.finite import CHECKED_EVERY, TrainError, check_losses, check_parameters
 from bap.train.layer_times import LayerTimes
 from bap.train.network import switched_network
-from bap.train.objective import Objective
+from bap.train.objective import Objective, warn_of_vanishing_gradients
 from bap.train.optimizers import optimizers_of
 from bap.train.processes import Processes
-from bap.train.resume import check_same_data, check_same_settings, data_fingerprint, fixed_digest, weights_digest
+from bap.train.resume import Origin
 from bap.train.run_log import RunLog
 from bap.train.schedule import annealed_budget, batches_of, learning_rate, sharing_factor, steps_of_epoch
 from bap.train.sharing import SharingWeight, intersection, union
 from bap.train.state import load_state, save_state
 
-__all__ = ["CHECKED_EVERY", "TrainError", "Trainer", "backend_of"]
+__all__ = ["TrainError", "Trainer", "backend_of"]
 
 STATE = "state.safetensors"
-# From so many domains on, straight-through sharing losses are warned of.
-_MANY_DOMAINS = 4
-# Steps between two looks at a loss on a GPU: each look waits for it.
-CHECKED_EVERY = 50
-
-
-class TrainError(RuntimeError):
-    """Training cannot go on: a loss or a parameter is not finite."""
 
 
 def backend_of(config: Config) -> str:
@@ -132,7 +123,7 @@ class Trainer:
         self.projected_off: dict[str, int] = {}
         self.given_back: dict[str, int] = {}
         if config.switches.fixed is not None:
-            self._fix_switches(config.switches.fixed)
+            fix_switches(config.switches.fixed, self.bank, list(self.multipliers), config.switches.initial)
         self._set_trainable()
         self.optimizers = optimizers_of(self.model, config)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=config.run.amp == "fp16")
@@ -168,18 +159,9 @@ class Trainer:
             {name: specs[name] for name in self.bank.names},
             None if times is None else times.per_channel,
         )
-        self.beta = config.budget.beta
+        self.beta = beta_of(config.budget, self.costs, 0.0 if times is None else times.fixed)
         distill = config.distill
         self.teacher = Teacher(str(distill.teacher), self.domains, device) if distill.weight > 0 else None
-        self._teacher_digest = teacher_digest(distill.teacher)
-        if config.budget.milliseconds is not None:
-            fixed = 0.0 if times is None else times.fixed
-            self.beta = min(1.0, (config.budget.milliseconds - fixed) / float(self.costs.sum()))
-            if self.beta <= 0:
-                raise ValueError(
-                    f"Trainer(): expected `budget.milliseconds` to be above {fixed:.3f} ms, which the layers take "
-                    f"without channels, got {config.budget.milliseconds}."
-                )
         source = source_of(config, self.domains)
         self.dense_domains = {source} if config.data.source_mode == "dense" and source in self.domains else set()
         self.multipliers = {
@@ -192,18 +174,9 @@ class Trainer:
         self.objective = Objective(
             config, self.bank, self.costs, self.beta, self.multipliers, self.sharing_weight, self.dense_domains, device
         )
-        self._weights_digest = weights_digest(config)
-        self._warn_of_vanishing_gradients()
-
-    def _warn_of_vanishing_gradients(self) -> None:
-        sharing, count = self.config.sharing, len(self.bank.domains) - len(self.dense_domains)
-        if sharing.loss is not None and not sharing.relaxed and count >= _MANY_DOMAINS and self.processes.first:
-            warnings.warn(
-                f"Trainer(): sharing.loss {sharing.loss!r} of {count} domains on straight-through switches: a switch "
-                "gets a gradient only where all other domains agree on its channel, which is almost nowhere. "
-                "Hint: -s relaxed=true",
-                stacklevel=4,
-            )
+        self.origin = Origin(config, self.domains)
+        if self.processes.first:
+            warn_of_vanishing_gradients(config, len(self.bank.domains) - len(self.dense_domains))
 
     def _set_trainable(self) -> None:
         own = {name for name, _ in bk.nn.domain_parameters(self.model)}
@@ -212,13 +185,6 @@ class Trainer:
                 parameter.requires_grad_(self.config.optimiser.train_backbone)
         for name in self.dense_domains | (set(self.bank.domains) - set(self.domains)):
             self._freeze(name)
-
-    def _fix_switches(self, path: str) -> None:
-        initial = self.config.switches.initial
-        for name, mask in read_masks(path, self.bank, list(self.multipliers)).items():
-            limits = self.bank.thresholds(name)
-            below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-            self.bank.write(name, torch.where(mask.to(limits.device), torch.full_like(limits, initial), below))
 
     def _freeze(self, domain: str) -> None:
         for switch in self.bank.of(domain):
@@ -292,11 +258,11 @@ class Trainer:
         for number, turns in enumerate(batches, 1):
             self._joint_step(turns, seen)
             if number % checked_every == 0:
-                self._check_losses({name: seen[name] for name, _, _ in turns})
+                check_losses({name: seen[name] for name, _, _ in turns}, config, self.epoch)
             name = turns[-1][0]
             self.log.step(self.epoch + 1, number, steps, name, partial(getattr, seen[name], "mean_loss"))
-        self._check_losses(seen)
-        self._check_finite()
+        check_losses(seen, config, self.epoch)
+        check_parameters(self.model, config, self.epoch)
         self.objective.end()
         losses = {name: counts.reduced() for name, counts in seen.items()}
         return {
@@ -305,25 +271,6 @@ class Trainer:
             "rate": factor,
             "domains": {name: {"loss": total.mean_loss, "accuracy": total.percent} for name, total in losses.items()},
         }
-
-    def _check_losses(self, seen: Mapping[str, Accuracy]) -> None:
-        for name, counts in seen.items():
-            if not math.isfinite(counts.loss):
-                raise self._not_finite(f"loss of {name!r}, {counts.loss},")
-
-    def _check_finite(self) -> None:
-        # No loss follows the last step.
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.detach().isfinite().all()):
-                raise self._not_finite(f"parameter {name!r}")
-
-    def _not_finite(self, what: str) -> TrainError:
-        trained = {"lr_backbone"} if self.config.optimiser.train_backbone else set()
-        rates = self.config.optimiser.model_dump(include={"lr_switch", "lr_norm", "lr_head"} | trained)
-        return TrainError(
-            f"Trainer.fit(): expected losses and parameters to stay finite, got another {what} in epoch "
-            f"{self.epoch + 1}. Hint: lower a learning rate of {rates}. What was saved of earlier epochs is unchanged."
-        )
 
     def _step(self, name: str, x: Tensor, y: Tensor, seen: Accuracy) -> None:
         self._joint_step([(name, x, y)], {name: seen})
@@ -431,17 +378,13 @@ class Trainer:
             "projected_off": self.projected_off,
             "given_back": self.given_back,
             "scaler": self.scaler.state_dict(),
-            "config": self.config.as_dict(),
-            "data": data_fingerprint(self.domains),
-            "weights": self._weights_digest,
-            "teacher": self._teacher_digest,
-            "fixed": fixed_digest(self.config),
+            **self.origin.as_dict(),
         }
         save_state(path, self.model, self.optimizers, progress)
 
     def _load(self, path: Path) -> None:
         try:
-            progress = load_state(path, self.model, self.optimizers, self._check_same)
+            progress = load_state(path, self.model, self.optimizers, self.origin.check)
             self.epoch = int(progress["epoch"])
             for name, value in progress["multipliers"].items():
                 self.multipliers[name].value = float(value)
@@ -452,12 +395,3 @@ class Trainer:
             self.scaler.load_state_dict(progress["scaler"])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise FileError(f"Trainer(): expected {path} to be a state as a run writes it, got {error!r}.") from None
-
-    def _check_same(self, progress: Mapping[str, Any], path: Path) -> None:
-        digests = {
-            "model.weights": progress.get("weights"),
-            "distill.teacher": progress.get("teacher"),
-            "switches.fixed": progress.get("fixed"),
-        }
-        check_same_settings(progress["config"], self.config, str(path), progress["epoch"], digests)
-        check_same_data(progress.get("data"), self.domains, path)

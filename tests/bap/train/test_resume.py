@@ -15,9 +15,10 @@ from bap.files import FileError, write_tensors
 from bap.models import build
 from bap.results.run import train_run
 from bap.results.study import StudyGrid, study
+from bap.train.finite import TrainError
 from bap.train.resume import MAY_CHANGE, check_same_settings
 from bap.train.run_log import read_metrics
-from bap.train.trainer import STATE, Trainer, TrainError
+from bap.train.trainer import STATE, Trainer
 
 
 def _domain(name: str = "a", seed: int = 0, val: bool = True) -> Domain:
