@@ -13,24 +13,23 @@ the page of the documentation.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+# Run as a file, it finds the package `tools`, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.gpu_parts import ROOT, Part, Report
+from tools.gpu_verdicts import not_verified, read_verdicts, summary_of, verdict_table
+
 IMPLEMENTATIONS = ("dense", "masked", "naive", "best", "oracle", "auto", "aten", "triton", "cuda")
 FACTS = """
 import json, platform, sys, torch
@@ -47,166 +46,6 @@ print(json.dumps({
     "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
 }))
 """
-
-
-@dataclass
-class Result:
-    """What became of one part: ``ok``, ``failed`` or ``skipped``, with the reason of the last two."""
-
-    part: str
-    state: str
-    reason: str = ""
-    seconds: float = 0.0
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Part:
-    """A command of the report.
-
-    Args:
-        skip: why it cannot run here; None if it can.
-        read: turns its output into data for the report.
-        environment: variables that it gets where the user has not set them.
-        statuses: exit statuses of a part that has done its work.
-        again: whether it runs anew where an earlier report has it.
-    """
-
-    name: str
-    command: list[str]
-    limit_s: float
-    skip: str | None = None
-    read: Callable[[str], dict[str, Any]] | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-    statuses: tuple[int, ...] = (0,)
-    again: bool = False
-
-
-class Report:
-    """Runs parts one after the other within a common budget of time and collects their results.
-
-    Args:
-        environment: variables that every part gets.
-    """
-
-    def __init__(self, out: Path, budget_s: float, environment: dict[str, str] | None = None) -> None:
-        self.out = out
-        self.deadline = time.monotonic() + budget_s
-        self.environment = environment or {}
-        self.head: dict[str, Any] = {}
-        self.results: list[Result] = []
-        self.earlier: dict[str, Result] = {}
-        self._writing = threading.Lock()
-
-    def load_earlier(self) -> dict[str, Any]:
-        """Takes over what an earlier run into the same folder has done; returns the facts that it holds for."""
-        try:
-            content = json.loads((self.out / "report.json").read_text(encoding="utf-8"))
-            self.earlier = {each["part"]: Result(**each) for each in content["parts"] if each["state"] == "ok"}
-            return content
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
-
-    def run(self, part: Part) -> Result:
-        """Runs one part."""
-        return self.run_together([part])[0]
-
-    def run_together(self, parts: Sequence[Part]) -> list[Result]:
-        """Runs parts side by side, from the repository; their results stand in the order of the parts."""
-        results = []
-        for part in parts:
-            kept = None if part.again else self.earlier.get(part.name)
-            results.append(kept or Result(part.name, "skipped", part.skip or "not reached"))
-        self.results += results
-        with ThreadPoolExecutor(max(1, len(parts))) as pool:
-            list(pool.map(self._run, parts, results))
-        return results
-
-    def _run(self, part: Part, result: Result) -> None:
-        if result.state == "ok":
-            print(f"{result.part}: ok, in an earlier run", flush=True)
-            return
-        limit_s = min(part.limit_s, self.deadline - time.monotonic())
-        if part.skip is None and limit_s < 5:
-            result.reason = "no time was left for it"
-        elif part.skip is None:
-            start = time.monotonic()
-            try:
-                self._execute(result, part, limit_s)
-            except (OSError, ValueError) as error:
-                result.state, result.reason = "failed", f"{type(error).__name__}: {error}"
-            result.seconds = round(time.monotonic() - start, 1)
-        self.write()
-        print(f"{result.part}: {result.state} {result.reason}", flush=True)
-
-    def _execute(self, result: Result, part: Part, limit_s: float) -> None:
-        log = self.out / f"{result.part}.log"
-        environment = {**part.environment, **os.environ, **self.environment}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-        with log.open("w", encoding="utf-8") as stream:
-            # A session of its own: what a command has started must not run on beside the parts that follow.
-            process = subprocess.Popen(
-                part.command,
-                cwd=ROOT,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                result.state, result.reason = "failed", f"ran past {limit_s:.0f} s, see {log.name}"
-                return
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        text = log.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        if status in part.statuses:
-            result.state, result.reason = "ok", ""
-            result.data = part.read(text) if part.read else {"last_line": lines[-1] if lines else ""}
-        else:
-            result.state = "failed"
-            result.reason = f"status {status}: {lines[-1][:200] if lines else 'no output'}, see {log.name}"
-
-    def table(self) -> str:
-        """What became of each part, as Markdown."""
-        lines = ["| part | state | seconds | remarks |", "|---|---|---|---|"]
-        for result in self.results:
-            remarks = result.reason or "; ".join(f"{key}: {value}" for key, value in result.data.items())
-            remarks = remarks if len(remarks) <= 300 else remarks[:297] + "..."
-            lines.append(f"| {result.part} | {result.state} | {result.seconds} | {remarks.replace('|', '/')} |")
-        return "\n".join(lines) + "\n"
-
-    def write(self) -> None:
-        """Writes report.json and report.md, each as a whole."""
-        with self._writing:
-            # What was done earlier and comes later in this run is not lost if it is killed before.
-            names = {result.part for result in self.results}
-            kept = [result for name, result in self.earlier.items() if name not in names]
-            content = {**self.head, "parts": [asdict(result) for result in (*self.results, *kept)]}
-            self._replace("report.json", json.dumps(content, indent=2) + "\n")
-            self._replace("report.md", self._markdown())
-
-    def _replace(self, name: str, text: str) -> None:
-        path = self.out / f"{name}.new"
-        path.write_text(text, encoding="utf-8")
-        path.replace(self.out / name)
-
-    def _markdown(self) -> str:
-        facts = "\n".join(f"- {key}: {value}" for key, value in self.head.items())
-        markdown = f"# GPU report\n\n{facts}\n\n{self.table()}"
-        verdicts = read_verdicts(self.out)
-        if verdicts:
-            markdown += f"\n## Verdicts on the kernels\n\n{verdict_table(verdicts)}"
-        networks = self.out / "networks.md"
-        if networks.exists():
-            markdown += "\n## Networks, mixed batches, training\n\n" + networks.read_text(encoding="utf-8")
-        for study in sorted([*self.out.glob("study-*/report.md"), *self.out.glob("training/report.md")]):
-            markdown += f"\n[{study.parent.name}]({study.relative_to(self.out)})\n"
-        return markdown
 
 
 def last_json(text: str) -> dict[str, Any]:
@@ -266,59 +105,6 @@ def built_already() -> str | None:
     return "the libraries are younger than their sources"
 
 
-def read_verdicts(out: Path) -> dict[str, dict[str, Any]]:
-    """The verdicts by family that the verifier has left in the report's cache, of the build that it saw last."""
-    try:
-        content = json.loads((out / "cache/verdicts-v1.json").read_text(encoding="utf-8"))
-        return content["devices"][-1]["families"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
-
-
-def verdict_table(verdicts: dict[str, dict[str, Any]]) -> str:
-    """Verdicts as Markdown: kernels by math modes, then the reasons of those that are not ok.
-
-    Examples:
-        >>> from tools.gpu_report import verdict_table
-        >>> found = {"cuda/halo/tf32": {"verdict": "ok"}, "cuda/pack/tf32": {"verdict": "hang", "reason": "no end"}}
-        >>> print(verdict_table(found))
-        | kernel | tf32 |
-        |---|---|
-        | cuda/halo | ok |
-        | cuda/pack | hang |
-        <BLANKLINE>
-        - cuda/pack/tf32: hang, no end
-        <BLANKLINE>
-    """
-    maths = list(dict.fromkeys(family.rpartition("/")[2] for family in verdicts))
-    kernels = list(dict.fromkeys(family.rpartition("/")[0] for family in verdicts))
-    lines = [f"| kernel | {' | '.join(maths)} |", f"|---|{'---|' * len(maths)}"]
-    for kernel in kernels:
-        cells = [verdicts.get(f"{kernel}/{math}", {}).get("verdict", "–") for math in maths]
-        lines.append(f"| {kernel} | {' | '.join(cells)} |")
-    left_out = [(name, each) for name, each in verdicts.items() if each["verdict"] != "ok"]
-    lines += ["", *(f"- {name}: {each['verdict']}, {each['reason'].replace('|', '/')}" for name, each in left_out)]
-    return "\n".join(lines) + "\n"
-
-
-def not_verified(verdicts: dict[str, dict[str, Any]], math: str) -> list[str]:
-    """Backends that must not be named in a bench of a math mode: a family of theirs is not ok there, or has no verdict.
-
-    Examples:
-        >>> from tools.gpu_report import not_verified
-        >>> not_verified({"cuda/halo/tf32": {"verdict": "ok"}, "triton/pack/tf32": {"verdict": "hang"}}, "tf32")
-        ['triton']
-        >>> not_verified({}, "tf32")
-        ['triton', 'cuda']
-    """
-    unverified = []
-    for backend in ("triton", "cuda"):
-        own = [each for name, each in verdicts.items() if name.startswith(f"{backend}/") and name.endswith(f"/{math}")]
-        if not own or any(each["verdict"] != "ok" for each in own):
-            unverified.append(backend)
-    return unverified
-
-
 def run_verifier(report: Report, name: str, options: list[str], limit_s: float, skip: str | None) -> None:
     """Has families verified, each of which is kept at once; what the time limit leaves is left to a later part."""
 
@@ -328,12 +114,6 @@ def run_verifier(report: Report, name: str, options: list[str], limit_s: float, 
     # Status 1: a family is not ok, which is a result.
     command = [sys.executable, "-m", "bap_kernels.verify", *options]
     report.run(Part(name, command, limit_s, skip, read, statuses=(0, 1), again=True))
-
-
-def summary_of(verdicts: dict[str, dict[str, Any]]) -> str:
-    """How many families have which verdict."""
-    counts = Counter(each["verdict"] for each in verdicts.values())
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def run_tests(report: Report, skip: str | None, limit_s: float) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import bap_kernels as bk
 from tools import gpu_report
-from tools.gpu_report import Part, Report, Result
+from tools.gpu_parts import Part, Report, Result
 
 ROOT = Path(__file__).parents[2]
 
