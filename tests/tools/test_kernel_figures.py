@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benches.roofline import GPUS
+from tools.code_figures import Figures, figures_of, is_copy
 from tools.compile_cuda import Instance
-from tools.kernel_figures import LAYERS, Figures, Layer, choice, figures_of, is_copy, layer_time, least_time
+from tools.kernel_figures import LAYERS, Layer, choice, layer_time, least_time
 from tools.machine_code import Code, divisions, parse
 
 LARGE = (128, 128, 2, 4, 3, 1)
