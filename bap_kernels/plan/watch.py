@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,6 +23,26 @@ _MOST_COPIED = 2**16
 _ATTRIBUTES = ("eps", "lists", "threshold")
 
 
+class _Places:
+    """Entries of dictionaries."""
+
+    def __init__(self) -> None:
+        self.tables: list[dict[str, Any]] = []
+        self.names: list[str] = []
+
+    def add(self, table: dict[str, Any], name: str) -> None:
+        self.tables.append(table)
+        self.names.append(name)
+
+    def read(self) -> list[Any]:
+        """What they hold now; None for those that are gone."""
+        return _C.entries(self.tables, self.names)
+
+    def hold(self, objects: list[Any]) -> bool:
+        """Whether they hold these very objects."""
+        return _C.entries_are(self.tables, self.names, objects)
+
+
 class Watch:
     """Finds out whether a model has changed since a plan copied from it.
 
@@ -37,9 +59,9 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, every: bool = False) -> None:
-        self.values, self.objects = _C.Places(), _C.Places()
-        # Weights that the plan reads at every call.
-        self.live = _C.Places()
+        self.values, self.objects = _Places(), _Places()
+        # Parameters of convolutions whose weight the plan reads at every call.
+        self.live: list[dict[str, Any]] = []
         # Those whose number of entries tells: parameters of convolutions, and by layer {the hook's number: hook}, as a
         # plan runs a layer that has hooks as it is.
         self.tables: list[dict[Any, Any]] = []
@@ -52,7 +74,7 @@ class Watch:
             if isinstance(module, nn.Conv2d):
                 self.tables.append(module._parameters)
                 if live:
-                    self.live.add(module._parameters, "weight")
+                    self.live.append(module._parameters)
             copies = isinstance(module, (nn.Conv2d, ParametrizationList))
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
@@ -65,7 +87,7 @@ class Watch:
             for name in _ATTRIBUTES:
                 if name in module.__dict__:
                     self.objects.add(module.__dict__, name)
-        self.sizes = _C.sizes(self.tables)
+        self.sizes = list(map(len, self.tables))
         self.hooked = list(map(tuple, self.hooks))
         self.seen = self.objects.read()
         # Held, so that no other tensor gets their identity.
@@ -80,9 +102,9 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything that was copied is different now."""
-        if not _C.have_sizes(self.tables, self.sizes) or list(map(tuple, self.hooks)) != self.hooked:
+        if not _C.sizes_are(self.tables, self.sizes) or list(map(tuple, self.hooks)) != self.hooked:
             return True
-        if not self.live.exist() or not self.objects.hold(self.seen):
+        if not all(map(operator.contains, self.live, repeat("weight"))) or not self.objects.hold(self.seen):
             return True
         tensors = self.held
         if not self.values.hold(self.held):

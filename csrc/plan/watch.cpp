@@ -16,64 +16,52 @@ namespace py = pybind11;
 namespace bap_kernels {
 namespace {
 
-// Entries of dictionaries, which are kept alive.
-class Places {
- public:
-  void add(py::dict table, py::str name) { places_.emplace_back(std::move(table), std::move(name)); }
-
-  // What they hold now; None for those that are gone.
-  py::list read() const {
-    py::list objects(places_.size());
-    for (size_t i = 0; i < places_.size(); ++i) {
-      PyObject* object = found(i);
-      objects[i] = object == nullptr ? py::none() : py::reinterpret_borrow<py::object>(object);
-    }
-    return objects;
-  }
-
-  // Whether read() would give the same objects again.
-  bool hold(const py::list& objects) const {
-    TORCH_CHECK_VALUE(objects.size() == places_.size(), "Places.hold(): expected ", places_.size(), " objects, got ",
-                      objects.size(), ".");
-    bool same = true;
-    for (size_t i = 0; i < places_.size(); ++i) {
-      PyObject* object = found(i);
-      same &= (object == nullptr ? Py_None : object) == PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
-    }
-    return same;
-  }
-
-  // Whether all of them are there.
-  bool exist() const {
-    bool all = true;
-    for (size_t i = 0; i < places_.size(); ++i) all &= found(i) != nullptr;
-    return all;
-  }
-
- private:
-  PyObject* found(size_t i) const {
-    PyObject* object = PyDict_GetItemWithError(places_[i].first.ptr(), places_[i].second.ptr());
-    if (object == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return object;
-  }
-
-  std::vector<std::pair<py::dict, py::str>> places_;
-};
-
-// How many entries each dictionary has.
-std::vector<Py_ssize_t> sizes(const std::vector<py::dict>& tables) {
-  std::vector<Py_ssize_t> all;
-  for (const py::dict& table : tables) all.push_back(PyDict_GET_SIZE(table.ptr()));
-  return all;
+// Entries of dictionaries: `tables` and `names` are as long as each other. Python holds both, so that its garbage
+// collector sees them.
+void check_lengths(const char* function, const py::list& tables, const py::list& others) {
+  TORCH_CHECK_VALUE(tables.size() == others.size(), function, "(): expected lists of one length, got ", tables.size(),
+                    " and ", others.size(), ".");
 }
 
-// Whether each has as many as it had.
-bool have_sizes(const py::list& tables, const py::list& expected) {
-  TORCH_CHECK_VALUE(tables.size() == expected.size(), "have_sizes(): expected a size for each table.");
+PyObject* entry(const py::list& tables, const py::list& names, Py_ssize_t i) {
+  PyObject* table = PyList_GET_ITEM(tables.ptr(), i);
+  TORCH_CHECK_TYPE(PyDict_Check(table), "expected dictionaries.");
+  PyObject* object = PyDict_GetItemWithError(table, PyList_GET_ITEM(names.ptr(), i));
+  if (object == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return object;
+}
+
+// What they hold now; None for those that are gone.
+py::list entries(const py::list& tables, const py::list& names) {
+  check_lengths("entries", tables, names);
+  py::list objects(tables.size());
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables.ptr()); ++i) {
+    PyObject* object = entry(tables, names, i);
+    objects[i] = object == nullptr ? py::none() : py::reinterpret_borrow<py::object>(object);
+  }
+  return objects;
+}
+
+// Whether entries() would give the same objects again.
+bool entries_are(const py::list& tables, const py::list& names, const py::list& objects) {
+  check_lengths("entries_are", tables, names);
+  check_lengths("entries_are", tables, objects);
+  bool same = true;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables.ptr()); ++i) {
+    PyObject* object = entry(tables, names, i);
+    same &= (object == nullptr ? Py_None : object) == PyList_GET_ITEM(objects.ptr(), i);
+  }
+  return same;
+}
+
+// Whether each dictionary has so many entries.
+bool sizes_are(const py::list& tables, const py::list& sizes) {
+  check_lengths("sizes_are", tables, sizes);
   bool same = true;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables.ptr()); ++i) {
     PyObject* table = PyList_GET_ITEM(tables.ptr(), i);
-    same &= PyDict_GET_SIZE(table) == PyLong_AsSsize_t(PyList_GET_ITEM(expected.ptr(), i));
+    TORCH_CHECK_TYPE(PyDict_Check(table), "expected dictionaries.");
+    same &= PyDict_GET_SIZE(table) == PyLong_AsSsize_t(PyList_GET_ITEM(sizes.ptr(), i));
   }
   return same;
 }
@@ -106,14 +94,10 @@ py::bytes fingerprint(const py::list& tensors) {
 }  // namespace
 
 void bind_watch(py::module_& m) {
-  py::class_<Places>(m, "Places")
-      .def(py::init<>())
-      .def("add", &Places::add, py::arg("table"), py::arg("name"))
-      .def("read", &Places::read)
-      .def("hold", &Places::hold, py::arg("objects"))
-      .def("exist", &Places::exist);
-  m.def("sizes", &sizes, py::arg("tables"));
-  m.def("have_sizes", &have_sizes, py::arg("tables"), py::arg("expected"));
+  const py::arg tables("tables"), names("names");
+  m.def("entries", &entries, tables, names);
+  m.def("entries_are", &entries_are, tables, names, py::arg("objects"));
+  m.def("sizes_are", &sizes_are, tables, py::arg("sizes"));
   m.def("fingerprint", &fingerprint, py::arg("tensors"));
 }
 
