@@ -247,8 +247,8 @@ def test_a_domain_that_is_set_while_the_model_differs_is_planned_again_afterward
 def test_a_model_that_holds_its_plan_is_collected() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     bk.swap_(model)
-    model[1].planned = [bk.plan(model, torch.randn(1, 4, 3, 3))]
-    model[1].planned[0](torch.randn(1, 4, 3, 3))
+    model.planned = [bk.plan(model, torch.randn(1, 4, 3, 3))]
+    model.planned[0](torch.randn(1, 4, 3, 3))
     gone = weakref.ref(model)
     del model
     gc.collect()
