@@ -42,6 +42,7 @@ def gathered_conv2d_fused(
     out_max: float | None,
     /,
 ) -> tuple[Tensor, Tensor | None]: ...
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 def max_pool2d(
     x: Tensor,
     kernel: Sequence[int],

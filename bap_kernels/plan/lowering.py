@@ -27,6 +27,7 @@ from bap_kernels.plan import conv_steps, steps
 from bap_kernels.plan.dual_store import DualStore, dual_stores, stored_reads
 from bap_kernels.plan.fuse import FusedConv, fuse
 from bap_kernels.plan.layout import Chain, Layout
+from bap_kernels.plan.linear import linear_of
 from bap_kernels.plan.pooling import pooling_of
 from bap_kernels.plan.program import Program
 from bap_kernels.plan.step_writer import StepWriter
@@ -274,7 +275,8 @@ class _Lowering(StepWriter):
             clone = self.new_slot()
             self.emit(steps.MapStep(torch.clone, "", args[0].number, clone), op)
             args = (Slot(clone), *args[1:])
-        self.call(op, op.call, args, kwargs)
+        alone = len(args) == 1 and not kwargs
+        self.call(op, (linear_of(op.call) if alone else None) or op.call, args, kwargs)
 
     def call(self, op: Op, call: Any, args: Any, kwargs: Any) -> None:
         reads = tuple(slots_in((args, kwargs)))
