@@ -99,7 +99,8 @@ def test_strided_tensors(layout: str, weight_layout: str, size: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 16, 70, 75), (1, 16, 40, 20, 300), (17, 16, 16, 13, 9), (2, 300, 33, 19, 23)]
+    "shape",
+    [(1, 16, 16, 70, 75), (1, 16, 40, 20, 300), (17, 16, 16, 13, 9), (2, 300, 33, 19, 23), (2, 70, 41, 24, 20)],
 )
 def test_many_blocks(shape: tuple[int, ...], layout: str, size: int) -> None:
     batch, C_in, C_out, height, width = shape

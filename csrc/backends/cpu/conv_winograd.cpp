@@ -5,7 +5,7 @@
 //   1       the listed channels of the block's pixels, side by side: copied, or where they lie so already, in place
 //   2       their transforms, once for all output channels
 //   3       for each panel of output channels: one product of matrices for each point of a tile, and while the sums are
-//           near, their transform with what is fused behind it
+//           near, their transform with what is fused behind it; or each point's products for all panels first
 // Tasks are blocks x groups of panels. No atomics; the order of each sum is fixed by the list, so results do not vary
 // with the number of threads, the blocks, or the batch.
 #include <algorithm>
@@ -28,6 +28,10 @@ constexpr int64_t kMostTiles = 128;
 // Weights that come from an outer cache for every block are to serve so many tiles each time, even if the transforms
 // then leave the L2 cache.
 constexpr int64_t kFarWeightBytes = 8 * 1024 * 1024, kFewestTilesOfFar = 42;
+// Floats between the weights that a step of the first product of a point reads and those that it prefetches.
+constexpr int64_t kWeightsAhead = 512;
+// Point by point pays with so many channels and tiles, where an L2 cache holds no block's values beside the weights.
+constexpr int64_t kChannelsByPoint = 64, kTilesByPoint = 24, kLanesByPoint = 8;
 // Another cut is taken only where it ends so much sooner.
 constexpr double kWorthwhile = 0.95;
 
@@ -45,6 +49,12 @@ struct Geometry {
 
   Geometry(const NativeCall& n, int64_t size_, bool last);
   double task_cycles(const NativeCall& n, int64_t task) const;
+
+  // Whether all panels read a point's values before the next point's are read: each value then comes into the L1 cache
+  // once, and the sums of all panels are kept until the last point. Otherwise panel by panel.
+  bool point_by_point(const NativeCall& n, int64_t tiles) const {
+    return lanes <= kLanesByPoint && n.kept_in >= kChannelsByPoint && tiles >= kTilesByPoint;
+  }
 
   int64_t panel_width(const NativeCall& n, int64_t panel) const {
     return n.kept_out - panel * width <= lanes ? lanes : width;
@@ -77,6 +87,7 @@ Geometry::Geometry(const NativeCall& n, int64_t size_, bool last) {
   source = {pixels,    n.x_stride_n, n.x_stride_c, n.x_stride_h, n.x_stride_w, n.height, n.width,
             n.pad_top, n.pad_left,   n.in_index,   n.kept_in,    size,         edge};
   if (!n.images.empty()) source.images = n.images.data();
+  source.all_channels = n.channels_in;
   source.plan(n.has_prologue);
   share_out(n);
 }
@@ -139,21 +150,20 @@ class Task {
   void run(const float* weight, int64_t first_panel, int64_t last_panel) {
     transform_input();
     place_results();
-    const int64_t tiles = b_.tiles(), sum_step = g_.points * g_.width;
-    float* sums = thread_scratch(Scratch::kWinogradSums, tiles * sum_step);
-    const int64_t parts = ceil_div(tiles, g_.table->rows);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t width = g_.panel_width(n_, panel);
-      const int vectors = static_cast<int>(width / g_.lanes);
-      const float* w = g_.panel_weight(n_, weight, panel);
-      for (int64_t point = 0; point < g_.points; ++point, w += n_.kept_in * width) {
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t first = part * tiles / parts, rows = (part + 1) * tiles / parts - first;
-          g_.table->product[rows - 1][vectors - 1]({values_ + point * point_step_ + first * g_.lanes, channel_step_, w,
-                                                    n_.kept_in, sums + first * sum_step + point * g_.width, sum_step});
-        }
+    const int64_t tiles = b_.tiles(), sum_step = g_.points * g_.width, panels = last_panel - first_panel;
+    const bool by_point = g_.point_by_point(n_, tiles);
+    float* sums = thread_scratch(Scratch::kWinogradSums, (by_point ? panels : 1) * tiles * sum_step);
+    for (int64_t point = 0; by_point && point < g_.points; ++point) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        multiply(weight, first_panel + panel, point, sums + panel * tiles * sum_step);
       }
-      transform_output(panel, vectors, sums);
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      float* of_panel = sums + (by_point ? panel * tiles * sum_step : 0);
+      for (int64_t point = 0; !by_point && point < g_.points; ++point) {
+        multiply(weight, first_panel + panel, point, of_panel);
+      }
+      transform_output(first_panel + panel, of_panel);
     }
   }
 
@@ -182,6 +192,19 @@ class Task {
     values_ = values;
   }
 
+  // The sums of one point and one panel, of all tiles.
+  void multiply(const float* weight, int64_t panel, int64_t point, float* sums) const {
+    const int64_t width = g_.panel_width(n_, panel), tiles = b_.tiles(), sum_step = g_.points * g_.width;
+    const float* w = g_.panel_weight(n_, weight, panel) + point * n_.kept_in * width;
+    const int64_t parts = ceil_div(tiles, g_.table->rows);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = part * tiles / parts, rows = (part + 1) * tiles / parts - first;
+      g_.table->product[rows - 1][width / g_.lanes - 1](
+          {values_ + point * point_step_ + first * g_.lanes, channel_step_, w, n_.kept_in,
+           sums + first * sum_step + point * g_.width, sum_step, part == 0 ? kWeightsAhead : 0});
+    }
+  }
+
   // Numbers of the results' pixels: those of the whole result in channels_last, those of the block otherwise.
   void place_results() {
     places_.resize(b_.tiles() * g_.size * g_.size);
@@ -203,7 +226,8 @@ class Task {
     }
   }
 
-  void transform_output(int64_t panel, int vectors, const float* sums) const {
+  void transform_output(int64_t panel, const float* sums) const {
+    const auto vectors = static_cast<int>(g_.panel_width(n_, panel) / g_.lanes);
     const int64_t channel = panel * g_.width, valid = std::min(n_.kept_out - channel, g_.width);
     auto* y = reinterpret_cast<float*>(n_.y);
     const auto* residual = reinterpret_cast<const float*>(n_.residual);

@@ -73,17 +73,20 @@ const micro::KernelTable* isa_tiles(bool pairs) {
   return nullptr;
 }
 
-ChannelGatherKernel isa_gather(bool pairs) {
+ChannelGatherKernel isa_gather(bool pairs, bool winograd, int64_t channels) {
 #if defined(BAP_KERNELS_HAVE_AVX512)
   if (isa() == "avx512") {
-    if (!pairs) return micro::gather_floats_avx512;
+    if (!pairs) return {micro::gather_floats_avx512, 16};
 #if defined(BAP_KERNELS_HAVE_AVX512BF16)
-    if (cpu_has("avx512bf16")) return micro::gather_pairs_avx512bf16;
+    if (cpu_has("avx512bf16")) return {micro::gather_pairs_avx512bf16, 32};
 #endif
   }
 #endif
-  (void)pairs;
-  return nullptr;
+#if defined(BAP_KERNELS_HAVE_AVX2)
+  if (isa() == "avx2" && winograd && !pairs && channels >= 8) return {micro::gather_floats_avx2, 8};
+#endif
+  (void)pairs, (void)winograd, (void)channels;
+  return {};
 }
 
 const micro::WinogradTable* isa_winograd() {

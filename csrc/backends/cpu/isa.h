@@ -30,9 +30,15 @@ bool isa_has_bfloat16_pairs();
 // The tiles for plain fp32 lanes, or for pairs of bfloat16; null where there are none.
 const micro::KernelTable* isa_tiles(bool pairs);
 
-// Copies listed channels of float pixels, or of bfloat16 pixels in pairs; null where plain loops must do.
-using ChannelGatherKernel = void (*)(const micro::ChannelGather&);
-ChannelGatherKernel isa_gather(bool pairs);
+// Copies listed channels of float pixels, or of bfloat16 pixels in pairs, a vector of `lanes` at a time; null where
+// plain loops must do.
+struct ChannelGatherKernel {
+  void (*run)(const micro::ChannelGather&) = nullptr;
+  int64_t lanes = 0;
+  explicit operator bool() const { return run != nullptr; }
+};
+// For pixels of so many channels. With AVX2 only for Winograd: direct convolutions lose by it.
+ChannelGatherKernel isa_gather(bool pairs, bool winograd, int64_t channels);
 
 // The microkernels of Winograd convolutions; null where there are none.
 const micro::WinogradTable* isa_winograd();

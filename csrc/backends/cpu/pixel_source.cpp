@@ -15,6 +15,8 @@ constexpr int64_t kPackedFrom = 32;
 constexpr int64_t kFewChannels = 16;
 // Pixels at a multiple of this distance share the sets of the L1 cache: a tile of 14 has too many for its ways.
 constexpr int64_t kSetBytes = 4096;
+// Loads for each vector of eight listed channels: with more, plain loops are faster.
+constexpr int64_t kMostLoads = 3;
 
 const int32_t* counting(int64_t count) {
   thread_local std::vector<int32_t> numbers;
@@ -31,7 +33,7 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   const bool readable = n.pairs ? paired : !n.bfloat16;
   const bool in_place = readable && !n.has_prologue && n.x_stride_c == 1;
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
-  const ChannelGatherKernel by_vectors = isa_gather(n.pairs);
+  const ChannelGatherKernel by_vectors = isa_gather(n.pairs, /*winograd=*/false, n.channels_in);
   const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && by_vectors;
   gapless = in_place && !n.in_index && !n.bfloat16 && n.x_stride_w == n.units;
   const bool copied = n.kept_out >= kPackedFrom || (gapless && n.units < kFewChannels && mergeable);
@@ -42,34 +44,37 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   pixel_floats = n.units;
   if (!direct && n.taps == 1 && n.units * int64_t{4} % (kSetBytes / 4) == 0) pixel_floats += 16;
   if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && by_vectors) {
-    gather = by_vectors;
-    plan_gather(n);
+    gather_steps = plan_gather([&](int64_t i) { return n.channel(i); }, n.kept_in, n.channels_in, by_vectors.lanes,
+                               n.element_size());
+    if (!gather_steps.empty()) gather = by_vectors;
   }
 }
 
-void PixelAccess::plan_gather(const NativeCall& n) {
-  const int64_t size = n.element_size(), lanes = micro::kGatherBytes / size;
-  gather_steps.reserve((n.kept_in + n.channels_in) / lanes + 2);
-  for (int64_t first = 0; first < n.kept_in; first += lanes) {
-    const size_t own = gather_steps.size();
-    const int64_t last = std::min(n.kept_in, first + lanes);
+std::vector<micro::GatherStep> plan_gather(const std::function<int64_t(int64_t)>& listed, int64_t count,
+                                           int64_t channels, int64_t lanes, int64_t size) {
+  std::vector<micro::GatherStep> steps;
+  steps.reserve((count + channels) / lanes + 2);
+  for (int64_t first = 0; first < count; first += lanes) {
+    const size_t own = steps.size();
+    const int64_t last = std::min(count, first + lanes);
     int64_t chunk = -1;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t channel = n.channel(i);
+      const int64_t channel = listed(i);
       if (channel / lanes != chunk) {
         chunk = channel / lanes;
-        gather_steps.emplace_back();
-        gather_steps.back().begin =
-            static_cast<int32_t>(std::max<int64_t>(0, std::min(chunk * lanes, n.channels_in - lanes)));
+        steps.emplace_back();
+        steps.back().begin = static_cast<int32_t>(std::max<int64_t>(0, std::min(chunk * lanes, channels - lanes)));
       }
-      micro::GatherStep& step = gather_steps.back();
+      micro::GatherStep& step = steps.back();
       step.lanes |= 1u << (i - first);
       step.places[(i - first) * size] = static_cast<unsigned char>(channel - step.begin);
     }
-    const int64_t stored = n.pairs ? (last - first + 1) / 2 * 2 : last - first;
-    gather_steps[own].steps = static_cast<int32_t>(gather_steps.size() - own);
-    gather_steps[own].stored = static_cast<uint32_t>((uint64_t{1} << stored) - 1);
+    const int64_t stored = size == 2 ? (last - first + 1) / 2 * 2 : last - first;
+    steps[own].steps = static_cast<int32_t>(steps.size() - own);
+    steps[own].stored = static_cast<uint32_t>((uint64_t{1} << stored) - 1);
   }
+  const bool slow = lanes == 8 && static_cast<int64_t>(steps.size()) > kMostLoads * ceil_div(count, lanes);
+  return slow ? std::vector<micro::GatherStep>() : steps;
 }
 
 PixelSource::PixelSource(const NativeCall& n, const PixelAccess& access) : n_(n), access_(access) {
@@ -199,8 +204,8 @@ void PixelSource::pack_run(const char* pixel, int64_t apart, int64_t count, floa
     return;
   }
   if (access_.gather) {
-    access_.gather({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in, n_.kept_in,
-                    access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});
+    access_.gather.run({count, pixel, step, dst, access_.pixel_floats * (n_.pairs ? 2 : 1), n_.channels_in, n_.kept_in,
+                        access_.gather_steps.data(), n_.has_prologue, n_.in_scale, n_.in_shift, n_.in_relu});
     return;
   }
   for (int64_t p = 0; p < count; ++p, pixel += step * n_.element_size(), dst += access_.pixel_floats) {

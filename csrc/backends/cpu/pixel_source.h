@@ -1,6 +1,7 @@
 // Where the tiles of conv_nhwc find the channels of an output pixel's taps.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "backends/cpu/isa.h"
@@ -18,15 +19,17 @@ struct PixelAccess {
   bool direct, merged;
   bool gapless;  // all channels of float pixels that follow one another: a run of pixels is copied as it is
   int64_t runs, steps;
-  int64_t pixel_floats;                  // from one packed pixel to the next
-  ChannelGatherKernel gather = nullptr;  // null where plain loops copy the channels
+  int64_t pixel_floats;        // from one packed pixel to the next
+  ChannelGatherKernel gather;  // empty where plain loops copy the channels
   std::vector<micro::GatherStep> gather_steps;
 
   explicit PixelAccess(const NativeCall& n);
-
- private:
-  void plan_gather(const NativeCall& n);
 };
+
+// The steps of a gather of `count` listed channels, by vectors of `lanes` of `size` bytes, from pixels of `channels`;
+// none where plain loops are faster.
+std::vector<micro::GatherStep> plan_gather(const std::function<int64_t(int64_t)>& listed, int64_t count,
+                                           int64_t channels, int64_t lanes, int64_t size);
 
 class PixelSource {
  public:

@@ -6,6 +6,7 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/planes.h"
 #include "backends/cpu/native_call.h"
+#include "backends/cpu/pixel_source.h"
 #include "backends/cpu/scratch.h"
 
 namespace bap_kernels {
@@ -66,6 +67,9 @@ float* copy_pixels(const TileSource& s, const TileBlock& b, const Inside& in) {
       if (planes) {
         for (int64_t i = 0; i < s.count; ++i) channels[i] = source + s.channel(i) * s.stride_c;
         micro::planes_to_pixels(channels.data(), s.count, length, out, s.channels);
+      } else if (s.gather) {
+        s.gather.run({length, source, s.stride_w, out, s.channels, s.all_channels, s.count, s.gather_steps.data(),
+                      false, nullptr, nullptr, false});
       } else if (s.stride_c == 1 && s.list) {
         table.gather({length, s.count, source, s.stride_w, s.list, s.moves.data(), static_cast<int64_t>(s.moves.size()),
                       out, s.channels});
@@ -116,7 +120,15 @@ void TileSource::plan(bool copied) {
   const micro::WinogradTable& table = *isa_winograd();
   channels = round_up(count, std::max<int64_t>(table.lanes, micro::kPlaneChannels));
   in_place = !list && !copied && stride_c == 1 && channels == count;
-  if (table.gather_moves && list && stride_c == 1) moves = find_moves(list, count, table.lanes);
+  if (!list || stride_c != 1) return;
+  if (table.gather_moves) {
+    moves = find_moves(list, count, table.lanes);
+  } else if (all_channels > 0) {
+    const ChannelGatherKernel by_vectors = isa_gather(/*pairs=*/false, /*winograd=*/true, all_channels);
+    if (!by_vectors) return;
+    gather_steps = plan_gather([this](int64_t i) { return channel(i); }, count, all_channels, by_vectors.lanes, 4);
+    if (!gather_steps.empty()) gather = by_vectors;
+  }
 }
 
 std::vector<const float*> tile_points(const TileSource& s, const TileBlock& b,

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/winograd.h"
 
 namespace bap_kernels {
@@ -28,10 +29,13 @@ struct TileSource {
   int64_t count;                    // channels that are read
   int64_t step, edge;               // pixels from tile to tile, and of a tile, in rows and columns
   const int64_t* images = nullptr;  // where each image lies, counted in images; null: one after the other
+  int64_t all_channels = 0;         // of a pixel, whether listed or not; 0: unknown
   // What follows is found by plan().
   int64_t channels = 0;  // `count` as whole vectors, and whole groups of planes
   bool in_place = false;
   std::vector<micro::GatherMove> moves;
+  ChannelGatherKernel gather;  // empty where the table's gather is the one to use
+  std::vector<micro::GatherStep> gather_steps;
 
   // `copied`: whether pixels are copied in any case.
   void plan(bool copied);

@@ -54,6 +54,7 @@ struct Side {
                         std::min(most, count - first),
                         step,
                         edge};
+      source.all_channels = t.size(1);
       source.plan(/*copied=*/false);
       first_channel.push_back(channels);
       channels += source.channels;

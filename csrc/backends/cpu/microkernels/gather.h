@@ -6,7 +6,7 @@
 
 namespace bap_kernels::micro {
 
-constexpr int kGatherBytes = 64;  // of a vector: 32 channels of bfloat16, 16 of float
+constexpr int kGatherBytes = 64;  // of the widest vector: 32 channels of bfloat16, 16 of float
 
 // One load of a vector of a pixel's channels, and where they go in one vector of listed channels.
 struct GatherStep {
@@ -34,6 +34,8 @@ struct ChannelGather {
   bool relu;
 };
 
+// For pixels of at least eight channels; without a prologue.
+void gather_floats_avx2(const ChannelGather& gather);
 void gather_floats_avx512(const ChannelGather& gather);
 // bfloat16, with AVX512_BF16; behind an odd number of listed channels follows a zero.
 void gather_pairs_avx512bf16(const ChannelGather& gather);

@@ -31,6 +31,7 @@ struct WinogradProduct {
   int64_t channels;
   float* sums;
   int64_t sum_step;
+  int64_t ahead;  // floats from the weights that a step reads to those that it prefetches
 };
 
 // y = relu?(scale * result + shift + residual), at most out_max behind a ReLU, at the tile's pixels inside the image.
