@@ -73,11 +73,13 @@ class Program:
         chunks = self._chunks
         if torch.compiler.is_compiling():
             return 0
+        # Another thread may find out meanwhile that batches cannot be cut.
+        leading = chunks.end
         if not chunks.counted:
             chunks.count(env)
-            return chunks.end
+            return leading
         size = chunks.size(env)
-        return chunks.end if size and chunks.run(env, size) else 0
+        return leading if size and chunks.run(env, size) else 0
 
     def peak_bytes(self, inputs: tuple[Any, ...]) -> int:
         """Most bytes of inputs and results that an uncut batch holds at once, found on tensors without data."""

@@ -7,14 +7,11 @@
 
 namespace bap_kernels {
 
-// Whether nothing in this thread records or transforms calls.
+// Whether nothing in this thread records or transforms calls: modes, torch.func, torch.jit.trace and whatever else adds
+// a key of its own.
 inline bool calls_are_plain() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
-  for (const auto key : {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
-                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode}) {
-    if (included.has(key)) return false;
-  }
-  return true;
+  return (included.raw_repr() & ~c10::default_included_set.raw_repr()) == 0;
 }
 
 // Whether it is an ordinary tensor of this CPU that asks for no gradient.

@@ -46,15 +46,15 @@ void StepRun::add(std::unique_ptr<const RunStep> step, const std::vector<size_t>
   steps_.emplace_back(std::move(step), freed);
 }
 
-size_t StepRun::add_parameter(py::dict parameters, py::str name) {
-  parameters_.push_back({std::move(parameters), std::move(name)});
+size_t StepRun::add_parameter(py::dict parameters, py::str name, bool optional) {
+  parameters_.push_back({std::move(parameters), std::move(name), optional});
   return slots_ + parameters_.size() - 1;
 }
 
 bool StepRun::load(const py::list& env, Slots& slots) const {
   for (const size_t slot : loaded_) {
     PyObject* object = PyList_GET_ITEM(env.ptr(), static_cast<Py_ssize_t>(slot));
-    if (!THPVariable_Check(object)) return false;
+    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
     const at::Tensor& x = THPVariable_Unpack(object);
     if (!is_plain_tensor(x) || x.dim() != 4) return false;
     slots[slot] = x;
@@ -62,8 +62,8 @@ bool StepRun::load(const py::list& env, Slots& slots) const {
   for (size_t i = 0; i < parameters_.size(); ++i) {
     PyObject* object = PyDict_GetItemWithError(parameters_[i].table.ptr(), parameters_[i].name.ptr());
     if (object == nullptr) return false;
-    if (object == Py_None) continue;
-    if (!THPVariable_Check(object)) return false;
+    if (object == Py_None && parameters_[i].optional) continue;
+    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
     const at::Tensor& w = THPVariable_Unpack(object);
     if (!is_plain_tensor(w)) return false;
     slots[slots_ + i] = w;

@@ -31,18 +31,25 @@ class StepRun {
   void add(std::unique_ptr<const RunStep> step, const std::vector<size_t>& reads, const std::vector<size_t>& writes,
            const std::vector<size_t>& freed);
 
-  // The slot of an entry of a layer's parameters, read anew in each run.
-  size_t add_parameter(pybind11::dict parameters, pybind11::str name);
+  // The slot of an entry of a layer's parameters, read anew in each run; only an optional one may be None.
+  size_t add_parameter(pybind11::dict parameters, pybind11::str name, bool optional);
 
   // Runs the steps on a plan's list of slots. False, and nothing has changed, where the steps themselves have to run:
-  // for tensors that are no plain images on the CPU, under modes of PyTorch, and where a backend is named that is not
-  // `native`.
+  // for tensors that are no plain images on the CPU, for those of a subclass, which may have functions of its own,
+  // under modes of PyTorch, and where a backend is named that is not `native`.
   bool run(const pybind11::list& env) const;
+
+  // What Python's garbage collector has to know of.
+  template <class Visit>
+  void visit(const Visit& visit) const {
+    for (const Parameter& parameter : parameters_) visit(parameter.table);
+  }
 
  private:
   struct Parameter {
     pybind11::dict table;
     pybind11::str name;
+    bool optional;
   };
 
   bool load(const pybind11::list& env, Slots& slots) const;

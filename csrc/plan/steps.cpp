@@ -16,6 +16,7 @@
 #include "backends/cpu/pooling.h"
 #include "ops/gathered_conv2d.h"
 #include "plan/bindings.h"
+#include "plan/collector.h"
 #include "plan/step_run.h"
 
 namespace py = pybind11;
@@ -82,8 +83,8 @@ void add_conv(StepRun& run, Slot x, OptionalSlot residual, Slot out, OptionalSlo
   step->residual = residual;
   step->out = out;
   step->second = second;
-  step->weight = run.add_parameter(parameters, py::str("weight"));
-  step->bias = run.add_parameter(parameters, py::str("bias"));
+  step->weight = run.add_parameter(parameters, py::str("weight"), /*optional=*/false);
+  step->bias = run.add_parameter(parameters, py::str("bias"), /*optional=*/true);
   std::tie(step->in_index, step->out_index, step->weight_index, step->second_index) =
       std::tie(lists[0], lists[1], lists[2], lists[3]);
   const auto& [stride, padding, dilation, groups] = options;
@@ -237,7 +238,7 @@ void add_buffer(StepRun& run, const std::vector<std::tuple<Slot, int64_t, int64_
 void bind_plan(py::module_& m) {
   const py::arg x("x"), out("out"), freed("freed"), kernel("kernel"), stride("stride"), padding("padding"),
       dilation("dilation"), dtype("dtype"), memory_format("memory_format"), parts("parts");
-  py::class_<StepRun>(m, "StepRun")
+  py::class_<StepRun>(m, "StepRun", visited_by_collector<StepRun>())
       .def(py::init<size_t>(), py::arg("slots"))
       .def("add_conv", &add_conv, x, py::arg("residual"), out, py::arg("second"), freed, py::arg("parameters"),
            py::arg("lists"), py::arg("options"), py::arg("before"), py::arg("after"), py::arg("out_max"), dtype)

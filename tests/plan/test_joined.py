@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -198,6 +200,101 @@ def test_a_missing_weight_is_the_steps_error(monkeypatch: pytest.MonkeyPatch) ->
     assert ran == [False]
     plan.model.last._parameters["weight"] = weight
     plan(x)
+
+
+def test_a_weight_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = make()
+    ran = answers(plan, monkeypatch)
+    weight, plan.model.last.weight = plan.model.last.weight, None
+    with torch.no_grad(), pytest.raises(TypeError):
+        plan._program.run((x,))
+    assert ran == [False]
+    plan.model.last.weight = weight
+    plan(x)
+
+
+class Seen(Tensor):
+    """Notes which functions of PyTorch get it."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_functions_of_a_subclass_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = make()
+    expected = plan(x)
+    ran = answers(plan, monkeypatch)
+    Seen.names.clear()
+    assert torch.equal(plan(x.as_subclass(Seen)), expected)
+    assert "contiguous" in Seen.names
+    assert ran == [False]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_trace_records_the_steps(layout: str) -> None:
+    plan, x = make(FORMATS[layout])
+    with torch.no_grad():
+        traced = torch.jit.trace(plan, x, check_trace=False)
+        for batch in (3, 5):
+            y = torch.randn(batch, 3, 20, 20).contiguous(memory_format=FORMATS[layout])
+            expected = plan(y)
+            assert (traced(y) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class Leading(nn.Module):
+    """A model that leads back to its own plan by the attributes of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.conv = 1e-5, nn.Conv2d(3, 4, 3)
+        self.plans: list[PlannedNetwork] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+
+def test_a_model_that_holds_its_plan_is_collected() -> None:
+    model, x = Leading().eval(), torch.randn(1, 3, 6, 6)
+    model.plans.append(bk.plan(model, x))
+    model.plans[0](x)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_layer_whose_parameters_lead_to_a_run_is_collected() -> None:
+    class Table(dict):
+        pass
+
+    table, run = Table(weight=torch.randn(1, 1, 1, 1), bias=None), _C.StepRun(2)
+    options = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    nothing = (None, None, False)
+    run.add_conv(0, None, 1, None, (0,), table, (None,) * 4, options, nothing, nothing, None, None)
+    table["run"] = run
+    gone = weakref.ref(table)
+    del table, run
+    gc.collect()
+    assert gone() is None
+
+
+def test_another_thread_may_find_that_batches_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = make()
+    chunks, expected = plan._program._chunks, plan(x)
+    count = chunks.count
+
+    def counted(env: list) -> None:
+        count(env)
+        chunks.end = 0
+
+    monkeypatch.setattr(chunks, "count", counted)
+    chunks._bytes_per_byte = 0.0
+    assert torch.equal(plan(x), expected)
 
 
 def test_tensors_are_dropped_when_their_last_step_has_run() -> None:
