@@ -281,8 +281,7 @@ PYBIND11_MODULE(_C, m) {
       "and how it was built.";
   m.def("gathered_conv2d", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2d>::run));
   m.def("gathered_conv2d_fused", torch::wrap_pybind_function_no_gil(DirectCall<GatheredConv2dFused>::run));
-  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::call_guard<py::gil_scoped_release>());
   m.def("max_pool2d", &max_pool2d, py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("ceil_mode"), py::call_guard<py::gil_scoped_release>());
   m.def("avg_pool2d", &avg_pool2d, py::arg("x"), py::arg("kernel"), py::arg("stride"),
