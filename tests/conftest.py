@@ -17,6 +17,10 @@ os.environ.setdefault("BAP_KERNELS_WINOGRAD", "0")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from bap_kernels import _C  # noqa: E402
+
+_EMULATED = ("avx512_emulated", "neon_emulated") if "avx2" in _C.isa_available() else ()
+
 
 def pytest_configure() -> None:
     # Small cases are slower on many threads. Tests of threads set their own number.
@@ -33,10 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_large)
 
 
+@pytest.fixture(params=[name for name in (*_C.isa_available(), *_EMULATED) if name != "none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that native kernels have here, emulated ones too."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
 @pytest.fixture
 def own_choice_table() -> Iterator[None]:
     """An empty table of measured choices without a file, for one test."""
-    from bap_kernels import _C
     from bap_kernels.settings import settings
 
     _C.set_choice_file("")
@@ -49,7 +61,6 @@ def own_choice_table() -> Iterator[None]:
 @pytest.fixture
 def no_verifier() -> Iterator[None]:
     """Calls on a simulated GPU start no verifier, for one test."""
-    from bap_kernels import _C
     from bap_kernels.verify.trigger import first_use
 
     _C.set_verify_hook(None)
@@ -74,8 +85,6 @@ def _seed() -> None:
 @pytest.fixture(params=("aten", "native", "auto"))
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend for CPU tensors."""
-    from bap_kernels import _C
-
     reason = _C.unsupported_reason(request.param)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")

@@ -11,7 +11,7 @@ from bap_kernels.plan.steps import Env, Step
 
 __all__ = ["Joined", "join"]
 
-Emptied = tuple[int, ...]
+Freed = tuple[int, ...]
 
 
 class Joined:
@@ -22,35 +22,35 @@ class Joined:
         steps: each with the slots that are emptied after it.
     """
 
-    def __init__(self, run: _C.StepRun, steps: Sequence[tuple[Step, Emptied]]) -> None:
+    def __init__(self, run: _C.StepRun, steps: Sequence[tuple[Step, Freed]]) -> None:
         self.native, self.steps = run, steps
 
     def __call__(self, env: Env) -> None:
         """Runs them."""
         if not torch.compiler.is_compiling() and self.native.run(env):
             return
-        for step, emptied in self.steps:
+        for step, freed in self.steps:
             step(env)
-            for slot in emptied:
+            for slot in freed:
                 env[slot] = None
 
 
-def join(steps: Iterable[tuple[Step, Emptied]], slots: int) -> list[tuple[Callable[[Env], None], Emptied]]:
+def join(steps: Iterable[tuple[Step, Freed]], slots: int) -> list[tuple[Callable[[Env], None], Freed]]:
     """The same steps, joined where the library knows them.
 
     Args:
         steps: in order, each with the slots that are emptied after it.
         slots: how many slots the plan has.
     """
-    order: list[tuple[Callable[[Env], None], Emptied]] = []
+    order: list[tuple[Callable[[Env], None], Freed]] = []
     run = _C.StepRun(slots)
-    members: list[tuple[Step, Emptied]] = []
-    for step, emptied in steps:
-        if not step.join(run, emptied):
-            order.append((step, emptied))
+    members: list[tuple[Step, Freed]] = []
+    for step, freed in steps:
+        if not step.join(run, freed):
+            order.append((step, freed))
             run, members = _C.StepRun(slots), []
             continue
         if not members:
             order.append((Joined(run, members), ()))
-        members.append((step, emptied))
+        members.append((step, freed))
     return order

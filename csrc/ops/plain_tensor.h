@@ -1,6 +1,7 @@
 // Whether calling a kernel of the CPU directly is what PyTorch's dispatcher would do.
 #pragma once
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -13,6 +14,9 @@ inline bool calls_are_plain() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
   return (included.raw_repr() & ~c10::default_included_set.raw_repr()) == 0;
 }
+
+// Whether besides autocast changes no dtype.
+inline bool calls_keep_dtypes() { return calls_are_plain() && !at::autocast::is_autocast_enabled(at::kCPU); }
 
 // Whether it is an ordinary tensor of this CPU that asks for no gradient.
 inline bool is_plain_tensor(const at::Tensor& x) {

@@ -1,4 +1,4 @@
-"""Instruction sets and tile sizes of the native kernels."""
+"""Tile sizes of Winograd convolutions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from bap_kernels import _C
-
-EMULATED = ("avx512_emulated", "neon_emulated") if "avx2" in _C.isa_available() else ()
-
-
-@pytest.fixture(params=[name for name in (*_C.isa_available(), *EMULATED) if name != "none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.fixture(params=[4, 2], ids=["F4", "F2"])

@@ -78,7 +78,7 @@ def test_mutated_tile_fails(right: str, wrong: str, statuses: list[int], compile
         source = tile_test.ROOT / "csrc" / part
         (sources / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, sources / part) if source.is_dir() else shutil.copy(source, sources / part)
-    tile = sources / "backends/cpu/microkernels/tile_kernel.h"
+    tile = sources / "backends/cpu/microkernels/simd.h"
     text = tile.read_text()
     assert text.count(right) == 1
     tile.write_text(text.replace(right, wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ ERRORS = (
     MemoryError(),
     ValueError("out of resources"),
 )
+
+
+def cuda_raises(error: BaseException | type[BaseException]) -> Callable[[str], None]:
+    """What fails where the candidate `cuda` runs."""
+
+    def fail(name: str) -> None:
+        if name == "cuda":
+            raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -64,11 +75,7 @@ def test_errors_of_the_chosen_candidate_do_not_reach_the_user(op: Op, error: Exc
     gpu.times |= {"cuda": 1e-4, "triton": 2e-4}
     assert gpu.call(op) == ["cuda"]
 
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise error
-
-    gpu.chosen_fails = fail
+    gpu.chosen_fails = cuda_raises(error)
     assert gpu.call(op) == ["cuda", "triton"]
     assert gpu.call(op) == ["triton"]
     (choice,) = _C.choices()
@@ -115,11 +122,7 @@ def test_declined_candidate_is_tried_by_a_later_process(gpu: Gpu, tmp_path: Path
     gpu.times["cuda"] = 1e-4
     gpu.call(OPS["forward"])
 
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise RuntimeError("no memory")
-
-    gpu.chosen_fails = fail
+    gpu.chosen_fails = cuda_raises(RuntimeError("no memory"))
     assert gpu.call(OPS["forward"])[-1] == "gather"
     reload(path)
     gpu.chosen_fails = lambda name: None
@@ -131,16 +134,12 @@ def test_interrupts_reach_the_user(op: Op, stop: type[BaseException], gpu: Gpu) 
     gpu.verdicts()
     gpu.times["cuda"] = 1e-4
 
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise stop
-
-    gpu.fails = fail
+    gpu.fails = cuda_raises(stop)
     with pytest.raises(stop):
         gpu.call(op)
     gpu.fails = lambda name: None
     assert gpu.call(op) == ["cuda"]
-    gpu.chosen_fails = fail
+    gpu.chosen_fails = cuda_raises(stop)
     with pytest.raises(stop):
         gpu.call(op)
     gpu.chosen_fails = lambda name: None
@@ -152,11 +151,7 @@ def test_failed_candidate_is_no_new_one(gpu: Gpu, tmp_path: Path) -> None:
     _C.set_choice_file(str(path))
     gpu.verdicts(triton="unknown")
 
-    def fail(name: str) -> None:
-        if name == "cuda":
-            raise RuntimeError("no kernel")
-
-    gpu.fails = fail
+    gpu.fails = cuda_raises(RuntimeError("no kernel"))
     gpu.call(OPS["forward"])
     reload(path)
     gpu.measured.clear()

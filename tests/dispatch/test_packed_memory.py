@@ -33,7 +33,6 @@ CASES = {
     "many_images": BASE.but(batch=33, size=(3, 2)),
     "weight_last": BASE.but(weight_layout="channels_last"),
 }
-EMULATED = ("avx512_emulated", "neon_emulated") if "avx2" in _C.isa_available() else ()
 LAYOUTS = ("contiguous", "channels_last")
 
 
@@ -45,14 +44,6 @@ def _own_cache() -> Iterator[None]:
         yield
     _C.set_packed_memory(before)
     _C.clear_packed_cache()
-
-
-@pytest.fixture(params=[name for name in (*_C.isa_available(), *EMULATED) if name != "none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def entries() -> int:

@@ -2,7 +2,6 @@
 #include "backends/aten/linear.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/addmv.h>
@@ -27,10 +26,9 @@ bool is_plain_matrix(const at::Tensor& t) {
 }
 
 bool serves(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  if (!is_plain_matrix(x) || !is_plain_matrix(weight) || !calls_are_plain()) return false;
-  if (at::autocast::is_autocast_enabled(at::kCPU) || x.size(1) != weight.size(1)) return false;
-  if (x.size(0) < 1 || x.size(0) > kMostSamples || static_cast<int64_t>(weight.nbytes()) < 2 * kBytesPerPart)
-    return false;
+  if (!is_plain_matrix(x) || !is_plain_matrix(weight) || !calls_keep_dtypes()) return false;
+  if (x.size(1) != weight.size(1) || x.size(0) < 1 || x.size(0) > kMostSamples) return false;
+  if (static_cast<int64_t>(weight.nbytes()) < 2 * kBytesPerPart) return false;
   if (!has_value(bias)) return true;
   return is_plain_tensor(*bias) && bias->scalar_type() == at::kFloat && bias->dim() == 1 &&
          bias->size(0) == weight.size(0) && bias->is_contiguous();

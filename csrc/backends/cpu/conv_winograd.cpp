@@ -28,7 +28,7 @@ constexpr int64_t kMostTiles = 128;
 // Weights that come from an outer cache for every block are to serve so many tiles each time, even if the transforms
 // then leave the L2 cache.
 constexpr int64_t kFarWeightBytes = 8 * 1024 * 1024, kFewestTilesOfFar = 42;
-// Floats between the weights that a step of the first product of a point reads and those that it prefetches.
+// How far ahead of the weights that it reads, in floats, the first product of a point prefetches.
 constexpr int64_t kWeightsAhead = 512;
 // Point by point pays with so many channels and tiles, where an L2 cache holds no block's values beside the weights.
 constexpr int64_t kChannelsByPoint = 64, kTilesByPoint = 24, kLanesByPoint = 8;

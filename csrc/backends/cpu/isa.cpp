@@ -73,7 +73,7 @@ const micro::KernelTable* isa_tiles(bool pairs) {
   return nullptr;
 }
 
-ChannelGatherKernel isa_gather(bool pairs, bool winograd, int64_t channels) {
+ChannelGatherKernel isa_gather(bool pairs) {
 #if defined(BAP_KERNELS_HAVE_AVX512)
   if (isa() == "avx512") {
     if (!pairs) return {micro::gather_floats_avx512, 16};
@@ -83,9 +83,9 @@ ChannelGatherKernel isa_gather(bool pairs, bool winograd, int64_t channels) {
   }
 #endif
 #if defined(BAP_KERNELS_HAVE_AVX2)
-  if (isa() == "avx2" && winograd && !pairs && channels >= 8) return {micro::gather_floats_avx2, 8};
+  if (isa() == "avx2" && !pairs) return {micro::gather_floats_avx2, 8, /*whole_loads=*/true};
 #endif
-  (void)pairs, (void)winograd, (void)channels;
+  (void)pairs;
   return {};
 }
 

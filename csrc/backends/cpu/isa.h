@@ -30,15 +30,15 @@ bool isa_has_bfloat16_pairs();
 // The tiles for plain fp32 lanes, or for pairs of bfloat16; null where there are none.
 const micro::KernelTable* isa_tiles(bool pairs);
 
-// Copies listed channels of float pixels, or of bfloat16 pixels in pairs, a vector of `lanes` at a time; null where
+// Copies listed channels of float pixels, or of bfloat16 pixels in pairs, a vector of `lanes` at a time; empty where
 // plain loops must do.
 struct ChannelGatherKernel {
   void (*run)(const micro::ChannelGather&) = nullptr;
   int64_t lanes = 0;
+  bool whole_loads = false;  // for pixels of at least `lanes` channels, and slow where a vector takes many loads
   explicit operator bool() const { return run != nullptr; }
 };
-// For pixels of so many channels. With AVX2 only for Winograd: direct convolutions lose by it.
-ChannelGatherKernel isa_gather(bool pairs, bool winograd, int64_t channels);
+ChannelGatherKernel isa_gather(bool pairs);
 
 // The microkernels of Winograd convolutions; null where there are none.
 const micro::WinogradTable* isa_winograd();

@@ -15,7 +15,7 @@ constexpr int64_t kPackedFrom = 32;
 constexpr int64_t kFewChannels = 16;
 // Pixels at a multiple of this distance share the sets of the L1 cache: a tile of 14 has too many for its ways.
 constexpr int64_t kSetBytes = 4096;
-// Loads for each vector of eight listed channels: with more, plain loops are faster.
+// Whole loads for each vector of listed channels: with more, plain loops are faster.
 constexpr int64_t kMostLoads = 3;
 
 const int32_t* counting(int64_t count) {
@@ -33,7 +33,9 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   const bool readable = n.pairs ? paired : !n.bfloat16;
   const bool in_place = readable && !n.has_prologue && n.x_stride_c == 1;
   const bool mergeable = n.taps > 1 && n.dilation_w == 1;
-  const ChannelGatherKernel by_vectors = isa_gather(n.pairs, /*winograd=*/false, n.channels_in);
+  ChannelGatherKernel by_vectors = isa_gather(n.pairs);
+  // Direct convolutions gain nothing by whole loads.
+  if (by_vectors.whole_loads) by_vectors = {};
   const bool crowded = n.taps == 1 && n.x_stride_w * n.element_size() % kSetBytes == 0 && by_vectors;
   gapless = in_place && !n.in_index && !n.bfloat16 && n.x_stride_w == n.units;
   const bool copied = n.kept_out >= kPackedFrom || (gapless && n.units < kFewChannels && mergeable);
@@ -44,15 +46,17 @@ PixelAccess::PixelAccess(const NativeCall& n) {
   pixel_floats = n.units;
   if (!direct && n.taps == 1 && n.units * int64_t{4} % (kSetBytes / 4) == 0) pixel_floats += 16;
   if (!direct && n.x_stride_c == 1 && n.pairs == n.bfloat16 && by_vectors) {
-    gather_steps = plan_gather([&](int64_t i) { return n.channel(i); }, n.kept_in, n.channels_in, by_vectors.lanes,
-                               n.element_size());
+    gather_steps =
+        plan_gather([&](int64_t i) { return n.channel(i); }, n.kept_in, n.channels_in, by_vectors, n.element_size());
     if (!gather_steps.empty()) gather = by_vectors;
   }
 }
 
 std::vector<micro::GatherStep> plan_gather(const std::function<int64_t(int64_t)>& listed, int64_t count,
-                                           int64_t channels, int64_t lanes, int64_t size) {
+                                           int64_t channels, const ChannelGatherKernel& kernel, int64_t size) {
   std::vector<micro::GatherStep> steps;
+  const int64_t lanes = kernel.lanes;
+  if (!kernel || (kernel.whole_loads && channels < lanes)) return steps;
   steps.reserve((count + channels) / lanes + 2);
   for (int64_t first = 0; first < count; first += lanes) {
     const size_t own = steps.size();
@@ -73,7 +77,7 @@ std::vector<micro::GatherStep> plan_gather(const std::function<int64_t(int64_t)>
     steps[own].steps = static_cast<int32_t>(steps.size() - own);
     steps[own].stored = static_cast<uint32_t>((uint64_t{1} << stored) - 1);
   }
-  const bool slow = lanes == 8 && static_cast<int64_t>(steps.size()) > kMostLoads * ceil_div(count, lanes);
+  const bool slow = kernel.whole_loads && static_cast<int64_t>(steps.size()) > kMostLoads * ceil_div(count, lanes);
   return slow ? std::vector<micro::GatherStep>() : steps;
 }
 

@@ -26,10 +26,10 @@ struct PixelAccess {
   explicit PixelAccess(const NativeCall& n);
 };
 
-// The steps of a gather of `count` listed channels, by vectors of `lanes` of `size` bytes, from pixels of `channels`;
-// none where plain loops are faster.
+// The steps of a kernel's gather of `count` listed channels of `size` bytes from pixels of `channels`; none where it
+// does not serve, or plain loops are faster.
 std::vector<micro::GatherStep> plan_gather(const std::function<int64_t(int64_t)>& listed, int64_t count,
-                                           int64_t channels, int64_t lanes, int64_t size);
+                                           int64_t channels, const ChannelGatherKernel& kernel, int64_t size);
 
 class PixelSource {
  public:

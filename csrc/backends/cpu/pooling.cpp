@@ -1,7 +1,6 @@
 // See pooling.h.
 #include "backends/cpu/pooling.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/native/Pool.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/avg_pool2d.h>
@@ -21,10 +20,7 @@ using Pair = std::array<int64_t, 2>;
 constexpr int64_t kFewestOfPlane = 16;
 
 // Whether our kernels may stand for PyTorch's call, which autocast would change.
-bool may_serve(const at::Tensor& x) {
-  return isa_depthwise() != nullptr && is_plain_tensor(x) && calls_are_plain() &&
-         !at::autocast::is_autocast_enabled(at::kCPU);
-}
+bool may_serve(const at::Tensor& x) { return isa_depthwise() != nullptr && is_plain_tensor(x) && calls_keep_dtypes(); }
 
 // Pairs are (height, width).
 struct Window {

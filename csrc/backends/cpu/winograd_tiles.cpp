@@ -124,9 +124,9 @@ void TileSource::plan(bool copied) {
   if (table.gather_moves) {
     moves = find_moves(list, count, table.lanes);
   } else if (all_channels > 0) {
-    const ChannelGatherKernel by_vectors = isa_gather(/*pairs=*/false, /*winograd=*/true, all_channels);
-    if (!by_vectors) return;
-    gather_steps = plan_gather([this](int64_t i) { return channel(i); }, count, all_channels, by_vectors.lanes, 4);
+    const ChannelGatherKernel by_vectors = isa_gather(/*pairs=*/false);
+    gather_steps =
+        plan_gather([this](int64_t i) { return channel(i); }, count, all_channels, by_vectors, sizeof(float));
     if (!gather_steps.empty()) gather = by_vectors;
   }
 }

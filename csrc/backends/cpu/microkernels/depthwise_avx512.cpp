@@ -7,7 +7,7 @@
 
 namespace bap_kernels::micro {
 namespace {
-#include "backends/cpu/microkernels/tile_kernel.h"
+#include "backends/cpu/microkernels/simd.h"
 
 #include "backends/cpu/microkernels/depthwise_kernel.h"
 constexpr DepthwiseTable kTable = make_depthwise_table<16>();

@@ -3,7 +3,7 @@
 //   acc[r][lane] = sum over taps of weight(tap, lane) * x(r, tap, lane);  y = min(relu(acc * scale + shift + residual),
 //   out_max)
 // or with the largest of x in place of the sum, or with weights of 1: see TapOp.
-// Included by one source file per instruction set behind tile_kernel.h, inside that file's own anonymous namespace.
+// Included by one source file per instruction set behind simd.h, inside that file's own anonymous namespace.
 // Accumulates in fp32, taps in order: a result depends on the call alone, never on its place in a tile.
 
 // With two vectors each, enough independent sums to hide the latency of two multiply-adds a cycle.

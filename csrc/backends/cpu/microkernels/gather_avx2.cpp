@@ -37,7 +37,7 @@ void gather_vector(const ChannelGather& t, const GatherStep* steps, int64_t firs
   auto* out = static_cast<float*>(t.out) + first;
   for (int64_t p = 0; p < t.pixels; ++p, in += t.in_step, out += t.out_step) {
     __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(in + begin[0]), places[0]);
-#pragma GCC unroll 4
+#pragma GCC unroll 3
     for (int s = 1; s < kHeld; ++s) {
       v = _mm256_blendv_ps(v, _mm256_permutevar8x32_ps(_mm256_loadu_ps(in + begin[s]), places[s]), lanes[s]);
     }
@@ -58,24 +58,10 @@ void gather_vector(const ChannelGather& t, const GatherStep* steps, int64_t firs
 }  // namespace
 
 void gather_floats_avx2(const ChannelGather& t) {
+  constexpr auto* kFewLoads[] = {gather_vector<0>, gather_vector<1>, gather_vector<2>, gather_vector<3>};
   const GatherStep* step = t.steps;
   for (int64_t first = 0; first < t.listed; first += kLanes, step += step->steps) {
-    switch (step->steps) {
-      case 1:
-        gather_vector<1>(t, step, first);
-        break;
-      case 2:
-        gather_vector<2>(t, step, first);
-        break;
-      case 3:
-        gather_vector<3>(t, step, first);
-        break;
-      case 4:
-        gather_vector<4>(t, step, first);
-        break;
-      default:
-        gather_vector<0>(t, step, first);
-    }
+    kFewLoads[step->steps <= 3 ? step->steps : 0](t, step, first);
   }
 }
 

@@ -5,6 +5,8 @@
 
 namespace bap_kernels::micro {
 namespace {
+#include "backends/cpu/microkernels/simd.h"
+
 #include "backends/cpu/microkernels/tile_kernel.h"
 constexpr KernelTable kTable = make_table<8, false, 6>();
 }  // namespace

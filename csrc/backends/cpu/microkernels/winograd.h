@@ -31,7 +31,7 @@ struct WinogradProduct {
   int64_t channels;
   float* sums;
   int64_t sum_step;
-  int64_t ahead;  // floats from the weights that a step reads to those that it prefetches
+  int64_t ahead;  // how far ahead of the weights that it reads it prefetches, in floats
 };
 
 // y = relu?(scale * result + shift + residual), at most out_max behind a ReLU, at the tile's pixels inside the image.

@@ -7,7 +7,10 @@
 
 namespace bap_kernels::micro {
 namespace {
-#include "backends/cpu/microkernels/tile_kernel.h"
+#include "backends/cpu/microkernels/simd.h"
+
+#include "backends/cpu/microkernels/winograd_transforms.h"
+
 #include "backends/cpu/microkernels/winograd_kernel.h"
 constexpr WinogradTable kTable = make_winograd_table<16, 14, 8, 3>();
 }  // namespace
