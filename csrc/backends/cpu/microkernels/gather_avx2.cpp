@@ -58,7 +58,8 @@ void gather_vector(const ChannelGather& t, const GatherStep* steps, int64_t firs
 }  // namespace
 
 void gather_floats_avx2(const ChannelGather& t) {
-  constexpr auto* kFewLoads[] = {gather_vector<0>, gather_vector<1>, gather_vector<2>, gather_vector<3>};
+  constexpr decltype(&gather_vector<0>) kFewLoads[] = {gather_vector<0>, gather_vector<1>, gather_vector<2>,
+                                                       gather_vector<3>};
   const GatherStep* step = t.steps;
   for (int64_t first = 0; first < t.listed; first += kLanes, step += step->steps) {
     kFewLoads[step->steps <= 3 ? step->steps : 0](t, step, first);
