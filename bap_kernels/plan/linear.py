@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bap_kernels._load import _C
 from bap_kernels.flow.ops import Call, has_hooks
 from bap_kernels.nn.replaceable import has_own_forward
+from bap_kernels.plan.replaced_call import ReplacedCall
 
 __all__ = ["linear_of"]
 
 
-class _Linear:
-    """A linear layer; its parameters are read at every call."""
+class _Linear(ReplacedCall):
+    """A linear layer, (N, C) -> (N, K) and whatever else it takes; its parameters are read at every call."""
 
     def __init__(self, call: Call, layer: nn.Linear) -> None:
-        self.original = call
+        super().__init__(call)
         self.parameters: dict[str, Any] = layer._parameters
 
-    def __call__(self, x: Tensor) -> Any:
-        """(N, C) -> (N, K), and whatever else the layer takes."""
-        if torch.compiler.is_compiling() or _C.get_backend() == "aten":
-            return self.original(x)
+    def run(self, x: Tensor) -> Any:
         return _C.linear(x, self.parameters["weight"], self.parameters["bias"])
-
-    def __repr__(self) -> str:
-        return repr(self.original)
 
 
 def linear_of(call: Any) -> _Linear | None:

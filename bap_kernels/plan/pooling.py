@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bap_kernels._load import _C
 from bap_kernels.flow.ops import Call, has_hooks
 from bap_kernels.nn.replaceable import has_own_forward
+from bap_kernels.plan.replaced_call import ReplacedCall
 
 __all__ = ["Pooling", "pooling_of"]
 
@@ -26,27 +27,12 @@ _POOLINGS: dict[Any, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class Pooling:
-    """A pooling that runs as the model's own call wherever our kernels do not serve."""
-
-    def __init__(self, call: Callable[[Tensor], Any]) -> None:
-        self.original = call
-
-    def __call__(self, x: Tensor) -> Any:
-        """(N, C, H, W) -> (N, C, H', W')."""
-        by_pytorch = torch.compiler.is_compiling() or _C.get_backend() == "aten"
-        return self.original(x) if by_pytorch else self.run(x)
-
-    def run(self, x: Tensor) -> Any:
-        """By our kernels."""
-        raise NotImplementedError
+class Pooling(ReplacedCall):
+    """A pooling: (N, C, H, W) -> (N, C, H', W')."""
 
     def join(self, run: _C.StepRun, x: int, out: int, freed: tuple[int, ...]) -> bool:
         """As :meth:`Step.join <bap_kernels.plan.steps.Step.join>`, from one slot to another."""
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return repr(self.original)
 
 
 class _Max(Pooling):
