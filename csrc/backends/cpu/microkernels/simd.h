@@ -162,9 +162,10 @@ inline __attribute__((always_inline)) void store_bfloat16(uint16_t* p, Vec first
   }
 }
 
-// A ReLU with a largest result. NaN stays.
-template <int kLanes, class Vec>
-inline __attribute__((always_inline)) Vec clamped(Vec y, Vec most) {
-  y = y < Vec{} ? Vec{} : y;
+// A ReLU with a smallest and a largest result. NaN stays. Two operations, where `least` is not a constant zero: that
+// would be compared and masked.
+template <class Vec>
+inline __attribute__((always_inline)) Vec clamped(Vec y, Vec least, Vec most) {
+  y = y < least ? least : y;
   return y > most ? most : y;
 }

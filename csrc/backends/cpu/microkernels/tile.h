@@ -52,8 +52,8 @@ struct TileArgs {
   int64_t out_step, out_row_stride, residual_step, residual_row_stride;
   int32_t valid;  // lanes of a row that exist in the result, 1 .. vectors * lanes
   bool relu;
-  float out_max;  // the largest result of a ReLU
-  bool bfloat16;  // element type of out and residual; else float
+  float out_min, out_max;  // the smallest result of a ReLU, always 0, and the largest
+  bool bfloat16;           // element type of out and residual; else float
 };
 
 using TileKernel = void (*)(const TileArgs&);

@@ -25,14 +25,20 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
                                            bool conv_nchw) {
   using S = Simd<kLanes, false>;
   using Vec = typename S::Vec;
-  const Vec most = S::broadcast(t.out_max);
+  const Vec least = S::broadcast(t.out_min), most = S::broadcast(t.out_max);
   for (int r = 0; r < rows; ++r, sums += kWidth) {
     for (int lane = 0; lane < t.valid; lane += kLanes) {
       const int count = t.valid - lane;
       const int64_t place = static_cast<int64_t>(lane) * (t.bfloat16 ? 2 : 4);
       Vec y = S::load(sums + lane);
-      if (at.scale) y *= conv_nchw ? S::broadcast(at.scale[r]) : S::load(at.scale + lane);
-      if (at.shift) y += conv_nchw ? S::broadcast(at.shift[r]) : S::load(at.shift + lane);
+      const auto of_lane = [&](const float* p) { return conv_nchw ? S::broadcast(p[r]) : S::load(p + lane); };
+      if (at.scale && at.shift) {
+        y = y * of_lane(at.scale) + of_lane(at.shift);
+      } else if (at.scale) {
+        y *= of_lane(at.scale);
+      } else if (at.shift) {
+        y += of_lane(at.shift);
+      }
       if (at.residual) {
         const char* residual = at.residual + r * t.residual_row_stride + place;
         if (t.bfloat16) {
@@ -43,7 +49,7 @@ __attribute__((noinline)) void finish_rows(const TileArgs& t, const Place& at, c
           y += count < kLanes ? load_part<kLanes>(p, count) : S::load(p);
         }
       }
-      if (t.relu) y = clamped<kLanes>(y, most);
+      if (t.relu) y = clamped(y, least, most);
       char* out = at.out + r * t.out_row_stride + place;
       if (t.bfloat16) {
         const auto halves = S::to_bfloat16(y);
@@ -69,15 +75,18 @@ inline __attribute__((always_inline)) void fuse(const TileArgs& t, const Place& 
       for (int v = 0; v < kVectors; ++v) use(acc[r][v], r, v);
     }
   };
-  if (at.scale) {
-    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
-      y *= kConvNchw ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
-    });
-  }
-  if (at.shift) {
-    all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
-      y += kConvNchw ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
-    });
+  const auto scale = [&](int r, int v) __attribute__((always_inline)) {
+    return kConvNchw ? S::broadcast(at.scale[r]) : S::load(at.scale + v * kLanes);
+  };
+  const auto shift = [&](int r, int v) __attribute__((always_inline)) {
+    return kConvNchw ? S::broadcast(at.shift[r]) : S::load(at.shift + v * kLanes);
+  };
+  if (at.scale && at.shift) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) { y = y * scale(r, v) + shift(r, v); });
+  } else if (at.scale) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) { y *= scale(r, v); });
+  } else if (at.shift) {
+    all([&](Vec& y, int r, int v) __attribute__((always_inline)) { y += shift(r, v); });
   }
   if (at.residual && !t.bfloat16) {
     all([&](Vec& y, int r, int v) __attribute__((always_inline)) {
@@ -93,8 +102,8 @@ inline __attribute__((always_inline)) void fuse(const TileArgs& t, const Place& 
     });
   }
   if (t.relu) {
-    const Vec most = S::broadcast(t.out_max);
-    all([&](Vec& y, int, int) __attribute__((always_inline)) { y = clamped<kLanes>(y, most); });
+    const Vec least = S::broadcast(t.out_min), most = S::broadcast(t.out_max);
+    all([&](Vec& y, int, int) __attribute__((always_inline)) { y = clamped(y, least, most); });
   }
 }
 

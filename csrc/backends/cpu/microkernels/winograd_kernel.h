@@ -205,7 +205,7 @@ void winograd_output(const WinogradOutput& t) {
             const float* residual = t.residual + pixel * t.residual_step + lane;
             y[j] += count < kLanes ? load_part<kLanes>(residual, count) : S::load(residual);
           }
-          if (t.relu) y[j] = clamped<kLanes>(y[j], most);
+          if (t.relu) y[j] = clamped(y[j], Vec{}, most);
           count < kLanes ? store_part<kLanes>(out, y[j], count) : S::store(out, y[j]);
         }
       }
