@@ -8,6 +8,7 @@
 
 #include "dispatch/backend.h"
 #include "ops/plain_tensor.h"
+#include "plan/conv_step.h"
 
 namespace py = pybind11;
 
@@ -43,7 +44,58 @@ void StepRun::add(std::unique_ptr<const RunStep> step, const std::vector<size_t>
     stored_.erase(std::remove(stored_.begin(), stored_.end(), slot), stored_.end());
     if (contains(loaded_, slot)) emptied_.push_back(slot);
   }
-  steps_.emplace_back(std::move(step), freed);
+  steps_.push_back({std::move(step), reads, writes, freed});
+  join_block();
+}
+
+// Expand, depthwise, project: what the first two leave is read by the next one alone. Steps between the last two, such
+// as views of the residual, come first.
+void StepRun::join_block() {
+  const auto conv = [](const Entry& entry) { return dynamic_cast<const ConvStep*>(entry.step.get()); };
+  const size_t end = steps_.size();
+  const ConvStep* last = conv(steps_.back());
+  if (last == nullptr) return;
+  size_t middle = end - 1;
+  while (middle > 0 && conv(steps_[middle - 1]) == nullptr) --middle;
+  if (middle < 2) return;
+  const ConvStep *depthwise = conv(steps_[--middle]), *first = conv(steps_[middle - 1]);
+  const auto alone = [&](const ConvStep& step, size_t reader) {
+    return !step.second.has_value() && contains(steps_[reader].freed, step.out);
+  };
+  if (first == nullptr || depthwise->groups == 1 || first->out != depthwise->x || depthwise->out != last->x) return;
+  if (!alone(*first, middle) || !alone(*depthwise, end - 1)) return;
+  const auto append = [](std::vector<size_t>& all, const std::vector<size_t>& more) {
+    all.insert(all.end(), more.begin(), more.end());
+  };
+  const auto meet = [](const std::vector<size_t>& some, const std::vector<size_t>& others) {
+    return std::any_of(some.begin(), some.end(), [&](size_t slot) { return contains(others, slot); });
+  };
+  Entry block{nullptr, steps_[middle - 1].reads, steps_[middle - 1].writes, steps_[middle - 1].freed};
+  append(block.reads, steps_[middle].reads);
+  append(block.writes, steps_[middle].writes);
+  for (size_t i = middle; i < end; ++i) {
+    const Entry& entry = steps_[i];
+    const bool between = i > middle && i + 1 < end;
+    // It may move: it neither reads what the two write nor writes what they read or write.
+    if (between && (meet(entry.reads, block.writes) || meet(entry.writes, block.reads))) return;
+    // What was freed is freed later.
+    if (i > middle && (meet(entry.writes, block.writes) || meet(entry.writes, block.freed))) return;
+    append(block.freed, entry.freed);
+  }
+  append(block.reads, steps_.back().reads);
+  append(block.writes, steps_.back().writes);
+  const auto taken = [&](size_t i) {
+    return std::unique_ptr<const ConvStep>(static_cast<const ConvStep*>(steps_[i].step.release()));
+  };
+  auto step = std::make_unique<BandStep>();
+  step->first = taken(middle - 1);
+  step->depthwise = taken(middle);
+  step->last = taken(end - 1);
+  block.step = std::move(step);
+  for (size_t i = middle + 1; i + 1 < end; ++i) steps_[i].freed.clear();
+  steps_.back() = std::move(block);
+  steps_.erase(steps_.begin() + static_cast<std::ptrdiff_t>(middle) - 1,
+               steps_.begin() + static_cast<std::ptrdiff_t>(middle) + 1);
 }
 
 size_t StepRun::add_parameter(py::dict parameters, py::str name, bool optional) {
@@ -79,9 +131,9 @@ bool StepRun::run(const py::list& env) const {
   for (const size_t slot : emptied_) env[slot] = py::none();
   {
     py::gil_scoped_release unlocked;
-    for (const auto& [step, freed] : steps_) {
-      (*step)(slots);
-      for (const size_t slot : freed) slots[slot].reset();
+    for (const Entry& entry : steps_) {
+      (*entry.step)(slots);
+      for (const size_t slot : entry.freed) slots[slot].reset();
     }
   }
   for (const size_t slot : stored_) {

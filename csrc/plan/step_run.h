@@ -52,11 +52,18 @@ class StepRun {
     bool optional;
   };
 
+  struct Entry {
+    std::unique_ptr<const RunStep> step;
+    std::vector<size_t> reads, writes, freed;
+  };
+
   bool load(const pybind11::list& env, Slots& slots) const;
+  // Makes one step of the last convolution and those before it, where they are a block.
+  void join_block();
 
   size_t slots_;
   std::vector<Parameter> parameters_;  // their slots are behind those of the plan
-  std::vector<std::pair<std::unique_ptr<const RunStep>, std::vector<size_t>>> steps_;  // with what each one frees
+  std::vector<Entry> steps_;
   std::vector<size_t> loaded_, stored_, emptied_;  // of the plan's slots: read before and left behind; read and freed
 };
 

@@ -14,9 +14,9 @@
 #include <variant>
 
 #include "backends/cpu/pooling.h"
-#include "ops/gathered_conv2d.h"
 #include "plan/bindings.h"
 #include "plan/collector.h"
+#include "plan/conv_step.h"
 #include "plan/step_run.h"
 
 namespace py = pybind11;
@@ -24,61 +24,16 @@ namespace py = pybind11;
 namespace bap_kernels {
 namespace {
 
-using Slot = size_t;
-using OptionalSlot = std::optional<size_t>;
-using OptionalType = std::optional<at::ScalarType>;
 using Pair = std::array<int64_t, 2>;
 
-at::Tensor cast(const at::Tensor& t, OptionalType type) { return type.has_value() ? t.to(*type) : t; }
-OptionalTensor cast(const OptionalTensor& t, OptionalType type) {
-  return type.has_value() && has_value(t) ? t->to(*type) : t;
-}
-
-template <size_t kCount>
-std::array<c10::SymInt, kCount> symbolic(const std::array<int64_t, kCount>& values) {
-  std::array<c10::SymInt, kCount> all;
-  std::copy(values.begin(), values.end(), all.begin());
-  return all;
-}
-
-// A convolution with its weights' layer, all that is fused into it, and a second store.
-struct Conv : RunStep {
-  Slot x, weight, bias, out;
-  OptionalSlot residual, second;
-  OptionalTensor in_index, out_index, weight_index, second_index;
-  OptionalTensor in_scale, in_shift, out_scale, out_shift;
-  bool in_relu, out_relu;
-  std::optional<double> out_max;
-  std::array<c10::SymInt, 2> stride, dilation;
-  std::array<c10::SymInt, 4> padding;
-  int64_t groups;
-  OptionalType type;
-
-  void operator()(Slots& slots) const override {
-    const at::Tensor input = cast(*slots[x], type), filters = cast(*slots[weight], type);
-    const OptionalTensor added = cast(slots[bias], type);
-    const OptionalTensor& other = residual.has_value() ? slots[*residual] : kAbsent;
-    const Fusion fusion{in_scale, in_shift, in_relu, out_scale, out_shift, other, out_relu};
-    auto [result, again] =
-        call<GatheredConv2dFused>({{input, filters, added, in_index, out_index, stride, padding, dilation, groups},
-                                   fusion,
-                                   /*cache_packed=*/true,
-                                   weight_index,
-                                   second_index,
-                                   out_max});
-    slots[out] = std::move(result);
-    if (second.has_value()) slots[*second] = std::move(again);
-  }
-};
-
-// The members of Conv that Python gives by name.
+// The members of ConvStep that Python gives by name.
 void add_conv(StepRun& run, Slot x, OptionalSlot residual, Slot out, OptionalSlot second,
               const std::vector<Slot>& freed, py::dict parameters, const std::array<OptionalTensor, 4>& lists,
               const std::tuple<Pair, std::array<int64_t, 4>, Pair, int64_t>& options,
               const std::tuple<OptionalTensor, OptionalTensor, bool>& before,
               const std::tuple<OptionalTensor, OptionalTensor, bool>& after, std::optional<double> out_max,
               OptionalType type) {
-  auto step = std::make_unique<Conv>();
+  auto step = std::make_unique<ConvStep>();
   step->x = x;
   step->residual = residual;
   step->out = out;
@@ -88,9 +43,9 @@ void add_conv(StepRun& run, Slot x, OptionalSlot residual, Slot out, OptionalSlo
   std::tie(step->in_index, step->out_index, step->weight_index, step->second_index) =
       std::tie(lists[0], lists[1], lists[2], lists[3]);
   const auto& [stride, padding, dilation, groups] = options;
-  step->stride = symbolic(stride);
-  step->padding = symbolic(padding);
-  step->dilation = symbolic(dilation);
+  step->stride = stride;
+  step->padding = padding;
+  step->dilation = dilation;
   step->groups = groups;
   std::tie(step->in_scale, step->in_shift, step->in_relu) = before;
   std::tie(step->out_scale, step->out_shift, step->out_relu) = after;
@@ -136,7 +91,7 @@ void add_contiguous(StepRun& run, Slot x, Slot out, const std::vector<Slot>& fre
 
 void add_view(StepRun& run, Slot x, Slot out, const std::vector<Slot>& freed, int64_t begin, int64_t count,
               OptionalType type) {
-  add_map(run, x, out, freed, [=](const at::Tensor& t) { return cast(t.narrow(1, begin, count), type); });
+  add_map(run, x, out, freed, [=](const at::Tensor& t) { return converted(t.narrow(1, begin, count), type); });
 }
 
 at::Tensor selected(const at::Tensor& x, const at::Tensor& index) {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 
 #include "backends/cpu/isa.h"
 #include "backends/cpu/microkernels/depthwise.h"
@@ -225,16 +226,24 @@ std::string depthwise_unsupported_reason(const ConvCall& c) {
   return "";
 }
 
+RangeRun depthwise_rows(const NativeCall& n, const float* weight) {
+  const auto depthwise = std::make_shared<Depthwise>(n, TapOp::kFilter, weight, /*channels_last=*/true);
+  return [=, &n](int64_t begin, int64_t end) { depthwise->run_pixels(begin, end, 0, n.kept_out); };
+}
+
+at::Tensor packed_depthwise_weight(const ConvCall& c, const NativeCall& n) {
+  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
+  const int64_t lanes = isa_depthwise()->lanes;
+  return PackedCache::instance().get(c, PackedKind::kDepthwise, static_cast<int>(lanes * 2 + (last ? 1 : 0)),
+                                     [&] { return pack_weight(n, lanes, last); });
+}
+
 at::Tensor depthwise_gathered_conv2d(const ConvCall& c) {
   at::Tensor result;
   NativeCall n = prepare_native(c, result);
   n.threads = depthwise_threads(n);
-  const bool last = c.format() == at::MemoryFormat::ChannelsLast;
-  const int64_t lanes = isa_depthwise()->lanes;
-  const at::Tensor weight =
-      PackedCache::instance().get(c, PackedKind::kDepthwise, static_cast<int>(lanes * 2 + (last ? 1 : 0)),
-                                  [&] { return pack_weight(n, lanes, last); });
-  run_depthwise(n, TapOp::kFilter, weight.const_data_ptr<float>(), last);
+  const at::Tensor weight = packed_depthwise_weight(c, n);
+  run_depthwise(n, TapOp::kFilter, weight.const_data_ptr<float>(), c.format() == at::MemoryFormat::ChannelsLast);
   return result;
 }
 

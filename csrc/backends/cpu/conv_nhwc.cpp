@@ -4,6 +4,7 @@
 // nothing in the kernel; padded taps point at zeros.
 // Tasks are blocks of pixels x groups of weight panels. No atomics; the order of each sum is fixed by the reduction.
 #include <algorithm>
+#include <memory>
 
 #include "backends/cpu/native_call.h"
 #include "backends/cpu/pixel_source.h"
@@ -296,6 +297,23 @@ TaskGrid task_grid(const GridShape& s) {
 }
 
 }  // namespace
+
+RangeRun conv_nhwc_pixels(const NativeCall& n, const float* weight) {
+  struct State {
+    PixelAccess access;
+    Reduction reduction;
+    Task task;
+    State(const NativeCall& n, const float* weight)
+        : access(n),
+          reduction(access),
+          task(n, access, reduction, weight, 0, ceil_div(n.kept_out, micro::kMaxVectors * n.tiles->lanes)) {}
+  };
+  const auto state = std::make_shared<State>(n, weight);
+  const int64_t most = state->access.direct ? kPixelsPerBlock : kPixelsPerPackedBlock;
+  return [=](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin; pixel < end; pixel += most) state->task.run(pixel, std::min(end, pixel + most));
+  };
+}
 
 NativeTasks conv_nhwc_tasks(const NativeCall& n, const float* weight) {
   const PixelAccess access(n);

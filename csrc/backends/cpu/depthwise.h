@@ -15,6 +15,12 @@ std::string depthwise_unsupported_reason(const ConvCall& call);
 // Runs a supported call that is not trivial.
 at::Tensor depthwise_gathered_conv2d(const ConvCall& call);
 
+// The call's weight as the driver wants it, from the cache where the call asks for that.
+at::Tensor packed_depthwise_weight(const ConvCall& call, const NativeCall& native);
+
+// Rows of results of a channels_last call, counted through the batch.
+RangeRun depthwise_rows(const NativeCall& native, const float* weight);
+
 // How many threads are worth waking for a call.
 int depthwise_threads(const NativeCall& native);
 

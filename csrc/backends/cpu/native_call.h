@@ -132,6 +132,11 @@ NativeTasks grid_tasks(const NativeCall& n, const TaskGrid& grid, int64_t tiles,
   return tasks;
 }
 
+// What computes results [begin, end) of a call by the calling thread: all filters of pixels, or of rows, counted
+// through the batch. It refers to the call, whose pointers may move between its runs.
+using RangeRun = std::function<void(int64_t begin, int64_t end)>;
+RangeRun conv_nhwc_pixels(const NativeCall& native, const float* weight);
+
 // The two drivers: channels_last results, and contiguous results. Tasks refer to the arguments.
 NativeTasks conv_nhwc_tasks(const NativeCall& native, const float* weight);
 NativeTasks conv_nchw_tasks(const NativeCall& native, const float* weight);

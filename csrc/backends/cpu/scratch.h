@@ -15,6 +15,8 @@ enum class Scratch {
   kGradientRows,     // weight gradient: image rows of listed channels
   kGradientChunk,    // input gradient: results of the convolutions of a chunk
   kDepthwiseStrip,   // rows of one channel with zeros around them
+  kBandHidden,       // fused blocks: rows between the first convolution and the depthwise one
+  kBandFiltered,     // fused blocks: rows between the depthwise convolution and the last one
   kWinogradPixels,   // listed channels of a block's pixels, side by side
   kWinogradValues,   // transformed pixels
   kWinogradSums,     // sums of products, for each point of a tile

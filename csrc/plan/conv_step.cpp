@@ -1,0 +1,78 @@
+// See conv_step.h.
+#include "plan/conv_step.h"
+
+#include <ATen/ops/empty.h>
+
+#include "dispatch/gathered_conv2d.h"
+
+namespace bap_kernels {
+namespace {
+
+OptionalTensor converted(const OptionalTensor& t, OptionalType type) {
+  return type.has_value() && has_value(t) ? t->to(*type) : t;
+}
+
+template <size_t kCount>
+std::array<c10::SymInt, kCount> symbolic(const std::array<int64_t, kCount>& values) {
+  std::array<c10::SymInt, kCount> all;
+  std::copy(values.begin(), values.end(), all.begin());
+  return all;
+}
+
+}  // namespace
+
+void ConvStep::operator()(Slots& slots) const {
+  const at::Tensor input = bap_kernels::converted(*slots[x], type),
+                   filters = bap_kernels::converted(*slots[weight], type);
+  const OptionalTensor added = converted(slots[bias], type);
+  const OptionalTensor& other = residual.has_value() ? slots[*residual] : kAbsent;
+  const auto strides = symbolic(stride), dilations = symbolic(dilation);
+  const auto sides = symbolic(padding);
+  const Fusion fusion{in_scale, in_shift, in_relu, out_scale, out_shift, other, out_relu};
+  auto [result, again] =
+      call<GatheredConv2dFused>({{input, filters, added, in_index, out_index, strides, sides, dilations, groups},
+                                 fusion,
+                                 /*cache_packed=*/true,
+                                 weight_index,
+                                 second_index,
+                                 out_max});
+  slots[out] = std::move(result);
+  if (second.has_value()) slots[*second] = std::move(again);
+}
+
+GatheredConv2dFusedArgs<int64_t> ConvStep::args(const at::Tensor& input, const Slots& slots) const {
+  const OptionalTensor& other = residual.has_value() ? slots[*residual] : kAbsent;
+  const Fusion fusion{in_scale, in_shift, in_relu, out_scale, out_shift, other, out_relu};
+  return {{input, *slots[weight], slots[bias], in_index, out_index, stride, padding, dilation, groups},
+          fusion,
+          /*cache_packed=*/true,
+          weight_index,
+          second_index,
+          out_max};
+}
+
+at::Tensor ConvStep::unwritten_result(const at::Tensor& input, const Slots& slots) const {
+  const auto shape = check_gathered_conv2d_fused<int64_t>(GatheredConv2dFused::kName, args(input, slots));
+  return at::empty({shape.batch, shape.kept_out, shape.out_h, shape.out_w},
+                   input.options().memory_format(input.suggest_memory_format()));
+}
+
+void BandStep::operator()(Slots& slots) const {
+  const at::Tensor& input = *slots[first->x];
+  const bool plain = !first->type.has_value() && !depthwise->type.has_value() && !last->type.has_value();
+  if (plain && input.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
+    const at::Tensor hidden = first->unwritten_result(input, slots);
+    const at::Tensor filtered = depthwise->unwritten_result(hidden, slots);
+    const auto a = first->args(input, slots), b = depthwise->args(hidden, slots), c = last->args(filtered, slots);
+    at::Tensor result = banded_conv2d({&a, &b, &c});
+    if (result.defined()) {
+      slots[last->out] = std::move(result);
+      return;
+    }
+  }
+  for (const auto* step : {&first, &depthwise, &last}) (**step)(slots);
+  slots[first->out].reset();
+  slots[depthwise->out].reset();
+}
+
+}  // namespace bap_kernels

@@ -1,0 +1,205 @@
+"""Blocks of a plan with a depthwise convolution in the middle, computed in one pass over bands of rows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bap_kernels as bk
+from bap_kernels._load import _C
+from bap_kernels.plan.planned import PlannedNetwork
+from tests.networks import randomise
+from tests.plan.test_joined import run_apart
+
+pytestmark = pytest.mark.skipif(_C.isa() == "none", reason="no native kernels")
+KEPT = torch.tensor([0, 2, 3, 7, 8, 10, 12])
+CHANNELS = 13
+
+
+@pytest.fixture(autouse=True)
+def _native() -> object:
+    with bk.use_backend("native"):
+        yield
+
+
+class Block(nn.Module):
+    """Expand, depthwise, project, with a residual where the shapes allow it."""
+
+    def __init__(
+        self,
+        hidden: int = 45,
+        out: int = CHANNELS,
+        kernel: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: int = 1,
+    ) -> None:
+        super().__init__()
+        self.adds = (out, stride, (kernel - 1) * dilation) == (CHANNELS, 1, 2 * padding)
+        self.expand, self.norm1 = nn.Conv2d(CHANNELS, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel, stride, padding, dilation, groups=hidden, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.project, self.norm3 = nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.relu6(self.norm1(self.expand(x)))
+        y = nn.functional.relu6(self.norm2(self.depthwise(y)))
+        y = self.norm3(self.project(y))
+        return x + y if self.adds else y
+
+
+class Stem(nn.Module):
+    """A strided convolution of an image in the place of the expanding one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(CHANNELS, 37, 3, 2, 1)
+        self.depthwise = nn.Conv2d(37, 37, 3, padding=1, groups=37)
+        self.project = nn.Conv2d(37, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(torch.relu(self.depthwise(torch.relu(self.stem(x)))))
+
+
+class Shared(nn.Module):
+    """Both hidden tensors are results, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(out=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block.expand(x)
+        z = self.block.depthwise(y)
+        return torch.cat([y, z, self.block.project(z)], 1)
+
+
+def expected(model: nn.Module, first: str, x: Tensor) -> Tensor:
+    """In float64, the unlisted channels of the first layer zero."""
+    model = copy.deepcopy(model).double()
+    mask = torch.zeros(CHANNELS, dtype=torch.double)
+    mask[KEPT] = 1
+    weight = model.get_submodule(first).weight
+    with torch.no_grad():
+        weight.mul_(mask[:, None, None])
+        return model(x.double())
+
+
+def planned(model: nn.Module, first: str, x: Tensor) -> PlannedNetwork:
+    swapped = bk.swap_(copy.deepcopy(model))
+    table = bk.ChannelTable({"a": {first: bk.ChannelLists(KEPT.int())}})
+    return bk.plan(bk.attach_(swapped, table), x, "a", memory="fast")
+
+
+def regions(plan: PlannedNetwork, x: Tensor) -> int:
+    """How many parallel regions the native kernels have in one call that packs no weight."""
+    plan(x)
+    return len(_C.record_tasks(lambda: plan(x)))
+
+
+def image(batch: int, height: int, width: int, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    return torch.randn(batch, CHANNELS, height, width).contiguous(memory_format=memory_format)
+
+
+BLOCKS = {
+    "residual": ({}, (2, 37, 41)),
+    "stride 2": ({"stride": 2, "out": 9}, (2, 36, 47)),
+    "5x5": ({"kernel": 5, "padding": 2, "out": 17}, (1, 53, 39)),
+    "dilated": ({"dilation": 3, "padding": 3}, (2, 41, 33)),
+    "unpadded": ({"padding": 0}, (1, 60, 31)),
+    "padded beyond the filter": ({"padding": 4, "stride": 2}, (1, 41, 40)),
+    "few long rows": ({"out": 3}, (1, 3, 700)),
+    "whole vectors": ({"hidden": 48, "out": 32}, (2, 40, 33)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_every_shape(name: str, isa: str) -> None:
+    options, size = BLOCKS[name]
+    model, x = randomise(Block(**options)), image(*size)
+    plan = planned(model, "expand", x)
+    assert regions(plan, x) == 1
+    result = plan(x)
+    torch.testing.assert_close(result.double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(result, run_apart(plan, x))
+
+
+def test_other_convolutions_than_1x1_run_by_themselves() -> None:
+    model, x = randomise(Stem()), image(2, 87, 91)
+    plan = planned(model, "stem", x)
+    assert regions(plan, x) == 3
+    torch.testing.assert_close(plan(x).double(), expected(model, "stem", x), rtol=1e-4, atol=1e-4)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    x = image(3, 37, 41)
+    plan = planned(randomise(Block(stride=2)), "expand", x)
+    alone = plan(x)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(plan(x), alone)
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(plan(x[1:2].contiguous(memory_format=torch.channels_last)), alone[1:2])
+
+
+def test_unlisted_channels_are_not_read() -> None:
+    model, x = randomise(Block(out=7)), image(2, 37, 41)
+    plan = planned(model, "expand", x)
+    clean = plan(x)
+    for channel in set(range(CHANNELS)) - set(KEPT.tolist()):
+        x[:, channel] = float("nan")
+    assert torch.equal(plan(x), clean)
+
+
+def test_nan_reaches_what_its_filters_reach() -> None:
+    x = image(1, 50, 50)
+    plan = planned(randomise(Block(out=7)), "expand", x)
+    x[0, KEPT[0], 20, 30] = float("nan")
+    reached = plan(x).isnan().all(1)[0]
+    assert reached.sum() == 9
+    assert reached[19:22, 29:32].all()
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_memory_that_nobody_wrote_is_not_read() -> None:
+    model, x = randomise(Block()), image(2, 37, 41)
+    plan = planned(model, "expand", x)
+    assert plan(x).isfinite().all()
+
+
+def test_small_blocks_and_planes_run_one_by_one() -> None:
+    model = randomise(Block())
+    for x in (image(1, 9, 9), image(2, 37, 41, torch.contiguous_format)):
+        plan = planned(model, "expand", x)
+        assert regions(plan, x) == 3
+        assert torch.equal(plan(x), run_apart(plan, x))
+
+
+def test_another_size_is_decided_anew() -> None:
+    model, x = randomise(Block()), image(1, 9, 9)
+    plan = planned(model, "expand", x)
+    x = image(2, 38, 40)
+    assert regions(plan, x) == 1
+    torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_tensors_with_other_readers_are_stored() -> None:
+    model, x = randomise(Shared()), image(2, 37, 41)
+    plan = planned(model, "block.expand", x)
+    assert regions(plan, x) == 3
+    torch.testing.assert_close(plan(x).double(), expected(model, "block.expand", x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_of_each_weight_is_seen() -> None:
+    model, x = randomise(Block()), image(2, 37, 41)
+    plan = planned(model, "expand", x)
+    for name in ("expand", "depthwise", "project"):
+        for network in (model, plan.model):
+            with torch.no_grad():
+                network.get_submodule(name).weight.mul_(1.5)
+        torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
