@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function_variadic
 
+from bap_kernels._load import _C
 from bap_kernels.channels import ChannelLists
 from bap_kernels.functional import call_gathered_conv2d
 from bap_kernels.layer_kinds import GatheredLayer
@@ -18,6 +21,7 @@ from bap_kernels.nn.packed_conv import PackedConv2d
 
 __all__ = ["GatheredConv2d", "MaskedConv2d"]
 
+_graph_task = torch._C._current_graph_task_id
 _Layer = TypeVar("_Layer", bound="GatheredConv2d")
 
 
@@ -168,6 +172,41 @@ class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the listed channels of ``input``."""
+        # The usual call in few steps, past nn.Module.__getattr__: finding attributes takes longer than a small
+        # convolution. What is unusual about the layer, its input or the context goes the long way, and so does what
+        # the binding refuses.
+        if not is_compiling():
+            own = self.__dict__
+            try:
+                channels, padding, parameters = own["channels"], own["padding"], own["_parameters"]
+                weight, bias = parameters["weight"], parameters["bias"]
+                stride, dilation, groups = own["stride"], own["dilation"], own["groups"]
+                usual = own["padding_mode"] == "zeros" and type(padding) is tuple and len(padding) == 2
+                training = own["training"]
+            except KeyError:
+                return self._forward(input)
+            in_index, out_index = channels.in_index, channels.out_index
+            listed = in_index if out_index is None else out_index
+            if (
+                usual
+                and not has_torch_function_variadic(input, weight)
+                and _graph_task() == -1
+                and ("_mixed" not in own or own["_mixed"] is None)
+                and (listed is None or (listed.is_cpu and weight.is_cpu))
+                and input.dim() == 4
+            ):
+                rows, columns = padding
+                sides = (rows, rows, columns, columns)
+                try:
+                    return _C.gathered_conv2d(
+                        input, weight, bias, in_index, out_index, stride, sides, dilation, groups, not training
+                    )
+                except TypeError:
+                    pass
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        """:meth:`forward` of any layer and input."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
         if in_backward():
@@ -255,6 +294,10 @@ class MaskedConv2d(GatheredConv2d, nn.Conv2d):
     """
 
     _computes_conv2d = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves the listed channels of ``input``, and puts the results at the places of theirs."""
+        return self._forward(input)
 
     def _gathered(self, input: Tensor, channels: ChannelLists) -> Tensor:
         compact = super()._gathered(input, channels)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bap_kernels import ChannelLists
 from bap_kernels.nn import GatheredConv2d, MaskedConv2d
@@ -299,3 +300,42 @@ def test_padding_changed_afterwards_counts() -> None:
     layer.padding = dense.padding = (2, 2)
     x = torch.randn(2, 12, 9, 7)
     _close(layer(x), _oracle(dense, x, LISTS))
+
+
+def test_modes_and_subclasses_see_the_operator() -> None:
+    operator, seen = torch.ops.bap_kernels.gathered_conv2d.default, []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Images(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    layer, _ = _layer("3x3")
+    x = torch.randn(2, 12, 6, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        with Mode():
+            assert torch.equal(layer(x), expected)
+        assert seen.count(operator) == 1
+        result = layer(x.as_subclass(Images))
+    assert seen.count(operator) == 2
+    assert type(result) is Images
+    assert torch.equal(result.as_subclass(Tensor), expected)
+
+
+@pytest.mark.parametrize("padding", [1, "same", [1, 1], (1, 1)])
+def test_padding_set_by_hand(padding: object) -> None:
+    layer, _ = _layer("3x3")
+    x = torch.randn(2, 12, 6, 5)
+    expected = layer(x)
+    layer.padding = padding
+    assert torch.equal(layer(x), expected)
+    layer.padding = (1, 1, 1)
+    with pytest.raises(ValueError, match="padding"):
+        layer(x)
