@@ -191,8 +191,12 @@ class MixedStates:
             cache_packed: as for the operator.
         """
         batch = self.batch
-        moves = batch.order is not None and _better_sorted(batch, layer, input)
-        runs = list(enumerate(batch.counts)) if moves or batch.order is None else batch.runs
+        alike = all(index is in_indices[0] for index in in_indices)
+        moves = not alike and batch.order is not None and _better_sorted(batch, layer, input)
+        if alike:
+            runs = [(0, batch.size)]
+        else:
+            runs = list(enumerate(batch.counts)) if moves or batch.order is None else batch.runs
         result = torch.ops.bap_kernels._gathered_conv2d_mixed.default(
             batch.sorted(input) if moves else input,
             layer.weight,

@@ -1,25 +1,49 @@
 // The gathered convolution of mixed batches on every device: all runs at once by the named backend or the CPU kernels,
-// and those that they do not cover as calls of their own.
+// and those that they do not cover as calls of their own. On a CPU a batch of one list is an ordinary call.
 #include <c10/util/irange.h>
 
+#include <algorithm>
 #include <deque>
+#include <map>
 
 #include "dispatch/automatic.h"
 #include "dispatch/gathered_conv2d.h"
 #include "dispatch/list_copy.h"
 #include "dispatch/stream.h"
 #include "ops/fusion.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 namespace {
 
-// Whether the CPU kernels can write the run's part of the batch. A run of one sample may be laid out in either way, and
-// the result has the batch's.
-bool native_covers(const MixedCall& c, const MixedRun& run) {
-  const ConvCall part = c.call(run);
-  const auto format = c.input.suggest_memory_format();
-  return !part.trivial() && backend(BackendId::kNative).unsupported_reason(part).empty() && part.format() == format &&
-         run.output.is_contiguous(format);
+// Whether the CPU kernels compute the runs of a list.
+bool native_covers(const MixedCall& c, const OptionalTensor& list) {
+  const ConvCall part = c.call(c.input, list, c.shape.batch);
+  return !part.trivial() && backend(BackendId::kNative).unsupported_reason(part).empty();
+}
+
+at::Tensor mixed_on_cpu(MixedCall& c, const Backend* named, const char* op) {
+  const auto of_first = [&](const MixedRun& run) { return same_list(run.in_index, c.runs.front().in_index); };
+  if (!c.runs.empty() && std::all_of(c.runs.begin(), c.runs.end(), of_first)) {
+    return run_gathered_conv2d(c.call(c.input, c.runs.front().in_index, c.shape.batch), op);
+  }
+  const Backend& native = backend(BackendId::kNative);
+  const bool together = named == nullptr || named == &native;
+  MixedCall covered{c, c.shape, c.output, {}};
+  std::map<int64_t, bool> by_length;  // what counts of a list
+  for (MixedRun& run : c.runs) {
+    const int64_t length = has_value(run.in_index) ? run.in_index->size(0) : -1;
+    const auto [known, fresh] = by_length.try_emplace(length, false);
+    if (fresh) known->second = together && native_covers(c, run.in_index);
+    if (known->second) {
+      covered.runs.push_back(run);
+    } else {
+      c.cut(run);
+      run.output.copy_(run_gathered_conv2d(c.call(run), op));
+    }
+  }
+  if (!covered.runs.empty()) native.mixed(covered, op);
+  return c.output;
 }
 
 // The runs one after the other.
@@ -63,31 +87,21 @@ at::Tensor mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
     check_list_values(op, "in_index", list, s.channels_in);
     pin_for_graph(a.weight, {&list});
     const int64_t count = a.counts[i];
-    if (count > 0) call.runs.push_back({a.input.narrow(0, first, count), call.output.narrow(0, first, count), list});
+    if (count > 0) call.runs.push_back({{}, {}, list, first, count});
     first += count;
   }
-  const Backend *named = named_backend(a.input), &native = backend(BackendId::kNative);
-  if (named != nullptr && named->opt_in) {
+  const Backend* named = named_backend(a.input);
+  const bool opt_in = named != nullptr && named->opt_in;
+  if (!opt_in && !on_gpu(a.input)) return mixed_on_cpu(call, named, op);
+  for (MixedRun& run : call.runs) call.cut(run);
+  if (opt_in) {
     named->mixed(call, op);
     return call.output;
   }
-  if (on_gpu(a.input)) {
-    if (named == nullptr && !call.runs.empty() && call.output.numel() > 0) {
-      return run_automatically<AutomaticMixed>(call, op);
-    }
-    mixed_by_aten(call, op);
-    return call.output;
+  if (named == nullptr && !call.runs.empty() && call.output.numel() > 0) {
+    return run_automatically<AutomaticMixed>(call, op);
   }
-  const bool together = (named == nullptr || named == &native);
-  MixedCall covered{args, s, call.output};
-  for (const MixedRun& run : call.runs) {
-    if (together && native_covers(call, run)) {
-      covered.runs.push_back(run);
-      continue;
-    }
-    run.output.copy_(run_gathered_conv2d(call.call(run), op));
-  }
-  if (!covered.runs.empty()) native.mixed(covered, op);
+  mixed_by_aten(call, op);
   return call.output;
 }
 

@@ -69,8 +69,10 @@ Names mixed(const GatheredConv2dMixedArgs<int64_t>& a) {
   for (size_t i = 0; i < a.counts.size(); ++i) {
     const int64_t count = a.counts[i];
     lists.push_back(a.in_indices.get(i));
-    if (count > 0)
-      call.runs.push_back({a.input.narrow(0, first, count), call.output.narrow(0, first, count), lists.back()});
+    if (count > 0) {
+      call.runs.push_back({{}, {}, lists.back(), first, count});
+      call.cut(call.runs.back());
+    }
     first += count;
   }
   return names_of(call, &Backend::mixed_families);

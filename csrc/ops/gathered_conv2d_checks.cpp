@@ -73,6 +73,14 @@ void check_list(const char* op, const char* name, const OptionalTensor& list, co
                     input.device(), ", got ", list->device(), ". Hint: move it once with .to(input.device).");
 }
 
+bool same_list(const OptionalTensor& a, const OptionalTensor& b) {
+  if (!has_value(a) || !has_value(b)) return has_value(a) == has_value(b);
+  const auto one = a->expect_contiguous(), other = b->expect_contiguous();
+  return one->numel() == other->numel() &&
+         std::equal(one->const_data_ptr<int32_t>(), one->const_data_ptr<int32_t>() + one->numel(),
+                    other->const_data_ptr<int32_t>());
+}
+
 template <class Int>
 ConvShape<Int> check_conv(const char* op, const ConvArgs<Int>& args, const OptionalTensor& weight_index) {
   const auto& [input, weight, bias, in_index, out_index, stride, padding, dilation, groups] = args;

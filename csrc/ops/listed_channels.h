@@ -12,6 +12,9 @@ namespace bap_kernels {
 // Raises on a list that is not int32, 1-D and on the input's device; see check_list_values for its values.
 void check_list(const char* op, const char* name, const OptionalTensor& list, const at::Tensor& input);
 
+// Whether two lists on the CPU name the same channels in the same order.
+bool same_list(const OptionalTensor& a, const OptionalTensor& b);
+
 inline at::Tensor selected(const at::Tensor& t, int64_t dim, const OptionalTensor& index) {
   return has_value(index) ? t.index_select(dim, *index) : t;
 }

@@ -10,10 +10,11 @@
 
 namespace bap_kernels {
 
-// The samples of one domain, neighbours in the batch.
+// Samples of one domain, neighbours in the batch.
 struct MixedRun {
-  at::Tensor input, output;  // parts of the batch
+  at::Tensor input, output;  // parts of the batch; undefined where the CPU kernels find them themselves
   OptionalTensor in_index;
+  int64_t first, count;  // which samples of the batch they are
 };
 
 struct MixedCall : GatheredConv2dMixedArgs<int64_t> {
@@ -22,11 +23,20 @@ struct MixedCall : GatheredConv2dMixedArgs<int64_t> {
   std::vector<MixedRun> runs;  // in the order of the batch; none is empty
 
   // One run as a call of its own.
-  ConvCall call(const MixedRun& run) const {
-    ConvCall part{{with_list(run.in_index).with_tensors(run.input, weight, bias), {}, cache_packed}, shape};
-    part.shape.batch = run.input.size(0);
-    if (has_value(run.in_index)) part.shape.kept_in = run.in_index->size(0);
+  ConvCall call(const MixedRun& run) const { return call(run.input, run.in_index, run.count); }
+
+  // `count` samples of `x`, which may hold more, by one list.
+  ConvCall call(const at::Tensor& x, const OptionalTensor& list, int64_t count) const {
+    ConvCall part{{with_list(list).with_tensors(x, weight, bias), {}, cache_packed}, shape};
+    part.shape.batch = count;
+    if (has_value(list)) part.shape.kept_in = list->size(0);
     return part;
+  }
+
+  // Finds the parts of a run.
+  void cut(MixedRun& run) const {
+    run.input = input.narrow(0, run.first, run.count);
+    run.output = output.narrow(0, run.first, run.count);
   }
 
   // The same call for another input of its shape, into an output of its own.
@@ -34,13 +44,8 @@ struct MixedCall : GatheredConv2dMixedArgs<int64_t> {
     MixedCall other{{x, weight, bias, in_indices, counts, stride, padding, dilation, cache_packed},
                     shape,
                     at::empty_like(output),
-                    {}};
-    int64_t first = 0;
-    for (const MixedRun& run : runs) {
-      const int64_t count = run.input.size(0);
-      other.runs.push_back({x.narrow(0, first, count), other.output.narrow(0, first, count), run.in_index});
-      first += count;
-    }
+                    runs};
+    for (MixedRun& run : other.runs) other.cut(run);
     return other;
   }
 };

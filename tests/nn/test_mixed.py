@@ -109,6 +109,50 @@ def test_one_kernel_for_all_domains_gives_the_same_bits(layout: torch.memory_for
     assert mixed.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.skipif(bool(_C.unsupported_reason("native")), reason=str(_C.unsupported_reason("native")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, (1, 1), 0), (1, (1, 1), 1), (1, (2, 2), 0), (3, (2, 1), 1)]
+)
+def test_samples_of_one_list_lie_anywhere(
+    kernel: int, stride: tuple[int, int], padding: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    # Every second image of a larger batch.
+    x = torch.randn(22, 21, 9, 7, dtype=dtype).contiguous(memory_format=layout)[::2]
+    weight = torch.randn(35, 21, kernel, kernel, dtype=dtype)
+    first, second = (torch.randperm(21)[:count].int() for count in (8, 13))
+    lists, counts = [first, second, first.clone(), None, second, first, None], [1, 3, 2, 1, 1, 2, 1]
+    options = (stride, (padding,) * 4, (1, 1))
+    with bk.use_backend("native"):
+        y = op(x, weight, None, lists, counts, *options)
+        parts = [
+            torch.ops.bap_kernels.gathered_conv2d(part, weight, None, one, None, *options, 1)
+            for part, one in zip(x.split(counts), lists, strict=True)
+        ]
+    assert torch.equal(y, torch.cat(parts))
+    for part, listed, result in zip(x.split(counts), lists, y.split(counts), strict=True):
+        channels = slice(None) if listed is None else listed.long()
+        expected = F.conv2d(part[:, channels].double(), weight[:, channels].double(), None, stride, padding)
+        torch.testing.assert_close(result.double(), expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("listed", [None, [5, 0, 3], []])
+def test_domains_with_one_list_are_one_call(listed: list[int] | None, layout: torch.memory_format) -> None:
+    x = torch.randn(6, 7, 8, 9).contiguous(memory_format=layout)
+    weight, bias = torch.randn(5, 7, 3, 3), torch.randn(5)
+    lists = [None if listed is None else torch.tensor(listed, dtype=torch.int32) for _ in range(3)]
+    y = op(x, weight, bias, lists, [3, 1, 2], (1, 1), (1, 1, 1, 1), (1, 1))
+    # Zeros in place of channels that are not listed: F.conv2d takes no input without channels.
+    mask = torch.zeros(7, 1, 1, dtype=torch.float64)
+    mask[slice(None) if listed is None else listed] = 1
+    expected = F.conv2d(x.double() * mask, weight.double(), bias.double(), padding=1)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    assert y.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_op(dtype: torch.dtype) -> None:
     x, weight = torch.randn(5, 6, 7, 8, dtype=dtype), torch.randn(4, 6, 3, 3, dtype=dtype)

@@ -28,8 +28,9 @@ constexpr int64_t kMostTiles = 128;
 // Weights that come from an outer cache for every block are to serve so many tiles each time, even if the transforms
 // then leave the L2 cache.
 constexpr int64_t kFarWeightBytes = 8 * 1024 * 1024, kFewestTilesOfFar = 42;
-// How far ahead of the weights that it reads, in floats, the first product of a point prefetches.
-constexpr int64_t kWeightsAhead = 512;
+// How far ahead of the weights that it reads, in floats, the first product of a point prefetches. Where weights come
+// from an outer cache, the products of a point share out the next point's weights instead: each line has more time.
+constexpr int64_t kWeightsAhead = 512, kNearWeightBytes = 384 * 1024;
 // Point by point pays with so many channels and tiles, where an L2 cache holds no block's values beside the weights.
 constexpr int64_t kChannelsByPoint = 64, kTilesByPoint = 24, kLanesByPoint = 8;
 // Another cut is taken only where it ends so much sooner.
@@ -155,13 +156,15 @@ class Task {
     float* sums = thread_scratch(Scratch::kWinogradSums, (by_point ? panels : 1) * tiles * sum_step);
     for (int64_t point = 0; by_point && point < g_.points; ++point) {
       for (int64_t panel = 0; panel < panels; ++panel) {
-        multiply(weight, first_panel + panel, point, sums + panel * tiles * sum_step);
+        const bool last = panel + 1 == panels;
+        multiply(weight, first_panel + panel, point, sums + panel * tiles * sum_step,
+                 point_weight(weight, first_panel + (last ? 0 : panel + 1), point + (last ? 1 : 0)));
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* of_panel = sums + (by_point ? panel * tiles * sum_step : 0);
       for (int64_t point = 0; !by_point && point < g_.points; ++point) {
-        multiply(weight, first_panel + panel, point, of_panel);
+        multiply(weight, first_panel + panel, point, of_panel, point_weight(weight, first_panel + panel, point + 1));
       }
       transform_output(first_panel + panel, of_panel);
     }
@@ -192,16 +195,24 @@ class Task {
     values_ = values;
   }
 
-  // The sums of one point and one panel, of all tiles.
-  void multiply(const float* weight, int64_t panel, int64_t point, float* sums) const {
+  // Behind a panel's last point its next panel begins.
+  const float* point_weight(const float* weight, int64_t panel, int64_t point) const {
+    return g_.panel_weight(n_, weight, panel) + point * n_.kept_in * g_.panel_width(n_, panel);
+  }
+
+  // The sums of one point and one panel, of all tiles; `next` is what is multiplied next.
+  void multiply(const float* weight, int64_t panel, int64_t point, float* sums, const float* next) const {
     const int64_t width = g_.panel_width(n_, panel), tiles = b_.tiles(), sum_step = g_.points * g_.width;
-    const float* w = g_.panel_weight(n_, weight, panel) + point * n_.kept_in * width;
+    const float* w = point_weight(weight, panel, point);
     const int64_t parts = ceil_div(tiles, g_.table->rows);
+    const bool shared = parts > 1 && 4 * g_.points * n_.kept_in * n_.kept_out > kNearWeightBytes;
+    const int64_t step = shared ? ceil_div(width, parts) : width;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = part * tiles / parts, rows = (part + 1) * tiles / parts - first;
+      const float* ahead = shared ? next + part * n_.kept_in * width / parts : w + (part == 0 ? kWeightsAhead : 0);
       g_.table->product[rows - 1][width / g_.lanes - 1](
           {values_ + point * point_step_ + first * g_.lanes, channel_step_, w, n_.kept_in,
-           sums + first * sum_step + point * g_.width, sum_step, part == 0 ? kWeightsAhead : 0});
+           sums + first * sum_step + point * g_.width, sum_step, ahead, step});
     }
   }
 

@@ -12,24 +12,17 @@
 #include "backends/cpu/native.h"
 #include "backends/cpu/native_call.h"
 #include "backends/cpu/winograd.h"
+#include "ops/listed_channels.h"
 
 namespace bap_kernels {
 namespace {
 
-// One call prepared for the native kernels; it stays where it is, as its tasks refer to it.
+// Tasks of one call prepared for the native kernels; it stays where it is, as they refer to it.
 struct NativeRun {
   NativeCall native;
   at::Tensor weight;
   NativeTasks tasks;
 };
-
-bool same_list(const OptionalTensor& a, const OptionalTensor& b) {
-  if (!has_value(a) || !has_value(b)) return has_value(a) == has_value(b);
-  const auto one = a->expect_contiguous(), other = b->expect_contiguous();
-  return one->numel() == other->numel() &&
-         std::equal(one->const_data_ptr<int32_t>(), one->const_data_ptr<int32_t>() + one->numel(),
-                    other->const_data_ptr<int32_t>());
-}
 
 // The runs of each list, in the order of the batch.
 std::vector<std::vector<const MixedRun*>> runs_by_list(const MixedCall& c) {
@@ -42,9 +35,13 @@ std::vector<std::vector<const MixedRun*>> runs_by_list(const MixedCall& c) {
   return groups;
 }
 
-// Samples of a run's input before those of another.
-int64_t samples_before(const MixedRun& first, const MixedRun& run) {
-  return (run.output.storage_offset() - first.output.storage_offset()) / first.output.stride(0);
+// A list's call from sample `first` on.
+NativeCall samples_of(const NativeCall& n, int64_t first, int64_t count) {
+  NativeCall part = n;
+  part.x += first * n.x_stride_n * n.element_size();
+  part.y += first * n.out_h * n.out_w * n.kept_out * n.out_size();
+  part.batch = count;
+  return part;
 }
 
 }  // namespace
@@ -62,35 +59,34 @@ void native_gathered_conv2d_mixed(const MixedCall& c, const char*) {
   std::vector<Task> tasks;
   for (const auto& group : runs_by_list(c)) {
     const size_t first_task = tasks.size();
-    // Of one run; `images` are those of the list's other runs, which are computed with it.
-    const auto add = [&](const MixedRun& part, std::vector<int64_t> images) {
-      ConvCall call = c.call(part);
-      at::Tensor output = part.output;
-      runs.push_back({prepare_native(call, output), {}, {}});
+    std::vector<int64_t> images;
+    for (const MixedRun* run : group) {
+      for (const auto i : c10::irange(run->count)) images.push_back(run->first + i);
+    }
+    // All samples of the list share one weight, and what is prepared besides.
+    const ConvCall call = c.call(c.input, group.front()->in_index, static_cast<int64_t>(images.size()));
+    at::Tensor output = c.output;
+    NativeCall of_list = prepare_native(call, output);
+    of_list.batch = call.shape.batch;
+    if (many) of_list.threads = 1;
+    const int64_t size = unmeasured_winograd(of_list, /*weight_is_kept=*/true);
+    const at::Tensor weight = size ? packed_winograd_weight(call, of_list, size) : packed_weight(call, of_list);
+    const auto* w = weight.const_data_ptr<float>();
+    const bool last = call.format() == at::MemoryFormat::ChannelsLast;
+    const auto add = [&](NativeCall native) {
+      runs.push_back({std::move(native), weight, {}});
       NativeRun& p = runs.back();
-      if (many) p.native.threads = 1;
-      const int64_t size = unmeasured_winograd(p.native, /*weight_is_kept=*/true);
-      if (size != 0 && !images.empty()) {
-        call.shape.batch = p.native.batch = static_cast<int64_t>(images.size());
-        p.native.images = std::move(images);
-      }
-      p.weight = size ? packed_winograd_weight(call, p.native, size) : packed_weight(call, p.native);
-      const auto* w = p.weight.const_data_ptr<float>();
-      const bool last = call.format() == at::MemoryFormat::ChannelsLast;
       p.tasks = size   ? conv_winograd_tasks(p.native, w, size, last)
                 : last ? conv_nhwc_tasks(p.native, w)
                        : conv_nchw_tasks(p.native, w);
       const double work = static_cast<double>(p.native.pixels() * p.native.depth) / static_cast<double>(p.tasks.count);
       for (const auto number : c10::irange(p.tasks.count)) tasks.push_back({0, work, &p, number});
-      return size != 0;
     };
-    std::vector<int64_t> images;
-    for (const MixedRun* run : group) {
-      const int64_t before = samples_before(*group.front(), *run);
-      for (const auto i : c10::irange(run->input.size(0))) images.push_back(before + i);
-    }
-    if (!add(*group.front(), std::move(images))) {
-      for (auto run = group.begin() + 1; run != group.end(); ++run) add(**run, {});
+    if (size != 0) {
+      of_list.images = std::move(images);
+      add(std::move(of_list));
+    } else {
+      for (const MixedRun* run : group) add(samples_of(of_list, run->first, run->count));
     }
     double heaviest = 0;
     for (size_t i = first_task; i < tasks.size(); ++i) heaviest = std::max(heaviest, tasks[i].work);

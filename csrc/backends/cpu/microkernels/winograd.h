@@ -31,7 +31,9 @@ struct WinogradProduct {
   int64_t channels;
   float* sums;
   int64_t sum_step;
-  int64_t ahead;  // how far ahead of the weights that it reads it prefetches, in floats
+  // Memory that will soon be wanted: for each channel it asks for a line, each time `ahead_step` floats further on.
+  const float* ahead;
+  int64_t ahead_step;
 };
 
 // y = relu?(scale * result + shift + residual), at most out_max behind a ReLU, at the tile's pixels inside the image.

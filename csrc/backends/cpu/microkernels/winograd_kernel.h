@@ -135,11 +135,13 @@ void winograd_product(const WinogradProduct& t) {
   }
   const float* weight = t.weight;
   const float* values = t.values;
+  const float* ahead = t.ahead;
   for (int64_t left = t.channels; left > 0; left -= kLanes, values += t.channel_step) {
     const float* x = values;
     const float* const end = x + (left < kLanes ? left : kLanes);
     for (; x != end; ++x, weight += kVectors * kLanes) {
-      __builtin_prefetch(weight + t.ahead);
+      __builtin_prefetch(ahead);
+      ahead += t.ahead_step;
       Vec b[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) b[v] = S::load(weight + v * kLanes);
