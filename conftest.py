@@ -21,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_part,
         default=(1, 1),
         metavar="I/N",
-        help="run the I-th of N parts of the tests, as a sample or as the share of one of N processes",
+        help="run the I-th of N parts of the tests, as a sample or as the share of one of N processes; "
+        "those marked `sample` are in every part",
     )
 
 
@@ -39,6 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Shuffled, so that a part does not hold the same value of every parameter.
         shuffled = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
         selected = {item.nodeid for item in shuffled[number - 1 :: count]}
+        selected |= {item.nodeid for item in items if item.get_closest_marker("sample")}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in selected])
         items[:] = [item for item in items if item.nodeid in selected]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,24 @@ ARCHS = (80, 90)
 beyond = pytest.mark.beyond_the_sample
 
 
+def each_with_both(name: str, values: Sequence[Any]) -> Any:
+    """A parameter on both architectures; the normal run takes its values on one of them in turn."""
+    return pytest.mark.parametrize(
+        (name, "arch"),
+        [
+            pytest.param(value, arch, marks=() if k % 2 == ARCHS.index(arch) else beyond)
+            for k, value in enumerate(values)
+            for arch in ARCHS
+        ],
+    )
+
+
 def blocks_of(b: int, channels: int) -> Tensor:
     """All but the first of the aligned blocks, the last one first."""
     return torch.tensor([b * c + d for c in range(channels // b - 1, 0, -1) for d in range(b)], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_with_both("dtype", DTYPES)
 def test_forward(dtype: torch.dtype, arch: int) -> None:
     for number, layout in enumerate(("contiguous", "channels_last", "sliced")):
         with executing(arch, options=Options(seed=number)) as run:
@@ -52,8 +64,7 @@ def test_forward(dtype: torch.dtype, arch: int) -> None:
         assert "gathered_conv2d_fwd_kernel" in run.kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_with_both("dtype", DTYPES)
 def test_backward(dtype: torch.dtype, arch: int) -> None:
     with executing(arch, options=Options(seed=1)) as run:
         assert check_backward(BASE.but(layout="channels_last", stride=(2, 1), dtype=dtype), "triton", "channels_last")
@@ -62,8 +73,7 @@ def test_backward(dtype: torch.dtype, arch: int) -> None:
     assert not [part for part in wanted if not any(part in kernel for kernel in run.kernels)]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_with_both("layout", ["contiguous", "channels_last"])
 def test_fused(layout: str, arch: int) -> None:
     with executing(arch, options=Options(seed=2)):
         for case in (BASE, POINTWISE):
@@ -79,8 +89,7 @@ def test_switched(arch: int) -> None:
     assert len(set(run.kernels)) > 3
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_with_both("layout", ["contiguous", "channels_last"])
 def test_mixed(layout: str, arch: int) -> None:
     counts, lists = (2, 1, 0, 3), ([*range(8, 16)], [*range(24, 32), *range(8)], [3], [*range(16, 40)])
     indices = [torch.tensor(each, dtype=torch.int32) for each in lists]
@@ -155,7 +164,11 @@ SIZES = {"size": (9, 8), "batch": 1, "out_channels": 70}
 FAULTS = [*((80, "small", edit) for edit in TRITON_ROWS), *((90, "large", edit) for edit in TRITON_WARPGROUPS)]
 
 
-@pytest.mark.parametrize(("arch", "shape", "edit"), FAULTS, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    ("arch", "shape", "edit"),
+    [pytest.param(*fault, marks=() if k % 3 == 0 else beyond) for k, fault in enumerate(FAULTS)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_faults_put_in_by_hand_are_found(arch: int, shape: str, edit: Edit) -> None:
     def applied(kernel: str, text: str) -> str:
         return edit(text)

@@ -134,7 +134,7 @@ def test_children_run_side_by_side_and_no_more_than_asked_for() -> None:
     def on_verdict(family: str, verdict: Verdict) -> None:
         running.discard(family)
 
-    many = subject(*(f"right{number}" for number in range(5)))
+    many = subject(*(f"right{number}" for number in range(3)))
     runner.run(many.families, many, on_verdict, on_step, jobs=2)
     assert most == 2
 
