@@ -21,7 +21,7 @@ DEMO_OUT ?= demo/out
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 STAMPS := build/stamps/$(subst /,_,$(abspath $(VENV)))
 BUILD_INPUTS := setup.py $(wildcard tools/build_plan.py tools/ninja_build.py) $(shell find csrc -type f)

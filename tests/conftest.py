@@ -35,9 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("large") and os.environ.get("BAP_KERNELS_TEST_LARGE") != "1":
             item.add_marker(no_large)
-        if any(definitions[-1].scope == "module" for definitions in item._fixtureinfo.name2fixturedefs.values()):
-            # By one process: what a module's fixture prepares, such as a compiled program, takes longer than its tests.
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(params=[name for name in (*_C.isa_available(), *_EMULATED) if name != "none"])
