@@ -29,7 +29,7 @@ CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 
 # The tests that run under a sanitizer or with a forced instruction set.
 OP_TESTS := $(addprefix tests/ops/test_,gathered_conv2d.py gathered_conv2d_fused.py gathered_conv2d_poison.py autograd.py) \
-  tests/dispatch/test_gathered_conv2d_packed.py tests/backends/test_native_backward.py tests/plan/test_pooling.py
+  tests/dispatch/test_gathered_conv2d_packed.py tests/backends/test_native_backward.py $(addprefix tests/plan/test_,pooling.py joined.py watch.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -83,7 +83,7 @@ class PlatformFacts:
 # Sources of the library bap_kernels._C_cuda; all others are those of bap_kernels._C.
 CUDA_FOLDER = "csrc/backends/cuda/kernels/"
 # What a build with sanitizers checks: code that reads and writes memory itself.
-CHECKED = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/", "csrc/backends/aten/pixel_gather.cpp")
+CHECKED = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/", "csrc/plan/", "csrc/backends/aten/pixel_gather.cpp")
 # Precompiled for the sources that include torch.
 PRECOMPILED = "csrc/precompiled.h"
 

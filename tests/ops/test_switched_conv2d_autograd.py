@@ -290,8 +290,7 @@ def test_forward_and_backward_compile_into_one_graph(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize(("depthwise", "layout"), [(False, "channels_last"), (True, "contiguous")])
 def test_inductor_accepts_strides_of_meta_kernels(depthwise: bool, layout: str) -> None:
     # Only Inductor asserts the strides of the Meta kernels, of results and gradients.
     sample = make_switched(SMALL.but(layout=layout, depthwise=depthwise))
