@@ -84,6 +84,8 @@ class PlatformFacts:
 CUDA_FOLDER = "csrc/backends/cuda/kernels/"
 # What a build with sanitizers checks: code that reads and writes memory itself.
 CHECKED = ("csrc/ops/", "csrc/dispatch/", "csrc/backends/cpu/", "csrc/plan/", "csrc/backends/aten/pixel_gather.cpp")
+# And of these what it takes as it is: tables and bindings, and what stands in for another CPU's instructions.
+UNCHECKED = ("csrc/dispatch/choice", "csrc/dispatch/measured", "csrc/dispatch/verdict", "csrc/dispatch/python_hooks")
 # Precompiled for the sources that include torch.
 PRECOMPILED = "csrc/precompiled.h"
 
@@ -312,8 +314,9 @@ def _cpu_units(
                 continue
             flags = ISA_FLAGS[isa]
         # The registrations hold no memory of their own, and their templates take minutes to compile with checks.
-        own_checks = checks if source.startswith(CHECKED) else ()
-        reused = bool(checks) and not own_checks and not flags
+        is_checked = source.startswith(CHECKED) and not source.startswith(UNCHECKED)
+        own_checks = checks if is_checked and not path.stem.endswith("_emulated") else ()
+        reused = bool(checks) and not own_checks and flags is not facts
         includes_torch = path.parent.name != "microkernels"
         # Worth it where many sources share it.
         precompiled = own_checks if is_gcc and includes_torch and own_checks == checks else None

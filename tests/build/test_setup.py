@@ -188,6 +188,7 @@ def test_sanitizer_build_has_its_own_folder_and_reuses_glue() -> None:
     assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/conv_kernel.cpp"]
     assert "-fsanitize=address,undefined" in flags["csrc/backends/cpu/microkernels/tile_avx2.cpp"]
     assert "-fsanitize=address,undefined" not in flags["csrc/module.cpp"]
+    assert "-fsanitize=address,undefined" not in flags["csrc/backends/cpu/microkernels/tile_emulated.cpp"]
     assert not any("-fsanitize" in flag for unit in normal.cpu.units for flag in (*unit.flags, *normal.cpu.flags))
     assert "-fsanitize=address,undefined" in result.cpu.link_flags
     assert "-O3" not in result.cpu.flags
