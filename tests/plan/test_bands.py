@@ -172,6 +172,20 @@ def test_memory_that_nobody_wrote_is_not_read() -> None:
     assert plan(x).isfinite().all()
 
 
+@pytest.mark.parametrize("layer", ["expand", "project"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_layers_that_keep_nothing_and_empty_batches(layer: str, batch: int) -> None:
+    model, x = bk.swap_(randomise(Block())), image(2, 60, 61)
+    bk.attach_(model, bk.ChannelTable({"a": {layer: bk.ChannelLists([])}, "b": {layer: bk.ChannelLists([1, 4])}}))
+    plan = bk.plan(model, x, "b")
+    for domain in ("a", "b"):
+        bk.set_domain(plan, domain)
+        bk.set_domain(model, domain)
+        torch.testing.assert_close(plan(x[:batch]), model(x[:batch]), rtol=1e-4, atol=1e-4)
+    bk.set_domain(model, "a")
+    torch.testing.assert_close(bk.plan(model, x, "a")(x[:batch]), model(x[:batch]), rtol=1e-4, atol=1e-4)
+
+
 def test_small_blocks_and_planes_run_one_by_one() -> None:
     model = randomise(Block())
     for x in (image(1, 9, 9), image(2, 37, 41, torch.contiguous_format)):

@@ -88,6 +88,7 @@ class Bands {
 
 bool bands_apply(const BandCalls& calls) {
   for (const ConvCall* c : {&calls.first, &calls.depthwise, &calls.last}) {
+    if (c->trivial()) return false;
     if (c->input.scalar_type() != at::kFloat || c->format() != at::MemoryFormat::ChannelsLast) return false;
     if (has_value(c->dual_store_index) || !native_unsupported_reason(*c).empty()) return false;
   }

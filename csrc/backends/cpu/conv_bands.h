@@ -6,7 +6,7 @@
 
 namespace bap_kernels {
 
-// Checked calls that are not trivial. The input of each but the first one is the result of the one before, and tells
+// Checked calls. The input of each but the first one is the result of the one before, and tells
 // sizes and strides alone: nobody reads or writes it.
 struct BandCalls {
   const ConvCall &first, &depthwise, &last;
