@@ -4,9 +4,7 @@
 
 #include <ATen/ops/index_select.h>
 
-#include "backends/cpu/conv_bands.h"
 #include "dispatch/automatic.h"
-#include "dispatch/list_copy.h"
 #include "dispatch/packed_memory.h"
 #include "dispatch/stream.h"
 #include "ops/fusion.h"
@@ -91,38 +89,6 @@ at::Tensor selected_store(const at::Tensor& result, const at::Tensor& index, at:
   return result.permute({0, 2, 3, 1}).index_select(3, index).permute({0, 3, 1, 2});
 }
 
-// A checked call of fused arguments, with its own copies of their lists.
-class FusedCall {
- public:
-  explicit FusedCall(const GatheredConv2dFusedArgs<int64_t>& a)
-      : in_list_(a.in_index),
-        out_list_(a.out_index),
-        weight_list_(a.weight_index),
-        dual_list_(a.dual_store_index),
-        args_{a.with_lists(in_list_.get(), out_list_.get()),
-              a.fusion,
-              a.cache_packed,
-              weight_list_.get(),
-              dual_list_.get(),
-              a.out_max},
-        call{args_, check_gathered_conv2d_fused<int64_t>(GatheredConv2dFused::kName, args_)} {
-    const char* op = GatheredConv2dFused::kName;
-    const auto& s = call.shape;
-    check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
-    check_list_values(op, "weight_index", call.weight_index, call.weight.size(1));
-    pin_for_graph(call.weight, {&call.in_index, &call.out_index, &call.weight_index, &call.dual_store_index});
-  }
-  FusedCall(const FusedCall&) = delete;
-  FusedCall& operator=(const FusedCall&) = delete;
-
- private:
-  const ListCopy in_list_, out_list_, weight_list_, dual_list_;
-  const GatheredConv2dFusedArgs<int64_t> args_;
-
- public:
-  ConvCall call;
-};
-
 DualResult fused(const GatheredConv2dFusedArgs<int64_t>& a) {
   const char* op = GatheredConv2dFused::kName;
   at::Tensor second;
@@ -167,10 +133,23 @@ void implement_ops(torch::Library& m) {
 
 }  // namespace
 
-at::Tensor banded_conv2d(const std::array<const GatheredConv2dFusedArgs<int64_t>*, 3>& calls) {
-  const FusedCall first(*calls[0]), depthwise(*calls[1]), last(*calls[2]);
-  const BandCalls bands{first.call, depthwise.call, last.call};
-  return bands_apply(bands) ? conv_bands(bands) : at::Tensor();
+FusedCall::FusedCall(const GatheredConv2dFusedArgs<int64_t>& a)
+    : in_list_(a.in_index),
+      out_list_(a.out_index),
+      weight_list_(a.weight_index),
+      dual_list_(a.dual_store_index),
+      args_{a.with_lists(in_list_.get(), out_list_.get()),
+            a.fusion,
+            a.cache_packed,
+            weight_list_.get(),
+            dual_list_.get(),
+            a.out_max},
+      call{args_, check_gathered_conv2d_fused<int64_t>(GatheredConv2dFused::kName, args_)} {
+  const char* op = GatheredConv2dFused::kName;
+  const auto& s = call.shape;
+  check_list_values(op, call.in_index, call.out_index, s.channels_in, s.channels_out, s.depthwise);
+  check_list_values(op, "weight_index", call.weight_index, call.weight.size(1));
+  pin_for_graph(call.weight, {&call.in_index, &call.out_index, &call.weight_index, &call.dual_store_index});
 }
 
 TORCH_LIBRARY_IMPL(bap_kernels, CPU, m) { implement_ops(m); }

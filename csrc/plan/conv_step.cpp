@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "backends/cpu/conv_bands.h"
 #include "dispatch/gathered_conv2d.h"
 
 namespace bap_kernels {
@@ -64,9 +65,10 @@ void BandStep::operator()(Slots& slots) const {
     const at::Tensor hidden = first->unwritten_result(input, slots);
     const at::Tensor filtered = depthwise->unwritten_result(hidden, slots);
     const auto a = first->args(input, slots), b = depthwise->args(hidden, slots), c = last->args(filtered, slots);
-    at::Tensor result = banded_conv2d({&a, &b, &c});
-    if (result.defined()) {
-      slots[last->out] = std::move(result);
+    const FusedCall of_first(a), of_depthwise(b), of_last(c);
+    const BandCalls calls{of_first.call, of_depthwise.call, of_last.call};
+    if (bands_apply(calls)) {
+      slots[last->out] = conv_bands(calls);
       return;
     }
   }
