@@ -306,6 +306,13 @@ class PlannedNetwork(PlannedModel):
         self._device = next((x.device for x in self._example if isinstance(x, Tensor)), self._device)
         return self.remake()
 
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> PlannedNetwork:
+        """Gives the model memory without values; its next call, when it has some again, plans anew."""
+        self.model.to_empty(device=device, recurse=recurse)
+        self._example = tree_map_only(Tensor, lambda x: x.to(device), self._example)
+        self._device = next((x.device for x in self._example if isinstance(x, Tensor)), self._device)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return PlannedNetwork, (self.model, self._example, self.domain, *self._options)
 

@@ -336,7 +336,7 @@ from tests.simulated_gpu import choose_as_on_gpu
 torch.set_num_threads(1)
 # From C, so that Python does not see it before the next run.
 press = ctypes.PyDLL(None)["raise"]
-sample = make_tensors(Case(8, 128, 64, (28, 28), dtype=torch.float64))
+sample = make_tensors(Case(8, 128, 64, (112, 112), dtype=torch.float64))
 try:
     choose_as_on_gpu(*sample.args, name="H200", seconds=functools.partial(press, signal.SIGINT))
 except KeyboardInterrupt:

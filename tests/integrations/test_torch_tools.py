@@ -308,3 +308,13 @@ def test_weights_that_stand_for_others_are_seen_by_a_plan() -> None:
     network.bn1.bias = nn.Parameter(Wrapped(network.bn1.bias.detach()), requires_grad=False)  # type: ignore[union-attr]
     with pytest.raises(NotImplementedError, match=r"got a Wrapped that stands for others: bn1\.bias\. Hint: plan the"):
         outputs(model)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_an_emptied_plan_waits_for_its_values() -> None:
+    model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval())
+    x = torch.randn(2, 3, 12, 12)
+    plan = bk.plan(model, x)
+    expected, state = plan(x), {name: value.clone() for name, value in plan.state_dict().items()}
+    plan.to_empty(device="cpu").load_state_dict(state)
+    torch.testing.assert_close(plan(x), expected)
