@@ -13,13 +13,17 @@ from bap_kernels._values import holds_values
 from bap_kernels.flow.arguments import tensors_of
 from bap_kernels.flow.norms import norm_parts
 
-__all__ = ["largest_error", "not_finite", "tolerance_of"]
+__all__ = ["PlanDiffersError", "largest_error", "not_finite", "tolerance_of"]
 
 # Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
 # layer is far above.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _INFINITE = (float("inf"), float("inf"), torch.float64)
 _NONE = (0.0, 0.0, torch.float64)
+
+
+class PlanDiffersError(RuntimeError):
+    """A plan's result is not that of its model, or cannot be compared with it."""
 
 
 def tolerance_of(dtype: torch.dtype, cast: torch.dtype | None = None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from bap_kernels._values import holds_values
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.nn.replaceable import has_own_forward
 
-__all__ = ["check_inputs", "refuse_without_values", "same_argument"]
+__all__ = ["applied", "check_inputs", "refuse_without_values", "same_argument"]
+
+
+def applied(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``fn(x)`` of :meth:`torch.nn.Module._apply`, with the values of ``x`` where ``fn``, as to_empty()'s, has none."""
+    y = fn(x)
+    return y if y is x or x.is_meta or y.is_meta else y.copy_(x)
 
 
 def same_argument(given: Any, known: Any) -> bool:

@@ -19,9 +19,9 @@ from bap_kernels.nn.domains import domain_names
 from bap_kernels.nn.leaf import Proxy, as_one_step
 from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
-from bap_kernels.plan.compare import largest_error, not_finite, tolerance_of
+from bap_kernels.plan.compare import PlanDiffersError, largest_error, not_finite, tolerance_of
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
-from bap_kernels.plan.inputs import check_inputs, refuse_without_values
+from bap_kernels.plan.inputs import applied, check_inputs, refuse_without_values
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
@@ -154,12 +154,12 @@ class PlannedNetwork(PlannedModel):
             return share
         bad = not_finite(dict(self.model.named_modules()), self._example)
         if bad:
-            raise RuntimeError(
+            raise PlanDiffersError(
                 "plan(): expected `model` and `example_input` to hold finite numbers, with which the plan can be "
                 f"compared with the masked dense network, got {bad}. Hint: channels that are left out count as "
                 "zeros in a plan, where zero times these numbers would be NaN; `check=False` does not compare."
             )
-        raise RuntimeError(
+        raise PlanDiffersError(
             f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
             f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
             "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
@@ -223,10 +223,8 @@ class PlannedNetwork(PlannedModel):
             NotImplementedError: for an input that needs a gradient.
         """
         # torch.fx hands over all arguments of a model that it records as one placeholder.
-        if isinstance(inputs, Proxy):
-            return as_one_step(self, inputs)
-        if inputs and isinstance(inputs[0], Proxy):
-            return as_one_step(self, *inputs)
+        if isinstance(inputs, Proxy) or (inputs and isinstance(inputs[0], Proxy)):
+            return as_one_step(self, *((inputs,) if isinstance(inputs, Proxy) else inputs))
         if not torch.is_grad_enabled():
             return self._run_kept(inputs)
         if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -302,15 +300,11 @@ class PlannedNetwork(PlannedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlannedNetwork:
         super()._apply(fn, recurse)
-        self._example = tree_map_only(Tensor, fn, self._example)
+        self._example = tree_map_only(Tensor, lambda x: applied(fn, x), self._example)
         self._device = next((x.device for x in self._example if isinstance(x, Tensor)), self._device)
-        return self.remake()
-
-    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> PlannedNetwork:
-        """Gives the model memory without values; its next call, when it has some again, plans anew."""
-        self.model.to_empty(device=device, recurse=recurse)
-        self._example = tree_map_only(Tensor, lambda x: x.to(device), self._example)
-        self._device = next((x.device for x in self._example if isinstance(x, Tensor)), self._device)
+        # After to_empty() there is nothing to compare. The watch is still that of the plan before: the next call plans.
+        with contextlib.suppress(PlanDiffersError):
+            self.remake()
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -310,11 +310,24 @@ def test_weights_that_stand_for_others_are_seen_by_a_plan() -> None:
         outputs(model)
 
 
-@pytest.mark.usefixtures("nan_filled_empty")
-def test_an_emptied_plan_waits_for_its_values() -> None:
-    model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval())
+@pytest.mark.parametrize("wrap", [lambda plan: plan, nn.Sequential], ids=["itself", "in a model"])
+def test_an_emptied_plan_waits_for_its_values(
+    wrap: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def memory(like: torch.Tensor, **options: object) -> torch.Tensor:
+        held = torch.zeros(like.shape, dtype=like.dtype)
+        held.view(-1)[:1] = float("inf")  # of a channel that is left out, so that plan and network differ
+        return held
+
+    model = bk.swap_(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())
+    bk.attach_(model, bk.ChannelTable({"a": {"0": bk.ChannelLists([1, 2])}}))
     x = torch.randn(2, 3, 12, 12)
-    plan = bk.plan(model, x)
-    expected, state = plan(x), {name: value.clone() for name, value in plan.state_dict().items()}
-    plan.to_empty(device="cpu").load_state_dict(state)
-    torch.testing.assert_close(plan(x), expected)
+    network = wrap(bk.plan(model, x, "a"))
+    expected, state = network(x), {name: value.clone() for name, value in network.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", memory)
+        network.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="finite numbers"):
+        network(x)
+    network.load_state_dict(state)
+    torch.testing.assert_close(network(x), expected)

@@ -6,8 +6,8 @@
 
 namespace bap_kernels {
 
-// Checked calls. The input of each but the first one is the result of the one before, and tells
-// sizes and strides alone: nobody reads or writes it.
+// Checked calls. The input of each but the first one is the result of the one before; it is used
+// for its sizes and strides only, and is neither read nor written.
 struct BandCalls {
   const ConvCall &first, &depthwise, &last;
 };

@@ -195,7 +195,7 @@ class Task {
     values_ = values;
   }
 
-  // Behind a panel's last point its next panel begins.
+  // A panel's last point is followed by the next panel.
   const float* point_weight(const float* weight, int64_t panel, int64_t point) const {
     return g_.panel_weight(n_, weight, panel) + point * n_.kept_in * g_.panel_width(n_, panel);
   }
