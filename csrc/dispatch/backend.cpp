@@ -23,7 +23,7 @@ constexpr CandidateRow kCandidates[kCandidateCount] = {
     {"native", BackendId::kNative}, {"winograd4", BackendId::kNative}, {"winograd2", BackendId::kNative},
     {"gather", BackendId::kAten},   {"gather_flat", BackendId::kAten}, {"gather_packed", BackendId::kAten},
     {"dense", BackendId::kAten},    {"masked", BackendId::kAten},      {"cuda", BackendId::kCuda},
-    {"triton", BackendId::kTriton},
+    {"triton", BackendId::kTriton}, {"bands", BackendId::kNative},     {"layers", BackendId::kNative},
 };
 
 // The backends that choose by themselves: what was measured to be fastest, or what a rule says.

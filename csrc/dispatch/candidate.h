@@ -7,8 +7,8 @@ namespace bap_kernels {
 enum class BackendId : int { kNative, kAten, kCuda, kTriton };
 constexpr int kBackendCount = 4;
 
-// In the order in which backends have them: the first three are the CPU kernels', the last two are those of backends
-// for GPUs, and the others are ATen's.
+// In the order in which backends have them: the CPU kernels', ATen's, those of backends for GPUs. The last two are ways
+// to compute a block of three convolutions.
 enum class Candidate : int {
   kNative,
   kWinograd4,     // F(4 x 4, 3 x 3) on the CPU
@@ -20,8 +20,10 @@ enum class Candidate : int {
   kMasked,        // the same with zeros in the input too, which no host has to look at: for devices
   kCuda,
   kTriton,
+  kBands,   // in one pass over bands of rows, by the CPU kernels
+  kLayers,  // each by itself, as is chosen for it
 };
-constexpr int kCandidateCount = 10;
+constexpr int kCandidateCount = 12;
 
 // As in bap_kernels.choices() and in the file of choices.
 const char* candidate_name(Candidate candidate);

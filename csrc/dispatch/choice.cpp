@@ -266,6 +266,7 @@ Candidate ChoiceTable::measure_first(const MeasuredCase& c, const MeasuredDevice
     effort *= static_cast<double>(kFullCases) / static_cast<double>(std::max(kFullCases, ++state_->measured));
   }
   const PackedCache::Trial trial;  // those that lose need no packed weights
+  if (c.prepare) c.prepare();
   const Measurement measured = measure(c, device, candidates, {effort, kMinRounds, kMaxRounds});
   choice.candidate = measured.winner;
   choice.seconds = measured.seconds;

@@ -14,7 +14,7 @@
 namespace bap_kernels {
 namespace {
 
-enum class CaseOp : int { kForward, kBackward, kSwitched, kSwitchedBackward, kMixed };
+enum class CaseOp : int { kForward, kBackward, kSwitched, kSwitchedBackward, kMixed, kBlock };
 
 // What every case has; `v` are its numbers.
 struct Conv {
@@ -27,6 +27,8 @@ struct Conv {
 
 // Flags of all ops, from the first bit on, followed by the op's own.
 constexpr int kOwnFlags = 9;
+// Those of every case in its key; what a block has beside them comes behind.
+constexpr size_t kCommonNumbers = 25;
 
 bool is_tf32(const at::Tensor& t) { return t.scalar_type() == at::kFloat && math_of(t) == FamilyMath::kTf32; }
 
@@ -58,7 +60,7 @@ CaseKey key_of(const Conv& c, int32_t flags, const MeasuredDevice& device, Famil
                             static_cast<int64_t>(routes),
                             static_cast<int64_t>(routes >> 32)};
   CaseKey key;
-  static_assert(std::size(values) <= std::tuple_size_v<decltype(key.v)>);
+  static_assert(std::size(values) == kCommonNumbers && kCommonNumbers <= std::tuple_size_v<decltype(key.v)>);
   size_t i = 0;
   for (const int64_t v : values) key.v[i++] = static_cast<int32_t>(v);
   return key;
@@ -160,26 +162,58 @@ PackedMemory memory_of(const ConvCall& c) {
   return matters ? packed_memory() : PackedMemory::kAuto;
 }
 
-}  // namespace
-
-CaseKey case_key(const ConvCall& c, const MeasuredDevice& device, FamilySet routes) {
-  const int32_t flags = layout_flags(c.input) | (has_value(c.in_index) ? 4 : 0) | (has_value(c.out_index) ? 8 : 0) |
-                        (has_value(c.bias) ? 16 : 0) | (c.fusion.has_prologue() ? 32 : 0) |
-                        (c.fusion.has_epilogue() ? 64 : 0) | (PackedCache::keeps(c) ? 128 : 0) |
-                        (onednn_enabled() ? 256 : 0) | (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0) |
-                        static_cast<int>(memory_of(c)) << (kOwnFlags + 1);
-  return key_of(conv_of(c), flags, device, routes);
+int32_t flags_of(const ConvCall& c) {
+  return layout_flags(c.input) | (has_value(c.in_index) ? 4 : 0) | (has_value(c.out_index) ? 8 : 0) |
+         (has_value(c.bias) ? 16 : 0) | (c.fusion.has_prologue() ? 32 : 0) | (c.fusion.has_epilogue() ? 64 : 0) |
+         (PackedCache::keeps(c) ? 128 : 0) | (onednn_enabled() ? 256 : 0) |
+         (weighs_winograd(c) && !get_winograd() ? 1 << kOwnFlags : 0) |
+         static_cast<int>(memory_of(c)) << (kOwnFlags + 1);
 }
 
-std::string case_text(const ConvCall& c, const MeasuredDevice& device, FamilySet routes) {
-  std::ostringstream key;
+void put_call(std::ostringstream& key, const ConvCall& c, const MeasuredDevice& device) {
   put_numbers(key, conv_of(c), count_text(c.in_index, c.shape.kept_in), count_text(c.out_index, c.shape.kept_out));
   key << (has_value(c.bias) ? " bias" : "") << (c.fusion.has_prologue() ? " pre" : "")
       << (c.fusion.has_epilogue() ? " post" : "") << (PackedCache::keeps(c) ? " cached" : "")
       << (device.name.empty() && weighs_winograd(c) && !get_winograd() ? " no-winograd" : "");
   const PackedMemory memory = memory_of(c);
   if (memory != PackedMemory::kAuto) key << (memory == PackedMemory::kFast ? " own-weights" : " one-weight");
+}
+
+}  // namespace
+
+CaseKey case_key(const ConvCall& c, const MeasuredDevice& device, FamilySet routes) {
+  return key_of(conv_of(c), flags_of(c), device, routes);
+}
+
+std::string case_text(const ConvCall& c, const MeasuredDevice& device, FamilySet routes) {
+  std::ostringstream key;
+  put_call(key, c, device);
   return with_device(key, conv_of(c), device, routes);
+}
+
+CaseKey case_key(const BlockCalls& calls, const MeasuredDevice& device) {
+  const auto& [first, depthwise, last] = calls;
+  Conv middle = conv_of(depthwise);
+  middle.op = CaseOp::kBlock;
+  // In the place of the families, which are GPUs'.
+  const auto others = static_cast<FamilySet>(flags_of(first)) | static_cast<FamilySet>(flags_of(last)) << 32;
+  CaseKey key = key_of(middle, flags_of(depthwise), device, others);
+  size_t i = kCommonNumbers;
+  for (const int64_t v : {first.shape.channels_in, first.shape.kept_in, last.shape.kept_out}) {
+    key.v[i++] = static_cast<int32_t>(v);
+  }
+  return key;
+}
+
+std::string case_text(const BlockCalls& calls, const MeasuredDevice& device) {
+  std::ostringstream key;
+  key << "block ";
+  put_call(key, calls.first, device);
+  key << ", ";
+  put_call(key, calls.depthwise, device);
+  key << ", ";
+  put_call(key, calls.last, device);
+  return with_device(key, conv_of(calls.last), device, 0);
 }
 
 CaseKey case_key(const ConvBackwardCall& c, const MeasuredDevice& device, FamilySet routes) {

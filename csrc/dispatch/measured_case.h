@@ -28,6 +28,7 @@ struct CaseKey {
   bool operator==(const CaseKey& o) const { return v == o.v; }
 };
 CaseKey case_key(const ConvCall& call, const MeasuredDevice& device, FamilySet routes = 0);
+CaseKey case_key(const BlockCalls& calls, const MeasuredDevice& device);
 CaseKey case_key(const ConvBackwardCall& call, const MeasuredDevice& device, FamilySet routes = 0);
 CaseKey case_key(const SwitchedCall& call, const MeasuredDevice& device, FamilySet routes = 0);
 CaseKey case_key(const SwitchedBackwardCall& call, const MeasuredDevice& device, FamilySet routes = 0);
@@ -44,6 +45,7 @@ struct CaseKeyHash {
 
 // The same as text: the key in the file.
 std::string case_text(const ConvCall& call, const MeasuredDevice& device, FamilySet routes = 0);
+std::string case_text(const BlockCalls& calls, const MeasuredDevice& device);
 std::string case_text(const ConvBackwardCall& call, const MeasuredDevice& device, FamilySet routes = 0);
 std::string case_text(const SwitchedCall& call, const MeasuredDevice& device, FamilySet routes = 0);
 std::string case_text(const SwitchedBackwardCall& call, const MeasuredDevice& device, FamilySet routes = 0);
@@ -58,6 +60,9 @@ struct MeasuredCase {
   c10::function_ref<std::vector<Candidate>()> candidates;
   // Runs the call for its input or a copy of that, without keeping anything of the result.
   c10::function_ref<void(const at::Tensor& input, Candidate candidate)> run;
+  // Called before the case is measured for the first time, where there is anything that a first run would do beside its
+  // work, such as measuring other cases.
+  c10::function_ref<void()> prepare = nullptr;
 };
 
 }  // namespace bap_kernels

@@ -32,6 +32,12 @@ struct ConvCall : GatheredConv2dFusedArgs<int64_t> {
   }
 };
 
+// Checked calls in a row: 1x1, depthwise and 1x1. The input of each but the first one is the result of the one before;
+// it stands for its sizes and strides only, and is neither read nor written.
+struct BlockCalls {
+  const ConvCall &first, &depthwise, &last;
+};
+
 // One checked call of its backward.
 struct ConvBackwardCall : GatheredConv2dBackwardArgs<int64_t> {
   ConvShape<int64_t> shape;

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "backends/cpu/conv_bands.h"
+#include "dispatch/choice.h"
 #include "dispatch/gathered_conv2d.h"
 
 namespace bap_kernels {
@@ -58,7 +59,34 @@ at::Tensor ConvStep::unwritten_result(const at::Tensor& input, const Slots& slot
                    input.options().memory_format(input.suggest_memory_format()));
 }
 
-void BandStep::operator()(Slots& slots) const {
+void BlockStep::run_layers(Slots& slots) const {
+  for (const auto* step : {&first, &depthwise, &last}) (**step)(slots);
+  slots[first->out].reset();
+  slots[depthwise->out].reset();
+}
+
+bool BlockStep::takes_bands(const BlockCalls& calls, const Slots& slots) const {
+  if (!bands_cover(calls)) return false;
+  if (backend_is_named() || !auto_measures()) return bands_expected(calls);
+  if (!bands_promise(calls)) return false;
+  const MeasuredDevice& cpu = measured_device(calls.first.input);
+  const auto text = [&] { return case_text(calls, cpu); };
+  const auto candidates = [] { return std::vector<Candidate>{Candidate::kLayers, Candidate::kBands}; };
+  const auto run_layers_on = [&](const at::Tensor& input) {
+    Slots own = slots;
+    own[first->x] = input;
+    run_layers(own);
+  };
+  const auto run = [&](const at::Tensor& input, Candidate candidate) {
+    if (candidate == Candidate::kLayers) return run_layers_on(input);
+    conv_bands({calls.first.with_input(input), calls.depthwise, calls.last});
+  };
+  const auto measure_layers = [&] { run_layers_on(calls.first.input); };
+  const MeasuredCase c{case_key(calls, cpu), text, calls.first.input, candidates, run, measure_layers};
+  return ChoiceTable::instance().choose(c, cpu) == Candidate::kBands;
+}
+
+void BlockStep::operator()(Slots& slots) const {
   const at::Tensor& input = *slots[first->x];
   const bool plain = !first->type.has_value() && !depthwise->type.has_value() && !last->type.has_value();
   if (plain && input.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
@@ -66,15 +94,13 @@ void BandStep::operator()(Slots& slots) const {
     const at::Tensor filtered = depthwise->unwritten_result(hidden, slots);
     const auto a = first->args(input, slots), b = depthwise->args(hidden, slots), c = last->args(filtered, slots);
     const FusedCall of_first(a), of_depthwise(b), of_last(c);
-    const BandCalls calls{of_first.call, of_depthwise.call, of_last.call};
-    if (bands_apply(calls)) {
+    const BlockCalls calls{of_first.call, of_depthwise.call, of_last.call};
+    if (takes_bands(calls, slots)) {
       slots[last->out] = conv_bands(calls);
       return;
     }
   }
-  for (const auto* step : {&first, &depthwise, &last}) (**step)(slots);
-  slots[first->out].reset();
-  slots[depthwise->out].reset();
+  run_layers(slots);
 }
 
 }  // namespace bap_kernels

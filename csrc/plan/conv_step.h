@@ -5,7 +5,7 @@
 #include <memory>
 #include <optional>
 
-#include "ops/gathered_conv2d.h"
+#include "ops/conv_call.h"
 #include "plan/step_run.h"
 
 namespace bap_kernels {
@@ -38,11 +38,15 @@ struct ConvStep : RunStep {
 };
 
 // Three convolutions of which nobody else reads what lies between them, the middle one of groups: in one pass over
-// bands of rows where that pays, else one after the other.
-struct BandStep : RunStep {
+// bands of rows where that is faster, by measurement under `auto` and by rule elsewhere, else one after the other.
+struct BlockStep : RunStep {
   std::unique_ptr<const ConvStep> first, depthwise, last;
 
   void operator()(Slots& slots) const override;
+
+ private:
+  bool takes_bands(const BlockCalls& calls, const Slots& slots) const;
+  void run_layers(Slots& slots) const;
 };
 
 }  // namespace bap_kernels

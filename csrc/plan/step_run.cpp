@@ -87,7 +87,7 @@ void StepRun::join_block() {
   const auto taken = [&](size_t i) {
     return std::unique_ptr<const ConvStep>(static_cast<const ConvStep*>(steps_[i].step.release()));
   };
-  auto step = std::make_unique<BandStep>();
+  auto step = std::make_unique<BlockStep>();
   step->first = taken(middle - 1);
   step->depthwise = taken(middle);
   step->last = taken(end - 1);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +218,55 @@ def test_a_change_of_each_weight_is_seen() -> None:
             with torch.no_grad():
                 network.get_submodule(name).weight.mul_(1.5)
         torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
+
+
+def settle(path: Path, way: str) -> None:
+    """Has a file of choices say that blocks are computed in that way, and all else by the native kernels."""
+    head, *lines = path.read_text().splitlines()
+    settled = []
+    for line in lines:
+        machine, case, _, times, _, when = line.split("\t")
+        chosen = way if case.startswith("block ") else "native"
+        ways = [time.split("=")[0] for time in times.split()]
+        assert chosen in ways
+        times = " ".join(f"{name}={1 if name == chosen else 1000}" for name in ways)
+        settled.append("\t".join((machine, case, chosen, times, "2 2 16 16", when)))
+    path.write_text("\n".join([head, *settled, ""]))
+
+
+@pytest.mark.usefixtures("own_choice_table")
+def test_auto_measures_both_ways_and_takes_the_chosen_one(tmp_path: Path) -> None:
+    model, x = randomise(Block()), image(2, 37, 41)
+    path = tmp_path / "choices.tsv"
+    _C.set_choice_file(str(path))
+    with bk.use_backend("auto"):
+        plan = planned(model, "expand", x)
+        torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
+        (block,) = [choice for choice in bk.choices() if choice["case"].startswith("block ")]
+        assert set(block["candidates"]) == {"bands", "layers"}
+        assert len(bk.choices()) == 4
+        for way, number in (("bands", 1), ("layers", 3)):
+            settle(path, way)
+            _C.clear_choices()
+            _C.set_choice_file(str(path))
+            assert regions(plan, x) == number
+            torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("own_choice_table")
+def test_blocks_that_differ_are_cases_of_their_own() -> None:
+    blocks = ({}, {"out": 9}, {"hidden": 48}, {"stride": 2}, {"kernel": 5, "padding": 2}, {"dilation": 2, "padding": 2})
+    with bk.use_backend("auto"):
+        for number, options in enumerate(blocks):
+            x = image(2, 37, 41)
+            planned(randomise(Block(**options)), "expand", x)(x)
+            cases = [choice["case"] for choice in bk.choices() if choice["case"].startswith("block ")]
+            assert len(cases) == number + 1
+
+
+@pytest.mark.usefixtures("own_choice_table")
+def test_auto_measures_no_block_that_has_nothing_to_gain() -> None:
+    model, x = randomise(Block()), image(1, 9, 9)
+    with bk.use_backend("auto"):
+        planned(model, "expand", x)(x)
+    assert not [choice for choice in bk.choices() if choice["case"].startswith("block ")]

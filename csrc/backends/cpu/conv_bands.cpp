@@ -20,10 +20,19 @@ namespace {
 
 // Bytes of a band's hidden rows: half of an L2 cache of 512 KiB is left for weights, input and results.
 constexpr int64_t kBandBytes = 160 * 1024;
-// Smaller hidden tensors stay in the L2 cache as they are.
-constexpr int64_t kFewestHiddenBytes = 256 * 1024;
-// Of both 1x1 convolutions: each band reads them anew.
-constexpr int64_t kMostWeightBytes = 64 * 1024;
+// Hidden tensors and the weights of both 1x1 convolutions, which each band reads anew. Smaller hidden tensors stay in
+// the L2 cache as they are.
+struct Limits {
+  int64_t fewest_hidden_bytes, most_weight_bytes;
+};
+constexpr Limits kRule{256 * 1024, 64 * 1024}, kPromise{128 * 1024, 256 * 1024};
+
+bool within(const BlockCalls& calls, const Limits& limits) {
+  const auto& s = calls.depthwise.shape;
+  const int64_t hidden = s.batch * s.channels_in * s.height * s.width;
+  const int64_t weights = calls.first.shape.kept_in * s.channels_in + s.kept_out * calls.last.shape.kept_out;
+  return 4 * hidden >= limits.fewest_hidden_bytes && 4 * weights <= limits.most_weight_bytes;
+}
 
 bool is_pointwise(const ConvCall& c) {
   return c.taps() == 1 && c.stride[0] == 1 && c.stride[1] == 1 && c.symmetric_padding() && c.padding[kTop] == 0 &&
@@ -86,7 +95,7 @@ class Bands {
 
 }  // namespace
 
-bool bands_apply(const BandCalls& calls) {
+bool bands_cover(const BlockCalls& calls) {
   for (const ConvCall* c : {&calls.first, &calls.depthwise, &calls.last}) {
     if (c->trivial()) return false;
     if (c->input.scalar_type() != at::kFloat || c->format() != at::MemoryFormat::ChannelsLast) return false;
@@ -94,13 +103,13 @@ bool bands_apply(const BandCalls& calls) {
   }
   const auto& s = calls.depthwise.shape;
   if (!s.depthwise || has_value(calls.depthwise.fusion.residual)) return false;
-  if (!is_pointwise(calls.first) || !is_pointwise(calls.last)) return false;
-  const int64_t hidden = s.batch * s.channels_in * s.height * s.width * 4;
-  const int64_t weights = calls.first.shape.kept_in * s.channels_in + s.kept_out * calls.last.shape.kept_out;
-  return hidden >= kFewestHiddenBytes && weights * 4 <= kMostWeightBytes;
+  return is_pointwise(calls.first) && is_pointwise(calls.last);
 }
 
-at::Tensor conv_bands(const BandCalls& calls) {
+bool bands_expected(const BlockCalls& calls) { return within(calls, kRule); }
+bool bands_promise(const BlockCalls& calls) { return within(calls, kPromise); }
+
+at::Tensor conv_bands(const BlockCalls& calls) {
   at::Tensor hidden = calls.depthwise.input, filtered = calls.last.input, result;
   const NativeCall first = prepare_native(calls.first, hidden), depthwise = prepare_native(calls.depthwise, filtered);
   const NativeCall last = prepare_native(calls.last, result);

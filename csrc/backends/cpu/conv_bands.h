@@ -6,16 +6,14 @@
 
 namespace bap_kernels {
 
-// Checked calls. The input of each but the first one is the result of the one before; it is used
-// for its sizes and strides only, and is neither read nor written.
-struct BandCalls {
-  const ConvCall &first, &depthwise, &last;
-};
-
-// Whether the native kernels compute them so, and are expected to gain by it.
-bool bands_apply(const BandCalls& calls);
+// Whether the native kernels can compute them so.
+bool bands_cover(const BlockCalls& calls);
+// Whether they gain by it by rule, where nothing is measured; and whether a measurement is worth its time. Of calls
+// that they cover.
+bool bands_expected(const BlockCalls& calls);
+bool bands_promise(const BlockCalls& calls);
 
 // The last one's result, bit for bit that of the three native direct convolutions.
-at::Tensor conv_bands(const BandCalls& calls);
+at::Tensor conv_bands(const BlockCalls& calls);
 
 }  // namespace bap_kernels
