@@ -60,7 +60,10 @@ void StepRun::join_block() {
   if (middle < 2) return;
   const ConvStep *depthwise = conv(steps_[--middle]), *first = conv(steps_[middle - 1]);
   const auto alone = [&](const ConvStep& step, size_t reader) {
-    return !step.second.has_value() && contains(steps_[reader].freed, step.out);
+    // Not as a residual, too.
+    const auto& reads = steps_[reader].reads;
+    const bool once = std::count(reads.begin(), reads.end(), step.out) == 1;
+    return once && !step.second.has_value() && contains(steps_[reader].freed, step.out);
   };
   if (first == nullptr || depthwise->groups == 1 || first->out != depthwise->x || depthwise->out != last->x) return;
   if (!alone(*first, middle) || !alone(*depthwise, end - 1)) return;

@@ -78,6 +78,20 @@ class Shared(nn.Module):
         return torch.cat([y, z, self.block.project(z)], 1)
 
 
+class Around(nn.Module):
+    """The projection is added to what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(CHANNELS, 37, 1)
+        self.depthwise = nn.Conv2d(37, 37, 3, padding=1, groups=37)
+        self.project = nn.Conv2d(37, 37, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.depthwise(torch.relu(self.expand(x))))
+        return self.project(y) + y
+
+
 def expected(model: nn.Module, first: str, x: Tensor) -> Tensor:
     """In float64, the unlisted channels of the first layer zero."""
     model = copy.deepcopy(model).double()
@@ -208,6 +222,13 @@ def test_hidden_tensors_with_other_readers_are_stored() -> None:
     plan = planned(model, "block.expand", x)
     assert regions(plan, x) == 3
     torch.testing.assert_close(plan(x).double(), expected(model, "block.expand", x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hidden_tensor_that_is_the_residual_too_is_stored() -> None:
+    model, x = randomise(Around()), image(2, 37, 41)
+    plan = planned(model, "expand", x)
+    assert regions(plan, x) == 3
+    torch.testing.assert_close(plan(x).double(), expected(model, "expand", x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_change_of_each_weight_is_seen() -> None:
