@@ -244,7 +244,9 @@ def choices() -> list[dict[str, Any]]:
     Returns:
         For each case, sorted by its text:
 
-        - ``case``: dtype, layout, shapes, numbers of listed channels, and threads or the GPU;
+        - ``case``: dtype, layout, shapes, numbers of listed channels, and threads or the GPU; what begins with
+          ``block`` is three convolutions of a plan, either in one pass (``bands``) or each by its own choice
+          (``layers``);
         - ``backend``: the way that was chosen;
         - ``candidates``: microseconds of each way, the least of all measurements;
         - ``margin``: time of the next best way over that of the chosen one;

@@ -1,4 +1,4 @@
-"""Which kernel families this GPU runs rightly, found in processes apart, so that a fault does no harm.
+"""Which kernel families this GPU runs correctly, found in separate processes, so that a fault does no harm.
 
 See the guide's page on GPUs for what is verified and when.
 """
@@ -100,7 +100,7 @@ def verify(
     force: bool = False,
     show: bool = False,
 ) -> VerifyReport:
-    """Finds out which kernel families a GPU runs rightly, and has ``auto`` take those that it does.
+    """Finds out which kernel families a GPU runs correctly, and has ``auto`` take those.
 
     Each family is judged in a process of its own, several side by side: small and ragged cases with every tile,
     buffers between NaN, repeats that must be equal to the bit, another stream, a captured graph. Verdicts are kept in

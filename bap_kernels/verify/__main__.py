@@ -17,14 +17,14 @@ from bap_kernels.verify.runner import TIMEOUT_S
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    description = "Finds out in processes apart which kernels this GPU runs rightly."
+    description = "Finds out, in separate processes, which kernels run correctly on this GPU."
     parser = argparse.ArgumentParser(prog="python -m bap_kernels.verify", description=description)
     which = "a family, a pattern such as 'triton/*/bfloat16', or 'main': what inference in bfloat16 and TF32 needs"
     parser.add_argument("--family", action="append", metavar="F", help=f"{which}; repeatable")
     parser.add_argument("--device", type=int, metavar="N", help="number of the CUDA device, by default the current one")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds that a call may take")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side")
-    parser.add_argument("--force", action="store_true", help="judge families again that have a verdict")
+    parser.add_argument("--force", action="store_true", help="verify again families that have a verdict")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     options = parser.parse_args(arguments)
