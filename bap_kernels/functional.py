@@ -69,7 +69,13 @@ def call_gathered_conv2d(
                 input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed
             )
         except TypeError:
-            pass  # the operator's own message names the argument
+            for name, value in (("in_index", in_index), ("out_index", out_index)):
+                if isinstance(value, (list, tuple, range)):
+                    raise TypeError(
+                        f"gathered_conv2d(): expected `{name}` to be an int32 tensor, got a {type(value).__name__}. "
+                        f"Hint: torch.tensor({name}, dtype=torch.int32)."
+                    ) from None
+            # The operator's own message names any other argument.
     return _operator(input, weight, bias, in_index, out_index, stride, padding, dilation, groups, cache_packed)
 
 

@@ -31,6 +31,12 @@ def test_options_equal_those_of_conv2d(kernel: tuple[int, int], options: dict) -
     torch.testing.assert_close(bk.gathered_conv2d(x, w, b, **options), F.conv2d(x, w, b, **options))
 
 
+@pytest.mark.parametrize("name", ["in_index", "out_index"])
+def test_a_list_of_python_numbers_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"gathered_conv2d\(\): expected `{name}` to be an int32 tensor, got a list"):
+        bk.gathered_conv2d(torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), **{name: [0, 2]})
+
+
 def test_positional_arguments_have_documented_order() -> None:
     x, w, b = torch.randn(2, 4, 9, 8), torch.randn(4, 1, 3, 3), torch.randn(4)
     lists = torch.tensor([0, 3], dtype=torch.int32)
