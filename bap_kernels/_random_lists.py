@@ -52,6 +52,10 @@ def random_lists(
         domains = [f"domain{number}" for number in range(domains)]
     elif isinstance(domains, str):
         domains = [domains]
+    if not domains or len(set(domains)) != len(domains):
+        raise ValueError(
+            f"ChannelTable.random(): expected `domains` to be at least one name, and each name once, got {domains!r}."
+        )
     convolutions = listed_convolutions(model)
     table: dict[str, dict[str, ChannelLists]] = {}
     for domain in domains:

@@ -57,6 +57,12 @@ def write_lists(path: str | os.PathLike[str], domains: Mapping[str, Mapping[str,
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        # The file that could not be written is another one than the caller named.
+        raise type(error)(
+            f"ChannelTable.save(): expected `path` to be a file that can be written, got {os.fspath(path)!r}: "
+            f"{error.strerror or error}."
+        ) from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)
@@ -66,9 +72,13 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, dict[str, ChannelLists
     """Reads what :func:`write_lists` wrote.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file (FileNotFoundError), or it cannot be read.
         ValueError: if the file is damaged, newer than this version, or something else.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"ChannelTable.load(): expected `path` to be a file, got the folder {os.fspath(path)!r}."
+        )
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             facts = file.metadata() or {}

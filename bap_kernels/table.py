@@ -111,7 +111,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 that lists have the odd lengths of trained ones: 37 of 64, not 32.
 
         Raises:
-            ValueError: if ``density`` is not in [0, 1].
+            ValueError: if ``density`` is not in [0, 1], there is no domain, or one is named twice.
 
         Examples:
             >>> from torch import nn

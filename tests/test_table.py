@@ -65,6 +65,14 @@ def test_random_keeps_one_to_all_channels() -> None:
         ChannelTable.random(_model(), "a", density=1.5)
 
 
+def test_random_refuses_no_domain_and_a_repeated_one() -> None:
+    for domains in ([], 0, ["a", "b", "a"]):
+        with pytest.raises(
+            ValueError, match=r"random\(\): expected `domains` to be at least one name, and each name once"
+        ):
+            ChannelTable.random(_model(), domains)
+
+
 def test_random_lists_with_exact_off_are_ragged_and_reproducible() -> None:
     model = nn.Sequential(nn.Conv2d(64, 64, 1))
     domains = [f"d{number}" for number in range(200)]
@@ -200,6 +208,17 @@ def test_failed_save_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest
 def test_load_of_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         ChannelTable.load(tmp_path / "none.safetensors")
+    with pytest.raises(IsADirectoryError, match=r"load\(\): expected `path` to be a file, got the folder '/"):
+        ChannelTable.load(tmp_path)
+
+
+def test_errors_of_save_name_the_path_that_was_given(tmp_path: Path) -> None:
+    missing = tmp_path / "none" / "table.safetensors"
+    with pytest.raises(FileNotFoundError, match=rf"save\(\): expected `path` .*, got '{missing}': No such file"):
+        UNUSUAL.save(missing)
+    with pytest.raises(IsADirectoryError, match=rf"save\(\): expected `path` .*, got '{tmp_path}': Is a directory"):
+        UNUSUAL.save(tmp_path)
+    assert [*tmp_path.iterdir(), *tmp_path.parent.glob("*.partial")] == []
 
 
 def _metadata(**changes: str) -> dict[str, str]:
