@@ -12,7 +12,7 @@ from bap_kernels._values import holds_values
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.nn.replaceable import has_own_forward
 
-__all__ = ["applied", "check_inputs", "refuse_without_values", "same_argument"]
+__all__ = ["applied", "check_inputs", "refuse_other_dtypes", "refuse_without_values", "same_argument"]
 
 
 def applied(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -59,7 +59,8 @@ def refuse_without_values(model: nn.Module, example: tuple[Any, ...]) -> None:
 def check_inputs(inputs: tuple[Any, ...], example: tuple[Any, ...]) -> None:
     """Refuses arguments that differ from the example's in number, kind, width or, where they are no tensors, value."""
     if len(inputs) != len(example):
-        raise ValueError(f"PlannedNetwork(): expected {len(example)} inputs, as in the example, got {len(inputs)}.")
+        count = f"{len(example)} input{'s' * (len(example) != 1)}"
+        raise ValueError(f"PlannedNetwork(): expected {count}, as in the example, got {len(inputs)}.")
     for x, known in zip(inputs, example, strict=True):
         if not isinstance(known, Tensor):
             if not same_argument(x, known):
@@ -75,3 +76,13 @@ def check_inputs(inputs: tuple[Any, ...], example: tuple[Any, ...]) -> None:
         elif x.dim() != known.dim() or (known.dim() == 4 and x.shape[1] != known.shape[1]):
             shape = f"(N, {known.shape[1]}, H, W)" if known.dim() == 4 else f"{known.dim()} dimensions"
             raise ValueError(f"PlannedNetwork(): expected an input of shape {shape}, got {tuple(x.shape)}.")
+
+
+def refuse_other_dtypes(inputs: tuple[Any, ...], example: tuple[Any, ...], error: TypeError) -> None:
+    """Names the input whose dtype is not the example's as the cause of an error of a step, where there is one."""
+    for x, known in zip(inputs, example, strict=False):
+        if isinstance(x, Tensor) and isinstance(known, Tensor) and x.dtype != known.dtype:
+            raise TypeError(
+                f"PlannedNetwork(): expected an input of dtype {known.dtype}, as in the example, got {x.dtype}. "
+                "Hint: .to(dtype) of the plan changes what it takes."
+            ) from error

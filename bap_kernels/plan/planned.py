@@ -21,7 +21,7 @@ from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import PlanDiffersError, largest_error, not_finite, tolerance_of
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
-from bap_kernels.plan.inputs import applied, check_inputs, refuse_without_values
+from bap_kernels.plan.inputs import applied, check_inputs, refuse_other_dtypes, refuse_without_values
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
@@ -169,6 +169,8 @@ class PlannedNetwork(PlannedModel):
         """Makes the plans of a domain or of a mixed batch, which are kept, and returns what activates them."""
         cast = self._cast_now()
         if isinstance(name, Tensor) or (name, cast) not in self._programs:
+            if isinstance(name, str) and name not in (known_names := domain_names(self.model)):
+                raise ValueError(f"set_domain(): expected `name` to be one of {known_names}, got {name!r}.")
             # All plans that are kept are of one state of the model.
             self._renew()
         if isinstance(name, Tensor):
@@ -236,10 +238,16 @@ class PlannedNetwork(PlannedModel):
             return self._run_kept(inputs)
 
     def _run_kept(self, inputs: tuple[Any, ...]) -> Any:
-        if self._options[4] == "auto" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._run(inputs)
-        with self._packed_memory():
-            return self._run(inputs)
+        try:
+            if self._options[4] == "auto":
+                return self._run(inputs)
+            with self._packed_memory():
+                return self._run(inputs)
+        except TypeError as error:
+            refuse_other_dtypes(inputs, self._example, error)
+            raise
 
     def _run(self, inputs: tuple[Any, ...]) -> Any:
         check_inputs(inputs, self._example)
@@ -266,6 +274,10 @@ class PlannedNetwork(PlannedModel):
         Args:
             shapes: the inputs' shapes; none: the example's.
 
+        Raises:
+            TypeError: for numbers in place of shapes.
+            ValueError: for another number of shapes, or another width, than the example's.
+
         Examples:
             >>> import torch, bap_kernels as bk
             >>> model = bk.swap_(torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1), torch.nn.Conv2d(16, 8, 1))).eval()
@@ -274,8 +286,14 @@ class PlannedNetwork(PlannedModel):
         """
         example = self._example
         if shapes:
+            if isinstance(shapes[0], int):
+                raise TypeError(
+                    f"PlannedNetwork.peak_bytes(): expected `shapes` to be a shape for each input, got {shapes[0]}. "
+                    "Hint: peak_bytes((8, 3, 224, 224))."
+                )
             first = next(x for x in example if isinstance(x, Tensor))
             example = tuple(first.new_empty(tuple(shape)) for shape in shapes)
+            check_inputs(example, self._example)
         with torch.no_grad():
             return self._program.peak_bytes(example)
 

@@ -248,7 +248,7 @@ def test_a_planned_part_follows_its_model() -> None:
     torch.testing.assert_close(model(x), masked(part, x).relu())
     bk.set_domain(model, "a")
     torch.testing.assert_close(model(x), masked(part, x, torch.zeros(5, dtype=torch.int64)).relu())
-    with pytest.raises(ValueError, match=r"expected `domain` to be one of \['a', 'b'\], got 'z'"):
+    with pytest.raises(ValueError, match=r"set_domain\(\): expected `name` to be one of \['a', 'b'\], got 'z'"):
         bk.set_domain(model, "z")
     assert planned.domain == "a"
 

@@ -208,7 +208,7 @@ def test_switching_domains() -> None:
     assert_equal(planned(x), bk.plan(model, x)(x))
     bk.set_domain(planned, "b")
     assert planned._program is first
-    with pytest.raises(ValueError, match=r"plan\(\): expected `domain` to be one of \['a', 'b'\], got 'c'"):
+    with pytest.raises(ValueError, match=r"set_domain\(\): expected `name` to be one of \['a', 'b'\], got 'c'"):
         bk.set_domain(planned, "c")
     assert planned.domain == "b"
 
@@ -248,6 +248,10 @@ def test_peak_bytes_is_what_is_held() -> None:
     planned = bk.plan(model, torch.randn(2, 3, 10, 10), "a")
     assert planned.peak_bytes() == 4 * 200 * (3 + 3)
     assert planned.peak_bytes((1, 3, 20, 10)) == 4 * 200 * (3 + 3)
+    with pytest.raises(ValueError, match=r"expected an input of shape \(N, 3, H, W\), got \(1, 4, 20, 10\)"):
+        planned.peak_bytes((1, 4, 20, 10))
+    with pytest.raises(TypeError, match=r"peak_bytes\(\): expected `shapes` to be a shape for each input, got 1"):
+        planned.peak_bytes(1, 3, 20, 10)
     assert bk.plan(model, torch.randn(2, 3, 10, 10)).peak_bytes() == 4 * 200 * (8 + 4)
 
 
@@ -285,8 +289,12 @@ def test_errors() -> None:
     planned = bk.plan(model, x, "a")
     with pytest.raises(ValueError, match=r"PlannedNetwork\(\): expected an input of shape \(N, 3, H, W\), got \(2, 4"):
         planned(torch.randn(2, 4, 16, 16))
-    with pytest.raises(ValueError, match=r"PlannedNetwork\(\): expected 1 inputs, as in the example, got 2"):
+    with pytest.raises(ValueError, match=r"PlannedNetwork\(\): expected 1 input, as in the example, got 2"):
         planned(x, x)
+    with pytest.raises(
+        TypeError, match=r"PlannedNetwork\(\): expected an input of dtype torch.float32, .* torch.bfloat16"
+    ):
+        planned(x.bfloat16())
     with pytest.raises(ValueError, match=r"PlannedNetwork.train\(\): expected `mode` to be False"):
         planned.train()
     with pytest.raises(
