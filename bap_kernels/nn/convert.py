@@ -151,6 +151,8 @@ def add_domain_(
     if not layers:
         raise ValueError("add_domain_(): expected `model` to have layers with domains, got none. Hint: call switch_.")
     for layer in layers.values():
+        if name in layer.domains:
+            raise ValueError(f"add_domain_(): expected `name` to be new, got {name!r}, which the model has already.")
         checked_names("add_domain_", [*layer.domains, name])
         if like is not None and like not in layer.domains:
             raise ValueError(f"add_domain_(): expected `like` to be one of {list(layer.domains)}, got {like!r}.")

@@ -124,7 +124,7 @@ def _default(model: nn.Module) -> list[str]:
     )
 
 
-def _named(model: nn.Module, choice: Choice) -> list[str]:
+def _named(model: nn.Module, choice: Choice, argument: str) -> list[str]:
     candidates = _candidates(model)
     if isinstance(choice, str):
         names = [choice]
@@ -134,27 +134,29 @@ def _named(model: nn.Module, choice: Choice) -> list[str]:
         names = list(choice)
     known = f"one of {_listed(candidates)}" if candidates else "a linear layer or a 1x1 convolution"
     if not names:
-        raise ValueError(f"switch_(): expected `head` to choose {known}, got none.")
+        raise ValueError(f"switch_(): expected `{argument}` to choose {known}, got none.")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         module = modules.get(name) if isinstance(name, str) else None
         if module is None:
-            raise ValueError(f"switch_(): expected `head` to name {known}, got {name!r}, which is not in the model.")
-        _refuse_unfit(name, module)
+            raise ValueError(
+                f"switch_(): expected `{argument}` to name {known}, got {name!r}, which is not in the model."
+            )
+        _refuse_unfit(name, module, argument)
     return names
 
 
-def _refuse_unfit(name: str, module: nn.Module) -> None:
+def _refuse_unfit(name: str, module: nn.Module, argument: str) -> None:
     kind = type(module).__name__
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise NotImplementedError(
-            f"switch_(): expected `head` to name a layer that is called, got {name!r}, a {kind}, whose weight "
+            f"switch_(): expected `{argument}` to name a layer that is called, got {name!r}, a {kind}, whose weight "
             "MultiheadAttention reads past its forward."
         )
     if not (isinstance(module, nn.Linear) or _is_plain_conv(module)):
         raise NotImplementedError(
-            f"switch_(): expected `head` to name linear layers or plain convolutions with groups=1, got {name!r}, a "
-            f"{kind}. Hint: put a bap_kernels.nn.DomainLinear or DomainConv2d there."
+            f"switch_(): expected `{argument}` to name linear layers or plain convolutions with groups=1, got "
+            f"{name!r}, a {kind}. Hint: put a bap_kernels.nn.DomainLinear or DomainConv2d there."
         )
 
 
@@ -209,7 +211,12 @@ def chosen_heads(
         if head is not None:
             raise ValueError("switch_(): expected one of `heads` and `head` to choose the classifier, got both.")
         head = heads
-    layers = _named(model, list(given)) if given else _default(model) if head is None else _named(model, head)
+    argument = "heads" if given or head is heads else "head"
+    layers = (
+        _default(model)
+        if not given and head is None
+        else _named(model, list(given) if head is None else head, argument)
+    )
     chosen: dict[nn.Module, dict[str, int]] = {}
     for name in layers:
         module = model.get_submodule(name)

@@ -55,6 +55,9 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         raise ValueError(
             "recalibrate_bn(): expected `model` to have DomainBatchNorm2d layers, got none. Hint: call nn.switch_."
         )
+    known = [name for name in layers[0].domains if all(name in layer.domains for layer in layers)]
+    if domain not in known:
+        raise ValueError(f"recalibrate_bn(): expected `domain` to be one of {known}, got {domain!r}.")
     modes = [(module, module.training) for module in modules]
     active = [(layer, layer._state) for layer in modules if isinstance(layer, DomainLayer)]
     # A layer without the domain is for set_domain to refuse.

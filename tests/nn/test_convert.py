@@ -308,7 +308,7 @@ def test_domains_added_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "a", "classes": 3}, "got 'a': it was given twice"),
+        ({"name": "a", "classes": 3}, "expected `name` to be new, got 'a', which the model has"),
         ({"name": "d.e", "classes": 3}, "got 'd.e'"),
         ({"name": "d", "like": "x", "classes": 3}, r"`like` to be one of \['a', 'b', 'c'\], got 'x'"),
         ({"name": "d"}, "`classes` to be a number, as the model has a DomainLinear, got None"),

@@ -110,6 +110,14 @@ def test_attention_and_layers_inside_it_are_no_classifiers() -> None:
         switch_(Attention(nn.Linear(8, 5), nn.MultiheadAttention(8, 2)), ["a"], heads="extra.out_proj")
 
 
+def test_an_error_names_the_argument_that_chose_the_classifier() -> None:
+    for arguments, argument in (({"heads": "fc"}, "heads"), ({"heads": SIZES, "head": "fc"}, "head")):
+        with pytest.raises(
+            ValueError, match=f"expected `{argument}` to name one of 'head', .*, got 'fc', which is not in"
+        ):
+            switch_(Net(nn.Linear(8, 5)), ["a", "b"], **arguments)
+
+
 def test_a_convolution_of_pixels_is_a_classifier_and_gets_no_switches() -> None:
     plain = Pixels(nn.Conv2d(8, 5, 1)).eval()
     model = switch_(copy.deepcopy(plain), ["a", "b"], heads=SIZES).eval()

@@ -94,7 +94,7 @@ def test_recalibration_that_fails_changes_nothing(batches: int | None) -> None:
     assert model.first.domains["b"].momentum == 0.3
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate_bn(model, [], "b")
-    with pytest.raises(ValueError, match=r"one of \['a', 'b'\], got 'c'"):
+    with pytest.raises(ValueError, match=r"recalibrate_bn\(\): expected `domain` to be one of \['a', 'b'\], got 'c'"):
         recalibrate_bn(model, [], "c")
     with pytest.raises(ValueError, match="`model` to have DomainBatchNorm2d layers, got none"):
         recalibrate_bn(nn.Sequential(nn.BatchNorm2d(3)), [], "b")
