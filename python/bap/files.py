@@ -131,6 +131,8 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileError(f"read_json(): expected {path} to be a JSON file, got no such file.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"read_json(): expected {path} to be a JSON file, got {error}.") from None
 

@@ -256,7 +256,9 @@ def _problem(error: ValidationError) -> str:
     verb = "to be" if first["msg"].startswith("Input should be ") else "to"
     shown = repr(first["input"])
     shown = shown if len(shown) < 200 else shown[:200] + "..."
-    return f"expected `{group}.{name}{index}` {verb} {rule}, got {shown}."
+    # YAML, which a value after -s is read as, writes lists in brackets.
+    hint = f" Hint: [{first['input']}]." if first["type"] == "list_type" and isinstance(first["input"], str) else ""
+    return f"expected `{group}.{name}{index}` {verb} {rule}, got {shown}.{hint}"
 
 
 @functools.lru_cache(maxsize=64)

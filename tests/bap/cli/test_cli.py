@@ -97,7 +97,7 @@ MISTAKES = [
     (["eval", "{}/checkpoint", "-d", "signs"], "to have one of ['digits'], got 'signs'"),
     (["eval", "{}/checkpoint", "--predictions", "{}/p.json"], "to be in the decathlon's format"),
     (["prune", "{}/file"], "config.json to be a JSON file"),
-    (["speed", "{}/none"], "config.json to be a JSON file"),
+    (["speed", "{}/none"], "config.json to be a JSON file, got no such file."),
     (["info", "{}/none"], "config.json to be a JSON file"),
     (["add-domain", "{}/none", "signs"], "config.json to be a JSON file"),
     (["add-domain", "{}/checkpoint", "digits"], "expected `name` to be new, got 'digits'"),

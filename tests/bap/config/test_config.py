@@ -36,6 +36,7 @@ from bap.config import SHORT_NAMES, Config, config_of, full_names, known_setting
         ("size=64", "`data.size` to be 32, or left out, for 'builtin', whose images are drawn at that size, got 64"),
         ("full=1", "`data.full` to be a valid boolean, got 1"),
         ("domains=digits", "`data.domains` to be a valid list, got 'digits'"),
+        ("domains=digits,shapes", "`data.domains` to be a valid list, got 'digits,shapes'. Hint: [digits,shapes]."),
         ("domains=[[a]]", "`data.domains[0]` to be a valid string, got ['a']"),
         ("domains=[a, a]", "`data.domains` to name each domain once"),
         ("device=gpu", "`run.device` to be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
