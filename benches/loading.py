@@ -75,7 +75,7 @@ def measure(paths: list[Path], resize: int, size: int, workers: int, folder: Pat
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(prog="benches.loading", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benches.loading", description=__doc__)
     parser.add_argument("--images", type=int, default=512, help="files of each size (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of them (default: 0 2)")
     args = parser.parse_args(argv)

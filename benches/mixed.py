@@ -76,7 +76,9 @@ def measure(
 
 def main() -> None:
     """Measure, print a table, and write mixed.json to ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benches.mixed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for mixed.json")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet26")
     parser.add_argument("--density", type=float, default=0.5)

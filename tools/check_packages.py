@@ -194,7 +194,9 @@ def check_other_torch(wheel: Path, work: Path, torch: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the checks; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_packages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("dist"), help="where the packages go")
     parser.add_argument("--other-torch", help="version of torch that the wheel has to refuse")
     parser.add_argument("--wheel", type=Path, help="check this wheel, build nothing")

@@ -285,7 +285,9 @@ def line(c: Code) -> str:
 
 def main() -> int:
     """Compiles all instances; returns 1 where a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compile_cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS)
     parser.add_argument("--quick", action="store_true", help="the kernels of bfloat16 and TF32 for sm_80 alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers run at once")

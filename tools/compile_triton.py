@@ -359,7 +359,9 @@ def line(c: Code) -> str:
 
 def main() -> int:
     """Compiles the table; returns 1 where a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compile_triton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS)
     parser.add_argument("--quick", action="store_true", help="one case of each kind of kernel")
     parser.add_argument("--jobs", type=int, default=None, help="processes; by default one for each core")

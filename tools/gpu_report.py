@@ -248,7 +248,9 @@ def run_everything(report: Report, quick: bool) -> None:
 
 def main() -> int:
     """Runs all parts; returns 1 where one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/gpu_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_report", help="folder of the report")
     parser.add_argument("--quick", action="store_true", help="only what is there within four minutes")
     parser.add_argument("--restart", action="store_true", help="run again what an earlier run has done")

@@ -158,7 +158,9 @@ def table(head: str, lines: list[str]) -> str:
 
 def main() -> int:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.kernel_figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", default="H200", choices=list(SMS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers run at once")

@@ -74,7 +74,11 @@ def measure(
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.memory_of_sizes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--sizes", type=int, default=10_000)
     parser.add_argument("--limit-mib", type=int, default=64)
     parser.add_argument("--every", type=int, default=1000, help="sizes between two rows")

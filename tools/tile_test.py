@@ -77,7 +77,7 @@ def _link(target: Path, jobs: Sequence[tuple[Path, tuple[str, ...]]], sources: P
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tile_test", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every instruction set of the compiler")
     parser.add_argument("--static", action="store_true", help="link without shared libraries")
     parser.add_argument("target", type=Path)

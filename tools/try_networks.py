@@ -168,7 +168,9 @@ def table(rows: dict[tuple[str, str], Outcome], networks: list[str]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.try_networks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--list", type=Path, default=LIST, help="file of names and shapes")
     parser.add_argument("--only", default="*", help="names with * and ?, comma-separated")
     parser.add_argument("--operations", default=",".join(OPERATIONS), help=f"some of {', '.join(OPERATIONS)}")
