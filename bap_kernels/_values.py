@@ -1,11 +1,11 @@
-"""Whether a tensor's numbers can be read where they are."""
+"""Whether a tensor's numbers can be read where they are, and how often they were written."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["holds_values"]
+__all__ = ["holds_values", "version_of"]
 
 
 def holds_values(tensor: Tensor) -> bool:
@@ -28,3 +28,16 @@ def holds_values(tensor: Tensor) -> bool:
         return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):  # it has no storage
         return False
+
+
+def version_of(tensor: Tensor) -> int:
+    """PyTorch's count of the writes to a tensor; -1 where it counts none.
+
+    It does not for tensors of inference mode, nor for one that was made there and has been given other data since.
+    """
+    if tensor.is_inference():
+        return -1
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from bap_kernels._load import _C
 from bap_kernels._packed import count_steps
-from bap_kernels._values import holds_values
+from bap_kernels._values import holds_values, version_of
 from bap_kernels.channels import ChannelLists
 from bap_kernels.nn.in_backward import once_for_each_forward
 
@@ -26,21 +26,22 @@ def _state_of(score: Tensor) -> Any:
     """What tells that scores have changed: a copy of their values; on a GPU, all but the values."""
     if score.is_cpu:
         return score.clone()
-    if score.is_inference():
+    version = version_of(score)
+    if version < 0:
         return None
     # The storage is held, so that no other gets its address.
-    return score.untyped_storage(), score.data_ptr(), score._version, count_steps(score)
+    return score.untyped_storage(), score.data_ptr(), version, count_steps(score)
 
 
 def _is_state(score: Tensor, state: Any) -> bool:
     if isinstance(state, Tensor):
         return score.is_cpu and _C.same_values(score, state)
-    if state is None or score.is_cpu or score.is_inference():
+    if state is None or score.is_cpu:
         return False
     storage, *rest = state
     return score.untyped_storage()._cdata == storage._cdata and rest == [
         score.data_ptr(),
-        score._version,
+        version_of(score),
         count_steps(score),
     ]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from bap_kernels._values import version_of
 from bap_kernels.flow.arguments import map_leaves
 from bap_kernels.plan.fx_calls import is_random
 from bap_kernels.plan.sizes import Number, Unrecordable, make_number
 
-__all__ = ["RecordedSteps", "Restart", "Specs", "version_of"]
+__all__ = ["RecordedSteps", "Restart", "Specs"]
 
 # Shape and dtype of what each step returned on the example; (None, None) for what is no tensor.
 Specs = dict[fx.Node, tuple[tuple[int, ...] | None, torch.dtype | None]]
@@ -31,11 +32,6 @@ def _storage(tensor: Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
         return None
-
-
-def version_of(tensor: Tensor) -> int:
-    """PyTorch's count of the writes to a tensor; -1 for those of inference mode, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _show_the_same(a: Tensor, b: Tensor) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bap_kernels._values import version_of
 from bap_kernels.flow.arguments import leaves_of, map_leaves, tensors_of
 from bap_kernels.flow.ops import has_hooks, writes_to_input
 from bap_kernels.plan.fx_calls import WriteCall, as_fx_call
-from bap_kernels.plan.recorded_steps import RecordedSteps, Restart, version_of
+from bap_kernels.plan.recorded_steps import RecordedSteps, Restart
 from bap_kernels.plan.sizes import Number, Unrecordable, make_number
 
 __all__ = ["Recorder"]

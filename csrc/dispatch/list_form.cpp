@@ -56,7 +56,7 @@ KnownLists& known_lists() {
 
 // For the work that the caller gives to the current stream next.
 std::optional<Derived> find(const at::Tensor& index, Derivation what) {
-  if (index.is_inference()) return std::nullopt;
+  if (!counts_writes(index)) return std::nullopt;
   KnownLists& known = known_lists();
   std::optional<Derived> result;
   {
@@ -100,7 +100,7 @@ ListForm list_form(const OptionalTensor& index, int64_t channels, bool blocks, i
   if (blocks) {
     if (const auto known = find(*index, what)) return {known->tensor.get(), known->block, length};
   }
-  if (!blocks || index->is_inference() || capturing(index->device())) return {index->contiguous(), 1, length};
+  if (!blocks || !counts_writes(*index) || capturing(index->device())) return {index->contiguous(), 1, length};
   const TensorState state(*index);
   const at::Tensor values = index->cpu().contiguous();
   const int64_t b = block_length(values.const_data_ptr<int32_t>(), length, most);
@@ -118,7 +118,7 @@ at::Tensor inverse_list(const at::Tensor& index, int64_t channels) {
   // An ordinary tensor, as above.
   const c10::InferenceMode ordinary(false);
   std::optional<TensorState> state;
-  if (!index.is_inference() && !capturing(index.device())) state.emplace(index);
+  if (counts_writes(index) && !capturing(index.device())) state.emplace(index);
   const at::Tensor inverse = at::full({channels}, -1, index.options());
   inverse.index_copy_(0, index.to(at::kLong), at::arange(index.size(0), index.options()));
   if (state.has_value()) keep(index, *state, {what, SharedTensor(inverse)});

@@ -22,7 +22,7 @@ constexpr size_t kFewestToSweep = 16;
 
 // Why values could be written without a trace in the tensor's version; null if they could not, as far as can be seen.
 const char* untraced(const at::Tensor& w) {
-  if (w.is_inference()) return "it was made in inference mode, which counts no changes";
+  if (!counts_writes(w)) return "it was made in inference mode, which counts no changes";
   const c10::Storage& storage = w.storage();
   if (w.is_cpu()) {
     static const auto own = c10::GetCPUAllocator()->raw_deleter();
@@ -50,7 +50,7 @@ uint64_t lists_key(const ConvCall& c, PackedKind kind) {
   return any && packed_memory() == PackedMemory::kShared ? 0 : hash_lists(c, kind);
 }
 
-bool has_version(const OptionalTensor& list) { return !has_value(list) || list->is_cpu() || !list->is_inference(); }
+bool has_version(const OptionalTensor& list) { return !has_value(list) || list->is_cpu() || counts_writes(*list); }
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 namespace bap_kernels {
 namespace {
 
-uint32_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : static_cast<uint32_t>(t._version()); }
+uint32_t version_of(const at::Tensor& t) { return counts_writes(t) ? static_cast<uint32_t>(t._version()) : 0; }
 
 }  // namespace
 

@@ -7,6 +7,12 @@
 
 namespace bap_kernels {
 
+// Whether PyTorch counts the writes to a tensor. It does not for those of inference mode, nor for one that was made
+// there and has been given other data since.
+inline bool counts_writes(const at::Tensor& t) {
+  return !t.is_inference() && t.unsafeGetTensorImpl()->version_counter().enabled();
+}
+
 // The weak references keep the addresses from being reused.
 struct TensorState {
   c10::weak_intrusive_ptr<c10::TensorImpl> impl;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch/fingerprint.h"
+#include "dispatch/tensor_state.h"
 #include "plan/bindings.h"
 
 namespace py = pybind11;
@@ -76,7 +77,7 @@ Fingerprint fingerprint_state(const at::Tensor& t) {
         reinterpret_cast<uintptr_t>(t.storage().unsafeGetStorageImpl()) + static_cast<uint64_t>(t.storage_offset());
   }
   const std::array<uint64_t, 3> state = {reinterpret_cast<uintptr_t>(t.unsafeGetTensorImpl()), storage,
-                                         t.is_inference() ? 0 : static_cast<uint64_t>(t._version())};
+                                         counts_writes(t) ? static_cast<uint64_t>(t._version()) : 0};
   return fingerprint_bytes(state.data(), sizeof(state));
 }
 

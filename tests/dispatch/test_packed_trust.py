@@ -253,6 +253,19 @@ def test_inference_weight_is_kept_and_compared() -> None:
     assert "weight compared at every call: it was made in inference mode" in bk.report(conv, X).layers[0].why
 
 
+@pytest.mark.parametrize("backend", ["native", "auto", "aten"])
+def test_a_parameter_of_inference_mode_with_other_data(backend: str) -> None:
+    with torch.inference_mode():
+        conv = layer()
+    data = torch.randn_like(conv.weight)
+    conv.weight.data, conv.bias.data = data, torch.zeros(data.shape[0])
+    assert not conv.weight.is_inference()
+    with torch.no_grad(), bk.use_backend(backend):
+        right(conv)
+        data.mul_(2)
+        right(conv)
+
+
 def test_private_weight_is_kept_without_warning() -> None:
     conv = layer()
     state = conv.state_dict()
