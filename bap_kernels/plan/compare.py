@@ -13,7 +13,7 @@ from bap_kernels._values import holds_values
 from bap_kernels.flow.arguments import tensors_of
 from bap_kernels.flow.norms import norm_parts
 
-__all__ = ["PlanDiffersError", "largest_error", "not_finite", "tolerance_of"]
+__all__ = ["PlanDiffersError", "compared", "largest_error", "not_finite", "tolerance_of"]
 
 # Share of the largest number in the result: rounding through a hundred layers stays far below, a wrong channel in one
 # layer is far above.
@@ -95,6 +95,44 @@ def not_finite(modules: Mapping[str, nn.Module], inputs: tuple[Any, ...] = ()) -
         if bad:
             return f"{bad} of {tensor.numel()} that are NaN or infinite in {what}"
     return ""
+
+
+def compared(
+    result: Any,
+    expected: Any,
+    tolerance: float | None,
+    cast: torch.dtype | None,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+) -> float:
+    """The largest difference of a plan's result from that of its model, as a share of its largest number.
+
+    Args:
+        result: the plan's.
+        expected: the masked dense network's.
+        tolerance: the largest difference that passes; None: that of the dtypes.
+        cast: the dtype in which autocast computed it.
+        model, inputs: what was run.
+
+    Raises:
+        PlanDiffersError: if it is larger, or if numbers that are not finite prevent a comparison.
+    """
+    share, error, dtype = largest_error(result, expected)
+    limit = tolerance_of(dtype, cast) if tolerance is None else tolerance
+    if share <= limit:
+        return share
+    bad = not_finite(dict(model.named_modules()), inputs)
+    if bad:
+        raise PlanDiffersError(
+            "plan(): expected `model` and `example_input` to hold finite numbers, with which the plan can be "
+            f"compared with the masked dense network, got {bad}. Hint: channels that are left out count as "
+            "zeros in a plan, where zero times these numbers would be NaN; `check=False` does not compare."
+        )
+    raise PlanDiffersError(
+        f"plan(): expected the plan to equal the masked dense network to {limit:.1e} of its largest result, "
+        f"got {share:.1e} (an error of {error:.3g}). Hint: a network whose results are this sensitive to "
+        "rounding needs a larger `tolerance`; else this is a defect of the plan: please report the network."
+    )
 
 
 def _share(error: tuple[float, float, torch.dtype]) -> float:

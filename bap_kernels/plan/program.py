@@ -57,6 +57,11 @@ class Program:
         # Its results for two and for three samples, without data; known after the first mixed batch.
         self.probe: tuple[Any, Any] | None = None
 
+    @property
+    def counts_first(self) -> bool:
+        """Whether the next run takes step by step, to count their bytes, what later ones run joined."""
+        return not self._chunks.counted
+
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """Computes the result."""
         env: list[Any] = [None] * self.slots

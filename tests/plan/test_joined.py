@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bap_kernels as bk
 from bap_kernels._load import _C
+from bap_kernels.plan.compare import PlanDiffersError
 from bap_kernels.plan.joined import Joined
 from bap_kernels.plan.planned import PlannedNetwork
 from tests.networks import SMALL, randomise
@@ -358,3 +359,18 @@ def test_what_is_no_image_is_left_to_the_steps() -> None:
         env = [other, None]
         assert not run.run(env)
         assert env[0] is other
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_check_of_a_plan_runs_what_its_calls_run(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = make(FORMATS[layout])
+    run = Joined.__call__
+
+    def wrong(joined: Joined, env: list) -> None:
+        run(joined, env)
+        result = env[joined.steps[-1][0].writes[0]]
+        result.mul_(1.5)
+
+    monkeypatch.setattr(Joined, "__call__", wrong)
+    with pytest.raises(PlanDiffersError, match="expected the plan to equal"):
+        bk.plan(plan.model, x, "a")
