@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.channels import ChannelLists
 from bap_kernels.layer_kinds import GatheredLayer, SwitchedLayer
 
@@ -48,10 +49,10 @@ def random_lists(
     model: nn.Module, domains: int | Sequence[str], density: float, seed: int, both: bool, exact: bool
 ) -> dict[str, dict[str, ChannelLists]]:
     """{domain: {layer: lists}}, as :meth:`bap_kernels.ChannelTable.random` describes them."""
+    check_module("ChannelTable.random", model)
     if isinstance(domains, int):
         domains = [f"domain{number}" for number in range(domains)]
-    elif isinstance(domains, str):
-        domains = [domains]
+    domains = [domains] if isinstance(domains, str) else list(domains)
     if not domains or len(set(domains)) != len(domains):
         raise ValueError(
             f"ChannelTable.random(): expected `domains` to be at least one name, and each name once, got {domains!r}."

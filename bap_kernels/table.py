@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
                 that lists have the odd lengths of trained ones: 37 of 64, not 32.
 
         Raises:
+            TypeError: if ``density`` is no number, or ``model`` no network.
             ValueError: if ``density`` is not in [0, 1], there is no domain, or one is named twice.
 
         Examples:
@@ -121,6 +123,8 @@ class ChannelTable(Mapping[str, Mapping[str, ChannelLists]]):
             >>> ChannelTable.random(nn.Sequential(nn.Conv2d(8, 8, 1)), ["birds"], density=0.5, exact=False)["birds"]
             {'0': ChannelLists(in_index=[0, 1, 2, 3, 5, 6], out_index=None)}
         """
+        if not isinstance(density, Real):
+            raise TypeError(f"ChannelTable.random(): expected `density` to be a number, got {density!r}.")
         if not 0 <= density <= 1:
             raise ValueError(f"ChannelTable.random(): expected `density` to be in [0, 1], got {density}.")
         return cls(random_lists(model, domains, density, seed, both, exact))

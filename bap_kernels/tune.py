@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.dispatch import use_backend
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def tune(model: nn.Module, example: Tensor | tuple[Any, ...], backward: bool = F
         ...     found = bk.tune(layer, torch.randn(8, 64, 56, 56).cuda())
         ...     assert all(case.seconds <= case.table_seconds for case in found)
     """
+    check_module("tune", model)
     inputs = example if isinstance(example, tuple) else (example,)
     with use_backend("triton"):
         # Deferred: it imports Triton.

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.flow.ops import call_rule, has_hooks, out_of_place, rule_of
 from bap_kernels.nn.call_graph import record_calls
@@ -92,6 +93,7 @@ def link_readers_(model: nn.Module) -> nn.Module:
         >>> model[0].consumers == (model[3],), model[3].consumers
         (True, None)
     """
+    check_module("link_readers_", model)
     layers = [module for module in model.modules() if isinstance(module, SwitchedConv2d)]
     for layer in layers:
         layer.consumers = None

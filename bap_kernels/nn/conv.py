@@ -189,6 +189,7 @@ class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
             listed = in_index if out_index is None else out_index
             if (
                 usual
+                and isinstance(input, Tensor)
                 and not has_torch_function_variadic(input, weight)
                 and _graph_task() == -1
                 and ("_mixed" not in own or own["_mixed"] is None)
@@ -209,6 +210,8 @@ class GatheredConv2d(GatheredLayer, PackedConv2d, nn.Conv2d):
         """:meth:`forward` of any layer and input."""
         if isinstance(input, Proxy):
             return as_one_step(self, input)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{type(self).__name__}(): expected `input` to be a tensor, got {type(input).__name__}.")
         if in_backward():
             check_domain(self)
         if self._mixed is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.flow.norms import depends_on_data, norm_parts
 from bap_kernels.nn.consumers import link_readers_
 from bap_kernels.nn.conv import GatheredConv2d
@@ -82,6 +83,7 @@ def switch_(
         >>> model(torch.randn(2, 3, 3, 3)).shape
         torch.Size([2, 196])
     """
+    check_module("switch_", model)
     names = checked_names("switch_", domains)
     # One memo for each domain: what layers share in the plain model they share in every domain.
     memos: dict[str, dict[int, Any]] = {name: {} for name in names}
@@ -147,6 +149,7 @@ def add_domain_(
         >>> model = bk.nn.switch_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ["birds"])
         >>> bk.set_domain(bk.nn.add_domain_(model, "cars", like="birds"), "cars")
     """
+    check_module("add_domain_", model)
     layers = dict(domain_layers(model))
     if not layers:
         raise ValueError("add_domain_(): expected `model` to have layers with domains, got none. Hint: call switch_.")

@@ -9,6 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels._masks import Widths
 from bap_kernels.channels import ChannelLists
 from bap_kernels.layer_kinds import NEVER, DomainLayer, PlannedModel, change_now
@@ -132,6 +133,7 @@ def attach_(model: nn.Module, table: ChannelTable | Mapping[str, Mapping[str, Ch
           (0): GatheredConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), reads 4/8)
         )
     """
+    check_module("attach_", model)
     table = _in_order(model, table if isinstance(table, ChannelTable) else ChannelTable(table))
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {name: module for name, module in modules.items() if isinstance(module, GatheredConv2d)}
@@ -229,6 +231,7 @@ def set_domain(model: nn.Module, name: str | Tensor | None) -> None:
         >>> model(torch.randn(3, 8, 5, 5)).shape
         torch.Size([3, 4, 3, 3])
     """
+    check_module("set_domain", model)
     known = _layers(model)
     layers = known.with_states()
     planned = known.planned_networks(model) if known.planned else []
@@ -313,6 +316,7 @@ def domain_names(model: nn.Module) -> list[str]:
         >>> bk.domain_names(bk.nn.DomainBatchNorm2d(4, ["cars", "birds"]))
         ['cars', 'birds']
     """
+    check_module("domain_names", model)
     layers = _layers(model)
     planned = [dict.fromkeys(domain_names(network.model)) for network in layers.planned_networks(model)]
     return _numbered([*(states for _, _, states, _ in layers.with_states()), *planned])

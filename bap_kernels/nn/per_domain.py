@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.in_backward import check_domain, in_backward
 from bap_kernels.nn.leaf import Proxy, as_one_step
@@ -196,6 +197,7 @@ def domain_layers(model: nn.Module) -> Iterator[tuple[str, PerDomain]]:
         >>> [name for name, layer in bk.nn.domain_layers(model)]
         ['1']
     """
+    check_module("domain_layers", model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PerDomain))
 
 
@@ -216,6 +218,7 @@ def domain_parameters(model: nn.Module, domain: str | None = None) -> Iterator[t
         >>> [name for name, parameter in bk.nn.domain_parameters(model, "cars")]
         ['1.domains.cars.weight', '1.domains.cars.bias']
     """
+    check_module("domain_parameters", model)
     known: dict[str, None] = {}
     parameters = []
     for path, layer in domain_layers(model):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bap_kernels._arguments import check_module
 from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.domain_norms import DomainNorm
 from bap_kernels.nn.domains import set_domain
@@ -49,6 +50,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], domain: str, batches
         >>> model[0].domains["birds"].running_mean
         tensor([2., 2.])
     """
+    check_module("recalibrate_bn", model)
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, DomainNorm)]
     if not layers:

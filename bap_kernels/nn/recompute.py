@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from bap_kernels._arguments import check_module
 from bap_kernels.layer_kinds import DomainLayer
 from bap_kernels.nn.in_backward import replaying
 from bap_kernels.nn.per_domain import PerDomain
@@ -164,6 +165,7 @@ def recompute(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         >>> part[0].domains["birds"].num_batches_tracked
         tensor(1)
     """
+    check_module("recompute", module, "module")
     return _recomputed(module, module, *args, **kwargs)
 
 
@@ -215,6 +217,7 @@ def recompute_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) ->
         >>> model = torchvision.models.resnet18()
         >>> model = bk.nn.recompute_(model, lambda module, name: type(module).__name__ == "BasicBlock")
     """
+    check_module("recompute_", model)
     chosen: list[str] = []
     for name, module in model.named_modules():
         inside = any(not other or name.startswith(other + ".") for other in chosen)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from bap_kernels._arguments import check_module
 from bap_kernels._warn import warn
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.norms import depends_on_data, is_norm
@@ -67,6 +68,7 @@ def swap_(
           (2): GatheredConv2d(8, 4, kernel_size=(1, 1), stride=(1, 1))
         )
     """
+    check_module("swap_", model)
     kind = GatheredConv2d if layer_type is None else layer_type
     if not (isinstance(kind, type) and issubclass(kind, GatheredConv2d)):
         raise TypeError(f"swap_(): expected `layer_type` to be GatheredConv2d or MaskedConv2d, got {layer_type!r}.")
@@ -140,6 +142,7 @@ def skipped(model: nn.Module) -> dict[str, str]:
         >>> bk.nn.skipped(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2)))
         {'1': 'groups=2 with 8 -> 8 channels: only 1 and depthwise (C_in == C_out) are supported'}
     """
+    check_module("skipped", model)
     own = [layer for _, layer in domain_layers(model)]
     inside = {module for layer in own for module in layer.domains.modules()}
     reasons = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from bap_kernels._values import holds_values
 from bap_kernels.flow.norms import norm_parts
 from bap_kernels.nn.replaceable import has_own_forward
 
-__all__ = ["applied", "check_inputs", "refuse_other_dtypes", "refuse_without_values", "same_argument"]
+__all__ = [
+    "applied",
+    "check_inputs",
+    "inputs_of_shapes",
+    "refuse_other_dtypes",
+    "refuse_without_values",
+    "same_argument",
+]
 
 
 def applied(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -76,6 +83,19 @@ def check_inputs(inputs: tuple[Any, ...], example: tuple[Any, ...]) -> None:
         elif x.dim() != known.dim() or (known.dim() == 4 and x.shape[1] != known.shape[1]):
             shape = f"(N, {known.shape[1]}, H, W)" if known.dim() == 4 else f"{known.dim()} dimensions"
             raise ValueError(f"PlannedNetwork(): expected an input of shape {shape}, got {tuple(x.shape)}.")
+
+
+def inputs_of_shapes(shapes: Sequence[Sequence[int]], example: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Inputs of other shapes than the example's, as ``PlannedNetwork.peak_bytes`` takes them."""
+    if isinstance(shapes[0], int):
+        raise TypeError(
+            f"PlannedNetwork.peak_bytes(): expected `shapes` to be a shape for each input, got {shapes[0]}. "
+            "Hint: peak_bytes((8, 3, 224, 224))."
+        )
+    first = next(x for x in example if isinstance(x, Tensor))
+    inputs = tuple(first.new_empty(tuple(shape)) for shape in shapes)
+    check_inputs(inputs, example)
+    return inputs
 
 
 def refuse_other_dtypes(inputs: tuple[Any, ...], example: tuple[Any, ...], error: TypeError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory
 from bap_kernels.plan.planned import PlannedNetwork
 
@@ -25,4 +26,5 @@ def memory(model: nn.Module) -> NetworkMemory:
         >>> bk.memory(planned).activations  # 64 channels of 8 x 8 pixels and 32 of 6 x 6
         20992
     """
+    check_module("memory", model)
     return model.memory() if isinstance(model, PlannedNetwork) else network_memory(model, layer_uses(model))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.flow.classes import Classes, keep_unknown, tied_channels
 from bap_kernels.flow.graph import Channels, Graph, Op, Value
 from bap_kernels.nn.conv import GatheredConv2d
@@ -288,6 +289,7 @@ def order_channels_(
         >>> model[2].lists["cars"]
         ChannelLists(in_index=[1, 2, 3], out_index=None)
     """
+    check_module("order_channels_", model)
     if not isinstance(block, int) or isinstance(block, bool):
         raise TypeError(f"order_channels_(): expected `block` to be an int, got {type(block).__name__}.")
     if block < 1:

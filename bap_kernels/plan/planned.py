@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bap_kernels._arguments import check_module
 from bap_kernels._load import _C
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.flow.liveness import Liveness
@@ -21,7 +23,7 @@ from bap_kernels.nn.mixed import MixedBatch, mixed_numbers
 from bap_kernels.plan import graphs
 from bap_kernels.plan.compare import PlanDiffersError, compared
 from bap_kernels.plan.held import NetworkMemory, layer_uses, network_memory, step_uses
-from bap_kernels.plan.inputs import applied, check_inputs, refuse_other_dtypes, refuse_without_values
+from bap_kernels.plan.inputs import applied, check_inputs, inputs_of_shapes, refuse_other_dtypes, refuse_without_values
 from bap_kernels.plan.layout import Layout
 from bap_kernels.plan.lowering import lower, vector_bytes
 from bap_kernels.plan.mixed import MixedPlans
@@ -267,16 +269,7 @@ class PlannedNetwork(PlannedModel):
             >>> bk.plan(model, torch.randn(1, 8, 5, 5)).peak_bytes()  # (8 + 16) and then (16 + 8) channels of 4 bytes
             2400
         """
-        example = self._example
-        if shapes:
-            if isinstance(shapes[0], int):
-                raise TypeError(
-                    f"PlannedNetwork.peak_bytes(): expected `shapes` to be a shape for each input, got {shapes[0]}. "
-                    "Hint: peak_bytes((8, 3, 224, 224))."
-                )
-            first = next(x for x in example if isinstance(x, Tensor))
-            example = tuple(first.new_empty(tuple(shape)) for shape in shapes)
-            check_inputs(example, self._example)
+        example = inputs_of_shapes(shapes, self._example) if shapes else self._example
         with torch.no_grad():
             return self._program.peak_bytes(example)
 
@@ -394,6 +387,12 @@ def plan(
         1     conv+norm+relu  0        3/8   reads 3/3
         2     conv            3        8/8   reads 3/8
     """
+    check_module("plan", model)
+    if not (tolerance is None or isinstance(tolerance, Real)):
+        raise TypeError(f"plan(): expected `tolerance` to be a number or None, got {tolerance!r}.")
+    formats = (None, torch.channels_last, torch.contiguous_format)
+    if memory_format not in formats:
+        raise ValueError(f"plan(): expected `memory_format` to be one of {formats}, got {memory_format!r}.")
     if memory not in PACKED_MEMORY:
         raise ValueError(f"plan(): expected `memory` to be one of {', '.join(PACKED_MEMORY)}, got {memory!r}.")
     example = example_input if isinstance(example_input, tuple) else (example_input,)

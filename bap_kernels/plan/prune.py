@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels._warn import warn
 from bap_kernels.flow.classes import Classes, keep_unknown, tied_channels, unknown
 from bap_kernels.flow.graph import Channels, Graph, first_reasons
@@ -157,6 +158,7 @@ def prune_unused_(model: nn.Module, example_input: Tensor | tuple[object, ...] |
         >>> model[2].lists["cars"]
         ChannelLists(in_index=[1, 2], out_index=None)
     """
+    check_module("prune_unused_", model)
     domains = check_and_list_domains("prune_unused_", model)
     graphs = [trace_shapes("prune_unused_", model, example_input, domain, unread=True) for domain in domains]
     classes, obstacles = _kept_classes(graphs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels._load import _C
 from bap_kernels.flow.graph import first_reasons
 from bap_kernels.functional import four_sided
@@ -19,6 +20,7 @@ from bap_kernels.nn.conv import GatheredConv2d
 from bap_kernels.nn.swap import skipped
 from bap_kernels.plan.planned import PlannedNetwork
 from bap_kernels.plan.roofline import limit_of, measured_roofline
+from bap_kernels.plan.trace import not_taken
 
 __all__ = ["LayerReport", "NetworkReport", "report"]
 
@@ -189,8 +191,8 @@ def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Network
         example_input: what to call it with: a tensor, or a tuple of all arguments.
 
     Raises:
-        ValueError: if no layer was swapped, the model is in training mode, or it is a planned network, whose steps are
-            shown by printing it.
+        ValueError: if no layer was swapped, the model is in training mode or does not take the example, or it is a
+            planned network, whose steps are shown by printing it.
 
     Examples:
         >>> import torch, bap_kernels as bk
@@ -200,6 +202,7 @@ def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Network
         >>> [(layer.name, layer.reads, layer.macs) for layer in bk.report(model, torch.randn(1, 3, 8, 8)).layers]
         [('0', (3, 3), (7776, 7776)), ('1', (2, 8), (288, 1152))]
     """
+    check_module("report", model)
     if isinstance(model, PlannedNetwork):
         raise ValueError(
             "report(): expected `model` to be a network of layers, got a planned one. Hint: print(planned) shows its "
@@ -218,10 +221,13 @@ def report(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Network
         x = args[0].detach().clone(memory_format=torch.preserve_format)
         seen.append((layer, x if x.dim() == 4 else x.unsqueeze(0), y if y.dim() == 4 else y.unsqueeze(0)))
 
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+            model(*inputs)
+    except Exception as error:
+        raise not_taken("report", inputs, error) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from bap_kernels._arguments import check_module
 from bap_kernels.flow.arguments import map_leaves
 from bap_kernels.flow.graph import Channels, Graph, Op, Value, computed_groups, dense_size
 from bap_kernels.flow.liveness import Liveness
@@ -355,8 +356,7 @@ def specialize(
         example_input: what the model is called with: a tensor, or a tuple of all arguments. None tries square images.
         check: compare with the masked dense network on the example, or on random numbers where none was given.
         round_to: round the channels of compact tensors up to multiples of this, with zeros in the weights that write
-            and read the ones added. Fast kernels of GPUs want 8 for 16-bit dtypes and 4 for float32; lists of trained
-            networks have odd lengths.
+            and read the ones added. Fast kernels of GPUs want 8 for 16-bit dtypes and 4 for float32.
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode.
@@ -378,14 +378,14 @@ def specialize(
         >>> [tuple(p.shape) for p in bk.specialize(model, "birds", round_to=4).parameters() if p.dim() == 4]
         [(4, 3, 3, 3), (4, 4, 1, 1)]
     """
+    check_module("specialize", model)
     if round_to < 1:
         raise ValueError(f"specialize(): expected `round_to` to be at least 1, got {round_to}.")
     _refuse_hooked(model)
     graph = trace_shapes("specialize", model, example_input, domain)
     graph.warn_if_nothing("specialize")
     layout = Layout(graph, Liveness(graph))
-    device = next((p.device for p in model.parameters()), None)
-    builder = _SmallNetwork(graph, layout, device, round_to)
+    builder = _SmallNetwork(graph, layout, next((p.device for p in model.parameters()), None), round_to)
     with torch.no_grad():
         for op in graph.ops:
             live = layout.live.get(op.output)

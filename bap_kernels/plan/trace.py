@@ -32,7 +32,7 @@ from bap_kernels.plan.domain_view import InDomain, domain_set, fixed_lists, in_d
 from bap_kernels.plan.effective_conv import effective_conv, is_plain
 from bap_kernels.plan.recording import Recording, first_difference, record
 
-__all__ = ["call_copied", "check_reach", "run_masked", "same_widths", "trace"]
+__all__ = ["call_copied", "check_reach", "not_taken", "run_masked", "same_widths", "trace"]
 
 
 def _masked(layer: GatheredConv2d, lists: ChannelLists, input: Tensor) -> Tensor:
@@ -108,6 +108,14 @@ def call_copied(call: Callable[..., Any], inputs: tuple[Any, ...], draws: bool =
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return call(*inputs)
+
+
+def not_taken(op: str, inputs: tuple[Any, ...], error: Exception) -> ValueError:
+    """What to raise where a model does not take an example."""
+    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
+    return ValueError(
+        f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
+    )
 
 
 def run_masked(
@@ -206,10 +214,7 @@ def trace(
         try:
             expected = call_copied(make(), inputs)
         except Exception as error:
-            shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
-            raise ValueError(
-                f"{op}(): expected `example_input` to be what `model` takes, got {shapes}, on which it raised: {error}"
-            ) from error
+            raise not_taken(op, inputs, error) from error
         recording = _recorded(op, make, inputs, lambda module: _is_step(module) or module in leaves)
         if _differs(recording.result, expected):
             # Two random numbers may be close to each other by chance.

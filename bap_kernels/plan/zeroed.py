@@ -7,7 +7,6 @@ filters of zeros, through batch norms whose scale is zero, activations, pooling,
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from bap_kernels._arguments import check_module
 from bap_kernels._zeros import Zeros, set_zeros_finder
 from bap_kernels.channels import ChannelLists
 from bap_kernels.flow.graph import Op
@@ -109,9 +109,7 @@ def _near_zero(conv: nn.Conv2d) -> np.ndarray:
 
 def _refuse_unreadable(op: str, model: nn.Module) -> None:
     """Refuses what is no network, and weights that are not there or not finite."""
-    if not isinstance(model, nn.Module):
-        hint = " Hint: load a state dict into its network first." if isinstance(model, Mapping) else ""
-        raise TypeError(f"{op}(): expected `model` to be a network, got {type(model).__name__}.{hint}")
+    check_module(op, model)
     # Of torch.compile, by its attribute: importing its class would load the compiler.
     inner = "model" if isinstance(model, PlannedModel) else "_orig_mod" if hasattr(model, "_orig_mod") else None
     if inner is not None or isinstance(model, torch.jit.ScriptModule):

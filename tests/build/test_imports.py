@@ -12,7 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("bap_kernels._version", "bap_kernels.settings"),
     ("bap_kernels._C", "bap_kernels._load"),
-    ("bap_kernels._warn", "bap_kernels._files", "bap_kernels._packed", "bap_kernels._gpu", "bap_kernels._values"),
+    (
+        "bap_kernels._arguments",
+        "bap_kernels._warn",
+        "bap_kernels._files",
+        "bap_kernels._packed",
+        "bap_kernels._gpu",
+        "bap_kernels._values",
+    ),
     ("bap_kernels.channels", "bap_kernels.dispatch", "bap_kernels.functional"),
     ("bap_kernels.flow", "bap_kernels.layer_kinds"),
     ("bap_kernels._masks", "bap_kernels._random_lists", "bap_kernels._table_file", "bap_kernels._zeros"),

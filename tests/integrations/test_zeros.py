@@ -169,7 +169,7 @@ def test_a_plan_that_drops_what_is_not_finite_says_so(net: Net, where: str) -> N
 @pytest.mark.parametrize(
     ("model", "kind", "message"),
     [
-        (None, TypeError, "expected `model` to be a network, got NoneType"),
+        (None, TypeError, "expected `model` to be a torch.nn.Module, got NoneType"),
         ({"w": X}, TypeError, "got dict. Hint: load a state dict into its network first"),
         (torch.compile(nn.Conv2d(3, 3, 1)), TypeError, "of layers, got OptimizedModule. Hint: give its `_orig_mod`"),
         (nn.Conv2d(3, 3, 1, device="meta"), ValueError, "hold weights, got one on the meta device: weight"),
