@@ -49,6 +49,8 @@ def _message(error: BaseException) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"{error} Hint: a smaller `batch`, or a larger `accumulate`, needs less memory."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"expected to read or write {os.fspath(error.filename)}, got: {error.strerror}."
     if isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
         return f"{error}"
     try:

@@ -81,7 +81,7 @@ def export_domain(
     """
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"export_domain(): expected `formats` to be of {', '.join(FORMATS)}, got {name!r}.")
+            raise ValueError(f"export_domain(): expected `formats` to name only {', '.join(FORMATS)}, got {name!r}.")
         if reason := unavailable_reason(FORMATS[name]):
             raise ImportError(f"export_domain(): expected the packages of format {name!r}, got: {reason}.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,11 @@ def _widened(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _read_head(path: Path) -> dict[str, Any]:
+    inside = path / "checkpoint"
+    if not (path / "config.json").exists() and (inside / "config.json").exists():
+        raise FileError(
+            f"load_checkpoint(): expected {path} to be a checkpoint, got the folder of a run. Hint: {inside}."
+        )
     head = read_sealed_json(path / "config.json", _FORMAT)
     if not isinstance(head.get("config"), dict):
         raise FileError(f"load_checkpoint(): expected {path / 'config.json'} to hold `config`, got none.")

@@ -70,7 +70,7 @@ def test_a_file_that_computes_something_else_is_an_error(
 def test_what_cannot_be_written_is_refused_before_anything_is(
     narrow: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected `formats` to be of onnx, .*executorch, got 'tflite'"):
+    with pytest.raises(ValueError, match=r"expected `formats` to name only onnx, .*executorch, got 'tflite'"):
         export_domain(narrow, "a", X, tmp_path / "out", ["pt2", "tflite"])
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"the packages of format 'executorch', got: executorch not installed \(`pip"):
