@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "environment_table",
+    "repository_files",
 ]
 exclude_patterns = ["_build"]
 nitpicky = False
@@ -29,7 +30,7 @@ html_theme = "furo"
 html_title = f"bap_kernels {release}"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, which are no pages
+suppress_warnings = ["myst.xref_missing"]  # links to folders of the repository
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
