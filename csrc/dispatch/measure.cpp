@@ -16,7 +16,7 @@ namespace {
 constexpr double kMargin = 0.97;
 // What is slower than the fastest by this factor leaves its time to the others: after one run, after two, and when the
 // least number of rounds is done. A single run may hold page faults and a pause of the process, which are as long as
-// the run itself.
+// the run itself, or many times as long.
 constexpr double kHopelessAfterOne = 4, kHopelessAfterTwo = 2, kHopeless = 1.25;
 // Fewer rounds than wished are done when the time is exceeded by this factor.
 constexpr double kPatience = 2.5;
@@ -145,10 +145,12 @@ Measurement measure(const MeasuredCase& c, const MeasuredDevice& device, const s
       none.seconds[static_cast<int>(able)] = able_seconds;
       return none;
     }
-    for (const Candidate r : running) {
-      measured.seconds[static_cast<int>(r)] = lower_quartile(samples[static_cast<int>(r)]);
-    }
     const int done = round + 1;
+    for (const Candidate r : running) {
+      const int i = static_cast<int>(r);
+      // After one run the warm-up counts, too: a pause of the process meets only one of the two.
+      measured.seconds[i] = done == 1 ? std::min(cold[i], samples[i].front()) : lower_quartile(samples[i]);
+    }
     drop_slower(running, measured.seconds,
                 done >= effort.min_rounds ? kHopeless
                 : done >= 2               ? kHopelessAfterTwo

@@ -42,6 +42,19 @@ def candidates() -> set[str]:
     return set(choice["candidates"])
 
 
+@pytest.mark.parametrize("run", range(4))
+@pytest.mark.parametrize("fastest", ["gather", "masked"])
+def test_one_pause_does_not_rule_out_the_fastest(fastest: str, run: int) -> None:
+    runs: list[str] = []
+
+    def paused(route: str) -> float:
+        runs.append(route)
+        pause = route == fastest and runs.count(route) == run + 1
+        return clock(**{fastest: 1e-4})(route) + 0.04 * pause
+
+    assert chosen(make_tensors(CASE), paused) == fastest
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_candidates_depend_on_layout(layout: str) -> None:
     compact = {"gather", "gather_flat"} if layout == "channels_last" else {"gather"}
