@@ -209,6 +209,21 @@ def test_small_blocks_and_planes_run_one_by_one() -> None:
         assert torch.equal(plan(x), run_apart(plan, x))
 
 
+def test_threads_with_few_rows_each_run_layers() -> None:
+    model, x = randomise(Block()), image(1, 30, 41)
+    plan = planned(model, "expand", x)
+    alone = plan(x)
+    assert regions(plan, x) == 1
+    torch.set_num_threads(8)
+    try:
+        assert regions(plan, x) == 3
+        assert torch.equal(plan(x), alone)
+        # Rows of several images are as many more.
+        assert regions(plan, x.expand(3, -1, -1, -1).contiguous(memory_format=torch.channels_last)) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_another_size_is_decided_anew() -> None:
     model, x = randomise(Block()), image(1, 9, 9)
     plan = planned(model, "expand", x)

@@ -6,6 +6,8 @@
 // No atomics; tasks compute the rows where they meet twice, so results do not vary with the number of threads.
 #include "backends/cpu/conv_bands.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -25,7 +27,9 @@ constexpr int64_t kBandBytes = 160 * 1024;
 struct Limits {
   int64_t fewest_hidden_bytes, most_weight_bytes;
 };
-constexpr Limits kRule{256 * 1024, 64 * 1024}, kPromise{128 * 1024, 256 * 1024};
+constexpr Limits kRule{32 * 1024, 256 * 1024}, kPromise{32 * 1024, 1024 * 1024};
+// By rule, of a task's rows for each row that two tasks compute.
+constexpr int64_t kFewestRows = 4;
 
 bool within(const BlockCalls& calls, const Limits& limits) {
   const auto& s = calls.depthwise.shape;
@@ -106,7 +110,14 @@ bool bands_cover(const BlockCalls& calls) {
   return is_pointwise(calls.first) && is_pointwise(calls.last);
 }
 
-bool bands_expected(const BlockCalls& calls) { return within(calls, kRule); }
+bool bands_expected(const BlockCalls& calls) {
+  const auto& s = calls.depthwise.shape;
+  const int64_t rows = s.batch * s.out_h, tasks = std::min<int64_t>(rows, at::get_num_threads());
+  const int64_t reach = (s.kernel_h - 1) * calls.depthwise.dilation[0] + 1;
+  const int64_t twice = std::max<int64_t>(0, reach - calls.depthwise.stride[0]);
+  return within(calls, kRule) && (tasks == 1 || rows >= kFewestRows * twice * tasks);
+}
+
 bool bands_promise(const BlockCalls& calls) { return within(calls, kPromise); }
 
 at::Tensor conv_bands(const BlockCalls& calls) {
