@@ -149,6 +149,23 @@ def versions() -> dict[str, str]:
     return result
 
 
+def _busy_ticks(stat: str) -> int:
+    """Clock ticks that the cores of a machine have worked, of the text of /proc/stat; guests are counted as users."""
+    user, nice, system, _, _, irq, softirq, *_ = (int(field) for field in stat.split("\n", 1)[0].split()[1:])
+    return user + nice + system + irq + softirq
+
+
+def busy_cores(seconds: float = 1.0, stat: Path = Path("/proc/stat")) -> float | None:
+    """How many cores other processes keep busy while this one sleeps; None where the system does not say."""
+    try:
+        before, start = _busy_ticks(stat.read_text()), time.monotonic()
+        time.sleep(seconds)
+        ticks, passed = _busy_ticks(stat.read_text()) - before, time.monotonic() - start
+    except (OSError, ValueError):
+        return None
+    return ticks / os.sysconf("SC_CLK_TCK") / passed
+
+
 def describe(device: torch.device, dtype: str, roofline: Roofline, build: dict[str, str], isa: str) -> dict[str, Any]:
     """Return the header of a study: machine and versions.
 
@@ -167,6 +184,7 @@ def describe(device: torch.device, dtype: str, roofline: Roofline, build: dict[s
     return {
         "environment": environment,
         "cores": os.cpu_count(),
+        "busy_cores": busy_cores(),
         "cache_bytes": cache_bytes(device),
         "system": platform.platform(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),

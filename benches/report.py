@@ -87,7 +87,7 @@ def mebibytes(count: int | None) -> str:
 def machine_table(header: Mapping[str, Any], rows: Sequence[Row]) -> Table:
     """Machine, versions and peaks."""
     environment, roofline, cache = header["environment"], header["roofline"], header["cache_bytes"] / 2**20
-    registers = roofline["register_flop_per_s"]
+    registers, busy = roofline["register_flop_per_s"], header.get("busy_cores")
     lines = {
         "processor": f"{environment['cpu']}, {header['cores']} cores, last-level cache {cache:.0f} MiB",
         "GPU": environment.get("gpu"),
@@ -100,6 +100,7 @@ def machine_table(header: Mapping[str, Any], rows: Sequence[Row]) -> Table:
         "commit": environment["commit"],
         "system": header["system"],
         "started": header["started"],
+        "other work": f"{busy:.1f} cores, before the start" if busy is not None else None,
         "unsteadiness": f"{summary.unsteadiness(rows):.2f} (median of p80 / p20 over all rows)",
         "measured": header.get("coverage"),
     }

@@ -19,6 +19,9 @@ from benches.rows import Journal, Row
 from benches.summary import BUSY, unsteadiness
 from benches.tables import Table
 
+# Cores that other processes may keep busy without a word.
+_BUSY = 0.3
+
 
 @dataclass(frozen=True)
 class Task:
@@ -208,6 +211,9 @@ def begin(
     console.print(f"Measuring the machine's peaks with {torch.get_num_threads()} threads ...")
     roofline = measure_roofline(DTYPES[dtype], device)
     header = describe(device, dtype, roofline, build, isa)
+    busy = header["busy_cores"]
+    if busy is not None and busy > _BUSY:
+        console.print(f"[bold]Other processes keep {busy:.1f} cores busy: expect figures that are far off.[/bold]")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "rows.jsonl"
     if fresh:
