@@ -347,6 +347,8 @@ from bap_kernels import _C
 from bap_kernels.testing import Case, make_tensors
 from tests.simulated_gpu import choose_as_on_gpu
 torch.set_num_threads(1)
+# Shells have jobs in the background ignore it, and so do their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # From C, so that Python does not see it before the next run.
 press = ctypes.PyDLL(None)["raise"]
 sample = make_tensors(Case(8, 128, 64, (112, 112), dtype=torch.float64))
