@@ -59,7 +59,7 @@ class Program:
 
     @property
     def counts_first(self) -> bool:
-        """Whether the next run takes step by step, to count their bytes, what later ones run joined."""
+        """Whether the next run goes step by step, to count bytes; later runs join steps."""
         return not self._chunks.counted
 
     def run(self, inputs: tuple[Any, ...]) -> Any:

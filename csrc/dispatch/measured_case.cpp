@@ -27,7 +27,7 @@ struct Conv {
 
 // Flags of all ops, from the first bit on, followed by the op's own.
 constexpr int kOwnFlags = 9;
-// Those of every case in its key; what a block has beside them comes behind.
+// How many numbers every case has in its key; a block's own follow them.
 constexpr size_t kCommonNumbers = 25;
 
 bool is_tf32(const at::Tensor& t) { return t.scalar_type() == at::kFloat && math_of(t) == FamilyMath::kTf32; }

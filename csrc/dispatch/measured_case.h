@@ -60,8 +60,8 @@ struct MeasuredCase {
   c10::function_ref<std::vector<Candidate>()> candidates;
   // Runs the call for its input or a copy of that, without keeping anything of the result.
   c10::function_ref<void(const at::Tensor& input, Candidate candidate)> run;
-  // Called before the case is measured for the first time, where there is anything that a first run would do beside its
-  // work, such as measuring other cases.
+  // Called before the first measurement. It does what would otherwise fall into the first timed run, such as measuring
+  // other cases.
   c10::function_ref<void()> prepare = nullptr;
 };
 

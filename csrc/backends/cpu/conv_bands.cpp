@@ -22,13 +22,13 @@ namespace {
 
 // Bytes of a band's hidden rows: half of an L2 cache of 512 KiB is left for weights, input and results.
 constexpr int64_t kBandBytes = 160 * 1024;
-// Hidden tensors and the weights of both 1x1 convolutions, which each band reads anew. Smaller hidden tensors stay in
-// the L2 cache as they are.
+// Of hidden tensors, smaller ones having little to gain, and of the weights of both 1x1 convolutions, which each band
+// reads anew.
 struct Limits {
   int64_t fewest_hidden_bytes, most_weight_bytes;
 };
 constexpr Limits kRule{32 * 1024, 256 * 1024}, kPromise{32 * 1024, 1024 * 1024};
-// By rule, of a task's rows for each row that two tasks compute.
+// The rule wants so many rows in a task for each row that two tasks compute.
 constexpr int64_t kFewestRows = 4;
 
 bool within(const BlockCalls& calls, const Limits& limits) {
